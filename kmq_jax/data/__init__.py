@@ -1,0 +1,1 @@
+"""Recordings, trial lists, prepared datasets and the training pipeline."""

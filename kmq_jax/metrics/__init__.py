@@ -1,0 +1,1 @@
+"""Figures of merit for detection and calibration, with their uncertainty."""

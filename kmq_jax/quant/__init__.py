@@ -1,0 +1,1 @@
+"""k-means quantization of any parameter tree. Knows neither audio nor Flax modules."""

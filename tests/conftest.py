@@ -1,0 +1,23 @@
+"""Strictness for every test: four simulated devices, no silent rank promotion, and the place of the shared data."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+
+from pathlib import Path  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The directory of real speech and models; the test is skipped where it is absent."""
+    root = Path(__file__).parents[1]
+    place = (root / os.environ.get("KMQ_SHARED", "../shared")).resolve()
+    if not (place / "data").is_dir():
+        pytest.skip(f"no real speech at {place} (set KMQ_SHARED)")
+    return place
