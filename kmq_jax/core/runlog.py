@@ -1,0 +1,76 @@
+"""The record of a run: one JSON object a line."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import atomic_write
+
+
+class RunLog:
+    """Appends metrics to a JSONL file, each line with its `step`.
+
+    A run that resumes from a checkpoint repeats the steps after it; the lines of those steps are dropped when the
+    log is opened, so that each step stands in the file once. Only process 0 writes.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], step: int):
+        """Opens the log of a run that stands at `step`.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        self._path = Path(path)
+        self._file = None
+        if jax.process_index() != 0:
+            return
+        kept = [line for line in read_runlog(self._path) if line["step"] <= step] if self._path.exists() else []
+        with atomic_write(self._path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self._path.open("a")
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes one line and flushes it. Numbers that are not finite become null: NaN is not JSON.
+
+        Raises:
+            UserError: the disk is full or the file cannot be written.
+        """
+        if self._file is None:
+            return
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def read_runlog(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads a JSONL log. A last line cut short by a crash is left out.
+
+    Raises:
+        UserError: another line is not a JSON object with a `step`; the message names file and line.
+    """
+    lines = Path(path).read_text().splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            record["step"]
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}:{number}: not a JSON object with a step") from error
+        records.append(record)
+    return records
