@@ -1,1 +1,29 @@
 """From waveforms to features, in JAX: filterbanks, normalisation, augmentation."""
+
+from kmq_jax.frontend.augment import (
+    RoomConfig,
+    SpecAugmentConfig,
+    add_noise,
+    augment_batch,
+    reverberate,
+    simulate_rir,
+    spec_augment,
+)
+from kmq_jax.frontend.fbank import KIWANO, WESPEAKER, FbankConfig, fbank, num_frames
+from kmq_jax.frontend.normalize import mean_normalize
+
+__all__ = [
+    "KIWANO",
+    "WESPEAKER",
+    "FbankConfig",
+    "RoomConfig",
+    "SpecAugmentConfig",
+    "add_noise",
+    "augment_batch",
+    "fbank",
+    "mean_normalize",
+    "num_frames",
+    "reverberate",
+    "simulate_rir",
+    "spec_augment",
+]

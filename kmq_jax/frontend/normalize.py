@@ -1,0 +1,27 @@
+"""Mean normalisation of features over the real frames of each utterance."""
+
+import jax
+import jax.numpy as jnp
+
+
+def mean_normalize(features: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    """Subtracts each utterance's mean over time from its features.
+
+    In the log-spectral domain a microphone or a telephone line is a constant added to every frame, so taking the
+    mean away takes most of the channel away; the speaker stays in what varies.
+
+    Args:
+        features: [batch, time, mel].
+        lengths: real frames of each utterance [batch], integer; None when every frame is real.
+
+    Returns:
+        The same shape. The mean is over real frames only, and padded frames are exactly 0, so that an utterance gives the
+        same numbers alone and padded in a longer batch. An utterance of length 0 is all zeros.
+    """
+    if lengths is None:
+        return features - features.mean(1, keepdims=True)
+    real = (jnp.arange(features.shape[1]) < lengths[:, None])[:, :, None]
+    # Not a product with the mask: padding that holds NaN or infinity must not leak into the mean.
+    total = jnp.where(real, features, 0).sum(1, keepdims=True)
+    mean = total / jnp.maximum(lengths, 1).astype(features.dtype)[:, None, None]
+    return jnp.where(real, features - mean, 0)
