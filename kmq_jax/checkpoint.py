@@ -33,8 +33,8 @@ class Checkpoints:
         """Steps that can be restored, ascending."""
         return sorted(found.step for found in self._checkpointer.checkpoints)
 
-    def save(self, step: int, state: Any, data: Any) -> None:
-        """Saves `state` (a tree of arrays) and the position of `data` (a grain iterator) as checkpoint `step`.
+    def save(self, step: int, **parts: Any) -> None:
+        """Saves named parts as checkpoint `step`: trees of arrays, and grain iterators, of which it is the position.
 
         Raises:
             UserError: it cannot be written (full disk, no permission); earlier checkpoints stay.
@@ -42,62 +42,32 @@ class Checkpoints:
         if step in self.steps():
             return
         try:
-            self._checkpointer.save_checkpointables(step, {"state": state, "data": data})
+            self._checkpointer.save_checkpointables(step, parts)
         except Exception as error:  # orbax wraps a full disk in errors of its own, by layer
             raise UserError(f"cannot save checkpoint {step} to {self.directory}: {_first_line(error)}") from error
 
-    def restore(self, step: int, state: Any, data: Any) -> Any:
-        """Restores checkpoint `step`; `data` is moved to its position in place.
+    def restore(self, step: int, **parts: Any) -> dict[str, Any]:
+        """Restores parts of checkpoint `step`.
 
         Args:
             step: one of `steps()`.
-            state: tree of `jax.ShapeDtypeStruct` (or arrays) giving structure, shapes and shardings.
-            data: a grain iterator made as the saved one was.
+            **parts: for a tree its `abstract` form, which gives structure, shapes and shardings; for a grain iterator
+                one made as the saved one was, which is moved to the saved position in place.
 
         Returns:
-            The state.
+            The parts by name.
 
         Raises:
             UserError: the checkpoint is damaged or its structure differs.
         """
         try:
-            return self._checkpointer.load_checkpointables(step, {"state": state, "data": data})["state"]
+            return self._checkpointer.load_checkpointables(step, parts)
         except Exception as error:
             raise UserError(f"cannot restore {self.directory}/{step}: {_first_line(error)}") from error
 
     def close(self) -> None:
         """Waits for what is under way and lets go of the directory."""
         self._checkpointer.close()
-
-
-def save_tree(path: str | os.PathLike[str], tree: Any) -> None:
-    """Saves one tree of arrays as the directory `path`, whole or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        ocp.save(Path(path).resolve(), tree, overwrite=True)
-    except Exception as error:
-        raise UserError(f"cannot write {path}: {_first_line(error)}") from error
-
-
-def load_tree(path: str | os.PathLike[str], tree: Any = None) -> Any:
-    """Loads what `save_tree` wrote, or the state of one numbered checkpoint, on this process's first device.
-
-    Args:
-        path: the directory.
-        tree: structure and shapes to load as; None takes the stored structure, as nested dicts of numpy arrays.
-
-    Raises:
-        UserError: it is missing, damaged or of another structure.
-    """
-    try:
-        if (Path(path) / "state").is_dir():
-            return ocp.load(Path(path).resolve(), tree, checkpointable_name="state")
-        return ocp.load(Path(path).resolve(), tree)
-    except Exception as error:
-        raise UserError(f"cannot read {path}: {_first_line(error)}") from error
 
 
 def abstract(tree: Any) -> Any:

@@ -1,0 +1,40 @@
+import pytest
+
+from kmq_jax.core import cli
+from kmq_jax.core.errors import UserError
+
+
+def test_a_wrong_flag_is_one_line_and_status_2(capsys):
+    parser = cli.parser("score", "Scores.", "python -m kmq_jax.score")
+    parser.add_argument("--top_n", type=int)
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(["--top_n=many"])
+    out = capsys.readouterr()
+    assert stopped.value.code == 2 and out.err.count("\n") == 1 and "--top_n" in out.err and not out.out
+
+
+def test_help_has_the_example(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.parser("score", "Scores.", "python -m kmq_jax.score --x").parse_args(["--help"])
+    assert stopped.value.code == 0 and "python -m kmq_jax.score --x" in capsys.readouterr().out
+
+
+def test_a_users_mistake_is_one_line_and_status_2(capsys):
+    def main():
+        raise UserError("--bits (=9) must be\n 1 to 8")
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run("quantize", main)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "kmq_jax.quantize: --bits (=9) must be 1 to 8\n"
+
+
+def test_a_defect_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        cli.run("x", lambda: 1 / 0)
+
+
+def test_progress_without_a_terminal_is_plain_lines(capsys):
+    assert list(cli.progress([1, 2, 3], desc="embedding", interval=0.0)) == [1, 2, 3]
+    err = capsys.readouterr().err
+    assert "embedding: 1/3 (33 %)" in err and "\r" not in err
