@@ -1,0 +1,250 @@
+"""Reading recordings of any common format as mono float32 at 16 kHz, and saying what is wrong with a bad one."""
+
+import math
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from kmq_jax.core.errors import UserError
+
+SAMPLE_RATE = 16000  # Hz, of everything behind this module
+RATES = (8000, 384000)  # Hz; below the first speech has lost too much, above the second a header is nonsense
+MIN_SECONDS = 0.1  # four analysis frames; `prepare_data` asks for more
+MAX_SECONDS = 3600.0  # bounds memory, whatever a header claims
+SILENCE = 1e-4  # RMS around the mean below which nothing was recorded: -80 dB of full scale
+SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".sph", ".aiff", ".aif", ".m4a", ".aac", ".mp4"})
+_FFMPEG_SUFFIXES = frozenset({".m4a", ".aac", ".mp4"})  # what libsndfile cannot read
+_BLOCK = 1 << 18  # frames decoded at a time
+
+
+class AudioError(UserError):
+    """A recording that cannot be used.
+
+    Attributes:
+        path: the file.
+        reason: what is wrong with it, as in `rejected.csv`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str):
+        super().__init__(f"{os.fspath(path)}: {reason}")
+        self.path = os.fspath(path)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["AudioError"], tuple[str, str]]:
+        """Rebuilds from both arguments: the default would pass the message alone."""
+        return type(self), (self.path, self.reason)
+
+
+def read_audio(
+    path: str | os.PathLike[str],
+    *,
+    start: float = 0.0,
+    seconds: float | None = None,
+    min_seconds: float = MIN_SECONDS,
+    max_seconds: float = MAX_SECONDS,
+) -> np.ndarray:
+    """Reads a recording: channels are averaged, other sample rates are resampled.
+
+    Args:
+        path: WAV, FLAC, Ogg (Vorbis, Opus), MP3, SPHERE or AIFF; M4A and AAC too where `ffmpeg` is installed.
+        start: where to begin, in seconds.
+        seconds: how much to read; None reads to the end.
+        min_seconds: less than this is "too short".
+        max_seconds: more than this is "too long"; nothing larger is ever allocated.
+
+    Returns:
+        `[samples]` float32 in [-1, 1) at 16 kHz.
+
+    Raises:
+        AudioError: missing, unreadable, empty, truncated, silent, too short or too long, a sample rate out of range,
+            or values that are not finite.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise AudioError(path, "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({error.strerror})") from None
+    if not path.is_file():
+        raise AudioError(path, "unreadable (not a file)")
+    if size == 0:
+        raise AudioError(path, "empty")
+    if path.suffix.lower() in _FFMPEG_SUFFIXES:
+        wave, rate = _decode_ffmpeg(path, start, seconds, max_seconds), SAMPLE_RATE
+    else:
+        wave, rate = _decode(path, start, seconds, max_seconds)
+    return checked(resample(wave, rate), path, min_seconds)
+
+
+def checked(wave: np.ndarray, path: str | os.PathLike[str], min_seconds: float = MIN_SECONDS) -> np.ndarray:
+    """Returns `wave` `[samples]` unchanged if it can be used, else raises `AudioError`."""
+    if not wave.size:
+        raise AudioError(path, "empty")
+    if not np.isfinite(wave).all():
+        raise AudioError(path, "values that are not finite (NaN or infinity)")
+    if len(wave) < min_seconds * SAMPLE_RATE:
+        raise AudioError(path, f"too short ({len(wave) / SAMPLE_RATE:.2f} s)")
+    if wave.std(dtype=np.float64) < SILENCE:
+        raise AudioError(path, "silent")
+    return wave
+
+
+def num_samples(path: str | os.PathLike[str]) -> int:
+    """Returns how many samples at 16 kHz `read_audio` would give, from the header alone where there is one.
+
+    Raises:
+        AudioError: the file is missing or its header cannot be read.
+    """
+    path = Path(path)
+    if path.suffix.lower() in _FFMPEG_SUFFIXES:
+        return len(read_audio(path))
+    with _open(path) as sound:
+        return resampled_length(sound.frames, sound.samplerate)
+
+
+def resampled_length(samples: int, rate: int) -> int:
+    """Returns the length at 16 kHz of `samples` taken at `rate` Hz."""
+    return math.ceil(samples * SAMPLE_RATE / rate)
+
+
+def resample(wave: np.ndarray, rate: int) -> np.ndarray:
+    """Resamples `[samples]` from `rate` Hz to 16 kHz (soxr, high quality); the samples themselves at 16 kHz."""
+    if rate == SAMPLE_RATE or not wave.size:
+        return wave
+    import librosa  # slow to import, and needed for few corpora
+
+    return librosa.resample(wave, orig_sr=rate, target_sr=SAMPLE_RATE, res_type="soxr_hq").astype(np.float32, copy=False)
+
+
+def to_int16(wave: np.ndarray) -> np.ndarray:
+    """Rounds float samples in [-1, 1) to 16 bits; what lies outside is clipped."""
+    return np.clip(np.rint(wave * 32768.0), -32768, 32767).astype(np.int16)
+
+
+def from_int16(wave: np.ndarray) -> np.ndarray:
+    """Turns 16-bit samples into float32 in [-1, 1)."""
+    return wave.astype(np.float32) / 32768.0
+
+
+def is_exact(path: str | os.PathLike[str]) -> bool:
+    """Whether any part of the file can be read alone and equals that part of the whole: 16 kHz, mono, lossless."""
+    path = Path(path)
+    if path.suffix.lower() not in (".wav", ".flac"):
+        return False
+    with _open(path) as sound:
+        return sound.samplerate == SAMPLE_RATE and sound.channels == 1 and sound.subtype.startswith("PCM")
+
+
+def _open(path: Path):
+    """Opens a file for decoding; the caller closes it."""
+    import soundfile
+
+    if not path.exists():
+        raise AudioError(path, "missing")
+    try:
+        sound = soundfile.SoundFile(path)
+    except (soundfile.LibsndfileError, OSError, TypeError) as error:
+        raise AudioError(path, f"unreadable ({_plain(error)})") from None
+    if not RATES[0] <= sound.samplerate <= RATES[1]:
+        rate = sound.samplerate
+        sound.close()
+        raise AudioError(path, f"sample rate {rate} Hz is outside {RATES[0]}-{RATES[1]} Hz")
+    return sound
+
+
+def _plain(error: Exception) -> str:
+    return str(error).split(": ")[-1].strip().rstrip(".") or type(error).__name__
+
+
+def _decode(path: Path, start: float, seconds: float | None, max_seconds: float) -> tuple[np.ndarray, int]:
+    """Decodes with libsndfile, block by block, so that a header that lies about the length allocates nothing."""
+    import soundfile
+
+    with _open(path) as sound:
+        rate = sound.samplerate
+        if path.suffix.lower() == ".wav" and _wav_is_truncated(path):
+            raise AudioError(path, "truncated")
+        if sound.format == "OGG" and _ogg_is_truncated(path):
+            raise AudioError(path, "truncated")
+        begin = round(start * rate)
+        end = sound.frames if seconds is None else min(begin + round(seconds * rate), sound.frames)
+        wanted = max(end - begin, 0)
+        if wanted > max_seconds * rate:
+            raise AudioError(path, f"too long ({wanted / rate:.0f} s)")
+        blocks: list[np.ndarray] = []
+        got = 0
+        try:
+            if begin and wanted:
+                sound.seek(begin)
+            while got < wanted:
+                block = sound.read(min(_BLOCK, wanted - got), dtype="float32", always_2d=True)
+                if not len(block):
+                    break
+                blocks.append(block.mean(axis=1) if block.shape[1] > 1 else block[:, 0])
+                got += len(block)
+        except soundfile.LibsndfileError as error:
+            # FLAC says how long it should be, so an error on the way is nearly always a cut file.
+            reason = "truncated" if sound.format == "FLAC" else f"unreadable ({_plain(error)})"
+            raise AudioError(path, reason) from None
+        if got < wanted and sound.format != "MP3":  # the length of an MP3 without an index is a guess
+            raise AudioError(path, "truncated")
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32), rate
+
+
+def _wav_is_truncated(path: Path) -> bool:
+    """Whether a RIFF file is shorter than its data chunk says; libsndfile silently reads what is there."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(12)
+        if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
+            return False
+        while True:
+            chunk = file.read(8)
+            if len(chunk) < 8:
+                return False
+            name, length = chunk[:4], struct.unpack("<I", chunk[4:])[0]
+            if name == b"data":
+                # Writers to a pipe, who cannot know the length, leave 0 or close to 2^31 or 2^32.
+                return 0 < length < 0x7FFFF000 and file.tell() + length > size
+            file.seek(length + length % 2, os.SEEK_CUR)
+
+
+def _ogg_is_truncated(path: Path) -> bool:
+    """Whether the last Ogg page runs past the end of the file."""
+    size = path.stat().st_size
+    tail = min(size, 1 << 17)  # a page is at most 65,307 bytes
+    with path.open("rb") as file:
+        file.seek(size - tail)
+        data = file.read(tail)
+    page = data.rfind(b"OggS")
+    if page < 0:
+        return True
+    segments = page + 27
+    if segments > len(data) or segments + data[page + 26] > len(data):
+        return True
+    count = data[page + 26]
+    return segments + count + sum(data[segments : segments + count]) > len(data)
+
+
+def _decode_ffmpeg(path: Path, start: float, seconds: float | None, max_seconds: float) -> np.ndarray:
+    """Decodes what libsndfile cannot, by the `ffmpeg` program, which also mixes and resamples."""
+    program = shutil.which("ffmpeg")
+    if program is None:
+        raise AudioError(path, f"unreadable ({path.suffix[1:]} files need the ffmpeg program, which is not installed)")
+    limit = max_seconds + 1 if seconds is None else seconds
+    command = [program, "-v", "error", "-xerror", "-nostdin", "-protocol_whitelist", "file,pipe", "-ss", str(start), "-i"]
+    command += [f"file:{path.absolute()}", "-t", str(limit), "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "f32le", "pipe:1"]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=60 + max_seconds / 10, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise AudioError(path, f"unreadable (ffmpeg: {_plain(error)})") from None
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise AudioError(path, f"unreadable (ffmpeg: {lines[-1].strip() if lines else f'status {done.returncode}'})")
+    wave = np.frombuffer(done.stdout[: len(done.stdout) // 4 * 4], "<f4")
+    if seconds is None and len(wave) > max_seconds * SAMPLE_RATE:
+        raise AudioError(path, f"too long (over {max_seconds:.0f} s)")
+    return wave.astype(np.float32)

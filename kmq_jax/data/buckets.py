@@ -1,0 +1,106 @@
+"""Length buckets: batches of a few fixed shapes with as little padding as those shapes allow."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+
+from kmq_jax.core.errors import UserError
+
+_CANDIDATES = 128  # padded lengths considered; more hardly changes the padding
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """Utterances that are padded to one length and processed together.
+
+    Attributes:
+        size: samples that every row is padded to.
+        indices: `[batch]` int32 rows of the utterance table; -1 where the last batch of a bucket has nothing left.
+    """
+
+    size: int
+    indices: np.ndarray
+
+
+def length_buckets(
+    lengths: Iterable[int] | np.ndarray,
+    batch_size: int,
+    *,
+    max_shapes: int = 8,
+    max_samples: int | None = None,
+    step: int = 1600,
+) -> list[Batch]:
+    """Groups utterances into batches of at most `max_shapes` different padded lengths.
+
+    The padded lengths are those, among multiples of `step`, for which the fewest samples are processed in all, padding and
+    empty rows counted; found by dynamic programming. Longest first, so that a lack of memory shows at once.
+
+    Args:
+        lengths: `[n]` samples.
+        batch_size: rows of every batch.
+        max_shapes: how many different lengths may occur: each costs a compilation.
+        max_samples: longer utterances count as this long (the caller cuts them).
+        step: padded lengths are multiples of this many samples, or `max_samples`.
+
+    Returns:
+        Batches in which every index of `range(n)` occurs exactly once.
+
+    Raises:
+        UserError: a setting is not positive.
+    """
+    lengths = np.asarray(lengths if isinstance(lengths, np.ndarray) else list(lengths), np.int64)
+    for name, value in (("batch_size", batch_size), ("max_shapes", max_shapes), ("step", step)):
+        if value < 1:
+            raise UserError(f"`{name}` (={value}) must be at least 1")
+    if not len(lengths):
+        return []
+    clipped = np.maximum(lengths, 1)
+    if max_samples is not None:
+        clipped = np.minimum(clipped, max_samples)
+    order = np.argsort(clipped, kind="stable")
+    edges = padded_lengths(clipped, batch_size, max_shapes=max_shapes, max_samples=max_samples, step=step)
+    bucket = np.searchsorted(edges, clipped[order])
+    batches = []
+    for i in reversed(range(len(edges))):
+        rows = order[bucket == i].astype(np.int32)
+        for first in range(0, len(rows), batch_size):
+            part = rows[first : first + batch_size]
+            batches.append(Batch(int(edges[i]), np.pad(part, (0, batch_size - len(part)), constant_values=-1)))
+    return batches
+
+
+def padded_lengths(
+    lengths: np.ndarray, batch_size: int, *, max_shapes: int, max_samples: int | None = None, step: int = 1600
+) -> np.ndarray:
+    """Returns at most `max_shapes` ascending padded lengths that minimise the samples processed."""
+    rounded = -(-lengths // step) * step
+    if max_samples is not None:
+        rounded = np.minimum(rounded, max_samples)
+    sizes, counts = np.unique(rounded, return_counts=True)
+    if len(sizes) > _CANDIDATES:  # merge neighbours into equally filled groups, each as long as its longest
+        group = np.unique(np.searchsorted(np.cumsum(counts), np.linspace(1, counts.sum(), _CANDIDATES)))
+        ends = np.unique(np.append(group, len(sizes) - 1))
+        counts = np.diff(np.concatenate(([0], np.cumsum(counts)[ends])))
+        sizes = sizes[ends]
+    total = np.concatenate(([0], np.cumsum(counts)))
+    m = len(sizes)
+    # cost[j, i]: the utterances of candidates j..i-1 in one bucket as long as candidate i-1
+    many = total[None, :] - total[:, None]
+    cost = -(-many // batch_size) * batch_size * np.concatenate(([0], sizes))[None, :].astype(np.float64)
+    cost[np.tril_indices(m + 1)] = np.inf
+    best = np.concatenate(([0.0], np.full(m, np.inf)))
+    origins = []
+    answers = []
+    for _ in range(min(max_shapes, m)):
+        through = best[:, None] + cost
+        origins.append(through.argmin(axis=0))
+        best = through.min(axis=0)
+        answers.append(best[m])
+    shapes = int(np.argmin(answers)) + 1
+    edges = []
+    at = m
+    for k in reversed(range(shapes)):
+        edges.append(sizes[at - 1])
+        at = int(origins[k][at])
+    return np.array(edges[::-1], np.int64)

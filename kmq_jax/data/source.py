@@ -1,0 +1,50 @@
+"""Opening any DATA argument: one table of utterances, whatever the form on disk."""
+
+import os
+from pathlib import Path
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.data.audio import SAMPLE_RATE, AudioError, read_audio
+from kmq_jax.data.folder import open_csv, open_folder
+from kmq_jax.data.kaldi import open_kaldi
+from kmq_jax.data.table import Utterances
+from kmq_jax.data.voxceleb import open_voxceleb, tree_root
+
+__all__ = ["SAMPLE_RATE", "AudioError", "Utterances", "open_source", "read_audio"]
+
+
+def open_source(data: str | os.PathLike[str]) -> Utterances:
+    """Opens a DATA argument.
+
+    Args:
+        data: a Kaldi data directory (`wav.scp`, `utt2spk`), a VoxCeleb tree (`id*/video/utt.wav|m4a|flac`), any folder
+            of `speaker/**/audio`, a CSV with `path,speaker`, a dataset made by `prepare_data` (or by tfds), or
+            `synthetic:SPLIT[?key=value]` for the embedded corpus.
+
+    Returns:
+        The utterances; nothing is decoded yet.
+
+    Raises:
+        UserError: there is no such data, or a list in it is wrong; the message names the file and line.
+    """
+    text = os.fspath(data)
+    if text.startswith("synthetic:"):
+        from kmq_jax.data.synthetic import open_synthetic
+
+        return open_synthetic(text)
+    path = Path(text)
+    if not path.exists():
+        raise UserError(f"no data at {text}: no such file or directory")
+    if path.is_file():
+        if path.suffix.lower() == ".csv":
+            return open_csv(path)
+        raise UserError(f"{text} is a file; data is a directory, or a CSV whose name ends in .csv")
+    if (path / "dataset_info.json").is_file():
+        from kmq_jax.data.prepared import open_prepared  # tfds is slow to import
+
+        return open_prepared(path)
+    if (path / ".prepare").is_dir():
+        raise UserError(f"{text} is an unfinished prepare_data output; run the same prepare_data command again to finish it")
+    if (path / "wav.scp").is_file():
+        return open_kaldi(path)
+    return open_voxceleb(path) if tree_root(path) else open_folder(path)

@@ -1,0 +1,133 @@
+"""The table of utterances that every DATA form becomes."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.data import audio
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Utterances:
+    """A list of recordings and who speaks in them. Nothing is decoded until `load`.
+
+    Attributes:
+        ids: the key that trial lists use; unique.
+        paths: as the source names them: relative to `root`, or absolute.
+        speakers: the speaker's name, one an utterance.
+        root: the directory of relative paths.
+        spans: `[n, 2]` seconds, first and last, where utterances are parts of recordings; None for whole files.
+        samples: `[n]` lengths at 16 kHz where the source knows them; else None.
+        genders: "f" or "m" by speaker, where known.
+        ages: years by speaker, where known.
+        reader: gives the samples of an utterance by its id, for audio that is not in files of its own. It must be
+            picklable and safe to call from several threads.
+        listing: the file that lists the utterances, and
+        lines: the line of each in it, for messages.
+    """
+
+    ids: tuple[str, ...]
+    paths: tuple[str, ...]
+    speakers: tuple[str, ...]
+    root: Path = Path()
+    spans: np.ndarray | None = None
+    samples: np.ndarray | None = None
+    genders: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ages: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    reader: Callable[[str], np.ndarray] | None = None
+    listing: Path | None = None
+    lines: Sequence[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def speaker_names(self) -> tuple[str, ...]:
+        """The different speakers, sorted; a speaker's label is the place here."""
+        return tuple(sorted(set(self.speakers)))
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """`[n]` int32: the speaker of each utterance as an index into `speaker_names`."""
+        index = {name: i for i, name in enumerate(self.speaker_names)}
+        return np.fromiter((index[name] for name in self.speakers), np.int32, len(self))
+
+    def location(self, i: int) -> Path:
+        """The file of utterance `i`."""
+        return self.root / self.paths[i]
+
+    def where(self, i: int) -> str:
+        """Names utterance `i` for a message: its file, and the line that lists it where there is one."""
+        place = self.paths[i] if self.reader else str(self.location(i))
+        return f"{self.listing}:{self.lines[i]}: {place}" if self.listing and self.lines is not None else place
+
+    def load(self, i: int, min_seconds: float = audio.MIN_SECONDS) -> np.ndarray:
+        """Reads utterance `i` as `[samples]` float32 in [-1, 1), mono, 16 kHz.
+
+        Raises:
+            AudioError: it cannot be used; the message names the file, and the line that lists it.
+        """
+        try:
+            if self.reader is not None:
+                return audio.checked(self.reader(self.ids[i]), self.location(i), min_seconds)
+            if self.spans is None:
+                return audio.read_audio(self.location(i), min_seconds=min_seconds)
+            first, last = map(float, self.spans[i])
+            return audio.read_audio(self.location(i), start=first, seconds=last - first, min_seconds=min_seconds)
+        except audio.AudioError as error:
+            raise audio.AudioError(self.where(i), error.reason) from None
+
+    def num_samples(self, i: int) -> int:
+        """The length of utterance `i` at 16 kHz, without decoding where the source or the header tells it."""
+        if self.samples is not None:
+            return int(self.samples[i])
+        if self.reader is not None:
+            return len(self.load(i))
+        try:
+            whole = audio.num_samples(self.location(i))
+        except audio.AudioError as error:
+            raise audio.AudioError(self.where(i), error.reason) from None
+        if self.spans is None:
+            return whole
+        first, last = (round(float(second) * audio.SAMPLE_RATE) for second in self.spans[i])
+        return max(min(last, whole) - first, 0)
+
+    def lengths(self, workers: int = 8) -> np.ndarray:
+        """`[n]` int64 lengths at 16 kHz of all utterances; a missing file is found here, before any work is done."""
+        if self.samples is not None:
+            return np.asarray(self.samples, np.int64)
+        with ThreadPoolExecutor(workers) as pool:
+            return np.fromiter(pool.map(self.num_samples, range(len(self))), np.int64, len(self))
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> "Utterances":
+        """The table of some of the utterances, in the order given."""
+        rows = np.asarray(indices, np.int64)
+
+        def pick(values: Sequence) -> tuple:
+            return tuple(values[i] for i in rows)
+
+        return dataclasses.replace(
+            self,
+            ids=pick(self.ids),
+            paths=pick(self.paths),
+            speakers=pick(self.speakers),
+            spans=None if self.spans is None else self.spans[rows],
+            samples=None if self.samples is None else self.samples[rows],
+            lines=None if self.lines is None else pick(self.lines),
+        )
+
+
+def require_unique(ids: Sequence[str], listing: Path, lines: Sequence[int]) -> None:
+    """Raises `UserError`, naming file and line, where an id comes twice."""
+    if len(set(ids)) == len(ids):
+        return
+    seen: dict[str, int] = {}
+    for name, line in zip(ids, lines):
+        if name in seen:
+            raise UserError(f"{listing}:{line}: utterance {name} was already given on line {seen[name]}")
+        seen[name] = line

@@ -1,0 +1,173 @@
+"""Trial lists: pairs of an enrolment and a test utterance, and whether the speaker is the same."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.data.kaldi import read_table
+
+_CHUNK = 1 << 24  # bytes of a list held at a time
+_LABELS = {"1": 1, "0": 0, "target": 1, "nontarget": 0}
+_Form = tuple[int, int, int]  # the columns of enrolment, test and label
+_LABEL_FIRST, _LABEL_LAST = (1, 2, 0), (0, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trials:
+    """Trials as indices into an utterance table.
+
+    Attributes:
+        enrol: `[n]` int32, the enrolment utterance; with `models`, the model.
+        test: `[n]` int32, the test utterance.
+        label: `[n]` bool, True for the same speaker (target).
+        names: every name the list uses, once, as the list writes it.
+        enrol_name: `[n]` int32 into `names`.
+        test_name: `[n]` int32 into `names`.
+        models: the utterances of each enrolment model, where speakers are enrolled with several; else None.
+    """
+
+    enrol: np.ndarray
+    test: np.ndarray
+    label: np.ndarray
+    names: tuple[str, ...]
+    enrol_name: np.ndarray
+    test_name: np.ndarray
+    models: tuple[np.ndarray, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+class _Numbers(dict[str, int]):
+    """Numbers names in the order they are asked for, without a Python step for those already seen."""
+
+    def __missing__(self, name: str) -> int:
+        self[name] = number = len(self)
+        return number
+
+
+def utterance_index(ids: Sequence[str], paths: Sequence[str] = ()) -> dict[str, int]:
+    """Maps every name of an utterance to its row: ids, and paths where no two utterances share one."""
+    index = dict(zip(paths, range(len(paths))))
+    if len(index) < len(paths):
+        shared = {path for i, path in enumerate(paths) if index[path] != i}
+        index = {path: i for path, i in index.items() if path not in shared}
+    index.update(zip(ids, range(len(ids))))
+    return index
+
+
+def read_trials(
+    path: str | os.PathLike[str],
+    ids: Sequence[str],
+    paths: Sequence[str] = (),
+    models: Mapping[str, Sequence[str]] | None = None,
+) -> Trials:
+    """Reads a trial list in any form the field uses; the first line tells which.
+
+    The forms are VoxCeleb's `label enrol test` (1 the same speaker, 0 not), Kaldi's `enrol test target|nontarget`, and
+    CN-Celeb's `enrol test label`. Utterances go by id or by path. CRLF and blank lines are fine.
+
+    Args:
+        path: the list.
+        ids: the utterances' ids.
+        paths: their paths; may be left out where the list uses ids.
+        models: utterances by enrolment model, where the list enrols models (`read_models`).
+
+    Raises:
+        UserError: naming file and line: a line of another form, an unknown utterance; or the file is empty.
+    """
+    path = Path(path)
+    table = utterance_index(ids, paths)
+    enrolled: Mapping[str, int] = table
+    members: tuple[np.ndarray, ...] | None = None
+    if models is not None:
+        enrolled = {name: i for i, name in enumerate(models)}
+        members = tuple(_members(name, utterances, table) for name, utterances in models.items())
+
+    numbers = _Numbers()
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    form: _Form | None = None
+    try:
+        with path.open("rb") as file:
+            while lines := file.readlines(_CHUNK):
+                try:
+                    tokens = b"".join(lines).decode("utf-8" if parts else "utf-8-sig").split()
+                except UnicodeDecodeError:
+                    raise _first_error(path, form or _LABEL_FIRST, enrolled, table) from None
+                if not tokens:
+                    continue
+                form = form or _guess_form(tokens, table)
+                if len(tokens) != 3 * sum(1 for line in lines if not line.isspace()):
+                    raise _first_error(path, form, enrolled, table)
+                part = (
+                    np.fromiter(map(numbers.__getitem__, tokens[form[0] :: 3]), np.int32),
+                    np.fromiter(map(numbers.__getitem__, tokens[form[1] :: 3]), np.int32),
+                    _rows(_LABELS, tokens[form[2] :: 3]),
+                )
+                parts.append(part)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    if not parts or form is None:
+        raise UserError(f"{path}: lists no trial")
+    enrol_name, test_name, label = (np.concatenate(column) for column in zip(*parts))
+    enrol = _rows(enrolled, numbers)[enrol_name]
+    test = _rows(table, numbers)[test_name]
+    if min(enrol.min(), test.min(), label.min()) < 0:
+        raise _first_error(path, form, enrolled, table)
+    return Trials(enrol, test, label.astype(bool), tuple(numbers), enrol_name, test_name, members)
+
+
+def read_models(path: str | os.PathLike[str]) -> dict[str, list[str]]:
+    """Reads enrolment models, `model utterance [utterance ...]` a line (Kaldi's spk2utt, CN-Celeb's enroll.map)."""
+    return {model: rest.split() for model, rest in read_table(Path(path))[0].items()}
+
+
+def _rows(table: Mapping[str, int], names: Sequence[str] | Mapping[str, int]) -> np.ndarray:
+    """Rows of `names` in `table`, -1 for the unknown."""
+    return np.fromiter(map(table.get, names, repeat(-1)), np.int32, len(names))
+
+
+def _members(model: str, utterances: Sequence[str], table: Mapping[str, int]) -> np.ndarray:
+    rows = _rows(table, utterances)
+    if not len(rows) or rows.min() < 0:
+        unknown = utterances[int(rows.argmin())] if len(rows) else "nothing"
+        raise UserError(f"enrolment model {model} names the unknown utterance {unknown}")
+    return rows
+
+
+def _guess_form(tokens: Sequence[str], table: Mapping[str, int]) -> _Form:
+    """Tells the form by the first line: an utterance may itself be called 0 or 1."""
+    if len(tokens) >= 3 and tokens[2] in _LABELS and not (tokens[0] in _LABELS and tokens[2] in table):
+        return _LABEL_LAST
+    return _LABEL_FIRST
+
+
+def _first_error(path: Path, form: _Form, enrolled: Mapping[str, int], table: Mapping[str, int]) -> UserError:
+    """Finds the first line at fault, line by line: the fast way only tells that there is one."""
+    columns = "`label enrol test`" if form == _LABEL_FIRST else "`enrol test label`"
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                tokens = line.decode("utf-8-sig" if number == 1 else "utf-8").split()
+            except UnicodeDecodeError:
+                return UserError(f"{path}:{number}: not UTF-8 text")
+            if not tokens:
+                continue
+            if len(tokens) != 3:
+                return UserError(f"{path}:{number}: expected {columns}, found {len(tokens)} columns")
+            enrol, test, label = (tokens[column] for column in form)
+            if label not in _LABELS:
+                return UserError(
+                    f"{path}:{number}: label {label!r} is none of 1, 0, target, nontarget (expected {columns})"
+                )
+            if enrol not in enrolled:
+                what = "utterance" if enrolled is table else "enrolment model"
+                return UserError(f"{path}:{number}: unknown {what} {enrol}")
+            if test not in table:
+                return UserError(f"{path}:{number}: unknown utterance {test}")
+    raise AssertionError("every line is well formed")
