@@ -50,7 +50,9 @@ def test_gradients_are_finite_where_an_embedding_meets_its_centre_and_at_zero(ki
     def loss(embeddings):
         centres = jnp.array([[[1.0, 0.0]], [[0.0, 1.0]]])
         cosines = margin.class_cosines(embeddings, centres)
-        return margin.cross_entropy(margin.margin_logits(cosines, jnp.array([0, 1]), 0.2, 30.0, kind), jnp.array([0, 1])).sum()
+        return margin.cross_entropy(
+            margin.margin_logits(cosines, jnp.array([0, 1]), 0.2, 30.0, kind), jnp.array([0, 1])
+        ).sum()
 
     for embeddings in ([[1.0, 0.0], [0.0, -1.0]], [[0.0, 0.0], [0.0, 0.0]]):
         assert np.isfinite(jax.grad(loss)(jnp.array(embeddings))).all()

@@ -1,0 +1,51 @@
+"""Distillation: a network learns to answer as another does, without speaker labels."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def cosine_distance(embeddings: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Mean of 1 - cosine between embeddings `[batch, dim]` and the teacher's, a scalar."""
+    product = jnp.sum(embeddings * teacher, axis=-1)
+    norms = jnp.sum(embeddings**2, axis=-1) * jnp.sum(teacher**2, axis=-1)
+    return 1.0 - jnp.mean(product * jax.lax.rsqrt(jnp.maximum(norms, 1e-12)))
+
+
+def relative_error(values: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Squared error over the teacher's energy, both summed over the whole batch, a float32 scalar.
+
+    Relative, so that layers of any magnitude and size weigh alike.
+    """
+    teacher = teacher.astype(jnp.float32)
+    error = jnp.sum((values.astype(jnp.float32) - teacher) ** 2)
+    return error / jnp.maximum(jnp.sum(teacher**2), 1e-12)
+
+
+def distillation(
+    embeddings: jax.Array,
+    stages: Sequence[jax.Array],
+    teacher_embeddings: jax.Array,
+    teacher_stages: Sequence[jax.Array],
+    cosine: float = 1.0,
+    embedding: float = 0.5,
+    stage: float = 1.0,
+) -> jax.Array:
+    """The weighted sum of what a student gets wrong about its teacher, a scalar.
+
+    Args:
+        embeddings: `[batch, dim]`.
+        stages: outputs of the stages, `[batch, time, freq, channel]` each.
+        teacher_embeddings: the teacher's on the same input.
+        teacher_stages: the teacher's.
+        cosine: weight of `cosine_distance` of the embeddings.
+        embedding: weight of their `relative_error`.
+        stage: weight of the mean `relative_error` of the stages: guides early layers long before the embedding does.
+    """
+    errors = jnp.stack([relative_error(s, t) for s, t in zip(stages, teacher_stages, strict=True)])
+    return (
+        cosine * cosine_distance(embeddings, teacher_embeddings)
+        + embedding * relative_error(embeddings, teacher_embeddings)
+        + stage * errors.mean()
+    )
