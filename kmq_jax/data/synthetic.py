@@ -1,0 +1,209 @@
+"""The embedded corpus: synthetic voices, and noises to disturb them, that need no download.
+
+A DATA argument `synthetic:SPLIT[?key=value&key=value]` names it:
+
+    synthetic:train     160 female and male speakers of 16 utterances, to train on
+    synthetic:dev       40 others of 10, to choose by
+    synthetic:test      40 others of 10, to report
+    synthetic:noise     coloured noises, tones, clicks and hums for augmentation
+
+The keys are `speakers`, `utterances` (of each speaker) and `seed`. Another seed gives other people. Nothing is stored: every
+utterance is a function of (seed, split, speaker, utterance), sounds the same whatever else is asked for, and is made when it
+is loaded. Trials of a split are named like the split, `--trials=synthetic:dev`.
+"""
+
+from dataclasses import dataclass
+from itertools import combinations
+from urllib.parse import parse_qsl
+
+import numpy as np
+from scipy.signal import lfilter
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.data import voice
+from kmq_jax.data.table import Utterances
+from kmq_jax.data.trials import Trials
+
+PREFIX = "synthetic:"
+NOISES = ("colour", "tone", "click", "hum")
+_SPLITS = ("train", "dev", "test", "noise")  # a split's place is part of its seeds, so splits share no speaker
+_SIZES = {"train": (160, 16), "dev": (40, 10), "test": (40, 10), "noise": (len(NOISES), 25)}
+_SECONDS = (2.0, 5.0)  # shortest and longest utterance
+_MOST = 10_000_000  # utterances in one table
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One split of the embedded corpus, of a given size.
+
+    Attributes:
+        split: "train", "dev", "test" or "noise".
+        speakers: How many; kinds of noise for "noise".
+        utterances: How many of each.
+        seed: Other seeds give other speakers.
+        spread: How hard it is to tell the speakers apart.
+    """
+
+    split: str
+    speakers: int
+    utterances: int
+    seed: int = 0
+    spread: voice.Spread = voice.Spread()
+
+    def rng(self, speaker: int, utterance: int | None = None) -> np.random.Generator:
+        """The generator that draws a speaker, or one of the speaker's utterances."""
+        stream = 0 if utterance is None else utterance + 1
+        return np.random.default_rng([self.seed, _SPLITS.index(self.split), speaker, stream])
+
+    def sex(self, speaker: int) -> str:
+        """Female and male speakers alternate."""
+        return ("female", "male")[speaker % 2]
+
+    def speaker(self, speaker: int) -> voice.Speaker:
+        """The voice of speaker number `speaker`."""
+        return voice.speaker(self.rng(speaker), self.sex(speaker), self.spread)
+
+    def samples(self, speaker: int) -> np.ndarray:
+        """`[utterances]` int64 lengths of a speaker's utterances at 16 kHz, whole frames."""
+        shortest, longest = (int(seconds * voice.SAMPLE_RATE / voice.HOP) for seconds in _SECONDS)
+        rng = np.random.default_rng([self.seed, _SPLITS.index(self.split), speaker, 2**32 - 1])
+        return rng.integers(shortest, longest, self.utterances, endpoint=True) * voice.HOP
+
+    def name(self, speaker: int) -> str:
+        """The speaker's name, as in `syn-train-0003`."""
+        return f"syn-{self.split}-{NOISES[speaker] if self.split == 'noise' else f'{speaker:04d}'}"
+
+    def wave(self, speaker: int, utterance: int) -> np.ndarray:
+        """`[samples]` float32 in [-1, 1) at 16 kHz: one utterance, or one clip of noise."""
+        rng = self.rng(speaker, utterance)
+        samples = int(self.samples(speaker)[utterance])
+        if self.split == "noise":
+            return noise(NOISES[speaker], samples, rng)
+        person = self.speaker(speaker)
+        tracks = voice.plan(person, rng, samples / voice.SAMPLE_RATE, self.spread)
+        return voice.transmit(voice.render(tracks, person, rng), rng, self.spread)
+
+    def __call__(self, name: str) -> np.ndarray:
+        """The wave of the utterance with this id: what `Utterances.reader` asks for."""
+        speaker, utterance = name.removeprefix(f"syn-{self.split}-").split("-")
+        return self.wave(NOISES.index(speaker) if self.split == "noise" else int(speaker), int(utterance))
+
+
+def parse(spec: str) -> Corpus:
+    """Reads `synthetic:SPLIT[?key=value&...]`.
+
+    Raises:
+        UserError: the split, a key or a value is unknown; the message names it.
+    """
+    split, _, query = spec.removeprefix(PREFIX).partition("?")
+    if split not in _SPLITS:
+        raise UserError(f"{spec}: unknown split {split!r}; it must be one of {', '.join(_SPLITS)}")
+    speakers, utterances = _SIZES[split]
+    values = {"speakers": speakers, "utterances": utterances, "seed": 0}
+    if split == "noise":
+        del values["speakers"]  # one for each kind
+    for key, text in parse_qsl(query, keep_blank_values=True, separator="&"):
+        if key not in values:
+            raise UserError(f"{spec}: unknown key {key!r}; the keys are {', '.join(values)}")
+        least = 0 if key == "seed" else 1
+        if not (text.isascii() and text.isdigit()) or not least <= int(text) < 2**32 - 1:
+            raise UserError(f"{spec}: {key} must be a whole number from {least}, got {text!r}")
+        values[key] = int(text)
+    corpus = Corpus(split, **{"speakers": speakers, **values})
+    if corpus.speakers * corpus.utterances > _MOST:
+        raise UserError(f"{spec}: {corpus.speakers} speakers of {corpus.utterances} utterances; at most {_MOST} in all")
+    return corpus
+
+
+def open_synthetic(spec: str) -> Utterances:
+    """Opens `synthetic:SPLIT[?key=value&...]` as a table; ids are like `syn-train-0003-07`.
+
+    Raises:
+        UserError: the split, a key or a value is unknown.
+    """
+    return table(parse(spec))
+
+
+def table(corpus: Corpus) -> Utterances:
+    """The utterances of a corpus; each is made when it is loaded."""
+    names = [corpus.name(speaker) for speaker in range(corpus.speakers)]
+    ids = tuple(f"{name}-{utterance:02d}" for name in names for utterance in range(corpus.utterances))
+    return Utterances(
+        ids=ids,
+        paths=ids,
+        speakers=tuple(name for name in names for _ in range(corpus.utterances)),
+        samples=np.concatenate([corpus.samples(speaker) for speaker in range(corpus.speakers)]),
+        genders={} if corpus.split == "noise" else {name: corpus.sex(i)[0] for i, name in enumerate(names)},
+        reader=corpus,
+    )
+
+
+def synthetic_trials(spec: str, most: int = 20_000) -> Trials:
+    """Trials of a split: pairs of one speaker, and as many of two speakers, half of them of the same sex.
+
+    Args:
+        spec: as for `open_synthetic`; rows of the trials are rows of that table.
+        most: if there are more target pairs, this many of them, evenly spread.
+
+    Raises:
+        UserError: the split has no pair of some kind.
+    """
+    corpus = parse(spec)
+    speakers, utterances = corpus.speakers, corpus.utterances
+    if corpus.split == "noise" or speakers < 4 or utterances < 2:
+        raise UserError(f"{spec}: trials need at least 4 speakers of 2 utterances")
+    pairs = np.array(list(combinations(range(utterances), 2)))
+    count = min(speakers * len(pairs), most)
+    chosen = np.linspace(0, speakers * len(pairs), count, endpoint=False).astype(np.int64)
+    target = chosen[:, None] // len(pairs) * utterances + pairs[chosen % len(pairs)]
+
+    rng = np.random.default_rng([corpus.seed, _SPLITS.index(corpus.split), 2**32 - 1, 2**32 - 1])
+    enrol = rng.integers(speakers, size=count)
+    same_sex = np.arange(count) % 2 == 0
+    # An even step stays within a sex and an odd one leaves it: sexes alternate.
+    even, odd = (speakers + 1) // 2, speakers // 2
+    step = rng.integers(2**32, size=count)
+    sex = enrol % 2
+    size = np.where(sex == 0, even, odd)
+    near = (enrol // 2 + 1 + step % (size - 1)) % size * 2 + sex
+    far = step % np.where(sex == 0, odd, even) * 2 + 1 - sex
+    test = np.where(same_sex, near, far)
+    nontarget = np.stack([enrol, test], 1) * utterances + rng.integers(utterances, size=(count, 2))
+
+    rows = np.concatenate([target, nontarget]).astype(np.int32)
+    label = np.arange(2 * count) < count
+    return Trials(rows[:, 0], rows[:, 1], label, table(corpus).ids, rows[:, 0], rows[:, 1])
+
+
+def noise(kind: str, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """A clip of noise, `[samples]` float32 in [-1, 1) at 16 kHz. It has no speech in it.
+
+    Args:
+        kind: one of `NOISES`: "colour" is wind to hiss, "tone" a drifting chord, "click" knocks and crackle, "hum" a motor.
+        samples: its length.
+        rng: draws it.
+    """
+    time = np.arange(samples) / voice.SAMPLE_RATE
+    white = rng.standard_normal(samples)
+    if kind == "colour":
+        frequency = np.fft.rfftfreq(samples, 1 / voice.SAMPLE_RATE)
+        colour = (np.maximum(frequency, 40.0) / 1000) ** rng.uniform(-1.2, 0.3)
+        wave = np.fft.irfft(np.fft.rfft(white) * colour, samples)
+        wave *= 1 + 0.8 * np.sin(2 * np.pi * rng.uniform(0.2, 3.0) * time + rng.uniform(0, 6.3)) * rng.random()
+    elif kind == "tone":
+        wave = 0.02 * white
+        for frequency in rng.uniform(120, 3500, rng.integers(1, 5)):
+            drift = 1 + 0.01 * np.sin(2 * np.pi * rng.uniform(0.1, 6.0) * time)
+            wave += rng.random() * np.sin(2 * np.pi * np.cumsum(frequency * drift) / voice.SAMPLE_RATE)
+    elif kind == "click":
+        clicks = np.where(rng.random(samples) < rng.uniform(2, 40) / voice.SAMPLE_RATE, white, 0.0)
+        radius, angle = np.exp(-np.pi * rng.uniform(100, 800) / voice.SAMPLE_RATE), 2 * np.pi * rng.uniform(0.01, 0.25)
+        wave = lfilter([1.0], [1.0, -2 * radius * np.cos(angle), radius**2], clicks) + 0.01 * white
+    elif kind == "hum":
+        harmonics = np.arange(1, 25)
+        phases = 2 * np.pi * (rng.uniform(45, 180) * harmonics[:, None] * time + rng.random((len(harmonics), 1)))
+        wave = (rng.random(len(harmonics)) / harmonics) @ np.sin(phases) + 0.05 * rng.random() * white
+    else:
+        raise ValueError(f"kind (={kind!r}) must be one of {', '.join(NOISES)}")
+    peak = np.max(np.abs(wave)) + 1e-9
+    return (wave * (rng.uniform(0.1, 0.7) / peak)).astype(np.float32)
