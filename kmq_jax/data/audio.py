@@ -46,6 +46,7 @@ def read_audio(
     seconds: float | None = None,
     min_seconds: float = MIN_SECONDS,
     max_seconds: float = MAX_SECONDS,
+    silence: float = SILENCE,
 ) -> np.ndarray:
     """Reads a recording: channels are averaged, other sample rates are resampled.
 
@@ -55,6 +56,7 @@ def read_audio(
         seconds: how much to read; None reads to the end.
         min_seconds: less than this is "too short".
         max_seconds: more than this is "too long"; nothing larger is ever allocated.
+        silence: RMS around the mean below which it is "silent"; 0 allows silence.
 
     Returns:
         `[samples]` float32 in [-1, 1) at 16 kHz.
@@ -67,7 +69,9 @@ def read_audio(
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise AudioError(path, "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({error.strerror})") from None
+        raise AudioError(
+            path, "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({error.strerror})"
+        ) from None
     if not path.is_file():
         raise AudioError(path, "unreadable (not a file)")
     if size == 0:
@@ -76,10 +80,12 @@ def read_audio(
         wave, rate = _decode_ffmpeg(path, start, seconds, max_seconds), SAMPLE_RATE
     else:
         wave, rate = _decode(path, start, seconds, max_seconds)
-    return checked(resample(wave, rate), path, min_seconds)
+    return checked(resample(wave, rate), path, min_seconds, silence)
 
 
-def checked(wave: np.ndarray, path: str | os.PathLike[str], min_seconds: float = MIN_SECONDS) -> np.ndarray:
+def checked(
+    wave: np.ndarray, path: str | os.PathLike[str], min_seconds: float = MIN_SECONDS, silence: float = SILENCE
+) -> np.ndarray:
     """Returns `wave` `[samples]` unchanged if it can be used, else raises `AudioError`."""
     if not wave.size:
         raise AudioError(path, "empty")
@@ -87,9 +93,33 @@ def checked(wave: np.ndarray, path: str | os.PathLike[str], min_seconds: float =
         raise AudioError(path, "values that are not finite (NaN or infinity)")
     if len(wave) < min_seconds * SAMPLE_RATE:
         raise AudioError(path, f"too short ({len(wave) / SAMPLE_RATE:.2f} s)")
-    if wave.std(dtype=np.float64) < SILENCE:
+    if wave.std(dtype=np.float64) < silence:
         raise AudioError(path, "silent")
     return wave
+
+
+def to_mono_16k(wave: np.ndarray, rate: int) -> np.ndarray:
+    """Makes mono float32 at 16 kHz of samples in memory.
+
+    Args:
+        wave: `[samples]` or `[samples, channels]`, floating point in [-1, 1) or 16-bit integers.
+        rate: its sample rate in Hz.
+
+    Raises:
+        UserError: another shape or type, values that are not finite, or a sample rate out of range.
+    """
+    wave = np.asarray(wave)
+    if wave.dtype == np.int16:
+        wave = from_int16(wave)
+    if wave.ndim not in (1, 2) or not np.issubdtype(wave.dtype, np.floating):
+        raise UserError(
+            f"audio must be [samples] or [samples, channels] of float or int16, not {wave.shape} {wave.dtype}"
+        )
+    if not RATES[0] <= rate <= RATES[1]:
+        raise UserError(f"sample rate {rate} Hz is outside {RATES[0]}-{RATES[1]} Hz")
+    if not np.isfinite(wave).all():
+        raise UserError("audio holds values that are not finite (NaN or infinity)")
+    return resample((wave if wave.ndim == 1 else wave.mean(axis=1)).astype(np.float32), rate)
 
 
 def num_samples(path: str | os.PathLike[str]) -> int:
@@ -116,7 +146,9 @@ def resample(wave: np.ndarray, rate: int) -> np.ndarray:
         return wave
     import librosa  # slow to import, and needed for few corpora
 
-    return librosa.resample(wave, orig_sr=rate, target_sr=SAMPLE_RATE, res_type="soxr_hq").astype(np.float32, copy=False)
+    return librosa.resample(wave, orig_sr=rate, target_sr=SAMPLE_RATE, res_type="soxr_hq").astype(
+        np.float32, copy=False
+    )
 
 
 def to_int16(wave: np.ndarray) -> np.ndarray:
@@ -233,10 +265,12 @@ def _decode_ffmpeg(path: Path, start: float, seconds: float | None, max_seconds:
     """Decodes what libsndfile cannot, by the `ffmpeg` program, which also mixes and resamples."""
     program = shutil.which("ffmpeg")
     if program is None:
-        raise AudioError(path, f"unreadable ({path.suffix[1:]} files need the ffmpeg program, which is not installed)")
+        kind = path.suffix[1:]
+        raise AudioError(path, f"unreadable ({kind} files need the ffmpeg program, which is not installed)")
     limit = max_seconds + 1 if seconds is None else seconds
-    command = [program, "-v", "error", "-xerror", "-nostdin", "-protocol_whitelist", "file,pipe", "-ss", str(start), "-i"]
-    command += [f"file:{path.absolute()}", "-t", str(limit), "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "f32le", "pipe:1"]
+    source = ["-protocol_whitelist", "file,pipe", "-ss", str(start), "-i", f"file:{path.absolute()}", "-t", str(limit)]
+    samples = ["-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "f32le", "pipe:1"]
+    command = [program, "-v", "error", "-xerror", "-nostdin", *source, *samples]
     try:
         done = subprocess.run(command, capture_output=True, timeout=60 + max_seconds / 10, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -33,8 +33,8 @@ def length_buckets(
 ) -> list[Batch]:
     """Groups utterances into batches of at most `max_shapes` different padded lengths.
 
-    The padded lengths are those, among multiples of `step`, for which the fewest samples are processed in all, padding and
-    empty rows counted; found by dynamic programming. Longest first, so that a lack of memory shows at once.
+    The padded lengths are those, among multiples of `step`, for which the fewest samples are processed in all,
+    padding and empty rows counted; found by dynamic programming. Longest first, so that a lack of memory shows at once.
 
     Args:
         lengths: `[n]` samples.

@@ -56,7 +56,9 @@ def open_csv(path: Path) -> Utterances:
             header = [name.strip() for name in rows.fieldnames or []]
             rows.fieldnames = header
             if not {"path", "speaker"} <= set(header):
-                raise UserError(f"{path}:1: the header must name the columns path and speaker, found {','.join(header)!r}")
+                raise UserError(
+                    f"{path}:1: the header must name the columns path and speaker, found {','.join(header)!r}"
+                )
             for row in rows:
                 line = rows.line_num
                 if None in row or None in row.values():

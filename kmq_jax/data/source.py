@@ -4,13 +4,13 @@ import os
 from pathlib import Path
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.data.audio import SAMPLE_RATE, AudioError, read_audio
+from kmq_jax.data.audio import SAMPLE_RATE, AudioError, read_audio, to_mono_16k
 from kmq_jax.data.folder import open_csv, open_folder
 from kmq_jax.data.kaldi import open_kaldi
-from kmq_jax.data.table import Utterances
+from kmq_jax.data.table import Utterances, concatenate
 from kmq_jax.data.voxceleb import open_voxceleb, tree_root
 
-__all__ = ["SAMPLE_RATE", "AudioError", "Utterances", "open_source", "read_audio"]
+__all__ = ["SAMPLE_RATE", "AudioError", "Utterances", "open_source", "open_sources", "read_audio", "to_mono_16k"]
 
 
 def open_source(data: str | os.PathLike[str]) -> Utterances:
@@ -44,7 +44,20 @@ def open_source(data: str | os.PathLike[str]) -> Utterances:
 
         return open_prepared(path)
     if (path / ".prepare").is_dir():
-        raise UserError(f"{text} is an unfinished prepare_data output; run the same prepare_data command again to finish it")
+        raise UserError(
+            f"{text} is an unfinished prepare_data output; run the same prepare_data command again to finish it"
+        )
     if (path / "wav.scp").is_file():
         return open_kaldi(path)
     return open_voxceleb(path) if tree_root(path) else open_folder(path)
+
+
+def open_sources(data: str) -> Utterances:
+    """Opens several DATA arguments, separated by commas, as one table.
+
+    Speakers of the same name in two of them are taken for different people.
+
+    Raises:
+        UserError: as `open_source`.
+    """
+    return concatenate([open_source(part.strip()) for part in data.split(",") if part.strip()] or [open_source(data)])

@@ -122,6 +122,51 @@ class Utterances:
         )
 
 
+def concatenate(tables: Sequence[Utterances]) -> Utterances:
+    """Joins tables into one. Speakers and utterances of the same name in two tables are taken for different ones."""
+    if len(tables) == 1:
+        return tables[0]
+    ids: list[str] = []
+    speakers: list[str] = []
+    genders: dict[str, str] = {}
+    ages: dict[str, float] = {}
+    rows: dict[str, tuple[int, int]] = {}
+    known: set[str] = set()
+    for t, table in enumerate(tables):
+        new = {name: f"{t}:{name}" if name in known else name for name in table.speaker_names}
+        known.update(new.values())
+        for i, name in enumerate(table.ids):
+            unique = f"{t}:{name}" if name in rows else name
+            rows[unique] = (t, i)
+            ids.append(unique)
+        speakers += [new[name] for name in table.speakers]
+        genders |= {new[name]: value for name, value in table.genders.items() if name in new}
+        ages |= {new[name]: value for name, value in table.ages.items() if name in new}
+    plain = all(table.reader is None and table.spans is None for table in tables)
+    known_lengths = [table.samples for table in tables if table.samples is not None]
+    return Utterances(
+        ids=tuple(ids),
+        paths=tuple(str(table.location(i).absolute()) for table in tables for i in range(len(table))),
+        speakers=tuple(speakers),
+        samples=np.concatenate(known_lengths) if len(known_lengths) == len(tables) else None,
+        genders=genders,
+        ages=ages,
+        reader=None if plain else _Joined(tuple(tables), rows),
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Joined:
+    """Reads an utterance of several tables by its id."""
+
+    tables: tuple[Utterances, ...]
+    rows: Mapping[str, tuple[int, int]]
+
+    def __call__(self, name: str) -> np.ndarray:
+        table, i = self.rows[name]
+        return self.tables[table].load(i)
+
+
 def require_unique(ids: Sequence[str], listing: Path, lines: Sequence[int]) -> None:
     """Raises `UserError`, naming file and line, where an id comes twice."""
     if len(set(ids)) == len(ids):

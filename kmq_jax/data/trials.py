@@ -10,6 +10,7 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.data.kaldi import read_table
+from kmq_jax.data.table import Utterances
 
 _CHUNK = 1 << 24  # bytes of a list held at a time
 _LABELS = {"1": 1, "0": 0, "target": 1, "nontarget": 0}
@@ -120,6 +121,45 @@ def read_trials(
     if min(enrol.min(), test.min(), label.min()) < 0:
         raise _first_error(path, form, enrolled, table)
     return Trials(enrol, test, label.astype(bool), tuple(numbers), enrol_name, test_name, members)
+
+
+def open_trials(text: str, utterances: Utterances) -> Trials:
+    """Reads the list at `text`; where that is empty, draws trials from the utterances themselves (`draw_trials`)."""
+    return read_trials(text, utterances.ids, utterances.paths) if text else draw_trials(utterances)
+
+
+def draw_trials(utterances: Utterances, targets: int = 5000, nontargets: int = 20000, seed: int = 0) -> Trials:
+    """Draws trials at random, without the same pair twice: a list for data that comes without one.
+
+    Args:
+        utterances: the table.
+        targets: at most this many pairs of the same speaker.
+        nontargets: at most this many of different speakers.
+        seed: the same seed gives the same trials.
+
+    Raises:
+        UserError: no two utterances share a speaker, or there is only one speaker.
+    """
+    rng = np.random.default_rng(seed)
+    labels = utterances.labels
+    by_speaker = np.argsort(labels, kind="stable")
+    groups = np.split(by_speaker, np.flatnonzero(np.diff(labels[by_speaker])) + 1)
+    same = np.concatenate([_some_pairs(rows, targets, rng) for rows in groups])
+    if len(groups) < 2 or not len(same):
+        raise UserError("trials need two speakers, one of them with two utterances")
+    same = rng.permutation(same)[:targets]
+    drawn = np.sort(rng.integers(len(labels), size=(4 * nontargets, 2)), axis=1)
+    drawn = drawn[np.sort(np.unique(drawn, axis=0, return_index=True)[1])]
+    other = drawn[labels[drawn[:, 0]] != labels[drawn[:, 1]]][:nontargets]
+    enrol, test = rng.permutation(np.concatenate((same, other))).T.astype(np.int32)
+    return Trials(enrol, test, labels[enrol] == labels[test], utterances.ids, enrol, test)
+
+
+def _some_pairs(rows: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+    """All pairs of `rows` `[pairs, 2]`; of very many rows, those of a random few, so that memory stays bounded."""
+    rows = rng.permutation(rows)[: max(2, 2 * int(most**0.5))]
+    first, second = np.triu_indices(len(rows), 1)
+    return np.stack((rows[first], rows[second]), axis=1)
 
 
 def read_models(path: str | os.PathLike[str]) -> dict[str, list[str]]:

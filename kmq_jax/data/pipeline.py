@@ -1,0 +1,245 @@
+"""The training pipeline: shuffled, cropped, augmented batches whose position can be saved and taken up again.
+
+The host chooses and cuts; the device does the signal processing (`frontend.augment`). A batch is a function of the
+seed and its number alone, so a run that is resumed, or read with other numbers of threads, sees the same batches.
+"""
+
+import dataclasses
+import logging
+import threading
+from collections.abc import MutableMapping, Sequence
+
+import grain
+import numpy as np
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.data import audio
+from kmq_jax.data.table import Utterances
+
+KINDS = ("clean", "noise", "music", "babble", "reverb")
+SNR_DB = {"noise": (0.0, 15.0), "music": (5.0, 15.0), "babble": (13.0, 20.0)}  # PAPER's ranges, as MUSAN recipes have
+BABBLE_VOICES = (3, 7)
+WHOLE_SECONDS = 60.0  # lossy and resampled files up to this long are decoded whole, and cached
+_TRIES = 100
+
+log = logging.getLogger(__name__)
+
+
+def num_speakers(utterances: Utterances, speeds: Sequence[float] = (1.0,)) -> int:
+    """How many classes a classifier needs: a voice at another speed is another speaker."""
+    return len(utterances.speaker_names) * len(speeds)
+
+
+class Crops:
+    """Cuts pieces out of utterances without decoding more than it must.
+
+    Lossless 16 kHz files are read where the piece lies. Others are decoded whole, because pieces of a lossy file differ
+    slightly with the place where decoding begins, and kept in memory as 16-bit samples up to a limit. What a crop holds
+    therefore never depends on what happens to be cached. Safe to use from several threads.
+
+    Attributes:
+        failures: reasons by the place of utterances that could not be read.
+    """
+
+    def __init__(
+        self, utterances: Utterances, cache_bytes: int = 1 << 30, failures: MutableMapping[str, str] | None = None
+    ):
+        self.utterances = utterances
+        self.failures: MutableMapping[str, str] = {} if failures is None else failures
+        self._bad: set[int] = set()
+        self._room = cache_bytes
+        self._waves: dict[int, np.ndarray] = {}
+        self._parts: dict[int, int] = {}  # length of those that are read in parts
+        self._lock = threading.Lock()
+
+    def crop(self, i: int, samples: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        """Cuts `samples` at a random place of utterance `i`; a shorter one is repeated.
+
+        An utterance that cannot be read is reported once and replaced by the next that can.
+
+        Returns:
+            `[samples]` float32, and the index of the utterance that was used.
+
+        Raises:
+            UserError: a hundred utterances in a row cannot be read.
+        """
+        place = rng.random()
+        for step in range(min(_TRIES, len(self.utterances))):
+            used = (i + step) % len(self.utterances)
+            if used in self._bad:
+                continue
+            try:
+                return self._crop(used, samples, place), used
+            except audio.AudioError as error:
+                self._report(used, error)
+        raise UserError(f"{_TRIES} utterances in a row cannot be read; the last: {self.utterances.where(used)}")
+
+    def _crop(self, i: int, samples: int, place: float) -> np.ndarray:
+        wave = self._waves.get(i)
+        length = self._parts.get(i)
+        if wave is None and length is None:
+            wave, length = self._first_read(i)
+        if wave is None:
+            assert length is not None
+            start = int(place * max(length - samples + 1, 1))
+            first = start / audio.SAMPLE_RATE
+            offset = 0.0 if self.utterances.spans is None else float(self.utterances.spans[i, 0])
+            seconds = min(samples, length) / audio.SAMPLE_RATE
+            place_of = self.utterances.location(i)
+            part = audio.read_audio(place_of, start=offset + first, seconds=seconds, min_seconds=0, silence=0)
+            wave, start = audio.to_int16(part), 0
+        else:
+            start = int(place * max(len(wave) - samples + 1, 1))
+        piece = wave[start : start + samples]
+        return audio.from_int16(piece if len(piece) == samples else np.resize(piece, samples))
+
+    def _first_read(self, i: int) -> tuple[np.ndarray | None, int | None]:
+        """Decides how utterance `i` is read: returns it whole, or its length where it is read in parts."""
+        table = self.utterances
+        if table.reader is None:
+            length = table.num_samples(i)
+            if length > WHOLE_SECONDS * audio.SAMPLE_RATE or audio.is_exact(table.location(i)):
+                self._parts[i] = length
+                return None, length
+        wave = audio.to_int16(table.load(i))
+        with self._lock:
+            if i not in self._waves and wave.nbytes <= self._room:
+                self._waves[i] = wave
+                self._room -= wave.nbytes
+        return wave, None
+
+    def _report(self, i: int, error: audio.AudioError) -> None:
+        with self._lock:
+            new = i not in self._bad
+            self._bad.add(i)
+            self.failures[error.path] = error.reason
+        if new:
+            log.warning("%s; another utterance takes its place (%d unreadable so far)", error, len(self.failures))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Examples:
+    """Makes example number n: which utterance, which piece, at which speed, disturbed by what."""
+
+    speech: Crops
+    noise: Crops | None
+    music: Crops | None
+    samples: int
+    speeds: tuple[float, ...]
+    kinds: tuple[str, ...]
+
+    def __call__(self, number: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        table = self.speech.utterances
+        version, i = divmod(int(number), len(table))
+        speed = self.speeds[version]
+        wanted = round(self.samples * speed)
+        wave, used = self.speech.crop(i, wanted, rng)
+        if speed != 1.0:
+            # Taken to be sampled at speed * 16 kHz, it becomes 1 / speed as long, and lower where speed < 1.
+            wave = audio.resample(wave, round(audio.SAMPLE_RATE * speed))
+            wave = np.resize(wave, self.samples) if len(wave) != self.samples else wave
+        kind = self.kinds[rng.integers(len(self.kinds))]
+        interference = np.zeros(self.samples, np.float32)
+        snr = np.inf
+        if kind in SNR_DB:
+            snr = rng.uniform(*SNR_DB[kind])
+            interference = self._interference(kind, int(table.labels[used]), rng)
+        return {
+            "wave": wave,
+            "interference": interference,
+            "snr_db": np.float32(snr),
+            "reverb": np.bool_(kind == "reverb"),
+            "speaker": np.int32(table.labels[used] + version * len(table.speaker_names)),
+        }
+
+    def _interference(self, kind: str, speaker: int, rng: np.random.Generator) -> np.ndarray:
+        clips = {"noise": self.noise, "music": self.music, "babble": self.speech}[kind]
+        assert clips is not None
+        if kind != "babble":
+            return clips.crop(int(rng.integers(len(clips.utterances))), self.samples, rng)[0]
+        labels = clips.utterances.labels
+        babble = np.zeros(self.samples, np.float32)
+        for _ in range(rng.integers(BABBLE_VOICES[0], BABBLE_VOICES[1] + 1)):
+            other = int(rng.integers(len(labels)))
+            while labels[other] == speaker:
+                other = int(rng.integers(len(labels)))
+            voice, _ = clips.crop(other, self.samples, rng)
+            babble += voice / max(float(np.sqrt(np.mean(voice**2))), audio.SILENCE)  # all equally loud
+        return babble / max(float(np.abs(babble).max()), 1.0)
+
+
+def training_batches(
+    utterances: Utterances,
+    *,
+    batch_size: int,
+    crop_samples: int,
+    seed: int,
+    noise: Utterances | None = None,
+    music: Utterances | None = None,
+    augment: bool = True,
+    speeds: Sequence[float] = (1.0,),
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+    cache_bytes: int = 1 << 30,
+    failures: MutableMapping[str, str] | None = None,
+) -> grain.IterDataset:
+    """Makes the endless sequence of training batches.
+
+    Every epoch is a new permutation of all utterances at all speeds. Each example gets one disturbance out of those at
+    hand, uniformly: none, noise (0-15 dB), music (5-15 dB), babble of 3 to 7 other training speakers (13-20 dB), or
+    reverberation. The batches of all processes together are those of a single process with the larger batch.
+
+    Args:
+        utterances: the training set.
+        batch_size: examples in a batch of this process.
+        crop_samples: samples of a crop; shorter utterances are repeated.
+        seed: decides every draw.
+        noise: noise clips; without them no example gets noise.
+        music: music clips; likewise.
+        augment: False gives clean crops.
+        speeds: speed factors; each but the first makes `len(speaker_names)` further speakers. Usually (1.0, 0.9, 1.1).
+        process_index: this process's place among
+        process_count: the processes that train together.
+        threads: batches made at the same time, and kept ahead; 0 makes them when asked for.
+        cache_bytes: memory for decoded speech, as 16-bit samples; noise and music get a quarter each on top.
+        failures: filled with the reason by the place of each utterance that could not be read and was replaced.
+
+    Returns:
+        A grain `IterDataset` of dictionaries: `wave` and `interference` `[batch, samples]` float32, `snr_db` `[batch]`
+        float32 (infinite without interference), `reverb` `[batch]` bool, `speaker` `[batch]` int32. Its iterator has
+        `get_state` and `set_state`.
+
+    Raises:
+        UserError: no utterance, or a setting out of range.
+    """
+    _check(utterances, batch_size, crop_samples, speeds, process_index, process_count)
+    voices = len(utterances.speaker_names)
+    at_hand = {"noise": noise is not None, "music": music is not None, "babble": voices > 1}
+    kinds = tuple(kind for kind in KINDS if at_hand.get(kind, True)) if augment else ("clean",)
+    examples = _Examples(
+        Crops(utterances, cache_bytes, failures),
+        None if noise is None else Crops(noise, cache_bytes // 4, failures),
+        None if music is None else Crops(music, cache_bytes // 4, failures),
+        crop_samples,
+        tuple(speeds),
+        kinds,
+    )
+    dataset = grain.MapDataset.range(len(utterances) * len(speeds)).seed(seed).shuffle().repeat().random_map(examples)
+    # Sliced last, so that a process's random draws follow from the place in the whole sequence.
+    dataset = dataset[process_index::process_count].batch(batch_size, drop_remainder=True)
+    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 1)))
+
+
+def _check(
+    utterances: Utterances, batch_size: int, crop_samples: int, speeds: Sequence[float], process: int, processes: int
+) -> None:
+    if not len(utterances):
+        raise UserError("the training set has no utterance")
+    for name, value in (("batch_size", batch_size), ("crop_samples", crop_samples), ("process_count", processes)):
+        if value < 1:
+            raise UserError(f"`{name}` (={value}) must be at least 1")
+    if not 0 <= process < processes:
+        raise UserError(f"`process_index` (={process}) must be in [0, {processes})")
+    if not speeds or any(not 0.5 <= speed <= 2.0 for speed in speeds) or len(set(speeds)) < len(speeds):
+        raise UserError(f"`speeds` (={tuple(speeds)}) must be different factors between 0.5 and 2")
