@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from kmq_jax.core.errors import UserError
+
 
 def mean_normalize(features: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
     """Subtracts each utterance's mean over time from its features.
@@ -17,11 +19,16 @@ def mean_normalize(features: jax.Array, lengths: jax.Array | None = None) -> jax
     Returns:
         The same shape. The mean is over real frames only, and padded frames are exactly 0, so that an utterance gives the
         same numbers alone and padded in a longer batch. An utterance of length 0 is all zeros.
+
+    Raises:
+        UserError: the features are not [batch, time, mel].
     """
+    if features.ndim != 3:
+        raise UserError(f"features (of shape {features.shape}) must be [batch, time, mel]")
     if lengths is None:
         return features - features.mean(1, keepdims=True)
     real = (jnp.arange(features.shape[1]) < lengths[:, None])[:, :, None]
     # Not a product with the mask: padding that holds NaN or infinity must not leak into the mean.
     total = jnp.where(real, features, 0).sum(1, keepdims=True)
-    mean = total / jnp.maximum(lengths, 1).astype(features.dtype)[:, None, None]
+    mean = total / jnp.maximum(real.sum(1, keepdims=True), 1)
     return jnp.where(real, features - mean, 0)
