@@ -1,0 +1,340 @@
+"""Residual speaker-embedding networks: Kiwano's family and WeSpeaker's.
+
+    features [batch, time, mel] -> stem -> stage1..stage4 -> pool -> head -> embedding [batch, embedding_size]
+
+Both are one Linen module, `ResNet`, in different settings. `kiwano` makes ResNet-18/36 (post-activation) and
+50/101/200 (pre-activation) as used in the study of quantization errors that this project reproduces: SiLU stem,
+channels 128/128/256/256, squeeze-and-excitation in the first two stages, attentive statistics pooling, and a head of
+BN, linear, BN. `wespeaker` makes WeSpeaker's: ReLU stem, channels 32/64/128/256, basic blocks or bottlenecks with
+four times the channels, statistics pooling and a linear head.
+
+Parameter names, which quantization rules, imports and diagnosis rely on. Stages count from 1, blocks from 0; every
+convolution and linear layer holds `kernel`, every batch normalisation `scale` and `bias` (and, in `batch_stats`,
+`mean` and `var`).
+
+    stem/conv, stem/bn
+    stage{1..4}/block{n}/conv1, bn1, conv2, bn2[, conv3, bn3]
+    stage{1..4}/block{n}/shortcut/conv, shortcut/bn      where stride or width changes
+    stage{1..4}/block{n}/se/fc1, se/fc2                  with a bias; stages 1 and 2 of Kiwano's
+    pool/attention1, pool/attention2                     with a bias; Kiwano's
+    head/linear                                          with a bias
+    head/bn_in, head/bn                                  before and after `linear`; Kiwano's
+
+With `norm="bias"` batch normalisation is folded away: convolutions that it followed have a `bias` of their own and
+no `bn` is left, but for the `bn1` of pre-activation blocks, which acts on a sum and stays as scale and bias.
+
+`pool` flattens channel-fastest and the rows of `pool/attention1/kernel`, the columns of `pool/attention2/kernel`, and
+the rows of `head/linear/kernel` are in that order; see nn/pooling.py for the permutation of imported weights.
+
+Convolutions start as in the originals: Kiwano's by Kaiming's normal (fan out), WeSpeaker's by PyTorch's default.
+
+References: Kiwano https://github.com/mrouvier/kiwano, WeSpeaker https://github.com/wenet-e2e/wespeaker (structure read
+in kiwano/model/resnet.py and wespeaker/models/resnet.py; He et al. 2016 for both kinds of block).
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.nn.layers import (
+    KAIMING_NORMAL,
+    TORCH_DEFAULT,
+    BasicBlock,
+    Block,
+    Bottleneck,
+    ConvNorm,
+    LayerStyle,
+    PreActivationBlock,
+    dense,
+    frame_mask,
+    mask_frames,
+    stride_mask,
+)
+from kmq_jax.nn.pooling import AttentiveStatisticsPooling, StatisticsPooling
+
+STRIDES = (1, 2, 2, 2)
+ACTIVATIONS = {"silu": nn.silu, "relu": nn.relu}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Stage(nn.Module):
+    """Residual blocks `block0`, `block1`, ...; the first has the stage's stride.
+
+    Attributes:
+        block: kind of block.
+        count: how many.
+        channels: inner channels of each.
+        stride: step of the first block in time and frequency.
+        squeeze: whether blocks end in squeeze-and-excitation.
+        style: how layers are made.
+        options: further attributes of every block.
+        remat: recompute a block's activations in the backward pass instead of keeping them.
+    """
+
+    block: type[Block]
+    count: int
+    channels: int
+    stride: int
+    squeeze: bool
+    style: LayerStyle
+    options: dict[str, Any]
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> tuple[jax.Array, jax.Array | None]:
+        """Maps `[batch, time, freq, channel]` and its mask to the stage's output and mask."""
+        block = nn.remat(self.block, static_argnums=(3,)) if self.remat else self.block
+        for n in range(self.count):
+            stride = self.stride if n == 0 else 1
+            x = block(self.channels, stride, self.squeeze, self.style, **self.options, name=f"block{n}")(
+                x, mask, train
+            )
+            mask = stride_mask(mask, stride)
+        return x, mask
+
+
+class Head(nn.Module):
+    """From pooled statistics to the embedding, in float32: (BN `bn_in`), linear `linear`, (BN `bn`).
+
+    Attributes:
+        embedding_size: dimension of the embedding.
+        style: how layers are made; `norm="bias"` means that both normalisations are folded into `linear`.
+        normalize: whether there are normalisations.
+    """
+
+    embedding_size: int
+    style: LayerStyle
+    normalize: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps `[batch, statistics]` to float32 `[batch, embedding_size]`."""
+        if self.normalize:
+            x = self.style.normalize(x, None, train, name="bn_in")
+        x = dense(self.embedding_size, "linear")(x)
+        if self.normalize:
+            x = self.style.normalize(x, None, train, name="bn")
+        return x
+
+
+class ResNet(nn.Module):
+    """A residual speaker-embedding network; build one by `kmq_jax.models.registry.build`.
+
+    Attributes:
+        block: kind of residual block.
+        blocks: how many of them in each stage.
+        channels: inner channels of each stage.
+        stem_activation: name of the activation after the first convolution.
+        block_options: further attributes of every block.
+        squeeze_stages: how many stages, from the first, have squeeze-and-excitation.
+        attentive: attentive statistics pooling, else plain.
+        normalize_head: whether the head has batch normalisations.
+        kernel_init: how convolution kernels start.
+        features: features a frame, the last axis of the input.
+        embedding_size: dimension of the embedding.
+        norm: "batch", or "bias" for folded batch normalisation.
+        dtype: compute dtype. Parameters, batch statistics, pooling and the head are float32.
+        remat: recompute each block in the backward pass; less memory, about a third more arithmetic.
+    """
+
+    block: type[Block]
+    blocks: tuple[int, ...]
+    channels: tuple[int, ...]
+    stem_activation: str
+    block_options: dict[str, Any]
+    squeeze_stages: int
+    attentive: bool
+    normalize_head: bool
+    kernel_init: Any
+    features: int
+    embedding_size: int
+    norm: str = "batch"
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @overload
+    def __call__(
+        self,
+        features: jax.Array,
+        lengths: jax.Array | None = None,
+        train: bool = False,
+        return_stages: Literal[False] = False,
+    ) -> jax.Array: ...
+    @overload
+    def __call__(
+        self, features: jax.Array, lengths: jax.Array | None = None, train: bool = False, *, return_stages: bool
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]: ...
+
+    @nn.compact
+    def __call__(self, features, lengths=None, train=False, return_stages=False):
+        """Embeds a batch of utterances.
+
+        Args:
+            features: `[batch, time, features]`, any float dtype.
+            lengths: int `[batch]`, real frames of each utterance; what lies beyond is ignored. None: all are real.
+            train: normalise by the batch's statistics, and update the running ones (`mutable=["batch_stats"]`).
+            return_stages: also return the four stages' outputs.
+
+        Returns:
+            Float32 `[batch, embedding_size]`; with `return_stages` a pair of it and a tuple of four
+            `[batch, ceil(time / s), ceil(features / s), channels]`, s = 1, 2, 4, 8, zero on padded frames.
+
+        Raises:
+            UserError: the input has not the network's number of features.
+        """
+        if features.ndim != 3 or features.shape[-1] != self.features:
+            raise UserError(
+                f"input of shape {features.shape}: the network takes [batch, time, {self.features} features]"
+            )
+        style = LayerStyle(self.norm, self.dtype, self.kernel_init)
+        mask = frame_mask(lengths, features.shape[1])
+        x = mask_frames(features.astype(self.dtype)[..., None], mask)
+        x = ConvNorm(self.channels[0], 3, 1, style, name="stem")(x, mask, train)
+        x = mask_frames(ACTIVATIONS[self.stem_activation](x), mask)
+        outputs = []
+        for i, (count, channels, stride) in enumerate(zip(self.blocks, self.channels, STRIDES)):
+            x, mask = Stage(
+                self.block,
+                count,
+                channels,
+                stride,
+                i < self.squeeze_stages,
+                style,
+                self.block_options,
+                self.remat,
+                name=f"stage{i + 1}",
+            )(x, mask, train)
+            if return_stages:
+                outputs.append(mask_frames(x, mask))
+        if self.attentive:
+            pooled = AttentiveStatisticsPooling(self.channels[-1] // 2, dtype=self.dtype, name="pool")(x, mask)
+        else:
+            pooled = StatisticsPooling(name="pool")(x, mask)
+        head_style = LayerStyle(self.norm, jnp.float32, self.kernel_init)
+        embedding = Head(self.embedding_size, head_style, self.normalize_head, name="head")(pooled, train)
+        return (embedding, tuple(outputs)) if return_stages else embedding
+
+
+def kiwano(
+    *,
+    blocks: Sequence[int],
+    preactivation: bool,
+    width: int = 128,
+    features: int = 81,
+    embedding_size: int = 256,
+    norm: str = "batch",
+    dtype: Any = "float32",
+    activation: str = "silu",
+    last_taps: int = 1,
+    remat: bool = False,
+) -> ResNet:
+    """Makes a network of Kiwano's family.
+
+    Args:
+        blocks: residual blocks in each of the four stages.
+        preactivation: pre-activation blocks of three convolutions, else post-activation blocks of two.
+        width: channels of the first two stages; the last two have twice as many.
+        features: features a frame; Kiwano's front end gives 80 mel bands and the log energy.
+        embedding_size: dimension of the embedding.
+        norm: "batch", or "bias" for folded batch normalisation.
+        dtype: compute dtype, "float32", "bfloat16" or "float16".
+        activation: "silu" or "relu", within pre-activation blocks; post-activation blocks use ReLU.
+        last_taps: kernel size, 1 or 3, of the third convolution of pre-activation blocks; Kiwano's own
+            `KiwanoResNet` has 3.
+        remat: recompute each block in the backward pass.
+
+    Raises:
+        UserError: a value is not allowed; the message names the setting.
+    """
+    _require("width", _is_count(width), width, "a positive integer")
+    _require("activation", activation in ACTIVATIONS, activation, f"one of {', '.join(ACTIVATIONS)}")
+    _require("last_taps", last_taps in (1, 3), last_taps, "1 or 3")
+    return ResNet(
+        block=PreActivationBlock if preactivation else BasicBlock,
+        channels=(width, width, 2 * width, 2 * width),
+        stem_activation="silu",
+        block_options={"activation": ACTIVATIONS[activation], "last_taps": last_taps} if preactivation else {},
+        squeeze_stages=2,
+        attentive=True,
+        normalize_head=True,
+        kernel_init=KAIMING_NORMAL,
+        **_common(blocks, features, embedding_size, norm, dtype, remat),
+    )
+
+
+def wespeaker(
+    *,
+    blocks: Sequence[int],
+    bottleneck: bool,
+    width: int = 32,
+    features: int = 80,
+    embedding_size: int = 256,
+    norm: str = "batch",
+    dtype: Any = "float32",
+    remat: bool = False,
+) -> ResNet:
+    """Makes a network of WeSpeaker's family (`two_emb_layer=False`).
+
+    Args:
+        blocks: residual blocks in each of the four stages.
+        bottleneck: blocks of 1x1, 3x3, 1x1 convolutions with four times the channels, else of two 3x3.
+        width: channels of the first stage (`m_channels`); each stage doubles them.
+        features: mel bands.
+        embedding_size: dimension of the embedding.
+        norm: "batch", or "bias" for folded batch normalisation, as in the published ONNX files.
+        dtype: compute dtype, "float32", "bfloat16" or "float16".
+        remat: recompute each block in the backward pass.
+
+    Raises:
+        UserError: a value is not allowed; the message names the setting.
+    """
+    _require("width", _is_count(width), width, "a positive integer")
+    return ResNet(
+        block=Bottleneck if bottleneck else BasicBlock,
+        channels=(width, 2 * width, 4 * width, 8 * width),
+        stem_activation="relu",
+        block_options={},
+        squeeze_stages=0,
+        attentive=False,
+        normalize_head=False,
+        kernel_init=TORCH_DEFAULT,
+        **_common(blocks, features, embedding_size, norm, dtype, remat),
+    )
+
+
+def _common(
+    blocks: Sequence[int], features: int, embedding_size: int, norm: str, dtype: Any, remat: bool
+) -> dict[str, Any]:
+    """Checks the settings that both families have, and returns them as attributes of `ResNet`."""
+    is_list = isinstance(blocks, Sequence) and not isinstance(blocks, str)
+    _require("blocks", is_list and len(blocks) == 4 and all(map(_is_count, blocks)), blocks, "four positive integers")
+    _require("features", _is_count(features), features, "a positive integer")
+    _require("embedding_size", _is_count(embedding_size), embedding_size, "a positive integer")
+    _require("norm", norm in ("batch", "bias"), norm, "batch or bias")
+    _require("remat", isinstance(remat, bool), remat, "true or false")
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        _require("dtype", False, dtype, f"one of {', '.join(DTYPES)}")
+    _require("dtype", dtype.name in DTYPES, dtype, f"one of {', '.join(DTYPES)}")
+    return {
+        "blocks": tuple(blocks),
+        "features": features,
+        "embedding_size": embedding_size,
+        "norm": norm,
+        "dtype": dtype,
+        "remat": remat,
+    }
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _require(setting: str, holds: bool, value: Any, what: str) -> None:
+    if not holds:
+        raise UserError(f"model setting {setting} (={value}) must be {what}")

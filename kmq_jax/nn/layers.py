@@ -1,0 +1,295 @@
+"""Convolution, batch normalisation, squeeze-and-excitation and the residual blocks, exact for padded batches.
+
+Activations are `[batch, time, freq, channel]`. A mask `[batch, time]` says which frames are real; None means all, and
+costs nothing. An utterance alone sees zeros beyond its end, so every block sets padded frames to zero wherever a 3x3
+convolution is going to read them: after each activation. A stride of 2 keeps frames 0, 2, 4, ..., hence
+`mask[:, ::2]` is the mask after it, and a length of L becomes ceil(L / 2).
+
+Linen names a parameter after the `name=` given here; models/resnet.py lists the names.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer, ones, variance_scaling, zeros
+
+from kmq_jax.nn.conv import conv2d
+
+Activation = Callable[[jax.Array], jax.Array]
+
+KAIMING_NORMAL: Initializer = variance_scaling(2.0, "fan_out", "normal")
+"""`kaiming_normal_(mode="fan_out", nonlinearity="relu")` of PyTorch, as Kiwano starts its convolutions."""
+TORCH_DEFAULT: Initializer = variance_scaling(1 / 3, "fan_in", "uniform")
+"""What PyTorch gives layers that nobody initialises: WeSpeaker's convolutions, and every linear layer here."""
+
+
+def frame_mask(lengths: jax.Array | None, time: int) -> jax.Array | None:
+    """Turns lengths `[batch]` in frames into a mask `[batch, time]`, true on real frames; None stays None."""
+    return None if lengths is None else jnp.arange(time)[None, :] < lengths[:, None]
+
+
+def expand_mask(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """Adds the axes by which a mask `[batch, time]` broadcasts against `x` `[batch, time, ...]`."""
+    return mask.reshape(mask.shape + (1,) * (x.ndim - 2))
+
+
+def mask_frames(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Sets the padded frames of `x` `[batch, time, ...]` to zero, whatever they held."""
+    return x if mask is None else jnp.where(expand_mask(mask, x), x, 0)
+
+
+def stride_mask(mask: jax.Array | None, stride: int) -> jax.Array | None:
+    """The mask after a convolution with this stride in time."""
+    return None if mask is None else mask[:, ::stride]
+
+
+def mean_frames(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
+    """Float32 mean of `x` `[batch, time, ...]` over `axes` and real frames only.
+
+    An utterance without any real frame has mean zero.
+    """
+    if mask is None:
+        return jnp.mean(x, axes, dtype=jnp.float32)
+    real = jnp.broadcast_to(expand_mask(mask, x), x.shape[:2] + (1,) * (x.ndim - 2))
+    count = jnp.sum(real, axes, dtype=jnp.float32)
+    for axis in axes:
+        count = count * (x.shape[axis] if axis > 1 else 1)
+    return jnp.sum(mask_frames(x, mask), axes, dtype=jnp.float32) / jnp.maximum(count, 1)
+
+
+def dense(features: int, name: str, dtype: Any = jnp.float32) -> nn.Dense:
+    """A linear layer with bias, started as PyTorch does, but for the bias, which starts at zero."""
+    return nn.Dense(features, dtype=dtype, kernel_init=TORCH_DEFAULT, name=name)
+
+
+class Conv(nn.Module):
+    """Square 2-D convolution; parameters `kernel` `[taps, taps, in, out]` and, where asked for, `bias` `[out]`.
+
+    Attributes:
+        channels: output channels.
+        taps: kernel size in time and in frequency.
+        stride: step in time and in frequency.
+        use_bias: whether to add a bias.
+        dtype: the compute dtype; parameters are float32.
+        kernel_init: how the kernel starts.
+    """
+
+    channels: int
+    taps: int = 3
+    stride: int = 1
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    kernel_init: Initializer = KAIMING_NORMAL
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[batch, time, freq, in]` to `[batch, ceil(time / stride), ceil(freq / stride), out]`."""
+        kernel = self.param("kernel", self.kernel_init, (self.taps, self.taps, x.shape[-1], self.channels))
+        y = conv2d(x.astype(self.dtype), kernel.astype(self.dtype), (self.stride, self.stride))
+        if self.use_bias:
+            bias = self.param("bias", zeros, (self.channels,))
+            y = y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+        return y
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over real frames, with PyTorch's settings and float32 statistics.
+
+    Parameters `scale` and `bias`, statistics `mean` and `var`, all `[channels]`. In a jit-compiled step on a sharded
+    batch the statistics are those of the global batch. The running variance is the biased one, as in the
+    normalisation itself (PyTorch's is unbiased).
+
+    Attributes:
+        dtype: dtype of the output.
+        momentum: share of the old running statistics that one training step keeps (1 - 0.1 of PyTorch).
+        epsilon: added to the variance.
+        use_statistics: False leaves only the scale and the bias of a normalisation that is already folded into them.
+    """
+
+    dtype: Any = jnp.float32
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    use_statistics: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+        """Normalises each channel of `x` `[batch, (time, freq,) channels]`.
+
+        Args:
+            x: activations.
+            mask: `[batch, time]`, frames that count in the statistics of a training batch.
+            train: normalise by the batch's statistics and update the running ones, else by the running ones.
+        """
+        channels = x.shape[-1:]
+        slope, shift = self.param("scale", ones, channels), self.param("bias", zeros, channels)
+        if self.use_statistics:
+            running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+            running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+            mean, var = running_mean.value, running_var.value
+            if train:
+                mean, var = self._batch_statistics(x, mask)
+                if not self.is_initializing():
+                    running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
+                    running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
+            slope = slope * jax.lax.rsqrt(var + self.epsilon)
+            shift = shift - mean * slope
+        per_channel = (1,) * (x.ndim - 1) + channels
+        return (x * slope.reshape(per_channel) + shift.reshape(per_channel)).astype(self.dtype)
+
+    def _batch_statistics(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        axes = tuple(range(x.ndim - 1))
+        x = x.astype(jnp.float32)
+        mean = mean_frames(x, mask, axes)
+        # One pass over the activations instead of two: both moments are read together.
+        var = mean_frames(jnp.square(x), mask, axes) - jnp.square(mean)
+        return mean, jnp.maximum(var, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerStyle:
+    """How one network makes its convolutions and normalisations.
+
+    Attributes:
+        norm: "batch", or "bias" for a network whose batch normalisations are folded into the convolutions before
+            them, which then carry a bias.
+        dtype: compute dtype.
+        kernel_init: how convolution kernels start.
+    """
+
+    norm: str = "batch"
+    dtype: Any = jnp.float32
+    kernel_init: Initializer = KAIMING_NORMAL
+
+    def conv(
+        self, x: jax.Array, channels: int, taps: int, stride: int = 1, *, name: str, before_norm: bool = True
+    ) -> jax.Array:
+        """Convolves; with `norm="bias"` a bias is added in place of the normalisation that would follow."""
+        use_bias = before_norm and self.norm == "bias"
+        return Conv(channels, taps, stride, use_bias, self.dtype, self.kernel_init, name=name)(x)
+
+    def normalize(
+        self, x: jax.Array, mask: jax.Array | None, train: bool, *, name: str, after_conv: bool = True
+    ) -> jax.Array:
+        """Batch-normalises; with `norm="bias"` nothing is left of it but, where no convolution precedes, an affine map."""
+        if self.norm == "bias" and after_conv:
+            return x
+        return BatchNorm(self.dtype, use_statistics=self.norm == "batch", name=name)(x, mask, train)
+
+
+class ConvNorm(nn.Module):
+    """A convolution `conv` and its batch normalisation `bn`: the stem, and shortcuts that change the shape."""
+
+    channels: int
+    taps: int
+    stride: int
+    style: LayerStyle
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+        """Maps `[batch, time, freq, in]` to `[batch, time', freq', channels]`; `mask` is that of the output."""
+        x = self.style.conv(x, self.channels, self.taps, self.stride, name="conv")
+        return self.style.normalize(x, mask, train, name="bn")
+
+
+class SqueezeExcite(nn.Module):
+    """Squeeze-and-excitation without reduction: linear `fc1`, SiLU, linear `fc2`, sigmoid, gate on each channel.
+
+    References: Hu et al., Squeeze-and-Excitation Networks, 2018.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Scales the channels of `x` `[batch, time, freq, channel]` by what their mean over real frames says."""
+        squeezed = mean_frames(x, mask, (1, 2))
+        gate = dense(x.shape[-1], "fc2", self.dtype)(nn.silu(dense(x.shape[-1], "fc1", self.dtype)(squeezed)))
+        return x * nn.sigmoid(gate)[:, None, None, :]
+
+
+class Block(nn.Module):
+    """What the residual blocks share.
+
+    Attributes:
+        channels: inner channels; `expansion` times as many come out.
+        stride: step in time and frequency.
+        squeeze: whether squeeze-and-excitation `se` ends the residual branch.
+        style: how layers are made.
+    """
+
+    channels: int
+    stride: int
+    squeeze: bool
+    style: LayerStyle
+    expansion = 1
+
+    def finish(self, x: jax.Array, y: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+        """Adds the block's input `x`, through `shortcut` where the shape changes, to the branch `y`."""
+        if self.squeeze:
+            y = SqueezeExcite(self.style.dtype, name="se")(y, mask)
+        if self.stride != 1 or x.shape[-1] != y.shape[-1]:
+            x = ConvNorm(y.shape[-1], 1, self.stride, self.style, name="shortcut")(x, mask, train)
+        return x + y
+
+
+class BasicBlock(Block):
+    """Post-activation: conv3x3, BN, ReLU, conv3x3, BN, (SE), add, ReLU. Expects and returns masked frames."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+        """Maps `[batch, time, freq, in]` to `[batch, time', freq', channels]`; `mask` is that of the input."""
+        after = stride_mask(mask, self.stride)
+        y = self.style.conv(x, self.channels, 3, self.stride, name="conv1")
+        y = mask_frames(nn.relu(self.style.normalize(y, after, train, name="bn1")), after)
+        y = self.style.conv(y, self.channels, 3, name="conv2")
+        y = self.style.normalize(y, after, train, name="bn2")
+        return mask_frames(nn.relu(self.finish(x, y, after, train)), after)
+
+
+class Bottleneck(Block):
+    """Post-activation: conv1x1, conv3x3 (the stride is here), conv1x1 to four times the channels; add, ReLU."""
+
+    expansion = 4
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+        """Maps `[batch, time, freq, in]` to `[batch, time', freq', 4 channels]`; `mask` is that of the input."""
+        after = stride_mask(mask, self.stride)
+        y = self.style.conv(x, self.channels, 1, name="conv1")
+        y = mask_frames(nn.relu(self.style.normalize(y, mask, train, name="bn1")), mask)
+        y = self.style.conv(y, self.channels, 3, self.stride, name="conv2")
+        y = nn.relu(self.style.normalize(y, after, train, name="bn2"))
+        y = self.style.conv(y, self.expansion * self.channels, 1, name="conv3")
+        y = self.style.normalize(y, after, train, name="bn3")
+        return mask_frames(nn.relu(self.finish(x, y, after, train)), after)
+
+
+class PreActivationBlock(Block):
+    """Pre-activation: three times BN, activation, convolution (3x3, 3x3 and `last_taps`), (SE), add.
+
+    The sum is passed on as it is: padded frames of the output are not zero, and the next block masks what it reads.
+
+    Attributes:
+        activation: SiLU in PAPER's networks; some of Kiwano's use ReLU.
+        last_taps: kernel size of the third convolution, 1 or 3.
+    """
+
+    activation: Activation = nn.silu
+    last_taps: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+        """Maps `[batch, time, freq, in]` to `[batch, time', freq', channels]`; `mask` is that of the input."""
+        after = stride_mask(mask, self.stride)
+        y = self.style.normalize(x, mask, train, name="bn1", after_conv=False)
+        y = self.style.conv(mask_frames(self.activation(y), mask), self.channels, 3, self.stride, name="conv1")
+        y = self.style.normalize(y, after, train, name="bn2")
+        y = self.style.conv(mask_frames(self.activation(y), after), self.channels, 3, name="conv2")
+        y = self.style.normalize(y, after, train, name="bn3")
+        y = mask_frames(self.activation(y), after)
+        y = self.style.conv(y, self.channels, self.last_taps, name="conv3", before_norm=False)
+        return self.finish(x, y, after, train)
