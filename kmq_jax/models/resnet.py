@@ -81,7 +81,7 @@ class Stage(nn.Module):
     stride: int
     squeeze: bool
     style: LayerStyle
-    options: dict[str, Any]
+    options: tuple[tuple[str, Any], ...]
     remat: bool = False
 
     @nn.compact
@@ -90,7 +90,7 @@ class Stage(nn.Module):
         block = nn.remat(self.block, static_argnums=(3,)) if self.remat else self.block
         for n in range(self.count):
             stride = self.stride if n == 0 else 1
-            x = block(self.channels, stride, self.squeeze, self.style, **self.options, name=f"block{n}")(
+            x = block(self.channels, stride, self.squeeze, self.style, **dict(self.options), name=f"block{n}")(
                 x, mask, train
             )
             mask = stride_mask(mask, stride)
@@ -129,7 +129,7 @@ class ResNet(nn.Module):
         blocks: how many of them in each stage.
         channels: inner channels of each stage.
         stem_activation: name of the activation after the first convolution.
-        block_options: further attributes of every block.
+        block_options: further attributes of every block, as pairs, so that a network is hashable: a static argument.
         squeeze_stages: how many stages, from the first, have squeeze-and-excitation.
         attentive: attentive statistics pooling, else plain.
         normalize_head: whether the head has batch normalisations.
@@ -145,7 +145,7 @@ class ResNet(nn.Module):
     blocks: tuple[int, ...]
     channels: tuple[int, ...]
     stem_activation: str
-    block_options: dict[str, Any]
+    block_options: tuple[tuple[str, Any], ...]
     squeeze_stages: int
     attentive: bool
     normalize_head: bool
@@ -257,7 +257,7 @@ def kiwano(
         block=PreActivationBlock if preactivation else BasicBlock,
         channels=(width, width, 2 * width, 2 * width),
         stem_activation="silu",
-        block_options={"activation": ACTIVATIONS[activation], "last_taps": last_taps} if preactivation else {},
+        block_options=(("activation", ACTIVATIONS[activation]), ("last_taps", last_taps)) if preactivation else (),
         squeeze_stages=2,
         attentive=True,
         normalize_head=True,
@@ -297,7 +297,7 @@ def wespeaker(
         block=Bottleneck if bottleneck else BasicBlock,
         channels=(width, 2 * width, 4 * width, 8 * width),
         stem_activation="relu",
-        block_options={},
+        block_options=(),
         squeeze_stages=0,
         attentive=False,
         normalize_head=False,

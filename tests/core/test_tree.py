@@ -44,5 +44,5 @@ def test_a_pattern_that_is_no_expression_raises():
 
 
 def test_arrays_keep_their_place():
-    (name, leaf), = named_leaves({"a": {"b": jnp.ones(2)}})
+    ((name, leaf),) = named_leaves({"a": {"b": jnp.ones(2)}})
     assert name == "a/b" and leaf.shape == (2,)

@@ -1,0 +1,49 @@
+"""`python -m kmq_jax.extract`: embeddings of every utterance of a dataset."""
+
+import argparse
+
+import numpy as np
+
+from kmq_jax import model
+from kmq_jax.core import cli
+from kmq_jax.core.files import atomic_write
+from kmq_jax.data import source
+
+
+def flags() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = cli.parser(
+        "extract",
+        "Embeds every utterance of a dataset with a model.",
+        "python -m kmq_jax.extract --model=runs/quickstart --data=synthetic:dev --out=runs/dev.npz",
+    )
+    parser.add_argument(
+        "--model", required=True, help="MODEL: a training workdir, a .kmq file or an imported directory"
+    )
+    parser.add_argument("--data", required=True, help="DATA: Kaldi directory, VoxCeleb tree, folder, CSV, prepared set")
+    parser.add_argument("--out", required=True, help="the .npz file to write: ids, paths, speakers, embeddings")
+    parser.add_argument("--compute", default="float32", choices=model.COMPUTE, help="the network's arithmetic")
+    parser.add_argument("--max_seconds", type=float, default=0.0, help="only so much of each recording (0: all)")
+    parser.add_argument("--batch_size", type=int, default=model.BATCH_SIZE, help="recordings in one batch")
+    return parser
+
+
+def main() -> None:
+    """Runs the command."""
+    args = flags().parse_args()
+    speaker_model = model.load(args.model)
+    utterances = source.open_source(args.data)
+    embeddings = model.embed_all(speaker_model, utterances, args.compute, args.max_seconds, args.batch_size)
+    with atomic_write(args.out) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            ids=np.array(utterances.ids),
+            paths=np.array(utterances.paths),
+            speakers=np.array(utterances.speakers),
+            embeddings=embeddings,
+        )
+    print(f"{args.out}: {len(utterances)} embeddings of {embeddings.shape[1]} dimensions")
+
+
+if __name__ == "__main__":
+    cli.run("extract", main)

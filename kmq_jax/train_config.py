@@ -1,0 +1,131 @@
+"""Every setting of a training run with its default. Files in `configs/` change what they need."""
+
+from typing import Any
+
+import ml_collections
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.models import registry
+
+
+def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
+    """Returns the configuration of a run of `model`; its keys are all there are, so a misspelt one is an error.
+
+    Times are in epochs. An epoch is `epoch_steps` steps; 0 means one crop of every training utterance (at every speed).
+
+    Args:
+        model: a name of `models.registry`.
+        **settings: changes of the model's settings; what is left out takes the registry's default.
+
+    Raises:
+        UserError: the model or a setting is unknown.
+    """
+    known = registry.default_settings(model)
+    del known["dtype"]  # a run's, below: the same network is trained in one and used in another
+    for setting in settings:
+        if setting not in known:
+            raise UserError(f"model {model} has no setting {setting!r}; it has {', '.join(sorted(known))}")
+    return ml_collections.ConfigDict(
+        {
+            "seed": 0,
+            # A MODEL to start from: its network, and its classifier where that has at least as many classes.
+            "init_from": "",
+            "model": dict(name=model, **{**known, **settings}),
+            "frontend": "kiwano",  # or "wespeaker": the two filterbank settings in use
+            "dtype": "float32",  # of the network's arithmetic; parameters and statistics stay float32
+            "data": {
+                "train": "",  # one DATA, or several separated by commas
+                "crop_seconds": 2.0,
+                "speeds": (1.0,),  # speed perturbation: each speed other than 1 makes new speakers
+                "augment": True,  # noise, music, babble, clean, reverberation: one of those at hand, uniformly
+                "noise": "",  # DATA of noise clips
+                "music": "",  # DATA of music clips
+                "threads": 2,
+            },
+            "spec_augment": 0.6,  # probability of masking one band and one stretch of time; 0 turns it off
+            "loss": {
+                "kind": "aam",  # softmax, am, aam
+                "scale": 30.0,
+                "margin": 0.2,
+                "margin_start": 0.0,  # epochs; the margin rises linearly from 0 at the start
+                "margin_end": 0.0,  # to `margin` at the end
+                "sub_centres": 1,
+                "jeffreys": False,  # instead of cross entropy
+                "smoothing": 0.1,  # Jeffreys' c1
+                "spread": 0.025,  # Jeffreys' c2
+            },
+            "optimizer": {
+                "name": "sgd",
+                "momentum": 0.9,
+                "nesterov": False,
+                "b1": 0.9,
+                "b2": 0.999,
+                "weight_decay": 1e-4,
+                "clip": 0.0,
+                # (pattern, learning-rate factor, weight-decay factor): none on normalisation, biases and classifier
+                "groups": ((r"/(bias|scale)$|classifier", 1.0, 0.0),),
+            },
+            "learning_rate": {
+                "kind": "cosine",  # cosine, exponential, step
+                "start": 0.0,
+                "peak": 0.1,
+                "final": 0.0,
+                "warmup_epochs": 1.0,
+                "flat_until": 0.0,
+                "every": 10.0,
+                "factor": 2.0,
+            },
+            "batch_size": 128,  # over all devices
+            "epochs": 10.0,
+            "epoch_steps": 0,
+            # (pattern, axis): parameters split over the mesh; the rest is replicated
+            "sharding": (),
+            "log_every": 10,  # steps
+            "checkpoint_epochs": 1.0,  # 0: only at the end
+            "keep_checkpoints": 2,
+            "average_last": 0,  # average this many last checkpoints into the final model
+            "validation": {
+                "data": "",  # DATA; empty: no validation
+                "trials": "",
+                "epochs": 1.0,  # how often
+            },
+        }
+    )
+
+
+def steps_of(epochs: float, epoch_steps: int) -> int:
+    """Turns epochs into whole steps; at least one where epochs is above zero.
+
+    Raises:
+        UserError: negative.
+    """
+    if epochs < 0:
+        raise UserError(f"epochs (={epochs}) must not be negative")
+    return max(1, round(epochs * epoch_steps)) if epochs else 0
+
+
+def paper_config(model: str) -> ml_collections.ConfigDict:
+    """The FP32 recipe of the paper on VoxCeleb2 for `model`, without the places of the data.
+
+    5,994 speakers, batches of 512 crops of 3.5 s, SGD with momentum 0.9. AM-softmax of scale 30 whose margin rises from
+    0 at epoch 5 to 0.3 at epoch 20. Learning rate 1e-5 -> 0.2 over 5 epochs, flat to epoch 19, then divided by 5 every
+    10 epochs; 51 epochs. What the paper leaves open is taken from its first author's public code.
+    """
+    config = default_config(model)
+    config.data.update(crop_seconds=3.5, threads=16)
+    config.loss.update(kind="am", scale=30.0, margin=0.3, margin_start=5.0, margin_end=20.0)
+    config.learning_rate.update(
+        kind="step", start=1e-5, peak=0.2, warmup_epochs=5.0, flat_until=19.0, every=10.0, factor=5.0
+    )
+    config.update(batch_size=512, epochs=51.0, dtype="bfloat16")
+    return config
+
+
+def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Shrinks a run so that all of it passes in seconds: a narrow, shallow network, four steps, synthetic voices."""
+    config.model.update(width=8, blocks=(1, 1, 1, 1), embedding_size=32)
+    speakers = "synthetic:{}?speakers=8&utterances=4"
+    config.data.update(train=speakers.format("train"), noise="synthetic:noise", music="", crop_seconds=1.0)
+    config.validation.update(data=speakers.format("dev"), trials=speakers.format("dev"))
+    config.update(init_from="", batch_size=8, epochs=2.0, epoch_steps=2, log_every=1, average_last=2)
+    return config
