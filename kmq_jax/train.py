@@ -265,8 +265,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         state = jax.jit(make_state, out_shardings=shardings)(params, batch_stats)
 
     # 4. Steps.
-    (workdir / "averaged.kmq").unlink(missing_ok=True)
     start = step = int(state.step)
+    if start == total_steps and (workdir / "summary.json").exists():
+        return read_json(workdir / "summary.json")
+    (workdir / "averaged.kmq").unlink(missing_ok=True)
     train_step = train_lib.jit_train_step(recipe, shardings)
     log = RunLog(workdir / "metrics.jsonl", step)
     display = Display(step, total_steps, config.batch_size)
@@ -287,6 +289,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             state, metrics = train_step(state, mesh.shard_batch(next(batches), devices))
             pending.append(metrics)
             step += 1
+            if step == start + 1:  # compiled by now; rates begin here
+                jax.block_until_ready(metrics)
+                display.rate(step)
             ends = step == total_steps or bool(stop.by)
             saves = ends or (every_checkpoint and step % every_checkpoint == 0)
             validates = validation and (step == total_steps or (every_validation and step % every_validation == 0))

@@ -1,0 +1,245 @@
+"""Training as users start it: resume, pre-emption, NaN, mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from kmq_jax import model, train, train_lib
+from kmq_jax.checkpoint import Checkpoints
+from kmq_jax.core import mesh
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.runlog import read_runlog
+from kmq_jax.data import pipeline, source
+from kmq_jax.train_config import default_config, smoke
+
+ROOT = Path(__file__).parents[2]
+
+
+def tiny(**changes):
+    """Four steps of a tiny network on synthetic voices, without validation."""
+    config = smoke(default_config("resnet36"))
+    config.validation.data = ""
+    config.checkpoint_epochs = 0.5
+    config.average_last = 0
+    config.update(changes)
+    return config
+
+
+def leaves(workdir):
+    return jax.tree.leaves(model.load(workdir).variables)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The uninterrupted run that others are compared with."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, train.train(tiny(), workdir)
+
+
+def test_what_a_run_leaves_behind(whole):
+    workdir, summary = whole
+    assert summary["finished"] and summary["steps"] == 4
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert json.loads((workdir / "config.json").read_text())["model"]["name"] == "resnet36"
+    log = read_runlog(workdir / "metrics.jsonl")
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    assert {"loss", "accuracy", "learning_rate", "margin", "gradient_norm", "examples_per_second"} <= log[0].keys()
+    assert all(np.isfinite(leaf).all() for leaf in leaves(workdir))
+
+
+def test_a_finished_run_is_not_repeated(whole):
+    workdir, summary = whole
+    before = leaves(workdir)
+    assert train.train(tiny(), workdir) == summary
+    assert all((a == b).all() for a, b in zip(before, leaves(workdir)))
+
+
+def test_a_stopped_run_goes_on_bit_exactly(whole, tmp_path, monkeypatch):
+    saves = []
+    save = Checkpoints.save
+
+    def stop_after_two(self, step, **parts):
+        save(self, step, **parts)
+        saves.append(step)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "save", stop_after_two)
+    summary = train.train(tiny(), tmp_path)
+    assert not summary["finished"] and 2 <= summary["steps"] < 4 and saves[-1] == summary["steps"]
+    monkeypatch.setattr(Checkpoints, "save", save)
+    assert train.train(tiny(), tmp_path)["finished"]
+    assert all((a == b).all() for a, b in zip(leaves(whole[0]), leaves(tmp_path), strict=True))
+    losses = [[line["loss"] for line in read_runlog(d / "metrics.jsonl")] for d in (whole[0], tmp_path)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_exactly(tmp_path):
+    def start(workdir, epochs):
+        command = [sys.executable, "-m", "kmq_jax.train", "--config=configs/voxceleb2_resnet36.py:smoke"]
+        command += [f"--workdir={workdir}", "--config.validation.data=", f"--config.epochs={epochs}"]
+        command += ["--config.checkpoint_epochs=0.5", "--config.average_last=0"]
+        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    killed = start(tmp_path / "killed", 6.0)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not list((tmp_path / "killed").glob("checkpoints/3")):
+        time.sleep(0.05)
+    killed.kill()
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    for workdir in ("killed", "whole"):
+        run = start(tmp_path / workdir, 6.0)
+        out, err = run.communicate()
+        assert run.returncode == 0, err
+    assert all((a == b).all() for a, b in zip(leaves(tmp_path / "killed"), leaves(tmp_path / "whole"), strict=True))
+    steps = [line["step"] for line in read_runlog(tmp_path / "killed" / "metrics.jsonl")]
+    assert steps == list(range(1, 13))
+
+
+def test_nan_stops_the_run_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = tiny()
+    config.learning_rate.update(kind="step", start=1e-3, peak=1e38, warmup_epochs=0.5, flat_until=9.0)
+    with pytest.raises(UserError, match=r"became nan at step \d; the last good checkpoint is step 1") as stopped:
+        train.train(config, tmp_path)
+    assert str(tmp_path) in str(stopped.value)
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [1]
+    assert all(np.isfinite(leaf).all() for leaf in leaves(tmp_path))
+
+
+def losses_on(devices, steps=3):
+    """Losses of a few steps of the same run on a mesh of these devices."""
+    config = tiny()
+    utterances = source.open_sources(config.data.train)
+    network = train.describe(config).network()
+    places = mesh.make_mesh(devices)
+    params, stats = train_lib.init_params(network, config, len(utterances.speaker_names))
+    recipe = train_lib.make_recipe(network, model.frontend_of("kiwano"), config, places, params, epoch_steps=4)
+    state = train_lib.init_state(recipe, params, stats)
+    shardings = mesh.tree_shardings(state, places, [("classifier", 0)])
+    state = jax.device_put(state, shardings)
+    step = train_lib.jit_train_step(recipe, shardings)
+    batches = pipeline.training_batches(utterances, batch_size=8, crop_samples=16000, seed=0, threads=0)
+    losses = []
+    for _, batch in zip(range(steps), batches):
+        state, metrics = step(state, mesh.shard_batch(batch, places))
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+def test_four_devices_give_the_losses_of_one():
+    np.testing.assert_allclose(losses_on(jax.devices()[:4]), losses_on(jax.devices()[:1]), rtol=1e-5)
+
+
+def test_fine_tuning_starts_from_network_and_classifier(whole, tmp_path):
+    config = tiny(init_from=str(whole[0]), epochs=0.5)
+    config.learning_rate.update(start=0.0, peak=1e-12, warmup_epochs=2.0)
+    config.loss.margin = 0.0
+    train.train(config, tmp_path)
+    kernels = [
+        dict(train.named_leaves(model.load(d).variables["params"]))["stem/conv/kernel"] for d in (whole[0], tmp_path)
+    ]
+    np.testing.assert_allclose(*kernels, rtol=1e-6)
+    centres = [
+        Checkpoints(d / "checkpoints").restore(s, classifier=None)["classifier"]["centres"]
+        for d, s in ((whole[0], 4), (tmp_path, 1))
+    ]
+    np.testing.assert_allclose(*centres, rtol=1e-6)
+
+
+def test_the_average_of_checkpoints_is_their_mean(tmp_path):
+    config = tiny(average_last=2)
+    train.train(config, tmp_path)
+    assert (tmp_path / "averaged.kmq").exists()
+    shapes = jax.eval_shape(lambda: model.load(tmp_path).variables)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    last = [checkpoints.restore(s, network=shapes)["network"]["params"] for s in (3, 4)]
+    expected = jax.tree.map(lambda a, b: (np.asarray(a) + np.asarray(b)) / 2, *last)
+    got = model.load(tmp_path).variables["params"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
+
+
+MISTAKES = {
+    "model.features (=80)": lambda c: c.model.update(features=80),
+    "batch_size (=6)": lambda c: c.update(batch_size=6),
+    "loss.kind 'arc'": lambda c: c.loss.update(kind="arc"),
+    "optimizer.name 'lion'": lambda c: c.optimizer.update(name="lion"),
+    "learning_rate.kind 'flat'": lambda c: c.learning_rate.update(kind="flat"),
+    "frontend 'mfcc'": lambda c: c.update(frontend="mfcc"),
+    "no data at": lambda c: c.data.update(train="nowhere"),
+    "fewer than batch_size": lambda c: c.update(batch_size=64, epoch_steps=0),
+    "first match of no name": lambda c: c.optimizer.update(groups=(("bais", 1.0, 0.0),)),
+    "is no model": lambda c: c.update(init_from="nowhere"),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_mistake_is_told_before_any_step(message, tmp_path):
+    config = tiny()
+    MISTAKES[message](config)
+    with pytest.raises(UserError) as error:
+        train.train(config, tmp_path)
+    assert message in str(error.value)
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_another_run_in_the_same_directory_is_refused(whole):
+    config = tiny()
+    config.learning_rate.peak = 0.5
+    with pytest.raises(UserError, match=r"learning_rate.peak=0.1, not 0.5"):
+        train.train(config, whole[0])
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
+    from orbax.checkpoint import v1 as ocp
+
+    save = ocp.training.Checkpointer.save_checkpointables
+
+    def full(self, step, parts):
+        if step == 2:
+            raise OSError(28, "No space left on device")
+        return save(self, step, parts)
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables", full)
+    with pytest.raises(UserError, match="cannot save checkpoint 2 .*No space left"):
+        train.train(tiny(), tmp_path)
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [1]
+
+
+def flags_error(*flags):
+    run = subprocess.run(
+        [sys.executable, "-m", "kmq_jax.train", *flags], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "Traceback" not in run.stderr, run.stderr
+    return run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--config.modle.width=3", "modle"),
+        ("--config.epochs=many", "epochs"),
+        ("--wrokdir=x", "wrokdir"),
+        ("stray", "stray"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_status_2(flag, named, tmp_path):
+    config = f"--config={ROOT}/configs/voxceleb2_resnet36.py:smoke"
+    assert named in flags_error(config, f"--workdir={tmp_path}/run", flag)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_missing_config_and_a_missing_workdir(tmp_path):
+    assert "nowhere.py" in flags_error("--config=nowhere.py", f"--workdir={tmp_path}")
+    assert "--workdir" in flags_error(f"--config={ROOT}/configs/voxceleb2_resnet36.py:smoke")
