@@ -128,7 +128,7 @@ class _Examples:
     speeds: tuple[float, ...]
     kinds: tuple[str, ...]
 
-    def __call__(self, number: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def __call__(self, number: int, rng: np.random.Generator) -> dict[str, np.ndarray | np.generic]:
         table = self.speech.utterances
         version, i = divmod(int(number), len(table))
         speed = self.speeds[version]

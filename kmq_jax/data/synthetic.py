@@ -98,10 +98,8 @@ def parse(spec: str) -> Corpus:
     split, _, query = spec.removeprefix(PREFIX).partition("?")
     if split not in _SPLITS:
         raise UserError(f"{spec}: unknown split {split!r}; it must be one of {', '.join(_SPLITS)}")
-    speakers, utterances = _SIZES[split]
-    values = {"speakers": speakers, "utterances": utterances, "seed": 0}
-    if split == "noise":
-        del values["speakers"]  # one for each kind
+    values = dict(zip(("speakers", "utterances"), _SIZES[split]), seed=0)
+    fixed = {"speakers": values.pop("speakers")} if split == "noise" else {}  # one for each kind
     for key, text in parse_qsl(query, keep_blank_values=True, separator="&"):
         if key not in values:
             raise UserError(f"{spec}: unknown key {key!r}; the keys are {', '.join(values)}")
@@ -109,7 +107,8 @@ def parse(spec: str) -> Corpus:
         if not (text.isascii() and text.isdigit()) or not least <= int(text) < 2**32 - 1:
             raise UserError(f"{spec}: {key} must be a whole number from {least}, got {text!r}")
         values[key] = int(text)
-    corpus = Corpus(split, **{"speakers": speakers, **values})
+    sizes = {**values, **fixed}
+    corpus = Corpus(split, sizes["speakers"], sizes["utterances"], sizes["seed"])
     if corpus.speakers * corpus.utterances > _MOST:
         raise UserError(f"{spec}: {corpus.speakers} speakers of {corpus.utterances} utterances; at most {_MOST} in all")
     return corpus

@@ -355,7 +355,7 @@ def transmit(wave: Array, rng: np.random.Generator, spread: Spread = Spread()) -
     colour = (np.maximum(grid, 60.0) / 1000) ** rng.uniform(-1.0, 0.0)
     noise = scipy.fft.rfft(rng.standard_normal(samples, dtype=np.float32), length)
     noise *= np.interp(fine, np.arange(513), colour).astype(np.float32)
-    level = rng.uniform(30.0 - 18.0 * size, 45.0 - 5.0 * size)
+    level = rng.uniform(45.0 - 33.0 * size, 60.0 - 20.0 * size)
     noise *= np.linalg.norm(spectrum) / np.linalg.norm(noise) * 10 ** (-level / 20)
 
     microphone = np.interp(fine, np.arange(513), _microphone(grid, rng, size)).astype(np.float32)
@@ -461,7 +461,11 @@ def _microphone(frequency: np.ndarray, rng: np.random.Generator, size: float) ->
 
 
 def _resonators(frequency: Array, bandwidth: Array) -> tuple[Array, Array]:
-    """The cascade of two-pole resonators at `frequency` [frames, n]: coefficients [frames, 2n+1], gain [frames] for one at 0 Hz."""
+    """A cascade of two-pole resonators at `frequency` [frames, n], Hz.
+
+    Returns:
+        [frames, 2n + 1] coefficients of the denominator; [frames] the gain that makes its response one at 0 Hz.
+    """
     radius = np.exp(-np.pi * bandwidth / SAMPLE_RATE)
     angle = 2 * np.pi / SAMPLE_RATE * np.minimum(frequency, 0.49 * SAMPLE_RATE)
     first = (-2 * radius * np.cos(angle)).astype(np.float32)
@@ -483,7 +487,7 @@ def _spectrum(polynomial: Array) -> NDArray[np.complex64]:
 
 def _per_sample(track: Array) -> Array:
     """Linear interpolation of a track from frames to samples: [frames] -> [frames * HOP]."""
-    step = np.diff(track, append=track[-1:])
+    step = np.append(np.diff(track), np.float32(0))
     return (track[:, None] + step[:, None] * (np.arange(HOP, dtype=np.float32) / HOP)).ravel()
 
 

@@ -1,0 +1,116 @@
+"""Datasets in array_record shards, as `prepare_data` and the builders make them and tfds reads them.
+
+Beside tfds's `dataset_info.json` and `features.json` lies `utterances-SPLIT.csv`, one line a record in their order, so
+that a table opens without touching audio. TensorFlow is never needed.
+"""
+
+import csv
+import dataclasses
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import atomic_write
+from kmq_jax.data import audio
+from kmq_jax.data.table import Utterances, concatenate
+
+COLUMNS = ("id", "path", "speaker", "samples", "gender", "age")
+
+
+def features() -> Any:
+    """The tfds features of a record: `audio` int16 at 16 kHz, and `id`, `path`, `speaker` as text.
+
+    Audio is stored as bytes: as tfds's default, a list of integers, it would take longer to read and more space.
+    """
+    import tensorflow_datasets as tfds
+
+    text = tfds.features.Text()
+    samples = tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding="bytes")
+    return tfds.features.FeaturesDict({"audio": samples, "id": text, "path": text, "speaker": text})
+
+
+def write_listing(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes `utterances-SPLIT.csv`; each row maps `COLUMNS`, of which gender and age may be missing."""
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def open_prepared(root: Path) -> Utterances:
+    """Opens a dataset made by `prepare_data` or by one of the builders; of several splits, all.
+
+    Raises:
+        UserError: tfds cannot open it, or it is none of ours.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(root)
+        counts = {name: split.num_examples for name, split in builder.info.splits.items()}
+        ours = {"audio", "id", "speaker"} <= set(builder.info.features)
+    except Exception as error:  # tfds raises whatever its parsers do
+        raise UserError(f"{root} is no dataset that tfds can read: {type(error).__name__}: {error}") from None
+    if not ours or not counts:
+        raise UserError(f"{root} is a tfds dataset without the features audio, id and speaker")
+    return concatenate([_open_split(root, split, count) for split, count in counts.items()])
+
+
+def _open_split(root: Path, split: str, count: int) -> Utterances:
+    listing = root / f"utterances-{split}.csv"
+    try:
+        with listing.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise UserError(f"cannot read {listing}: {error.strerror or error}") from None
+    if len(rows) != count:
+        raise UserError(f"{listing} lists {len(rows)} utterances, but the split has {count} records")
+    if rows and set(COLUMNS) - set(rows[0]):
+        raise UserError(f"{listing}:1: the columns must be {','.join(COLUMNS)}")
+    ids = tuple(row["id"] for row in rows)
+    try:
+        samples = np.array([row["samples"] for row in rows], np.int64)
+        ages = {row["speaker"]: float(row["age"]) for row in rows if row["age"]}
+    except ValueError as error:
+        raise UserError(f"{listing}: {error}") from None
+    return Utterances(
+        ids=ids,
+        paths=tuple(row["path"] for row in rows),
+        speakers=tuple(row["speaker"] for row in rows),
+        root=root,
+        samples=samples,
+        genders={row["speaker"]: row["gender"] for row in rows if row["gender"]},
+        ages=ages,
+        reader=_Records(root, split, {name: i for i, name in enumerate(ids)}),
+    )
+
+
+@dataclasses.dataclass(eq=False)
+class _Records:
+    """Reads the audio of a record by its utterance's id."""
+
+    root: Path
+    split: str
+    rows: Mapping[str, int]
+
+    @cached_property
+    def _source(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        return tfds.builder_from_directory(self.root).as_data_source(split=self.split)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "split": self.split, "rows": self.rows}  # open files stay in their process
+
+    def __call__(self, name: str) -> np.ndarray:
+        try:
+            record = self._source[self.rows[name]]
+        except Exception as error:  # a damaged shard shows as whatever the C++ reader or the parser raises
+            raise audio.AudioError(name, f"unreadable ({type(error).__name__}: {error})") from None
+        if record["id"].decode() != name:
+            raise audio.AudioError(name, f"unreadable (its record holds {record['id'].decode()})")
+        return audio.from_int16(record["audio"])

@@ -1,0 +1,265 @@
+"""Writing a prepared dataset in parallel, so that a run that is killed goes on where it stopped.
+
+While a dataset is being made its shards lie in `.prepare/`, each beside a JSON of what it holds; a shard with a JSON is
+complete. How utterances fall into shards depends on the source alone, so the result is the same however often the run
+was interrupted and with any number of workers.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import multiprocessing
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kmq_jax.core import cli
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import atomic_write, read_json, write_json
+from kmq_jax.data import audio, prepared
+from kmq_jax.data.table import Utterances
+
+VERSION = "1.0.0"
+SPLIT = "train"
+_WORK = ".prepare"
+_MOST_SHARDS = 256  # readers keep a file open for each
+_LEAST_ROWS = 64  # utterances in a shard
+
+
+def prepare(utterances: Utterances, out: Path, *, workers: int = 1, min_seconds: float = 0.5) -> dict[str, Any]:
+    """Writes a dataset into the directory `out`, or finishes one that was interrupted.
+
+    Args:
+        utterances: what to write. What cannot be used is left out, with the reason in `rejected.csv`.
+        out: the directory; its name becomes the dataset's.
+        workers: processes that decode and write.
+        min_seconds: shorter recordings are rejected.
+
+    Returns:
+        The summary: `utterances`, `speakers`, `hours`, `rejected`, `source` (a fingerprint of the table and setting).
+
+    Raises:
+        UserError: `out` holds something else, the disk is full, or no recording can be used.
+    """
+    work = out / _WORK
+    fingerprint = _fingerprint(utterances, min_seconds)
+    if (out / "dataset_info.json").is_file():
+        summary = read_json(out / "summary.json") if (out / "summary.json").is_file() else {}
+        if summary.get("source") != fingerprint:
+            raise UserError(f"--out={out} already holds another dataset; remove it or choose another directory")
+        shutil.rmtree(work, ignore_errors=True)
+        return summary
+    plan = work / "plan.json"
+    if plan.is_file():
+        if read_json(plan) != {"source": fingerprint}:
+            raise UserError(f"--out={out} holds an unfinished dataset of another source; remove it or choose another")
+    elif out.is_dir() and {entry.name for entry in out.iterdir()} - {_WORK, "rejected.csv"}:
+        raise UserError(f"--out={out} is not empty; choose another directory")
+    write_json(plan, {"source": fingerprint})
+
+    tasks = _split(utterances, work, min_seconds)
+    todo = [task for task in tasks if not task.report.is_file()]
+    _run(todo, workers, len(utterances))
+    return _finish(utterances, out, tasks, fingerprint)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """One shard, as a worker process gets it."""
+
+    utterances: Utterances
+    shard: Path
+    min_seconds: float
+
+    @property
+    def report(self) -> Path:
+        """The JSON that says what the shard holds; it is written when the shard is complete."""
+        return self.shard.with_suffix(".json")
+
+
+def _fingerprint(utterances: Utterances, min_seconds: float) -> str:
+    digest = hashlib.sha256(f"{VERSION} {min_seconds} {utterances.root.absolute()}\n".encode())
+    for row in zip(utterances.ids, utterances.paths, utterances.speakers):
+        digest.update("\t".join(row).encode(errors="surrogateescape") + b"\n")
+    if utterances.spans is not None:
+        digest.update(np.ascontiguousarray(utterances.spans).tobytes())
+    return digest.hexdigest()
+
+
+def _split(utterances: Utterances, work: Path, min_seconds: float) -> list[_Task]:
+    rows = max(_LEAST_ROWS, -(-len(utterances) // _MOST_SHARDS))
+    parts = [range(first, min(first + rows, len(utterances))) for first in range(0, len(utterances), rows)]
+    return [_Task(utterances.select(p), work / f"{i:05d}.array_record", min_seconds) for i, p in enumerate(parts)]
+
+
+_written: Any = None  # in a worker process: the count it shares with the others
+
+
+def _start_worker(written: Any) -> None:
+    global _written
+    _written = written
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:  # a killed parent must not leave its workers behind
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _run(tasks: list[_Task], workers: int, total: int) -> None:
+    """Writes the shards of `tasks` in parallel, with a progress bar over utterances."""
+    if not tasks:
+        return
+    context = multiprocessing.get_context("spawn")  # forking a process that has threads is unsafe
+    written = context.Value("q", total - sum(len(task.utterances) for task in tasks))
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (written,))
+    try:
+        futures = [pool.submit(_write_shard, task) for task in tasks]
+        for _ in cli.progress(_ticks(written, futures), total=total, desc="preparing", unit="utt"):
+            pass
+        for future in futures:
+            future.result()
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed (out of memory?); run again, with fewer --workers") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _ticks(written: Any, futures: list[Future[None]]) -> Iterator[None]:
+    """Yields once for every utterance the workers are done with, until all are, or one worker fails."""
+    seen = 0
+    under_way: set[Future[None]] = set(futures)
+    while under_way:
+        done, under_way = wait(under_way, timeout=0.2, return_when=FIRST_EXCEPTION)
+        for _ in range(written.value - seen):
+            yield
+        seen = written.value
+        if any(future.exception() for future in done):
+            return
+
+
+def _write_shard(task: _Task) -> None:
+    """Writes one shard and, once that is safe on disk, its report."""
+    from array_record.python import array_record_module
+
+    features = prepared.features()
+    rows, rejected, size = [], [], 0
+    table = task.utterances
+    with atomic_write(task.shard) as temporary:
+        # One record a group: random access then reads no neighbours.
+        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+        try:
+            for i in range(len(table)):
+                try:
+                    wave = audio.to_int16(table.load(i, min_seconds=task.min_seconds))
+                    row = {"id": table.ids[i], "path": table.paths[i], "speaker": table.speakers[i]}
+                    record = features.serialize_example({"audio": wave, **row})
+                except audio.AudioError as error:
+                    rejected.append((table.paths[i], error.reason))
+                except Exception as error:  # whatever one file provokes in a decoder must not stop the run
+                    rejected.append((table.paths[i], f"unreadable ({type(error).__name__}: {error})"))
+                else:
+                    writer.write(record)
+                    rows.append(row | {"samples": len(wave)})
+                    size += len(record)
+                with _written.get_lock():
+                    _written.value += 1
+            writer.close()
+            _check_shard(temporary, len(rows))
+        except RuntimeError as error:
+            raise UserError(f"cannot write {task.shard}: {_plain(error)}") from None
+    write_json(task.report, {"rows": rows, "rejected": rejected, "bytes": size})
+
+
+def _check_shard(path: Path, records: int) -> None:
+    """Raises where a shard does not read back: a full disk does not always show while writing."""
+    from array_record.python import array_record_module
+
+    if records:
+        reader = array_record_module.ArrayRecordReader(str(path))
+        found = reader.num_records()
+        reader.close()
+        if found != records:
+            raise RuntimeError(f"only {found} of {records} records arrived (disk full?)")
+
+
+def _plain(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _finish(utterances: Utterances, out: Path, tasks: list[_Task], fingerprint: str) -> dict[str, Any]:
+    """Assembles the dataset beside the shards, then moves it into place, `dataset_info.json` last."""
+    staged, assembled = out / _WORK / "finished", out / _WORK / "assembled.json"
+    if not assembled.is_file():
+        _assemble(utterances, out, tasks, staged, fingerprint)
+        write_json(assembled, True)
+    last = staged / "dataset_info.json"
+    for path in [*(path for path in sorted(staged.iterdir()) if path != last), last]:
+        os.replace(path, out / path.name)
+    shutil.rmtree(out / _WORK)
+    return read_json(out / "summary.json")
+
+
+def _assemble(utterances: Utterances, out: Path, tasks: list[_Task], staged: Path, fingerprint: str) -> None:
+    """Gives the shards their names and writes what describes them."""
+    import tensorflow_datasets as tfds
+
+    staged.mkdir(exist_ok=True)
+    reports = [read_json(task.report) for task in tasks]
+    rejected = [row for report in reports for row in report["rejected"]]
+    rows = [row for report in reports for row in report["rows"]]
+    with atomic_write(out / "rejected.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([("path", "reason"), *rejected])
+    if not rows:
+        shutil.rmtree(out / _WORK)  # so that it can be tried again
+        raise UserError(f"no recording could be used; {out / 'rejected.csv'} says why ({rejected[0][1]}, ...)")
+    for row in rows:
+        row["gender"] = utterances.genders.get(row["speaker"], "")
+        row["age"] = utterances.ages.get(row["speaker"], "")
+    prepared.write_listing(staged / f"utterances-{SPLIT}.csv", rows)
+
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=staged, dataset_name=_dataset_name(out), split=SPLIT, filetype_suffix="array_record"
+    )
+    filled = [(task.shard, report) for task, report in zip(tasks, reports) if report["rows"]]
+    for i, (shard, _) in enumerate(filled):
+        if shard.is_file():  # else an earlier run was stopped here
+            os.replace(shard, template.sharded_filepath(shard_index=i, num_shards=len(filled)))
+    split = tfds.core.SplitInfo(
+        name=SPLIT,
+        shard_lengths=[len(report["rows"]) for _, report in filled],
+        num_bytes=sum(report["bytes"] for _, report in filled),
+        filename_template=template,
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=staged,
+        features=prepared.features(),
+        split_infos=[split],
+        version=VERSION,
+        filename_template=template,
+        check_data=False,
+    )
+    summary = {
+        "utterances": len(rows),
+        "speakers": len({row["speaker"] for row in rows}),
+        "hours": round(sum(row["samples"] for row in rows) / audio.SAMPLE_RATE / 3600, 4),
+        "rejected": len(rejected),
+        "source": fingerprint,
+    }
+    write_json(staged / "summary.json", summary)
+
+
+def _dataset_name(out: Path) -> str:
+    """A name tfds allows: small letters, digits and underscores, a letter first."""
+    name = re.sub(r"[^a-z0-9]+", "_", out.absolute().name.lower()).strip("_")
+    return name if name[:1].isalpha() else f"speech_{name}".rstrip("_")
