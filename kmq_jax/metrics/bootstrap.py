@@ -1,0 +1,161 @@
+"""Confidence intervals of EER and minDCF by resampling speakers.
+
+Trials share utterances and speakers, so they are far from independent, and an interval that resamples trials is much
+too narrow. The unit drawn with replacement here is the speaker. A speaker drawn m times stands for m speakers who
+happen to be alike:
+
+- A trial between two speakers occurs once for every pair of their copies: its weight is the product of the two
+  multiplicities.
+- A trial between two utterances of one speaker occurs once within each copy: its weight is the multiplicity, not its
+  square. (An utterance of one copy against an utterance of another copy would be a nontarget trial between alike
+  speakers that nobody recorded; it is left out.)
+
+References:
+    Poh and Bengio, "Performance generalization in biometric authentication using joint user-specific and sample
+    bootstraps", IEEE PAMI 2007. Snijders and Borgatti, "Non-parametric standard errors and tests for network
+    statistics", Connections 1999 (the bootstrap of vertices, for data on pairs). Owen, "The pigeonhole bootstrap",
+    Annals of Applied Statistics 2007 (the product of multiplicities, and that it errs on the wide side).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+
+from kmq_jax.metrics.detection import Array, check_trials, equal_error_point, normalised_dcf, number_speakers, thin
+
+_MAX_SEGMENTS = 4096
+_BLOCK = 128  # trials weighted at a time: their rows stay in the cache, and the sum of 128 bytes fits 16 bits
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """The metrics of every usable replicate. Replicates that drew no target or no nontarget trial are left out.
+
+    Attributes:
+        eer: `[replicates]`, fractions.
+        min_dcf: `[replicates]`.
+    """
+
+    eer: Array
+    min_dcf: Array
+
+
+def speaker_bootstrap(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    enrol_speaker: ArrayLike,
+    test_speaker: ArrayLike,
+    replicates: int = 1000,
+    seed: int = 0,
+    p_target: float = 0.01,
+    c_miss: float = 1.0,
+    c_fa: float = 1.0,
+) -> Bootstrap:
+    """EER and minDCF of `replicates` draws of speakers with replacement.
+
+    The draws depend on `seed` and the number of speakers only, so two systems scored on one trial list get the same
+    ones, and the difference of their replicates is a paired bootstrap.
+
+    Args:
+        scores: `[trials]`.
+        labels: `[trials]`, true for target trials.
+        enrol_speaker: `[trials]`, a nonnegative integer for the speaker of each enrolment.
+        test_speaker: `[trials]`, the same for the test utterance.
+        replicates: number of draws.
+        seed: of the random draws.
+        p_target: prior probability of a target trial, for minDCF.
+        c_miss: cost of a miss.
+        c_fa: cost of a false alarm.
+
+    Raises:
+        UserError: as `eer`, or the speakers do not fit the trials.
+    """
+    scores, labels = check_trials(scores, labels)
+    enrol, test, speakers = number_speakers(enrol_speaker, test_speaker, len(scores))
+    order = np.argsort(scores)
+    labels, enrol, test = labels[order], enrol[order], test[order]
+    segment = _segments(scores[order], labels)
+    draws = np.random.default_rng(seed).multinomial(speakers, np.full(speakers, 1 / speakers), replicates)
+
+    sums = _weight_sums(2 * segment + labels, enrol, test, draws)
+    fa, miss = (np.cumsum(sums[side::2], axis=0, dtype=np.float64) for side in (0, 1))
+    usable = (fa[-1] > 0) & (miss[-1] > 0)
+    p_miss, p_rejected = (np.pad((x / x[-1])[:, usable], ((1, 0), (0, 0))).T for x in (miss, fa))
+    p_fa = 1 - p_rejected
+    costs = normalised_dcf(p_miss, p_fa, p_target, c_miss, c_fa).min(axis=-1)
+    return Bootstrap(equal_error_point(p_miss, p_fa)[0], costs)
+
+
+def percentile_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
+    """The central interval that holds the share `confidence` of bootstrap replicates `[replicates]`."""
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def speakers_from_targets(enrol: ArrayLike, test: ArrayLike, labels: ArrayLike, utterances: int) -> Array:
+    """Finds who speaks where from a trial list alone: utterances joined by target trials are of one speaker.
+
+    A speaker whose utterances no chain of target trials joins counts as several, which narrows the intervals.
+
+    Args:
+        enrol: `[trials]`, utterance indices.
+        test: `[trials]`, utterance indices.
+        labels: `[trials]`, true for target trials.
+        utterances: number of utterances.
+
+    Returns:
+        A speaker number for each utterance `[utterances]`.
+    """
+    labels = np.asarray(labels, bool)
+    pairs = np.asarray(enrol)[labels], np.asarray(test)[labels]
+    joined = sparse.coo_array((np.ones(len(pairs[0]), np.int8), pairs), shape=(utterances, utterances))
+    return connected_components(joined, directed=False)[1]
+
+
+def _segments(scores: Array, labels: Array) -> Array:
+    """Numbers the stretches of sorted trials `[trials]` between the thresholds that are tried.
+
+    Between two thresholds with trials of one class only, the curve is a straight line, and both metrics lie at its
+    ends or on it, whatever the weights. So neighbours of one class share a segment, and nothing is lost. Tied trials
+    always do. Of a curve with more than `_MAX_SEGMENTS` such thresholds, that many evenly spaced ones are tried.
+    """
+    group = np.concatenate([[0], np.cumsum(scores[1:] != scores[:-1])])
+    size, targets = np.bincount(group), np.bincount(group, labels)
+    kind = np.where(targets == 0, 0, np.where(targets == size, 1, 2))
+    segment = np.concatenate([[0], np.cumsum((kind[1:] != kind[:-1]) | (kind[1:] == 2))])
+    miss, fa = (np.cumsum(np.bincount(segment, x)) for x in (targets, size - targets))
+    ends = thin(np.append(0, miss / miss[-1]), np.append(1, 1 - fa / fa[-1]), _MAX_SEGMENTS + 1)
+    return (np.searchsorted(ends[1:], segment, side="right"))[group]
+
+
+def _weight_sums(row: Array, enrol: Array, test: Array, draws: Array) -> Array:
+    """Sums the trial weights in each row, for every replicate.
+
+    Args:
+        row: `[trials]`.
+        enrol: `[trials]`, speaker numbers.
+        test: `[trials]`, speaker numbers.
+        draws: `[replicates, speakers]`, multiplicities.
+
+    Returns:
+        `[rows, replicates]`, with an even number of rows.
+    """
+    order = np.argsort(row, kind="stable")
+    row, enrol, test = row[order], enrol[order], test[order]
+    # One row of multiplicities a speaker, all replicates of a trial side by side: bytes while products fit.
+    dtype, wide = (np.uint8, np.uint16) if draws.max() ** 2 < 256 else (np.uint32, np.uint32)
+    copies = np.ones((draws.shape[1] + 1, len(draws)), dtype)
+    copies[:-1] = draws.T
+    second = np.where(enrol == test, len(copies) - 1, test)  # a speaker against itself counts once: times one
+    sums = np.zeros((row[-1] + 2 - row[-1] % 2, len(draws)), np.uint32)
+    starts = np.flatnonzero(np.diff(row, prepend=-1))
+    for start, stop in zip(starts, np.append(starts[1:], len(row))):
+        for i in range(start, stop, _BLOCK):
+            block = slice(i, min(i + _BLOCK, stop))
+            weights = copies.take(enrol[block], axis=0)
+            weights *= copies.take(second[block], axis=0)
+            sums[row[start]] += weights.sum(axis=0, dtype=wide)
+    return sums
