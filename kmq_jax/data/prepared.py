@@ -57,7 +57,7 @@ def open_prepared(root: Path) -> Utterances:
         raise UserError(f"{root} is no dataset that tfds can read: {type(error).__name__}: {error}") from None
     if not ours or not counts:
         raise UserError(f"{root} is a tfds dataset without the features audio, id and speaker")
-    return concatenate([_open_split(root, split, count) for split, count in counts.items()])
+    return concatenate([_open_split(root, split, count) for split, count in counts.items()], same_speakers=True)
 
 
 def _open_split(root: Path, split: str, count: int) -> Utterances:

@@ -122,8 +122,13 @@ class Utterances:
         )
 
 
-def concatenate(tables: Sequence[Utterances]) -> Utterances:
-    """Joins tables into one. Speakers and utterances of the same name in two tables are taken for different ones."""
+def concatenate(tables: Sequence[Utterances], same_speakers: bool = False) -> Utterances:
+    """Joins tables into one; an id that comes again gets the number of its table before it.
+
+    Args:
+        tables: what to join.
+        same_speakers: whether a name that two tables share is one speaker, as in the splits of one corpus, or two.
+    """
     if len(tables) == 1:
         return tables[0]
     ids: list[str] = []
@@ -133,7 +138,7 @@ def concatenate(tables: Sequence[Utterances]) -> Utterances:
     rows: dict[str, tuple[int, int]] = {}
     known: set[str] = set()
     for t, table in enumerate(tables):
-        new = {name: f"{t}:{name}" if name in known else name for name in table.speaker_names}
+        new = {name: name if same_speakers or name not in known else f"{t}:{name}" for name in table.speaker_names}
         known.update(new.values())
         for i, name in enumerate(table.ids):
             unique = f"{t}:{name}" if name in rows else name
