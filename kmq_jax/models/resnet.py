@@ -317,16 +317,16 @@ def _common(
     _require("norm", norm in ("batch", "bias"), norm, "batch or bias")
     _require("remat", isinstance(remat, bool), remat, "true or false")
     try:
-        dtype = jnp.dtype(dtype)
+        name = jnp.dtype("" if dtype is None else dtype).name  # numpy takes None for float64
     except TypeError:
-        _require("dtype", False, dtype, f"one of {', '.join(DTYPES)}")
-    _require("dtype", dtype.name in DTYPES, dtype, f"one of {', '.join(DTYPES)}")
+        name = ""
+    _require("dtype", name in DTYPES, dtype, f"one of {', '.join(DTYPES)}")
     return {
         "blocks": tuple(blocks),
         "features": features,
         "embedding_size": embedding_size,
         "norm": norm,
-        "dtype": dtype,
+        "dtype": jnp.dtype(name),
         "remat": remat,
     }
 
