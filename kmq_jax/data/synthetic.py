@@ -7,9 +7,9 @@ A DATA argument `synthetic:SPLIT[?key=value&key=value]` names it:
     synthetic:test      40 others of 10, to report
     synthetic:noise     coloured noises, tones, clicks and hums for augmentation
 
-The keys are `speakers`, `utterances` (of each speaker) and `seed`. Another seed gives other people. Nothing is stored: every
-utterance is a function of (seed, split, speaker, utterance), sounds the same whatever else is asked for, and is made when it
-is loaded. Trials of a split are named like the split, `--trials=synthetic:dev`.
+The keys are `speakers`, `utterances` (of each speaker) and `seed`. Another seed gives other people. Nothing is stored:
+every utterance is a function of (seed, split, speaker, utterance), is the same whatever else is asked for, and is made
+when it is loaded. The trials of a split are named like the split, `--trials=synthetic:dev`.
 """
 
 from dataclasses import dataclass
@@ -178,7 +178,7 @@ def noise(kind: str, samples: int, rng: np.random.Generator) -> np.ndarray:
     """A clip of noise, `[samples]` float32 in [-1, 1) at 16 kHz. It has no speech in it.
 
     Args:
-        kind: one of `NOISES`: "colour" is wind to hiss, "tone" a drifting chord, "click" knocks and crackle, "hum" a motor.
+        kind: one of `NOISES`: "colour" is wind or hiss, "tone" a drifting chord, "click" crackle, "hum" a motor.
         samples: its length.
         rng: draws it.
     """

@@ -1,8 +1,9 @@
 """A parametric voice: who is speaking (Speaker), what and how (Tracks), and over which channel.
 
-The source-filter model of speech (Fant 1960; Klatt 1980, "Software for a cascade/parallel formant synthesizer"): glottal pulses and
-breath noise pass a cascade of vocal-tract resonances, frication noise a filter of its own. Filters change every frame and are
-applied to all frames at once in the frequency domain, by overlap-add, so an utterance takes milliseconds.
+The source-filter model of speech (Fant 1960; Klatt 1980, "Software for a cascade/parallel formant synthesizer"): glottal
+pulses and breath noise pass a cascade of vocal-tract resonances, frication noise a filter of its own. Filters change
+every frame and are applied to all frames at once in the frequency domain, by overlap-add, so an utterance takes
+milliseconds.
 
     rng -> speaker() -> Speaker
     Speaker, rng -> plan() -> Tracks -> render() -> clean wave -> transmit() -> wave as recorded
@@ -27,8 +28,9 @@ WINDOW = 2 * HOP
 _FFT = 3 * WINDOW  # leaves 32 ms for the tract to ring
 _FRAME_SECONDS = HOP / SAMPLE_RATE
 _WINDOW_SHAPE = np.hanning(WINDOW + 1)[:-1].astype(np.float32)  # periodic: shifted copies sum to one
-_BINS = _FFT // 2 + 1
-_DELAYS = np.exp(-2j * np.pi / _FFT * np.outer(np.arange(16), np.arange(_BINS))).astype(np.complex64)  # z^-k on the unit circle
+# z^-k on the unit circle, [delays, bins]
+_DELAYS = np.exp(-2j * np.pi / _FFT * np.outer(np.arange(16), np.arange(_FFT // 2 + 1))).astype(np.complex64)
+_WEAVE = (np.arange(HOP) / HOP).astype(np.float32)
 
 
 class Phone(NamedTuple):
@@ -47,7 +49,7 @@ class Phone(NamedTuple):
     zero: float = 0.0  # nasal antiresonance, 0 for none
 
 
-# Vowels: the men of Hillenbrand et al. (1995). Consonants: the loci and spectra of Stevens (1998), "Acoustic Phonetics".
+# Vowels: the men of Hillenbrand et al. (1995). Consonants: loci and spectra after Stevens (1998), "Acoustic Phonetics".
 PHONES: dict[str, Phone] = {
     "i": Phone("vowel", 342, 2322, 3000, voice=1, duration=110),
     "I": Phone("vowel", 427, 2034, 2684, voice=1, duration=90),
@@ -82,8 +84,10 @@ PHONES: dict[str, Phone] = {
 }
 NAMES = tuple(PHONES)
 _TABLE = np.array([phone[1:] for phone in PHONES.values()])  # [phones, fields], in the order of Phone from f1
-_OF_KIND = {kind: np.array([i for i, p in enumerate(PHONES.values()) if p.kind == kind]) for kind in
-            ("vowel", "glide", "nasal", "fricative", "stop")}
+_OF_KIND = {
+    kind: np.array([i for i, p in enumerate(PHONES.values()) if p.kind == kind])
+    for kind in ("vowel", "glide", "nasal", "fricative", "stop")
+}
 _CONSONANTS = np.concatenate([_OF_KIND[kind] for kind in ("glide", "nasal", "fricative", "stop")])
 _VOICED_STOPS = np.array([NAMES.index(name) for name in "bdg"])
 _PAUSE, _CLOSURE = len(NAMES), len(NAMES) + 1  # rows added below every speaker's table: silence, and a stop's hold
@@ -95,8 +99,8 @@ class Spread:
 
     Attributes:
         speaker: Multiplies every difference between speakers of one sex.
-        session: Multiplies what changes between one speaker's utterances: mood, effort, rate, small changes of the tract.
-        channel: Multiplies the microphone's and the room's departure from flat, and the noise (in dB).
+        session: Multiplies what changes between one speaker's utterances: mood, effort, rate, a little of the tract.
+        channel: Multiplies the microphone's and the room's departure from flat, and lowers the noise's distance, in dB.
     """
 
     speaker: float = 1.0
@@ -333,7 +337,7 @@ def render(tracks: Tracks, speaker: Speaker, rng: np.random.Generator) -> Array:
 
 
 def transmit(wave: Array, rng: np.random.Generator, spread: Spread = Spread()) -> Array:
-    """Passes a clean voice through a room, background noise, a microphone and perhaps a telephone band, to a recording level.
+    """Records a clean voice: a room, background noise, a microphone, perhaps a telephone's band, and some level.
 
     Args:
         wave: [samples].
@@ -488,7 +492,7 @@ def _spectrum(polynomial: Array) -> NDArray[np.complex64]:
 def _per_sample(track: Array) -> Array:
     """Linear interpolation of a track from frames to samples: [frames] -> [frames * HOP]."""
     step = np.append(np.diff(track), np.float32(0))
-    return (track[:, None] + step[:, None] * (np.arange(HOP, dtype=np.float32) / HOP)).ravel()
+    return (track[:, None] + step[:, None] * _WEAVE).ravel()
 
 
 def _frames(signal: Array) -> Array:
