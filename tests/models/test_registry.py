@@ -9,6 +9,7 @@ import pytest
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import named_leaves
 from kmq_jax.models import registry
+from kmq_jax.nn.layers import KAIMING_NORMAL, TORCH_DEFAULT
 
 NARROW = {"width": 4, "features": 16, "embedding_size": 8, "blocks": [1, 1, 1, 1]}
 
@@ -220,17 +221,33 @@ def test_initialize_draws_what_shapes_says_and_depends_on_the_key_alone():
     assert not np.array_equal(first["params"]["stem"]["conv"]["kernel"], other["params"]["stem"]["conv"]["kernel"])
 
 
-def test_kernels_start_as_in_the_originals():
-    def spread(name: str, kernel: str) -> float:
-        params = dict(named_leaves(registry.initialize(registry.build(name, blocks=[1, 1, 1, 1]), jax.random.key(0))))
-        return float(np.std(params[f"params/{kernel}"]))
+@pytest.mark.parametrize(
+    ("name", "conv_init"), [("resnet50", KAIMING_NORMAL), ("wespeaker_resnet18", TORCH_DEFAULT)]
+)
+def test_initialize_draws_from_the_distributions_of_init(name, conv_init):
+    model = registry.build(name, width=32, blocks=[1, 1, 1, 1])
+    assert model.kernel_init is conv_init
+    for path, leaf in named_leaves(registry.initialize(model, jax.random.key(0))):
+        leaf = np.asarray(leaf)
+        if not path.endswith("kernel"):
+            assert (leaf == (1 if path.endswith(("scale", "var")) else 0)).all(), path
+            continue
+        fan_in, fan_out = leaf.size / leaf.shape[-1], leaf.size / leaf.shape[-2]
+        bounded = leaf.ndim == 2 or conv_init is TORCH_DEFAULT
+        deviation = (1 / (3 * fan_in)) ** 0.5 if bounded else (2 / fan_out) ** 0.5
+        assert np.std(leaf) == pytest.approx(deviation, rel=8 / leaf.size**0.5), path
+        # A uniform draw ends at sqrt(3) deviations, a normal one of this size well beyond.
+        assert (np.abs(leaf).max() <= 1.74 * deviation) == bounded, path
 
-    # Kaiming's normal, fan out: variance 2 / (9 x 128). PyTorch's default: uniform of variance 1 / (3 x fan in).
-    assert spread("resnet18", "stage1/block0/conv1/kernel") == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
-    assert spread("wespeaker_resnet18", "stage4/block0/conv1/kernel") == pytest.approx(
-        (1 / (3 * 9 * 128)) ** 0.5, rel=0.02
-    )
-    assert spread("resnet18", "head/linear/kernel") == pytest.approx((1 / (3 * 5632)) ** 0.5, rel=0.02)
+
+@pytest.mark.parametrize(
+    ("initializer", "variance", "kurtosis"),
+    [(KAIMING_NORMAL, 2 / (9 * 64), 3.0), (TORCH_DEFAULT, 1 / (3 * 9 * 32), 1.8)],
+)
+def test_initializers_are_those_of_the_originals(initializer, variance, kurtosis):
+    kernel = np.asarray(initializer(jax.random.key(0), (3, 3, 32, 64)))
+    assert np.var(kernel) == pytest.approx(variance, rel=0.03)
+    assert np.mean(kernel**4) / np.var(kernel) ** 2 == pytest.approx(kurtosis, rel=0.05)
 
 
 def test_components():
