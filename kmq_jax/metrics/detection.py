@@ -168,7 +168,9 @@ def min_dcf(
     return float(normalised_dcf(p_miss, p_fa, p_target, c_miss, c_fa).min())
 
 
-def act_dcf(llrs: ArrayLike, labels: ArrayLike, p_target: float = 0.01, c_miss: float = 1.0, c_fa: float = 1.0) -> float:
+def act_dcf(
+    llrs: ArrayLike, labels: ArrayLike, p_target: float = 0.01, c_miss: float = 1.0, c_fa: float = 1.0
+) -> float:
     """Normalised detection cost at the Bayes threshold, for calibrated scores. It can exceed 1.
 
     Args:

@@ -1,0 +1,79 @@
+"""Adaptive symmetric score normalisation (AS-norm)."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.scoring.cosine import unit_rows
+
+_CHUNK = 1 << 24  # cohort scores held at a time
+
+
+def cohort_statistics(embeddings: ArrayLike, cohort: ArrayLike, top_n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of each utterance's `top_n` highest cosine scores against a cohort.
+
+    Args:
+        embeddings: `[utterances, dim]`.
+        cohort: `[members, dim]`.
+        top_n: how many cohort members count for an utterance, from 2 to all of them.
+
+    Returns:
+        Means and standard deviations, each `[utterances]` float32.
+
+    Raises:
+        UserError: `top_n` is out of range, dimensions differ, or an utterance's top scores are all the same.
+    """
+    unit, members = unit_rows(embeddings), unit_rows(cohort)
+    if unit.shape[1] != members.shape[1]:
+        raise UserError(f"embeddings have {unit.shape[1]} dimensions, the cohort {members.shape[1]}")
+    if not 2 <= top_n <= len(members):
+        raise UserError(f"top_n (={top_n}) must lie between 2 and the cohort's size, {len(members)}")
+    mean, deviation = np.empty((2, len(unit)), np.float32)
+    step = max(1, _CHUNK // len(members))
+    for start in range(0, len(unit), step):
+        part = slice(start, start + step)
+        scores = unit[part] @ members.T
+        scores.partition(len(members) - top_n, axis=1)
+        top = scores[:, len(members) - top_n :]
+        mean[part], deviation[part] = top.mean(axis=1), top.std(axis=1)
+    if deviation.min() < 1e-6:
+        raise UserError(f"the top {top_n} cohort scores of embedding {int(deviation.argmin())} are all the same")
+    return mean, deviation
+
+
+def adaptive_snorm(
+    scores: ArrayLike,
+    enrol_embeddings: ArrayLike,
+    test_embeddings: ArrayLike,
+    enrol: ArrayLike,
+    test: ArrayLike,
+    cohort: ArrayLike,
+    top_n: int = 300,
+) -> np.ndarray:
+    """Normalises scores by how each side scores against the cohort members nearest to it.
+
+    The result is the mean of (score - mean_e) / deviation_e and (score - mean_t) / deviation_t.
+
+    Args:
+        scores: `[trials]`, cosine scores.
+        enrol_embeddings: `[enrolments, dim]`.
+        test_embeddings: `[tests, dim]`.
+        enrol: `[trials]`, rows of `enrol_embeddings`.
+        test: `[trials]`, rows of `test_embeddings`.
+        cohort: `[members, dim]`: utterances, or speaker means (`cosine.average`), of speakers who are not evaluated.
+        top_n: how many cohort members count for an utterance.
+
+    Returns:
+        `[trials]` float32.
+
+    References:
+        Cumani et al., "Comparison of speaker recognition approaches for real applications", Interspeech 2011. Matejka et
+        al., "Analysis of score normalization in multilingual speaker recognition", Interspeech 2017.
+    """
+    scores = np.asarray(scores, np.float32)
+    total = np.zeros_like(scores)
+    for embeddings, rows in ((enrol_embeddings, enrol), (test_embeddings, test)):
+        used, place = np.unique(np.asarray(rows), return_inverse=True)
+        mean, deviation = cohort_statistics(np.asarray(embeddings)[used], cohort, top_n)
+        total += (scores - mean[place]) / deviation[place]
+    return total / 2

@@ -1,0 +1,83 @@
+"""The embedding file, as `extract` writes it: `ids`, `paths`, `speakers` and `embeddings` in an .npz."""
+
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kmq_jax.core.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingTable:
+    """Embeddings of utterances and the names trial lists may use for them.
+
+    Attributes:
+        ids: `[utterances]`, unique.
+        paths: `[utterances]`; empty where unknown.
+        speakers: `[utterances]` speaker names, or None where unknown.
+        embeddings: `[utterances, dim]` float32, finite and none of them zero.
+        source: the file, for messages.
+    """
+
+    ids: tuple[str, ...]
+    paths: tuple[str, ...]
+    speakers: tuple[str, ...] | None
+    embeddings: np.ndarray
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
+    """Reads an embedding file. `paths` and `speakers` may be missing. Pickled objects are refused.
+
+    Raises:
+        UserError: naming the file: it is missing or not such a file, shapes do not fit, an id occurs twice, or an
+            embedding is zero or not finite.
+    """
+    path = Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise UserError(f"{path} is not an .npz file of embeddings")
+            missing = {"ids", "embeddings"} - set(file.files)
+            if missing:
+                raise UserError(f"{path} lacks the array `{sorted(missing)[0]}`")
+            arrays = {name: file[name] for name in ("ids", "paths", "speakers", "embeddings") if name in file.files}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except UserError:
+        raise
+    except (ValueError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is not an .npz file of embeddings: {error}") from error
+    embeddings = arrays.pop("embeddings")
+    if embeddings.ndim != 2 or 0 in embeddings.shape or not np.issubdtype(embeddings.dtype, np.floating):
+        raise UserError(
+            f"{path}: embeddings must be floating point [utterances, dim], got {embeddings.dtype} {embeddings.shape}"
+        )
+    for name, values in arrays.items():
+        if values.shape != embeddings.shape[:1] or values.dtype.kind != "U":
+            raise UserError(
+                f"{path}: {name} must be {len(embeddings)} strings, got {values.dtype} of shape {values.shape}"
+            )
+    names = {name: tuple(values.tolist()) for name, values in arrays.items()}
+    ids = names["ids"]
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{path}: the id {_first_repeated(ids)} occurs twice")
+    embeddings = embeddings.astype(np.float32)
+    sizes = np.vecdot(embeddings, embeddings, dtype=np.float64)
+    bad = ~(np.isfinite(sizes) & (sizes > 0))
+    if bad.any():
+        others = f", and {bad.sum() - 1} more" if bad.sum() > 1 else ""
+        raise UserError(f"{path}: the embedding of {ids[int(bad.argmax())]} is zero or not finite{others}")
+    return EmbeddingTable(ids, names.get("paths", ()), names.get("speakers"), embeddings, str(path))
+
+
+def _first_repeated(names: tuple[str, ...]) -> str:
+    seen: set[str] = set()
+    return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
