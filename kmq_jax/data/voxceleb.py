@@ -22,10 +22,9 @@ def tree_root(root: Path) -> Path | None:
         place = root / inner
         if not place.is_dir():
             continue
-        with os.scandir(place) as entries:
-            speakers = sorted(entry.path for entry in entries if _SPEAKER.match(entry.name) and entry.is_dir())
+        speakers = sorted(name for name in os.listdir(place) if _SPEAKER.match(name) and (place / name).is_dir())
         # The video level tells VoxCeleb from CN-Celeb, whose speakers are also called id00000.
-        if speakers and any(entry.is_dir() for entry in os.scandir(speakers[0])):
+        if speakers and any(entry.is_dir() for entry in list((place / speakers[0]).iterdir())):
             return place
     return None
 

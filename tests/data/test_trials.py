@@ -1,0 +1,145 @@
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import recordings
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.data.source import open_source
+from kmq_jax.data.trials import draw_trials, open_trials, read_models, read_trials, utterance_index
+
+IDS = ["u1", "u2", "u3"]
+PATHS = ["a/1.wav", "a/2.wav", "b/3.wav"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1 a/1.wav a/2.wav\n0 a/1.wav b/3.wav\n",
+        "1 u1 u2\r\n\r\n0\tu1   u3",
+        "\n\nu1 u2 target\nu1 u3 nontarget\n\n",
+        "a/1.wav a/2.wav target\nu1 b/3.wav nontarget\n",
+        "\ufeffu1 u2 1\nu1 u3 0\n",
+    ],
+)
+def test_every_form(tmp_path, text):
+    path = tmp_path / "trials"
+    path.write_bytes(text.encode())
+    trials = read_trials(path, IDS, PATHS)
+    assert trials.enrol.dtype == trials.test.dtype == np.int32 and trials.label.dtype == bool
+    np.testing.assert_array_equal(trials.enrol, [0, 0])
+    np.testing.assert_array_equal(trials.test, [1, 2])
+    np.testing.assert_array_equal(trials.label, [True, False])
+    assert trials.models is None and len(trials) == 2
+
+
+def test_names_are_kept_as_written(tmp_path):
+    path = tmp_path / "trials"
+    path.write_text("1 a/1.wav u2\n0 u1 b/3.wav\n1 a/1.wav u2\n")
+    trials = read_trials(path, IDS, PATHS)
+    assert [trials.names[i] for i in trials.enrol_name] == ["a/1.wav", "u1", "a/1.wav"]
+    assert [trials.names[i] for i in trials.test_name] == ["u2", "b/3.wav", "u2"]
+
+
+def test_utterances_called_zero_and_one(tmp_path):
+    path = tmp_path / "trials"
+    path.write_text("1 0 1\n0 1 2\n")
+    trials = read_trials(path, ["0", "1", "2"])
+    np.testing.assert_array_equal(trials.enrol, [0, 1])
+    np.testing.assert_array_equal(trials.test, [1, 2])
+    np.testing.assert_array_equal(trials.label, [True, False])
+
+
+def test_a_path_that_two_segments_share_names_neither():
+    assert utterance_index(["a", "b", "c"], ["x.wav", "x.wav", "y.wav"]) == {"y.wav": 2, "a": 0, "b": 1, "c": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 u1 u2\n0 u1 u9\n", r"trials:2: unknown utterance u9"),
+        ("u1 u2 target\n\nu9 u1 nontarget\n", r"trials:3: unknown utterance u9"),
+        ("1 u1 u2\n0 u1\n", r"trials:2: expected `label enrol test`, found 2 columns"),
+        ("1 u1 u2 u3\n0 u1\n", r"trials:1: expected `label enrol test`, found 4 columns"),
+        ("u1 u2 target\nu1 u2 tgt\n", r"trials:2: label 'tgt' is none of"),
+        ("1 u1 u2\n2 u1 u2\n", r"trials:2: label '2' is none of"),
+        ("\n \n", r"trials: lists no trial"),
+        (b"1 u1 u2\n1 \xff u2\n", r"trials:2: not UTF-8"),
+    ],
+)
+def test_mistakes_name_the_line(tmp_path, text, message):
+    path = tmp_path / "trials"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message):
+        read_trials(path, IDS, PATHS)
+
+
+def test_missing_list(tmp_path):
+    with pytest.raises(UserError, match="cannot read .*nothing"):
+        read_trials(tmp_path / "nothing", IDS)
+
+
+def test_enrolment_models(tmp_path):
+    (tmp_path / "map").write_text("m1 u1 u2\nm2 u3\n")
+    (tmp_path / "trials").write_text("m1 u3 0\nm2 u3 1\n")
+    models = read_models(tmp_path / "map")
+    trials = read_trials(tmp_path / "trials", IDS, models=models)
+    np.testing.assert_array_equal(trials.enrol, [0, 1])
+    assert [list(rows) for rows in trials.models] == [[0, 1], [2]]
+    (tmp_path / "trials").write_text("m1 u3 0\nu3 u3 1\n")
+    with pytest.raises(UserError, match=r"trials:2: unknown enrolment model u3"):
+        read_trials(tmp_path / "trials", IDS, models=models)
+    with pytest.raises(UserError, match="model m1 names the unknown utterance u8"):
+        read_trials(tmp_path / "trials", IDS, models={"m1": ["u1", "u8"]})
+
+
+def test_a_list_of_voxceleb1_e_size(tmp_path):
+    rng = np.random.default_rng(0)
+    ids = [f"id{10000 + i % 1251}/abcdefghijk/{i:05d}.wav" for i in range(145000)]
+    label, enrol, test = (
+        rng.integers(2, size=580000),
+        rng.integers(145000, size=580000),
+        rng.integers(145000, size=580000),
+    )
+    path = tmp_path / "trials"
+    path.write_text("".join(f"{k} {ids[a]} {ids[b]}\n" for k, a, b in zip(label, enrol, test)))
+    start = time.process_time()
+    trials = read_trials(path, ids, ids)
+    seconds = time.process_time() - start
+    np.testing.assert_array_equal(trials.enrol, enrol)
+    np.testing.assert_array_equal(trials.test, test)
+    np.testing.assert_array_equal(trials.label, label == 1)
+    assert seconds < 8  # about 1.5 s on a busy core; a quadratic step would take minutes
+    code = (
+        "import resource, sys; from kmq_jax.data.trials import read_trials; ids = open(sys.argv[2]).read().split();"
+        "read_trials(sys.argv[1], ids, ids); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    (tmp_path / "ids").write_text("\n".join(ids))
+    done = subprocess.run([sys.executable, "-c", code, path, tmp_path / "ids"], capture_output=True, check=True)
+    assert int(done.stdout) < 500_000  # KiB, the libraries included
+
+
+def test_drawn_trials(tmp_path):
+    table = open_source(recordings.kaldi(tmp_path, speakers=4, each=5))
+    trials = draw_trials(table, targets=30, nontargets=60)
+    assert trials.label.sum() == 30 and (~trials.label).sum() == 60
+    np.testing.assert_array_equal(table.labels[trials.enrol] == table.labels[trials.test], trials.label)
+    pairs = {frozenset(pair) for pair in zip(trials.enrol.tolist(), trials.test.tolist())}
+    assert len(pairs) == 90 and min(map(len, pairs)) == 2  # no pair twice, none with itself
+    again = open_trials("", table)
+    np.testing.assert_array_equal(again.enrol, draw_trials(table).enrol)
+    assert again.label.sum() == 40  # all pairs of the same speaker there are
+    with pytest.raises(UserError, match="two speakers"):
+        draw_trials(table.select([0, 1, 2]))
+
+
+@pytest.mark.parametrize("name", ["so762/dev", "words/dev"])
+def test_both_forms_of_the_shared_lists_agree(shared, name):
+    table = open_source(shared / "data" / name)
+    by_path = read_trials(shared / "data" / name / "trials.txt", table.ids, table.paths)
+    by_id = read_trials(shared / "data" / name / "trials.kaldi", table.ids, table.paths)
+    for field in ("enrol", "test", "label"):
+        np.testing.assert_array_equal(getattr(by_path, field), getattr(by_id, field))
+    np.testing.assert_array_equal(table.labels[by_id.enrol] == table.labels[by_id.test], by_id.label)
