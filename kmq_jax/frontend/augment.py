@@ -112,9 +112,7 @@ class Room(NamedTuple):
 def draw_room(key: jax.Array, config: RoomConfig) -> Room:
     """Draws a room, places a source and a microphone in it, and sets how long it reverberates."""
     keys = jax.random.split(key, 4)
-    size = jax.random.uniform(
-        keys[0], (3,), minval=jnp.array(config.smallest), maxval=jnp.array(config.largest)
-    )
+    size = jax.random.uniform(keys[0], (3,), minval=jnp.array(config.smallest), maxval=jnp.array(config.largest))
     place = functools.partial(jax.random.uniform, shape=(3,), minval=config.margin, maxval=size - config.margin)
     rt60 = jax.random.uniform(keys[3], minval=config.rt60[0], maxval=config.rt60[1])
     return Room(size, place(keys[1]), place(keys[2]), rt60)
@@ -260,9 +258,7 @@ class SpecAugmentConfig:
         if not 0 <= self.probability <= 1:
             raise UserError(f"probability (={self.probability}) must lie in 0 to 1")
         if self.max_frames < 1 or self.max_bands < 1:
-            raise UserError(
-                f"max_frames (={self.max_frames}) and max_bands (={self.max_bands}) must be at least 1"
-            )
+            raise UserError(f"max_frames (={self.max_frames}) and max_bands (={self.max_bands}) must be at least 1")
 
 
 def spec_augment(key: jax.Array, features: jax.Array, config: SpecAugmentConfig) -> jax.Array:
@@ -283,19 +279,18 @@ def spec_augment(key: jax.Array, features: jax.Array, config: SpecAugmentConfig)
         Park et al., "SpecAugment: A simple data augmentation method for ASR", Interspeech 2019 (without its time
         warping; few and narrow strips, as speaker recipes have them).
     """
+    batch, time, bands = features.shape
+    chosen_key, time_key, frequency_key = jax.random.split(key, 3)
 
     def strip(key: jax.Array, size: int, longest: int) -> jax.Array:
-        """A mask [size], true in one strip of 1 to `longest`."""
+        """Masks [batch, size], each true in one strip of 1 to `longest`."""
         start_key, length_key = jax.random.split(key)
-        start = jax.random.randint(start_key, (), 0, size)
-        length = jax.random.randint(length_key, (), 1, longest + 1)
-        place = jnp.arange(size)
+        start = jax.random.randint(start_key, (batch, 1), 0, size)
+        length = jax.random.randint(length_key, (batch, 1), 1, longest + 1)
+        place = jnp.arange(size)[None]
         return (place >= start) & (place < start + length)
 
-    def mask(key: jax.Array, example: jax.Array) -> jax.Array:
-        chosen_key, time_key, band_key = jax.random.split(key, 3)
-        time, bands = example.shape
-        wiped = strip(time_key, time, config.max_frames)[:, None] | strip(band_key, bands, config.max_bands)[None]
-        return jnp.where(jax.random.bernoulli(chosen_key, config.probability) & wiped, 0, example)
-
-    return jax.vmap(mask)(jax.random.split(key, features.shape[0]), features)
+    chosen = jax.random.bernoulli(chosen_key, config.probability, (batch, 1, 1))
+    times = strip(time_key, time, config.max_frames)[:, :, None]
+    frequencies = strip(frequency_key, bands, config.max_bands)[:, None, :]
+    return jnp.where(chosen & (times | frequencies), 0, features)

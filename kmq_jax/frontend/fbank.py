@@ -25,6 +25,7 @@ References:
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,11 +142,11 @@ WESPEAKER = FbankConfig(window="hamming", waveform_scale=32768.0)
 """WeSpeaker's 80 features: 80 filters up to 8,000 Hz, Hamming window, waveform in the range of 16-bit integers."""
 
 
-def num_frames(samples: jax.typing.ArrayLike, config: FbankConfig) -> jax.typing.ArrayLike:
+def num_frames(samples: Any, config: FbankConfig) -> Any:
     """Counts the whole frames in a waveform (Kaldi's `snip_edges=true`: what is left at the end is dropped).
 
     Args:
-        samples: an int, or an array of lengths.
+        samples: an int, or a NumPy or JAX array of lengths.
         config: the settings.
 
     Returns:
@@ -179,9 +180,9 @@ def _operators(config: FbankConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     if config.length % 2:
         window[-1] /= 2  # the middle sample of an odd frame meets itself when the frame is folded
     return (
-        np.float32(np.cos(angle) * window),
-        np.float32(np.sin(angle) * window),
-        np.float32(filters[used]),
+        (np.cos(angle) * window).astype(np.float32),
+        (np.sin(angle) * window).astype(np.float32),
+        filters[used].astype(np.float32),
     )
 
 
@@ -193,7 +194,7 @@ def _frames(wave: jax.Array, config: FbankConfig) -> jax.Array:
     """
     block = math.gcd(config.shift, config.length)
     step = config.shift // block
-    count = int(num_frames(wave.shape[-1], config))
+    count = num_frames(wave.shape[-1], config)
     blocks = wave[..., : wave.shape[-1] // block * block].reshape(*wave.shape[:-1], -1, block)
     last = (count - 1) * step + 1
     pieces = [blocks[..., i : i + last : step, :] for i in range(config.length // block)]

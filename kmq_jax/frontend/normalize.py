@@ -17,8 +17,8 @@ def mean_normalize(features: jax.Array, lengths: jax.Array | None = None) -> jax
         lengths: real frames of each utterance [batch], integer; None when every frame is real.
 
     Returns:
-        The same shape. The mean is over real frames only, and padded frames are exactly 0, so that an utterance gives the
-        same numbers alone and padded in a longer batch. An utterance of length 0 is all zeros.
+        The same shape. The mean is over real frames only, and padded frames are exactly 0, so that an utterance
+        gives the same numbers alone and padded in a longer batch. An utterance of length 0 is all zeros.
 
     Raises:
         UserError: the features are not [batch, time, mel].
@@ -27,7 +27,7 @@ def mean_normalize(features: jax.Array, lengths: jax.Array | None = None) -> jax
         raise UserError(f"features (of shape {features.shape}) must be [batch, time, mel]")
     if lengths is None:
         return features - features.mean(1, keepdims=True)
-    real = (jnp.arange(features.shape[1]) < lengths[:, None])[:, :, None]
+    real = (jnp.arange(features.shape[1])[None] < lengths[:, None])[:, :, None]
     # Not a product with the mask: padding that holds NaN or infinity must not leak into the mean.
     total = jnp.where(real, features, 0).sum(1, keepdims=True)
     mean = total / jnp.maximum(real.sum(1, keepdims=True), 1)
