@@ -14,6 +14,7 @@ when it is loaded. The trials of a split are named like the split, `--trials=syn
 
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -74,7 +75,7 @@ class Corpus:
         return f"syn-{self.split}-{NOISES[speaker] if self.split == 'noise' else f'{speaker:04d}'}"
 
     def wave(self, speaker: int, utterance: int) -> np.ndarray:
-        """`[samples]` float32 in [-1, 1) at 16 kHz: one utterance, or one clip of noise."""
+        """`[samples]` float32 in (-1, 1) at 16 kHz: one utterance, or one clip of noise."""
         rng = self.rng(speaker, utterance)
         samples = int(self.samples(speaker)[utterance])
         if self.split == "noise":
@@ -83,10 +84,34 @@ class Corpus:
         tracks = voice.plan(person, rng, samples / voice.SAMPLE_RATE, self.spread)
         return voice.transmit(voice.render(tracks, person, rng), rng, self.spread)
 
+
+class Reader:
+    """Gives an utterance by its id. It remembers what it made, as 16-bit samples, while that fits in memory.
+
+    So training pays for an utterance once, not once an epoch. Copies in other processes begin with nothing.
+    """
+
+    def __init__(self, corpus: Corpus, room: int = 1 << 29):
+        """Reads `corpus`, remembering up to `room` bytes."""
+        self.corpus, self.room = corpus, room
+        self._made: dict[str, np.ndarray] = {}
+        self._left = room
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Reader, (self.corpus, self.room)
+
     def __call__(self, name: str) -> np.ndarray:
-        """The wave of the utterance with this id: what `Utterances.reader` asks for."""
-        speaker, utterance = name.removeprefix(f"syn-{self.split}-").split("-")
-        return self.wave(NOISES.index(speaker) if self.split == "noise" else int(speaker), int(utterance))
+        """`[samples]` float32 in [-1, 1), as a 16-bit recording holds them."""
+        coded = self._made.get(name)
+        if coded is None:
+            split = self.corpus.split
+            speaker, utterance = name.removeprefix(f"syn-{split}-").split("-")
+            number = NOISES.index(speaker) if split == "noise" else int(speaker)
+            coded = np.rint(self.corpus.wave(number, int(utterance)) * 32768).astype(np.int16)
+            if self._left >= coded.nbytes:  # threads may overshoot by an utterance each
+                self._left -= coded.nbytes
+                self._made[name] = coded
+        return coded.astype(np.float32) / 32768
 
 
 def parse(spec: str) -> Corpus:
@@ -133,7 +158,7 @@ def table(corpus: Corpus) -> Utterances:
         speakers=tuple(name for name in names for _ in range(corpus.utterances)),
         samples=np.concatenate([corpus.samples(speaker) for speaker in range(corpus.speakers)]),
         genders={} if corpus.split == "noise" else {name: corpus.sex(i)[0] for i, name in enumerate(names)},
-        reader=corpus,
+        reader=Reader(corpus),
     )
 
 

@@ -1,8 +1,8 @@
 """A parametric voice: who is speaking (Speaker), what and how (Tracks), and over which channel.
 
-The source-filter model of speech (Fant 1960; Klatt 1980, "Software for a cascade/parallel formant synthesizer"): glottal
-pulses and breath noise pass a cascade of vocal-tract resonances, frication noise a filter of its own. Filters change
-every frame and are applied to all frames at once in the frequency domain, by overlap-add, so an utterance takes
+The source-filter model of speech (Fant 1960; Klatt 1980, "Software for a cascade/parallel formant synthesizer"):
+glottal pulses and breath noise pass a cascade of vocal-tract resonances, frication noise a filter of its own. Filters
+change every frame and are applied to all frames at once in the frequency domain, by overlap-add, so an utterance takes
 milliseconds.
 
     rng -> speaker() -> Speaker

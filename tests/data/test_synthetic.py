@@ -10,7 +10,7 @@ from sklearn.metrics import roc_curve
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.data.source import open_source
-from kmq_jax.data.synthetic import NOISES, noise, parse, synthetic_trials
+from kmq_jax.data.synthetic import NOISES, Reader, noise, parse, synthetic_trials
 from kmq_jax.data.trials import read_trials
 
 SPLITS = ("train", "dev", "test")
@@ -165,3 +165,17 @@ def test_means_and_deviations_do_not_tell_speakers_apart():
     both = (both - both.mean(axis=0)) / both.std(axis=0)
     assert equal_error_rate(means, trials) > 0.15
     assert 0.15 < equal_error_rate(both, trials) < 0.45  # but there is a speaker in them
+
+
+def test_a_reader_remembers_within_its_room():
+    corpus = parse("synthetic:dev?speakers=1&utterances=3")
+    bytes_of_one = 2 * int(corpus.samples(0)[0])
+    reader = Reader(corpus, room=bytes_of_one)
+    first = reader("syn-dev-0000-00")
+    assert reader("syn-dev-0000-00") is not first  # the caller's to change
+    first[:] = 0
+    assert np.abs(reader("syn-dev-0000-00")).max() > 0
+    reader("syn-dev-0000-01")
+    assert sum(wave.nbytes for wave in reader._made.values()) == bytes_of_one
+    assert not pickle.loads(pickle.dumps(reader))._made
+    np.testing.assert_array_equal(np.rint(reader("syn-dev-0000-02") * 32768) / 32768, reader("syn-dev-0000-02"))
