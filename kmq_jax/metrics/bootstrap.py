@@ -83,7 +83,7 @@ def speaker_bootstrap(
     sums = _weight_sums(2 * segment + labels, enrol, test, draws)
     fa, miss = (np.cumsum(sums[side::2], axis=0, dtype=np.float64) for side in (0, 1))
     usable = (fa[-1] > 0) & (miss[-1] > 0)
-    p_miss, p_rejected = (np.pad((x / x[-1])[:, usable], ((1, 0), (0, 0))).T for x in (miss, fa))
+    p_miss, p_rejected = (np.pad(x[:, usable] / x[-1, usable], ((1, 0), (0, 0))).T for x in (miss, fa))
     p_fa = 1 - p_rejected
     costs = normalised_dcf(p_miss, p_fa, p_target, c_miss, c_fa).min(axis=-1)
     return Bootstrap(equal_error_point(p_miss, p_fa)[0], costs)
@@ -91,7 +91,7 @@ def speaker_bootstrap(
 
 def percentile_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
     """The central interval that holds the share `confidence` of bootstrap replicates `[replicates]`."""
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(np.asarray(values), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 

@@ -67,8 +67,8 @@ def adaptive_snorm(
         `[trials]` float32.
 
     References:
-        Cumani et al., "Comparison of speaker recognition approaches for real applications", Interspeech 2011. Matejka et
-        al., "Analysis of score normalization in multilingual speaker recognition", Interspeech 2017.
+        Cumani et al., "Comparison of speaker recognition approaches for real applications", Interspeech 2011. Matejka
+        et al., "Analysis of score normalization in multilingual speaker recognition", Interspeech 2017.
     """
     scores = np.asarray(scores, np.float32)
     total = np.zeros_like(scores)
