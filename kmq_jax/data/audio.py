@@ -59,7 +59,7 @@ def read_audio(
         silence: RMS around the mean below which it is "silent"; 0 allows silence.
 
     Returns:
-        `[samples]` float32 in [-1, 1) at 16 kHz.
+        `[samples]` float32 at 16 kHz, in [-1, 1) but for what a lossy decoder or the resampler overshoots.
 
     Raises:
         AudioError: missing, unreadable, empty, truncated, silent, too short or too long, a sample rate out of range,

@@ -163,7 +163,7 @@ def _write_shard(task: _Task) -> None:
                 try:
                     wave = audio.to_int16(table.load(i, min_seconds=task.min_seconds))
                     row = {"id": table.ids[i], "path": table.paths[i], "speaker": table.speakers[i]}
-                    record = features.serialize_example({"audio": wave, **row})
+                    record = prepared.serialize(features, {"audio": wave, **row})
                 except audio.AudioError as error:
                     rejected.append((table.paths[i], error.reason))
                 except Exception as error:  # whatever one file provokes in a decoder must not stop the run

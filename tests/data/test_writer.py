@@ -1,0 +1,235 @@
+import csv
+import os
+import pickle
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import recordings
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import read_json
+from kmq_jax.data import audio, writer
+from kmq_jax.data.source import Utterances, open_source
+
+tfds = pytest.importorskip("tensorflow_datasets")
+
+
+def in_process(tasks, workers, total):
+    """Stands for the worker processes, whose start takes seconds."""
+
+    class Count:
+        value = 0
+
+        def get_lock(self):
+            return threading.Lock()
+
+    writer._written = Count()
+    for task in tasks:
+        writer._write_shard(task)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr(writer, "_run", in_process)
+    monkeypatch.setattr(writer, "_LEAST_ROWS", 5)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_tfds_reads_what_was_written_without_tensorflow(tmp_path, fast):
+    root = recordings.kaldi(tmp_path / "k")
+    (root / "spk2gender").write_text("s0 f\ns1 m\ns2 f\n")
+    table = open_source(root)
+    summary = writer.prepare(table, tmp_path / "My-Set")
+    assert {key: summary[key] for key in ("utterances", "speakers", "rejected")} == {
+        "utterances": 12,
+        "speakers": 3,
+        "rejected": 0,
+    }
+    assert summary["hours"] == pytest.approx(table.lengths().sum() / 16000 / 3600, abs=1e-4)
+    assert read_json(tmp_path / "My-Set" / "summary.json") == summary
+    names = [path.name for path in sorted((tmp_path / "My-Set").glob("*array_record*"))]
+    assert names == [f"my_set-train.array_record-0000{i}-of-00003" for i in range(3)]
+
+    records = tfds.builder_from_directory(tmp_path / "My-Set").as_data_source(split="train")
+    assert len(records) == 12
+    for i in (0, 4, 5, 11):
+        record = records[i]
+        assert record["audio"].dtype == np.int16
+        np.testing.assert_array_equal(record["audio"], audio.to_int16(table.load(i)))
+        assert (record["id"], record["speaker"]) == (table.ids[i].encode(), table.speakers[i].encode())
+        assert record["path"] == table.paths[i].encode()
+    assert "tensorflow" not in sys.modules
+
+
+def test_a_prepared_set_opens_as_data(tmp_path, fast):
+    root = recordings.kaldi(tmp_path / "k")
+    (root / "spk2gender").write_text("s0 f\n")
+    (root / "spk2age").write_text("s0 41\n")
+    table = open_source(root)
+    writer.prepare(table, tmp_path / "out")
+    opened = pickle.loads(pickle.dumps(open_source(tmp_path / "out")))
+    assert (opened.ids, opened.paths, opened.speakers) == (table.ids, table.paths, table.speakers)
+    assert (opened.genders, opened.ages) == ({"s0": "f"}, {"s0": 41.0})
+    np.testing.assert_array_equal(opened.lengths(), table.lengths())
+    for i in (3, 8):
+        np.testing.assert_array_equal(opened.load(i), table.load(i))
+
+
+def test_bad_files_are_listed_with_their_reasons_and_left_out(tmp_path, fast):
+    root = recordings.kaldi(tmp_path / "k")
+    (root / "audio/s0-u0.wav").unlink()
+    (root / "audio/s0-u1.wav").write_bytes(b"")
+    (root / "audio/s0-u2.wav").write_text("words\n" * 40)
+    whole = (root / "audio/s0-u3.wav").read_bytes()
+    (root / "audio/s0-u3.wav").write_bytes(whole[:9000])
+    recordings.write(root / "audio/s1-u0.wav", np.zeros(16000))
+    recordings.write(root / "audio/s1-u1.wav", recordings.tone(0.3))
+    recordings.write(root / "audio/s1-u2.wav", recordings.tone(rate=6000), 6000)
+    recordings.write(root / "audio/s1-u3.wav", np.stack((recordings.tone(), recordings.tone()), axis=1))  # stereo: fine
+    recordings.write(root / "audio/s2-u0.wav", recordings.tone(rate=44100), 44100)  # resampled
+    summary = writer.prepare(open_source(root), tmp_path / "out")
+    assert (summary["utterances"], summary["speakers"], summary["rejected"]) == (5, 2, 7)
+    with (tmp_path / "out/rejected.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [f"audio/s0-u{i}.wav" for i in range(4)] + [
+        f"audio/s1-u{i}.wav" for i in range(3)
+    ]
+    assert [row["reason"].split(" (")[0] for row in rows] == [
+        "missing",
+        "empty",
+        "unreadable",
+        "truncated",
+        "silent",
+        "too short",
+        "sample rate 6000 Hz is outside 8000-384000 Hz",
+    ]
+    assert open_source(tmp_path / "out").ids == ("s1-u3", "s2-u0", "s2-u1", "s2-u2", "s2-u3")
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("calls", [1, 2, 6, 9, 11, 13, 14])
+def test_interrupted_anywhere_it_goes_on_and_the_result_is_the_same(tmp_path, fast, monkeypatch, calls):
+    table = open_source(recordings.kaldi(tmp_path / "k"))
+    (tmp_path / "a").mkdir()
+    writer.prepare(table, tmp_path / "a" / "set")
+
+    # Everything that appears under a final name does so by os.replace or Path.replace: stop at one of them.
+    left = calls
+    originals = os.replace, Path.replace
+
+    def counted(original):
+        def replace(*args, **settings):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Stopped
+            return original(*args, **settings)
+
+        return replace
+
+    monkeypatch.setattr(os, "replace", counted(originals[0]))
+    monkeypatch.setattr(Path, "replace", counted(originals[1]))
+    with pytest.raises(Stopped):
+        writer.prepare(table, tmp_path / "set")
+    assert not (tmp_path / "set" / "dataset_info.json").exists()
+    monkeypatch.setattr(os, "replace", originals[0])
+    monkeypatch.setattr(Path, "replace", originals[1])
+    if (tmp_path / "set").exists():
+        with pytest.raises(UserError, match="unfinished prepare_data"):
+            open_source(tmp_path / "set")
+    writer.prepare(table, tmp_path / "set")
+    assert contents(tmp_path / "set") == contents(tmp_path / "a" / "set")
+
+
+def test_finished_shards_are_not_written_again(tmp_path, fast, monkeypatch):
+    table = open_source(recordings.kaldi(tmp_path / "k"))
+    written = []
+    write_shard = writer._write_shard
+
+    def stop_at_the_third(task):
+        if len(written) == 2:
+            raise Stopped
+        written.append(task.shard.name)
+        write_shard(task)
+
+    monkeypatch.setattr(writer, "_write_shard", stop_at_the_third)
+    with pytest.raises(Stopped):
+        writer.prepare(table, tmp_path / "out")
+    written.append("again")
+    monkeypatch.setattr(writer, "_write_shard", lambda task: (written.append(task.shard.name), write_shard(task)))
+    writer.prepare(table, tmp_path / "out")
+    assert written == ["00000.array_record", "00001.array_record", "again", "00002.array_record"]
+    assert not (tmp_path / "out" / ".prepare").exists()
+
+
+def test_what_is_in_the_way(tmp_path, fast):
+    table = open_source(recordings.kaldi(tmp_path / "k"))
+    other = open_source(recordings.kaldi(tmp_path / "k2", 2, 2))
+    writer.prepare(table, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    assert writer.prepare(table, tmp_path / "out")["utterances"] == 12  # done already
+    with pytest.raises(UserError, match="already holds another dataset"):
+        writer.prepare(other, tmp_path / "out")
+    with pytest.raises(UserError, match="already holds another dataset"):
+        writer.prepare(table, tmp_path / "out", min_seconds=0.7)
+    assert contents(tmp_path / "out") == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        writer.prepare(table, tmp_path / "full")
+    (tmp_path / "half" / ".prepare").mkdir(parents=True)
+    (tmp_path / "half" / ".prepare" / "plan.json").write_text('{"source": "another"}')
+    with pytest.raises(UserError, match="unfinished dataset of another source"):
+        writer.prepare(table, tmp_path / "half")
+
+
+def test_nothing_usable(tmp_path, fast):
+    root = recordings.kaldi(tmp_path / "k", 1, 2)
+    good = {path: path.read_bytes() for path in (root / "audio").iterdir()}
+    for path in good:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"no recording could be used; .*rejected.csv says why \(empty"):
+        writer.prepare(open_source(root), tmp_path / "out")
+    assert len((tmp_path / "out/rejected.csv").read_text().splitlines()) == 3
+    for path, data in good.items():
+        path.write_bytes(data)
+    assert writer.prepare(open_source(root), tmp_path / "out")["utterances"] == 2  # mended, it works
+
+
+def test_a_damaged_shard_is_told_by_its_utterance(tmp_path, fast):
+    table = open_source(recordings.kaldi(tmp_path / "k", 1, 3))
+    writer.prepare(table, tmp_path / "out")
+    (shard,) = (tmp_path / "out").glob("*array_record*")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    shard.write_bytes(data)
+    opened = open_source(tmp_path / "out")
+    with pytest.raises(audio.AudioError, match="unreadable"):
+        for i in range(3):
+            opened.load(i)
+
+
+def test_a_listing_that_does_not_fit(tmp_path, fast):
+    writer.prepare(open_source(recordings.kaldi(tmp_path / "k", 1, 3)), tmp_path / "out")
+    listing = tmp_path / "out" / "utterances-train.csv"
+    listing.write_text("".join(listing.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match="lists 2 utterances, but the split has 3 records"):
+        open_source(tmp_path / "out")
+    listing.unlink()
+    with pytest.raises(UserError, match="cannot read .*utterances-train.csv"):
+        open_source(tmp_path / "out")
+
+
+def test_shards_stay_few():
+    table = Utterances(ids=("a",) * 100_000, paths=("b",) * 100_000, speakers=("c",) * 100_000)
+    tasks = writer._split(table, Path("w"), 0.5)
+    assert len(tasks) <= 256 and sum(len(task.utterances) for task in tasks) == 100_000
