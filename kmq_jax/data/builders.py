@@ -22,7 +22,7 @@ from kmq_jax.data.table import Utterances
 log = logging.getLogger(__name__)
 
 
-class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """What the builders share: one corpus, its splits, one record an utterance."""
 
     VERSION = tfds.core.Version("1.0.0")

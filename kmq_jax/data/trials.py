@@ -124,8 +124,30 @@ def read_trials(
 
 
 def open_trials(text: str, utterances: Utterances) -> Trials:
-    """Reads the list at `text`; where that is empty, draws trials from the utterances themselves (`draw_trials`)."""
-    return read_trials(text, utterances.ids, utterances.paths) if text else draw_trials(utterances)
+    """Opens a TRIALS argument as indices into `utterances`.
+
+    Args:
+        text: a file (`read_trials`), `synthetic:SPLIT` for the trials of the embedded corpus, or nothing, which draws
+            trials at random (`draw_trials`).
+        utterances: the table.
+
+    Raises:
+        UserError: the list cannot be read, or names an unknown utterance.
+    """
+    if not text:
+        return draw_trials(utterances)
+    if not text.startswith("synthetic:"):
+        return read_trials(text, utterances.ids, utterances.paths)
+    from kmq_jax.data.synthetic import synthetic_trials
+
+    trials = synthetic_trials(text)
+    rows = _rows(utterance_index(utterances.ids), trials.names)
+    enrol, test = rows[trials.enrol_name], rows[trials.test_name]
+    unknown = np.flatnonzero(np.minimum(enrol, test) < 0)
+    if unknown.size:
+        first = (trials.enrol_name if enrol[unknown[0]] < 0 else trials.test_name)[unknown[0]]
+        raise UserError(f"trials {text}: unknown utterance {trials.names[first]}")
+    return dataclasses.replace(trials, enrol=enrol, test=test)
 
 
 def draw_trials(utterances: Utterances, targets: int = 5000, nontargets: int = 20000, seed: int = 0) -> Trials:

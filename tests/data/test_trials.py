@@ -145,3 +145,14 @@ def test_both_forms_of_the_shared_lists_agree(shared, name):
     for field in ("enrol", "test", "label"):
         np.testing.assert_array_equal(getattr(by_path, field), getattr(by_id, field))
     np.testing.assert_array_equal(table.labels[by_id.enrol] == table.labels[by_id.test], by_id.label)
+
+
+def test_trials_of_the_embedded_corpus_follow_the_table():
+    spec = "synthetic:dev?speakers=6&utterances=3"
+    table = open_source(spec)
+    trials = open_trials(spec, table)
+    turned = open_trials(spec, table.select(range(len(table))[::-1]))
+    np.testing.assert_array_equal(table.labels[trials.enrol] == table.labels[trials.test], trials.label)
+    np.testing.assert_array_equal(turned.enrol, len(table) - 1 - trials.enrol)
+    with pytest.raises(UserError, match="unknown utterance syn-dev-"):
+        open_trials(spec, table.select([0, 1, 2]))
