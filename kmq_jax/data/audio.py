@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -268,15 +269,17 @@ def _decode_ffmpeg(path: Path, start: float, seconds: float | None, max_seconds:
         kind = path.suffix[1:]
         raise AudioError(path, f"unreadable ({kind} files need the ffmpeg program, which is not installed)")
     limit = max_seconds + 1 if seconds is None else seconds
-    source = ["-protocol_whitelist", "file,pipe", "-ss", str(start), "-i", f"file:{path.absolute()}", "-t", str(limit)]
+    source = ["-protocol_whitelist", "file,pipe", "-i", f"file:{path.absolute()}"]
+    # After -i: before it, even `-ss 0` makes ffmpeg keep the samples by which AAC encoders delay the sound.
+    part = ["-ss", str(start), "-t", str(limit)]
     samples = ["-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "f32le", "pipe:1"]
-    command = [program, "-v", "error", "-xerror", "-nostdin", *source, *samples]
+    command = [program, "-v", "error", "-xerror", "-nostdin", *source, *part, *samples]
     try:
         done = subprocess.run(command, capture_output=True, timeout=60 + max_seconds / 10, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise AudioError(path, f"unreadable (ffmpeg: {_plain(error)})") from None
     if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        lines = re.sub(r"\[[^]]* @ 0x[0-9a-f]+\] ", "", done.stderr.decode(errors="replace")).strip().splitlines()
         raise AudioError(path, f"unreadable (ffmpeg: {lines[-1].strip() if lines else f'status {done.returncode}'})")
     wave = np.frombuffer(done.stdout[: len(done.stdout) // 4 * 4], "<f4")
     if seconds is None and len(wave) > max_seconds * SAMPLE_RATE:

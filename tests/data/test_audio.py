@@ -1,6 +1,8 @@
 import os
 import pickle
+import shutil
 import struct
+import subprocess
 
 import numpy as np
 import pytest
@@ -176,6 +178,21 @@ def test_m4a_is_decoded_by_ffmpeg(tmp_path, monkeypatch):
     other.write_bytes(b"m4a")
     with pytest.raises(audio.AudioError, match=r"unreadable \(ffmpeg: moov atom not found\)"):
         audio.read_audio(other)
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg")
+def test_m4a_by_the_real_ffmpeg(tmp_path):
+    wav = recordings.write(tmp_path / "a.wav", np.stack([recordings.tone(4, rate=44100)] * 2, axis=1), 44100)
+    path = tmp_path / "-a b.m4a"
+    subprocess.run(["ffmpeg", "-v", "error", "-i", wav, "-movflags", "faststart", f"file:{path}"], check=True)
+    expected = audio.read_audio(wav)
+    wave, part = audio.read_audio(path), audio.read_audio(path, start=1.0, seconds=0.5)
+    assert len(wave) == len(expected) == audio.num_samples(path) and len(part) == 8000
+    assert np.corrcoef(wave, expected)[0, 1] > 0.99  # the encoder's delay is taken off
+    assert np.corrcoef(part, expected[16000:24000])[0, 1] > 0.99
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(audio.AudioError, match=r"unreadable \(ffmpeg: [^@]*$"):
+        audio.read_audio(path)
 
 
 def test_samples_in_memory():
