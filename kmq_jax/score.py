@@ -11,7 +11,6 @@ import numpy as np
 from kmq_jax.core import cli
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import atomic_write, read_json, write_json
-from kmq_jax.data import synthetic
 from kmq_jax.data.trials import Trials, read_models, read_trials, utterance_index
 from kmq_jax.metrics.bootstrap import speakers_from_targets
 from kmq_jax.metrics.calibration import AffineMap, IsotonicMap, fit_logistic, map_from_dict
@@ -29,8 +28,8 @@ def flags() -> argparse.ArgumentParser:
     parser = cli.parser(
         "score",
         "Scores a trial list by cosine, with adaptive S-norm if a cohort is given, and prints EER, minDCF, actDCF,\n"
-        "Cllr and minCllr. The intervals are the central 95 % over bootstrap draws of speakers. actDCF and Cllr are of\n"
-        "calibrated scores: by --calibration, else cross-validated, every trial by a logistic fit on other speakers.",
+        "Cllr and minCllr. The intervals are the central 95 % over bootstrap draws of speakers. actDCF and Cllr are\n"
+        "of calibrated scores: by --calibration, else cross-validated, each trial by a logistic fit on other speakers.",
         "python -m kmq_jax.score --embeddings=runs/dev.npz --trials=synthetic:dev --out=scores.txt --json=metrics.json",
     )
     parser.add_argument("--embeddings", required=True, help="embeddings (.npz of `extract`) of the test utterances")
@@ -96,8 +95,10 @@ def join(
     paths = [(table.paths or table.ids)[i] for table, rows in tables for i in rows]
 
     models = read_models(models_path) if models_path else None
-    if path.startswith(synthetic.PREFIX):
-        trials = synthetic.synthetic_trials(path)
+    if path.startswith("synthetic:"):
+        from kmq_jax.data.synthetic import synthetic_trials  # the voices take a second to import
+
+        trials = synthetic_trials(path)
         index = utterance_index(ids)
         row = np.array([index.get(name, -1) for name in trials.names])
         enrol, test = row[trials.enrol_name], row[trials.test_name]
@@ -186,7 +187,7 @@ def write_scores(path: str, trials: Trials, scores: np.ndarray) -> None:
         for start in range(0, len(scores), _LINES):
             part = slice(start, start + _LINES)
             rows = zip(names[trials.enrol_name[part]], names[trials.test_name[part]], scores[part].tolist())
-            file.write("".join(["%s %s %.9g\n" % row for row in rows]))
+            file.write("".join([f"{enrol} {test} {score:.9g}\n" for enrol, test, score in rows]))
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -239,8 +240,6 @@ def main() -> None:
         scores, snorm = normalise(
             scores, sides, read_embeddings(args.snorm_cohort), args.top_n, args.cohort_speaker_means
         )
-    if args.out:
-        write_scores(args.out, trials, scores)
     try:
         result = evaluate(
             scores,
@@ -257,6 +256,8 @@ def main() -> None:
     if calibration is not None:
         result["calibration"] = f"given by {args.calibration}"
     result |= {"speakers_source": sides.source, "snorm": snorm}
+    if args.out:
+        write_scores(args.out, trials, scores)
     if args.save_calibration:
         write_json(args.save_calibration, fit_logistic(scores, trials.label).to_dict() | {"scores": kind})
     if args.json:

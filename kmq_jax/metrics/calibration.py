@@ -205,7 +205,7 @@ def cross_calibrate(
 
     Speakers are dealt into folds. A trial whose speakers lie in folds i and j is mapped by the logistic fit on the
     trials that have no speaker in either. For these fits the scores are counted in 2,048 bins, each at the mean of its
-    scores, which moves a ratio by some 1e-5.
+    scores, which moves a ratio by some 1e-4.
 
     Args:
         scores: `[trials]`.

@@ -7,29 +7,44 @@ from numpy.typing import ArrayLike
 
 from kmq_jax.core.errors import UserError
 
-_CHUNK = 1024  # trials scored at a time: their embeddings stay in the cache
+_CHUNK = 1024  # rows worked on at a time: they stay in the cache
+_SHORTEST, _LONGEST = 1e-15, 1e15  # beyond these, products of float32 lose their meaning
+
+
+def lengths(embeddings: np.ndarray) -> np.ndarray:
+    """Euclidean lengths `[utterances]` float64 of embeddings `[utterances, dim]`."""
+    squares = np.empty(len(embeddings))
+    for start in range(0, len(embeddings), _CHUNK):
+        rows = embeddings[start : start + _CHUNK].astype(np.float64)
+        np.vecdot(rows, rows, out=squares[start : start + _CHUNK])
+    return np.sqrt(squares)
+
+
+def unusable(length: np.ndarray) -> np.ndarray:
+    """Which lengths `[utterances]` belong to embeddings that cannot be scored: zero, not finite, or absurd."""
+    return ~((length > _SHORTEST) & (length < _LONGEST))
+
+
+def _checked(embeddings: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings as float32 `[utterances, dim]`, and their lengths as float32 `[utterances]`."""
+    rows = np.asarray(embeddings, np.float32)
+    if rows.ndim != 2:
+        raise UserError(f"embeddings must be [utterances, dim], got shape {rows.shape}")
+    length = lengths(rows)
+    bad = unusable(length)
+    if bad.any():
+        raise UserError(f"embedding {int(bad.argmax())} is zero or not finite, and so are {int(bad.sum()) - 1} others")
+    return rows, length.astype(np.float32)
 
 
 def unit_rows(embeddings: ArrayLike) -> np.ndarray:
-    """Scales embeddings to length one.
-
-    Args:
-        embeddings: `[utterances, dim]`.
-
-    Returns:
-        `[utterances, dim]` float32.
+    """Scales embeddings `[utterances, dim]` to length one, as float32.
 
     Raises:
         UserError: an embedding is zero or not finite; the message names its row.
     """
-    rows = np.asarray(embeddings, np.float32)
-    if rows.ndim != 2:
-        raise UserError(f"embeddings must be [utterances, dim], got shape {rows.shape}")
-    length = np.sqrt(np.vecdot(rows, rows, dtype=np.float64))  # in float64, squares do not overflow
-    bad = ~(np.isfinite(length) & (length > 0))
-    if bad.any():
-        raise UserError(f"embedding {int(bad.argmax())} is zero or not finite, and so are {int(bad.sum()) - 1} others")
-    return (rows / length[:, None]).astype(np.float32)
+    rows, length = _checked(embeddings)
+    return rows / length[:, None]
 
 
 def cosine_scores(
@@ -49,19 +64,17 @@ def cosine_scores(
     Raises:
         UserError: the two tables differ in dimension, or an embedding is zero or not finite.
     """
-    one = unit_rows(enrol_embeddings)
-    two = one if test_embeddings is enrol_embeddings else unit_rows(test_embeddings)
+    enrol, test = np.asarray(enrol, np.int64), np.asarray(test, np.int64)
+    one, one_length = _checked(enrol_embeddings)
+    two, two_length = (one, one_length) if test_embeddings is enrol_embeddings else _checked(test_embeddings)
     if one.shape[1] != two.shape[1]:
         raise UserError(f"enrolment embeddings have {one.shape[1]} dimensions, test embeddings {two.shape[1]}")
-    return np.clip(_dots(one, two, np.asarray(enrol), np.asarray(test)), -1, 1)
-
-
-def _dots(one: np.ndarray, two: np.ndarray, enrol: np.ndarray, test: np.ndarray) -> np.ndarray:
     scores = np.empty(len(enrol), np.float32)
     for start in range(0, len(enrol), _CHUNK):
         part = slice(start, start + _CHUNK)
         np.vecdot(one.take(enrol[part], axis=0), two.take(test[part], axis=0), out=scores[part])
-    return scores
+    scores /= one_length[enrol] * two_length[test]
+    return np.clip(scores, -1, 1, out=scores)
 
 
 def average(embeddings: ArrayLike, groups: Iterable[ArrayLike]) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.scoring.cosine import lengths, unusable
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,19 +43,22 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
     """
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UserError(f"{path} is not an .npz file of embeddings")
-            missing = {"ids", "embeddings"} - set(file.files)
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it holds a single array")
+            missing = {"ids", "embeddings"} - set(archive.files)
             if missing:
-                raise UserError(f"{path} lacks the array `{sorted(missing)[0]}`")
-            arrays = {name: file[name] for name in ("ids", "paths", "speakers", "embeddings") if name in file.files}
+                raise ValueError(f"it lacks the array `{sorted(missing)[0]}`")
+            wanted = ("ids", "paths", "speakers", "embeddings")
+            arrays = {name: archive[name] for name in wanted if name in archive.files}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except UserError:
-        raise
     except (ValueError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is not an .npz file of embeddings: {error}") from error
+    for name, values in arrays.items():
+        if not isinstance(values, np.ndarray):
+            raise UserError(f"{path} is not an .npz file of embeddings: {name} is not an array")
     embeddings = arrays.pop("embeddings")
     if embeddings.ndim != 2 or 0 in embeddings.shape or not np.issubdtype(embeddings.dtype, np.floating):
         raise UserError(
@@ -70,8 +74,7 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
     if len(set(ids)) < len(ids):
         raise UserError(f"{path}: the id {_first_repeated(ids)} occurs twice")
     embeddings = embeddings.astype(np.float32)
-    sizes = np.vecdot(embeddings, embeddings, dtype=np.float64)
-    bad = ~(np.isfinite(sizes) & (sizes > 0))
+    bad = unusable(lengths(embeddings))
     if bad.any():
         others = f", and {bad.sum() - 1} more" if bad.sum() > 1 else ""
         raise UserError(f"{path}: the embedding of {ids[int(bad.argmax())]} is zero or not finite{others}")

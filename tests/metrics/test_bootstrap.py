@@ -74,7 +74,9 @@ def test_speakers_matter():
     scores, labels, enrol, test = trial_list(30, 20_000)
     speakers = bootstrap.speaker_bootstrap(scores, labels, enrol, test, 300).eer
     unique = np.arange(len(scores))  # every trial has speakers of its own
-    trials = bootstrap.speaker_bootstrap(scores, labels, unique, np.where(labels, unique, unique + len(scores)), 300).eer
+    trials = bootstrap.speaker_bootstrap(
+        scores, labels, unique, np.where(labels, unique, unique + len(scores)), 300
+    ).eer
     assert speakers.std() > 2 * trials.std()
 
 

@@ -154,7 +154,7 @@ def test_cross_calibration_fits_on_other_speakers():
         speakers = (enrol[i], test[i])
         others = ~np.isin(enrol, speakers) & ~np.isin(test, speakers)
         expected = calibration.fit_logistic(scores[others], labels[others])(scores[i])
-        assert llrs[i] == pytest.approx(expected, abs=1e-4)  # the bins
+        assert llrs[i] == pytest.approx(expected, abs=1e-3)  # the bins
 
 
 def test_cross_calibration_costs_more_than_cheating_and_little():

@@ -26,7 +26,11 @@ def exact_points(scores, labels):
     targets = [s for s, label in zip(scores, labels) if label]
     nontargets = [s for s, label in zip(scores, labels) if not label]
     return [
-        (t, Fraction(sum(s < t for s in targets), len(targets)), Fraction(sum(s >= t for s in nontargets), len(nontargets)))
+        (
+            t,
+            Fraction(sum(s < t for s in targets), len(targets)),
+            Fraction(sum(s >= t for s in nontargets), len(nontargets)),
+        )
         for t in sorted(set(scores)) + [float("inf")]
     ]
 

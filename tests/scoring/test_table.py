@@ -38,8 +38,8 @@ def test_paths_and_speakers_may_be_missing_and_other_types_are_converted(tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ids": None}, "lacks the array `ids`"),
-        ({"embeddings": None}, "lacks the array `embeddings`"),
+        ({"ids": None}, "it lacks the array `ids`"),
+        ({"embeddings": None}, "it lacks the array `embeddings`"),
         ({"ids": np.array(["a", "b", "a"])}, "the id a occurs twice"),
         ({"ids": np.array(["a", "b"])}, "ids must be 3 strings"),
         ({"speakers": np.array([1, 2, 3])}, "speakers must be 3 strings"),
