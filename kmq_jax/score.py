@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,11 @@ import numpy as np
 from kmq_jax.core import cli
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import atomic_write, read_json, write_json
-from kmq_jax.data.trials import Trials, read_models, read_trials, utterance_index
-from kmq_jax.metrics.bootstrap import speakers_from_targets
+from kmq_jax.data.trials import Trials
 from kmq_jax.metrics.calibration import AffineMap, IsotonicMap, fit_logistic, map_from_dict
 from kmq_jax.metrics.evaluate import evaluate
 from kmq_jax.scoring.cosine import average, cosine_scores
+from kmq_jax.scoring.join import Sides, join
 from kmq_jax.scoring.snorm import adaptive_snorm
 from kmq_jax.scoring.table import EmbeddingTable, read_embeddings
 
@@ -50,99 +49,6 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--det", help="draw the DET curve into this .png, .pdf or .svg")
     return parser
-
-
-@dataclass(frozen=True, eq=False)
-class Sides:
-    """What each trial compares.
-
-    Attributes:
-        enrol_embeddings: `[enrolments, dim]`.
-        test_embeddings: `[tests, dim]`.
-        enrol: `[trials]`, rows of `enrol_embeddings`.
-        test: `[trials]`, rows of `test_embeddings`.
-        enrol_speaker: `[trials]`, integers.
-        test_speaker: `[trials]`, integers.
-        speaker_names: of the trials' speakers, where known.
-        source: where the speakers are known from.
-    """
-
-    enrol_embeddings: np.ndarray
-    test_embeddings: np.ndarray
-    enrol: np.ndarray
-    test: np.ndarray
-    enrol_speaker: np.ndarray
-    test_speaker: np.ndarray
-    speaker_names: frozenset[str]
-    source: str
-
-
-def join(
-    path: str, models_path: str | None, enrol_table: EmbeddingTable, test_table: EmbeddingTable
-) -> tuple[Trials, Sides]:
-    """Reads the trial list and finds the embeddings and speakers of each trial.
-
-    Raises:
-        UserError: the list cannot be read, or names an utterance without an embedding.
-    """
-    # The union of both tables, enrolment first, by id.
-    test_row = dict(zip(test_table.ids, range(len(test_table))))
-    tables = [(enrol_table, range(len(enrol_table)))]
-    if test_table is not enrol_table:
-        known = set(enrol_table.ids)
-        tables.append((test_table, [i for i, name in enumerate(test_table.ids) if name not in known]))  # type: ignore[arg-type]
-    ids = [table.ids[i] for table, rows in tables for i in rows]
-    paths = [(table.paths or table.ids)[i] for table, rows in tables for i in rows]
-
-    models = read_models(models_path) if models_path else None
-    if path.startswith("synthetic:"):
-        from kmq_jax.data.synthetic import synthetic_trials  # the voices take a second to import
-
-        trials = synthetic_trials(path)
-        index = utterance_index(ids)
-        row = np.array([index.get(name, -1) for name in trials.names])
-        enrol, test = row[trials.enrol_name], row[trials.test_name]
-    else:
-        trials = read_trials(path, ids, paths, models)
-        enrol, test = trials.enrol, trials.test
-    members = trials.models
-
-    used = enrol if members is None else np.unique(np.concatenate([members[i] for i in np.unique(enrol)]))
-    missing = (used < 0) | (used >= len(enrol_table))
-    if missing.any():
-        at = int(missing.argmax())
-        name = trials.names[trials.enrol_name[at]] if members is None else ids[used[at]]
-        raise UserError(f"{path}: the enrolment utterance {name} is not in {enrol_table.source}")
-    to_test = np.array([test_row.get(name, -1) for name in ids])
-    test_rows = np.where(test < 0, -1, to_test[test])
-    if test_rows.min() < 0:
-        name = trials.names[trials.test_name[int(test_rows.argmin())]]
-        raise UserError(f"{path}: the test utterance {name} is not in {test_table.source}")
-
-    # Enrolments are utterances or, with models, groups of them.
-    enrol_embeddings = enrol_table.embeddings
-    if members is not None:
-        enrol_embeddings = average(enrol_embeddings, members)
-
-    if enrol_table.speakers is not None and test_table.speakers is not None:
-        number: dict[str, int] = {}
-        enrol_number, test_number = (
-            np.array([number.setdefault(name, len(number)) for name in table.speakers or ()])
-            for table in (enrol_table, test_table)
-        )
-        if members is not None:
-            enrol_number = np.array([enrol_number[rows[0]] for rows in members])
-        speakers = enrol_number[enrol], test_number[test_rows]
-        names = np.array(list(number))
-        present = frozenset(names[np.unique(np.concatenate(speakers))].tolist())
-        source = "named in the embedding file"
-    else:
-        node = enrol if members is None else enrol + len(ids)
-        found = speakers_from_targets(node, test, trials.label, len(ids) + len(members or ()))
-        speakers, present, source = (found[node], found[test]), frozenset(), "told apart by the target trials"
-    return trials, Sides(
-        enrol_embeddings, test_table.embeddings, enrol, test_rows, *speakers, speaker_names=present, source=source
-    )
 
 
 def normalise(
@@ -233,7 +139,7 @@ def main() -> None:
 
     test_table = read_embeddings(args.embeddings)
     enrol_table = read_embeddings(args.enrol_embeddings) if args.enrol_embeddings else test_table
-    trials, sides = join(args.trials, args.enrol_models, enrol_table, test_table)
+    trials, sides = join(args.trials, enrol_table, test_table, args.enrol_models)
     scores = cosine_scores(sides.enrol_embeddings, sides.test_embeddings, sides.enrol, sides.test)
     snorm = None
     if args.snorm_cohort:
@@ -255,7 +161,7 @@ def main() -> None:
         raise UserError(f"{args.trials}: {error}") from error
     if calibration is not None:
         result["calibration"] = f"given by {args.calibration}"
-    result |= {"speakers_source": sides.source, "snorm": snorm}
+    result |= {"speakers_source": sides.speakers_source, "snorm": snorm}
     if args.out:
         write_scores(args.out, trials, scores)
     if args.save_calibration:

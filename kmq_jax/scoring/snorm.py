@@ -71,9 +71,11 @@ def adaptive_snorm(
         et al., "Analysis of score normalization in multilingual speaker recognition", Interspeech 2017.
     """
     scores = np.asarray(scores, np.float32)
-    total = np.zeros_like(scores)
-    for embeddings, rows in ((enrol_embeddings, enrol), (test_embeddings, test)):
-        used, place = np.unique(np.asarray(rows), return_inverse=True)
-        mean, deviation = cohort_statistics(np.asarray(embeddings)[used], cohort, top_n)
-        total += (scores - mean[place]) / deviation[place]
-    return total / 2
+    table, enrol, test = np.asarray(enrol_embeddings), np.asarray(enrol, np.int64), np.asarray(test, np.int64)
+    if test_embeddings is not enrol_embeddings:
+        test = test + len(table)
+        table = np.concatenate([table, np.asarray(test_embeddings)])
+    used, place = np.unique(np.stack([enrol, test]), return_inverse=True)
+    mean, deviation = cohort_statistics(table[used], cohort, top_n)
+    place = place.reshape(2, -1)
+    return ((scores - mean[place]) / deviation[place]).mean(axis=0)

@@ -128,6 +128,12 @@ def test_enrolment_models_of_several_utterances(run, tmp_path):
         np.loadtxt(tmp_path / "s", usecols=2), [expected[0, 5], expected[1, 5], expected[0, 9]], atol=1e-6
     )
     assert (tmp_path / "s").read_text().startswith("alice s00-5 ")
+    write_table(tmp_path / "few.npz", people=1)
+    with pytest.raises(UserError, match=r"models: the enrolment utterance s01-0 is not in few\.npz"):
+        run(embeddings="e.npz", enrol_embeddings="few.npz", trials="trials", enrol_models="models")
+    with pytest.raises(UserError, match="unknown enrolment model alice"):
+        (tmp_path / "models").write_text("bob s01-0\n")
+        run(embeddings="e.npz", trials="trials", enrol_models="models")
 
 
 def test_speakers_are_told_apart_by_the_list_where_the_file_does_not_name_them(run, tmp_path):
@@ -202,7 +208,7 @@ def test_synthetic_trials(run, tmp_path):
     assert metrics["targets"] == 36
     assert metrics["eer"] < 10
     np.savez(tmp_path / "e.npz", ids=ids[:-1], embeddings=rows[:-1])
-    with pytest.raises(UserError, match=f"utterance {ids[-1]} is not in e.npz"):
+    with pytest.raises(UserError, match=f"the utterance {ids[-1]} has no embedding"):
         run(embeddings="e.npz", trials=spec)
 
 

@@ -1,0 +1,116 @@
+"""Joins a trial list with embedding files: which rows each trial compares, and whose they are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.data.trials import Trials, read_models, read_trials, utterance_index
+from kmq_jax.metrics.bootstrap import speakers_from_targets
+from kmq_jax.scoring.cosine import average
+from kmq_jax.scoring.table import EmbeddingTable
+
+
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """What each trial compares.
+
+    Attributes:
+        enrol_embeddings: `[enrolments, dim]`; with enrolment models, one row a model.
+        test_embeddings: `[tests, dim]`.
+        enrol: `[trials]`, rows of `enrol_embeddings`.
+        test: `[trials]`, rows of `test_embeddings`.
+        enrol_speaker: `[trials]`, nonnegative integers.
+        test_speaker: `[trials]`, nonnegative integers.
+        speaker_names: of the trials' speakers, where known.
+        speakers_source: how the speakers are known.
+    """
+
+    enrol_embeddings: np.ndarray
+    test_embeddings: np.ndarray
+    enrol: np.ndarray
+    test: np.ndarray
+    enrol_speaker: np.ndarray
+    test_speaker: np.ndarray
+    speaker_names: frozenset[str]
+    speakers_source: str
+
+
+def join(
+    trials_path: str, enrol_table: EmbeddingTable, test_table: EmbeddingTable, models_path: str | None = None
+) -> tuple[Trials, Sides]:
+    """Reads a trial list and finds the embeddings and the speakers of each trial.
+
+    Where an embedding file does not name the speakers, the target trials tell them apart.
+
+    Args:
+        trials_path: the list, or `synthetic:SPLIT`.
+        enrol_table: embeddings of the enrolment side.
+        test_table: embeddings of the test side; may be the same.
+        models_path: the list of enrolment models' utterances (`read_models`), where the trials enrol models.
+
+    Raises:
+        UserError: the list cannot be read, or names an utterance without an embedding.
+    """
+    # One numbering of the utterances of both files: the enrolment file's rows, then what only the test file has.
+    known = set(enrol_table.ids)
+    extra = [i for i, name in enumerate(test_table.ids) if name not in known]
+    ids = enrol_table.ids + tuple(test_table.ids[i] for i in extra)
+    paths = (enrol_table.paths or enrol_table.ids) + tuple((test_table.paths or test_table.ids)[i] for i in extra)
+    trials = _read(trials_path, ids, paths, models_path)
+
+    enrol_rows = trials.enrol if trials.models is None else np.concatenate(trials.models)
+    if (missing := enrol_rows >= len(enrol_table)).any():
+        name = ids[enrol_rows[missing.argmax()]]
+        raise UserError(f"{models_path or trials_path}: the enrolment utterance {name} is not in {enrol_table.source}")
+    test_row = dict(zip(test_table.ids, range(len(test_table))))
+    test = np.array([test_row.get(name, -1) for name in ids])[trials.test]
+    if (missing := test < 0).any():
+        name = ids[trials.test[missing.argmax()]]
+        raise UserError(f"{trials_path}: the test utterance {name} is not in {test_table.source}")
+
+    enrol_embeddings = enrol_table.embeddings
+    if trials.models is not None:
+        enrol_embeddings = average(enrol_embeddings, trials.models)
+    return trials, Sides(
+        enrol_embeddings, test_table.embeddings, trials.enrol, test, *_speakers(trials, test, enrol_table, test_table)
+    )
+
+
+def _read(path: str, ids: Sequence[str], paths: Sequence[str], models_path: str | None) -> Trials:
+    """The trials at `path`, as rows of `ids`."""
+    if not path.startswith("synthetic:"):
+        return read_trials(path, ids, paths, read_models(models_path) if models_path else None)
+    from kmq_jax.data.synthetic import synthetic_trials  # the voices take a second to import
+
+    trials = synthetic_trials(path)
+    index = utterance_index(ids)
+    row = np.array([index.get(name, -1) for name in trials.names], np.int32)
+    enrol, test = row[trials.enrol_name], row[trials.test_name]
+    for rows, names in ((enrol, trials.enrol_name), (test, trials.test_name)):
+        if rows.min() < 0:
+            raise UserError(f"{path}: the utterance {trials.names[names[rows.argmin()]]} has no embedding")
+    return Trials(enrol, test, trials.label, trials.names, trials.enrol_name, trials.test_name)
+
+
+def _speakers(
+    trials: Trials, test: np.ndarray, enrol_table: EmbeddingTable, test_table: EmbeddingTable
+) -> tuple[np.ndarray, np.ndarray, frozenset[str], str]:
+    """The last four fields of `Sides`; `test` are rows of `test_table`."""
+    if enrol_table.speakers is None or test_table.speakers is None:
+        utterances = len(enrol_table) + len(test_table)
+        # A model is a node of its own: the target trials join it to its speaker's utterances.
+        node = trials.enrol if trials.models is None else trials.enrol + utterances
+        found = speakers_from_targets(node, trials.test, trials.label, utterances + len(trials.models or ()))
+        return found[node], found[trials.test], frozenset(), "told apart by the target trials"
+    number: dict[str, int] = {}
+    of_enrol, of_test = (
+        np.array([number.setdefault(name, len(number)) for name in names])
+        for names in (enrol_table.speakers, test_table.speakers)
+    )
+    if trials.models is not None:
+        of_enrol = of_enrol[[rows[0] for rows in trials.models]]
+    enrol_speaker, test_speaker = of_enrol[trials.enrol], of_test[test]
+    present = np.array(list(number))[np.union1d(enrol_speaker, test_speaker)]
+    return enrol_speaker, test_speaker, frozenset(present.tolist()), "named in the embedding file"
