@@ -1,0 +1,69 @@
+"""Values to indices and indices to values, on tensors in their own layout: groups lie along one axis."""
+
+import jax
+import jax.numpy as jnp
+
+_CHAIN = 16  # up to so many centroids a chain of comparisons or selections is faster than gathers
+
+
+def to_groups(tensor: jax.Array, axis: int | None) -> jax.Array:
+    """Brings a tensor into rows `[groups, group_size]`; takes numpy arrays too, and gives back the same kind."""
+    if axis is None:
+        return tensor.reshape(1, -1)
+    order = (axis, *(i for i in range(tensor.ndim) if i != axis))
+    return tensor.transpose(order).reshape(tensor.shape[axis], -1)
+
+
+def from_groups(rows: jax.Array, shape: tuple[int, ...], axis: int | None) -> jax.Array:
+    """Undoes `to_groups`."""
+    if axis is None:
+        return rows.reshape(shape)
+    others = [i for i in range(len(shape)) if i != axis]
+    moved = rows.reshape(shape[axis], *(shape[i] for i in others))
+    return moved.transpose([0 if i == axis else 1 + others.index(i) for i in range(len(shape))])
+
+
+def along(values: jax.Array, ndim: int, axis: int | None) -> jax.Array:
+    """Reshapes one value a group `[groups]` so that it broadcasts against a tensor whose groups lie along `axis`."""
+    return values.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
+def assign(tensor: jax.Array, thresholds: jax.Array, axis: int | None) -> jax.Array:
+    """Counts the thresholds below each element: its index.
+
+    Args:
+        tensor: any shape, groups along `axis`.
+        thresholds: ascending `[groups, K - 1]`, K a power of two; an element equal to one belongs below it.
+        axis: None where all elements share a group.
+
+    Returns:
+        uint8, the tensor's shape.
+    """
+    k = thresholds.shape[1] + 1
+    index = jnp.zeros(tensor.shape, jnp.uint8)
+    if k <= _CHAIN:
+        for i in range(k - 1):
+            index += (tensor > along(thresholds[:, i], tensor.ndim, axis)).astype(jnp.uint8)
+        return index
+    for bit in reversed(range((k - 1).bit_length())):
+        above = index + jnp.uint8(1 << bit)
+        limit = _gather(thresholds, above - jnp.uint8(1), axis)
+        index = jnp.where(tensor > limit, above, index)
+    return index
+
+
+def lookup(indices: jax.Array, codebook: jax.Array, axis: int | None) -> jax.Array:
+    """Gives each index (any shape, groups along `axis`) its centroid from `codebook` `[groups, K]`, exactly."""
+    k = codebook.shape[1]
+    if k > _CHAIN:
+        return _gather(codebook, indices, axis)
+    values = jnp.broadcast_to(along(codebook[:, 0], indices.ndim, axis), indices.shape)
+    for i in range(1, k):
+        values = jnp.where(indices == i, along(codebook[:, i], indices.ndim, axis), values)
+    return values
+
+
+def _gather(table: jax.Array, column: jax.Array, axis: int | None) -> jax.Array:
+    group = along(jnp.arange(table.shape[0]), column.ndim, axis)
+    flat = group * table.shape[1] + column.astype(jnp.int32)
+    return table.reshape(-1).at[flat].get(mode="promise_in_bounds")

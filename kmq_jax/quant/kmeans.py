@@ -1,0 +1,481 @@
+"""k-means in one dimension: one sort, then Lloyd iterations that are a few binary searches on prefix sums.
+
+In one dimension every cell of a codebook is a run of the sorted values, so a Lloyd iteration needs the K-1 places
+where the midpoints fall and K differences of prefix sums; it never passes over the values again. Lloyd's local
+optima are left by exchanges: the cell that gains most from being split takes the centroid of the pair that loses
+least by being merged. Both changes of inertia are known exactly from the prefix sums, so every exchange lowers the
+inertia; an empty cell costs nothing to merge, which is how empty cells and repeated values are dealt with.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kmq_jax.core.errors import UserError
+
+STARTS = ("optimal", "companding", "equal-mass", "quantile", "kmeans++")
+_BLOCK = 128
+_GRID = 64
+_CHUNK_VALUES = 1 << 18
+
+
+class _Prefix(NamedTuple):
+    """Sums of the first i numbers as a block's offset (high and low word) plus a sum within the block.
+
+    A float32 running sum of 1e6 numbers is wrong by more than the sum of a small cell; this one is not.
+    """
+
+    high: jax.Array  # [blocks]
+    low: jax.Array  # [blocks]
+    inner: jax.Array  # [blocks * _BLOCK]
+
+    def between(self, start: jax.Array, stop: jax.Array) -> jax.Array:
+        """The sum of the numbers start <= i < stop."""
+        a, b = start // _BLOCK, stop // _BLOCK
+        coarse = (_take(self.high, b) - _take(self.high, a)) + (_take(self.low, b) - _take(self.low, a))
+        return coarse + (_take(self.inner, stop) - _take(self.inner, start))
+
+
+def _take(values: jax.Array, index: jax.Array) -> jax.Array:
+    return values.at[index].get(mode="promise_in_bounds")
+
+
+def _prefix(numbers: jax.Array) -> _Prefix:
+    blocks = numbers.shape[0] // _BLOCK + 1
+    padded = jnp.pad(numbers, (0, blocks * _BLOCK - numbers.shape[0])).reshape(blocks, _BLOCK)
+    inner = jnp.cumsum(padded, axis=1)
+    exclusive = jnp.pad(inner[:, :-1], ((0, 0), (1, 0)))
+
+    def add(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        total = a[0] + b[0]
+        part = total - a[0]
+        error = (a[0] - (total - part)) + (b[0] - part)  # Knuth's two-sum: exact
+        return total, a[1] + b[1] + error
+
+    high, low = jax.lax.associative_scan(add, (inner[:-1, -1], jnp.zeros(blocks - 1)))
+    return _Prefix(jnp.pad(high, (1, 0)), jnp.pad(low, (1, 0)), exclusive.reshape(-1))
+
+
+def count_at_most(ordered: jax.Array, limits: jax.Array) -> jax.Array:
+    """How many of the ordered values [n] are <= each limit [k]: a branch-free binary search."""
+    n = ordered.shape[0]
+    count = jnp.zeros(limits.shape, jnp.int32)
+    for bit in reversed(range(n.bit_length())):
+        more = count + (1 << bit)
+        inside = (more <= n) & (_take(ordered, jnp.minimum(more, n) - 1) <= limits)
+        count = jnp.where(inside, more, count)
+    return count
+
+
+class Group(NamedTuple):
+    """One group: its values in order, and prefix sums of mass and of mass times value."""
+
+    values: jax.Array
+    mass: _Prefix | None
+    moment: _Prefix
+
+    def weigh(self, start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mass and mean of the values start <= i < stop; the mean of no mass is 0."""
+        count = (stop - start).astype(jnp.float32)
+        mass = count if self.mass is None else self.mass.between(start, stop)
+        mass = jnp.where(count > 0, jnp.maximum(mass, 0), 0)
+        mean = self.moment.between(start, stop) / jnp.where(mass > 0, mass, 1)
+        last = self.values.shape[0] - 1
+        # A mean lies between its members. This also makes the mean of equal values exactly that value.
+        low, high = _take(self.values, jnp.minimum(start, last)), _take(self.values, jnp.maximum(stop - 1, 0))
+        return mass, jnp.where(mass > 0, jnp.clip(mean, low, jnp.maximum(low, high)), 0)
+
+
+def make_group(values: jax.Array, weights: jax.Array | None) -> Group:
+    if weights is None:
+        return Group(values, None, _prefix(values))
+    return Group(values, _prefix(weights), _prefix(weights * values))
+
+
+def midpoints(centroids: jax.Array) -> jax.Array:
+    """The K-1 thresholds `[..., K-1]` between ordered centroids `[..., K]`; a value on one belongs below it."""
+    return 0.5 * (centroids[..., 1:] + centroids[..., :-1])
+
+
+def _edges(data: Group, centroids: jax.Array) -> jax.Array:
+    """Where the cells begin and end: `[K+1]` places in the ordered values."""
+    n = data.values.shape[0]
+    inner = count_at_most(data.values, midpoints(centroids))
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), inner, jnp.full(1, n, jnp.int32)])
+
+
+# --- starts ---------------------------------------------------------------------------------------------------
+
+
+def _equal_mass(values: jax.Array, weights: jax.Array | None, k: int, retention: float) -> jax.Array:
+    """Means of K bins of equal mass, of the values clamped to their central `retention` quantiles (PAPER 3)."""
+    low, high = (_quantile(values, weights, q) for q in ((1 - retention) / 2, (1 + retention) / 2))
+    data = make_group(jnp.clip(values, low, high), weights)
+    if weights is None:
+        edges = jnp.round(jnp.arange(k + 1) * (values.shape[0] / k)).astype(jnp.int32)
+        edges = jnp.minimum(edges, values.shape[0])
+    else:
+        edges = jnp.searchsorted(jnp.cumsum(weights) / jnp.sum(weights), jnp.arange(k + 1) / k).astype(jnp.int32)
+        edges = jnp.minimum(edges.at[-1].set(values.shape[0]), values.shape[0])
+    mass, mean = data.weigh(edges[:-1], edges[1:])
+    return jnp.where(mass > 0, mean, _take(data.values, jnp.minimum(edges[:-1], values.shape[0] - 1)))
+
+
+def _quantile(values: jax.Array, weights: jax.Array | None, q: jax.Array | float) -> jax.Array:
+    """Quantiles of ordered values by linear interpolation (unweighted), or the first value past q of the mass."""
+    n = values.shape[0]
+    if weights is None:
+        place = jnp.asarray(q, jnp.float32) * (n - 1)
+        below = jnp.clip(place.astype(jnp.int32), 0, max(n - 2, 0))
+        a, b = _take(values, below), _take(values, jnp.minimum(below + 1, n - 1))
+        return a + (place - below) * (b - a)
+    cumulative = jnp.cumsum(weights)
+    return _take(values, jnp.minimum(jnp.searchsorted(cumulative, jnp.asarray(q) * cumulative[-1]), n - 1))
+
+
+def _shares(values: jax.Array, weights: jax.Array | None, slices: int) -> tuple[jax.Array, jax.Array]:
+    """Quantiles of the values, and up to each the integral of the cube root of their density (to a factor)."""
+    bounds = _quantile(values, weights, jnp.arange(slices + 1) / slices)
+    share = jnp.cumsum(jnp.cbrt(jnp.square(bounds[1:] - bounds[:-1])))  # width * (mass / width)^(1/3), equal masses
+    return bounds, jnp.pad(share, (1, 0))
+
+
+def _companding(values: jax.Array, weights: jax.Array | None, k: int) -> jax.Array:
+    """Places centroids with the density that is asymptotically optimal, the cube root of the values' density.
+
+    Reference: Panter and Dite, Quantization distortion in pulse-count modulation, 1951.
+    """
+    bounds, share = _shares(values, weights, 4 * k)
+    return jnp.interp((jnp.arange(k) + 0.5) / k * share[-1], share, bounds)
+
+
+def split_cells(values: jax.Array, weights: jax.Array | None, centroids: jax.Array, parts: int) -> jax.Array:
+    """Splits each cell of a codebook [k] into `parts`: the inner borders [k * parts - 1], theirs among them."""
+    bounds, share = _shares(values, weights, 4 * centroids.shape[0] * parts)
+    borders = jnp.concatenate([values[:1], midpoints(centroids), values[-1:]])
+    at = jnp.interp(borders, bounds, share)
+    steps = jnp.arange(parts) / parts
+    inside = at[:-1, None] + steps[None, :] * (at[1:] - at[:-1])[:, None]
+    places = jnp.interp(inside, share, bounds)
+    return jnp.sort(places.at[:, 0].set(borders[:-1]).reshape(-1))[1:]
+
+
+def _grid_optimum(data: Group, limits: jax.Array, k: int) -> jax.Array:
+    """The best K cells whose borders are among `limits`: exact dynamic programming.
+
+    Reference: Wang and Song, Ckmeans.1d.dp, 2011, here on slices of values in place of single ones.
+    """
+    values, n = data.values, data.values.shape[0]
+    edges = jnp.concatenate([jnp.zeros(1, jnp.int32), count_at_most(values, limits), jnp.full(1, n, jnp.int32)])
+    _, centre = data.weigh(edges[:1], edges[-1:])
+    # worth[j, i]: how much inertia a cell from edge i to edge j saves, against one cell for all the values.
+    start, stop = jnp.broadcast_arrays(edges[None, :], edges[:, None])
+    mass, mean = data.weigh(jnp.minimum(start, stop), stop)
+    worth = jnp.where(start <= stop, mass * jnp.square(mean - centre), -jnp.inf)
+
+    def add_cell(best: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        return jnp.max(best[None, :] + worth, axis=1), best
+
+    _, history = jax.lax.scan(add_cell, worth[:, 0], length=k - 1)
+
+    def last_cell(end: jax.Array, best: jax.Array) -> tuple[jax.Array, jax.Array]:
+        begin = jnp.argmax(best + worth[end])
+        return begin, end
+
+    first, ends = jax.lax.scan(last_cell, jnp.array(limits.shape[0] + 1), history, reverse=True)
+    borders = edges[jnp.concatenate([jnp.zeros(1, jnp.int32), first[None], ends])]
+    mass, mean = data.weigh(borders[:-1], borders[1:])
+    return jnp.where(mass > 0, mean, _take(values, jnp.minimum(borders[:-1], n - 1)))
+
+
+def _between(values: jax.Array, centroids: jax.Array) -> jax.Array:
+    """Borders [_GRID - 1] to choose from next: the midpoints, and places spread evenly from centroid to centroid."""
+    k = centroids.shape[0]
+    knots = jnp.concatenate([values[:1], centroids, values[-1:]])
+    spread = _GRID - k
+    places = (jnp.arange(spread) + 0.5) / spread * (k + 1)
+    return jnp.sort(jnp.concatenate([midpoints(centroids), jnp.interp(places, jnp.arange(k + 2.0), knots)]))
+
+
+def _plus_plus(values: jax.Array, weights: jax.Array | None, k: int, key: jax.Array) -> jax.Array:
+    """Draws each centroid with probability proportional to the squared distance to those drawn before.
+
+    Reference: Arthur and Vassilvitskii, k-means++: the advantages of careful seeding, 2007.
+    """
+    mass = jnp.ones_like(values) if weights is None else weights
+
+    def draw(carry: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        distance, probability = carry
+        cumulative = jnp.cumsum(probability)
+        point = jax.random.uniform(key) * cumulative[-1]
+        chosen = _take(values, jnp.minimum(jnp.searchsorted(cumulative, point, side="right"), values.shape[0] - 1))
+        distance = jnp.minimum(distance, jnp.square(values - chosen))
+        return (distance, mass * distance), chosen
+
+    infinite = jnp.full_like(values, jnp.inf)
+    _, chosen = jax.lax.scan(draw, (infinite, mass), jax.random.split(key, k))
+    return jnp.sort(chosen)
+
+
+# --- iterations -----------------------------------------------------------------------------------------------
+
+
+def _pin(centroids: jax.Array, pin: jax.Array | None) -> jax.Array:
+    return centroids if pin is None else jnp.where(jnp.arange(centroids.shape[0]) == pin, 0.0, centroids)
+
+
+def _lloyd(data: Group, centroids: jax.Array, pin: jax.Array | None) -> jax.Array:
+    edges = _edges(data, centroids)
+    mass, mean = data.weigh(edges[:-1], edges[1:])
+    return _pin(jnp.where(mass > 0, mean, centroids), pin)
+
+
+def _exchange(data: Group, centroids: jax.Array, pin: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Splits one cell at its mean and merges two others, where that lowers the inertia; says whether it did."""
+    k = centroids.shape[0]
+    edges = _edges(data, centroids)
+    mass, mean = data.weigh(edges[:-1], edges[1:])
+    middle = jnp.clip(count_at_most(data.values, mean), edges[:-1], edges[1:])
+    left, left_mean = data.weigh(edges[:-1], middle)
+    right, right_mean = data.weigh(middle, edges[1:])
+    gain = left * right / jnp.where(mass > 0, mass, 1) * jnp.square(left_mean - right_mean)
+    pair = mass[1:] + mass[:-1]
+    loss = mass[1:] * mass[:-1] / jnp.where(pair > 0, pair, 1) * jnp.square(mean[1:] - mean[:-1])
+    if pin is not None:  # the pinned centroid neither moves nor merges
+        place = jnp.arange(k)
+        gain = jnp.where(place == pin, 0.0, gain)
+        loss = jnp.where((place[1:] == pin) | (place[:-1] == pin), jnp.inf, loss)
+    split = jnp.argmax(gain)
+    place = jnp.arange(k - 1)
+    loss = jnp.where((place == split) | (place + 1 == split), jnp.inf, loss)
+    merge = jnp.argmin(loss)
+    # The margin keeps rounding from exchanging the same cells for ever.
+    better = gain[split] > loss[merge] * 1.001
+    merged = (mass[merge] * mean[merge] + mass[merge + 1] * mean[merge + 1]) / jnp.maximum(pair[merge], 1e-30)
+    merged = jnp.where(pair[merge] > 0, merged, centroids[merge])
+    fresh = jnp.where(mass > 0, mean, centroids)
+    fresh = fresh.at[merge].set(merged).at[merge + 1].set(right_mean[split]).at[split].set(left_mean[split])
+    return jnp.where(better, jnp.sort(fresh), centroids), better
+
+
+def _solve(data: Group, centroids: jax.Array, iterations: int, pinned: bool) -> jax.Array:
+    """Lloyd iterations with an exchange after every fourth while exchanges help, and a few more at the end."""
+    k, rounds = centroids.shape[0], max(iterations // 4, 1)
+
+    def pin_of(centroids: jax.Array) -> jax.Array | None:
+        return jnp.argmin(jnp.abs(centroids)) if pinned else None
+
+    def some(centroids: jax.Array) -> jax.Array:
+        pin = pin_of(centroids)
+        return jax.lax.fori_loop(0, 4, lambda _, c: _lloyd(data, c, pin), _pin(centroids, pin))
+
+    def going(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        return (state[2] < rounds) & state[1]
+
+    def step(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        before, _, count = state
+        after = some(before)
+        moved = jnp.any(after != before)
+        if k > 2:
+            after, exchanged = _exchange(data, after, pin_of(after))
+            moved |= exchanged
+        return after, moved, count + 1
+
+    centroids, _, _ = jax.lax.while_loop(going, step, (centroids, jnp.array(True), jnp.array(0)))
+    return some(centroids)
+
+
+def _best_pair(data: Group) -> jax.Array:
+    """The exact optimum of two centroids: every place to cut is tried, which is one pass."""
+    n = data.values.shape[0]
+    cut = jnp.arange(1, max(n, 2))
+    left, left_mean = data.weigh(jnp.zeros_like(cut), jnp.minimum(cut, n))
+    right, right_mean = data.weigh(jnp.minimum(cut, n), jnp.full_like(cut, n))
+    best = jnp.argmax(left * right * jnp.square(left_mean - right_mean))  # between-cell inertia, up to a factor
+    low = left_mean[best]
+    return jnp.stack([low, jnp.where(right[best] > 0, right_mean[best], low)])
+
+
+def one_group(
+    values: jax.Array,
+    weights: jax.Array | None,
+    key: jax.Array | None,
+    *,
+    k: int,
+    start: str,
+    retention: float,
+    iterations: int,
+    pinned_zero: bool,
+) -> jax.Array:
+    """The codebook [k] of one group of ordered values [n]."""
+
+    def pin(centroids: jax.Array) -> jax.Array:
+        return _pin(centroids, jnp.argmin(jnp.abs(centroids)) if pinned_zero else None)
+
+    data = make_group(values, weights)
+    if k == 1:
+        return pin(data.weigh(jnp.zeros(1, jnp.int32), jnp.full(1, values.shape[0], jnp.int32))[1])
+    if k == 2 and iterations and not pinned_zero:
+        return _best_pair(data)
+    if start == "equal-mass":
+        centroids = _equal_mass(values, weights, k, retention)
+    elif start == "quantile":
+        centroids = _quantile(values, weights, (jnp.arange(k) + 0.5) / k)
+    elif start == "kmeans++":
+        assert key is not None
+        centroids = _plus_plus(values, weights, k, key)
+    elif start == "companding" or k > _GRID // 4:  # the grid is too coarse for so many cells
+        centroids = _companding(values, weights, k)
+    else:
+        if values.shape[0] <= _GRID:  # every border there is
+            return _solve(data, _grid_optimum(data, values[:-1], k), iterations, pinned_zero)
+        centroids = _grid_optimum(data, _companding(values, weights, _GRID - 1), k)
+        centroids = jax.lax.fori_loop(0, 4, lambda _, c: _lloyd(data, c, None), centroids)
+        centroids = _grid_optimum(data, _between(values, centroids), k)
+    return _solve(data, centroids, iterations, pinned_zero) if iterations else pin(centroids)
+
+
+def order(values: Any, weights: Any) -> tuple[Any, Any]:
+    """Sorts `[groups, n]` values, and their weights with them, along the last axis. Where the values already lie on the host, numpy's vector sort does it.
+
+    XLA's sort on a CPU takes tens of times as long as numpy's.
+
+    Raises:
+        UserError: a value or weight is not finite, or a weight negative (seen only on the host).
+    """
+    on_host = not isinstance(values, jax.core.Tracer) and not isinstance(weights, jax.core.Tracer)
+    if on_host and (isinstance(values, np.ndarray) or jax.default_backend() == "cpu"):
+        values = np.asarray(values, np.float32)
+        if weights is None:
+            ordered, mass = np.sort(values, axis=-1), None
+        else:
+            weights = np.asarray(weights, np.float32)
+            if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any(-1).all()):
+                raise UserError("weights must be finite, zero or more, and not all zero in a group")
+            place = np.argsort(values, axis=-1)
+            ordered, mass = np.take_along_axis(values, place, -1), np.take_along_axis(weights, place, -1)
+        if not np.isfinite(ordered[:, [0, -1]]).all():  # NaN and infinity are sorted to the ends
+            raise UserError("some values are NaN or infinite")
+        return ordered, mass
+    if weights is None:
+        return jnp.sort(values.astype(jnp.float32), axis=-1), None
+    return jax.lax.sort((values.astype(jnp.float32), weights.astype(jnp.float32)), num_keys=1)
+
+
+@partial(jax.jit, static_argnames=("function", "settings"))
+def _mapped(function: Any, values: Any, weights: Any, keys: Any, settings: tuple[tuple[str, Any], ...]) -> Any:
+    return jax.vmap(partial(function, **dict(settings)))(values, weights, keys)
+
+
+def over_groups(function: Any, values: Any, weights: Any, keys: Any, **settings: Any) -> Any:
+    """Runs `function(values [n], weights, key, **settings)` on every group of what `order` gave.
+
+    Host arrays are taken in equal chunks, one a core at a time: they fit the cache and need one compilation.
+    """
+    run = partial(_mapped, function, settings=tuple(settings.items()))
+    if not isinstance(values, np.ndarray):
+        return run(values, weights, keys)
+    groups, n = values.shape
+    size = min(groups, max(1, _CHUNK_VALUES // n))
+
+    def chunk(begin: int) -> Any:
+        # The last chunk overlaps the one before it, so that every chunk has the same shape.
+        first = min(begin, groups - size)
+        part = slice(first, first + size)
+        result = run(*(None if x is None else x[part] for x in (values, weights, keys)))
+        return jax.tree.map(lambda x: np.asarray(x)[begin - first :], result)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(chunk, range(0, groups, size)))
+    return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts)), *results)
+
+
+def kmeans(
+    values: Any,
+    k: int,
+    weights: Any = None,
+    *,
+    start: str = "optimal",
+    retention: float = 0.9,
+    iterations: int = 100,
+    symmetric: bool = False,
+    pinned_zero: bool = False,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Clusters numbers into K cells of least (weighted) squared error, each group on its own.
+
+    May be called inside jit. Called outside it on a CPU, numpy sorts, and groups are taken a cache-full at a time.
+
+    Args:
+        values: numbers `[..., n]`; every leading index is a group of its own.
+        k: number of centroids.
+        weights: importance of each value `[..., n]`, zero or more, such as the diagonal of a Hessian or Fisher matrix.
+        start: "optimal" (dynamic programming on a grid of borders; beyond 16 centroids "companding"),
+            "companding" (density of centroids as the cube root of the values' density), "equal-mass" (means of
+            equal-mass bins of the values clamped to their central `retention`, the start of KMQAT), "quantile", or
+            "kmeans++".
+        retention: share of the values that "equal-mass" does not clamp.
+        iterations: most Lloyd iterations; it stops as soon as nothing moves. 0 returns the start itself.
+        symmetric: the codebook is the same with its sign turned; `k` must be even.
+        pinned_zero: one centroid is exactly 0 (with `symmetric`, both middle ones are).
+        key: random key of "kmeans++"; a fixed one where left out.
+
+    Returns:
+        The codebook `[..., k]`, float32, ascending. With fewer distinct values than centroids every value is a
+        centroid, and some are repeated or unused.
+
+    Raises:
+        UserError: a setting is outside its range, or a value or weight is not finite (seen only outside jit).
+    """
+    if start not in STARTS:
+        raise UserError(f"start (={start!r}) must be one of {', '.join(STARTS)}")
+    if k < 1 or (symmetric and k % 2):
+        raise UserError(f"k (={k}) must be at least 1, and even for a symmetric codebook")
+    if not 0 < retention <= 1:
+        raise UserError(f"retention (={retention}) must be above 0 and at most 1")
+    if values.shape[-1] == 0:
+        raise UserError(f"no values to cluster: shape {tuple(values.shape)}")
+    if weights is not None and weights.shape != values.shape:
+        raise UserError(f"weights have shape {tuple(weights.shape)}, values {tuple(values.shape)}")
+    lead, n = values.shape[:-1], values.shape[-1]
+    ordered, mass = order(
+        abs(values).reshape(-1, n) if symmetric else values.reshape(-1, n),
+        None if weights is None else weights.reshape(-1, n),
+    )
+    keys = None
+    if start == "kmeans++":
+        keys = jax.random.split(jax.random.key(0) if key is None else key, ordered.shape[0])
+    codebook = over_groups(
+        one_group,
+        ordered,
+        mass,
+        keys,
+        k=k // 2 if symmetric else k,
+        start=start,
+        retention=retention,
+        iterations=iterations,
+        pinned_zero=pinned_zero,
+    )
+    if symmetric:
+        codebook = jnp.concatenate([-jnp.flip(codebook, -1), codebook], axis=-1)
+    return codebook.reshape(*lead, k)
+
+
+def inertia(values: jax.Array, codebook: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """The (weighted) sum of squared distances of `values [..., n]` to the nearest centroid of `[..., k]`: `[...]`."""
+    error = jnp.square(values - jnp.take_along_axis(codebook, nearest(values, codebook).astype(jnp.int32), axis=-1))
+    return jnp.sum(error if weights is None else error * weights, axis=-1)
+
+
+def nearest(values: jax.Array, codebook: jax.Array) -> jax.Array:
+    """Index `[..., n]` uint8 of the centroid nearest to each value `[..., n]` in an ascending codebook `[..., k]`."""
+    # "compare_all": the default binary search is a scan of gathers, tens of times slower for so few centroids.
+    search = partial(jnp.searchsorted, side="left", method="compare_all")
+    for _ in range(values.ndim - 1):
+        search = jax.vmap(search)
+    return search(midpoints(codebook), values).astype(jnp.uint8)

@@ -1,0 +1,109 @@
+"""Nested codebooks: one index whose b highest bits are the index at width b, with a codebook for every width.
+
+Cells of a smaller width are then runs of 2^(bits - b) neighbouring cells of the widest. A border that several widths
+share cannot lie at the midpoint of each; it lies where moving it changes the summed, balanced error of those widths
+the least.
+
+Reference: the idea is that of Any-Precision LLM (Park et al., 2024) and Matryoshka Quantization (Nair et al., 2025).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kmq_jax.quant.kmeans import count_at_most, make_group, midpoints, one_group, order, over_groups, split_cells
+
+
+def _balance(codebooks: tuple[jax.Array, ...]) -> list[float]:
+    """Weights of the widths' errors: 4^b, since each bit divides the error by about four."""
+    return [float(c.shape[-1] ** 2) for c in codebooks]
+
+
+def thresholds(codebooks: tuple[jax.Array, ...]) -> jax.Array:
+    """Borders between the cells of the widest of nested codebooks.
+
+    For a border shared by widths b with neighbouring centroids l_b < r_b the balanced squared error
+    sum_b v_b ((x - l_b)^2 - (x - r_b)^2) vanishes at x = sum_b v_b (r_b^2 - l_b^2) / (2 sum_b v_b (r_b - l_b)). With
+    one codebook these are its midpoints.
+
+    Args:
+        codebooks: `[groups, 2^b]` float32, ascending in width, each ascending along its rows.
+
+    Returns:
+        `[groups, 2^bits - 1]`, ascending.
+    """
+    finest = codebooks[-1].shape[-1]
+    above = below = jnp.zeros((codebooks[-1].shape[0], finest - 1))
+    midpoint = 0.5 * (codebooks[-1][:, 1:] + codebooks[-1][:, :-1])
+    for codebook, weight in zip(codebooks, _balance(codebooks)):
+        gap = weight * (codebook[:, 1:] - codebook[:, :-1])
+        middle = 0.5 * (codebook[:, 1:] + codebook[:, :-1])
+        step = finest // codebook.shape[-1]
+        above = above.at[:, step - 1 :: step].add(gap * middle)
+        below = below.at[:, step - 1 :: step].add(gap)
+    limits = jnp.where(below > 0, above / jnp.where(below > 0, below, 1), midpoint)
+    return jax.lax.cummax(limits, axis=1)
+
+
+def nested_kmeans(
+    values: Any, widths: tuple[int, ...], weights: Any = None, *, iterations: int = 100
+) -> tuple[jax.Array, ...]:
+    """Hierarchical k-means: codebooks of several widths, whose cells nest, refined together.
+
+    Two starts are refined, and the better is kept for each group: the widest codebook, its cells merged, and the
+    narrowest, its cells split. Each iteration lowers the balanced sum of the widths' squared errors.
+
+    Args:
+        values: `[groups, n]`. May be traced.
+        widths: two or more widths, ascending.
+        weights: importance of each value `[groups, n]`.
+        iterations: of the joint refinement.
+
+    Returns:
+        The codebooks `[groups, 2^b]`, float32, in the order of `widths`.
+
+    Raises:
+        UserError: as `kmeans.kmeans`.
+    """
+    ordered, mass = order(values, weights)
+    return over_groups(_nest, ordered, mass, None, widths=tuple(widths), iterations=iterations)
+
+
+def _nest(
+    values: jax.Array, weights: jax.Array | None, key: None, *, widths: tuple[int, ...], iterations: int
+) -> tuple[jax.Array, ...]:
+    group = make_group(values, weights)
+    settings = {"start": "optimal", "retention": 1.0, "iterations": iterations, "pinned_zero": False}
+    finest, coarsest = (one_group(values, weights, key, k=1 << bits, **settings) for bits in (widths[-1], widths[0]))
+    merged = midpoints(finest)
+    split = split_cells(values, weights, coarsest, 1 << (widths[-1] - widths[0]))
+    n = values.shape[0]
+    _, centre = group.weigh(jnp.zeros(1, jnp.int32), jnp.full(1, n, jnp.int32))
+
+    def codebooks(limits: jax.Array, before: Any) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """The means of the cells at every width, and how much inertia they save, balanced."""
+        inner = count_at_most(values, limits)
+        edges = jnp.concatenate([jnp.zeros(1, jnp.int32), inner, jnp.full(1, n, jnp.int32)])
+        means, saved = [], jnp.array(0.0)
+        for bits, old in zip(widths, before):
+            step = 1 << (widths[-1] - bits)
+            mass, mean = group.weigh(edges[:-1:step], edges[step::step])
+            means.append(jnp.where(mass > 0, mean, old))
+            saved += 4.0**bits * jnp.sum(mass * jnp.square(mean - centre))
+        return tuple(means), saved
+
+    def empty(limits: jax.Array) -> tuple[jax.Array, ...]:
+        """Centroids for cells without values: their lower border."""
+        low = jnp.concatenate([values[:1], limits])
+        return tuple(low[:: 1 << (widths[-1] - bits)] for bits in widths)
+
+    def refine(limits: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        def step(_: Any, books: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            return codebooks(thresholds(tuple(b[None] for b in books))[0], books)[0]
+
+        books = jax.lax.fori_loop(0, iterations // 4, step, codebooks(limits, empty(limits))[0])
+        return codebooks(thresholds(tuple(b[None] for b in books))[0], books)
+
+    (a, a_saved), (b, b_saved) = refine(merged), refine(split)
+    return tuple(jnp.where(a_saved >= b_saved, x, y) for x, y in zip(a, b))
