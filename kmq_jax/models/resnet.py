@@ -23,8 +23,10 @@ convolution and linear layer holds `kernel`, every batch normalisation `scale` a
 With `norm="bias"` batch normalisation is folded away: convolutions that it followed have a `bias` of their own and
 no `bn` is left, but for the `bn1` of pre-activation blocks, which acts on a sum and stays as scale and bias.
 
-`pool` flattens channel-fastest and the rows of `pool/attention1/kernel`, the columns of `pool/attention2/kernel`, and
-the rows of `head/linear/kernel` are in that order; see nn/pooling.py for the permutation of imported weights.
+Kernels are `[time, freq, in, out]` and linear kernels `[in, out]`. Kiwano's convolution weights are
+`[out, in, time, freq]`, WeSpeaker's `[out, in, freq, time]`. Where the pooled features appear (rows of
+`pool/attention1/kernel`, columns of `pool/attention2`, and, means before deviations, `head/bn_in` and the rows of
+`head/linear/kernel`) they are flattened with the channel fastest; `nn.pooling.flatten_order` permutes imported ones.
 
 Convolutions start as in the originals: Kiwano's by Kaiming's normal (fan out), WeSpeaker's by PyTorch's default.
 
