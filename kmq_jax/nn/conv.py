@@ -1,10 +1,34 @@
-"""Two-dimensional convolution in the `[batch, time, freq, channel]` layout."""
+"""Two-dimensional convolution in the `[batch, time, freq, channel]` layout.
+
+On a GPU, a TPU, or several devices this is XLA's convolution with XLA's gradients. On a single CPU device XLA's weight
+gradient is many times slower than the machine allows, and the kernels of conv.cc take its place. The choice is made
+when a function is traced, from `jax.default_backend()`.
+
+A convolution and its two gradients form a closed family: each is bilinear, and each one's transposes are the two
+others. So three primitives with these rules differentiate to any order, forwards and backwards:
+
+    y  = convolution(x, k)          x' = input_gradient(y', k)      k' = kernel_gradient(x, y')
+    dx = input_gradient(dy, k)      dy' = convolution(dx', k)       k' = kernel_gradient(dx', dy)
+    dk = kernel_gradient(x, dy)     x' = input_gradient(dy, dk')    dy' = convolution(x, dk')
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from kmq_jax.nn import native
+
+Pair = tuple[int, int]
 
 
-def conv2d(x: jax.Array, kernel: jax.Array, strides: tuple[int, int] = (1, 1)) -> jax.Array:
+def conv2d(x: jax.Array, kernel: jax.Array, strides: Pair = (1, 1)) -> jax.Array:
     """Convolves with zero padding of half the kernel on each side, as `padding=k//2` in PyTorch.
 
     Args:
@@ -13,9 +37,104 @@ def conv2d(x: jax.Array, kernel: jax.Array, strides: tuple[int, int] = (1, 1)) -
         strides: steps along time and frequency.
 
     Returns:
-        `[batch, ceil(time / stride), ceil(freq / stride), out channels]` for odd kernels.
+        `[batch, ceil(time / stride), ceil(freq / stride), out channels]` for odd kernels, of the dtype of `x`.
     """
+    if _use_native(x, kernel):
+        return convolution(x, kernel, strides)
     padding = [(taps // 2, taps // 2) for taps in kernel.shape[:2]]
-    return lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _use_native(x: jax.Array, kernel: jax.Array) -> bool:
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return False  # XLA partitions its own convolutions over devices, but no foreign ones
+    fits = x.dtype == kernel.dtype and x.dtype in (jnp.float32, jnp.bfloat16) and min(x.shape + kernel.shape) > 0
+    return fits and all(taps % 2 for taps in kernel.shape[:2]) and native.library()
+
+
+def convolution(x: jax.Array, kernel: jax.Array, strides: Pair) -> jax.Array:
+    """`conv2d` by the native kernel."""
+    return _convolution.bind(x, kernel, strides=tuple(strides))
+
+
+def input_gradient(gradient: jax.Array, kernel: jax.Array, strides: Pair, size: Pair) -> jax.Array:
+    """Transposes `convolution` in its input, `[batch, *size, in channels]`."""
+    return _input_gradient.bind(gradient, kernel, strides=tuple(strides), size=tuple(size))
+
+
+def kernel_gradient(x: jax.Array, gradient: jax.Array, strides: Pair, taps: Pair) -> jax.Array:
+    """Transposes `convolution` in its kernel, `[*taps, in channels, out channels]`, which comes in float32."""
+    return _kernel_gradient.bind(x, gradient, strides=tuple(strides), taps=tuple(taps))
+
+
+def _convolution_shape(x: Any, kernel: Any, *, strides: Pair) -> tuple[tuple[int, ...], Any]:
+    size = tuple(-(-length // stride) for length, stride in zip(x.shape[1:3], strides))
+    return (x.shape[0], *size, kernel.shape[3]), x.dtype
+
+
+def _input_gradient_shape(gradient: Any, kernel: Any, *, strides: Pair, size: Pair) -> tuple[tuple[int, ...], Any]:
+    return (gradient.shape[0], *size, kernel.shape[2]), gradient.dtype
+
+
+def _kernel_gradient_shape(x: Any, gradient: Any, *, strides: Pair, taps: Pair) -> tuple[tuple[int, ...], Any]:
+    return (*taps, x.shape[3], gradient.shape[3]), jnp.float32
+
+
+def _primitive(name: str, target: str, shape: Callable, batched: tuple[bool, bool], **attributes: Any) -> Primitive:
+    """Makes a primitive that calls a kernel of conv.cc.
+
+    Args:
+        name: of the primitive.
+        target: of the kernel in `native.TARGETS`.
+        shape: gives shape and dtype of the result.
+        batched: which operands may carry a vmapped axis inside their batch axis; other cases become a loop.
+        attributes: further ones of the kernel.
+    """
+    primitive = Primitive(name)
+
+    def call(a: jax.Array, b: jax.Array, **params: Any) -> jax.Array:
+        time, freq = (np.int64(stride) for stride in params["strides"])
+        result = jax.ShapeDtypeStruct(*shape(a, b, **params))
+        return jax.ffi.ffi_call(target, result)(a, b, time_stride=time, freq_stride=freq, **attributes)
+
+    def batch(operands: tuple, axes: tuple, **params: Any) -> tuple[jax.Array, int]:
+        if tuple(axis is not None for axis in axes) == batched:
+            a = jnp.moveaxis(operands[0], axes[0], 0)
+            y = primitive.bind(a.reshape(-1, *a.shape[2:]), operands[1], **params)
+            return y.reshape(*a.shape[:2], *y.shape[1:]), 0
+        mapped = [jnp.moveaxis(x, axis, 0) for x, axis in zip(operands, axes) if axis is not None]
+
+        def one(slices: list[jax.Array]) -> jax.Array:
+            rest = iter(slices)
+            return primitive.bind(*(x if axis is None else next(rest) for x, axis in zip(operands, axes)), **params)
+
+        return lax.map(one, mapped), 0
+
+    primitive.def_impl(lambda a, b, **params: jax.jit(partial(primitive.bind, **params))(a, b))
+    primitive.def_abstract_eval(lambda a, b, **params: jax.core.ShapedArray(*shape(a, b, **params)))
+    mlir.register_lowering(primitive, mlir.lower_fun(call, multiple_results=False), platform="cpu")
+    batching.primitive_batchers[primitive] = batch
+    return primitive
+
+
+_convolution = _primitive("kmq_convolution", "kmq_convolution", _convolution_shape, (True, False), transposed=False)
+_input_gradient = _primitive(
+    "kmq_input_gradient", "kmq_convolution", _input_gradient_shape, (True, False), transposed=True
+)
+_kernel_gradient = _primitive("kmq_kernel_gradient", "kmq_kernel_gradient", _kernel_gradient_shape, (False, False))
+
+ad.defbilinear(
+    _convolution,
+    lambda ct, x, k, strides: input_gradient(ct, k, strides, x.aval.shape[1:3]),
+    lambda ct, x, k, strides: kernel_gradient(x, ct, strides, k.aval.shape[:2]).astype(k.aval.dtype),
+)
+ad.defbilinear(
+    _input_gradient,
+    lambda ct, dy, k, strides, size: convolution(ct, k, strides),
+    lambda ct, dy, k, strides, size: kernel_gradient(ct, dy, strides, k.aval.shape[:2]).astype(k.aval.dtype),
+)
+ad.defbilinear(
+    _kernel_gradient,
+    lambda ct, x, dy, strides, taps: input_gradient(dy, ct.astype(dy.dtype), strides, x.aval.shape[1:3]),
+    lambda ct, x, dy, strides, taps: convolution(x, ct.astype(x.dtype), strides),
+)

@@ -1,0 +1,453 @@
+// Two-dimensional convolution and its two gradients on a CPU, called from JAX through XLA's foreign-function interface.
+//
+// Why: XLA's own weight gradient of large, early convolutions runs at a tenth of the machine's speed. These kernels run
+// near its peak. nn/native.py compiles this file for the machine at hand and falls back to XLA where it cannot.
+//
+// Layout: activations [batch, time, freq, channel], kernels [time taps, freq taps, in, out], padding of taps / 2 on each
+// side. Activations are float32 or bfloat16, sums are float32. All three kernels share one plan: copy a few zero-padded
+// input rows into a buffer that stays in the second-level cache, then compute tiles whose sums stay in registers.
+//
+// A `Unit` is four bytes, what one lane of a vector holds: one float32, or (where the machine multiplies bfloat16 pairs)
+// two bfloat16 neighbours along the axis that is summed over: channels in the convolution, utterances in the kernel
+// gradient. So one set of loops serves both.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kMaxTile = 12;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kMaxTile = 6;
+#else
+constexpr int kLanes = 4, kMaxTile = 10;
+#endif
+constexpr int kOut = 2 * kLanes;  // output channels of a tile
+constexpr int kIn = 8 < kMaxTile ? 8 : 6;  // input channels of a kernel-gradient tile
+
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+using Unit = uint32_t;
+using Bf16 = uint16_t;
+
+// What the element type of the activations means for the loops.
+struct Float32 {
+  using Element = float;
+  static constexpr int kPair = 1;
+};
+struct Bfloat16 {
+  using Element = Bf16;
+#if defined(__AVX512BF16__)
+  static constexpr int kPair = 2;
+#else
+  static constexpr int kPair = 1;
+#endif
+};
+
+inline float to_float(float value) { return value; }
+inline float to_float(Bf16 value) {
+  uint32_t bits = uint32_t{value} << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+inline Unit single(float value) {
+  Unit unit;
+  std::memcpy(&unit, &value, 4);
+  return unit;
+}
+template <class Type>
+inline Unit make_unit(typename Type::Element low, typename Type::Element high) {
+  if constexpr (Type::kPair == 2) return Unit{low} | Unit{high} << 16;
+  return single(to_float(low));
+}
+
+// sum + a * b in each lane, over the pair where a unit is one.
+template <int kPair>
+inline Vector multiply_add(Vector sum, Bits a, Bits b) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPair == 2) return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+  return sum + (Vector)a * (Vector)b;
+}
+inline Bits splat(Unit unit) { return unit - Bits{}; }
+
+inline void store(float* out, Vector sum, int channels) { std::memcpy(out, &sum, 4 * channels); }
+inline void store(Bf16* out, Vector sum, int channels) {
+  Bits bits = (Bits)sum;
+  bits = (sum != sum) ? splat(0x7fc00000) : bits + 0x7fff + (bits >> 16 & 1);  // round to nearest even, keep NaN
+  Halves halves = __builtin_convertvector(bits >> 16, Halves);
+  std::memcpy(out, &halves, 2 * channels);
+}
+
+// A buffer that each thread keeps, so that no call pays for fresh pages.
+template <int kWhich>
+Unit* scratch(size_t units) {
+  struct Free {
+    void operator()(void* pointer) const { std::free(pointer); }
+  };
+  thread_local std::unique_ptr<void, Free> buffer;
+  thread_local size_t size = 0;
+  if (size < units) {
+    size_t bytes = (units * sizeof(Unit) + 4095) / 4096 * 4096;
+    buffer.reset(std::aligned_alloc(4096, bytes));
+    if (!buffer) throw std::bad_alloc();
+    size = units;
+  }
+  return static_cast<Unit*>(buffer.get());
+}
+
+// Runs work(0) ... work(count - 1) on XLA's threads and on this one, which never waits for a task nobody has begun.
+template <class Work>
+void parallel(ffi::ThreadPool pool, int64_t count, const Work& work) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable finished;
+  };
+  auto state = std::make_shared<State>();
+  auto run = [state, count, &work] {
+    for (int64_t task; (task = state->next.fetch_add(1)) < count;) {
+      work(task);
+      if (state->done.fetch_add(1) + 1 == count) {
+        std::lock_guard<std::mutex> lock(state->mutex);
+        state->finished.notify_one();
+      }
+    }
+  };
+  for (int64_t i = 1; i < std::min(pool.num_threads(), count); ++i) pool.Schedule([run] { run(); });
+  run();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->finished.wait(lock, [&] { return state->done == count; });
+}
+
+// One axis of a convolution, or of one phase of a strided input gradient:
+// output[first + u * out_step] sums input[u * in_step + offset] * kernel[tap] over (tap, offset).
+struct Axis {
+  int outputs, first, out_step, in_step;
+  std::vector<std::pair<int, int>> taps;
+};
+int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+std::vector<Axis> forward_axis(int outputs, int taps, int stride) {
+  Axis axis{outputs, 0, 1, stride, {}};
+  for (int tap = 0; tap < taps; ++tap) axis.taps.push_back({tap, tap - taps / 2});
+  return {axis};
+}
+std::vector<Axis> input_gradient_axis(int outputs, int taps, int stride) {
+  std::vector<Axis> phases;
+  for (int phase = 0; phase < std::min(stride, outputs); ++phase) {
+    Axis axis{divide_up(outputs - phase, stride), phase, stride, 1, {}};
+    for (int tap = 0; tap < taps; ++tap) {
+      int distance = phase + taps / 2 - tap;
+      if (distance % stride == 0) axis.taps.push_back({tap, distance / stride});
+    }
+    phases.push_back(axis);
+  }
+  return phases;
+}
+// First and one past the last input that outputs [begin, end) of these phases read.
+std::pair<int, int> reads(const std::vector<Axis>& phases, int begin, int end) {
+  int low = 1 << 30, high = -(1 << 30);
+  for (const Axis& axis : phases)
+    for (auto [tap, offset] : axis.taps) {
+      low = std::min(low, begin * axis.in_step + offset);
+      high = std::max(high, (end - 1) * axis.in_step + offset + 1);
+    }
+  return {low, high};
+}
+
+// kOut channels of kTile outputs: the sums stay in registers over all taps and input channels.
+template <class Type, int kTile>
+void convolution_tile(const Unit* in, int step, const std::vector<int>& offsets, int units, const Bits* const* kernel,
+                      typename Type::Element* out, int out_step, int channels) {
+  Vector sum[kTile][2] = {};
+  for (size_t tap = 0; tap < offsets.size(); ++tap) {
+    const Unit* from = in + offsets[tap];
+    const Bits* weights = kernel[tap];
+    for (int c = 0; c < units; ++c) {
+      Bits low = weights[2 * c], high = weights[2 * c + 1];
+#pragma GCC unroll 16
+      for (int n = 0; n < kTile; ++n) {
+        Bits value = splat(from[n * step + c]);
+        sum[n][0] = multiply_add<Type::kPair>(sum[n][0], value, low);
+        sum[n][1] = multiply_add<Type::kPair>(sum[n][1], value, high);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int n = 0; n < kTile; ++n) {
+    store(out + n * out_step, sum[n][0], std::min(channels, kLanes));
+    if (channels > kLanes) store(out + n * out_step + kLanes, sum[n][1], std::min(channels - kLanes, kLanes));
+  }
+}
+template <class Type, int kTile = kMaxTile, class... Args>
+void convolution_tiles(int tile, Args&&... args) {
+  if constexpr (kTile > 0) {
+    if (tile == kTile) return convolution_tile<Type, kTile>(args...);
+    convolution_tiles<Type, kTile - 1>(tile, args...);
+  }
+}
+
+// The convolution (transposed = false), or its input gradient, in which input and output change places.
+template <class Type>
+void convolve(ffi::ThreadPool pool, const typename Type::Element* input, const typename Type::Element* kernel,
+              typename Type::Element* output, ffi::Span<const int64_t> in_dims, ffi::Span<const int64_t> kernel_dims,
+              ffi::Span<const int64_t> out_dims, int time_stride, int freq_stride, bool transposed) {
+  using Element = typename Type::Element;
+  const int batch = in_dims[0], in_rows = in_dims[1], in_columns = in_dims[2], in_channels = in_dims[3];
+  const int out_rows = out_dims[1], out_columns = out_dims[2], out_channels = out_dims[3];
+  const int time_taps = kernel_dims[0], freq_taps = kernel_dims[1], taps = time_taps * freq_taps;
+  auto make_axis = transposed ? input_gradient_axis : forward_axis;
+  const std::vector<Axis> time = make_axis(out_rows, time_taps, time_stride);
+  const std::vector<Axis> freq = make_axis(out_columns, freq_taps, freq_stride);
+
+  const int units = divide_up(in_channels, Type::kPair), blocks = divide_up(out_channels, kOut);
+  const size_t tap_units = size_t(units) * kOut;
+  Unit* packed = scratch<0>(blocks * taps * tap_units);  // [block, tap, unit, kOut]
+  parallel(pool, blocks * taps, [&](int64_t task) {
+    const int block = task / taps, tap = task % taps;
+    const int in_step = transposed ? 1 : out_channels, out_step = transposed ? in_channels : 1;
+    const Element* from = kernel + size_t(tap) * in_channels * out_channels + size_t(block) * kOut * out_step;
+    const int channels = std::min(kOut, out_channels - block * kOut);
+    Unit* to = packed + task * tap_units;
+    for (int unit = 0; unit < units; ++unit, to += kOut) {
+      const Element* low = from + size_t(unit) * Type::kPair * in_step;
+      const Element* high = Type::kPair * unit + 1 < in_channels ? low + in_step : nullptr;
+      for (int c = 0; c < channels; ++c)
+        to[c] = make_unit<Type>(low[size_t(c) * out_step], high ? high[size_t(c) * out_step] : Element{});
+      std::fill(to + channels, to + kOut, 0);
+    }
+  });
+
+  const auto [first_column, end_column] = reads(freq, 0, freq[0].outputs);
+  const int width = end_column - first_column;
+  // Rows in one task: as many as fit half a megabyte, at most 16.
+  const int fit = (1 << 19) / (4 * width * units * time[0].in_step);
+  const int rows = std::min({std::max(fit - time_taps, 1), 16, time[0].outputs}), chunks = divide_up(time[0].outputs, rows);
+  parallel(pool, int64_t{batch} * chunks, [&](int64_t task) {
+    const int utterance = task / chunks, begin = task % chunks * rows;
+    const int end = std::min(begin + rows, time[0].outputs);
+    const auto [first_row, end_row] = reads(time, begin, end);
+    const size_t row_units = size_t(width) * units;
+    Unit* buffer = scratch<1>((end_row - first_row) * row_units);
+    for (int row = first_row; row < end_row; ++row) {
+      Unit* to = buffer + (row - first_row) * row_units;
+      const int left = std::max(first_column, 0), right = std::min(end_column, in_columns);
+      if (row < 0 || row >= in_rows || right <= left) {
+        std::fill(to, to + row_units, 0);
+        continue;
+      }
+      std::fill(to, to + (left - first_column) * units, 0);
+      std::fill(to + (right - first_column) * units, to + row_units, 0);
+      to += (left - first_column) * units;
+      const Element* from = input + ((size_t(utterance) * in_rows + row) * in_columns + left) * in_channels;
+      const size_t count = size_t(right - left) * in_channels;
+      if (Type::kPair * units == in_channels && sizeof(Unit) == Type::kPair * sizeof(Element)) {
+        std::memcpy(to, from, count * sizeof(Element));
+      } else if (Type::kPair == 1) {
+        for (size_t i = 0; i < count; ++i) to[i] = single(to_float(from[i]));
+      } else {
+        for (int column = left; column < right; ++column, from += in_channels)
+          for (int c = 0; c < in_channels; c += 2, ++to) *to = make_unit<Type>(from[c], c + 1 < in_channels ? from[c + 1] : Element{});
+      }
+    }
+    std::vector<int> offsets;
+    std::vector<const Bits*> weights;
+    for (int block = 0; block < blocks; ++block)
+      for (const Axis& t : time)
+        for (const Axis& f : freq) {
+          offsets.clear(), weights.clear();
+          for (auto [i, time_offset] : t.taps)
+            for (auto [j, freq_offset] : f.taps) {
+              offsets.push_back((time_offset - first_row) * int(row_units) + (freq_offset - first_column) * units);
+              weights.push_back(reinterpret_cast<const Bits*>(packed + (size_t(block) * taps + i * freq_taps + j) * tap_units));
+            }
+          const int tiles = divide_up(f.outputs, kMaxTile), out_step = f.out_step * out_channels;
+          for (int u = begin; u < std::min(end, t.outputs); ++u) {
+            Element* out_row = output + (size_t(utterance) * out_rows + t.first + size_t(u) * t.out_step) * out_columns * out_channels +
+                               size_t(f.first) * out_channels + block * kOut;
+            const Unit* in_row = buffer + size_t(u) * t.in_step * row_units;
+            for (int tile = 0; tile < tiles; ++tile) {
+              const int left = f.outputs * tile / tiles, size = f.outputs * (tile + 1) / tiles - left;
+              convolution_tiles<Type>(size, in_row + size_t(left) * f.in_step * units, f.in_step * units, offsets, units,
+                                      weights.data(), out_row + size_t(left) * out_step, out_step,
+                                      std::min(kOut, out_channels - block * kOut));
+            }
+          }
+        }
+  });
+}
+
+// sum[in][out] += x[position][in] * gradient[position][out] over `rows` x `columns` positions.
+template <class Type>
+void kernel_gradient_tile(const Unit* x, int row_step, int column_step, const Bits* gradient, int rows, int columns,
+                          Vector* sums, bool begin) {
+  Vector sum[kIn][2] = {};
+  if (!begin) std::memcpy(sum, sums, sizeof(sum));
+  for (int row = 0; row < rows; ++row) {
+    const Unit* from = x + size_t(row) * row_step;
+    for (int column = 0; column < columns; ++column, from += column_step, gradient += 2) {
+      Bits low = gradient[0], high = gradient[1];
+#pragma GCC unroll 16
+      for (int n = 0; n < kIn; ++n) {
+        Bits value = splat(from[n]);
+        sum[n][0] = multiply_add<Type::kPair>(sum[n][0], value, low);
+        sum[n][1] = multiply_add<Type::kPair>(sum[n][1], value, high);
+      }
+    }
+  }
+  std::memcpy(sums, sum, sizeof(sum));
+}
+
+// Copies `columns` columns of one row of one utterance (or of a pair) into blocks of kBlock channels, `block_step` apart.
+template <class Type, int kBlock>
+void pack_row(const typename Type::Element* low, const typename Type::Element* high, int columns, int channels, Unit* to,
+              size_t block_step) {
+  using Element = typename Type::Element;
+  for (int block = 0; block * kBlock < channels; ++block) {
+    Unit* out = to + block * block_step;
+    const int count = std::min(kBlock, channels - block * kBlock);
+    for (int column = 0; column < columns; ++column, out += kBlock) {
+      const Element *a = low + column * channels + block * kBlock, *b = high + column * channels + block * kBlock;
+      if (count == kBlock) {
+        for (int c = 0; c < kBlock; ++c) out[c] = make_unit<Type>(a[c], b[c]);
+      } else {
+        for (int c = 0; c < kBlock; ++c) out[c] = c < count ? make_unit<Type>(a[c], b[c]) : 0;
+      }
+    }
+  }
+}
+
+template <class Type>
+void kernel_gradient(ffi::ThreadPool pool, const typename Type::Element* x, const typename Type::Element* gradient,
+                     float* result, ffi::Span<const int64_t> x_dims, ffi::Span<const int64_t> gradient_dims,
+                     ffi::Span<const int64_t> kernel_dims, int time_stride, int freq_stride) {
+  using Element = typename Type::Element;
+  const int batch = x_dims[0], in_rows = x_dims[1], in_columns = x_dims[2], in_channels = x_dims[3];
+  const int out_rows = gradient_dims[1], out_columns = gradient_dims[2], out_channels = gradient_dims[3];
+  const int time_taps = kernel_dims[0], freq_taps = kernel_dims[1], taps = time_taps * freq_taps;
+  const int in_blocks = divide_up(in_channels, kIn), out_blocks = divide_up(out_channels, kOut);
+  const int groups = divide_up(batch, Type::kPair);  // an utterance, or a pair
+  const int shards = std::min<int64_t>(groups, 2 * pool.num_threads());
+  const int rows = std::min(out_rows, std::max(2, 640 / out_columns));
+  const int width = std::max((out_columns - 1) * freq_stride + freq_taps, in_columns + freq_taps / 2);
+  const int buffer_rows = (rows - 1) * time_stride + time_taps;
+  const size_t x_block = size_t(buffer_rows) * width * kIn, gradient_block = size_t(rows) * out_columns * kOut;
+  const size_t shard_size = size_t(out_blocks) * in_blocks * taps * kIn * kOut;
+  float* sums = reinterpret_cast<float*>(scratch<0>(shards * shard_size));  // [shard, out block, in block, tap, kIn, kOut]
+  const std::vector<Element> silence(Type::kPair == 2 ? size_t(std::max(in_columns * in_channels, out_columns * out_channels)) : 0);
+
+  parallel(pool, shards, [&](int64_t shard) {
+    Unit* x_buffer = scratch<1>(in_blocks * x_block + out_blocks * gradient_block + kLanes);
+    Unit* gradient_buffer = x_buffer + (in_blocks * x_block + kLanes - 1) / kLanes * kLanes;
+    bool begin = true;
+    for (int group = groups * shard / shards; group < groups * (shard + 1) / shards; ++group) {
+      const int low = group * Type::kPair;
+      const bool alone = Type::kPair == 2 && low + 1 == batch;
+      auto pair = [&](const Element* base, size_t size, size_t at) {
+        const Element* first = base + low * size + at;
+        return std::make_pair(first, alone ? silence.data() : Type::kPair == 2 ? first + size : first);
+      };
+      for (int top = 0; top < out_rows; top += rows) {
+        const int count = std::min(rows, out_rows - top);
+        for (int r = 0; r < (count - 1) * time_stride + time_taps; ++r) {
+          const int row = top * time_stride - time_taps / 2 + r, left = freq_taps / 2;
+          Unit* to = x_buffer + size_t(r) * width * kIn;
+          const bool real = row >= 0 && row < in_rows;
+          for (int block = 0; block < in_blocks; ++block) {
+            Unit* start = to + block * x_block;
+            std::fill(start, start + (real ? left : width) * kIn, 0);
+            if (real) std::fill(start + (left + in_columns) * kIn, start + width * kIn, 0);
+          }
+          if (!real) continue;
+          auto [a, b] = pair(x, size_t(in_rows) * in_columns * in_channels, size_t(row) * in_columns * in_channels);
+          pack_row<Type, kIn>(a, b, in_columns, in_channels, to + left * kIn, x_block);
+        }
+        for (int r = 0; r < count; ++r) {
+          auto [a, b] = pair(gradient, size_t(out_rows) * out_columns * out_channels, size_t(top + r) * out_columns * out_channels);
+          pack_row<Type, kOut>(a, b, out_columns, out_channels, gradient_buffer + size_t(r) * out_columns * kOut, gradient_block);
+        }
+        Vector* sum = reinterpret_cast<Vector*>(sums + shard * shard_size);
+        for (int out = 0; out < out_blocks; ++out)
+          for (int in = 0; in < in_blocks; ++in)
+            for (int tap = 0; tap < taps; ++tap, sum += kIn * 2)
+              kernel_gradient_tile<Type>(x_buffer + in * x_block + (tap / freq_taps * width + tap % freq_taps) * kIn,
+                                         time_stride * width * kIn, freq_stride * kIn,
+                                         reinterpret_cast<const Bits*>(gradient_buffer + out * gradient_block), count, out_columns,
+                                         sum, begin);
+        begin = false;
+      }
+    }
+  });
+  parallel(pool, taps * in_blocks, [&](int64_t task) {
+    const int tap = task / in_blocks, in = task % in_blocks;
+    for (int c = 0; c < std::min(kIn, in_channels - in * kIn); ++c)
+      for (int out = 0; out < out_blocks; ++out) {
+        const float* from = sums + (((size_t(out) * in_blocks + in) * taps + tap) * kIn + c) * kOut;
+        float* to = result + (size_t(tap) * in_channels + in * kIn + c) * out_channels + out * kOut;
+        for (int n = 0; n < std::min(kOut, out_channels - out * kOut); ++n) {
+          float total = from[n];
+          for (int shard = 1; shard < shards; ++shard) total += from[shard * shard_size + n];
+          to[n] = total;
+        }
+      }
+  });
+}
+
+ffi::Error run_convolution(ffi::ThreadPool pool, ffi::AnyBuffer input, ffi::AnyBuffer kernel,
+                           ffi::Result<ffi::AnyBuffer> output, int64_t time_stride, int64_t freq_stride, bool transposed) {
+  auto run = [&](auto type) {
+    using Type = decltype(type);
+    using Element = typename Type::Element;
+    convolve<Type>(pool, static_cast<const Element*>(input.untyped_data()), static_cast<const Element*>(kernel.untyped_data()),
+                   static_cast<Element*>(output->untyped_data()), input.dimensions(), kernel.dimensions(),
+                   output->dimensions(), time_stride, freq_stride, transposed);
+    return ffi::Error::Success();
+  };
+  if (input.element_type() == ffi::F32 && kernel.element_type() == ffi::F32) return run(Float32{});
+  if (input.element_type() == ffi::BF16 && kernel.element_type() == ffi::BF16) return run(Bfloat16{});
+  return ffi::Error::InvalidArgument("input and kernel must both be float32 or both be bfloat16");
+}
+
+ffi::Error run_kernel_gradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gradient,
+                               ffi::Result<ffi::Buffer<ffi::F32>> result, int64_t time_stride, int64_t freq_stride) {
+  auto run = [&](auto type) {
+    using Type = decltype(type);
+    using Element = typename Type::Element;
+    kernel_gradient<Type>(pool, static_cast<const Element*>(x.untyped_data()), static_cast<const Element*>(gradient.untyped_data()),
+                          result->typed_data(), x.dimensions(), gradient.dimensions(), result->dimensions(), time_stride,
+                          freq_stride);
+    return ffi::Error::Success();
+  };
+  if (x.element_type() == ffi::F32 && gradient.element_type() == ffi::F32) return run(Float32{});
+  if (x.element_type() == ffi::BF16 && gradient.element_type() == ffi::BF16) return run(Bfloat16{});
+  return ffi::Error::InvalidArgument("input and gradient must both be float32 or both be bfloat16");
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Convolution, run_convolution,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>().Attr<int64_t>("time_stride").Attr<int64_t>("freq_stride").Attr<bool>("transposed"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KernelGradient, run_kernel_gradient,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>().Attr<int64_t>("time_stride").Attr<int64_t>("freq_stride"));

@@ -1,0 +1,92 @@
+"""Builds conv.cc for this machine's processor, once, and gives its kernels to XLA.
+
+The first use of a convolution on a CPU compiles (some ten seconds) and keeps the library under the user's cache
+directory. Nothing depends on it: without a compiler, or with `KMQ_JAX_NATIVE=0` in the environment, `library` says no,
+a line of the log says why, and nn/conv.py stays with XLA's own convolutions.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import jax
+import jaxlib
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("conv.cc")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
+TARGETS = {"kmq_convolution": "Convolution", "kmq_kernel_gradient": "KernelGradient"}
+
+
+class Unavailable(Exception):
+    """Why there is no native library; never leaves this module."""
+
+
+@functools.cache
+def library() -> bool:
+    """Whether the kernels are registered with XLA; the first call compiles and registers them."""
+    if os.environ.get("KMQ_JAX_NATIVE", "1") == "0":
+        return False
+    try:
+        path = _build(_cache_directory())
+        loaded = ctypes.CDLL(str(path))
+        for target, symbol in TARGETS.items():
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(loaded, symbol)), platform="cpu")
+    except (Unavailable, UserError, OSError, subprocess.SubprocessError) as error:
+        logger.warning("no native convolutions, XLA's own are used instead: %s", error)
+        return False
+    return True
+
+
+def _cache_directory() -> Path:
+    """The directory of compiled libraries. What lies there gets loaded, so nobody else may be able to write to it."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = Path(root) / "kmq_jax"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = directory.stat()
+    if hasattr(os, "getuid") and status.st_uid != os.getuid():
+        raise Unavailable(f"{directory} belongs to another user")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise Unavailable(f"{directory} can be written by others")
+    return directory
+
+
+def _build(directory: Path) -> Path:
+    """The library for this source, processor, compiler and jaxlib, compiled where it is not there yet."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    if compiler is None:
+        raise Unavailable("there is no C++ compiler")
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    identity = b"\0".join(
+        [SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), jaxlib.__version__.encode(), _processor().encode()]
+    )
+    path = directory / f"conv-{hashlib.sha256(identity).hexdigest()[:20]}.so"
+    if not path.exists():
+        logger.info("compiling %s for this machine, once", SOURCE.name)
+        with atomic_write(path) as output:
+            command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(output)]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            if result.returncode:
+                raise Unavailable(f"{compiler} failed: {(result.stderr.strip().splitlines() or ['?'])[-1]}")
+    return path
+
+
+def _processor() -> str:
+    """What `-march=native` depends on; a home directory may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    kinds = ("model name", "flags", "Features", "CPU part")
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(kinds)}))
