@@ -1,1 +1,61 @@
 """k-means quantization of any parameter tree. Knows neither audio nor Flax modules."""
+
+from kmq_jax.quant.kmeans import inertia, kmeans
+from kmq_jax.quant.nested import nested_kmeans
+from kmq_jax.quant.packing import pack, unpack
+from kmq_jax.quant.sensitivity import allocate, allocate_sections, distortions, hessian_traces, rules_of, stages
+from kmq_jax.quant.ste import (
+    Codebook,
+    export,
+    fake_quantize,
+    init_codebooks,
+    kmqat_codebook,
+    lloyd_update,
+    reassign,
+    straight_through,
+)
+from kmq_jax.quant.transform import (
+    Size,
+    combine,
+    decide,
+    dequantize,
+    indices_of,
+    partition,
+    quantize,
+    size_bytes,
+)
+from kmq_jax.quant.types import CodebookTensor, QuantRule, QuantSpec, is_codebook_tensor
+
+__all__ = [
+    "Codebook",
+    "CodebookTensor",
+    "QuantRule",
+    "QuantSpec",
+    "Size",
+    "allocate",
+    "allocate_sections",
+    "combine",
+    "decide",
+    "dequantize",
+    "distortions",
+    "export",
+    "fake_quantize",
+    "hessian_traces",
+    "indices_of",
+    "inertia",
+    "init_codebooks",
+    "is_codebook_tensor",
+    "kmeans",
+    "kmqat_codebook",
+    "lloyd_update",
+    "nested_kmeans",
+    "pack",
+    "partition",
+    "quantize",
+    "reassign",
+    "rules_of",
+    "size_bytes",
+    "stages",
+    "straight_through",
+    "unpack",
+]

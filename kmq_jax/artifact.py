@@ -1,0 +1,159 @@
+"""The packed model file `.kmq`: safetensors, with a JSON manifest in its metadata.
+
+Every array of the tree is a tensor of the file: `NAME` for an ordinary leaf; `NAME#packed`, `NAME#codebook` and one
+`NAME#coarse<i>` for each nested codebook of a quantized one. The manifest tells what cannot be read off the arrays,
+and a checksum covers it and them. Nothing in the file is ever executed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import atomic_write
+from kmq_jax.core.tree import named_leaves
+from kmq_jax.quant.types import CodebookTensor, is_codebook_tensor
+
+VERSION = 1
+_DTYPES = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
+_LONGEST_MANIFEST = 16 << 20
+
+
+def save(path: str | os.PathLike[str], manifest: Mapping[str, Any], tree: Any) -> None:
+    """Writes a model, atomically.
+
+    Args:
+        path: of the file to write, by habit ending in `.kmq`.
+        manifest: what a reader needs beside the arrays, as JSON values: architecture, its settings, front end,
+            training config. The keys "version" and "tensors" are the file's own.
+        tree: nested dicts of arrays and `CodebookTensor`s, such as `{"params": ..., "batch_stats": ...}`. Other
+            containers are saved by their leaves' names, and come back as dicts.
+
+    Raises:
+        UserError: the file cannot be written, or two leaves would have the same name in it.
+        TypeError, ValueError: the manifest is not JSON, or an array's type has no place in the file (bfloat16).
+    """
+    if clash := {"version", "tensors"} & set(manifest):
+        raise ValueError(f"the manifest's key {sorted(clash)[0]!r} is the file's own")
+    arrays: dict[str, np.ndarray] = {}
+    quantized: dict[str, Any] = {}
+    for name, leaf in named_leaves(tree, is_leaf=is_codebook_tensor):
+        parts = {name: leaf}
+        if is_codebook_tensor(leaf):
+            leaf.validate()
+            quantized[name] = {"shape": leaf.shape, "bits": leaf.bits, "axis": leaf.axis, "coarse": len(leaf.coarse)}
+            parts = {f"{name}#packed": leaf.packed, f"{name}#codebook": leaf.codebook}
+            parts |= {f"{name}#coarse{i}": codebook for i, codebook in enumerate(leaf.coarse)}
+        elif "#" in name:
+            raise UserError(f"the leaf's name {name!r} must not hold a #")
+        if twice := set(parts) & set(arrays):
+            raise UserError(f"two leaves are named {sorted(twice)[0]!r}")
+        arrays |= {key: np.ascontiguousarray(np.asarray(value)) for key, value in parts.items()}
+    text = json.dumps({**manifest, "version": VERSION, "tensors": quantized}, allow_nan=False, sort_keys=True)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(safetensors.numpy.save(arrays, {"kmq": text, "sha256": _checksum(text, arrays)}))
+
+
+def _checksum(text: str, arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over the manifest's text and every array's name, type, shape and bytes, in the order of names."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads a model that `save` wrote.
+
+    The file may come from anyone: its header is checked against its length before anything is allocated, its contents
+    against the checksum, and every quantized tensor against its invariants.
+
+    Returns:
+        `(manifest, tree)`: the manifest that was saved, and nested dicts of numpy arrays and `CodebookTensor`s.
+
+    Raises:
+        UserError: the file is missing, is not a .kmq file, was cut short or altered, or is of a newer version; the
+            message names it.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as opened:
+            opened.read(1)
+        # The library refuses a header that does not cover the file's bytes exactly.
+        with safetensors.safe_open(path, framework="numpy") as file:
+            text, checksum = _header(path, file.metadata() or {})
+            manifest = json.loads(text)
+            _check_version(path, manifest)
+            names = list(file.keys())
+            for name in names:
+                if file.get_slice(name).get_dtype() not in _DTYPES:
+                    raise UserError(f"{path}: tensor {name} has a type that .kmq files do not hold")
+            arrays = {name: file.get_tensor(name) for name in names}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except UserError:
+        raise
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a .kmq file, or it was cut short: {error}") from error
+    if _checksum(text, arrays) != checksum:
+        raise UserError(f"{path} was altered after it was written: its checksum does not match")
+    try:
+        tree = _assemble(arrays, manifest.pop("tensors"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a consistent .kmq file: {error}") from error
+    del manifest["version"]
+    return manifest, tree
+
+
+def _header(path: Path, metadata: Mapping[str, str]) -> tuple[str, str]:
+    if "kmq" not in metadata or "sha256" not in metadata:
+        raise UserError(f"{path} is a safetensors file, but not a .kmq file: it has no manifest")
+    if len(metadata["kmq"]) > _LONGEST_MANIFEST:
+        raise UserError(f"{path} has a manifest of {len(metadata['kmq'])} characters")
+    return metadata["kmq"], metadata["sha256"]
+
+
+def _check_version(path: Path, manifest: Any) -> None:
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if not isinstance(version, int) or version < 1:
+        raise UserError(f"{path} is not a .kmq file: its manifest has no version")
+    if version > VERSION:
+        raise UserError(f"{path} is of .kmq version {version}; this kmq_jax reads up to {VERSION}: upgrade it")
+
+
+def _assemble(arrays: dict[str, np.ndarray], quantized: Mapping[str, Any]) -> dict[str, Any]:
+    left = dict(arrays)
+    leaves: dict[str, Any] = {}
+    for name, about in quantized.items():
+        tensor = CodebookTensor(
+            codebook=left.pop(f"{name}#codebook"),
+            packed=left.pop(f"{name}#packed"),
+            coarse=tuple(left.pop(f"{name}#coarse{i}") for i in range(about["coarse"])),
+            shape=tuple(about["shape"]),
+            bits=about["bits"],
+            axis=about["axis"],
+        )
+        try:
+            tensor.validate()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        leaves[name] = tensor
+    tree: dict[str, Any] = {}
+    for name, leaf in (leaves | left).items():
+        *folders, last = name.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        if last in place:
+            raise ValueError(f"two tensors are named {name}")
+        place[last] = leaf
+    return tree

@@ -1,0 +1,393 @@
+"""Training through a codebook: exact centroid values forward, straight-through gradients backward.
+
+While training, a quantized tensor is a full-precision latent in the parameter tree and a `Codebook` beside it, by the
+leaf's name. `init_codebooks` makes both, `fake_quantize` gives the weights the network computes with, and `export`
+turns them into the packed tensors of `transform.quantize` with exactly the same values.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.tree import map_named, named_leaves
+from kmq_jax.quant.codes import along, assign, lookup, to_groups
+from kmq_jax.quant.kmeans import kmeans, midpoints
+from kmq_jax.quant.nested import nested_kmeans, thresholds
+from kmq_jax.quant.packing import pack
+from kmq_jax.quant.transform import Rules, decide, group_axis
+from kmq_jax.quant.types import HALF, CodebookTensor, QuantSpec
+
+RECIPES = ("kmqat", "normalized")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Codebook:
+    """What turns a latent tensor into quantized weights: weight = scale * nearest centroid.
+
+    Attributes:
+        raw_scale: `[groups]`; softplus of it is the scale, which stays positive however it is trained.
+        centroids: `[groups, 2^bits]`, in units of the scale.
+        coarse: centroids of smaller, nested widths `[groups, 2^b]`, ascending in b.
+        indices: uint8 in the latent's shape, to be used until the next `reassign`; None assigns afresh each time.
+        axis: the latent's axis that groups lie along; None is one group.
+        normalized: the latent is in units of the scale too (its gradient is then scaled likewise); otherwise it is in
+            units of the weights, as in KMQAT.
+        symmetric, pinned_zero: constraints that hold throughout training.
+        dtype: the type centroids times scale are rounded to, so that training sees what `export` stores.
+    """
+
+    raw_scale: jax.Array
+    centroids: jax.Array
+    coarse: tuple[jax.Array, ...] = ()
+    indices: jax.Array | None = None
+    axis: int | None = dataclasses.field(default=None, metadata={"static": True})
+    normalized: bool = dataclasses.field(default=False, metadata={"static": True})
+    symmetric: bool = dataclasses.field(default=False, metadata={"static": True})
+    pinned_zero: bool = dataclasses.field(default=False, metadata={"static": True})
+    dtype: str = dataclasses.field(default="float16", metadata={"static": True})
+
+    @property
+    def scale(self) -> jax.Array:
+        """The positive scale `[groups]`."""
+        return jax.nn.softplus(self.raw_scale)
+
+    @property
+    def bits(self) -> int:
+        """The widest width."""
+        return self.centroids.shape[-1].bit_length() - 1
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Every width, ascending."""
+        return (*(c.shape[-1].bit_length() - 1 for c in self.coarse), self.bits)
+
+    def with_scale(self, scale: jax.Array) -> "Codebook":
+        """The same codebook with another scale `[groups]`, above zero."""
+        # The inverse of softplus, exact for small and for large scales.
+        return dataclasses.replace(self, raw_scale=scale + jnp.log(-jnp.expm1(-scale)))
+
+    def constrained(self) -> tuple[jax.Array, ...]:
+        """The centroids of every width as they are used: in order, and with the constraints met."""
+        books = []
+        for centroids in (*self.coarse, self.centroids):
+            book = jnp.sort(centroids, axis=-1)  # a gradient step may let two of them cross
+            if self.symmetric:
+                book = 0.5 * (book - jnp.flip(book, -1))
+            if self.pinned_zero:
+                magnitude = jnp.abs(book)
+                book = jnp.where(magnitude == jnp.min(magnitude, -1, keepdims=True), 0.0, book)
+            books.append(book)
+        return tuple(books)
+
+    def values(self, bits: int | None = None) -> jax.Array:
+        """The values weights can take at a width (default: the widest): `[groups, 2^bits]`, as `export` stores them."""
+        if bits is not None and bits not in self.widths:
+            raise UserError(f"no codebook of {bits} bits: there is {', '.join(map(str, self.widths))}")
+        book = self.constrained()[-1 if bits is None else self.widths.index(bits)]
+        return _rounded(self.scale[:, None] * book, self.dtype)
+
+    def units(self, latent: jax.Array) -> jax.Array:
+        """The latent in units of the centroids."""
+        return latent if self.normalized else latent / along(self.scale, latent.ndim, self.axis)
+
+    def assigned(self, latent: jax.Array) -> jax.Array:
+        """The index of each latent's centroid, uint8 in the latent's shape, computed afresh."""
+        return assign(self.units(latent), thresholds(self.constrained()), self.axis)
+
+
+Codebooks = Mapping[str, Codebook]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _rounded(values: jax.Array, dtype: str) -> jax.Array:
+    return values.astype(dtype).astype(jnp.float32)
+
+
+@_rounded.defjvp
+def _rounded_jvp(dtype: str, primals: Any, tangents: Any) -> Any:
+    return _rounded(*primals, dtype), tangents[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def straight_through(
+    latent: jax.Array,
+    values: jax.Array,
+    indices: jax.Array,
+    slope: jax.Array,
+    axis: int | None,
+    reduction: str,
+) -> jax.Array:
+    """The codebook's values forward, exactly; backward as though the latent had passed through.
+
+    The common `q + stop_gradient(...)` forms either run on unquantized weights or miss the centroids by rounding.
+
+    Args:
+        latent: any shape.
+        values: `[groups, K]`.
+        indices: uint8, the latent's shape.
+        slope: what the latent's gradient is multiplied by; broadcasts against the latent. Not differentiated.
+        axis: where groups lie; None is one group.
+        reduction: "sum" gives each centroid the sum of its members' gradients, which is the true one; "mean" their
+            mean, which keeps the step independent of how many members there are.
+    """
+    return lookup(indices, values, axis)
+
+
+def _forward(latent, values, indices, slope, axis, reduction):
+    return lookup(indices, values, axis), (indices, slope, values.shape[1])
+
+
+def _backward(axis, reduction, residuals, gradient):
+    indices, slope, k = residuals
+    count, total = cell_sums(gradient, indices, k, axis, counted=reduction == "mean")
+    return gradient * slope, total / jnp.maximum(count, 1) if reduction == "mean" else total, None, None
+
+
+straight_through.defvjp(_forward, _backward)
+
+
+def cell_sums(
+    tensor: jax.Array, indices: jax.Array, k: int, axis: int | None, counted: bool = True
+) -> tuple[jax.Array, jax.Array]:
+    """The number of members of each cell (zeros unless `counted`) and their sum, both `[groups, k]`."""
+    others = tuple(i for i in range(tensor.ndim) if i != axis)
+
+    def total(x: jax.Array) -> jax.Array:
+        return jnp.sum(x, axis=others).reshape(-1)
+
+    sums, counts = [], []
+    for i in range(k):
+        member = indices == i
+        sums.append(total(jnp.where(member, tensor, 0)))
+        counts.append(total(member.astype(jnp.float32)) if counted else jnp.zeros_like(sums[-1]))
+    return jnp.stack(counts, axis=1), jnp.stack(sums, axis=1)
+
+
+def fake_quantize(
+    params: Any,
+    codebooks: Codebooks,
+    *,
+    bits: int | None = None,
+    clip: float | None = None,
+    reduction: str = "sum",
+) -> Any:
+    """Gives the weights to compute with: every tensor that has a codebook takes its centroids' values, exactly.
+
+    Differentiable in the parameters (straight-through), and in the codebooks' `raw_scale` and centroids; hold one
+    fixed with `jax.lax.stop_gradient` or an optimizer's mask. With cached indices the codebooks hold integers: take
+    gradients of `transform.partition(codebooks)[0]`.
+
+    Args:
+        params: the tree of latents, from `init_codebooks`.
+        codebooks: by leaf name.
+        bits: the width of nested codebooks; those that are not nested are used at their own.
+        clip: the latent's gradient passes only up to `clip` times the outermost centroid; None lets all of it pass.
+        reduction: of the centroids' gradients, "sum" or "mean"; see `straight_through`.
+
+    Returns:
+        The tree of `params`; leaves without a codebook are as they were.
+
+    Raises:
+        UserError: a codebook's name is not in the tree, or no codebook has the width `bits`.
+    """
+    if missing := set(codebooks) - {name for name, _ in named_leaves(params)}:
+        raise UserError(f"a codebook is given for {sorted(missing)[0]}, which is not in the tree")
+    if reduction not in ("sum", "mean"):
+        raise UserError(f"reduction (={reduction!r}) must be sum or mean")
+    if bits is not None and not any(bits in book.widths for book in codebooks.values()):
+        raise UserError(f"no codebook has {bits} bits")
+
+    def quantized(name: str, latent: jax.Array) -> jax.Array:
+        book = codebooks.get(name)
+        if book is None:
+            return latent
+        fixed, held = jax.lax.stop_gradient((latent, book))
+        indices = held.assigned(fixed) if book.indices is None else book.indices
+        width = bits if book.coarse else None
+        if width is not None:
+            indices = indices >> (book.bits - width)
+        slope = along(held.scale, latent.ndim, book.axis) if book.normalized else jnp.ones([1] * latent.ndim)
+        if clip is not None:
+            edge = clip * jnp.max(jnp.abs(held.centroids), axis=-1)
+            slope = slope * (jnp.abs(held.units(fixed)) <= along(edge, latent.ndim, book.axis))
+        return straight_through(latent, book.values(width), indices, slope, book.axis, reduction)
+
+    return map_named(quantized, params)
+
+
+def kmqat_codebook(rows: jax.Array, bits: int, retention: float = 0.9) -> tuple[jax.Array, jax.Array]:
+    """The start of KMQAT: centroids of the central weights, and the scale that fits them best.
+
+    The weights are clamped to their central `retention` quantiles and cut into 2^bits bins of equal mass, whose means,
+    divided by the largest magnitude, are the centroids c. With q the centroid nearest to each weight over the largest
+    clamped magnitude, the scale is <w, q> / <q, q>, at least 1e-5.
+
+    Args:
+        rows: weights `[groups, n]`.
+        bits: the width.
+        retention: share of the weights that are not clamped.
+
+    Returns:
+        `(centroids [groups, 2^bits], scale [groups])`.
+    """
+    rows = jnp.asarray(rows, jnp.float32)
+    centroids = kmeans(rows, 1 << bits, start="equal-mass", retention=retention, iterations=0)
+    largest = jnp.max(jnp.abs(centroids), axis=1, keepdims=True)
+    centroids = centroids / jnp.where(largest > 0, largest, 1)
+    tails = jnp.array([(1 - retention) / 2, (1 + retention) / 2])
+    clamped = jnp.max(jnp.abs(jnp.quantile(rows, tails, axis=1)), axis=0)[:, None]
+    unit = jnp.clip(rows / jnp.where(clamped > 0, clamped, 1), -1, 1)
+    near = lookup(assign(unit, midpoints(centroids), 0), centroids, 0)
+    power = jnp.sum(near * near, axis=1)
+    scale = jnp.sum(rows * near, axis=1) / jnp.where(power > 0, power, 1)
+    return centroids, jnp.maximum(scale, 1e-5)
+
+
+def init_codebooks(
+    params: Any, rules: Rules, *, recipe: str = "normalized", cached: bool = False
+) -> tuple[Any, dict[str, Codebook]]:
+    """Makes latents and codebooks to train from full-precision parameters.
+
+    Args:
+        params: tree of arrays.
+        rules: see `transform.decide`; tensors of width 16 are left alone.
+        recipe: "normalized", latents and centroids in units of the group's standard deviation, centroids by k-means;
+            or "kmqat", latents in units of the weights, see `kmqat_codebook`. Constrained and nested codebooks always
+            start by k-means.
+        cached: hold the indices until `reassign`, in place of assigning at every step.
+
+    Returns:
+        `(latents, codebooks)`: the tree of `params`, and `{name: Codebook}`.
+
+    Raises:
+        UserError: as `transform.decide`; a weight is not finite (the message names the tensor); an unknown recipe.
+    """
+    if recipe not in RECIPES:
+        raise UserError(f"recipe (={recipe!r}) must be one of {', '.join(RECIPES)}")
+    specs = {name: spec for name, spec in decide(params, rules).items() if spec.bits != HALF}
+    leaves = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in named_leaves(params) if name in specs}
+    latents, codebooks = {}, {}
+    for name, spec in specs.items():
+        axis = group_axis(name, leaves[name].ndim, spec)
+        try:
+            book = _first_codebook(leaves[name], spec, axis, recipe)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        latent = leaves[name]
+        if book.normalized:
+            latent = latent / along(book.scale, latent.ndim, axis)
+        latents[name] = latent
+        codebooks[name] = book
+    if cached:
+        codebooks = reassign(latents, codebooks)
+    return map_named(lambda name, leaf: latents.get(name, leaf), params), codebooks
+
+
+def _first_codebook(tensor: jax.Array, spec: QuantSpec, axis: int | None, recipe: str) -> Codebook:
+    rows = to_groups(tensor, axis)
+    spread = jnp.std(rows, axis=1)
+    largest = jnp.max(jnp.abs(rows), axis=1)
+    # A constant group has no spread; its magnitude is then the unit.
+    scale = jnp.where(spread > 1e-6 * largest, spread, jnp.where(largest > 0, largest, 1.0))
+    if spec.coarse:
+        books = nested_kmeans(rows, spec.widths, iterations=spec.iterations)
+    elif recipe == "kmqat" and not (spec.symmetric or spec.pinned_zero):
+        centroids, scale = kmqat_codebook(rows, spec.bits, spec.retention)
+        books = (centroids * scale[:, None],)
+    else:
+        settings = {"iterations": spec.iterations, "symmetric": spec.symmetric, "pinned_zero": spec.pinned_zero}
+        books = (kmeans(rows, 1 << spec.bits, start=spec.start, retention=spec.retention, **settings),)
+    books = tuple(book / scale[:, None] for book in books)
+    empty = Codebook(
+        raw_scale=scale,
+        centroids=books[-1],
+        coarse=books[:-1],
+        axis=axis,
+        normalized=recipe == "normalized",
+        symmetric=spec.symmetric,
+        pinned_zero=spec.pinned_zero,
+        dtype=spec.codebook_dtype,
+    )
+    return empty.with_scale(scale)
+
+
+def _leaves(params: Any, codebooks: Codebooks) -> dict[str, jax.Array]:
+    return {name: leaf for name, leaf in named_leaves(params) if name in codebooks}
+
+
+def reassign(params: Any, codebooks: Codebooks) -> dict[str, Codebook]:
+    """Stores each latent's nearest centroid in the codebooks, for `fake_quantize` to use until the next call."""
+    latents = _leaves(params, codebooks)
+    return {
+        name: dataclasses.replace(book, indices=book.assigned(latents[name])) for name, book in codebooks.items()
+    }
+
+
+def lloyd_update(
+    params: Any, codebooks: Codebooks, *, rate: float = 0.1, unused_rate: float | None = None, many: float = 0.25
+) -> dict[str, Codebook]:
+    """Moves centroids towards the mean of their members: c <- (1 - rate) c + rate * mean. May be called inside jit.
+
+    Called at every step with rate 1 on a symmetric 1-bit codebook it keeps the weights at plus and minus the mean
+    magnitude of the latents, which is the static binary quantizer.
+
+    Args:
+        params: the tree of latents.
+        codebooks: by leaf name; cached indices decide membership where there are any.
+        rate: 1 is a full Lloyd iteration; KMQAT takes 0.1 once an epoch.
+        unused_rate: the rate of tensors of which more than the share `many` of centroids have no members (KMQAT 0.2).
+        many: see `unused_rate`.
+
+    Returns:
+        The codebooks; centroids without members stay where they are.
+    """
+    latents = _leaves(params, codebooks)
+    moved = {}
+    for name, book in codebooks.items():
+        units = book.units(latents[name])
+        indices = book.assigned(latents[name]) if book.indices is None else book.indices
+        fresh = []
+        for width, centroids in zip(book.widths, book.constrained()):
+            k = 1 << width
+            count, total = cell_sums(units, indices >> (book.bits - width), k, book.axis)
+            if book.symmetric:  # a cell and its mirror image are one
+                count, total = count + jnp.flip(count, -1), total - jnp.flip(total, -1)
+            step: Any = rate
+            if unused_rate is not None:
+                step = jnp.where(jnp.mean(count == 0) > many, unused_rate, rate)
+            target = jnp.where(count > 0, total / jnp.maximum(count, 1), centroids)
+            if book.pinned_zero:
+                target = jnp.where(centroids == 0, 0.0, target)
+            fresh.append(centroids + step * (target - centroids))
+        moved[name] = dataclasses.replace(book, centroids=fresh[-1], coarse=tuple(fresh[:-1]))
+    return moved
+
+
+def export(params: Any, codebooks: Codebooks) -> Any:
+    """Turns latents and codebooks into packed tensors with exactly the values that `fake_quantize` gives.
+
+    The scale is folded into the codebook. Leaves without a codebook are left as they are.
+    """
+
+    def packed(name: str, latent: jax.Array) -> Any:
+        book = codebooks.get(name)
+        if book is None:
+            return latent
+        indices = book.assigned(latent) if book.indices is None else book.indices
+        stored = tuple(book.values(width).astype(book.dtype) for width in book.widths)
+        return CodebookTensor(
+            codebook=stored[-1],
+            packed=pack(to_groups(indices, book.axis), book.bits),
+            coarse=stored[:-1],
+            shape=tuple(latent.shape),
+            bits=book.bits,
+            axis=book.axis,
+        )
+
+    return map_named(packed, params)
