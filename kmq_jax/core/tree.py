@@ -53,12 +53,12 @@ def match_rules(rules: Sequence[tuple[str, T]], names: Iterable[str], default: A
     values: dict[str, T | Any] = {}
     for name in names:
         values[name] = default
-        for i, (pattern, value) in enumerate(compiled):
-            if pattern.search(name):
+        for i, (expression, value) in enumerate(compiled):
+            if expression.search(name):
                 values[name] = value
                 used[i] = True
                 break
-    for (pattern, _), was_used in zip(compiled, used):
+    for (expression, _), was_used in zip(compiled, used):
         if not was_used:
-            raise UserError(f"rule pattern {pattern.pattern!r} is the first match of no name")
+            raise UserError(f"rule pattern {expression.pattern!r} is the first match of no name")
     return values

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -174,17 +174,15 @@ def component(name: str) -> str:
         raise UserError(f"parameter {name!r} belongs to no component ({', '.join(COMPONENTS)})") from None
 
 
-def components(names_or_params: Iterable[str] | Mapping[str, Any] | ResNet) -> dict[str, str]:
+def components(names_or_model: Iterable[str] | ResNet) -> dict[str, str]:
     """The component of every parameter.
 
     Args:
-        names_or_params: parameter names, or the `params` tree or the network that has them.
+        names_or_model: parameter names, or the network that has them.
 
     Returns:
         `{name: component}`.
     """
-    if isinstance(names_or_params, ResNet):
-        names_or_params = shapes(names_or_params)["params"]
-    if isinstance(names_or_params, Mapping):
-        names_or_params = [name for name, _ in named_leaves(names_or_params)]
-    return {name: component(name) for name in names_or_params}
+    if isinstance(names_or_model, Iterable):
+        return {name: component(name) for name in names_or_model}
+    return components(name for name, _ in named_leaves(shapes(names_or_model)["params"]))

@@ -35,7 +35,7 @@ in kiwano/model/resnet.py and wespeaker/models/resnet.py; He et al. 2016 for bot
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -158,21 +158,14 @@ class ResNet(nn.Module):
     dtype: Any = jnp.float32
     remat: bool = False
 
-    @overload
+    @nn.compact
     def __call__(
         self,
         features: jax.Array,
         lengths: jax.Array | None = None,
         train: bool = False,
-        return_stages: Literal[False] = False,
-    ) -> jax.Array: ...
-    @overload
-    def __call__(
-        self, features: jax.Array, lengths: jax.Array | None = None, train: bool = False, *, return_stages: bool
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]: ...
-
-    @nn.compact
-    def __call__(self, features, lengths=None, train=False, return_stages=False):
+        return_stages: bool = False,
+    ) -> jax.Array | tuple[jax.Array, tuple[jax.Array, ...]]:
         """Embeds a batch of utterances.
 
         Args:

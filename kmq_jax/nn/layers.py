@@ -174,7 +174,7 @@ class LayerStyle:
     def normalize(
         self, x: jax.Array, mask: jax.Array | None, train: bool, *, name: str, after_conv: bool = True
     ) -> jax.Array:
-        """Batch-normalises; with `norm="bias"` nothing is left of it but, where no convolution precedes, an affine map."""
+        """Batch-normalises; with `norm="bias"` nothing is left, or an affine map where no convolution precedes."""
         if self.norm == "bias" and after_conv:
             return x
         return BatchNorm(self.dtype, use_statistics=self.norm == "batch", name=name)(x, mask, train)

@@ -94,7 +94,7 @@ def test_published_shares_of_resnet36():
     parameters = {name: leaf.size for name, leaf in named_leaves(registry.shapes(model)["params"])}
 
     def shares(counts: dict[str, int]) -> list[float]:
-        parts = {part: 0 for part in registry.COMPONENTS}
+        parts = dict.fromkeys(registry.COMPONENTS, 0)
         for name, count in counts.items():
             parts[registry.component(name)] += count
         return [round(100 * parts[part] / sum(parts.values()), 1) for part in registry.COMPONENTS]
@@ -221,9 +221,7 @@ def test_initialize_draws_what_shapes_says_and_depends_on_the_key_alone():
     assert not np.array_equal(first["params"]["stem"]["conv"]["kernel"], other["params"]["stem"]["conv"]["kernel"])
 
 
-@pytest.mark.parametrize(
-    ("name", "conv_init"), [("resnet50", KAIMING_NORMAL), ("wespeaker_resnet18", TORCH_DEFAULT)]
-)
+@pytest.mark.parametrize(("name", "conv_init"), [("resnet50", KAIMING_NORMAL), ("wespeaker_resnet18", TORCH_DEFAULT)])
 def test_initialize_draws_from_the_distributions_of_init(name, conv_init):
     model = registry.build(name, width=32, blocks=[1, 1, 1, 1])
     assert model.kernel_init is conv_init
@@ -258,7 +256,6 @@ def test_components():
     assert found["stage3/block5/conv2/kernel"] == "stage3"
     assert found["pool/attention1/bias"] == "pooling"
     assert found["head/bn_in/scale"] == "embedding"
-    assert registry.components(registry.shapes(model)["params"]) == found
     assert registry.components(list(found)) == found
     for name in ("encoder/kernel", "params/stem/conv/kernel", "pooling/kernel"):
         with pytest.raises(UserError, match=name):

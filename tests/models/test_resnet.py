@@ -214,19 +214,19 @@ def test_training_statistics_do_not_see_the_padding(name):
 def test_rematerialization_changes_memory_only():
     plain = registry.build("resnet50", width=4, features=8, embedding_size=4, blocks=[1, 1, 1, 1])
     variables = varied(plain)
-    batch = padded(utterances([17, 24], features=8), 0.0, 24)
+    batch = np.stack(utterances([24] * 8, features=8))
 
     def gradient(model):
         def loss(params):
             out, _ = model.apply({**variables, "params": params}, batch, None, True, mutable=["batch_stats"])
-            return jnp.sum(jnp.square(out[0] - out[1]))
+            return jnp.sum(jnp.sin(out))
 
         return jax.jit(jax.grad(loss), compiler_options=QUICK)(variables["params"])
 
     again = plain.clone(remat=True)
     assert jax.tree.structure(registry.shapes(again)) == jax.tree.structure(registry.shapes(plain))
     for (path, a), (_, b) in zip(named_leaves(gradient(plain)), named_leaves(gradient(again))):
-        np.testing.assert_allclose(b, a, atol=1e-4 * max(1, np.abs(a).max()), err_msg=path)
+        np.testing.assert_allclose(b, a, atol=1e-3 * max(1, np.abs(a).max()), err_msg=path)
 
 
 @pytest.mark.parametrize("shape", [(2, 30, 21), (30, 20)])
