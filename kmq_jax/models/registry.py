@@ -4,7 +4,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -183,6 +183,6 @@ def components(names_or_model: Iterable[str] | ResNet) -> dict[str, str]:
     Returns:
         `{name: component}`.
     """
-    if isinstance(names_or_model, Iterable):
-        return {name: component(name) for name in names_or_model}
-    return components(name for name, _ in named_leaves(shapes(names_or_model)["params"]))
+    if isinstance(names_or_model, ResNet):
+        return components(name for name, _ in named_leaves(shapes(names_or_model)["params"]))
+    return {name: component(name) for name in cast(Iterable[str], names_or_model)}
