@@ -1,0 +1,147 @@
+"""From another toolkit's tensors to the variables of one of our networks: names, layouts, and a check of every one."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.tree import map_named
+from kmq_jax.models import registry
+from kmq_jax.models.resnet import ResNet
+from kmq_jax.nn.pooling import flatten_order
+
+_LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+_BLOCK = re.compile(r"stage(\d)/block(\d+)/(.+)")
+# Axes along which pooled features lie, flattened with the channel fastest here and slowest in PyTorch.
+_POOLED = {"pool/attention1/kernel": 0, "pool/attention2/kernel": 1, "pool/attention2/bias": 0, "head/linear/kernel": 0}
+_POOLED |= {f"head/bn_in/{leaf}": 0 for leaf in ("scale", "bias", "mean", "var")}
+
+
+class Imported(NamedTuple):
+    """A model of another toolkit as ours.
+
+    Attributes:
+        architecture: a name of `models.registry`.
+        settings: the network's settings, as JSON values.
+        frontend: name of the filterbank setting that the model was trained with.
+        variables: `{"params": tree, "batch_stats": tree}` of float32 arrays.
+    """
+
+    architecture: str
+    settings: dict[str, Any]
+    frontend: str
+    variables: dict[str, Any]
+
+
+def torch_names(modules: Mapping[str, str]) -> Callable[[str], str]:
+    """Makes the function from our parameter names to those of a PyTorch residual network.
+
+    Args:
+        modules: their name of each module of ours; within a block, relative to it. Modules of a block that keep their
+            name need no entry: `stage1/block0/conv1` is `layer1.0.conv1` in both families.
+    """
+
+    def translate(name: str) -> str:
+        module, leaf = name.rsplit("/", 1)
+        if match := _BLOCK.fullmatch(module):
+            stage, block, rest = match.groups()
+            module = f"layer{stage}.{block}.{modules.get(rest, rest)}"
+        else:
+            module = modules[module]
+        return f"{module}.{_LEAVES[leaf]}"
+
+    return translate
+
+
+def count_blocks(names: Iterable[str], where: str) -> list[int]:
+    """Counts the residual blocks of PyTorch's `layer1` to `layer4`.
+
+    Raises:
+        UserError: there are none, or their numbers have a gap.
+    """
+    blocks: list[set[int]] = [set(), set(), set(), set()]
+    for name in names:
+        if match := re.match(r"layer([1-4])\.(\d{1,4})\.", name):
+            blocks[int(match[1]) - 1].add(int(match[2]))
+    for stage, numbers in enumerate(blocks, 1):
+        missing = set(range(max(numbers, default=0) + 1)) - numbers
+        if missing:
+            raise UserError(f"{where}: layer{stage}.{min(missing)} is missing")
+    return [len(numbers) for numbers in blocks]
+
+
+def shape_of(tensors: Mapping[str, np.ndarray], name: str, axes: int, where: str) -> tuple[int, ...]:
+    """The shape of a tensor that a network's settings are read off.
+
+    Raises:
+        UserError: it is missing or has another number of axes.
+    """
+    if name not in tensors:
+        raise UserError(f"{where}: tensor {name} is missing")
+    if tensors[name].ndim != axes:
+        raise UserError(f"{where}: tensor {name} has shape {tensors[name].shape}, not {axes} axes")
+    return tensors[name].shape
+
+
+def assemble(
+    network: ResNet,
+    tensors: Mapping[str, np.ndarray],
+    name_of: Callable[[str], str],
+    kernel_axes: tuple[int, int, int, int],
+    where: str,
+) -> dict[str, Any]:
+    """Fills the variables of `network`.
+
+    Args:
+        network: what the tensors are of.
+        tensors: theirs by name; each must be used once.
+        name_of: their name of a parameter or statistic of ours.
+        kernel_axes: the transposition from their convolution kernels to `[time, freq, in, out]`.
+        where: the file, for messages.
+
+    Returns:
+        `{"params": tree, "batch_stats": tree}`, float32.
+
+    Raises:
+        UserError: a tensor is missing, has the wrong shape or type, is not finite, or is left over; it is named.
+    """
+    freqs = math.ceil(network.features / 8)
+    channels = network.channels[-1] * network.block.expansion
+    used = set()
+
+    def take(name: str, leaf: Any) -> np.ndarray:
+        _, ours = name.split("/", 1)
+        theirs = name_of(ours)
+        if theirs not in tensors:
+            raise UserError(f"{where}: tensor {theirs} is missing")
+        used.add(theirs)
+        given = tensors[theirs]
+        value = given
+        if ours.endswith("/kernel"):
+            if value.ndim == 4:
+                value = value.transpose(kernel_axes)
+            elif value.ndim == 2 or value.shape[2:] == (1,):  # a Conv1d of one tap is a linear layer
+                value = value.reshape(value.shape[:2]).T
+        if value.shape != leaf.shape:
+            raise UserError(f"{where}: tensor {theirs} has shape {given.shape}, which does not fit {ours} {leaf.shape}")
+        if not np.issubdtype(value.dtype, np.floating):
+            raise UserError(f"{where}: tensor {theirs} is of type {value.dtype}, not floating point")
+        value = value.astype(np.float32)
+        if not np.isfinite(value).all():
+            raise UserError(f"{where}: tensor {theirs} holds values that are not finite")
+        if ours in _POOLED:
+            order = flatten_order(freqs, channels)
+            axis = _POOLED[ours]
+            if value.shape[axis] == 2 * order.size:  # means, then deviations
+                order = np.concatenate([order, order + order.size])
+            value = value.take(order, axis)
+        return np.ascontiguousarray(value)
+
+    variables = map_named(take, registry.shapes(network))
+    if extra := sorted(set(tensors) - used):
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise UserError(f"{where}: tensor {extra[0]}{more} is not part of the network")
+    return variables

@@ -1,0 +1,200 @@
+"""Reading ONNX files: constants, and nodes found by what they compute from."""
+
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from kmq_jax.core.errors import UserError
+
+
+def require_onnx() -> Any:
+    """Imports onnx.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import onnx
+        import onnx.helper
+        import onnx.numpy_helper
+    except ImportError:
+        raise UserError("ONNX files need the onnx package: pip install 'kmq_jax[interop]'") from None
+    return onnx
+
+
+class Graph:
+    """The graph of an ONNX file, to be walked from its input to its output.
+
+    `Identity` nodes are looked through, `Constant` nodes are constants like the initializers. The walk marks what it
+    has understood; `check_all_used` names what is left.
+
+    Attributes:
+        where: the file, for messages.
+        input, output: names of the one input and the one output.
+        features: the last axis of the input, None where it is not fixed.
+        metadata: the file's properties.
+        nodes: all but constants, in the file's order.
+    """
+
+    def __init__(self, path: Path):
+        """Reads a file; data outside it is refused.
+
+        Raises:
+            UserError: it cannot be read, is not ONNX, or has not one input and one output.
+        """
+        self._onnx = require_onnx()
+        self.where = str(path)
+        try:
+            model = self._onnx.load(path, load_external_data=False)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        except Exception as error:  # whatever protobuf makes of a file that is not ONNX
+            raise UserError(f"{path} is not an ONNX file, or it was cut short") from error
+        graph = model.graph
+        self._largest = 2 * os.path.getsize(path)  # no element takes less than half a byte
+        self._aliases = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Identity"}
+        self._tensors = {tensor.name: tensor for tensor in graph.initializer}
+        self._used: set[str] = set()
+        self.nodes = []
+        for node in graph.node:
+            if node.domain not in ("", "ai.onnx"):
+                self.fail(f"node {self.describe(node)} is of the unknown operator set {node.domain!r}")
+            if node.op_type == "Constant":
+                if [a.name for a in node.attribute] != ["value"]:
+                    self.fail(f"node {self.describe(node)} is a constant that is not a tensor")
+                self._tensors[node.output[0]] = node.attribute[0].t
+            elif node.op_type != "Identity":
+                self.nodes.append(node)
+        self._initializers = {tensor.name for tensor in graph.initializer}
+        inputs = [value for value in graph.input if value.name not in self._initializers]
+        if len(inputs) != 1 or len(graph.output) != 1 or graph.sparse_initializer:
+            self.fail(f"{len(inputs)} inputs and {len(graph.output)} outputs; one of each is expected")
+        self.input, self.output = inputs[0].name, graph.output[0].name
+        last = inputs[0].type.tensor_type.shape.dim[-1:]
+        self.features = last[0].dim_value or None if last else None
+        self.metadata = {entry.key: entry.value for entry in model.metadata_props}
+        self.opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+        self._users = defaultdict(list)
+        for node in self.nodes:
+            for name in dict.fromkeys(map(self.resolve, node.input)):
+                self._users[name].append(node)
+
+    def fail(self, message: str) -> NoReturn:
+        """Raises a UserError that names the file."""
+        raise UserError(f"{self.where}: {message}")
+
+    def describe(self, node: Any) -> str:
+        """A node's operator and name."""
+        return f"{node.op_type} {node.name or node.output[0]}"
+
+    def resolve(self, name: str) -> str:
+        """The value that a name stands for, behind `Identity` nodes."""
+        for _ in self._aliases:
+            if name not in self._aliases:
+                break
+            name = self._aliases[name]
+        return name
+
+    def attributes(self, node: Any) -> dict[str, Any]:
+        """A node's attributes as Python values."""
+        return {a.name: self._onnx.helper.get_attribute_value(a) for a in node.attribute}
+
+    def is_constant(self, name: str) -> bool:
+        """Whether a value is an initializer or a constant."""
+        return self.resolve(name) in self._tensors
+
+    def constant(self, name: str) -> np.ndarray:
+        """The array of an initializer or a constant; it counts as used.
+
+        Raises:
+            UserError: it is missing, lies outside the file, or its size is not that of its data.
+        """
+        name = self.resolve(name)
+        if name not in self._tensors:
+            self.fail(f"tensor {name} is missing")
+        tensor = self._tensors[name]
+        if tensor.data_location == self._onnx.TensorProto.EXTERNAL or tensor.external_data:
+            self.fail(f"tensor {name} lies outside the file, which is not supported")
+        if any(n < 0 for n in tensor.dims) or math.prod(tensor.dims) > self._largest:
+            self.fail(f"tensor {name} of shape {tuple(tensor.dims)} claims more data than the file holds")
+        try:
+            value = self._onnx.numpy_helper.to_array(tensor)
+        except Exception as error:  # sizes that disagree, unknown types
+            raise UserError(f"{self.where}: tensor {name} is damaged: {error}") from error
+        self._used.add(name)
+        return value
+
+    def users(self, value: str) -> list[Any]:
+        """The nodes that read a value."""
+        return self._users[value]
+
+    def sole_user(self, value: str, *op_types: str) -> Any:
+        """The one node that reads a value, which must be one of `op_types`.
+
+        Raises:
+            UserError: there is none, several, or another; the message names it.
+        """
+        users = self.users(value)
+        expected = " or ".join(op_types)
+        if len(users) != 1:
+            self.fail(f"value {value} is read by {len(users)} nodes; one {expected} is expected")
+        if users[0].op_type not in op_types:
+            self.fail(f"node {self.describe(users[0])} is unknown here; {expected} is expected")
+        return users[0]
+
+    def expect(self, node: Any, **attributes: Any) -> None:
+        """Checks a node's attributes; those not named must be absent.
+
+        Raises:
+            UserError: one differs.
+        """
+        given = self.attributes(node)
+        for name in sorted(set(given) | set(attributes)):
+            if given.get(name) != attributes.get(name):
+                self.fail(
+                    f"node {self.describe(node)} has {name} {given.get(name)}; {attributes.get(name)} is expected"
+                )
+
+    def evaluate(self, nodes: list[Any], inputs: dict[str, np.ndarray], output: str) -> np.ndarray:
+        """Computes one value by the reference implementation of onnx, numpy alone.
+
+        Raises:
+            UserError: the nodes cannot be computed.
+        """
+        helper = self._onnx.helper
+        from onnx.reference import ReferenceEvaluator
+
+        names = dict.fromkeys(self.resolve(name) for node in nodes for name in node.input)
+        constants = [self._onnx.numpy_helper.from_array(self.constant(n), n) for n in names if self.is_constant(n)]
+        renamed = []
+        for node in nodes:
+            copy = self._onnx.NodeProto()
+            copy.CopyFrom(node)
+            copy.input[:] = map(self.resolve, node.input)
+            renamed.append(copy)
+        value_info = [helper.make_tensor_value_info(n, self._onnx.TensorProto.FLOAT, None) for n in (*inputs, output)]
+        graph = helper.make_graph(renamed, "part", value_info[:-1], value_info[-1:], constants)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)])
+        try:
+            with np.errstate(all="ignore"):
+                return ReferenceEvaluator(model).run(None, inputs)[0]
+        except Exception as error:  # shapes or attributes that do not fit
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"{self.where}: the nodes before {output} cannot be computed: {reason}") from error
+
+    def check_all_used(self, nodes: list[Any]) -> None:
+        """Checks that a walk has understood everything.
+
+        Raises:
+            UserError: a node is not among `nodes`, or a constant was not read.
+        """
+        understood = {id(node) for node in nodes}
+        for node in self.nodes:
+            if id(node) not in understood:
+                self.fail(f"node {self.describe(node)} is not part of the network")
+        for name in sorted(self._initializers - self._used):
+            self.fail(f"tensor {name} is not part of the network")

@@ -1,0 +1,42 @@
+"""One entry to every format that can be imported, found from the file where it is not named."""
+
+from pathlib import Path
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.interop import kiwano, torch_checkpoint, wespeaker, wespeaker_onnx
+from kmq_jax.interop.assemble import Imported
+
+FORMATS = ("wespeaker-onnx", "wespeaker-torch", "kiwano")
+
+
+def read(path: Path, form: str | None = None, activation: str | None = None) -> Imported:
+    """Reads a model of another toolkit.
+
+    Args:
+        path: an ONNX file, a PyTorch checkpoint, or its tensors as safetensors.
+        form: one of `FORMATS`; None finds it from the file.
+        activation: see `kiwano.convert`.
+
+    Raises:
+        UserError: the file cannot be read, is of no known format, or holds another network; see the readers.
+    """
+    if activation and form not in (None, "kiwano"):
+        raise UserError("--activation is for Kiwano's checkpoints only")
+    if form == "wespeaker-onnx" or form is None and _looks_like_onnx(path):
+        return wespeaker_onnx.read(path)
+    checkpoint = torch_checkpoint.read(path)
+    if form == "kiwano" or form is None and kiwano.recognizes(checkpoint.tensors):
+        return kiwano.convert(checkpoint, str(path), activation)
+    if form == "wespeaker-torch" or wespeaker.recognizes(checkpoint.tensors):
+        return wespeaker.convert(checkpoint, str(path))
+    raise UserError(f"{path}: its tensors ({', '.join(list(checkpoint.tensors)[:3])}, ...) are of no known network")
+
+
+def _looks_like_onnx(path: Path) -> bool:
+    """Neither a zip archive, nor a pickle, nor safetensors: then a file is tried as ONNX, which has no signature."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    return not (start.startswith((b"PK\x03\x04", b"\x80")) or start[8:] == b"{")

@@ -1,0 +1,107 @@
+"""Reading PyTorch checkpoints without running code from them, and the same tensors from safetensors files."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kmq_jax.core.errors import UserError
+
+_CONTAINERS = ("state_dict", "model")
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        tensors: arrays by name.
+        about: the other entries that are text, numbers, or settings (as a dict).
+    """
+
+    tensors: dict[str, np.ndarray]
+    about: dict[str, Any]
+
+
+class _Settings:
+    """Stands in for Kiwano's configuration dataclasses, which its checkpoints hold: attributes, and no code."""
+
+
+_SETTINGS = ("kiwano.model.resnet.KiwanoResNetConfig", "kiwano.model.resnet.XIKiwanoResNetConfig")
+
+
+def read(path: Path) -> Checkpoint:
+    """Reads a checkpoint.
+
+    PyTorch's own format is read by `torch.load(weights_only=True)`, which builds tensors and plain containers only. A
+    bare dict of tensors and a dict with them under "state_dict" or "model" both do. The prefix "module." of distributed
+    training is taken off.
+
+    Raises:
+        UserError: the file cannot be read, is damaged, holds anything but plain data, or PyTorch is not installed.
+    """
+    try:
+        with path.open("rb") as file:
+            is_safetensors = file.read(9)[8:] == b"{"
+        content = _read_safetensors(path) if is_safetensors else _read_torch(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    state = next((content[name] for name in _CONTAINERS if isinstance(content.get(name), dict)), content)
+    about = {} if state is content else {str(k): _plain(v) for k, v in content.items() if k not in _CONTAINERS}
+    tensors: dict[str, np.ndarray] = {}
+    left = 4 * os.path.getsize(path)
+    for name, value in state.items():
+        if not isinstance(name, str) or not hasattr(value, "nbytes"):
+            raise UserError(f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor")
+        # A tensor may be a view that repeats a few bytes; what is larger than the file must not be copied out.
+        left -= value.nbytes
+        if left < 0:
+            raise UserError(f"{path}: tensor {name} claims more data than the file holds")
+        tensors[name.removeprefix("module.")] = _array(path, name, value)
+    return Checkpoint(tensors, about)
+
+
+def _read_safetensors(path: Path) -> Any:
+    import safetensors
+    import safetensors.numpy
+
+    try:
+        return safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is not a safetensors file that can be read: {error}") from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path} is a PyTorch checkpoint, and PyTorch is not installed: pip install torch, "
+            "or store the tensors as .safetensors"
+        ) from None
+    try:
+        with torch.serialization.safe_globals([(_Settings, name) for name in _SETTINGS]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file makes of the reader
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"{path} is not a checkpoint of plain tensors: {reason}") from error
+
+
+def _array(path: Path, name: str, value: Any) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        return value
+    try:
+        value = value.detach()
+        return (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
+    except Exception as error:  # sparse, quantized or on a device that is not there
+        raise UserError(f"{path}: tensor {name} is not a plain one: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    return dict(vars(value)) if isinstance(value, _Settings) else value
