@@ -2,7 +2,7 @@
 
 A DATA argument `synthetic:SPLIT[?key=value&key=value]` names it:
 
-    synthetic:train     160 female and male speakers of 16 utterances, to train on
+    synthetic:train     200 female and male speakers of 10 utterances, to train on
     synthetic:dev       40 others of 10, to choose by
     synthetic:test      40 others of 10, to report
     synthetic:noise     coloured noises, tones, clicks and hums for augmentation
@@ -28,7 +28,7 @@ from kmq_jax.data.trials import Trials
 PREFIX = "synthetic:"
 NOISES = ("colour", "tone", "click", "hum")
 _SPLITS = ("train", "dev", "test", "noise")  # a split's place is part of its seeds, so splits share no speaker
-_SIZES = {"train": (160, 16), "dev": (40, 10), "test": (40, 10), "noise": (len(NOISES), 25)}
+_SIZES = {"train": (200, 10), "dev": (40, 10), "test": (40, 10), "noise": (len(NOISES), 25)}
 _SECONDS = (2.0, 5.0)  # shortest and longest utterance
 _MOST = 10_000_000  # utterances in one table
 

@@ -18,7 +18,7 @@ SPLITS = ("train", "dev", "test")
 
 def test_default_sizes_and_ids():
     table = open_source("synthetic:train")
-    assert len(table) == 160 * 16 and len(table.speaker_names) == 160
+    assert len(table) == 200 * 10 and len(table.speaker_names) == 200
     assert "syn-train-0003-07" in table.ids
     assert table.speakers[table.ids.index("syn-train-0003-07")] == "syn-train-0003"
     assert sorted(set(table.genders.values())) == ["f", "m"]
