@@ -51,8 +51,8 @@ class Checkpoints:
 
         Args:
             step: one of `steps()`.
-            **parts: for a tree its `abstract` form, which gives structure, shapes and shardings; for a grain iterator
-                one made as the saved one was, which is moved to the saved position in place.
+            **parts: for a tree its `jax.ShapeDtypeStruct`s with shardings; for a grain iterator one made as the saved
+                one was, which is moved to the saved position in place.
 
         Returns:
             The parts by name.
@@ -65,14 +65,29 @@ class Checkpoints:
         except Exception as error:
             raise UserError(f"cannot restore {self.directory}/{step}: {_first_line(error)}") from error
 
+    def load(self, step: int, part: str) -> Any:
+        """Loads one tree of checkpoint `step` as nested dictionaries of numpy arrays, on whatever devices it was saved.
+
+        Raises:
+            UserError: the checkpoint is damaged or lacks the part.
+        """
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        try:
+            saved = ocp.metadata(self.directory / str(step), part).metadata
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), saved)
+        except Exception as error:
+            raise UserError(f"cannot read {part} of {self.directory}/{step}: {_first_line(error)}") from error
+        return jax.device_get(self.restore(step, **{part: shapes})[part])
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Waits for what is under way and lets go of the directory."""
         self._checkpointer.close()
-
-
-def abstract(tree: Any) -> Any:
-    """The shapes, dtypes and shardings of a tree of arrays, to restore into."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree)
 
 
 def _first_line(error: BaseException) -> str:

@@ -192,15 +192,10 @@ def load(path: str | Path) -> SpeakerModel:
     config = read_json(path / "config.json")
     settings = dict(config["model"])
     model = SpeakerModel(settings.pop("name"), settings, config["frontend"], None)
-    checkpoints = Checkpoints(path / "checkpoints")
-    if not checkpoints.steps():
-        raise UserError(f"{path}/checkpoints holds no finished checkpoint")
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), registry.shapes(model.network())
-    )
-    variables = checkpoints.restore(checkpoints.steps()[-1], network=shapes)["network"]
-    return dataclasses.replace(model, variables=jax.device_get(variables))
+    with Checkpoints(path / "checkpoints") as checkpoints:
+        if not checkpoints.steps():
+            raise UserError(f"{path}/checkpoints holds no finished checkpoint")
+        return dataclasses.replace(model, variables=checkpoints.load(checkpoints.steps()[-1], "network"))
 
 
 def _load_kmq(path: Path) -> SpeakerModel:

@@ -182,7 +182,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_finite(metrics: list[dict[str, Any]], first_step: int, checkpoints: Checkpoints) -> None:
-    """Raises on the first step whose loss or gradient is not finite.
+    """Raises on the first step whose loss, gradient or new parameters are not finite.
 
     Looked at when metrics are logged and before every checkpoint, not every step: the loop never waits for the device.
 
@@ -190,7 +190,7 @@ def check_finite(metrics: list[dict[str, Any]], first_step: int, checkpoints: Ch
         UserError: names the step, and the last good checkpoint.
     """
     for i, step_metrics in enumerate(metrics):
-        for name in ("loss", "gradient_norm"):
+        for name in ("loss", "gradient_norm", "parameter_norm"):
             value = float(step_metrics[name])
             if not math.isfinite(value):
                 good = checkpoints.steps()
@@ -211,6 +211,11 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     Raises:
         UserError: a setting, file or value is at fault, or the loss became NaN; what was saved before stays.
     """
+    with contextlib.ExitStack() as closing:
+        return _train(config, workdir, closing)
+
+
+def _train(config: ml_collections.ConfigDict, workdir: Path, closing: contextlib.ExitStack) -> dict[str, Any]:
     devices = mesh.make_mesh()
     if config.batch_size % devices.size:
         raise UserError(f"batch_size (={config.batch_size}) must divide over {devices.size} devices")
@@ -228,9 +233,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     # 2. Network, objective, optimizer.
     described = describe(config)
     network = described.network(config.dtype)
-    frontend = model.frontend_of(config.frontend)
-    init = functools.partial(train_lib.init_params, network, config, classes)
-    recipe = train_lib.make_recipe(network, frontend, config, devices, jax.eval_shape(init)[0], epoch_steps)
+    fbank = model.frontend_of(config.frontend)
+    params, batch_stats = train_lib.init_params(network, config, classes)
+    recipe = train_lib.make_recipe(network, fbank, config, devices, params, epoch_steps)
     failures: dict[str, str] = {}
     batches = iter(
         pipeline.training_batches(
@@ -253,13 +258,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
     settle_config(config, workdir)
     make_state = functools.partial(train_lib.init_state, recipe)
-    shapes = jax.eval_shape(lambda: make_state(*init()))
+    shapes = jax.eval_shape(make_state, params, batch_stats)
     shardings = mesh.tree_shardings(shapes, devices, [(p, int(axis)) for p, axis in config.sharding])
     checkpoints = Checkpoints(workdir / "checkpoints", max(config.keep_checkpoints, config.average_last, 1))
+    closing.callback(checkpoints.close)
     if checkpoints.steps():
         state = restore(checkpoints, checkpoints.steps()[-1], shapes, shardings, batches)
     else:
-        params, batch_stats = jax.jit(init)()
         if config.init_from:
             params, batch_stats = adopt(config.init_from, params, batch_stats)
         state = jax.jit(make_state, out_shardings=shardings)(params, batch_stats)
@@ -272,6 +277,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     train_step = train_lib.jit_train_step(recipe, shardings)
     log = RunLog(workdir / "metrics.jsonl", step)
     display = Display(step, total_steps, config.batch_size)
+    closing.callback(display.close)
+    closing.callback(log.close)
     display.say(
         f"{config.model.name}, {registry.parameter_count(network):,} parameters, {classes} classes; "
         f"{len(utterances)} utterances; steps {step} to {total_steps} ({epoch_steps} an epoch) on {devices.size} "
@@ -318,15 +325,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     # 5. The final model and the summary.
     finished = step == total_steps
     if finished and config.average_last > 1:
-        final = average_checkpoints(described, checkpoints, config.average_last, shapes)
+        final = average_checkpoints(described, checkpoints, config.average_last)
         if jax.process_index() == 0:
             model.save(workdir / "averaged.kmq", final)
         if validation:
             eer = validation.eer(final)
             display.say(f"average of the last {config.average_last} checkpoints: validation EER {eer:.2f} %")
-    display.close()
-    log.close()
-    checkpoints.close()
     summary = {
         "finished": finished,
         "steps": step,
@@ -417,26 +421,18 @@ def adopt(path: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
                 raise UserError(f"init_from={path}: {part}/{name} has another shape there, or is in one network only")
     classifier = params["classifier"]
     if (Path(path) / "checkpoints").is_dir():
-        checkpoints = Checkpoints(Path(path) / "checkpoints")
-        centres = checkpoints.restore(checkpoints.steps()[-1], classifier=None)["classifier"]["centres"]
+        with Checkpoints(Path(path) / "checkpoints") as checkpoints:
+            centres = checkpoints.load(checkpoints.steps()[-1], "classifier")["centres"]
         if centres.shape[0] >= classifier.shape[0] and centres.shape[1:] == classifier.shape[1:]:
-            classifier = jnp.asarray(jax.device_get(centres))[: classifier.shape[0]]
+            classifier = jnp.asarray(centres[: classifier.shape[0]])
     put = functools.partial(jax.tree.map, jnp.asarray)
     return {"network": put(given["params"]), "classifier": classifier}, put(given["batch_stats"])
 
 
-def average_checkpoints(
-    described: model.SpeakerModel, checkpoints: Checkpoints, count: int, shapes: train_lib.TrainState
-) -> model.SpeakerModel:
+def average_checkpoints(described: model.SpeakerModel, checkpoints: Checkpoints, count: int) -> model.SpeakerModel:
     """The mean of the networks, running statistics included, of the last `count` checkpoints."""
-    network = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        ),
-        parts_of(shapes)["network"],
-    )
-    trees = [checkpoints.restore(step, network=network)["network"] for step in checkpoints.steps()[-count:]]
-    return dataclasses.replace(described, variables=jax.device_get(train_lib.average(trees)))
+    trees = [checkpoints.load(step, "network") for step in checkpoints.steps()[-count:]]
+    return dataclasses.replace(described, variables=train_lib.average(trees))
 
 
 def main() -> None:

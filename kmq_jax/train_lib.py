@@ -158,7 +158,7 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch) -> tuple[TrainSt
 
     Returns:
         The state after, and scalars: `loss`, `accuracy` (of the cosines, without margin), `gradient_norm`,
-        `learning_rate`, `margin`.
+        `parameter_norm` (after), `learning_rate`, `margin`.
     """
     key = jax.random.fold_in(jax.random.key(recipe.config.seed + 1), state.step)
     features = features_of(recipe, key, batch)
@@ -175,12 +175,14 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch) -> tuple[TrainSt
 
     gradients, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
     updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
     metrics |= {
-        "gradient_norm": optax.global_norm(gradients),
+        "gradient_norm": optax.tree.norm(gradients),
+        "parameter_norm": optax.tree.norm(params),
         "learning_rate": recipe.learning_rate(state.step),
         "margin": recipe.margin(state.step),
     }
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), batch_stats, opt_state), metrics
+    return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
 
 def jit_train_step(recipe: Recipe, shardings: TrainState) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
