@@ -14,6 +14,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.interop.assemble import Imported, assemble, count_blocks, shape_of, torch_names
 from kmq_jax.interop.torch_checkpoint import Checkpoint
 from kmq_jax.models import registry
+from kmq_jax.nn.layers import PreActivationBlock
 
 KERNEL_AXES = (2, 3, 1, 0)  # from [out, in, time, freq]
 FEATURES = 81
@@ -84,7 +85,7 @@ def convert(checkpoint: Checkpoint, where: str, activation: str | None = None) -
 
 
 def _architecture(blocks: list[int]) -> str:
-    names = [n for n in registry.names() if registry.default_settings(n).get("activation")]
+    names = [name for name in registry.names() if registry.build(name).block is PreActivationBlock]
     return next((n for n in names if registry.default_settings(n)["blocks"] == blocks), names[0])
 
 

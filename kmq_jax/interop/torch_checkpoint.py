@@ -44,9 +44,9 @@ def read(path: Path) -> Checkpoint:
     try:
         with path.open("rb") as file:
             is_safetensors = file.read(9)[8:] == b"{"
-        content = _read_safetensors(path) if is_safetensors else _read_torch(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    content = _read_safetensors(path) if is_safetensors else _read_torch(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
     state = next((content[name] for name in _CONTAINERS if isinstance(content.get(name), dict)), content)
@@ -86,8 +86,6 @@ def _read_torch(path: Path) -> Any:
         with torch.serialization.safe_globals([(_Settings, name) for name in _SETTINGS]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # whatever a damaged or hostile file makes of the reader
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"{path} is not a checkpoint of plain tensors: {reason}") from error
