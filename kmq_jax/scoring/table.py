@@ -1,4 +1,4 @@
-"""The embedding file, as `extract` writes it: `ids`, `paths`, `speakers` and `embeddings` in an .npz."""
+"""The embedding file, as `extract` writes it: `ids`, `paths`, `speakers`, `embeddings` and `model` in an .npz."""
 
 import os
 import zipfile
@@ -22,6 +22,7 @@ class EmbeddingTable:
         speakers: `[utterances]` speaker names, or None where unknown.
         embeddings: `[utterances, dim]` float32, finite and none of them zero.
         source: the file, for messages.
+        model: fingerprint of the model that made them, where known.
     """
 
     ids: tuple[str, ...]
@@ -29,13 +30,14 @@ class EmbeddingTable:
     speakers: tuple[str, ...] | None
     embeddings: np.ndarray
     source: str
+    model: str | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
-    """Reads an embedding file. `paths` and `speakers` may be missing. Pickled objects are refused.
+    """Reads an embedding file. `paths`, `speakers` and `model` may be missing. Pickled objects are refused.
 
     Raises:
         UserError: naming the file: it is missing or not such a file, shapes do not fit, an id occurs twice, or an
@@ -50,7 +52,7 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
             missing = {"ids", "embeddings"} - set(archive.files)
             if missing:
                 raise ValueError(f"it lacks the array `{sorted(missing)[0]}`")
-            wanted = ("ids", "paths", "speakers", "embeddings")
+            wanted = ("ids", "paths", "speakers", "embeddings", "model")
             arrays = {name: archive[name] for name in wanted if name in archive.files}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
@@ -59,7 +61,9 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
     for name, values in arrays.items():
         if not isinstance(values, np.ndarray):
             raise UserError(f"{path} is not an .npz file of embeddings: {name} is not an array")
-    embeddings = arrays.pop("embeddings")
+    embeddings, model = arrays.pop("embeddings"), arrays.pop("model", None)
+    if model is not None and (model.shape != () or model.dtype.kind != "U"):
+        raise UserError(f"{path}: model must be one string, got {model.dtype} of shape {model.shape}")
     if embeddings.ndim != 2 or 0 in embeddings.shape or not np.issubdtype(embeddings.dtype, np.floating):
         raise UserError(
             f"{path}: embeddings must be floating point [utterances, dim], got {embeddings.dtype} {embeddings.shape}"
@@ -78,7 +82,7 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
     if bad.any():
         others = f", and {bad.sum() - 1} more" if bad.sum() > 1 else ""
         raise UserError(f"{path}: the embedding of {ids[int(bad.argmax())]} is zero or not finite{others}")
-    return EmbeddingTable(ids, names.get("paths", ()), names.get("speakers"), embeddings, str(path))
+    return EmbeddingTable(ids, names.get("paths", ()), names.get("speakers"), embeddings, str(path), None if model is None else str(model))
 
 
 def _first_repeated(names: tuple[str, ...]) -> str:

@@ -1,0 +1,174 @@
+"""`python -m kmq_jax.cascade`: runs a cascade over a trial list and tells decisions, errors and costs."""
+
+import argparse
+from typing import Any
+
+import numpy as np
+
+from kmq_jax.calibrate import equal_error, flip_rates, single_widths
+from kmq_jax.core import cli
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import atomic_write, write_json
+from kmq_jax.data.trials import Trials
+from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
+from kmq_jax.metrics.calibration import cllr
+from kmq_jax.metrics.detection import min_dcf
+from kmq_jax.metrics.operating import error_rates
+from kmq_jax.scoring.cascade import Outcome, run
+from kmq_jax.scoring.policy import CascadePolicy, read_policy
+from kmq_jax.scoring.stages import StageScores, parse_stages, score_stages
+
+_LINES = 1 << 16  # lines written at a time
+
+
+def flags() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = cli.parser(
+        "cascade",
+        "Runs a cascade over a trial list: each trial is decided by the lowest width that is sure enough.\n"
+        "Costs: `sequential` bits count every width climbed through, `incremental` those that nested codebooks read,\n"
+        "`utterance` the widths at which an utterance must be embedded, once each. Harmful flips: trials that the\n"
+        "reference decides right at the same threshold and the cascade wrong.",
+        "python -m kmq_jax.cascade --policy=policy.json --stage=2:t2.npz --stage=3:t3.npz --stage=4:t4.npz\n"
+        "      --reference=t32.npz --trials=trials.txt --out=decisions.csv --json=cascade.json",
+    )
+    parser.add_argument("--policy", required=True, help="what `calibrate` wrote")
+    parser.add_argument("--stage", action="append", required=True, help="BITS:EMBEDDINGS.npz, once for each width")
+    parser.add_argument("--reference", help="embeddings of the full-precision model, to count flips against")
+    parser.add_argument("--trials", required=True, help="trial list, in VoxCeleb or Kaldi form, or synthetic:SPLIT")
+    parser.add_argument("--enrol_models", help="the list enrols models: `model utterance [utterance ...]` a line")
+    parser.add_argument("--out", help="write `enrol,test,score,decision,bits` here, in trial order; decision is 1 or 0")
+    parser.add_argument("--llr", action="store_true", help="add the column `llr`, natural log likelihood ratios")
+    parser.add_argument("--json", help="write the figures here")
+    parser.add_argument("--p_target", type=float, default=0.01, help="prior of a target, for minDCF (0.01)")
+    parser.add_argument("--replicates", type=int, default=1000, help="bootstrap draws (1000); 0: no intervals")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
+    return parser
+
+
+def log_ratios(policy: CascadePolicy, outcome: Outcome) -> np.ndarray | None:
+    """Natural log likelihood ratio of each trial `[trials]`, by the map of the width that decided."""
+    if policy.llr_maps is None:
+        return None
+    scale, offset = np.array([[fitted.scale, fitted.offset] for fitted in policy.llr_maps]).T
+    return scale[outcome.stage] * outcome.score + offset[outcome.stage]
+
+
+def write_decisions(path: str, trials: Trials, outcome: Outcome, llrs: np.ndarray | None) -> None:
+    """Writes one CSV row a trial, with names as in the list. Nine digits give every float32 back exactly."""
+    names = np.array([_quoted(name) for name in trials.names], object)
+    with atomic_write(path) as temporary, temporary.open("w") as file:
+        file.write("enrol,test,score,decision,bits" + (",llr\n" if llrs is not None else "\n"))
+        for start in range(0, len(trials), _LINES):
+            part = slice(start, start + _LINES)
+            columns = [
+                names[trials.enrol_name[part]],
+                names[trials.test_name[part]],
+                outcome.score[part].tolist(),
+                outcome.accept[part].astype(int).tolist(),
+                outcome.bits[part].tolist(),
+            ]
+            if llrs is None:
+                file.write("".join([f"{e},{t},{s:.9g},{d},{b}\n" for e, t, s, d, b in zip(*columns)]))
+            else:
+                rows = zip(*columns, llrs[part].tolist())
+                file.write("".join([f"{e},{t},{s:.9g},{d},{b},{r:.6g}\n" for e, t, s, d, b, r in rows]))
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"' if set(name) & set(',"\n\r') else name
+
+
+def evaluate(
+    policy: CascadePolicy, outcome: Outcome, joined: StageScores, p_target: float, replicates: int, seed: int
+) -> dict[str, Any]:
+    """All figures of a cascade on a trial list; what cannot be told is None."""
+    labels, sides, reference = joined.trials.label, joined.sides, joined.reference
+    both = bool(labels.any() and not labels.all())
+    far, frr = error_rates(outcome.score, labels, policy.threshold)
+    llrs = log_ratios(policy, outcome)
+    result: dict[str, Any] = {
+        "eer": equal_error(outcome.score, labels),
+        "eer_ci95": None,
+        "min_dcf": min_dcf(outcome.score, labels, p_target) if both else None,
+        "min_dcf_ci95": None,
+        "cllr": cllr(llrs, labels) if llrs is not None and both else None,
+        "threshold": policy.threshold,
+        "false_accept_rate": far,
+        "false_reject_rate": frr,
+        **outcome.costs(),
+        "top_bits": policy.widths[-1],
+        "harmful_flip_rate": None,
+        "beneficial_flip_rate": None,
+        "reference_eer": None,
+        "reference_min_dcf": None,
+        "p_target": p_target,
+        "trials": len(labels),
+        "targets": int(labels.sum()),
+        "each_width_alone": single_widths(policy, joined),
+    }
+    if reference is not None:
+        result |= flip_rates(outcome.score, policy.threshold, reference, labels)
+        result["reference_eer"] = equal_error(reference, labels)
+        result["reference_min_dcf"] = min_dcf(reference, labels, p_target) if both else None
+    if replicates and both:
+        draws = speaker_bootstrap(
+            outcome.score, labels, sides.enrol_speaker, sides.test_speaker, replicates, seed, p_target
+        )
+        if len(draws.eer) >= 0.9 * replicates:
+            result["eer_ci95"] = [100 * side for side in percentile_interval(draws.eer)]
+            result["min_dcf_ci95"] = list(percentile_interval(draws.min_dcf))
+    return result
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The figures as a short table."""
+
+    def number(value: float | None, digits: int, factor: float = 1.0) -> str:
+        return "-" if value is None else f"{factor * value:.{digits}f}"
+
+    lines = [f"{result['trials']:,} trials, {result['targets']:,} of them targets"]
+    lines.append(f"{'':14}{'EER %':>9}{'harmful flips %':>18}{'decides %':>12}")
+    for width, alone in result["each_width_alone"].items():
+        flips = number(alone.get("harmful_flip_rate"), 4, 100)
+        share = number(result["resolved"][width], 2, 100)
+        lines.append(f"{width + ' bits':14}{number(alone['eer'], 3):>9}{flips:>18}{share:>12}")
+    lines.append(
+        f"{'cascade':14}{number(result['eer'], 3):>9}{number(result['harmful_flip_rate'], 4, 100):>18}"
+    )
+    lines.append(f"{'reference':14}{number(result['reference_eer'], 3):>9}")
+    lines.append(
+        f"bits a trial: {result['sequential_bits']:.3f} sequential, {result['incremental_bits']:.3f} incremental; "
+        f"an utterance: {result['utterance_bits']:.3f} ({result['utterance_incremental_bits']:.3f} incremental)"
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs the command."""
+    args = flags().parse_args()
+    if not 0 < args.p_target < 1:
+        raise UserError(f"--p_target={args.p_target} must lie between 0 and 1")
+    if args.replicates < 0 or args.seed < 0:
+        raise UserError(f"--replicates={args.replicates} and --seed={args.seed} must not be negative")
+    policy, stages = read_policy(args.policy), parse_stages(args.stage)
+    if tuple(bits for bits, _ in stages) != policy.widths:
+        given = ", ".join(str(bits) for bits, _ in stages)
+        raise UserError(f"--stage: {args.policy} is for {', '.join(map(str, policy.widths))} bits, but {given} are given")
+    if args.llr and policy.llr_maps is None:
+        raise UserError(f"--llr: {args.policy} was fitted on trials of one class and has no likelihood ratios")
+    joined = score_stages(stages, args.reference, args.trials, policy.enrolment, args.enrol_models)
+    for i, (bits, path) in enumerate(stages):
+        policy.check(bits, i, joined.tables[i].embeddings.shape[1], joined.tables[i].model, path)
+    sides = joined.sides
+    outcome = run(policy, joined.scores, sides.enrol, sides.test, joined.one_table)
+    result = evaluate(policy, outcome, joined, args.p_target, args.replicates, args.seed)
+    if args.out:
+        write_decisions(args.out, joined.trials, outcome, log_ratios(policy, outcome) if args.llr else None)
+    if args.json:
+        write_json(args.json, result)
+    print(describe(result))
+
+
+if __name__ == "__main__":
+    cli.run("cascade", main)

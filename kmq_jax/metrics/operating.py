@@ -1,0 +1,144 @@
+"""Operating points: the threshold for a wanted error rate or cost, and how sure it is."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.metrics.bootstrap import percentile_interval
+from kmq_jax.metrics.detection import Array, check_trials, eer, number_speakers, operating_points
+
+FORMS = "eer, far=RATE, frr=RATE or dcf=P_TARGET"
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """What a threshold is wanted for.
+
+    Attributes:
+        kind: "eer", "far" (false-accept rate at most `value`), "frr" (false-reject rate at most `value`) or "dcf" (least
+            detection cost at the target prior `value`, both costs 1).
+        value: a fraction; unused by "eer".
+    """
+
+    kind: str
+    value: float = 0.0
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "eer" else f"{self.kind}={self.value:g}"
+
+
+def parse_point(text: str) -> OperatingPoint:
+    """Reads `eer`, `far=0.01`, `frr=0.01` or `dcf=0.01`.
+
+    Raises:
+        UserError: it is none of them, or the number does not lie between 0 and 1.
+    """
+    kind, _, number = text.partition("=")
+    if text == "eer":
+        return OperatingPoint("eer")
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if kind not in ("far", "frr", "dcf") or not 0 < value < 1:
+        raise UserError(f"operating point {text!r} must be {FORMS}, with a number between 0 and 1")
+    return OperatingPoint(kind, value)
+
+
+def threshold_at(scores: ArrayLike, labels: ArrayLike, point: OperatingPoint) -> float:
+    """The threshold of an operating point: accept when `score >= threshold`.
+
+    For "far" it is the lowest score that occurs with a false-accept rate of at most the wanted one, for "frr" the
+    highest with such a false-reject rate. "far" needs nontarget trials only, "frr" target trials only.
+
+    Args:
+        scores: `[trials]`, finite.
+        labels: `[trials]`, true for target trials.
+        point: what is wanted.
+
+    Raises:
+        UserError: the trials it needs are missing, or no threshold short of rejecting everything gets there.
+    """
+    if point.kind == "eer":
+        return eer(scores, labels)[1]
+    if point.kind == "dcf":
+        thresholds, p_miss, p_fa = operating_points(scores, labels)
+        best = int(np.argmin(point.value * p_miss[:-1] + (1 - point.value) * p_fa[:-1]))
+        return float(thresholds[best])
+    values, target = np.asarray(scores, np.float64), np.asarray(labels, bool)
+    if values.ndim != 1 or values.shape != target.shape or not np.isfinite(values).all():
+        raise UserError(f"scores {values.shape} must be finite and as many as labels {target.shape}")
+    own = np.sort(values[target == (point.kind == "frr")])
+    if not len(own):
+        raise UserError(f"no {'target' if point.kind == 'frr' else 'nontarget'} trials to find {point} by")
+    allowed = int(np.floor(point.value * len(own) * (1 + 1e-12)))
+    if point.kind == "frr":
+        return float(own[allowed])  # the `allowed` targets below it are rejected, more only if tied: none
+    # At most `allowed` nontargets may score at or above it: the lowest score above the others.
+    limit = own[len(own) - allowed - 1]
+    above = values[values > limit]
+    if not len(above):
+        raise UserError(f"no score that occurs has a false-accept rate of at most {point.value:g}")
+    return float(above.min())
+
+
+def error_rates(scores: ArrayLike, labels: ArrayLike, threshold: float) -> tuple[float | None, float | None]:
+    """False-accept and false-reject rates at a threshold, as fractions; None for a class without trials."""
+    accept, target = np.asarray(scores) >= threshold, np.asarray(labels, bool)
+    far = float(accept[~target].mean()) if (~target).any() else None
+    return far, float(1 - accept[target].mean()) if target.any() else None
+
+
+def threshold_interval(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    enrol_speaker: ArrayLike,
+    test_speaker: ArrayLike,
+    point: OperatingPoint,
+    replicates: int = 200,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """Central 95 % of the threshold over draws of speakers with replacement (weights as in `metrics.bootstrap`).
+
+    Args:
+        scores: `[trials]`.
+        labels: `[trials]`.
+        enrol_speaker: `[trials]`, nonnegative integers.
+        test_speaker: `[trials]`, nonnegative integers.
+        point: what is wanted.
+        replicates: number of draws.
+        seed: of the draws.
+
+    Returns:
+        `(low, high)`, or None where too few draws have both classes of trials.
+    """
+    scores, labels = check_trials(scores, labels)
+    enrol, test, speakers = number_speakers(enrol_speaker, test_speaker, len(scores))
+    order = np.argsort(scores)
+    scores, labels, enrol, test = scores[order], labels[order], enrol[order], test[order]
+    ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # the last trial of each score
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(replicates):
+        draw = rng.multinomial(speakers, np.full(speakers, 1 / speakers))
+        weight = np.where(enrol == test, draw[enrol], draw[enrol] * draw[test])
+        miss, fa = np.cumsum(weight * labels)[ends], np.cumsum(weight * ~labels)[ends]
+        if miss[-1] and fa[-1]:
+            # At the score of an end: what lies below it is rejected.
+            p_miss, p_fa = (np.append(0, side[:-1]) / side[-1] for side in (miss, fa))
+            found.append(scores[ends[_pick(p_miss, 1 - p_fa, point)]])
+    return percentile_interval(found) if len(found) >= max(1, 0.9 * replicates) else None
+
+
+def _pick(p_miss: Array, p_fa: Array, point: OperatingPoint) -> int:
+    """The operating point's place on a curve whose thresholds ascend."""
+    if point.kind == "eer":
+        return int(np.argmin(np.abs(p_miss - p_fa)))
+    if point.kind == "dcf":
+        return int(np.argmin(point.value * p_miss + (1 - point.value) * p_fa))
+    if point.kind == "frr":
+        return int(np.searchsorted(p_miss, point.value * (1 + 1e-12), side="right")) - 1
+    return min(int(np.argmax(p_fa <= point.value * (1 + 1e-12))) if (p_fa <= point.value).any() else len(p_fa) - 1,
+               len(p_fa) - 1)

@@ -1,0 +1,224 @@
+"""A promise about harmful flips on new speakers, from calibration trials that share speakers.
+
+What is promised. Let the loss of a trial be 1 where stopping early makes a harmful flip: the reference decides right,
+and the stage at which the trial stopped, other than the last, decides wrong. The risk R is its mean over a new list
+made like the calibration list from new speakers: with the share p of target trials that the calibration list has,
+
+    R = p E[l_i] + (1 - p) E[m_ij],
+
+l_i the mean loss of speaker i's target trials and m_ij that of the trials between speakers i and j. Every speaker
+and every pair counts alike, however many trials it has.
+
+Why pairs. Trials are not independent, and neither are the losses of speakers, since a nontarget trial belongs to two.
+With speakers drawn independently, h(i, j) = p (l_i + l_j) / 2 + (1 - p) m_ij lies between 0 and 1, has mean R for every
+pair, and is independent over pairs that share no speaker. Its mean over all pairs is a U-statistic: the mean, over all
+ways of matching speakers off, of means of n/2 independent terms. Any bound that rests on a convex function's mean,
+which the Hoeffding and Bentkus bounds do, holds for it with n/2 terms (Hoeffding 1963, section 5). Where only some pairs have
+trials, these are the edges of a graph; by Vizing's theorem and de Werra's equitable colourings they split into
+matchings of at least edges / (largest degree + 1) pairs, and that number takes the place of n/2.
+
+How the gates are found: learn then test, as "Pareto testing". The speakers are dealt into two groups. Maps, threshold
+and a path of gates, from stopping nobody to the cheapest, come from trials within the first group. On trials within the
+second the path is walked from its safe end for as long as the upper bound on R is at most alpha. Each step is a test at
+level delta, and the walk stops at the first that fails, so no correction for many tests is due.
+
+References:
+    Angelopoulos et al., "Learn then test", 2021; "Conformal risk control", 2022. Bates et al., "Distribution-free,
+    risk-controlling prediction sets", 2021. Laufer-Goldshtein et al., "Efficiently controlling multiple risks with
+    Pareto testing", 2022. Korn and Graubard, "Confidence intervals for proportions with small expected number of positive
+    counts estimated from survey data", 1998.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import optimize, stats
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.metrics.detection import Array, number_speakers
+
+BOUNDS = ("survey", "hoeffding-bentkus", "conformal")
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """How trials hang together by their speakers.
+
+    Attributes:
+        speakers: how many there are.
+        trials: how many there are.
+        one: `[pairs]`, the lower speaker of each pair that has trials and counts.
+        two: `[pairs]`, the higher; where all trials are targets, the pairs are speakers with themselves.
+        pair: `[trials]`, the pair of each nontarget trial, or -1.
+        target: `[trials]`, the speaker of each target trial, or -1.
+        share: share of target trials.
+        units: how many independent terms the mean over pairs is worth.
+        degree: the largest share of pairs that one speaker belongs to.
+    """
+
+    speakers: int
+    trials: int
+    one: Array
+    two: Array
+    pair: Array
+    target: Array
+    share: float
+    units: int
+    degree: float
+
+    def losses(self, lost: ArrayLike) -> Array:
+        """The loss h of each pair `[pairs]`, from the losses of trials `[trials]`."""
+        values = np.asarray(lost, np.float64)
+        own = _means(self.target, values, self.speakers)
+        between = 0.0 if self.share == 1 else _means(self.pair, values, len(self.one))
+        return self.share * (own[self.one] + own[self.two]) / 2 + (1 - self.share) * between
+
+
+def _means(group: Array, values: Array, size: int) -> Array:
+    used = group >= 0
+    sums = np.bincount(group[used], values[used], size)
+    return sums / np.maximum(np.bincount(group[used], minlength=size), 1)
+
+
+def pair_up(enrol_speaker: ArrayLike, test_speaker: ArrayLike, labels: ArrayLike) -> Pairs:
+    """Finds which pairs of speakers a trial list compares.
+
+    Speakers without target trials are left out, unless the list has none at all.
+
+    Args:
+        enrol_speaker: `[trials]`, nonnegative integers.
+        test_speaker: `[trials]`, nonnegative integers.
+        labels: `[trials]` bool.
+
+    Raises:
+        UserError: fewer than two speakers are left.
+    """
+    target = np.asarray(labels, bool)
+    if not len(target):
+        raise UserError("the risk rule has no trials within one of its two groups of speakers")
+    enrol, test, speakers = number_speakers(enrol_speaker, test_speaker, len(target))
+    share = float(target.mean())
+    has = np.bincount(enrol[target], minlength=speakers) > 0
+    own = np.where(target, enrol, -1)
+    if share == 1:
+        one = two = np.flatnonzero(has)
+        pair, units, degree = np.full(len(target), -1), len(one), 1 / len(one)
+    else:
+        counts = ~target & ((has[enrol] & has[test]) | (share == 0))
+        code = np.minimum(enrol, test) * speakers + np.maximum(enrol, test)
+        used, place = np.unique(code[counts], return_inverse=True)
+        one, two = used // speakers, used % speakers
+        pair = np.full(len(target), -1)
+        pair[counts] = place
+        degrees = np.bincount(np.concatenate([one, two]), minlength=speakers)
+        most = int(degrees.max(initial=0))
+        # A complete graph splits into (nearly) perfect matchings; any other needs one colour more than its degree.
+        complete = len(one) * 2 == (degrees > 0).sum() * most
+        units = (int((degrees > 0).sum()) // 2) if complete else len(one) // (most + 1)
+        degree = most / max(len(one), 1)
+    if units < 2:
+        raise UserError(f"the risk rule has too few speakers: {speakers} in one of its two groups")
+    return Pairs(speakers, len(target), one, two, pair, own, share, units, degree)
+
+
+def hoeffding_bentkus(rate: float, units: int, delta: float) -> float:
+    """Upper bound on the mean of terms in [0, 1] from the mean of `units` independent ones; valid for any such terms."""
+    if rate >= 1:
+        return 1.0
+
+    def excess(mean: float) -> float:
+        r = min(rate, mean)
+        divergence = (r * np.log(r / mean) if r > 0 else 0.0) + (1 - r) * np.log((1 - r) / (1 - mean))
+        hoeffding = -units * divergence
+        bentkus = 1 + stats.binom.logcdf(np.ceil(units * rate - 1e-9), units, mean)
+        return float(min(hoeffding, bentkus) - np.log(delta))
+
+    low, high = max(rate, 1e-12), 1 - 1e-12
+    if excess(high) > 0:
+        return 1.0
+    return float(optimize.brentq(excess, low, high, xtol=1e-10))
+
+
+def conformal(rate: float, degree: float) -> float:
+    """Bound on the *expected* risk of the gates chosen by it, over calibration sets and a new pair of speakers.
+
+    Conformal risk control for pairs: of all pairs among the calibration speakers and two new ones, those with a new
+    speaker are at most `2 * degree` as many as the old, and each may lose 1. No confidence level enters.
+    """
+    return (rate + 2 * degree) / (1 + 2 * degree)
+
+
+def survey(losses: Array, worst: Array, pairs: Pairs, delta: float) -> float:
+    """Korn and Graubard's upper bound: Clopper and Pearson's with the number of trials deflated by the design.
+
+    The variance is that of the jackknife over speakers. Where flips are few it cannot be told, so the design effect is
+    at least that of `worst`, the losses with the most flips. Approximate: it trusts that speakers unlike any seen are
+    rare. The other two bounds do not, and are the price of that.
+
+    Args:
+        losses: `[pairs]`.
+        worst: `[pairs]`, of gates that flip much.
+        pairs: the design.
+        delta: one minus the confidence.
+    """
+    speakers = int((np.bincount(np.concatenate([pairs.one, pairs.two])) > 0).sum())
+    rate, effect = float(losses.mean()), 1.0
+    for values in (losses, worst):
+        p = float(values.mean())
+        if 0 < p < 1:
+            effect = max(effect, _jackknife_variance(values, pairs) * pairs.trials / (p * (1 - p)))
+    ratio = stats.norm.ppf(1 - delta) / stats.t.ppf(1 - delta, speakers - 1)
+    size = max(pairs.trials / effect * ratio**2, 1.0)
+    hits = rate * size
+    return 1.0 if hits >= size else float(stats.beta.ppf(1 - delta, hits + 1, size - hits))
+
+
+def _jackknife_variance(values: Array, pairs: Pairs) -> float:
+    """Variance of the mean over pairs, leaving out one speaker at a time."""
+    loops = pairs.one == pairs.two
+    ends = np.concatenate([pairs.one, pairs.two[~loops]])
+    both = np.concatenate([values, values[~loops]])
+    size = np.bincount(ends, minlength=pairs.speakers)
+    used = (size > 0) & (size < len(values))
+    left = (values.sum() - np.bincount(ends, both, pairs.speakers)[used]) / (len(values) - size[used])
+    n = len(left)
+    return float((n - 1) / n * np.sum((left - left.mean()) ** 2)) if n > 1 else 1.0
+
+
+def bounds(losses: Array, worst: Array, pairs: Pairs, delta: float) -> dict[str, float]:
+    """Every bound on the risk, by name."""
+    rate = float(losses.mean())
+    return {
+        "survey": survey(losses, worst, pairs, delta),
+        "hoeffding-bentkus": hoeffding_bentkus(rate, pairs.units, delta),
+        "conformal": conformal(rate, pairs.degree),
+    }
+
+
+def walk(path: Iterable[Array], worst: Array, pairs: Pairs, alpha: float, delta: float, bound: str) -> int:
+    """How many steps of a path keep the promise.
+
+    Args:
+        path: losses of trials `[trials]` bool, from the safest gates to the cheapest.
+        worst: `[trials]` bool, of gates that flip much.
+        pairs: the design of these trials.
+        alpha: the risk that is allowed.
+        delta: one minus the confidence.
+        bound: one of `BOUNDS`.
+
+    Returns:
+        The number of steps before the first whose bound exceeds alpha.
+    """
+    if bound not in BOUNDS:
+        raise UserError(f"bound {bound!r} must be one of {', '.join(BOUNDS)}")
+    steps, ever, much = 0, np.zeros(pairs.trials, bool), pairs.losses(worst)
+    for lost in path:
+        if bound == "conformal":  # it needs losses that grow along the path
+            ever |= lost
+            lost = ever
+        if bounds(pairs.losses(lost), much, pairs, delta)[bound] > alpha:
+            break
+        steps += 1
+    return steps
