@@ -1,0 +1,21 @@
+"""A small network on the embedded corpus: no download, minutes on two CPU cores. The README's main job.
+
+    python -m kmq_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+import ml_collections
+
+from kmq_jax.train_config import default_config, smoke
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Returns the configuration; `arg` is "smoke" or nothing."""
+    config = default_config("resnet18", width=16, embedding_size=128)
+    config.data.update(train="synthetic:train?speakers=200&utterances=10", crop_seconds=1.5, augment=False)
+    config.spec_augment = 0.0
+    config.loss.update(kind="aam", scale=20.0, margin=0.1, margin_start=1.8, margin_end=3.6)
+    config.optimizer.update(name="adamw", weight_decay=1e-3)
+    config.learning_rate.update(kind="cosine", peak=4e-3, warmup_epochs=0.25)
+    config.validation.update(data="synthetic:dev", trials="synthetic:dev", epochs=3.0)
+    config.update(batch_size=32, epochs=6.0, dtype="bfloat16")
+    return smoke(config) if arg == "smoke" else config
