@@ -27,10 +27,10 @@ def flags() -> argparse.ArgumentParser:
     parser = cli.parser(
         "calibrate",
         "Fits a cascade: maps from each width's scores to the reference's, a threshold, and gates that tell which\n"
-        "trials need more bits. The rule `pareto` searches all gates and takes the cheapest that flip no more decisions\n"
-        "than the last stage alone (or than --alpha, where that is more). The rule `risk` takes the cheapest that keep\n"
-        "harmful flips made by stopping early at --alpha or less on new speakers, with confidence 1 - --delta. The last\n"
-        "stage may be the reference itself: --stage=32:EMB32.npz.",
+        "trials need more bits. The rule `pareto` searches all gates and takes the cheapest that flip no more\n"
+        "decisions than the last stage alone (or than --alpha, where that is more). The rule `risk` takes the\n"
+        "cheapest that keep harmful flips made by stopping early at --alpha or less on new speakers, by a test on\n"
+        "speakers kept apart. The last stage may be the reference itself: --stage=32:EMB32.npz.",
         "python -m kmq_jax.calibrate --stage=2:e2.npz --stage=3:e3.npz --stage=4:e4.npz --reference=e32.npz\n"
         "      --trials=dev_trials.txt --out=policy.json",
     )
@@ -45,7 +45,9 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--operating_point", default="eer", help=f"what the threshold is for: {FORMS} (eer)")
     parser.add_argument("--rule", default="pareto", choices=("pareto", "risk"), help="how gates are chosen (pareto)")
     parser.add_argument("--alpha", type=float, default=0.001, help="harmful flips a trial that are allowed (0.001)")
-    parser.add_argument("--delta", type=float, default=0.05, help="risk: one minus the confidence (0.05)")
+    parser.add_argument(
+        "--delta", type=float, default=0.05, help="one minus the confidence that new speakers keep to it (0.05)"
+    )
     parser.add_argument("--bound", default="survey", choices=risk.BOUNDS, help="risk: bound on the rate (survey)")
     parser.add_argument("--certify_share", type=float, default=0.5, help="risk: speakers kept to test gates on (0.5)")
     parser.add_argument("--objective", default="flips", choices=gates.OBJECTIVES, help="pareto: what is kept low")
@@ -62,7 +64,9 @@ def fingerprint(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe_front(front: gates.Front, policy: CascadePolicy, joined: StageScores, reference: Any) -> list[dict[str, Any]]:
+def describe_front(
+    front: gates.Front, policy: CascadePolicy, joined: StageScores, reference: Any
+) -> list[dict[str, Any]]:
     """The front as rows for people, each run by the cascade itself, with its exact EER."""
     policies = [dataclasses.replace(policy, gates=front.point(i)) for i in range(len(front))]
     labels, sides = joined.trials.label, joined.sides
@@ -123,14 +127,16 @@ def draw(path: str, rows: list[dict[str, Any]], singles: dict[str, Any], chosen:
         bits = [row[f"{cost}_bits"] for row in rows]
         values = [scale * row[key] for row in rows]
         axes.plot(bits, values, ".-", color="tab:blue", linewidth=1, markersize=4, label="cascade, the front")
-        alone = [int(width) for width in singles if int(width) <= 1.5 * max(bits)]
+        alone = [int(width) for width in singles if int(width) <= max(8, 1.5 * max(bits))]
         heights = [scale * singles[str(width)][key] for width in alone]
         axes.plot(alone, heights, "s", color="tab:gray", label="one width alone")
         for width, height in zip(alone, heights):
             axes.annotate(f"{width} bits", (width, height), xytext=(6, 4), textcoords="offset points", fontsize=8)
         if chosen is not None:
-            axes.plot(bits[chosen], values[chosen], "o", color="tab:red", markersize=8, fillstyle="none", label="chosen")
-        axes.set(xlabel=f"mean {cost} bits a trial", ylabel=label, ylim=(0, None))
+            axes.plot(
+                bits[chosen], values[chosen], "o", color="tab:red", markersize=8, fillstyle="none", label="chosen"
+            )
+        axes.set(xlabel=f"mean {cost} bits a trial", ylabel=label)
         axes.grid(color="0.9", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
@@ -178,10 +184,12 @@ def main() -> None:
                 data, args.map, point, args.alpha, args.delta, args.bound, args.cost, args.symmetric,
                 args.certify_share, args.seed,
             )  # fmt: skip
-            _, front, _ = pareto(data, policy, args.alpha, "flips", args.cost, args.symmetric)
+            _, front, _ = pareto(data, policy, args.alpha, args.delta, "flips", args.cost, args.symmetric)
         else:
             fitted = fit(data, args.map, point)
-            policy, front, notes = pareto(data, fitted, args.alpha, args.objective, args.cost, args.symmetric)
+            policy, front, notes = pareto(
+                data, fitted, args.alpha, args.delta, args.objective, args.cost, args.symmetric
+            )
     except UserError as error:
         raise UserError(f"{args.trials}: {error}") from error
 

@@ -133,9 +133,7 @@ def describe(result: dict[str, Any]) -> str:
         flips = number(alone.get("harmful_flip_rate"), 4, 100)
         share = number(result["resolved"][width], 2, 100)
         lines.append(f"{width + ' bits':14}{number(alone['eer'], 3):>9}{flips:>18}{share:>12}")
-    lines.append(
-        f"{'cascade':14}{number(result['eer'], 3):>9}{number(result['harmful_flip_rate'], 4, 100):>18}"
-    )
+    lines.append(f"{'cascade':14}{number(result['eer'], 3):>9}{number(result['harmful_flip_rate'], 4, 100):>18}")
     lines.append(f"{'reference':14}{number(result['reference_eer'], 3):>9}")
     lines.append(
         f"bits a trial: {result['sequential_bits']:.3f} sequential, {result['incremental_bits']:.3f} incremental; "
@@ -154,7 +152,9 @@ def main() -> None:
     policy, stages = read_policy(args.policy), parse_stages(args.stage)
     if tuple(bits for bits, _ in stages) != policy.widths:
         given = ", ".join(str(bits) for bits, _ in stages)
-        raise UserError(f"--stage: {args.policy} is for {', '.join(map(str, policy.widths))} bits, but {given} are given")
+        raise UserError(
+            f"--stage: {args.policy} is for {', '.join(map(str, policy.widths))} bits, but {given} are given"
+        )
     if args.llr and policy.llr_maps is None:
         raise UserError(f"--llr: {args.policy} was fitted on trials of one class and has no likelihood ratios")
     joined = score_stages(stages, args.reference, args.trials, policy.enrolment, args.enrol_models)

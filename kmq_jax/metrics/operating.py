@@ -17,8 +17,8 @@ class OperatingPoint:
     """What a threshold is wanted for.
 
     Attributes:
-        kind: "eer", "far" (false-accept rate at most `value`), "frr" (false-reject rate at most `value`) or "dcf" (least
-            detection cost at the target prior `value`, both costs 1).
+        kind: "eer", "far" (false-accept rate at most `value`), "frr" (false-reject rate at most `value`) or "dcf"
+            (least detection cost at the target prior `value`, both costs 1).
         value: a fraction; unused by "eer".
     """
 
@@ -140,5 +140,5 @@ def _pick(p_miss: Array, p_fa: Array, point: OperatingPoint) -> int:
         return int(np.argmin(point.value * p_miss + (1 - point.value) * p_fa))
     if point.kind == "frr":
         return int(np.searchsorted(p_miss, point.value * (1 + 1e-12), side="right")) - 1
-    return min(int(np.argmax(p_fa <= point.value * (1 + 1e-12))) if (p_fa <= point.value).any() else len(p_fa) - 1,
-               len(p_fa) - 1)
+    within = p_fa <= point.value * (1 + 1e-12)
+    return int(np.argmax(within)) if within.any() else len(p_fa) - 1

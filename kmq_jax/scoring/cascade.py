@@ -149,8 +149,8 @@ def _costs(table: Tables, stage: jax.Array, enrol: jax.Array, test: jax.Array, s
 
     def mean_cost(price: jax.Array, enrol_price: jax.Array) -> jax.Array:
         parts = ((reach, price), (enrolled, enrol_price))
-        total = sum(jnp.sum(jnp.where(r >= 0, p[jnp.maximum(r, 0)], 0.0)) for r, p in parts)
-        return total / sum(jnp.sum(r >= 0) for r, _ in parts)
+        total = [jnp.sum(jnp.where(r >= 0, p[jnp.maximum(r, 0)], 0.0)) for r, p in parts]
+        return (total[0] + total[1]) / (jnp.sum(reach >= 0) + jnp.sum(enrolled >= 0))
 
     fixed = jnp.full_like(table.bits, table.bits[-1])
     return {
@@ -220,14 +220,14 @@ class Outcome:
 
 def _checked(policy: CascadePolicy, scores: ArrayLike, enrol: ArrayLike, test: ArrayLike) -> tuple[Any, Any, Any]:
     values = np.asarray(scores, np.float32)
-    rows = [np.asarray(side, np.int32) for side in (enrol, test)]
+    enrol_rows, test_rows = np.asarray(enrol, np.int32), np.asarray(test, np.int32)
     if values.ndim != 2 or len(values) != len(policy.widths) or not values.shape[1]:
         raise UserError(f"a cascade of {len(policy.widths)} widths needs as many rows of scores, got {values.shape}")
-    if rows[0].shape != values.shape[1:] or rows[1].shape != values.shape[1:]:
-        raise UserError(f"{values.shape[1]} trials do not fit rows of shapes {rows[0].shape} and {rows[1].shape}")
+    if enrol_rows.shape != values.shape[1:] or test_rows.shape != values.shape[1:]:
+        raise UserError(f"{values.shape[1]} trials do not fit rows of shapes {enrol_rows.shape}, {test_rows.shape}")
     if not np.isfinite(values).all():
         raise UserError("scores of a cascade must be finite")
-    return values, *rows
+    return values, enrol_rows, test_rows
 
 
 def _sizes(policy: CascadePolicy, enrol: np.ndarray, test: np.ndarray, one_table: bool) -> tuple[int, int, bool]:
@@ -241,9 +241,7 @@ def _sizes(policy: CascadePolicy, enrol: np.ndarray, test: np.ndarray, one_table
     return up(enrol.max()), up(test.max()), top
 
 
-def run(
-    policy: CascadePolicy, scores: ArrayLike, enrol: ArrayLike, test: ArrayLike, one_table: bool = True
-) -> Outcome:
+def run(policy: CascadePolicy, scores: ArrayLike, enrol: ArrayLike, test: ArrayLike, one_table: bool = True) -> Outcome:
     """Runs the cascade over a trial list.
 
     Args:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.metrics.calibration import AffineMap, fit_logistic
@@ -75,26 +76,29 @@ def fit(data: Calibration, kind: str = "isotonic", point: OperatingPoint | None 
 def _front(policy: CascadePolicy, data: Calibration, cost: str, last_counts: bool = True, **how: Any) -> gates.Front:
     mapped = map_scores(policy, data.scores)
     price = dict(zip(gates.COSTS, prices(policy.widths)))[cost]
-    return gates.search(
-        mapped, data.reference, data.labels, policy.threshold, price, last_counts=last_counts, **how
-    )
+    return gates.search(mapped, data.reference, data.labels, policy.threshold, price, last_counts=last_counts, **how)
 
 
 def pareto(
     data: Calibration,
     policy: CascadePolicy,
     alpha: float = 0.001,
+    delta: float = 0.05,
     objective: str = "flips",
     cost: str = "sequential",
     symmetric: bool = False,
 ) -> tuple[CascadePolicy, gates.Front, dict[str, Any]]:
-    """Picks the cheapest gates that lose no more than the last stage alone does, or than `alpha` where that is more.
+    """Picks the cheapest gates that flip no more decisions than the last stage alone, or than `alpha` if that is more.
+
+    The front was searched on the very trials that it is judged by, and its best points are partly luck. So a point is
+    taken only if its excess over the limit, plus the margin that its spread over speakers asks for, is not above zero.
 
     Args:
         data: the trials.
         policy: maps and threshold, by `fit`.
         alpha: harmful flips a trial that are allowed in any case; for the objective "eer", EER above the last stage's.
-        objective: "flips" or "eer".
+        delta: one minus the confidence of the margin; 0.5 is no margin. The objective "eer" has none.
+        objective: "flips", "balanced" or "eer", see `gates.search`.
         cost: "sequential" or "incremental" bits.
         symmetric: gates of equal width on both sides.
 
@@ -102,14 +106,27 @@ def pareto(
         The policy with gates, the whole front, and what was chosen why.
     """
     front = _front(policy, data, cost, objective=objective, symmetric=symmetric)
-    last = map_scores(policy, data.scores)[-1]
+    mapped = map_scores(policy, data.scores)
+    notes: dict[str, Any] = {"rule": "pareto", "objective": objective, "cost": cost, "delta": delta}
     if objective == "eer":
-        most = eer(last, data.labels)[0] + alpha
+        most = eer(mapped[-1], data.labels)[0] + alpha
+        chosen = gates.choose(front, most)
     else:
-        most = max(alpha, float(gates.harmful_flips(last[None], policy.threshold, data.reference, data.labels).mean()))
-    chosen = gates.choose(front, most)
-    notes = {"rule": "pareto", "objective": objective, "cost": cost, "at_most": most, "chosen": chosen}
-    return dataclasses.replace(policy, gates=front.point(chosen)), front, notes
+        flips = gates.harmful_flips(mapped, policy.threshold, data.reference, data.labels)
+        weights = gates.class_weights(data.labels, objective) * len(data)
+        own = float(np.mean(flips[-1] * weights))
+        most = max(alpha, own)
+        margin = float(stats.norm.ppf(1 - delta))
+        chosen = len(front) - 1
+        for i in range(len(front)):
+            if front.objective[i] > most:
+                continue
+            lost = flips_of(dataclasses.replace(policy, gates=front.point(i)), mapped, flips).astype(float)
+            excess = weights * (lost - flips[-1]) if own >= alpha else weights * lost - alpha
+            if excess.mean() + margin * risk.speaker_error(excess, data.enrol_speaker, data.test_speaker) <= 1e-12:
+                chosen = i
+                break
+    return dataclasses.replace(policy, gates=front.point(chosen)), front, notes | {"at_most": most, "chosen": chosen}
 
 
 def split_speakers(data: Calibration, share: float, seed: int) -> tuple[Calibration, Calibration]:
@@ -142,17 +159,18 @@ def risk_path(policy: CascadePolicy, data: Calibration, cost: str, symmetric: bo
     return [*wider, *points]
 
 
-def early_flips(policy: CascadePolicy, mapped: Array, flips: Array) -> Array:
-    """Which trials `[trials]` stop before the last stage with a harmful flip.
+def flips_of(policy: CascadePolicy, mapped: Array, flips: Array, last_counts: bool = True) -> Array:
+    """Which trials `[trials]` a cascade decides with a harmful flip.
 
     Args:
         policy: for the gates.
         mapped: `[stages, trials]` float32, on the reference's scale.
         flips: `[stages, trials]` bool, see `gates.harmful_flips`.
+        last_counts: whether those of the last stage count, or only those made by stopping early.
     """
-    lost = np.zeros(mapped.shape[1], bool)
+    lost = flips[-1] & last_counts
     for i in reversed(range(len(mapped) - 1)):
-        low, high = np.float32(policy.gates[i])
+        low, high = np.array(policy.gates[i], np.float32)
         lost = np.where((mapped[i] <= low) | (mapped[i] >= high), flips[i], lost)
     return lost
 
@@ -198,12 +216,12 @@ def control_risk(
     mapped = map_scores(policy, certify.scores)
     flips = gates.harmful_flips(mapped, policy.threshold, certify.reference, certify.labels)
     policies = [dataclasses.replace(policy, gates=point) for point in path]
-    steps = risk.walk(
-        (early_flips(step, mapped, flips) for step in policies), flips[0], pairs, alpha, delta, bound
-    )
+    steps = risk.walk((flips_of(step, mapped, flips, False) for step in policies), flips[0], pairs, alpha, delta, bound)
     never = ((-np.inf, np.inf),) * (len(policy.widths) - 1)
     found = policies[steps - 1] if steps else dataclasses.replace(policy, gates=never)
-    lost = pairs.losses(early_flips(found, mapped, flips))
+    lost = pairs.losses(flips_of(found, mapped, flips, False))
+    # Nobody stops early behind infinite gates: there is nothing to bound then.
+    upper = risk.bounds(lost, pairs.losses(flips[0]), pairs, delta) if steps else dict.fromkeys(risk.BOUNDS, 0.0)
     notes = {
         "rule": "risk",
         "promise": "mean over new speakers of harmful flips made by stopping early is at most alpha",
@@ -211,8 +229,7 @@ def control_risk(
         "delta": None if bound == "conformal" else delta,
         "bound": bound,
         "rate": float(lost.mean()),
-        # Nobody stops early behind infinite gates: nothing to bound.
-        "upper_bounds": risk.bounds(lost, pairs.losses(flips[0]), pairs, delta) if steps else dict.fromkeys(risk.BOUNDS, 0.0),
+        "upper_bounds": upper,
         "certifying_speakers": pairs.speakers,
         "certifying_trials": pairs.trials,
         "independent_pairs": pairs.units,

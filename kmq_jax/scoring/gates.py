@@ -20,7 +20,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.metrics.detection import Array
 from kmq_jax.scoring.policy import Gate
 
-_COMBINATIONS = {"flips": 1 << 20, "eer": 1 << 16}
+_COMBINATIONS = {"flips": 1 << 20, "balanced": 1 << 20, "eer": 1 << 16}
 _MOST_CANDIDATES = 256
 _THRESHOLDS = 64
 OBJECTIVES = tuple(_COMBINATIONS)
@@ -62,6 +62,13 @@ def harmful_flips(mapped: Array, threshold: float, reference: Array, labels: Arr
         `[stages, trials]` bool.
     """
     return ((reference >= threshold) == labels) & ((mapped >= threshold) != labels)
+
+
+def class_weights(labels: Array, objective: str) -> Array:
+    """What a flip of each trial `[trials]` counts: the same for all, or with "balanced" half for each class."""
+    if objective == "balanced" and labels.any() and not labels.all():
+        return np.where(labels, 0.5 / labels.sum(), 0.5 / (~labels).sum())
+    return np.full(len(labels), 1 / len(labels))
 
 
 def candidates(mapped: Array, threshold: float, flips: Array, count: int, symmetric: bool = False) -> Array:
@@ -142,7 +149,7 @@ def totals(cells: list[tuple[Array, Array]], values: Array, count: int, symmetri
             table = np.cumsum(table, axis=2 * stage + 1)
         table = table[(slice(None), slice(count)) * depth]
         for sides in itertools.product((0, 1), repeat=depth):
-            part = table[tuple(itertools.chain.from_iterable((side, slice(None)) for side in sides))]
+            part = table[tuple(x for side in sides for x in (side, slice(None)))]
             places = list(range(depth)) if symmetric else [2 * stage + side for stage, side in enumerate(sides)]
             result += np.expand_dims(part, [axis for axis in range(axes) if axis not in places])
     return result
@@ -166,8 +173,8 @@ def search(
         labels: `[trials]` bool.
         threshold: on the reference's scale.
         prices: `[stages]`, bits of a trial that stops at each stage.
-        objective: "flips": harmful flips against the reference a trial; "eer": the cascade's EER, found among 64
-            thresholds.
+        objective: "flips": harmful flips against the reference a trial; "balanced": the mean of their rates among
+            targets and among nontargets; "eer": the cascade's EER, found among 64 thresholds.
         symmetric: gates as the paper has them, equally wide on both sides.
         last_counts: whether harmful flips of the last stage count; else only those that early stopping makes.
 
@@ -190,10 +197,10 @@ def search(
         return totals(cells, values, count, symmetric)
 
     bits = sums(np.broadcast_to(np.asarray(prices, np.float64)[:, None], (gated + 1, trials))) / trials
-    if objective == "flips":
-        counted = flips.copy()
-        counted[-1] &= last_counts
-        cost = sums(counted) / trials
+    if objective != "eer":
+        counted = flips * class_weights(labels, objective)
+        counted[-1] *= last_counts
+        cost = sums(counted)
     else:
         cost = _grid_eer(sums, mapped, labels, bits.shape)
     keep = _pareto(np.round(cost.ravel(), 12), np.round(bits.ravel(), 9))

@@ -12,9 +12,9 @@ and every pair counts alike, however many trials it has.
 Why pairs. Trials are not independent, and neither are the losses of speakers, since a nontarget trial belongs to two.
 With speakers drawn independently, h(i, j) = p (l_i + l_j) / 2 + (1 - p) m_ij lies between 0 and 1, has mean R for every
 pair, and is independent over pairs that share no speaker. Its mean over all pairs is a U-statistic: the mean, over all
-ways of matching speakers off, of means of n/2 independent terms. Any bound that rests on a convex function's mean,
-which the Hoeffding and Bentkus bounds do, holds for it with n/2 terms (Hoeffding 1963, section 5). Where only some pairs have
-trials, these are the edges of a graph; by Vizing's theorem and de Werra's equitable colourings they split into
+ways of matching speakers off, of means of n/2 independent terms. Any bound that rests on the mean of a convex function,
+as the Hoeffding and Bentkus bounds do, holds for it with n/2 terms (Hoeffding 1963, section 5). Where only some pairs
+have trials, these are the edges of a graph; by Vizing's theorem and de Werra's equitable colourings they split into
 matchings of at least edges / (largest degree + 1) pairs, and that number takes the place of n/2.
 
 How the gates are found: learn then test, as "Pareto testing". The speakers are dealt into two groups. Maps, threshold
@@ -25,8 +25,8 @@ level delta, and the walk stops at the first that fails, so no correction for ma
 References:
     Angelopoulos et al., "Learn then test", 2021; "Conformal risk control", 2022. Bates et al., "Distribution-free,
     risk-controlling prediction sets", 2021. Laufer-Goldshtein et al., "Efficiently controlling multiple risks with
-    Pareto testing", 2022. Korn and Graubard, "Confidence intervals for proportions with small expected number of positive
-    counts estimated from survey data", 1998.
+    Pareto testing", 2022. Korn and Graubard, "Confidence intervals for proportions with small expected number of
+    positive counts estimated from survey data", 1998.
 """
 
 from collections.abc import Iterable
@@ -124,7 +124,7 @@ def pair_up(enrol_speaker: ArrayLike, test_speaker: ArrayLike, labels: ArrayLike
 
 
 def hoeffding_bentkus(rate: float, units: int, delta: float) -> float:
-    """Upper bound on the mean of terms in [0, 1] from the mean of `units` independent ones; valid for any such terms."""
+    """Upper bound on the mean of terms in [0, 1], from the mean `rate` of `units` independent ones."""
     if rate >= 1:
         return 1.0
 
@@ -168,21 +168,29 @@ def survey(losses: Array, worst: Array, pairs: Pairs, delta: float) -> float:
     for values in (losses, worst):
         p = float(values.mean())
         if 0 < p < 1:
-            effect = max(effect, _jackknife_variance(values, pairs) * pairs.trials / (p * (1 - p)))
+            effect = max(
+                effect, _jackknife_variance(values, pairs.one, pairs.two, pairs.speakers) * pairs.trials / (p * (1 - p))
+            )
     ratio = stats.norm.ppf(1 - delta) / stats.t.ppf(1 - delta, speakers - 1)
     size = max(pairs.trials / effect * ratio**2, 1.0)
     hits = rate * size
     return 1.0 if hits >= size else float(stats.beta.ppf(1 - delta, hits + 1, size - hits))
 
 
-def _jackknife_variance(values: Array, pairs: Pairs) -> float:
-    """Variance of the mean over pairs, leaving out one speaker at a time."""
-    loops = pairs.one == pairs.two
-    ends = np.concatenate([pairs.one, pairs.two[~loops]])
-    both = np.concatenate([values, values[~loops]])
-    size = np.bincount(ends, minlength=pairs.speakers)
+def speaker_error(values: ArrayLike, enrol_speaker: ArrayLike, test_speaker: ArrayLike) -> float:
+    """Standard error of the mean of trial values `[trials]`, by the jackknife that leaves out one speaker at a time."""
+    value = np.asarray(values, np.float64)
+    one, two, speakers = number_speakers(enrol_speaker, test_speaker, len(value))
+    return float(np.sqrt(_jackknife_variance(value, one, two, speakers)))
+
+
+def _jackknife_variance(values: Array, one: Array, two: Array, speakers: int) -> float:
+    """Variance of the mean of values `[items]`, each of one speaker or of a pair."""
+    pair = one != two
+    ends, both = np.concatenate([one, two[pair]]), np.concatenate([values, values[pair]])
+    size = np.bincount(ends, minlength=speakers)
     used = (size > 0) & (size < len(values))
-    left = (values.sum() - np.bincount(ends, both, pairs.speakers)[used]) / (len(values) - size[used])
+    left = (values.sum() - np.bincount(ends, both, speakers)[used]) / (len(values) - size[used])
     n = len(left)
     return float((n - 1) / n * np.sum((left - left.mean()) ** 2)) if n > 1 else 1.0
 
