@@ -21,6 +21,7 @@ from kmq_jax.core.errors import UserError
 STARTS = ("optimal", "companding", "equal-mass", "quantile", "kmeans++")
 _BLOCK = 128
 _GRID = 64
+_PLACES = 32
 _CHUNK_VALUES = 1 << 18
 
 
@@ -64,27 +65,34 @@ def _prefix(numbers: jax.Array) -> _Prefix:
 def count_at_most(ordered: jax.Array, limits: jax.Array) -> jax.Array:
     """How many of the ordered values [n] are <= each limit [k]: a branch-free binary search."""
     n = ordered.shape[0]
-    count = jnp.zeros(limits.shape, jnp.int32)
-    for bit in reversed(range(n.bit_length())):
-        more = count + (1 << bit)
+
+    def halve(i: jax.Array, count: jax.Array) -> jax.Array:
+        more = count + (1 << (n.bit_length() - 1 - i))
         inside = (more <= n) & (_take(ordered, jnp.minimum(more, n) - 1) <= limits)
-        count = jnp.where(inside, more, count)
-    return count
+        return jnp.where(inside, more, count)
+
+    # A loop and not its unrolled body: there are many searches, and they are most of the time to compile.
+    return jax.lax.fori_loop(0, n.bit_length(), halve, jnp.zeros(limits.shape, jnp.int32))
 
 
 class Group(NamedTuple):
-    """One group: its values in order, and prefix sums of mass and of mass times value."""
+    """One group: its values in order, and prefix sums of mass and of mass times distance to `centre`."""
 
     values: jax.Array
+    centre: jax.Array
     mass: _Prefix | None
     moment: _Prefix
 
+    def sums(self, start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mass of the values start <= i < stop, and their moment about the centre; zeros where there are none."""
+        mass = (stop - start).astype(jnp.float32) if self.mass is None else self.mass.between(start, stop)
+        some = (stop > start) & (mass > 0)
+        return jnp.where(some, mass, 0), jnp.where(some, self.moment.between(start, stop), 0)
+
     def weigh(self, start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mass and mean of the values start <= i < stop; the mean of no mass is 0."""
-        count = (stop - start).astype(jnp.float32)
-        mass = count if self.mass is None else self.mass.between(start, stop)
-        mass = jnp.where(count > 0, jnp.maximum(mass, 0), 0)
-        mean = self.moment.between(start, stop) / jnp.where(mass > 0, mass, 1)
+        """Mass and mean of the values start <= i < stop; the mean of none is 0."""
+        mass, moment = self.sums(start, stop)
+        mean = self.centre + moment / jnp.where(mass > 0, mass, 1)
         last = self.values.shape[0] - 1
         # A mean lies between its members. This also makes the mean of equal values exactly that value.
         low, high = _take(self.values, jnp.minimum(start, last)), _take(self.values, jnp.maximum(stop - 1, 0))
@@ -92,9 +100,11 @@ class Group(NamedTuple):
 
 
 def make_group(values: jax.Array, weights: jax.Array | None) -> Group:
+    """Prepares ordered values [n], and their weights, for the sums over runs of them."""
+    centre = jnp.mean(values)
     if weights is None:
-        return Group(values, None, _prefix(values))
-    return Group(values, _prefix(weights), _prefix(weights * values))
+        return Group(values, centre, None, _prefix(values - centre))
+    return Group(values, centre, _prefix(weights), _prefix(weights * (values - centre)))
 
 
 def midpoints(centroids: jax.Array) -> jax.Array:
@@ -102,10 +112,10 @@ def midpoints(centroids: jax.Array) -> jax.Array:
     return 0.5 * (centroids[..., 1:] + centroids[..., :-1])
 
 
-def _edges(data: Group, centroids: jax.Array) -> jax.Array:
+def _edges(group: Group, centroids: jax.Array) -> jax.Array:
     """Where the cells begin and end: `[K+1]` places in the ordered values."""
-    n = data.values.shape[0]
-    inner = count_at_most(data.values, midpoints(centroids))
+    n = group.values.shape[0]
+    inner = count_at_most(group.values, midpoints(centroids))
     return jnp.concatenate([jnp.zeros(1, jnp.int32), inner, jnp.full(1, n, jnp.int32)])
 
 
@@ -115,15 +125,15 @@ def _edges(data: Group, centroids: jax.Array) -> jax.Array:
 def _equal_mass(values: jax.Array, weights: jax.Array | None, k: int, retention: float) -> jax.Array:
     """Means of K bins of equal mass, of the values clamped to their central `retention` quantiles (PAPER 3)."""
     low, high = (_quantile(values, weights, q) for q in ((1 - retention) / 2, (1 + retention) / 2))
-    data = make_group(jnp.clip(values, low, high), weights)
+    group = make_group(jnp.clip(values, low, high), weights)
     if weights is None:
         edges = jnp.round(jnp.arange(k + 1) * (values.shape[0] / k)).astype(jnp.int32)
         edges = jnp.minimum(edges, values.shape[0])
     else:
         edges = jnp.searchsorted(jnp.cumsum(weights) / jnp.sum(weights), jnp.arange(k + 1) / k).astype(jnp.int32)
         edges = jnp.minimum(edges.at[-1].set(values.shape[0]), values.shape[0])
-    mass, mean = data.weigh(edges[:-1], edges[1:])
-    return jnp.where(mass > 0, mean, _take(data.values, jnp.minimum(edges[:-1], values.shape[0] - 1)))
+    mass, mean = group.weigh(edges[:-1], edges[1:])
+    return jnp.where(mass > 0, mean, _take(group.values, jnp.minimum(edges[:-1], values.shape[0] - 1)))
 
 
 def _quantile(values: jax.Array, weights: jax.Array | None, q: jax.Array | float) -> jax.Array:
@@ -165,41 +175,67 @@ def split_cells(values: jax.Array, weights: jax.Array | None, centroids: jax.Arr
     return jnp.sort(places.at[:, 0].set(borders[:-1]).reshape(-1))[1:]
 
 
-def _grid_optimum(data: Group, limits: jax.Array, k: int) -> jax.Array:
-    """The best K cells whose borders are among `limits`: exact dynamic programming.
+def _best_borders(group: Group, borders: jax.Array) -> jax.Array:
+    """Chooses one of several places for every border so that the inertia is least: exact dynamic programming.
 
-    Reference: Wang and Song, Ckmeans.1d.dp, 2011, here on slices of values in place of single ones.
+    Reference: Wang and Song, Ckmeans.1d.dp, 2011, here over a choice of places in place of all of them.
+
+    Args:
+        group: the values.
+        borders: places `[K+1, choices]` of each border, the first all 0 and the last all n.
+
+    Returns:
+        The means of the K cells.
     """
-    values, n = data.values, data.values.shape[0]
-    edges = jnp.concatenate([jnp.zeros(1, jnp.int32), count_at_most(values, limits), jnp.full(1, n, jnp.int32)])
-    _, centre = data.weigh(edges[:1], edges[-1:])
-    # worth[j, i]: how much inertia a cell from edge i to edge j saves, against one cell for all the values.
-    start, stop = jnp.broadcast_arrays(edges[None, :], edges[:, None])
-    mass, mean = data.weigh(jnp.minimum(start, stop), stop)
-    worth = jnp.where(start <= stop, mass * jnp.square(mean - centre), -jnp.inf)
+    mass, moment = group.sums(jnp.zeros_like(borders), borders)
 
-    def add_cell(best: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        return jnp.max(best[None, :] + worth, axis=1), best
+    def worth(start: tuple[jax.Array, ...], stop: tuple[jax.Array, ...]) -> jax.Array:
+        """How much inertia a cell saves against none at all, for any start (last axis) and stop."""
+        count, total = stop[0] - start[0], stop[1] - start[1]
+        return jnp.where(stop[2] >= start[2], jnp.square(total) / jnp.maximum(count, 1e-30), -jnp.inf)
 
-    _, history = jax.lax.scan(add_cell, worth[:, 0], length=k - 1)
+    def add_cell(best: jax.Array, cell: Any) -> tuple[jax.Array, jax.Array]:
+        start, stop = cell
+        saved = worth(tuple(x[None, :] for x in start), tuple(x[:, None] for x in stop))
+        return jnp.max(best[None, :] + saved, axis=1), best
 
-    def last_cell(end: jax.Array, best: jax.Array) -> tuple[jax.Array, jax.Array]:
-        begin = jnp.argmax(best + worth[end])
-        return begin, end
+    def last_cell(end: jax.Array, step: Any) -> tuple[jax.Array, jax.Array]:
+        best, start, stop = step
+        begin = jnp.argmax(best + worth(start, tuple(x[end] for x in stop)))
+        return begin, stop[2][end]
 
-    first, ends = jax.lax.scan(last_cell, jnp.array(limits.shape[0] + 1), history, reverse=True)
-    borders = edges[jnp.concatenate([jnp.zeros(1, jnp.int32), first[None], ends])]
-    mass, mean = data.weigh(borders[:-1], borders[1:])
-    return jnp.where(mass > 0, mean, _take(values, jnp.minimum(borders[:-1], n - 1)))
+    table = (mass, moment, borders)
+    starts, stops = tuple(x[:-1] for x in table), tuple(x[1:] for x in table)
+    _, history = jax.lax.scan(add_cell, jnp.zeros(borders.shape[1]), (starts, stops))
+    _, ends = jax.lax.scan(last_cell, jnp.array(0), (history, starts, stops), reverse=True)
+    edges = jnp.concatenate([jnp.zeros(1, ends.dtype), ends])
+    mass, mean = group.weigh(edges[:-1], edges[1:])
+    return jnp.where(mass > 0, mean, _take(group.values, jnp.minimum(edges[:-1], group.values.shape[0] - 1)))
 
 
-def _between(values: jax.Array, centroids: jax.Array) -> jax.Array:
-    """Borders [_GRID - 1] to choose from next: the midpoints, and places spread evenly from centroid to centroid."""
-    k = centroids.shape[0]
-    knots = jnp.concatenate([values[:1], centroids, values[-1:]])
-    spread = _GRID - k
-    places = (jnp.arange(spread) + 0.5) / spread * (k + 1)
-    return jnp.sort(jnp.concatenate([midpoints(centroids), jnp.interp(places, jnp.arange(k + 2.0), knots)]))
+def _framed(inner: jax.Array, n: int) -> jax.Array:
+    """Adds the first and the last border to the inner ones `[K-1, choices]`."""
+    return jnp.concatenate([jnp.zeros_like(inner[:1]), inner, jnp.full_like(inner[:1], n)])
+
+
+def _optimal(group: Group, weights: jax.Array | None, k: int) -> jax.Array:
+    """The optimum over borders on one coarse grid, then over many places of each border between its centroids."""
+    values, n = group.values, group.values.shape[0]
+    if n <= _GRID:
+        places = jnp.arange(n + 1)  # all there are
+    else:
+        places = count_at_most(values, _companding(values, weights, _GRID))
+    centroids = _best_borders(group, _framed(jnp.broadcast_to(places, (k - 1, *places.shape)), n))
+
+    def refine(_: Any, centroids: jax.Array) -> jax.Array:
+        centroids = jax.lax.fori_loop(0, 4, lambda _, c: _lloyd(group, c, None), centroids)
+        at = count_at_most(values, centroids)[:, None]
+        share = (jnp.arange(_PLACES) + 0.5)[None, :] / _PLACES
+        places = at[:-1] + jnp.round(share * (at[1:] - at[:-1])).astype(jnp.int32)
+        places = places.at[:, 0].set(_edges(group, centroids)[1:-1])  # what there is already
+        return _best_borders(group, _framed(places, n))
+
+    return centroids if n <= _GRID else jax.lax.fori_loop(0, 2, refine, centroids)
 
 
 def _plus_plus(values: jax.Array, weights: jax.Array | None, k: int, key: jax.Array) -> jax.Array:
@@ -229,20 +265,20 @@ def _pin(centroids: jax.Array, pin: jax.Array | None) -> jax.Array:
     return centroids if pin is None else jnp.where(jnp.arange(centroids.shape[0]) == pin, 0.0, centroids)
 
 
-def _lloyd(data: Group, centroids: jax.Array, pin: jax.Array | None) -> jax.Array:
-    edges = _edges(data, centroids)
-    mass, mean = data.weigh(edges[:-1], edges[1:])
+def _lloyd(group: Group, centroids: jax.Array, pin: jax.Array | None) -> jax.Array:
+    edges = _edges(group, centroids)
+    mass, mean = group.weigh(edges[:-1], edges[1:])
     return _pin(jnp.where(mass > 0, mean, centroids), pin)
 
 
-def _exchange(data: Group, centroids: jax.Array, pin: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _exchange(group: Group, centroids: jax.Array, pin: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Splits one cell at its mean and merges two others, where that lowers the inertia; says whether it did."""
     k = centroids.shape[0]
-    edges = _edges(data, centroids)
-    mass, mean = data.weigh(edges[:-1], edges[1:])
-    middle = jnp.clip(count_at_most(data.values, mean), edges[:-1], edges[1:])
-    left, left_mean = data.weigh(edges[:-1], middle)
-    right, right_mean = data.weigh(middle, edges[1:])
+    edges = _edges(group, centroids)
+    mass, mean = group.weigh(edges[:-1], edges[1:])
+    middle = jnp.clip(count_at_most(group.values, mean), edges[:-1], edges[1:])
+    left, left_mean = group.weigh(edges[:-1], middle)
+    right, right_mean = group.weigh(middle, edges[1:])
     gain = left * right / jnp.where(mass > 0, mass, 1) * jnp.square(left_mean - right_mean)
     pair = mass[1:] + mass[:-1]
     loss = mass[1:] * mass[:-1] / jnp.where(pair > 0, pair, 1) * jnp.square(mean[1:] - mean[:-1])
@@ -263,39 +299,36 @@ def _exchange(data: Group, centroids: jax.Array, pin: jax.Array | None) -> tuple
     return jnp.where(better, jnp.sort(fresh), centroids), better
 
 
-def _solve(data: Group, centroids: jax.Array, iterations: int, pinned: bool) -> jax.Array:
-    """Lloyd iterations with an exchange after every fourth while exchanges help, and a few more at the end."""
-    k, rounds = centroids.shape[0], max(iterations // 4, 1)
+def _solve(group: Group, centroids: jax.Array, iterations: int, pinned: bool, exchange: bool) -> jax.Array:
+    """Lloyd iterations until nothing moves, with an exchange after every fourth while exchanges help."""
 
     def pin_of(centroids: jax.Array) -> jax.Array | None:
         return jnp.argmin(jnp.abs(centroids)) if pinned else None
 
-    def some(centroids: jax.Array) -> jax.Array:
-        pin = pin_of(centroids)
-        return jax.lax.fori_loop(0, 4, lambda _, c: _lloyd(data, c, pin), _pin(centroids, pin))
-
     def going(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return (state[2] < rounds) & state[1]
+        return (state[2] < iterations) & state[1]
 
     def step(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         before, _, count = state
-        after = some(before)
+        after = _lloyd(group, before, pin_of(before))
         moved = jnp.any(after != before)
-        if k > 2:
-            after, exchanged = _exchange(data, after, pin_of(after))
-            moved |= exchanged
+        if exchange:
+            # Both branches are computed under vmap; an exchange costs about two iterations.
+            swapped, better = _exchange(group, after, pin_of(after))
+            swap = better & (count % 4 == 3)
+            after, moved = jnp.where(swap, swapped, after), moved | better
         return after, moved, count + 1
 
-    centroids, _, _ = jax.lax.while_loop(going, step, (centroids, jnp.array(True), jnp.array(0)))
-    return some(centroids)
+    start = _pin(centroids, pin_of(centroids))
+    return jax.lax.while_loop(going, step, (start, jnp.array(True), jnp.array(0)))[0]
 
 
-def _best_pair(data: Group) -> jax.Array:
+def _best_pair(group: Group) -> jax.Array:
     """The exact optimum of two centroids: every place to cut is tried, which is one pass."""
-    n = data.values.shape[0]
+    n = group.values.shape[0]
     cut = jnp.arange(1, max(n, 2))
-    left, left_mean = data.weigh(jnp.zeros_like(cut), jnp.minimum(cut, n))
-    right, right_mean = data.weigh(jnp.minimum(cut, n), jnp.full_like(cut, n))
+    left, left_mean = group.weigh(jnp.zeros_like(cut), jnp.minimum(cut, n))
+    right, right_mean = group.weigh(jnp.minimum(cut, n), jnp.full_like(cut, n))
     best = jnp.argmax(left * right * jnp.square(left_mean - right_mean))  # between-cell inertia, up to a factor
     low = left_mean[best]
     return jnp.stack([low, jnp.where(right[best] > 0, right_mean[best], low)])
@@ -312,16 +345,17 @@ def one_group(
     iterations: int,
     pinned_zero: bool,
 ) -> jax.Array:
-    """The codebook [k] of one group of ordered values [n]."""
+    """The codebook [k] of one group of ordered values [n]; see `kmeans`."""
 
     def pin(centroids: jax.Array) -> jax.Array:
         return _pin(centroids, jnp.argmin(jnp.abs(centroids)) if pinned_zero else None)
 
-    data = make_group(values, weights)
+    group = make_group(values, weights)
     if k == 1:
-        return pin(data.weigh(jnp.zeros(1, jnp.int32), jnp.full(1, values.shape[0], jnp.int32))[1])
-    if k == 2 and iterations and not pinned_zero:
-        return _best_pair(data)
+        return pin(group.weigh(jnp.zeros(1, jnp.int32), jnp.full(1, values.shape[0], jnp.int32))[1])
+    exact = start == "optimal" and k <= _GRID // 4  # beyond, the grid is too coarse for so many cells
+    if k == 2 and exact and not pinned_zero:
+        return _best_pair(group)
     if start == "equal-mass":
         centroids = _equal_mass(values, weights, k, retention)
     elif start == "quantile":
@@ -329,15 +363,13 @@ def one_group(
     elif start == "kmeans++":
         assert key is not None
         centroids = _plus_plus(values, weights, k, key)
-    elif start == "companding" or k > _GRID // 4:  # the grid is too coarse for so many cells
-        centroids = _companding(values, weights, k)
+    elif exact:
+        centroids = _optimal(group, weights, k)
     else:
-        if values.shape[0] <= _GRID:  # every border there is
-            return _solve(data, _grid_optimum(data, values[:-1], k), iterations, pinned_zero)
-        centroids = _grid_optimum(data, _companding(values, weights, _GRID - 1), k)
-        centroids = jax.lax.fori_loop(0, 4, lambda _, c: _lloyd(data, c, None), centroids)
-        centroids = _grid_optimum(data, _between(values, centroids), k)
-    return _solve(data, centroids, iterations, pinned_zero) if iterations else pin(centroids)
+        centroids = _companding(values, weights, k)
+    if iterations == 0:
+        return pin(centroids)
+    return _solve(group, centroids, iterations, pinned_zero, exchange=k > 2 and not exact)
 
 
 def order(values: Any, weights: Any) -> tuple[Any, Any]:
@@ -402,7 +434,7 @@ def kmeans(
     *,
     start: str = "optimal",
     retention: float = 0.9,
-    iterations: int = 100,
+    iterations: int = 60,
     symmetric: bool = False,
     pinned_zero: bool = False,
     key: jax.Array | None = None,

@@ -79,7 +79,7 @@ def _nest(
     merged = midpoints(finest)
     split = split_cells(values, weights, coarsest, 1 << (widths[-1] - widths[0]))
     n = values.shape[0]
-    _, centre = group.weigh(jnp.zeros(1, jnp.int32), jnp.full(1, n, jnp.int32))
+    _, centre = group.weigh(jnp.array(0), jnp.array(n))
 
     def codebooks(limits: jax.Array, before: Any) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """The means of the cells at every width, and how much inertia they save, balanced."""

@@ -41,7 +41,7 @@ class QuantSpec:
     coarse: tuple[int, ...] = ()
     start: str = "optimal"
     retention: float = 0.9
-    iterations: int = 100
+    iterations: int = 60
     symmetric: bool = False
     pinned_zero: bool = False
 
