@@ -106,9 +106,9 @@ class Spread:
         channel: Multiplies the microphone's and the room's departure from flat, and lowers the noise's distance, in dB.
     """
 
-    speaker: float = 1.5
+    speaker: float = 1.6
     session: float = 0.7
-    channel: float = 0.95
+    channel: float = 0.9
 
 
 @dataclass(frozen=True)
