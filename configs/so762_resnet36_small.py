@@ -18,8 +18,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.root = root
     config.data.update(train=root + "/so762/train," + root + "/words/train", noise=root + "/noise/train")
     config.data.update(speeds=(1.0, 0.9, 1.1), crop_seconds=2.0)
-    config.validation.update(data=root + "/so762/dev", trials=root + "/so762/dev/trials.txt", epochs=2.0)
-    config.loss.update(kind="aam", scale=30.0, margin=0.2, margin_start=1.0, margin_end=4.0)
-    config.learning_rate.update(kind="cosine", peak=0.1, warmup_epochs=0.5, final=1e-4)
-    config.update(batch_size=32, epochs=6.0, dtype="bfloat16")
+    config.validation.update(data=root + "/so762/dev", trials=root + "/so762/dev/trials.txt", epochs=1.0)
+    config.loss.update(kind="aam", scale=30.0, margin=0.2, margin_start=0.75, margin_end=1.5)
+    config.optimizer.update(name="adamw", weight_decay=1e-2)
+    config.learning_rate.update(kind="cosine", peak=2e-3, warmup_epochs=0.15)
+    config.update(batch_size=32, epochs=3.0, checkpoint_epochs=0.5, dtype="bfloat16")
     return smoke(config) if arg == "smoke" else config
