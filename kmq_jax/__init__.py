@@ -1,3 +1,37 @@
-"""k-means low-bit quantization for speaker verification in JAX/Flax."""
+"""k-means low-bit quantization for speaker verification in JAX/Flax.
+
+qtree = kmq_jax.quantize(params, rules)            # any tree of parameters: codebooks and packed indices
+params = kmq_jax.dequantize(qtree)
+model = kmq_jax.load("runs/quickstart-2bit.kmq")   # a speaker model
+embedding = model.embed(wave, sample_rate)         # numpy in, numpy out
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+# Loaded when first asked for: quantization needs neither Flax nor audio, and commands start sooner.
+_HOMES = {
+    "CodebookTensor": "kmq_jax.quant",
+    "QuantRule": "kmq_jax.quant",
+    "QuantSpec": "kmq_jax.quant",
+    "dequantize": "kmq_jax.quant",
+    "fake_quantize": "kmq_jax.quant",
+    "init_codebooks": "kmq_jax.quant",
+    "partition": "kmq_jax.quant",
+    "quantize": "kmq_jax.quant",
+    "size_bytes": "kmq_jax.quant",
+    "SpeakerModel": "kmq_jax.model",
+    "load": "kmq_jax.model",
+}
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kmq_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

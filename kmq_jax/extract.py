@@ -20,6 +20,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", required=True, help="MODEL: a training workdir, a .kmq file or an imported directory"
     )
+    parser.add_argument("--bits", type=int, help="width at which a nested model is read (default: its widest)")
     parser.add_argument("--data", required=True, help="DATA: Kaldi directory, VoxCeleb tree, folder, CSV, prepared set")
     parser.add_argument("--out", required=True, help="the .npz file to write: ids, paths, speakers, embeddings")
     parser.add_argument("--compute", default="float32", choices=model.COMPUTE, help="the network's arithmetic")
@@ -31,7 +32,7 @@ def flags() -> argparse.ArgumentParser:
 def main() -> None:
     """Runs the command."""
     args = flags().parse_args()
-    speaker_model = model.load(args.model)
+    speaker_model = model.load(args.model, args.bits)
     utterances = source.open_source(args.data)
     embeddings = model.embed_all(speaker_model, utterances, args.compute, args.max_seconds, args.batch_size)
     with atomic_write(args.out) as temporary, temporary.open("wb") as file:

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from kmq_jax import artifact, frontend
+from kmq_jax import artifact, frontend, quant
 from kmq_jax.checkpoint import Checkpoints
 from kmq_jax.core import cli, mesh
 from kmq_jax.core.errors import UserError
@@ -53,13 +53,15 @@ class SpeakerModel:
         architecture: a name of `models.registry`.
         settings: the network's settings.
         frontend: name of the filterbank setting.
-        variables: `{"params": tree, "batch_stats": tree}`.
+        variables: `{"params": tree, "batch_stats": tree}`; quantized tensors are `quant.CodebookTensor`s.
+        bits: the width at which nested tensors are read; None is the widest.
     """
 
     architecture: str
     settings: Mapping[str, Any]
     frontend: str
     variables: Any
+    bits: int | None = None
 
     def network(self, dtype: str = "float32") -> nn.Module:
         """The Linen module, computing in `dtype`."""
@@ -137,7 +139,7 @@ def _embed(
 ) -> np.ndarray:
     network, fbank = model.network(dtype), frontend_of(model.frontend)
     devices = mesh.make_mesh(jax.local_devices())
-    variables = jax.device_put(model.variables, mesh.replicated(devices))
+    variables = jax.device_put(quant.dequantize(model.variables, model.bits), mesh.replicated(devices))
     embeddings = np.zeros((len(lengths), network.embedding_size), np.float32)
     under_way: collections.deque[tuple[np.ndarray, jax.Array]] = collections.deque()
 
@@ -175,18 +177,22 @@ def save(path: str | Path, model: SpeakerModel) -> None:
     artifact.save(path, manifest, jax.device_get(model.variables))
 
 
-def load(path: str | Path) -> SpeakerModel:
+def load(path: str | Path, bits: int | None = None) -> SpeakerModel:
     """Loads a MODEL: a training workdir (newest good checkpoint, or its average), a `.kmq` file, or an imported model.
 
+    Args:
+        path: the model.
+        bits: the width at which a nested model is read; None is its widest.
+
     Raises:
-        UserError: there is no model at `path`, or it is damaged.
+        UserError: there is no model at `path`, it is damaged, or it cannot be read at this width.
     """
     path = Path(path)
-    if path.is_file():
-        return _load_kmq(path)
-    for name in ("averaged.kmq", "model.kmq"):
-        if (path / name).is_file():
-            return _load_kmq(path / name)
+    for file in (path, path / "averaged.kmq", path / "model.kmq"):
+        if file.is_file():
+            return _load_kmq(file, bits)
+    if bits is not None:
+        raise UserError(f"{path} is not quantized, so it cannot be read at {bits} bits")
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is no model: neither a .kmq file, nor a training workdir, nor an imported model")
     config = read_json(path / "config.json")
@@ -198,9 +204,14 @@ def load(path: str | Path) -> SpeakerModel:
         return dataclasses.replace(model, variables=checkpoints.load(checkpoints.steps()[-1], "network"))
 
 
-def _load_kmq(path: Path) -> SpeakerModel:
+def _load_kmq(path: Path, bits: int | None) -> SpeakerModel:
     manifest, variables = artifact.load(path)
+    tensors = [
+        leaf for leaf in jax.tree.leaves(variables, is_leaf=quant.is_codebook_tensor) if quant.is_codebook_tensor(leaf)
+    ]
+    if bits is not None and not any(bits in tensor.widths for tensor in tensors):
+        raise UserError(f"{path} cannot be read at {bits} bits")
     try:
-        return SpeakerModel(manifest["architecture"], manifest["settings"], manifest["frontend"], variables)
+        return SpeakerModel(manifest["architecture"], manifest["settings"], manifest["frontend"], variables, bits)
     except KeyError as error:
         raise UserError(f"{path}: the manifest lacks {error}") from error

@@ -415,7 +415,7 @@ def adopt(path: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
     """
     given = model.load(path).variables
     for part, fresh in (("params", params["network"]), ("batch_stats", batch_stats)):
-        here, there = dict(named_leaves(fresh)), dict(named_leaves(given[part]))
+        here, there = dict(named_leaves(fresh)), dict(named_leaves(given.get(part, {})))
         for name in sorted(here.keys() | there.keys()):
             if name not in here or name not in there or here[name].shape != there[name].shape:
                 raise UserError(f"init_from={path}: {part}/{name} has another shape there, or is in one network only")
@@ -426,7 +426,7 @@ def adopt(path: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
         if centres.shape[0] >= classifier.shape[0] and centres.shape[1:] == classifier.shape[1:]:
             classifier = jnp.asarray(centres[: classifier.shape[0]])
     put = functools.partial(jax.tree.map, jnp.asarray)
-    return {"network": put(given["params"]), "classifier": classifier}, put(given["batch_stats"])
+    return {"network": put(given["params"]), "classifier": classifier}, put(given.get("batch_stats", {}))
 
 
 def average_checkpoints(described: model.SpeakerModel, checkpoints: Checkpoints, count: int) -> model.SpeakerModel:

@@ -1,0 +1,138 @@
+"""Repair of a quantized network without training: its activations are given the full-precision network's moments.
+
+Rounding weights shifts and stretches every channel, and the errors add up with depth. Walking the layers in network
+order, each on inputs that are already quantized and repaired, a convolution's channel is given the mean and the
+deviation it has in the reference network. The map folds into codebook and bias, or into the statistics of the
+batch normalisation that follows, so the repaired network costs nothing more.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kmq_jax import frontend, model, quant
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.tree import map_named
+from kmq_jax.data import pipeline, source
+from kmq_jax.nn.layers import BatchNorm, Conv
+
+Moments = tuple[jax.Array, jax.Array]
+
+
+def random_features(
+    fbank: frontend.FbankConfig, utterances: source.Utterances, crops: int, seconds: float
+) -> jax.Array:
+    """Mean-normalised features `[crops, time, mel]` of random clean crops."""
+    batches = pipeline.training_batches(
+        utterances, batch_size=crops, crop_samples=int(seconds * source.SAMPLE_RATE), seed=0, augment=False, threads=0
+    )
+    return frontend.mean_normalize(frontend.fbank(jnp.asarray(next(iter(batches))["wave"]), fbank), None)
+
+
+def recalibrate(
+    reference: model.SpeakerModel,
+    quantized: model.SpeakerModel,
+    utterances: source.Utterances,
+    crops: int = 100,
+    seconds: float = 2.0,
+) -> model.SpeakerModel:
+    """Repairs a quantized model; see the module's docstring.
+
+    Args:
+        reference: the full-precision model.
+        quantized: the same network from `quant.quantize`, one codebook for each output channel.
+        utterances: where crops are taken from; speaker names are not used.
+        crops: how many crops.
+        seconds: length of each.
+
+    Returns:
+        The repaired model, of the same size.
+
+    Raises:
+        UserError: a quantized tensor shares one codebook among channels.
+    """
+    features = random_features(model.frontend_of(reference.frontend), utterances, crops, seconds)
+    wanted: dict[str, Moments] = {}
+
+    def record(name: str, y: jax.Array) -> jax.Array:
+        wanted[name] = _moments(y)
+        return y
+
+    _walk(reference, features, record, {})
+    maps: dict[str, Moments] = {}
+    statistics: dict[str, Moments] = {}
+
+    def match(name: str, y: jax.Array) -> jax.Array:
+        (mean, deviation), (mean_here, deviation_here) = wanted[name], _moments(y)
+        slope = deviation / jnp.maximum(deviation_here, 1e-12)
+        maps[name] = slope, mean - slope * mean_here
+        return y * slope.reshape(1, 1, 1, -1) + maps[name][1].reshape(1, 1, 1, -1)
+
+    _walk(quantized, features, match, statistics)
+    return _folded(quantized, maps, statistics)
+
+
+def _moments(y: jax.Array) -> Moments:
+    axes = tuple(range(y.ndim - 1))
+    return jnp.mean(y, axes), jnp.std(y, axes)
+
+
+def _walk(
+    speaker_model: model.SpeakerModel,
+    features: jax.Array,
+    convolution: Callable[[str, jax.Array], jax.Array],
+    statistics: dict[str, Moments],
+) -> None:
+    """Runs the network layer by layer; `convolution` sees, and may change, every output that no normalisation follows.
+
+    Batch normalisations use the moments of what they are given, which are kept in `statistics` (mean and variance).
+    """
+
+    def intercept(run: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        layer, name = context.module, "/".join(context.module.path)
+        if context.method_name == "__call__" and isinstance(layer, Conv) and layer.use_bias:
+            return convolution(name, run(*args, **kwargs))
+        if context.method_name == "__call__" and isinstance(layer, BatchNorm) and layer.use_statistics:
+            mean, deviation = _moments(args[0].astype(jnp.float32))
+            statistics[name] = mean, deviation**2
+            slope = layer.get_variable("params", "scale") / jnp.sqrt(deviation**2 + layer.epsilon)
+            shape = (1,) * (args[0].ndim - 1) + (-1,)
+            y = (args[0] - mean.reshape(shape)) * slope.reshape(shape)
+            return y + layer.get_variable("params", "bias").reshape(shape)
+        return run(*args, **kwargs)
+
+    variables = quant.dequantize(speaker_model.variables)
+    with nn.intercept_methods(intercept):
+        # Not compiled: each layer's repair must be known before the next layer runs, and each runs once.
+        speaker_model.network().apply(variables, features, train=False)
+
+
+def _folded(
+    quantized: model.SpeakerModel, maps: dict[str, Moments], statistics: dict[str, Moments]
+) -> model.SpeakerModel:
+    def rewrite(name: str, leaf: Any) -> Any:
+        layer, _, kind = name.rpartition("/")
+        if layer not in maps:
+            return leaf
+        slope, shift = maps[layer]
+        if kind == "bias":
+            return np.asarray(leaf * slope + shift)
+        if not quant.is_codebook_tensor(leaf):
+            return np.asarray(leaf * slope.reshape(1, 1, 1, -1))
+        if leaf.axis != len(leaf.shape) - 1:
+            raise UserError(f"{name}: recalibration needs one codebook for each output channel")
+        return leaf.scaled(np.asarray(slope))
+
+    def measured(name: str, leaf: Any) -> Any:
+        layer, _, kind = name.rpartition("/")
+        return np.asarray(statistics[layer][kind == "var"]) if layer in statistics else leaf
+
+    variables = dict(quantized.variables)
+    variables["params"] = map_named(rewrite, variables["params"], is_leaf=quant.is_codebook_tensor)
+    if "batch_stats" in variables:
+        variables["batch_stats"] = map_named(measured, variables["batch_stats"])
+    return model.SpeakerModel(quantized.architecture, quantized.settings, quantized.frontend, variables)

@@ -1,0 +1,114 @@
+"""Embeddings from a model on disk, by the command and by the library."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+from kmq_jax import extract, model
+from kmq_jax.core.errors import UserError
+from kmq_jax.data import source
+from kmq_jax.models import registry
+
+DATA = "synthetic:dev?speakers=3&utterances=3"
+SETTINGS = {"width": 8, "blocks": [1, 1, 1, 1], "embedding_size": 16}
+
+
+@pytest.fixture(scope="module")
+def speaker_model():
+    variables = registry.initialize(registry.build("resnet36", **SETTINGS), jax.random.key(0))
+    return model.SpeakerModel("resnet36", SETTINGS, "kiwano", jax.device_get(variables))
+
+
+@pytest.fixture(scope="module")
+def saved(speaker_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.kmq"
+    model.save(path, speaker_model)
+    return path
+
+
+def run(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["extract", *map(str, flags)])
+    extract.main()
+
+
+def test_the_file_has_names_paths_speakers_and_embeddings(saved, tmp_path, monkeypatch):
+    run(monkeypatch, f"--model={saved}", f"--data={DATA}", f"--out={tmp_path}/e.npz")
+    table = source.open_source(DATA)
+    with np.load(tmp_path / "e.npz", allow_pickle=False) as file:
+        assert tuple(file["ids"]) == table.ids and tuple(file["speakers"]) == table.speakers
+        assert tuple(file["paths"]) == table.paths
+        assert file["embeddings"].shape == (9, 16) and file["embeddings"].dtype == np.float32
+        assert np.isfinite(file["embeddings"]).all()
+
+
+def test_an_imported_directory_is_a_model_too(saved, speaker_model):
+    loaded = model.load(saved.parent)
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, speaker_model.variables)
+
+
+def test_an_embedding_does_not_depend_on_its_batch(speaker_model):
+    table = source.open_source(DATA)
+    together = model.embed_all(speaker_model, table, batch_size=4)
+    for i in (0, 4, 8):
+        alone = speaker_model.embed(table.load(i), 16000)
+        np.testing.assert_allclose(together[i], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_other_rates_and_channels(speaker_model):
+    wave = source.open_source(DATA).load(0)
+    mono = speaker_model.embed(wave, 16000)
+    np.testing.assert_allclose(speaker_model.embed(np.stack([wave, wave], 1), 16000), mono, atol=1e-5)
+    doubled = speaker_model.embed(np.repeat(wave, 2), 32000)
+    cosine = mono @ doubled / np.linalg.norm(mono) / np.linalg.norm(doubled)
+    assert cosine > 0.95
+
+
+def test_only_the_start_where_asked(speaker_model):
+    table = source.open_source(DATA)
+    cut = model.embed_all(speaker_model, table, max_seconds=1.0)
+    np.testing.assert_allclose(cut[0], speaker_model.embed(table.load(0)[:16000], 16000), rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_is_close(speaker_model):
+    table = source.open_source(DATA)
+    exact, half = model.embed_all(speaker_model, table), model.embed_all(speaker_model, table, "bfloat16")
+    cosines = np.sum(exact * half, 1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(half, axis=1)
+    assert (exact != half).any() and cosines.min() > 0.995
+
+
+@pytest.mark.parametrize("wave", [np.zeros(100, np.float32), np.full(16000, np.nan, np.float32)])
+def test_what_cannot_be_embedded_is_told(speaker_model, wave):
+    with pytest.raises(UserError, match="frame|finite"):
+        speaker_model.embed(wave, 16000)
+
+
+def test_a_model_is_read_at_a_width_it_has(saved):
+    with pytest.raises(UserError, match="cannot be read at 2 bits"):
+        model.load(saved, bits=2)
+
+
+def test_what_is_no_model_is_told(tmp_path):
+    with pytest.raises(UserError, match="is no model"):
+        model.load(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text('{"model": {"name": "resnet36"}, "frontend": "kiwano"}')
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        model.load(tmp_path)
+
+
+@pytest.mark.slow
+def test_bad_data_is_one_line_and_leaves_nothing(saved, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=16000) * 0.1, 16000)
+    (tmp_path / "wav.scp").write_text("a a.wav\nb b.wav\n")
+    (tmp_path / "utt2spk").write_text("a s\nb s\n")
+    command = [sys.executable, "-m", "kmq_jax.extract", f"--model={saved}", f"--data={tmp_path}"]
+    command.append(f"--out={tmp_path}/e.npz")
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "wav.scp:2" in last and "b.wav" in last
+    assert not list(tmp_path.glob("*.npz"))

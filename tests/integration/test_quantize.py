@@ -1,0 +1,102 @@
+"""quantize and summarize as commands, and the packed file as a MODEL."""
+
+import json
+import runpy
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from kmq_jax import model, quant
+from kmq_jax.models import registry
+
+SETTINGS = {"width": 8, "blocks": [1, 1, 1, 1], "embedding_size": 16}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    variables = registry.initialize(registry.build("resnet36", **SETTINGS), jax.random.key(0))
+    path = tmp_path_factory.mktemp("original") / "model.kmq"
+    model.save(path, model.SpeakerModel("resnet36", SETTINGS, "kiwano", jax.device_get(variables)))
+    return path
+
+
+def run(monkeypatch, command, *flags):
+    monkeypatch.setattr(sys, "argv", [command, *map(str, flags)])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_module(f"kmq_jax.{command}", run_name="__main__")
+    return done.value.code
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_every_kernel_has_as_many_values_as_its_width_allows(original, bits, tmp_path, monkeypatch):
+    out = tmp_path / "q.kmq"
+    assert run(monkeypatch, "quantize", f"--model={original}", f"--bits={bits}", f"--out={out}") == 0
+    params = quant.dequantize(model.load(out).variables)["params"]
+    kernel = np.asarray(params["stage1"]["block0"]["conv1"]["kernel"]).reshape(-1, 8)
+    assert all(len(np.unique(kernel[:, c])) <= 2**bits for c in range(8))
+    before = model.load(original).variables["params"]["stage1"]["block0"]["bn1"]
+    jax.tree.map(np.testing.assert_array_equal, params["stage1"]["block0"]["bn1"], before)
+
+
+def test_totals_add_up(original, tmp_path, monkeypatch, capsys):
+    out, totals_path = tmp_path / "q.kmq", tmp_path / "t.json"
+    run(monkeypatch, "quantize", f"--model={original}", "--bits=2", f"--out={out}", "--skip=stem")
+    assert run(monkeypatch, "summarize", f"--model={out}", f"--json={totals_path}") == 0
+    totals = json.loads(totals_path.read_text())
+    kernels = [
+        leaf.size
+        for name, leaf in jax.tree_util.tree_leaves_with_path(model.load(original).variables["params"])
+        if "kernel" in str(name) and "stem" not in str(name)
+    ]
+    assert totals["quantized_weights"] == sum(kernels)
+    assert totals["total_bytes"] == totals["index_bytes"] + totals["codebook_bytes"] + totals["other_bytes"]
+    assert out.stat().st_size < 1.5 * totals["total_bytes"] + 30_000  # names and shapes are much of so small a model
+    shown = capsys.readouterr().out
+    assert "stage1/block0/conv1/kernel" in shown and "index bytes" in shown
+
+
+def test_a_nested_file_is_read_at_each_of_its_widths(original, tmp_path, monkeypatch):
+    out = tmp_path / "q.kmq"
+    assert run(monkeypatch, "quantize", f"--model={original}", "--bits=4", "--nested=2,3", f"--out={out}") == 0
+    for bits, distinct in ((2, 4), (3, 8), (None, 16)):
+        loaded = model.load(out, bits)
+        kernel = np.asarray(quant.dequantize(loaded.variables, bits)["params"]["head"]["linear"]["kernel"])
+        assert len(np.unique(kernel[:, 0])) == distinct
+
+
+def test_rules_decide_by_layer(original, tmp_path, monkeypatch):
+    (tmp_path / "rules.json").write_text('[{"pattern": "stage1/", "bits": 4}, {"pattern": "^head", "bits": null}]')
+    out = tmp_path / "q.kmq"
+    flags = (f"--model={original}", "--bits=2", f"--out={out}", f"--rules={tmp_path}/rules.json")
+    assert run(monkeypatch, "quantize", *flags) == 0
+    params = model.load(out).variables["params"]
+    assert params["stage1"]["block0"]["conv1"]["kernel"].bits == 4
+    assert params["stage2"]["block0"]["conv1"]["kernel"].bits == 2
+    assert isinstance(params["head"]["linear"]["kernel"], np.ndarray)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--bits=9"], "--bits"),
+        (["--bits=2", "--skip=nothing_like_this"], "nothing_like_this"),
+        (["--bits=2", "--nested=two"], "--nested=two"),
+        (["--bits=2", "--model=nowhere"], "nowhere"),
+        (["--bits=2", "--granularity=tensor", "--recalibrate=nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(original, flags, named, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "q.kmq"
+    assert run(monkeypatch, "quantize", f"--model={original}", f"--out={out}", *flags) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and named in err
+    assert not out.exists()
+
+
+def test_a_quantized_model_is_not_quantized_again(original, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "q.kmq"
+    run(monkeypatch, "quantize", f"--model={original}", "--bits=4", f"--out={out}")
+    assert run(monkeypatch, "quantize", f"--model={out}", "--bits=2", f"--out={tmp_path}/r.kmq") == 2
+    assert "quantized already" in capsys.readouterr().err
