@@ -16,7 +16,7 @@ from kmq_jax.core import cli
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import write_json
 from kmq_jax.scoring import fit as fitting
-from kmq_jax.scoring.cascade import run, run_grid
+from kmq_jax.scoring.cascade import prices, run, run_grid
 from kmq_jax.scoring.policy import CascadePolicy, fit_map, symmetric_gates
 from kmq_jax.scoring.risk import BOUNDS, pair_up
 from kmq_jax.scoring.stages import parse_stages, score_stages
@@ -129,13 +129,14 @@ def splits(args: argparse.Namespace) -> dict[str, Any]:
             policy, notes = fitting.control_risk(known, alpha=args.alpha, delta=args.delta, bound=args.bound, seed=seed)
         else:
             policy, _, notes = fitting.pareto(known, fitting.fit(known), args.alpha, args.delta, args.objective)
-        trials = np.arange(len(new))
-        outcome = run(policy, new.scores, trials, trials)
         mapped = fitting.map_scores(policy, new.scores)
+        stage = fitting.stages_of(policy, mapped)
+        score = mapped[stage, np.arange(len(new))]
+        sequential, incremental = (price[stage].mean() for price in prices(policy.widths))
         flips = fitting.gates.harmful_flips(mapped, policy.threshold, new.reference, new.labels)
         lost = fitting.flips_of(policy, mapped, flips, last_counts=False)
-        eer, reference = equal_error(outcome.score, new.labels), equal_error(new.reference, new.labels)
-        rates = flip_rates(outcome.score, policy.threshold, new.reference, new.labels)
+        eer, reference = equal_error(score, new.labels), equal_error(new.reference, new.labels)
+        rates = flip_rates(score, policy.threshold, new.reference, new.labels)
         assert eer is not None and reference is not None
         rows.append(
             {
@@ -147,9 +148,9 @@ def splits(args: argparse.Namespace) -> dict[str, Any]:
                 "last_stage_flip_rate": 100 * float(flips[-1].mean()),
                 "early_flip_rate": 100 * float(lost.mean()),
                 "early_risk": 100 * float(pair_up(new.enrol_speaker, new.test_speaker, new.labels).losses(lost).mean()),
-                "first_width_share": 100 * float((outcome.stage == 0).mean()),
-                "sequential_bits": outcome.sequential_bits,
-                "incremental_bits": outcome.incremental_bits,
+                "first_width_share": 100 * float((stage == 0).mean()),
+                "sequential_bits": float(sequential),
+                "incremental_bits": float(incremental),
                 "gates_found": float(notes.get("kept", 1) > 0),
             }
         )

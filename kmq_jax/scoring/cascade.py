@@ -307,7 +307,11 @@ def run_grid(
 def map_scores(policy: CascadePolicy, scores: ArrayLike) -> np.ndarray:
     """Each stage's scores `[stages, trials]` on the reference's scale, float32, exactly as `run` compares them."""
     table = jax.tree.map(lambda leaf: leaf[0], tables([policy]))
-    return np.asarray(_mapped(table, np.asarray(scores, np.float32)))
+    values = np.asarray(scores, np.float32)
+    trials = values.shape[1]
+    # Filled up, so that lists of like length share a compilation.
+    values = np.pad(values, ((0, 0), (0, (1 << max(trials - 1, 0).bit_length()) - trials)))
+    return np.asarray(_mapped(table, values))[:, :trials]
 
 
 _mapped = jax.jit(_map_all)

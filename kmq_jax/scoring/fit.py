@@ -159,6 +159,20 @@ def risk_path(policy: CascadePolicy, data: Calibration, cost: str, symmetric: bo
     return [*wider, *points]
 
 
+def stages_of(policy: CascadePolicy, mapped: Array) -> Array:
+    """The deciding stage of each trial `[trials]`.
+
+    Args:
+        policy: for the gates.
+        mapped: `[stages, trials]` float32, on the reference's scale.
+    """
+    stage = np.full(mapped.shape[1], len(mapped) - 1)
+    for i in reversed(range(len(mapped) - 1)):
+        low, high = np.array(policy.gates[i], np.float32)
+        stage[(mapped[i] <= low) | (mapped[i] >= high)] = i
+    return stage
+
+
 def flips_of(policy: CascadePolicy, mapped: Array, flips: Array, last_counts: bool = True) -> Array:
     """Which trials `[trials]` a cascade decides with a harmful flip.
 
@@ -168,11 +182,8 @@ def flips_of(policy: CascadePolicy, mapped: Array, flips: Array, last_counts: bo
         flips: `[stages, trials]` bool, see `gates.harmful_flips`.
         last_counts: whether those of the last stage count, or only those made by stopping early.
     """
-    lost = flips[-1] & last_counts
-    for i in reversed(range(len(mapped) - 1)):
-        low, high = np.array(policy.gates[i], np.float32)
-        lost = np.where((mapped[i] <= low) | (mapped[i] >= high), flips[i], lost)
-    return lost
+    stage = stages_of(policy, mapped)
+    return flips[stage, np.arange(len(stage))] & (last_counts | (stage < len(mapped) - 1))
 
 
 def control_risk(

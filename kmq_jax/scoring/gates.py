@@ -100,7 +100,9 @@ def candidates(mapped: Array, threshold: float, flips: Array, count: int, symmet
         found = np.concatenate([found, np.full(count - 2 - len(found), np.inf)])
         # The next float32 farther out than the trial, so that the trial lies inside the gate.
         beyond = np.nextafter((threshold + sign * found).astype(np.float32), np.float32(sign * np.inf))
-        chosen.append(np.concatenate([[threshold], beyond, [sign * np.inf]]).astype(np.float32))
+        # Whoever is on the threshold is accepted: the first low leaves that trial to the high.
+        first = np.float32(threshold) if accept else np.nextafter(np.float32(threshold), np.float32(-np.inf))
+        chosen.append(np.concatenate([[first], beyond, [sign * np.inf]]).astype(np.float32))
     return np.stack(chosen)
 
 
@@ -203,7 +205,8 @@ def search(
         cost = sums(counted)
     else:
         cost = _grid_eer(sums, mapped, labels, bits.shape)
-    keep = _pareto(np.round(cost.ravel(), 12), np.round(bits.ravel(), 9))
+    cost, bits = np.round(cost, 12), np.round(bits, 9)  # sums in different orders are equal again
+    keep = _pareto(cost.ravel(), bits.ravel())
     places = np.stack(np.unravel_index(keep, bits.shape), axis=-1) if gated else np.zeros((1, 0), int)
     if symmetric:
         places = np.repeat(places, 2, axis=1)

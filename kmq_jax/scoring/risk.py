@@ -113,10 +113,10 @@ def pair_up(enrol_speaker: ArrayLike, test_speaker: ArrayLike, labels: ArrayLike
         pair = np.full(len(target), -1)
         pair[counts] = place
         degrees = np.bincount(np.concatenate([one, two]), minlength=speakers)
-        most = int(degrees.max(initial=0))
-        # A complete graph splits into (nearly) perfect matchings; any other needs one colour more than its degree.
-        complete = len(one) * 2 == (degrees > 0).sum() * most
-        units = (int((degrees > 0).sum()) // 2) if complete else len(one) // (most + 1)
+        most, vertices = int(degrees.max(initial=0)), int((degrees > 0).sum())
+        # A complete graph splits into (nearly) perfect matchings; any other may need a colour more than its degree.
+        complete = most == vertices - 1 and 2 * len(one) == vertices * most
+        units = vertices // 2 if complete else len(one) // (most + 1)
         degree = most / max(len(one), 1)
     if units < 2:
         raise UserError(f"the risk rule has too few speakers: {speakers} in one of its two groups")

@@ -1,0 +1,256 @@
+"""`calibrate` and `cascade` on simulated widths: figures against a plain count, refusals, both rules."""
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+from sklearn.metrics.pairwise import cosine_similarity
+
+from kmq_jax import calibrate, cascade
+from kmq_jax.core.errors import UserError
+from kmq_jax.metrics import detection
+from kmq_jax.scoring.policy import read_policy
+
+SPEAKERS, EACH, DIM = 24, 6, 24
+COSINES = {2: 0.9, 3: 0.96, 4: 0.985, 32: 1.0}
+
+
+def write_tables(directory, prefix, seed=0, speakers=SPEAKERS, **changes):
+    """Embeddings of a reference and of three widths that differ from it by noise; returns ids and their speakers."""
+    rng = np.random.default_rng(seed)
+    owner = np.repeat(np.arange(speakers), EACH)
+    rows = rng.standard_normal((speakers, DIM))[owner] + 0.75 * rng.standard_normal((len(owner), DIM))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    ids = [f"{prefix}{s:02d}-{i % EACH}" for i, s in enumerate(owner)]
+    for bits, cosine in COSINES.items():
+        noise = rng.standard_normal(rows.shape)
+        noise *= np.sqrt(1 / cosine**2 - 1) / np.linalg.norm(noise, axis=1, keepdims=True)
+        arrays = {
+            "ids": np.array(ids),
+            "paths": np.array([f"{name}.wav" for name in ids]),
+            "speakers": np.array([name.split("-")[0] for name in ids]),
+            "embeddings": (rows + noise).astype(np.float32),
+            "model": np.array(f"model{bits}"),
+        } | changes
+        order = rng.permutation(len(ids))  # files need not agree in their order
+        shuffled = {name: value[order] if value.shape else value for name, value in arrays.items()}
+        np.savez(directory / f"{prefix}{bits}.npz", **shuffled)
+    return ids
+
+
+def write_trials(path, ids, share=1.0, keep=None):
+    rng = np.random.default_rng(1)
+    one, two = np.triu_indices(len(ids), 1)
+    labels = one // EACH == two // EACH
+    kept = labels | (rng.random(len(one)) < 0.3 * share)
+    kept &= labels == keep if keep is not None else True
+    lines = [f"{int(y)} {ids[a]} {ids[b]}\n" for a, b, y in zip(one[kept], two[kept], labels[kept])]
+    path.write_text("".join(lines))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs a command in this process; returns what it printed."""
+
+    def call(command, *words, **given):
+        words = [*words, *(f"--{name}={value}" for name, value in given.items())]
+        monkeypatch.setattr(sys, "argv", [command.__name__, *words])
+        command.main()
+        return capsys.readouterr()
+
+    monkeypatch.chdir(tmp_path)
+    for prefix, seed in (("dev", 0), ("new", 1)):
+        write_trials(tmp_path / f"{prefix}.txt", write_tables(tmp_path, prefix, seed))
+    return call
+
+
+def stages(prefix, widths=(2, 3, 4)):
+    return [f"--stage={bits}:{prefix}{bits}.npz" for bits in widths]
+
+
+def load(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
+def scores_of(path, rows):
+    """Cosine of each trial in a CSV's rows, straight from the file."""
+    table = load(path)
+    row = {name: i for i, name in enumerate(table["ids"])}
+    similarity = cosine_similarity(table["embeddings"])
+    return similarity[[row[r["enrol"]] for r in rows], [row[r["test"]] for r in rows]]
+
+
+def test_both_commands(run, tmp_path):
+    told = run(calibrate, *stages("dev"), reference="dev32.npz", trials="dev.txt", out="p.json").out
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    policy = read_policy(tmp_path / "p.json")
+    assert policy.widths == (2, 3, 4)
+    assert policy.models == ("model2", "model3", "model4")
+    assert f"threshold {policy.threshold:.4f}" in told
+    text = json.loads((tmp_path / "p.json").read_text())
+    assert text["version"] == 1
+    assert len(text["notes"]["stages"]["2"]["sha256"]) == 64
+    assert text["notes"]["threshold_ci95"][0] < policy.threshold < text["notes"]["threshold_ci95"][1]
+    assert text["notes"]["here"]["harmful_flip_rate"] <= max(0.001, text["notes"]["at_most"])
+    front = text["notes"]["front"]
+    assert all(a["sequential_bits"] < b["sequential_bits"] for a, b in zip(front, front[1:]))
+    assert all(a["harmful_flip_rate"] > b["harmful_flip_rate"] for a, b in zip(front, front[1:]))
+    assert front[text["notes"]["chosen"]]["sequential_bits"] == text["notes"]["here"]["sequential_bits"]
+
+    given = {"policy": "p.json", "trials": "new.txt", "out": "d.csv", "json": "c.json", "replicates": 50}
+    told = run(cascade, *stages("new"), reference="new32.npz", **given).out
+    with (tmp_path / "d.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["enrol", "test", "score", "decision", "bits"]
+    listed = [line.split() for line in (tmp_path / "new.txt").read_text().splitlines()]
+    assert [(r["enrol"], r["test"]) for r in rows] == [(e, t) for _, e, t in listed]
+
+    # The same cascade in double precision, straight from the files.
+    labels = np.array([label == "1" for label, _, _ in listed])
+    reference = scores_of(tmp_path / "new32.npz", rows)
+    mapped = [fitted(scores_of(tmp_path / f"new{b}.npz", rows)) for b, fitted in zip(policy.widths, policy.maps)]
+    expected = np.full(len(rows), 4)
+    for i in (1, 0):
+        low, high = policy.gates[i]
+        expected = np.where((low < mapped[i]) & (mapped[i] < high), expected, policy.widths[i])
+    bits = np.array([int(r["bits"]) for r in rows])
+    assert (bits != expected).mean() < 0.002  # rounding at a gate's edge
+    score = np.choose(bits - 2, mapped)
+    np.testing.assert_allclose([float(r["score"]) for r in rows], score, atol=1e-5)
+    decision = np.array([r["decision"] == "1" for r in rows])
+
+    figures = json.loads((tmp_path / "c.json").read_text())
+    written = np.array([float(r["score"]) for r in rows])
+    np.testing.assert_array_equal(decision, written >= policy.threshold)
+    assert figures["eer"] == pytest.approx(100 * detection.eer(written, labels)[0])
+    assert figures["min_dcf"] == pytest.approx(detection.min_dcf(written, labels))
+    assert figures["reference_eer"] == pytest.approx(100 * detection.eer(reference, labels)[0], abs=0.05)
+    assert figures["resolved"] == pytest.approx({str(b): float(np.mean(bits == b)) for b in (2, 3, 4)}, abs=1e-6)
+    right = (reference >= policy.threshold) == labels
+    assert figures["harmful_flip_rate"] == pytest.approx(np.mean(right & (decision != labels)), abs=2 / len(rows))
+    reach = {b: np.mean(bits >= b) for b in (3, 4)}
+    assert figures["sequential_bits"] == pytest.approx(2 + 3 * reach[3] + 4 * reach[4], rel=1e-5)
+    assert figures["incremental_bits"] == pytest.approx(bits.mean(), rel=1e-5)
+    assert figures["incremental_bits"] <= figures["utterance_bits"] <= 9
+    assert figures["eer_ci95"][0] < figures["eer"] < figures["eer_ci95"][1]
+    assert figures["resolved"]["2"] > 0.5
+    assert "cascade" in told
+
+
+def test_the_last_stage_may_be_the_reference(run, tmp_path):
+    widths = (2, 32)
+    run(calibrate, *stages("dev", widths), reference="dev32.npz", trials="dev.txt", out="p.json", alpha=0.002)
+    run(cascade, *stages("new", widths), reference="new32.npz", policy="p.json", trials="new.txt", json="c.json")
+    figures = json.loads((tmp_path / "c.json").read_text())
+    alone = figures["each_width_alone"]
+    assert alone["32"]["harmful_flip_rate"] == 0
+    assert figures["harmful_flip_rate"] < alone["2"]["harmful_flip_rate"] / 2
+    assert figures["sequential_bits"] == pytest.approx(2 + 32 * figures["resolved"]["32"], rel=1e-5)
+
+
+def test_risk_rule(run, tmp_path):
+    given = {"reference": "dev32.npz", "trials": "dev.txt", "out": "p.json", "rule": "risk"}
+    told = run(calibrate, *stages("dev", (2, 32)), alpha=0.05, **given)
+    notes = read_policy(tmp_path / "p.json").notes
+    assert notes["rate"] <= notes["upper_bounds"]["survey"] <= 0.05
+    assert (notes["certifying_speakers"], notes["kept"] > 0) == (SPEAKERS // 2, True)
+    assert "promise: harmful flips" in told.out
+    # Twelve speakers cannot promise one in a thousand without assumptions: nobody may stop early.
+    told = run(calibrate, *stages("dev", (2, 32)), alpha=0.001, bound="hoeffding-bentkus", **given)
+    assert "warning: no gates keep the promise" in told.err
+    assert read_policy(tmp_path / "p.json").gates == ((-np.inf, np.inf),)
+
+
+def test_enrolled_speakers_at_the_top_width(run, tmp_path):
+    run(calibrate, *stages("dev"), reference="dev32.npz", trials="dev.txt", out="p.json", enrolment="top")
+    assert read_policy(tmp_path / "p.json").enrolment == "top"
+    run(cascade, *stages("new"), reference="new32.npz", policy="p.json", trials="new.txt", json="top.json")
+    run(calibrate, *stages("dev"), reference="dev32.npz", trials="dev.txt", out="p.json")
+    run(cascade, *stages("new"), reference="new32.npz", policy="p.json", trials="new.txt", json="each.json")
+    top, each = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("top", "each"))
+    one, other = (figures["each_width_alone"]["2"]["harmful_flip_rate"] for figures in (top, each))
+    assert one < other  # only one side of a trial is coarse
+
+
+@pytest.mark.parametrize("kind", ["affine", "logistic"])
+@pytest.mark.parametrize("point", ["far=0.02", "frr=0.02", "dcf=0.05"])
+def test_maps_and_operating_points(run, tmp_path, kind, point):
+    flags = {"map": kind, "operating_point": point, "symmetric": None}
+    words = [f"--{name}={value}" if value else f"--{name}" for name, value in flags.items()]
+    run(calibrate, *stages("dev", (2, 4)), *words, reference="dev32.npz", trials="dev.txt", out="p.json")
+    policy = read_policy(tmp_path / "p.json")
+    reference = policy.notes["reference"]
+    if not point.startswith("dcf"):
+        assert 0 < reference[point[:3]] <= 0.02
+    (low, high) = policy.gates[0]
+    assert high - policy.threshold == pytest.approx(policy.threshold - low, abs=1e-6)
+    words = ["--llr", "--out=d.csv", "--json=c.json", "--replicates=0"]
+    run(cascade, *stages("new", (2, 4)), *words, policy="p.json", trials="new.txt")
+    figures = json.loads((tmp_path / "c.json").read_text())
+    assert (figures["harmful_flip_rate"], figures["reference_eer"], figures["eer_ci95"]) == (None, None, None)
+    assert figures["cllr"] < 0.5
+    with (tmp_path / "d.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    llr = np.array([float(r["llr"]) for r in rows])
+    score = np.array([float(r["score"]) for r in rows])
+    assert np.corrcoef(llr, score)[0, 1] > 0.95
+
+
+def test_lists_of_one_class(run, tmp_path):
+    ids = sorted(load(tmp_path / "dev2.npz")["ids"])
+    write_trials(tmp_path / "one.txt", ids, keep=False)
+    given = {"reference": "dev32.npz", "trials": "one.txt", "out": "p.json"}
+    with pytest.raises(UserError, match=r"one\.txt: no target trials"):
+        run(calibrate, *stages("dev"), **given)
+    assert not (tmp_path / "p.json").exists()
+    run(calibrate, *stages("dev"), operating_point="far=0.01", **given)  # that needs nontargets only
+    assert read_policy(tmp_path / "p.json").llr_maps is None
+    run(cascade, *stages("dev"), reference="dev32.npz", policy="p.json", trials="one.txt", json="c.json", out="d.csv")
+    figures = json.loads((tmp_path / "c.json").read_text())
+    assert (figures["eer"], figures["false_reject_rate"]) == (None, None)
+    assert figures["false_accept_rate"] < 0.03
+    with pytest.raises(UserError, match="no likelihood ratios"):
+        run(cascade, *stages("dev"), "--llr", policy="p.json", trials="one.txt")
+
+
+def test_refusals(run, tmp_path):
+    fit = {"reference": "dev32.npz", "trials": "dev.txt", "out": "p.json"}
+    run(calibrate, *stages("dev"), **fit)
+    use = {"policy": "p.json", "trials": "new.txt"}
+    with pytest.raises(UserError, match="is for 2, 3, 4 bits, but 2, 4 are given"):
+        run(cascade, *stages("new", (2, 4)), **use)
+    write_tables(tmp_path, "alien", 1, model=np.array("someone else's"))
+    with pytest.raises(UserError, match=r"alien2\.npz is of the model someone else's, but the policy was made for"):
+        run(cascade, *stages("alien"), policy="p.json", trials=_renamed(tmp_path))
+    (tmp_path / "other.txt").write_text("1 new00-0 new00-1\n0 new00-0 nobody\n")
+    with pytest.raises(UserError, match="other.txt:2: unknown utterance nobody"):
+        run(cascade, *stages("new"), policy="p.json", trials="other.txt")
+    with pytest.raises(UserError, match="BITS:EMBEDDINGS"):
+        run(calibrate, "--stage=two:dev2.npz", **fit)
+    with pytest.raises(UserError, match="--stage=2: given twice"):
+        run(calibrate, "--stage=2:dev2.npz", "--stage=2:dev3.npz", **fit)
+    for words, message in (
+        ("--alpha=0", "--alpha=0.0 must lie"),
+        ("--delta=1", "--delta=1.0 must lie"),
+        ("--operating_point=far", "--operating_point: operating point 'far'"),
+        ("--plot=p.bmp", "--plot=p.bmp must end in"),
+        ("--replicates=-1", "must not be negative"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(calibrate, *stages("dev"), words, **fit)
+    few = load(tmp_path / "dev3.npz")
+    np.savez(tmp_path / "few.npz", ids=few["ids"][:5], embeddings=few["embeddings"][:5])
+    with pytest.raises(UserError, match=r"few\.npz: no embedding of dev"):
+        run(calibrate, "--stage=2:dev2.npz", "--stage=3:few.npz", **fit)
+    (tmp_path / "p.json").write_text("{}")
+    with pytest.raises(UserError, match=r"p\.json: it is no cascade policy"):
+        run(cascade, *stages("new"), **use)
+
+
+def _renamed(directory):
+    path = directory / "alien.txt"
+    path.write_text((directory / "new.txt").read_text().replace("new", "alien"))
+    return path
