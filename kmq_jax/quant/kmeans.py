@@ -52,14 +52,15 @@ def _prefix(numbers: jax.Array) -> _Prefix:
     inner = jnp.cumsum(padded, axis=1)
     exclusive = jnp.pad(inner[:, :-1], ((0, 0), (1, 0)))
 
-    def add(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        total = a[0] + b[0]
-        part = total - a[0]
-        error = (a[0] - (total - part)) + (b[0] - part)  # Knuth's two-sum: exact
-        return total, a[1] + b[1] + error
+    def add(total: tuple[jax.Array, jax.Array], block: jax.Array) -> tuple[Any, Any]:
+        high, low = total
+        fresh = high + block
+        part = fresh - high
+        error = (high - (fresh - part)) + (block - part)  # Knuth's two-sum: exact
+        return (fresh, low + error), total
 
-    high, low = jax.lax.associative_scan(add, (inner[:-1, -1], jnp.zeros(blocks - 1)))
-    return _Prefix(jnp.pad(high, (1, 0)), jnp.pad(low, (1, 0)), exclusive.reshape(-1))
+    _, (high, low) = jax.lax.scan(add, (jnp.array(0.0), jnp.array(0.0)), inner[:, -1])
+    return _Prefix(high, low, exclusive.reshape(-1))
 
 
 def count_at_most(ordered: jax.Array, limits: jax.Array) -> jax.Array:

@@ -1,11 +1,14 @@
 """Packing indices of 1 to 8 bits into bytes with none wasted, and back."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from kmq_jax.quant.types import packed_bytes
 
 
+@partial(jax.jit, static_argnames="bits")
 def pack(indices: jax.Array, bits: int) -> jax.Array:
     """Packs indices `[..., n]` below 2^bits into uint8 `[..., ceil(n * bits / 8)]`, a little-endian stream of bits.
 
@@ -27,6 +30,7 @@ def pack(indices: jax.Array, bits: int) -> jax.Array:
     return stream[..., : packed_bytes(n, bits)]
 
 
+@partial(jax.jit, static_argnames=("bits", "n"))
 def unpack(packed: jax.Array, bits: int, n: int) -> jax.Array:
     """Undoes `pack`: uint8 `[..., ceil(n * bits / 8)]` to indices uint8 `[..., n]`. May be called inside jit."""
     lead = [(0, 0)] * (packed.ndim - 1)

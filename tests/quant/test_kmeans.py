@@ -2,12 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quant_references import brute_inertia, optimal_inertia, real_kernels
 from sklearn.cluster import KMeans
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.quant import inertia, kmeans
 from kmq_jax.quant.kmeans import STARTS, make_group, nearest
-from references import brute_inertia, optimal_inertia, real_kernels
 
 RNG = np.random.default_rng(0)
 HEAVY = {

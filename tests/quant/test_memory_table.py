@@ -56,7 +56,9 @@ def test_floating_point(name, total, tensors):
     assert len(kernels) == tensors
 
 
-@pytest.mark.parametrize("name, weights, channels", [("resnet36", 14_894_208, 12_160), ("resnet200", 59_835_520, 51_200)])
+@pytest.mark.parametrize(
+    "name, weights, channels", [("resnet36", 14_894_208, 12_160), ("resnet200", 59_835_520, 51_200)]
+)
 def test_counts(name, weights, channels):
     kernels = [leaf for leaf in jax.tree.leaves(shapes(name)["params"]) if leaf.ndim >= 2]
     assert sum(leaf.size for leaf in kernels) == weights

@@ -11,7 +11,7 @@ from kmq_jax.quant import pack, unpack
 shapes = st.tuples(st.sampled_from([1, 3]), st.integers(1, 41))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 8), shapes, st.integers(0, 2**32 - 1))
 def test_bit_exact(bits, shape, seed):
     indices = np.random.default_rng(seed).integers(0, 1 << bits, shape).astype(np.uint8)

@@ -1,0 +1,91 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kmq_jax import quant
+from kmq_jax.core.errors import UserError
+from kmq_jax.quant import QuantSpec
+
+RNG = np.random.default_rng(0)
+
+
+def test_traces_are_exact_where_the_hessian_is_diagonal():
+    params = {"a": jnp.ones((3, 2)), "b": {"c": jnp.full(5, 2.0)}}
+
+    def loss(p):
+        return 1.5 * jnp.sum(p["a"] ** 2) + jnp.sum(p["b"]["c"] ** 4)
+
+    found = quant.hessian_traces(loss, params, jax.random.key(0), draws=2, vectorized=2)
+    assert found == pytest.approx({"a": 3 * 6, "b/c": 5 * 12 * 4}, rel=1e-5)
+    assert list(quant.hessian_traces(loss, params, jax.random.key(0), draws=1, names=["a"])) == ["a"]
+
+
+def test_traces_converge_on_a_full_hessian_with_only_a_reverse_rule():
+    matrix = jnp.asarray(np.cov(RNG.standard_normal((6, 30))).astype(np.float32))
+
+    @jax.custom_vjp
+    def apply(x):
+        return matrix @ x
+
+    apply.defvjp(lambda x: (matrix @ x, None), lambda _, g: (matrix.T @ g,))
+    found = quant.hessian_traces(
+        lambda p: 0.5 * p["x"] @ apply(p["x"]), {"x": jnp.ones(6)}, jax.random.key(1), draws=256, vectorized=64
+    )
+    assert found["x"] == pytest.approx(float(jnp.trace(matrix)), rel=0.1)
+
+
+def problem(layers=5):
+    traces = {f"layer{i}": float(t) for i, t in enumerate(RNG.exponential(size=layers) * 10)}
+    count = {name: int(n) for name, n in zip(traces, RNG.integers(100, 900, layers))}
+    errors = {name: {b: count[name] * 4.0**-b for b in (2, 3, 4)} for name in traces}
+    sizes = {name: {b: count[name] * b // 8 + 2 * 2**b for b in (2, 3, 4)} for name in traces}
+    return traces, errors, sizes
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_allocation_is_the_best_of_all(share):
+    traces, errors, sizes = problem()
+    low, high = (sum(s[b] for s in sizes.values()) for b in (2, 4))
+    budget = low + share * (high - low)
+
+    def cost(widths):
+        return sum(traces[n] * errors[n][b] for n, b in widths.items())
+
+    def size(widths):
+        return sum(sizes[n][b] for n, b in widths.items())
+
+    every = [dict(zip(traces, c)) for c in itertools.product((2, 3, 4), repeat=len(traces))]
+    best = min(cost(w) for w in every if size(w) <= budget)
+    found = quant.allocate(traces, errors, sizes, budget)
+    assert size(found) <= budget and cost(found) == pytest.approx(best, rel=1e-6)
+    sections = quant.allocate_sections(traces, errors, sizes, budget)
+    assert size(sections) <= budget and cost(sections) >= best * (1 - 1e-9)
+    with pytest.raises(UserError, match="budget"):
+        quant.allocate(traces, errors, sizes, low - 1)
+
+
+def test_sections_share_a_width_and_follow_the_traces():
+    traces, errors, sizes = problem(8)
+    widths = quant.allocate_sections(traces, errors, sizes, 1e9)
+    assert set(widths.values()) == {4}
+    budget = 1.3 * sum(s[2] for s in sizes.values())
+    widths = quant.allocate_sections(traces, errors, sizes, budget)
+    order = sorted(traces, key=lambda name: -traces[name])
+    assert all(widths[order[i]] == widths[order[i + 1]] for i in range(0, 8, 2))
+
+
+def test_distortions_rules_and_stages():
+    params = {"a": {"w": RNG.standard_normal((30, 4)).astype(np.float32)}, "b": RNG.standard_normal((30, 4))}
+    params["b"] = params["b"].astype(np.float32)
+    errors, sizes = quant.distortions(params, QuantSpec(2), widths=(2, 3))
+    whole = quant.quantize(params, QuantSpec(3))
+    error = np.sum((quant.dequantize(whole)["a"]["w"] - params["a"]["w"]) ** 2)
+    assert errors["a/w"][3] == pytest.approx(error, rel=1e-5)
+    assert sizes["a/w"] == {2: 4 * 8 + 32, 3: 4 * 12 + 64}
+    widths = {"a/w": 3, "b": 2}
+    mixed = quant.quantize(params, quant.rules_of(widths, QuantSpec(4)))
+    assert (mixed["a"]["w"].bits, mixed["b"].bits) == (3, 2)
+    assert quant.stages({"a": 4, "b": 2, "c": 3}) == [{"b": 2}, {"b": 2, "c": 3}, {"a": 4, "b": 2, "c": 3}]
