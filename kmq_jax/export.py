@@ -51,7 +51,7 @@ def properties(speaker_model: model.SpeakerModel, embedding_size: int) -> dict[s
 def main() -> None:
     """Runs the command."""
     args = flags().parse_args()
-    speaker_model = model.load(args.model)
+    speaker_model = model.load(args.model, args.bits)
     network = speaker_model.network()
     about = properties(speaker_model, network.embedding_size)
     opset = onnx_export.export(args.out, network, speaker_model.variables, about, args.bits, args.opset)

@@ -18,6 +18,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_json
 from kmq_jax.data import audio, buckets, source
 from kmq_jax.models import registry
+from kmq_jax.models.resnet import ResNet
 
 FRONTENDS = {"kiwano": frontend.KIWANO, "wespeaker": frontend.WESPEAKER}
 COMPUTE = ("float32", "bfloat16")
@@ -63,7 +64,7 @@ class SpeakerModel:
     variables: Any
     bits: int | None = None
 
-    def network(self, dtype: str = "float32") -> nn.Module:
+    def network(self, dtype: str = "float32") -> ResNet:
         """The Linen module, computing in `dtype`."""
         return registry.build(self.architecture, **self.settings, dtype=dtype)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from kmq_jax import frontend, model
+from kmq_jax import frontend, model, quant
 from kmq_jax.bench.frontend import kaldi_fbank
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import write_json
@@ -155,7 +155,7 @@ def _on_our_features(
         for members, rows, _ in batches
         for row, i in enumerate(members.tolist())
     }
-    variables = jax.device_put(speaker_model.variables)
+    variables = jax.device_put(quant.dequantize(speaker_model.variables, speaker_model.bits))
 
     def ours() -> np.ndarray:
         embeddings = np.zeros((len(lengths), network.embedding_size), np.float32)

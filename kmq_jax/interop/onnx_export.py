@@ -104,8 +104,8 @@ def _indices(tensor: CodebookTensor, width: int) -> np.ndarray:
     """The indices of a tensor in its shape, by numpy: jax would compile for every shape."""
     stream = np.unpackbits(np.asarray(tensor.packed), axis=1, bitorder="little")[:, : tensor.group_size * tensor.bits]
     bits = stream.reshape(tensor.groups, tensor.group_size, tensor.bits)[..., tensor.bits - width :]
-    rows = np.bitwise_or.reduce(bits << np.arange(width, dtype=np.uint8), axis=-1)
-    return from_groups(rows, tensor.shape, tensor.axis)
+    rows: Any = np.bitwise_or.reduce(bits << np.arange(width, dtype=np.uint8), axis=-1)
+    return np.asarray(from_groups(rows, tensor.shape, tensor.axis))
 
 
 class _Graph:

@@ -69,6 +69,9 @@ class Graph:
                 self._tensors[node.output[0]] = node.attribute[0].t
             elif node.op_type != "Identity":
                 self.nodes.append(node)
+        outputs = [name for node in graph.node for name in node.output]
+        if len(set(outputs)) < len(outputs):  # otherwise a walk could go in circles
+            self.fail("two nodes give values of the same name")
         self._initializers = {tensor.name for tensor in graph.initializer}
         inputs = [value for value in graph.input if value.name not in self._initializers]
         if len(inputs) != 1 or len(graph.output) != 1 or graph.sparse_initializer:
@@ -166,7 +169,7 @@ class Graph:
             UserError: the nodes cannot be computed.
         """
         helper = self._onnx.helper
-        from onnx.reference import ReferenceEvaluator
+        from onnx.reference import ReferenceEvaluator  # slow to import, and only needed here
 
         names = dict.fromkeys(self.resolve(name) for node in nodes for name in node.input)
         constants = [self._onnx.numpy_helper.from_array(self.constant(n), n) for n in names if self.is_constant(n)]
@@ -181,7 +184,8 @@ class Graph:
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)])
         try:
             with np.errstate(all="ignore"):
-                return ReferenceEvaluator(model).run(None, inputs)[0]
+                results: Any = ReferenceEvaluator(model).run(None, inputs)
+                return results[0]
         except Exception as error:  # shapes or attributes that do not fit
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{self.where}: the nodes before {output} cannot be computed: {reason}") from error

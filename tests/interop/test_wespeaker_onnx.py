@@ -170,6 +170,7 @@ def large_floor(network):
         (biased, "do not compute mean and unbiased deviation"),
         (large_floor, "do not compute mean and unbiased deviation"),
         (lambda n: n.nodes.remove(n.find("Sqrt")), "cannot be computed|is read by"),
+        (lambda n: n.find("Relu", 2).output.__setitem__(0, n.find("Relu").output[0]), "values of the same name"),
         (lambda n: n.tensors["model.seg_1.bias"].fill(np.inf), "holds values that are not finite"),
     ],
 )
