@@ -67,7 +67,7 @@ def _checksum(text: str, arrays: Mapping[str, np.ndarray]) -> str:
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
+        digest.update(memoryview(array.reshape(-1).view(np.uint8)))
     return digest.hexdigest()
 
 
@@ -130,7 +130,7 @@ def _check_version(path: Path, manifest: Any) -> None:
         raise UserError(f"{path} is of .kmq version {version}; this kmq_jax reads up to {VERSION}: upgrade it")
 
 
-def _assemble(arrays: dict[str, np.ndarray], quantized: Mapping[str, Any]) -> dict[str, Any]:
+def _assemble(arrays: Mapping[str, Any], quantized: Mapping[str, Any]) -> dict[str, Any]:
     left = dict(arrays)
     leaves: dict[str, Any] = {}
     for name, about in quantized.items():

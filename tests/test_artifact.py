@@ -20,8 +20,11 @@ def tree():
         "conv": {"kernel": RNG.standard_normal((3, 3, 8, 32)).astype(np.float32), "bias": np.ones(32, np.float32)},
         "linear": {"kernel": RNG.standard_normal((72, 32)).astype(np.float32)},
     }
-    rules = [QuantRule("conv/kernel", QuantSpec(4, coarse=(2, 3))), QuantRule("bias", QuantSpec(16)),
-             QuantRule("kernel", QuantSpec(3, granularity="tensor"))]
+    rules = [
+        QuantRule("conv/kernel", QuantSpec(4, coarse=(2, 3))),
+        QuantRule("bias", QuantSpec(16)),
+        QuantRule("kernel", QuantSpec(3, granularity="tensor")),
+    ]
     return {"params": quant.quantize(params, rules), "batch_stats": {"bn": {"mean": np.zeros(32, np.float32)}}}
 
 

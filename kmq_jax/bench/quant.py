@@ -162,7 +162,8 @@ def main(args: argparse.Namespace) -> None:
         f" {figures['speedup_over_sklearn']:.0f} times faster, inertia {figures['inertia_over_sklearn']:.4f} of theirs"
     )
     speed = throughput(kernels("resnet36"), args.bits, args.repeats)
-    print("GB/s of float32 weights: " + ", ".join(f"{k.removesuffix('_gb_per_second')} {v:.2f}" for k, v in speed.items()))
+    listed = ", ".join(f"{name.removesuffix('_gb_per_second')} {value:.2f}" for name, value in speed.items())
+    print(f"GB/s of float32 weights of resnet36: {listed}")
     figures |= speed
     if args.step:
         figures |= step(args.bits, args.repeats)

@@ -222,10 +222,8 @@ def _framed(inner: jax.Array, n: int) -> jax.Array:
 def _optimal(group: Group, weights: jax.Array | None, k: int) -> jax.Array:
     """The optimum over borders on one coarse grid, then over many places of each border between its centroids."""
     values, n = group.values, group.values.shape[0]
-    if n <= _GRID:
-        places = jnp.arange(n + 1)  # all there are
-    else:
-        places = count_at_most(values, _companding(values, weights, _GRID))
+    few = n <= _GRID  # then the grid is every place there is
+    places = jnp.arange(n + 1) if few else count_at_most(values, _companding(values, weights, _GRID))
     centroids = _best_borders(group, _framed(jnp.broadcast_to(places, (k - 1, *places.shape)), n))
 
     def refine(_: Any, centroids: jax.Array) -> jax.Array:
@@ -236,7 +234,7 @@ def _optimal(group: Group, weights: jax.Array | None, k: int) -> jax.Array:
         places = places.at[:, 0].set(_edges(group, centroids)[1:-1])  # what there is already
         return _best_borders(group, _framed(places, n))
 
-    return centroids if n <= _GRID else jax.lax.fori_loop(0, 2, refine, centroids)
+    return centroids if few else jax.lax.fori_loop(0, 2, refine, centroids)
 
 
 def _plus_plus(values: jax.Array, weights: jax.Array | None, k: int, key: jax.Array) -> jax.Array:
@@ -374,30 +372,32 @@ def one_group(
 
 
 def order(values: Any, weights: Any) -> tuple[Any, Any]:
-    """Sorts `[groups, n]` values, and their weights with them, along the last axis. Where the values already lie on the host, numpy's vector sort does it.
+    """Sorts `[groups, n]` values, and their weights with them, along the last axis.
 
-    XLA's sort on a CPU takes tens of times as long as numpy's.
+    Values that already lie on the host are sorted by numpy: XLA's sort on a CPU takes tens of times as long.
 
     Raises:
-        UserError: a value or weight is not finite, or a weight negative (seen only on the host).
+        UserError: a value or weight is not finite, or a weight negative (not seen inside jit).
     """
-    on_host = not isinstance(values, jax.core.Tracer) and not isinstance(weights, jax.core.Tracer)
-    if on_host and (isinstance(values, np.ndarray) or jax.default_backend() == "cpu"):
+    traced = isinstance(values, jax.core.Tracer) or isinstance(weights, jax.core.Tracer)
+    if not traced and weights is not None:
+        weights = np.asarray(weights, np.float32)
+        if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any(-1).all()):
+            raise UserError("weights must be finite, zero or more, and not all zero in a group")
+    if not traced and (isinstance(values, np.ndarray) or jax.default_backend() == "cpu"):
         values = np.asarray(values, np.float32)
         if weights is None:
             ordered, mass = np.sort(values, axis=-1), None
         else:
-            weights = np.asarray(weights, np.float32)
-            if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any(-1).all()):
-                raise UserError("weights must be finite, zero or more, and not all zero in a group")
             place = np.argsort(values, axis=-1)
             ordered, mass = np.take_along_axis(values, place, -1), np.take_along_axis(weights, place, -1)
-        if not np.isfinite(ordered[:, [0, -1]]).all():  # NaN and infinity are sorted to the ends
-            raise UserError("some values are NaN or infinite")
-        return ordered, mass
-    if weights is None:
-        return jnp.sort(values.astype(jnp.float32), axis=-1), None
-    return jax.lax.sort((values.astype(jnp.float32), weights.astype(jnp.float32)), num_keys=1)
+    elif weights is None:
+        ordered, mass = jnp.sort(values.astype(jnp.float32), axis=-1), None
+    else:
+        ordered, mass = jax.lax.sort((values.astype(jnp.float32), jnp.asarray(weights, jnp.float32)), num_keys=1)
+    if not traced and not np.isfinite(ordered[:, np.array([0, -1])]).all():  # NaN and infinity are sorted to the ends
+        raise UserError("some values are NaN or infinite")
+    return ordered, mass
 
 
 @partial(jax.jit, static_argnames=("function", "settings"))
@@ -418,13 +418,14 @@ def over_groups(function: Any, values: Any, weights: Any, keys: Any, **settings:
 
     def chunk(begin: int) -> Any:
         # The last chunk overlaps the one before it, so that every chunk has the same shape.
-        first = min(begin, groups - size)
-        part = slice(first, first + size)
+        low = min(begin, groups - size)
+        part = slice(low, low + size)
         result = run(*(None if x is None else x[part] for x in (values, weights, keys)))
-        return jax.tree.map(lambda x: np.asarray(x)[begin - first :], result)
+        return jax.tree.map(lambda x: np.asarray(x)[begin - low :], result)
 
+    first = chunk(0)  # compiles, once; the threads then share it
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(chunk, range(0, groups, size)))
+        results = [first, *pool.map(chunk, range(size, groups, size))]
     return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts)), *results)
 
 
@@ -499,7 +500,7 @@ def kmeans(
     return codebook.reshape(*lead, k)
 
 
-def inertia(values: jax.Array, codebook: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+def inertia(values: Any, codebook: jax.Array, weights: Any = None) -> jax.Array:
     """The (weighted) sum of squared distances of `values [..., n]` to the nearest centroid of `[..., k]`: `[...]`."""
     error = jnp.square(values - jnp.take_along_axis(codebook, nearest(values, codebook).astype(jnp.int32), axis=-1))
     return jnp.sum(error if weights is None else error * weights, axis=-1)

@@ -74,7 +74,7 @@ def _nest(
     values: jax.Array, weights: jax.Array | None, key: None, *, widths: tuple[int, ...], iterations: int
 ) -> tuple[jax.Array, ...]:
     group = make_group(values, weights)
-    settings = {"start": "optimal", "retention": 1.0, "iterations": iterations, "pinned_zero": False}
+    settings: dict[str, Any] = {"start": "optimal", "retention": 1.0, "iterations": iterations, "pinned_zero": False}
     finest, coarsest = (one_group(values, weights, key, k=1 << bits, **settings) for bits in (widths[-1], widths[0]))
     merged = midpoints(finest)
     split = split_cells(values, weights, coarsest, 1 << (widths[-1] - widths[0]))

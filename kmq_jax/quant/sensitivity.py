@@ -182,9 +182,7 @@ def _check_budget(sizes: Table, names: Sequence[str], budget: float) -> None:
 
 def rules_of(widths: Mapping[str, int], spec: QuantSpec) -> list[QuantRule]:
     """Makes the rules that give each tensor of `widths` its own width, and everything else as in `spec`."""
-    return [
-        QuantRule(f"^{re.escape(name)}$", dataclasses.replace(spec, bits=bits)) for name, bits in widths.items()
-    ]
+    return [QuantRule(f"^{re.escape(name)}$", dataclasses.replace(spec, bits=bits)) for name, bits in widths.items()]
 
 
 def stages(widths: Mapping[str, int]) -> list[dict[str, int]]:

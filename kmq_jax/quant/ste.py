@@ -301,7 +301,11 @@ def _first_codebook(tensor: jax.Array, spec: QuantSpec, axis: int | None, recipe
         centroids, scale = kmqat_codebook(rows, spec.bits, spec.retention)
         books = (centroids * scale[:, None],)
     else:
-        settings = {"iterations": spec.iterations, "symmetric": spec.symmetric, "pinned_zero": spec.pinned_zero}
+        settings: dict[str, Any] = {
+            "iterations": spec.iterations,
+            "symmetric": spec.symmetric,
+            "pinned_zero": spec.pinned_zero,
+        }
         books = (kmeans(rows, 1 << spec.bits, start=spec.start, retention=spec.retention, **settings),)
     books = tuple(book / scale[:, None] for book in books)
     empty = Codebook(
@@ -324,9 +328,7 @@ def _leaves(params: Any, codebooks: Codebooks) -> dict[str, jax.Array]:
 def reassign(params: Any, codebooks: Codebooks) -> dict[str, Codebook]:
     """Stores each latent's nearest centroid in the codebooks, for `fake_quantize` to use until the next call."""
     latents = _leaves(params, codebooks)
-    return {
-        name: dataclasses.replace(book, indices=book.assigned(latents[name])) for name, book in codebooks.items()
-    }
+    return {name: dataclasses.replace(book, indices=book.assigned(latents[name])) for name, book in codebooks.items()}
 
 
 def lloyd_update(

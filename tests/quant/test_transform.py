@@ -156,9 +156,7 @@ def test_one_and_four_devices_agree():
     jax.tree.map(np.testing.assert_array_equal, quant.dequantize(spread), quant.dequantize(one))
     latents, books = quant.init_codebooks(params, spec)
     fake = jax.jit(quant.fake_quantize)
-    np.testing.assert_array_equal(
-        fake(latents, books)["w"], fake(mesh.shard_batch(latents, devices), books)["w"]
-    )
+    np.testing.assert_array_equal(fake(latents, books)["w"], fake(mesh.shard_batch(latents, devices), books)["w"])
 
 
 def test_shapes_alone():
