@@ -139,7 +139,7 @@ def draw(path: str, rows: list[dict[str, Any]], singles: dict[str, Any], chosen:
         axes.set(xlabel=f"mean {cost} bits a trial", ylabel=label)
         axes.grid(color="0.9", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(loc="upper right", frameon=False, fontsize=8)
     with atomic_write(path) as temporary:
         figure.savefig(temporary)
 
