@@ -1,6 +1,15 @@
 """A small network on the embedded corpus: no download, minutes on two CPU cores. The README's main job.
 
     python -m kmq_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+ResNet-18 of width 16, 200 training speakers, 372 steps of 32 crops of 1.5 s. On two cores of an AMD EPYC (AVX-512) the
+whole run took 3 min 15 s. EER on 40 unseen speakers each, with the 95 % speaker-bootstrap interval:
+
+    synthetic:dev    4.56 [3.28, 6.11] %    (the run's own validation)
+    synthetic:test   4.61 [3.17, 6.73] %
+
+    python -m kmq_jax.extract --model=runs/quickstart --data=synthetic:test --out=test.npz
+    python -m kmq_jax.score --embeddings=test.npz --trials=synthetic:test --out=scores.txt --json=metrics.json
 """
 
 import ml_collections

@@ -22,7 +22,7 @@ def flags() -> argparse.ArgumentParser:
     )
     parser.add_argument("--bits", type=int, help="width at which a nested model is read (default: its widest)")
     parser.add_argument("--data", required=True, help="DATA: Kaldi directory, VoxCeleb tree, folder, CSV, prepared set")
-    parser.add_argument("--out", required=True, help="the .npz file to write: ids, paths, speakers, embeddings")
+    parser.add_argument("--out", required=True, help="the .npz to write: ids, paths, speakers, embeddings, model")
     parser.add_argument("--compute", default="float32", choices=model.COMPUTE, help="the network's arithmetic")
     parser.add_argument("--max_seconds", type=float, default=0.0, help="only so much of each recording (0: all)")
     parser.add_argument("--batch_size", type=int, default=model.BATCH_SIZE, help="recordings in one batch")
@@ -42,6 +42,7 @@ def main() -> None:
             paths=np.array(utterances.paths),
             speakers=np.array(utterances.speakers),
             embeddings=embeddings,
+            model=np.array(model.fingerprint(speaker_model)),
         )
     print(f"{args.out}: {len(utterances)} embeddings of {embeddings.shape[1]} dimensions")
 

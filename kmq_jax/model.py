@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from kmq_jax.checkpoint import Checkpoints
 from kmq_jax.core import cli, mesh
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_json
+from kmq_jax.core.tree import named_leaves
 from kmq_jax.data import audio, buckets, source
 from kmq_jax.models import registry
 from kmq_jax.models.resnet import ResNet
@@ -162,6 +165,16 @@ def _embed(
     while under_way:
         collect()
     return embeddings
+
+
+def fingerprint(model: SpeakerModel) -> str:
+    """Twenty hexadecimal digits that tell one model from another: its network, front end and every weight."""
+    text = json.dumps([model.architecture, dict(model.settings), model.frontend, model.bits], sort_keys=True)
+    digest = hashlib.sha256(text.encode())
+    for name, leaf in named_leaves(model.variables):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:20]
 
 
 def save(path: str | Path, model: SpeakerModel) -> None:

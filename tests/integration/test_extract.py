@@ -1,5 +1,6 @@
 """Embeddings from a model on disk, by the command and by the library."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,14 @@ def test_the_file_has_names_paths_speakers_and_embeddings(saved, tmp_path, monke
         assert tuple(file["paths"]) == table.paths
         assert file["embeddings"].shape == (9, 16) and file["embeddings"].dtype == np.float32
         assert np.isfinite(file["embeddings"]).all()
+        assert str(file["model"]) == model.fingerprint(model.load(saved))
+
+
+def test_a_fingerprint_tells_models_apart(speaker_model):
+    other = jax.tree.map(np.copy, speaker_model.variables)
+    other["params"]["stem"]["conv"]["kernel"][0, 0, 0, 0] += 1e-6
+    changed = dataclasses.replace(speaker_model, variables=other)
+    assert model.fingerprint(changed) != model.fingerprint(speaker_model)
 
 
 def test_an_imported_directory_is_a_model_too(saved, speaker_model):

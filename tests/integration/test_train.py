@@ -112,9 +112,8 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_last_good_checkpoint(tmp
     config.learning_rate.update(kind="step", start=1e-3, peak=1e38, warmup_epochs=0.5, flat_until=9.0)
     with pytest.raises(UserError) as stopped:
         train.train(config, tmp_path)
-    told = re.search(
-        r"became (?:nan|inf) at step (\d); the last good checkpoint is step (\d) \((.*)/checkpoints\)", str(stopped.value)
-    )
+    message = r"became (?:nan|inf) at step (\d); the last good checkpoint is step (\d) \((.*)/checkpoints\)"
+    told = re.search(message, str(stopped.value))
     assert told and int(told[2]) < int(told[1]) and told[3] == str(tmp_path)
     assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == int(told[2])
     assert all(np.isfinite(leaf).all() for leaf in leaves(tmp_path))
