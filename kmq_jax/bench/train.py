@@ -107,7 +107,7 @@ def torch_step(args: argparse.Namespace, channels_last: bool) -> Callable[[], fl
 
     network = Network().train()
     if channels_last:
-        network = network.to(memory_format=torch.channels_last)
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     features = torch.randn(args.batch, args.frames, FEATURES)
     labels = torch.arange(args.batch) % CLASSES
 

@@ -3,27 +3,35 @@
 // Why: XLA's own weight gradient of large, early convolutions runs at a tenth of the machine's speed. These kernels run
 // near its peak. nn/native.py compiles this file for the machine at hand and falls back to XLA where it cannot.
 //
-// Layout: activations [batch, time, freq, channel], kernels [time taps, freq taps, in, out], padding of taps / 2 on each
-// side. Activations are float32 or bfloat16, sums are float32. All three kernels share one plan: copy a few zero-padded
-// input rows into a buffer that stays in the second-level cache, then compute tiles whose sums stay in registers.
+// Layout: activations [batch, time, freq, channel], kernels [time taps, freq taps, in, out], padding of taps / 2 on
+// each side. Activations are float32 or bfloat16, sums are float32. All three kernels share one plan: copy a few
+// zero-padded input rows into a buffer that stays in the second-level cache, then compute tiles whose sums stay in
+// registers.
 //
-// A `Unit` is four bytes, what one lane of a vector holds: one float32, or (where the machine multiplies bfloat16 pairs)
-// two bfloat16 neighbours along the axis that is summed over: channels in the convolution, utterances in the kernel
-// gradient. So one set of loops serves both.
+// A `Unit` is four bytes, what one lane of a vector holds: one float32, or (where the machine multiplies pairs of
+// bfloat16) two bfloat16 neighbours along the axis that is summed over: channels in the convolution, utterances in the
+// kernel gradient. So one set of loops serves both.
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <string>
 #include <vector>
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "xla/ffi/api/ffi.h"
@@ -39,7 +47,7 @@ constexpr int kLanes = 8, kMaxTile = 6;
 #else
 constexpr int kLanes = 4, kMaxTile = 10;
 #endif
-constexpr int kOut = 2 * kLanes;  // output channels of a tile
+constexpr int kOut = 2 * kLanes;           // output channels of a tile
 constexpr int kIn = 8 < kMaxTile ? 8 : 6;  // input channels of a kernel-gradient tile
 
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
@@ -139,6 +147,26 @@ void parallel(ffi::ThreadPool pool, int64_t count, const Work& work) {
   state->finished.wait(lock, [&] { return state->done == count; });
 }
 
+// Asks for huge pages in the whole mapping that holds a large result: XLA takes its working memory anew for each step,
+// and a step would otherwise pay for some hundred thousand page faults. This is advice only, and given once a step.
+void advise_huge_pages(const void* data, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096, kHuge = 2 << 20;
+  const uintptr_t address = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  unsigned char resident = 0;
+  if (bytes < 4 * kHuge || sysconf(_SC_PAGESIZE) != kPage) return;
+  if (mincore(reinterpret_cast<void*>(address), kPage, &resident) != 0 || (resident & 1)) return;
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {
+    unsigned long begin, end;
+    if (std::sscanf(line.c_str(), "%lx-%lx", &begin, &end) == 2 && begin <= address && address < end) {
+      madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+      return;
+    }
+  }
+#endif
+}
+
 // One axis of a convolution, or of one phase of a strided input gradient:
 // output[first + u * out_step] sums input[u * in_step + offset] * kernel[tap] over (tap, offset).
 struct Axis {
@@ -175,16 +203,24 @@ std::pair<int, int> reads(const std::vector<Axis>& phases, int begin, int end) {
   return {low, high};
 }
 
-// kOut channels of kTile outputs: the sums stay in registers over all taps and input channels.
+// The inputs and kernels that one tile of outputs sums over: `count` taps of `units` each. Neighbouring outputs read
+// inputs `step` apart.
+struct Taps {
+  std::vector<int> offsets;
+  std::vector<const Bits*> kernels;
+  int units, step;
+};
+
+// Sums kOut channels of kTile outputs in registers, over taps [begin, end) and all input channels.
 template <class Type, int kTile>
-void convolution_tile(const Unit* in, int step, const std::vector<int>& offsets, int units, const Bits* const* kernel,
-                      typename Type::Element* out, int out_step, int channels) {
+inline void accumulate(const Unit* in, const Taps& taps, int begin, int end, Vector (&result)[kTile][2]) {
   Vector sum[kTile][2] = {};
-  for (size_t tap = 0; tap < offsets.size(); ++tap) {
-    const Unit* from = in + offsets[tap];
-    const Bits* weights = kernel[tap];
+  const int units = taps.units, step = taps.step;
+  for (int tap = begin; tap < end; ++tap) {
+    const Unit* from = in + taps.offsets[tap];
+    const Bits* kernel = taps.kernels[tap];
     for (int c = 0; c < units; ++c) {
-      Bits low = weights[2 * c], high = weights[2 * c + 1];
+      Bits low = kernel[2 * c], high = kernel[2 * c + 1];
 #pragma GCC unroll 16
       for (int n = 0; n < kTile; ++n) {
         Bits value = splat(from[n * step + c]);
@@ -193,17 +229,75 @@ void convolution_tile(const Unit* in, int step, const std::vector<int>& offsets,
       }
     }
   }
-#pragma GCC unroll 16
+  std::memcpy(result, sum, sizeof(sum));
+}
+
+template <class Element, int kTile>
+inline void store_tile(const Vector (&sum)[kTile][2], Element* out, int out_step, int channels) {
   for (int n = 0; n < kTile; ++n) {
     store(out + n * out_step, sum[n][0], std::min(channels, kLanes));
     if (channels > kLanes) store(out + n * out_step + kLanes, sum[n][1], std::min(channels - kLanes, kLanes));
   }
+}
+
+// Computes one tile of a row, or, by Winograd's F(2, 3), of two rows; then the taps are in four equal parts.
+template <class Type, int kTile>
+void convolution_tile(const Unit* in, const Taps& taps, typename Type::Element* out, typename Type::Element* next_row,
+                      int out_step, int channels, bool winograd) {
+  const int count = taps.offsets.size();
+  Vector sum[kTile][2];
+  if (!winograd) {
+    accumulate<Type>(in, taps, 0, count, sum);
+    return store_tile(sum, out, out_step, channels);
+  }
+  Vector first[kTile][2], second[kTile][2];
+  auto add = [&sum](Vector(&total)[kTile][2], float sign) {
+    for (int n = 0; n < kTile; ++n) total[n][0] += sign * sum[n][0], total[n][1] += sign * sum[n][1];
+  };
+  accumulate<Type>(in, taps, 0, count / 4, first);
+  accumulate<Type>(in, taps, count / 4, count / 2, second);
+  std::memcpy(sum, second, sizeof(sum)), add(first, 1);
+  accumulate<Type>(in, taps, count / 2, count / 4 * 3, sum), add(first, 1), add(second, -1);
+  accumulate<Type>(in, taps, count / 4 * 3, count, sum), add(second, -1);
+  store_tile(first, out, out_step, channels);
+  if (next_row) store_tile(second, next_row, out_step, channels);
 }
 template <class Type, int kTile = kMaxTile, class... Args>
 void convolution_tiles(int tile, Args&&... args) {
   if constexpr (kTile > 0) {
     if (tile == kTile) return convolution_tile<Type, kTile>(args...);
     convolution_tiles<Type, kTile - 1>(tile, args...);
+  }
+}
+
+// Winograd's F(2, 3) along time saves a third of the multiplications of three taps: of two rows of output
+//   y0 = m0 + m1 + m2,  y1 = m1 - m2 - m3,  where
+//   m0 = (d0 - d2) k0,  m1 = (d1 + d2) (k0 + k1 + k2) / 2,  m2 = (d2 - d1) (k0 - k1 + k2) / 2,  m3 = (d1 - d3) k2.
+// Not on pairs of bfloat16, where the differences would be rounded.
+template <class Type>
+bool use_winograd(int time_taps, int time_stride, int in_channels) {
+  return in_channels >= 8 && Type::kPair == 1 && time_taps == 3 && time_stride == 1;
+}
+// The four combinations of four rows d0 ... d3 of `size` floats, `step` apart in `to`.
+void winograd_rows(const Unit* rows, size_t size, size_t step, Unit* to) {
+  const float* d = reinterpret_cast<const float*>(rows);
+  float* t = reinterpret_cast<float*>(to);
+  for (size_t i = 0; i < size; ++i) t[i] = d[i] - d[2 * size + i];
+  for (size_t i = 0; i < size; ++i) t[step + i] = d[size + i] + d[2 * size + i];
+  for (size_t i = 0; i < size; ++i) t[2 * step + i] = d[2 * size + i] - d[size + i];
+  for (size_t i = 0; i < size; ++i) t[3 * step + i] = d[size + i] - d[3 * size + i];
+}
+
+// What goes with them in the kernel gradient: e0, e0 + e1, e0 - e1 and -e1 of each pair of rows; [part, pair, size].
+void winograd_gradient_rows(const Unit* rows, size_t size, int pairs, Unit* to) {
+  float* t = reinterpret_cast<float*>(to);
+  const size_t step = pairs * size;
+  for (int pair = 0; pair < pairs; ++pair, t += size) {
+    const float *e0 = reinterpret_cast<const float*>(rows) + 2 * pair * size, *e1 = e0 + size;
+    for (size_t i = 0; i < size; ++i) {
+      const float first = e0[i], second = e1[i];
+      t[i] = first, t[step + i] = first + second, t[2 * step + i] = first - second, t[3 * step + i] = -second;
+    }
   }
 }
 
@@ -215,25 +309,38 @@ void convolve(ffi::ThreadPool pool, const typename Type::Element* input, const t
   using Element = typename Type::Element;
   const int batch = in_dims[0], in_rows = in_dims[1], in_columns = in_dims[2], in_channels = in_dims[3];
   const int out_rows = out_dims[1], out_columns = out_dims[2], out_channels = out_dims[3];
-  const int time_taps = kernel_dims[0], freq_taps = kernel_dims[1], taps = time_taps * freq_taps;
+  const int time_taps = kernel_dims[0], freq_taps = kernel_dims[1];
   auto make_axis = transposed ? input_gradient_axis : forward_axis;
   const std::vector<Axis> time = make_axis(out_rows, time_taps, time_stride);
   const std::vector<Axis> freq = make_axis(out_columns, freq_taps, freq_stride);
 
+  const bool winograd = use_winograd<Type>(time_taps, time_stride, in_channels);
+  const int parts = winograd ? 4 : time_taps, taps = parts * freq_taps;
   const int units = divide_up(in_channels, Type::kPair), blocks = divide_up(out_channels, kOut);
   const size_t tap_units = size_t(units) * kOut;
-  Unit* packed = scratch<0>(blocks * taps * tap_units);  // [block, tap, unit, kOut]
+  Unit* packed = scratch<0>(blocks * taps * tap_units);  // [block, part, freq tap, unit, kOut]
   parallel(pool, blocks * taps, [&](int64_t task) {
-    const int block = task / taps, tap = task % taps;
-    const int in_step = transposed ? 1 : out_channels, out_step = transposed ? in_channels : 1;
-    const Element* from = kernel + size_t(tap) * in_channels * out_channels + size_t(block) * kOut * out_step;
+    const int block = task / taps, part = task % taps / freq_taps, freq_tap = task % freq_taps;
     const int channels = std::min(kOut, out_channels - block * kOut);
+    const size_t in_step = transposed ? 1 : out_channels, out_step = transposed ? in_channels : 1;
+    const size_t tap_step = size_t(in_channels) * out_channels, row_step = tap_step * freq_taps;
+    const Element* from = kernel + freq_tap * tap_step + block * kOut * out_step;
     Unit* to = packed + task * tap_units;
-    for (int unit = 0; unit < units; ++unit, to += kOut) {
-      const Element* low = from + size_t(unit) * Type::kPair * in_step;
-      const Element* high = Type::kPair * unit + 1 < in_channels ? low + in_step : nullptr;
-      for (int c = 0; c < channels; ++c)
-        to[c] = make_unit<Type>(low[size_t(c) * out_step], high ? high[size_t(c) * out_step] : Element{});
+    for (int unit = 0; unit < units; ++unit, to += kOut, from += Type::kPair * in_step) {
+      if (winograd) {
+        // The input gradient convolves with the taps in reverse order.
+        const Element *k0 = from + (transposed ? 2 * row_step : 0), *k1 = from + row_step,
+                      *k2 = from + (transposed ? 0 : 2 * row_step);
+        const float outer = part == 0 || part == 3 ? 1 : 0.5, inner = part == 1 ? 0.5 : part == 2 ? -0.5 : 0;
+        for (size_t c = 0; c < size_t(channels); ++c)
+          to[c] = single((part != 3 ? outer * to_float(k0[c * out_step]) : 0) + inner * to_float(k1[c * out_step]) +
+                         (part != 0 ? outer * to_float(k2[c * out_step]) : 0));
+      } else {
+        const Element* low = from + part * row_step;
+        const bool has_high = Type::kPair * unit + 1 < in_channels;
+        for (size_t c = 0; c < size_t(channels); ++c)
+          to[c] = make_unit<Type>(low[c * out_step], has_high ? low[c * out_step + in_step] : Element{});
+      }
       std::fill(to + channels, to + kOut, 0);
     }
   });
@@ -241,14 +348,14 @@ void convolve(ffi::ThreadPool pool, const typename Type::Element* input, const t
   const auto [first_column, end_column] = reads(freq, 0, freq[0].outputs);
   const int width = end_column - first_column;
   // Rows in one task: as many as fit half a megabyte, at most 16.
-  const int fit = (1 << 19) / (4 * width * units * time[0].in_step);
-  const int rows = std::min({std::max(fit - time_taps, 1), 16, time[0].outputs}), chunks = divide_up(time[0].outputs, rows);
+  const int fit = (1 << 19) / (4 * width * units * time[0].in_step * (winograd ? 2 : 1));
+  const int rows = std::min((std::max(fit - time_taps, 1) + 1) & ~1, 16), chunks = divide_up(time[0].outputs, rows);
   parallel(pool, int64_t{batch} * chunks, [&](int64_t task) {
-    const int utterance = task / chunks, begin = task % chunks * rows;
-    const int end = std::min(begin + rows, time[0].outputs);
+    const int utterance = task / chunks, begin = task % chunks * rows, last = std::min(begin + rows, time[0].outputs);
+    const int end = winograd ? last + (last - begin) % 2 : last;
     const auto [first_row, end_row] = reads(time, begin, end);
     const size_t row_units = size_t(width) * units;
-    Unit* buffer = scratch<1>((end_row - first_row) * row_units);
+    Unit* buffer = scratch<1>((end_row - first_row + (winograd ? 2 * (end - begin) : 0)) * row_units);
     for (int row = first_row; row < end_row; ++row) {
       Unit* to = buffer + (row - first_row) * row_units;
       const int left = std::max(first_column, 0), right = std::min(end_column, in_columns);
@@ -267,30 +374,47 @@ void convolve(ffi::ThreadPool pool, const typename Type::Element* input, const t
         for (size_t i = 0; i < count; ++i) to[i] = single(to_float(from[i]));
       } else {
         for (int column = left; column < right; ++column, from += in_channels)
-          for (int c = 0; c < in_channels; c += 2, ++to) *to = make_unit<Type>(from[c], c + 1 < in_channels ? from[c + 1] : Element{});
+          for (int c = 0; c < in_channels; c += 2, ++to)
+            *to = make_unit<Type>(from[c], c + 1 < in_channels ? from[c + 1] : Element{});
       }
     }
-    std::vector<int> offsets;
-    std::vector<const Bits*> weights;
+    const Unit* source = buffer;
+    if (winograd) {
+      Unit* combined = buffer + (end_row - first_row) * row_units;
+      source = combined;
+      for (int pair = 0; pair < (end - begin) / 2; ++pair)
+        winograd_rows(buffer + 2 * pair * row_units, row_units, row_units, combined + 4 * pair * row_units);
+    }
+    Taps sums;
+    sums.units = units;
     for (int block = 0; block < blocks; ++block)
       for (const Axis& t : time)
         for (const Axis& f : freq) {
-          offsets.clear(), weights.clear();
-          for (auto [i, time_offset] : t.taps)
-            for (auto [j, freq_offset] : f.taps) {
-              offsets.push_back((time_offset - first_row) * int(row_units) + (freq_offset - first_column) * units);
-              weights.push_back(reinterpret_cast<const Bits*>(packed + (size_t(block) * taps + i * freq_taps + j) * tap_units));
+          sums.offsets.clear(), sums.kernels.clear(), sums.step = f.in_step * units;
+          auto add_row = [&](int part, int row) {
+            for (auto [tap, freq_offset] : f.taps) {
+              sums.offsets.push_back(row * int(row_units) + (freq_offset - first_column) * units);
+              sums.kernels.push_back(
+                  reinterpret_cast<const Bits*>(packed + (size_t(block * parts + part) * freq_taps + tap) * tap_units));
             }
+          };
+          if (winograd) {
+            for (int part = 0; part < 4; ++part) add_row(part, part);
+          } else {
+            for (auto [tap, time_offset] : t.taps) add_row(tap, begin * t.in_step + time_offset - first_row);
+          }
           const int tiles = divide_up(f.outputs, kMaxTile), out_step = f.out_step * out_channels;
-          for (int u = begin; u < std::min(end, t.outputs); ++u) {
-            Element* out_row = output + (size_t(utterance) * out_rows + t.first + size_t(u) * t.out_step) * out_columns * out_channels +
-                               size_t(f.first) * out_channels + block * kOut;
-            const Unit* in_row = buffer + size_t(u) * t.in_step * row_units;
+          for (int u = begin; u < std::min(last, t.outputs); u += winograd ? 2 : 1) {
+            const Unit* in_row = source + size_t(u - begin) * (winograd ? 2 : t.in_step) * row_units;
+            Element* out_row =
+                output + size_t(f.first) * out_channels + block * kOut +
+                (size_t(utterance) * out_rows + t.first + size_t(u) * t.out_step) * out_columns * out_channels;
+            Element* next_row = winograd && u + 1 < last ? out_row + size_t(out_columns) * out_channels : nullptr;
             for (int tile = 0; tile < tiles; ++tile) {
               const int left = f.outputs * tile / tiles, size = f.outputs * (tile + 1) / tiles - left;
-              convolution_tiles<Type>(size, in_row + size_t(left) * f.in_step * units, f.in_step * units, offsets, units,
-                                      weights.data(), out_row + size_t(left) * out_step, out_step,
-                                      std::min(kOut, out_channels - block * kOut));
+              convolution_tiles<Type>(size, in_row + size_t(left) * sums.step, sums, out_row + size_t(left) * out_step,
+                                      next_row ? next_row + size_t(left) * out_step : nullptr, out_step,
+                                      std::min(kOut, out_channels - block * kOut), winograd);
             }
           }
         }
@@ -318,10 +442,11 @@ void kernel_gradient_tile(const Unit* x, int row_step, int column_step, const Bi
   std::memcpy(sums, sum, sizeof(sum));
 }
 
-// Copies `columns` columns of one row of one utterance (or of a pair) into blocks of kBlock channels, `block_step` apart.
+// Copies `columns` columns of one row of one utterance (or of a pair) into blocks of kBlock channels, `block_step`
+// apart.
 template <class Type, int kBlock>
-void pack_row(const typename Type::Element* low, const typename Type::Element* high, int columns, int channels, Unit* to,
-              size_t block_step) {
+void pack_row(const typename Type::Element* low, const typename Type::Element* high, int columns, int channels,
+              Unit* to, size_t block_step) {
   using Element = typename Type::Element;
   for (int block = 0; block * kBlock < channels; ++block) {
     Unit* out = to + block * block_step;
@@ -344,17 +469,24 @@ void kernel_gradient(ffi::ThreadPool pool, const typename Type::Element* x, cons
   using Element = typename Type::Element;
   const int batch = x_dims[0], in_rows = x_dims[1], in_columns = x_dims[2], in_channels = x_dims[3];
   const int out_rows = gradient_dims[1], out_columns = gradient_dims[2], out_channels = gradient_dims[3];
-  const int time_taps = kernel_dims[0], freq_taps = kernel_dims[1], taps = time_taps * freq_taps;
+  const int time_taps = kernel_dims[0], freq_taps = kernel_dims[1];
+  const bool winograd = use_winograd<Type>(time_taps, time_stride, in_channels);
+  const int parts = winograd ? 4 : time_taps, taps = parts * freq_taps;
   const int in_blocks = divide_up(in_channels, kIn), out_blocks = divide_up(out_channels, kOut);
   const int groups = divide_up(batch, Type::kPair);  // an utterance, or a pair
-  const int shards = std::min<int64_t>(groups, 2 * pool.num_threads());
-  const int rows = std::min(out_rows, std::max(2, 640 / out_columns));
+  const int shards = std::min<int64_t>(groups, pool.num_threads());
+  const int most_rows = std::max(2, 640 / out_columns) & ~1, chunks = divide_up(out_rows, most_rows);
+  const int rows = (divide_up(out_rows, chunks) + 1) & ~1;
   const int width = std::max((out_columns - 1) * freq_stride + freq_taps, in_columns + freq_taps / 2);
   const int buffer_rows = (rows - 1) * time_stride + time_taps;
-  const size_t x_block = size_t(buffer_rows) * width * kIn, gradient_block = size_t(rows) * out_columns * kOut;
+  const size_t x_row = size_t(width) * kIn, gradient_row = size_t(out_columns) * kOut;
+  const size_t x_block = (buffer_rows + (winograd ? 2 * rows : 0)) * x_row,
+               gradient_block = (winograd ? 3 : 1) * rows * gradient_row;
   const size_t shard_size = size_t(out_blocks) * in_blocks * taps * kIn * kOut;
-  float* sums = reinterpret_cast<float*>(scratch<0>(shards * shard_size));  // [shard, out block, in block, tap, kIn, kOut]
-  const std::vector<Element> silence(Type::kPair == 2 ? size_t(std::max(in_columns * in_channels, out_columns * out_channels)) : 0);
+  // [shard, out block, in block, tap, kIn, kOut]
+  float* sums = reinterpret_cast<float*>(scratch<0>(shards * shard_size));
+  const std::vector<Element> silence(
+      Type::kPair == 2 ? size_t(std::max(in_columns * in_channels, out_columns * out_channels)) : 0);
 
   parallel(pool, shards, [&](int64_t shard) {
     Unit* x_buffer = scratch<1>(in_blocks * x_block + out_blocks * gradient_block + kLanes);
@@ -368,10 +500,10 @@ void kernel_gradient(ffi::ThreadPool pool, const typename Type::Element* x, cons
         return std::make_pair(first, alone ? silence.data() : Type::kPair == 2 ? first + size : first);
       };
       for (int top = 0; top < out_rows; top += rows) {
-        const int count = std::min(rows, out_rows - top);
+        const int real_rows = std::min(rows, out_rows - top), count = winograd ? real_rows + real_rows % 2 : real_rows;
         for (int r = 0; r < (count - 1) * time_stride + time_taps; ++r) {
           const int row = top * time_stride - time_taps / 2 + r, left = freq_taps / 2;
-          Unit* to = x_buffer + size_t(r) * width * kIn;
+          Unit* to = x_buffer + r * x_row;
           const bool real = row >= 0 && row < in_rows;
           for (int block = 0; block < in_blocks; ++block) {
             Unit* start = to + block * x_block;
@@ -382,45 +514,74 @@ void kernel_gradient(ffi::ThreadPool pool, const typename Type::Element* x, cons
           auto [a, b] = pair(x, size_t(in_rows) * in_columns * in_channels, size_t(row) * in_columns * in_channels);
           pack_row<Type, kIn>(a, b, in_columns, in_channels, to + left * kIn, x_block);
         }
-        for (int r = 0; r < count; ++r) {
-          auto [a, b] = pair(gradient, size_t(out_rows) * out_columns * out_channels, size_t(top + r) * out_columns * out_channels);
-          pack_row<Type, kOut>(a, b, out_columns, out_channels, gradient_buffer + size_t(r) * out_columns * kOut, gradient_block);
+        for (int r = 0; r < real_rows; ++r) {
+          auto [a, b] = pair(gradient, size_t(out_rows) * out_columns * out_channels,
+                             size_t(top + r) * out_columns * out_channels);
+          pack_row<Type, kOut>(a, b, out_columns, out_channels, gradient_buffer + r * gradient_row, gradient_block);
+        }
+        if (winograd) {
+          for (int block = 0; block < out_blocks; ++block) {
+            Unit* rows_of = gradient_buffer + block * gradient_block;
+            if (count > real_rows) std::fill(rows_of + real_rows * gradient_row, rows_of + count * gradient_row, 0);
+            winograd_gradient_rows(rows_of, gradient_row, count / 2, rows_of + rows * gradient_row);
+          }
+          for (int block = 0; block < in_blocks; ++block)
+            for (int pair = 0; pair < count / 2; ++pair)
+              winograd_rows(x_buffer + block * x_block + 2 * pair * x_row, x_row, x_row,
+                            x_buffer + block * x_block + (buffer_rows + 4 * pair) * x_row);
         }
         Vector* sum = reinterpret_cast<Vector*>(sums + shard * shard_size);
         for (int out = 0; out < out_blocks; ++out)
           for (int in = 0; in < in_blocks; ++in)
-            for (int tap = 0; tap < taps; ++tap, sum += kIn * 2)
-              kernel_gradient_tile<Type>(x_buffer + in * x_block + (tap / freq_taps * width + tap % freq_taps) * kIn,
-                                         time_stride * width * kIn, freq_stride * kIn,
-                                         reinterpret_cast<const Bits*>(gradient_buffer + out * gradient_block), count, out_columns,
+            for (int tap = 0; tap < taps; ++tap, sum += kIn * 2) {
+              const int part = tap / freq_taps, freq_tap = tap % freq_taps;
+              const Unit* from =
+                  x_buffer + in * x_block + ((winograd ? buffer_rows : 0) + part) * x_row + freq_tap * kIn;
+              const Unit* with =
+                  gradient_buffer + out * gradient_block + (winograd ? rows + part * (count / 2) : 0) * gradient_row;
+              kernel_gradient_tile<Type>(from, (winograd ? 4 : time_stride) * x_row, freq_stride * kIn,
+                                         reinterpret_cast<const Bits*>(with), winograd ? count / 2 : count, out_columns,
                                          sum, begin);
+            }
         begin = false;
       }
     }
   });
-  parallel(pool, taps * in_blocks, [&](int64_t task) {
-    const int tap = task / in_blocks, in = task % in_blocks;
+  parallel(pool, freq_taps * in_blocks, [&](int64_t task) {
+    const int freq_tap = task / in_blocks, in = task % in_blocks;
+    const size_t part_step = size_t(freq_taps) * kIn * kOut, tap_step = size_t(freq_taps) * in_channels * out_channels;
     for (int c = 0; c < std::min(kIn, in_channels - in * kIn); ++c)
       for (int out = 0; out < out_blocks; ++out) {
-        const float* from = sums + (((size_t(out) * in_blocks + in) * taps + tap) * kIn + c) * kOut;
-        float* to = result + (size_t(tap) * in_channels + in * kIn + c) * out_channels + out * kOut;
+        const float* from = sums + (((size_t(out) * in_blocks + in) * taps + freq_tap) * kIn + c) * kOut;
+        float* to = result + (size_t(freq_tap) * in_channels + in * kIn + c) * out_channels + out * kOut;
         for (int n = 0; n < std::min(kOut, out_channels - out * kOut); ++n) {
-          float total = from[n];
-          for (int shard = 1; shard < shards; ++shard) total += from[shard * shard_size + n];
-          to[n] = total;
+          auto total = [&](int part) {
+            float value = 0;
+            for (int shard = 0; shard < shards; ++shard) value += from[shard * shard_size + part * part_step + n];
+            return value;
+          };
+          if (winograd) {
+            const float m1 = total(1), m2 = total(2);
+            to[n] = total(0) + 0.5f * (m1 + m2), to[tap_step + n] = 0.5f * (m1 - m2);
+            to[2 * tap_step + n] = 0.5f * (m1 + m2) + total(3);
+          } else {
+            for (int part = 0; part < parts; ++part) to[part * tap_step + n] = total(part);
+          }
         }
       }
   });
 }
 
 ffi::Error run_convolution(ffi::ThreadPool pool, ffi::AnyBuffer input, ffi::AnyBuffer kernel,
-                           ffi::Result<ffi::AnyBuffer> output, int64_t time_stride, int64_t freq_stride, bool transposed) {
+                           ffi::Result<ffi::AnyBuffer> output, int64_t time_stride, int64_t freq_stride,
+                           bool transposed) {
   auto run = [&](auto type) {
     using Type = decltype(type);
     using Element = typename Type::Element;
-    convolve<Type>(pool, static_cast<const Element*>(input.untyped_data()), static_cast<const Element*>(kernel.untyped_data()),
-                   static_cast<Element*>(output->untyped_data()), input.dimensions(), kernel.dimensions(),
-                   output->dimensions(), time_stride, freq_stride, transposed);
+    advise_huge_pages(output->untyped_data(), output->size_bytes());
+    convolve<Type>(pool, static_cast<const Element*>(input.untyped_data()),
+                   static_cast<const Element*>(kernel.untyped_data()), static_cast<Element*>(output->untyped_data()),
+                   input.dimensions(), kernel.dimensions(), output->dimensions(), time_stride, freq_stride, transposed);
     return ffi::Error::Success();
   };
   if (input.element_type() == ffi::F32 && kernel.element_type() == ffi::F32) return run(Float32{});
@@ -433,9 +594,9 @@ ffi::Error run_kernel_gradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyB
   auto run = [&](auto type) {
     using Type = decltype(type);
     using Element = typename Type::Element;
-    kernel_gradient<Type>(pool, static_cast<const Element*>(x.untyped_data()), static_cast<const Element*>(gradient.untyped_data()),
-                          result->typed_data(), x.dimensions(), gradient.dimensions(), result->dimensions(), time_stride,
-                          freq_stride);
+    kernel_gradient<Type>(pool, static_cast<const Element*>(x.untyped_data()),
+                          static_cast<const Element*>(gradient.untyped_data()), result->typed_data(), x.dimensions(),
+                          gradient.dimensions(), result->dimensions(), time_stride, freq_stride);
     return ffi::Error::Success();
   };
   if (x.element_type() == ffi::F32 && gradient.element_type() == ffi::F32) return run(Float32{});
@@ -446,8 +607,19 @@ ffi::Error run_kernel_gradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyB
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Convolution, run_convolution,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>().Attr<int64_t>("time_stride").Attr<int64_t>("freq_stride").Attr<bool>("transposed"));
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("time_stride")
+                                  .Attr<int64_t>("freq_stride")
+                                  .Attr<bool>("transposed"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(KernelGradient, run_kernel_gradient,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::F32>>().Attr<int64_t>("time_stride").Attr<int64_t>("freq_stride"));
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("time_stride")
+                                  .Attr<int64_t>("freq_stride"));
