@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -21,6 +20,7 @@ from kmq_jax.core.files import read_json
 from kmq_jax.core.tree import named_leaves
 from kmq_jax.data import audio, buckets, source
 from kmq_jax.models import registry
+from kmq_jax.models.resnet import ResNet
 from kmq_jax.models.resnet import ResNet
 
 FRONTENDS = {"kiwano": frontend.KIWANO, "wespeaker": frontend.WESPEAKER}
@@ -41,12 +41,13 @@ def frontend_of(name: str) -> frontend.FbankConfig:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def embed_batch(
-    network: nn.Module, fbank: frontend.FbankConfig, variables: Any, wave: jax.Array, samples: jax.Array
+    network: ResNet, fbank: frontend.FbankConfig, variables: Any, wave: jax.Array, samples: jax.Array
 ) -> jax.Array:
     """Embeds recordings `wave` `[batch, longest]` of `samples` `[batch]` real samples each, to `[batch, dim]`."""
     frames = frontend.num_frames(samples, fbank)
     features = frontend.mean_normalize(frontend.fbank(wave, fbank), frames)
-    return network.apply(variables, features, frames, train=False)
+    embeddings: Any = network.apply(variables, features, frames, train=False)
+    return embeddings
 
 
 @dataclasses.dataclass(frozen=True)

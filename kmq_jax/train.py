@@ -313,7 +313,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, closing: contextlib
                 display.show(step, last)
             if saves:
                 checkpoints.save(step, **parts_of(state), data=batches)
-            if validates:
+            if validation and validates:
                 eer = validation.eer(dataclasses.replace(described, variables=variables_of(state)))
                 log.write(step, {"validation_eer": eer})
                 display.say(f"step {step}: validation EER {eer:.2f} %")

@@ -18,7 +18,7 @@ def main() -> None:
             return
         raise UserError(f"name a benchmark: {', '.join(names)}")
     module = importlib.import_module(f"kmq_jax.bench.{sys.argv[1]}")
-    flags = cli.parser(f"bench {sys.argv[1]}", module.__doc__, f"python -m kmq_jax.bench {sys.argv[1]}")
+    flags = cli.parser(f"bench {sys.argv[1]}", module.__doc__ or "", f"python -m kmq_jax.bench {sys.argv[1]}")
     module.add_flags(flags)
     module.main(flags.parse_args(sys.argv[2:]))
 

@@ -384,6 +384,8 @@ def order(values: Any, weights: Any) -> tuple[Any, Any]:
         weights = np.asarray(weights, np.float32)
         if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any(-1).all()):
             raise UserError("weights must be finite, zero or more, and not all zero in a group")
+    ordered: Any
+    mass: Any
     if not traced and (isinstance(values, np.ndarray) or jax.default_backend() == "cpu"):
         values = np.asarray(values, np.float32)
         if weights is None:

@@ -105,5 +105,5 @@ def _nest(
         books = jax.lax.fori_loop(0, iterations // 4, step, codebooks(limits, empty(limits))[0])
         return codebooks(thresholds(tuple(b[None] for b in books))[0], books)
 
-    (a, a_saved), (b, b_saved) = refine(merged), refine(split)
-    return tuple(jnp.where(a_saved >= b_saved, x, y) for x, y in zip(a, b))
+    books, saved = jax.vmap(refine)(jnp.stack([merged, split]))
+    return tuple(book[jnp.argmax(saved)] for book in books)
