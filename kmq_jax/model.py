@@ -21,7 +21,6 @@ from kmq_jax.core.tree import named_leaves
 from kmq_jax.data import audio, buckets, source
 from kmq_jax.models import registry
 from kmq_jax.models.resnet import ResNet
-from kmq_jax.models.resnet import ResNet
 
 FRONTENDS = {"kiwano": frontend.KIWANO, "wespeaker": frontend.WESPEAKER}
 COMPUTE = ("float32", "bfloat16")
