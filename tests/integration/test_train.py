@@ -13,11 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from kmq_jax import model, train, train_lib
+from kmq_jax import model, train_lib, train_loop
 from kmq_jax.checkpoint import Checkpoints
 from kmq_jax.core import mesh
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.runlog import read_runlog
+from kmq_jax.core.tree import named_leaves
 from kmq_jax.data import pipeline, source
 from kmq_jax.train_config import default_config, smoke
 
@@ -42,7 +43,7 @@ def leaves(workdir):
 def whole(tmp_path_factory):
     """The uninterrupted run that others are compared with."""
     workdir = tmp_path_factory.mktemp("whole")
-    return workdir, train.train(tiny(), workdir)
+    return workdir, train_loop.train(tiny(), workdir)
 
 
 def test_what_a_run_leaves_behind(whole):
@@ -59,7 +60,7 @@ def test_what_a_run_leaves_behind(whole):
 def test_a_finished_run_is_not_repeated(whole):
     workdir, summary = whole
     before = leaves(workdir)
-    assert train.train(tiny(), workdir) == summary
+    assert train_loop.train(tiny(), workdir) == summary
     assert all((a == b).all() for a, b in zip(before, leaves(workdir)))
 
 
@@ -74,10 +75,10 @@ def test_a_stopped_run_goes_on_bit_exactly(whole, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Checkpoints, "save", stop_after_two)
-    summary = train.train(tiny(), tmp_path)
+    summary = train_loop.train(tiny(), tmp_path)
     assert not summary["finished"] and 2 <= summary["steps"] < 4 and saves[-1] == summary["steps"]
     monkeypatch.setattr(Checkpoints, "save", save)
-    assert train.train(tiny(), tmp_path)["finished"]
+    assert train_loop.train(tiny(), tmp_path)["finished"]
     assert all((a == b).all() for a, b in zip(leaves(whole[0]), leaves(tmp_path), strict=True))
     losses = [[line["loss"] for line in read_runlog(d / "metrics.jsonl")] for d in (whole[0], tmp_path)]
     assert losses[0] == losses[1]
@@ -111,7 +112,7 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_last_good_checkpoint(tmp
     config = tiny()
     config.learning_rate.update(kind="step", start=1e-3, peak=1e38, warmup_epochs=0.5, flat_until=9.0)
     with pytest.raises(UserError) as stopped:
-        train.train(config, tmp_path)
+        train_loop.train(config, tmp_path)
     message = r"became (?:nan|inf) at step (\d); the last good checkpoint is step (\d) \((.*)/checkpoints\)"
     told = re.search(message, str(stopped.value))
     assert told and int(told[2]) < int(told[1]) and told[3] == str(tmp_path)
@@ -123,7 +124,7 @@ def losses_on(devices, steps=3):
     """Losses of a few steps of the same run on a mesh of these devices."""
     config = tiny()
     utterances = source.open_sources(config.data.train)
-    network = train.describe(config).network()
+    network = train_loop.describe(config).network()
     places = mesh.make_mesh(devices)
     params, stats = train_lib.init_params(network, config, len(utterances.speaker_names))
     recipe = train_lib.make_recipe(network, model.frontend_of("kiwano"), config, places, params, epoch_steps=4)
@@ -147,10 +148,8 @@ def test_fine_tuning_starts_from_network_and_classifier(whole, tmp_path):
     config = tiny(init_from=str(whole[0]), epochs=0.5)
     config.learning_rate.update(start=0.0, peak=1e-12, warmup_epochs=2.0)
     config.loss.margin = 0.0
-    train.train(config, tmp_path)
-    kernels = [
-        dict(train.named_leaves(model.load(d).variables["params"]))["stem/conv/kernel"] for d in (whole[0], tmp_path)
-    ]
+    train_loop.train(config, tmp_path)
+    kernels = [dict(named_leaves(model.load(d).variables["params"]))["stem/conv/kernel"] for d in (whole[0], tmp_path)]
     np.testing.assert_allclose(*kernels, rtol=1e-6)
     centres = [
         Checkpoints(d / "checkpoints").load(s, "classifier")["centres"] for d, s in ((whole[0], 4), (tmp_path, 1))
@@ -160,7 +159,7 @@ def test_fine_tuning_starts_from_network_and_classifier(whole, tmp_path):
 
 def test_the_average_of_checkpoints_is_their_mean(tmp_path):
     config = tiny(average_last=2)
-    train.train(config, tmp_path)
+    train_loop.train(config, tmp_path)
     assert (tmp_path / "averaged.kmq").exists()
     last = [Checkpoints(tmp_path / "checkpoints").load(s, "network")["params"] for s in (3, 4)]
     expected = jax.tree.map(lambda a, b: (a + b) / 2, *last)
@@ -187,7 +186,7 @@ def test_a_mistake_is_told_before_any_step(message, tmp_path):
     config = tiny()
     MISTAKES[message](config)
     with pytest.raises(UserError) as error:
-        train.train(config, tmp_path)
+        train_loop.train(config, tmp_path)
     assert message in str(error.value)
     assert not list(tmp_path.glob("checkpoints/*"))
 
@@ -196,7 +195,7 @@ def test_another_run_in_the_same_directory_is_refused(whole):
     config = tiny()
     config.learning_rate.peak = 0.5
     with pytest.raises(UserError, match=r"learning_rate.peak=0.1, not 0.5"):
-        train.train(config, whole[0])
+        train_loop.train(config, whole[0])
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
@@ -211,7 +210,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_earlier_checkpoint(tmp_path, monk
 
     monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables", full)
     with pytest.raises(UserError, match="cannot save checkpoint 2 .*No space left"):
-        train.train(tiny(), tmp_path)
+        train_loop.train(tiny(), tmp_path)
     assert Checkpoints(tmp_path / "checkpoints").steps() == [1]
 
 

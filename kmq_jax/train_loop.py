@@ -1,0 +1,401 @@
+"""The training loop: data, state, steps, checkpoints, validation; and taking a run up again where it stopped."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from kmq_jax import model, train_lib
+from kmq_jax.checkpoint import Checkpoints
+from kmq_jax.core import mesh
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import read_json, write_json
+from kmq_jax.core.runlog import RunLog
+from kmq_jax.core.tree import named_leaves
+from kmq_jax.data import pipeline, source, trials
+from kmq_jax.metrics import detection
+from kmq_jax.models import registry
+from kmq_jax.scoring import cosine
+from kmq_jax.train_config import steps_of
+
+
+class StopRequest:
+    """Whether the process was asked to stop: SIGTERM (pre-emption) or Ctrl-C. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        """Nothing was asked yet."""
+        self.by: str | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listens to the signals within the block."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if number == signal.SIGINT and self.by:
+                raise KeyboardInterrupt
+            self.by = signal.Signals(number).name
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """EER on a trial list, measured as training goes."""
+
+    utterances: source.Utterances
+    trials: trials.Trials
+
+    def eer(self, speaker_model: model.SpeakerModel) -> float:
+        """Equal error rate in percent (cosine of raw embeddings)."""
+        embeddings = model.embed_all(speaker_model, self.utterances)
+        scores = cosine.cosine_scores(embeddings, embeddings, self.trials.enrol, self.trials.test)
+        return 100 * detection.eer(scores, self.trials.label)[0]
+
+
+class Display:
+    """The run on the terminal: a progress bar, or a plain line now and then where there is no terminal."""
+
+    def __init__(self, step: int, total: int, batch_size: int, interval: float = 10.0):
+        """Starts the clock of a run that stands at `step` of `total`."""
+        self._first, self._total, self._batch_size, self._interval = step, total, batch_size, interval
+        self._start = self._last_time = self._shown = time.monotonic()
+        self._last_step = step
+        self._bar = None
+        if sys.stderr.isatty() and jax.process_index() == 0:
+            from tqdm import tqdm
+
+            self._bar = tqdm(initial=step, total=total, unit="step", dynamic_ncols=True)
+
+    def rate(self, step: int) -> float:
+        """Examples a second since the last call."""
+        now = time.monotonic()
+        rate = (step - self._last_step) * self._batch_size / max(now - self._last_time, 1e-9)
+        self._last_step, self._last_time = step, now
+        return rate
+
+    def show(self, step: int, metrics: dict[str, float]) -> None:
+        """Shows how far the run is and its newest figures."""
+        figures = f"loss {metrics['loss']:.4f}, {metrics['examples_per_second']:.1f} examples/s"
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(figures)
+        elif jax.process_index() == 0 and (now - self._shown >= self._interval or step == self._total):
+            self._shown = now
+            left = (now - self._start) / max(step - self._first, 1) * (self._total - step)
+            self.say(f"step {step}/{self._total}: {figures}, {left:.0f} s left")
+
+    def say(self, line: str) -> None:
+        """Prints a line without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        elif jax.process_index() == 0:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+# What may differ when a run is taken up again: it changes what is seen of the run, not the run.
+_FREE = ("log_every", "checkpoint_epochs", "keep_checkpoints", "average_last", "validation", "data.threads")
+
+
+def settle_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Writes `config.json`, or checks that the run it describes is the same one.
+
+    Raises:
+        UserError: the workdir holds a run with other settings; the message names the first that differs.
+    """
+    path = workdir / "config.json"
+    new = json.loads(config.to_json())
+    if path.exists():
+        before, after = _flat(read_json(path)), _flat(new)
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key) and not key.startswith(_FREE):
+                raise UserError(
+                    f"--workdir={workdir} holds a run with {key}={before.get(key)!r}, not {after.get(key)!r}: "
+                    "use another directory"
+                )
+    if jax.process_index() == 0:
+        write_json(path, new)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def check_finite(metrics: list[dict[str, Any]], first_step: int, checkpoints: Checkpoints) -> None:
+    """Raises on the first step whose loss, gradient or new parameters are not finite.
+
+    Looked at when metrics are logged and before every checkpoint, not every step: the loop never waits for the device.
+
+    Raises:
+        UserError: names the step, and the last good checkpoint.
+    """
+    for i, step_metrics in enumerate(metrics):
+        for name in ("loss", "gradient_norm", "parameter_norm"):
+            value = float(step_metrics[name])
+            if not math.isfinite(value):
+                good = checkpoints.steps()
+                kept = f"the last good checkpoint is step {good[-1]}" if good else "there was no checkpoint yet"
+                raise UserError(f"{name} became {value} at step {first_step + i + 1}; {kept} ({checkpoints.directory})")
+
+
+def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Trains, or takes up training where it stopped.
+
+    Args:
+        config: from `train_config.default_config`, changed.
+        workdir: gets `config.json`, `metrics.jsonl`, `checkpoints/` and, at the end, `summary.json`.
+
+    Returns:
+        What `summary.json` holds: `steps`, `finished`, `loss`, `validation_eer` (percent), `examples_per_second`, ...
+
+    Raises:
+        UserError: a setting, file or value is at fault, or the loss became NaN; what was saved before stays.
+    """
+    with contextlib.ExitStack() as closing:
+        return _train(config, workdir, closing)
+
+
+def _train(config: ml_collections.ConfigDict, workdir: Path, closing: contextlib.ExitStack) -> dict[str, Any]:
+    devices = mesh.make_mesh()
+    if config.batch_size % devices.size:
+        raise UserError(f"batch_size (={config.batch_size}) must divide over {devices.size} devices")
+
+    # 1. Data.
+    utterances = source.open_sources(config.data.train)
+    speeds = tuple(config.data.speeds)
+    classes = pipeline.num_speakers(utterances, speeds)
+    if not config.epoch_steps and len(utterances) * len(speeds) < config.batch_size:
+        raise UserError(f"data.train has {len(utterances)} utterances, fewer than batch_size (={config.batch_size})")
+    epoch_steps = config.epoch_steps or len(utterances) * len(speeds) // config.batch_size
+    total_steps = steps_of(config.epochs, epoch_steps)
+    validation = open_validation(config)
+
+    # 2. Network, objective, optimizer.
+    described = describe(config)
+    network = described.network(config.dtype)
+    fbank = model.frontend_of(config.frontend)
+    params, batch_stats = train_lib.init_params(network, config, classes)
+    recipe = train_lib.make_recipe(network, fbank, config, devices, params, epoch_steps)
+    failures: dict[str, str] = {}
+    batches = iter(
+        pipeline.training_batches(
+            utterances,
+            batch_size=config.batch_size // jax.process_count(),
+            crop_samples=int(config.data.crop_seconds * source.SAMPLE_RATE),
+            seed=config.seed,
+            speeds=speeds,
+            augment=config.data.augment,
+            noise=source.open_sources(config.data.noise) if config.data.noise else None,
+            music=source.open_sources(config.data.music) if config.data.music else None,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=config.data.threads,
+            failures=failures,
+        )
+    )
+
+    # 3. State: the newest checkpoint, else `init_from`, else fresh. Laid out on the mesh by rule.
+    workdir.mkdir(parents=True, exist_ok=True)
+    settle_config(config, workdir)
+    make_state = functools.partial(train_lib.init_state, recipe)
+    shapes = jax.eval_shape(make_state, params, batch_stats)
+    shardings = mesh.tree_shardings(shapes, devices, [(p, int(axis)) for p, axis in config.sharding])
+    checkpoints = Checkpoints(workdir / "checkpoints", max(config.keep_checkpoints, config.average_last, 1))
+    closing.callback(checkpoints.close)
+    if checkpoints.steps():
+        state = restore(checkpoints, checkpoints.steps()[-1], shapes, shardings, batches)
+    else:
+        if config.init_from:
+            params, batch_stats = adopt(config.init_from, params, batch_stats)
+        state = jax.jit(make_state, out_shardings=shardings)(params, batch_stats)
+
+    # 4. Steps.
+    start = step = int(state.step)
+    if start == total_steps and (workdir / "summary.json").exists():
+        return read_json(workdir / "summary.json")
+    (workdir / "averaged.kmq").unlink(missing_ok=True)
+    train_step = train_lib.jit_train_step(recipe, shardings)
+    log = RunLog(workdir / "metrics.jsonl", step)
+    display = Display(step, total_steps, config.batch_size)
+    closing.callback(display.close)
+    closing.callback(log.close)
+    display.say(
+        f"{config.model.name}, {registry.parameter_count(network):,} parameters, {classes} classes; "
+        f"{len(utterances)} utterances; steps {step} to {total_steps} ({epoch_steps} an epoch) on {devices.size} "
+        f"{devices.devices.flat[0].device_kind} device(s)"
+    )
+    every_checkpoint = steps_of(config.checkpoint_epochs, epoch_steps)
+    every_validation = steps_of(config.validation.epochs, epoch_steps)
+    stop = StopRequest()
+    began = time.monotonic()
+    pending: list[dict[str, Any]] = []
+    last: dict[str, float] = {}
+    eer = None
+    with stop.listening():
+        while step < total_steps and not stop.by:
+            state, metrics = train_step(state, mesh.shard_batch(next(batches), devices))
+            pending.append(metrics)
+            step += 1
+            if step == start + 1:  # compiled by now; rates begin here
+                jax.block_until_ready(metrics)
+                display.rate(step)
+            ends = step == total_steps or bool(stop.by)
+            saves = ends or (every_checkpoint and step % every_checkpoint == 0)
+            validates = validation and (step == total_steps or (every_validation and step % every_validation == 0))
+            if step % config.log_every == 0 or saves or validates:
+                values = jax.device_get(pending)
+                check_finite(values, step - len(values), checkpoints)
+                pending = []
+                last = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
+                last |= {name: float(values[-1][name]) for name in ("learning_rate", "margin")}
+                last |= {"epoch": step / epoch_steps, "examples_per_second": display.rate(step)}
+                log.write(step, last)
+                display.show(step, last)
+            if saves:
+                checkpoints.save(step, **parts_of(state), data=batches)
+            if validation and validates:
+                eer = validation.eer(dataclasses.replace(described, variables=variables_of(state)))
+                log.write(step, {"validation_eer": eer})
+                display.say(f"step {step}: validation EER {eer:.2f} %")
+                display.rate(step)  # the next rate does not count the time of validation
+    seconds = time.monotonic() - began
+    if stop.by:
+        display.say(f"stopped by {stop.by} at step {step}, saved; the same command goes on from there")
+
+    # 5. The final model and the summary.
+    finished = step == total_steps
+    if finished and config.average_last > 1:
+        final = average_checkpoints(described, checkpoints, config.average_last)
+        if jax.process_index() == 0:
+            model.save(workdir / "averaged.kmq", final)
+        if validation:
+            eer = validation.eer(final)
+            display.say(f"average of the last {config.average_last} checkpoints: validation EER {eer:.2f} %")
+    summary = {
+        "finished": finished,
+        "steps": step,
+        "epochs": step / epoch_steps,
+        "loss": last.get("loss"),
+        "validation_eer": eer,
+        "parameters": registry.parameter_count(network),
+        "classes": classes,
+        "utterances": len(utterances),
+        "unreadable": failures,
+        "seconds": seconds,
+        "examples_per_second": (step - start) * config.batch_size / max(seconds, 1e-9),
+        "device": f"{devices.size} x {devices.devices.flat[0].device_kind}",
+        "jax": jax.__version__,
+    }
+    if jax.process_index() == 0:
+        write_json(workdir / "summary.json", summary)
+    return summary
+
+
+def open_validation(config: ml_collections.ConfigDict) -> Validation | None:
+    """Opens the validation set, if the configuration names one.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    section = config.validation
+    if not section.data:
+        return None
+    utterances = source.open_source(section.data)
+    return Validation(utterances, trials.open_trials(section.trials, utterances))
+
+
+def describe(config: ml_collections.ConfigDict) -> model.SpeakerModel:
+    """The model that a configuration describes, without weights."""
+    settings = config.model.to_dict()
+    return model.SpeakerModel(settings.pop("name"), settings, config.frontend, None)
+
+
+def variables_of(state: train_lib.TrainState) -> dict[str, Any]:
+    """What the network needs of a state."""
+    return {"params": state.params["network"], "batch_stats": state.batch_stats}
+
+
+def parts_of(state: train_lib.TrainState) -> dict[str, Any]:
+    """A state as the parts of a checkpoint, apart so that a model is read without the optimizer."""
+    rest = {"step": state.step, "opt_state": state.opt_state}
+    return {
+        "network": variables_of(state),
+        "classifier": {"centres": state.params["classifier"]},
+        "training": rest,
+    }
+
+
+def state_of(parts: dict[str, Any]) -> train_lib.TrainState:
+    """The inverse of `parts_of`."""
+    network, rest = parts["network"], parts["training"]
+    params = {"network": network["params"], "classifier": parts["classifier"]["centres"]}
+    return train_lib.TrainState(rest["step"], params, network["batch_stats"], rest["opt_state"])
+
+
+def restore(
+    checkpoints: Checkpoints,
+    step: int,
+    shapes: train_lib.TrainState,
+    shardings: train_lib.TrainState,
+    batches: Any,
+) -> train_lib.TrainState:
+    """Restores a state onto the mesh, and moves the data to the same position."""
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return state_of(checkpoints.restore(step, **parts_of(target), data=batches))
+
+
+def adopt(path: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
+    """Starts from the network of the MODEL at `path`, and from its classifier where it is a training run that had one.
+
+    A classifier with more classes is cut: speed perturbation puts the speakers at their own speed first, so that
+    fine-tuning without it goes on from their centres.
+
+    Raises:
+        UserError: the networks differ; the message names the first parameter that does.
+    """
+    given = model.load(path).variables
+    for part, fresh in (("params", params["network"]), ("batch_stats", batch_stats)):
+        here, there = dict(named_leaves(fresh)), dict(named_leaves(given.get(part, {})))
+        for name in sorted(here.keys() | there.keys()):
+            if name not in here or name not in there or here[name].shape != there[name].shape:
+                raise UserError(f"init_from={path}: {part}/{name} has another shape there, or is in one network only")
+    classifier = params["classifier"]
+    if (Path(path) / "checkpoints").is_dir():
+        with Checkpoints(Path(path) / "checkpoints") as checkpoints:
+            centres = checkpoints.load(checkpoints.steps()[-1], "classifier")["centres"]
+        if centres.shape[0] >= classifier.shape[0] and centres.shape[1:] == classifier.shape[1:]:
+            classifier = jnp.asarray(centres[: classifier.shape[0]])
+    put = functools.partial(jax.tree.map, jnp.asarray)
+    return {"network": put(given["params"]), "classifier": classifier}, put(given.get("batch_stats", {}))
+
+
+def average_checkpoints(described: model.SpeakerModel, checkpoints: Checkpoints, count: int) -> model.SpeakerModel:
+    """The mean of the networks, running statistics included, of the last `count` checkpoints."""
+    trees = [checkpoints.load(step, "network") for step in checkpoints.steps()[-count:]]
+    return dataclasses.replace(described, variables=train_lib.average(trees))
