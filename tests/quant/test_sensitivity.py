@@ -83,7 +83,7 @@ def test_distortions_rules_and_stages():
     errors, sizes = quant.distortions(params, QuantSpec(2), widths=(2, 3))
     whole = quant.quantize(params, QuantSpec(3))
     error = np.sum((quant.dequantize(whole)["a"]["w"] - params["a"]["w"]) ** 2)
-    assert errors["a/w"][3] == pytest.approx(error, rel=1e-5)
+    assert errors["a/w"][3] == pytest.approx(float(error), rel=1e-5)
     assert sizes["a/w"] == {2: 4 * 8 + 32, 3: 4 * 12 + 64}
     widths = {"a/w": 3, "b": 2}
     mixed = quant.quantize(params, quant.rules_of(widths, QuantSpec(4)))
