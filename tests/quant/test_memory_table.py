@@ -40,7 +40,10 @@ def test_resnet36(bits, indices, codebooks, published, total):
     assert round(measured.codebooks / MIB, 3) == codebooks
     assert round(measured.total / MIB, 2) == total
     with_classifier = measured.total + quant.size_bytes(CLASSIFIER).total
-    assert round(with_classifier / MIB, 3) == published
+    # The paper divides all bits by 8; here each channel's indices fill whole bytes. Only the stem's 9 weights do not.
+    padding = 128 * (-(-9 * bits // 8) - 9 * bits / 8)
+    assert measured.indices - padding == 14_894_208 * bits / 8
+    assert round((with_classifier - padding) / MIB, 3) == published
 
 
 @pytest.mark.parametrize("bits, total", [(4, 30.83), (3, 22.91), (2, 15.39)])

@@ -160,9 +160,10 @@ def test_one_and_four_devices_agree():
 
 
 def test_shapes_alone():
-    shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tree()))
+    params = jax.tree.map(jnp.asarray, tree())
+    shapes = jax.eval_shape(lambda: params)
     spec = QuantSpec(4, coarse=(2,))
-    assert quant.size_bytes(quant.quantize(shapes, spec)) == quant.size_bytes(quant.quantize(tree(), spec))
+    assert quant.size_bytes(quant.quantize(shapes, spec)) == quant.size_bytes(quant.quantize(params, spec))
 
 
 def test_importance_moves_the_centroids():
