@@ -1,12 +1,8 @@
 """Strictness for every test: four simulated devices, no silent rank promotion, and the place of the shared data."""
 
 import os
-import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# What one test compiles the next one, and the commands that tests start, need not compile again.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="kmq-jax-tests-"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
 from pathlib import Path  # noqa: E402
