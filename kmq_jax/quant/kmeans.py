@@ -220,18 +220,27 @@ def _framed(inner: jax.Array, n: int) -> jax.Array:
 
 
 def _optimal(group: Group, weights: jax.Array | None, k: int) -> jax.Array:
-    """The optimum over borders on one coarse grid, then over many places of each border between its centroids."""
+    """The optimum over borders on one coarse grid, then over many places of each border near where it was.
+
+    Beyond `_GRID / 4` centroids, for which the grid is too coarse, the companding start takes its place.
+    """
     values, n = group.values, group.values.shape[0]
     few = n <= _GRID  # then the grid is every place there is
-    places = jnp.arange(n + 1) if few else count_at_most(values, _companding(values, weights, _GRID))
-    centroids = _best_borders(group, _framed(jnp.broadcast_to(places, (k - 1, *places.shape)), n))
+    if few or k <= _GRID // 4:
+        places = jnp.arange(n + 1) if few else count_at_most(values, _companding(values, weights, _GRID))
+        centroids = _best_borders(group, _framed(jnp.broadcast_to(places, (k - 1, *places.shape)), n))
+    else:
+        centroids = _companding(values, weights, k)
 
     def refine(_: Any, centroids: jax.Array) -> jax.Array:
         centroids = jax.lax.fori_loop(0, 4, lambda _, c: _lloyd(group, c, None), centroids)
-        at = count_at_most(values, centroids)[:, None]
-        share = (jnp.arange(_PLACES) + 0.5)[None, :] / _PLACES
-        places = at[:-1] + jnp.round(share * (at[1:] - at[:-1])).astype(jnp.int32)
-        places = places.at[:, 0].set(_edges(group, centroids)[1:-1])  # what there is already
+        borders, at = _edges(group, centroids)[1:-1, None], count_at_most(values, centroids)[:, None]
+        # From centroid to centroid, and past them where they are only a few values apart.
+        low = jnp.maximum(jnp.minimum(at[:-1], borders - _PLACES // 2), 0)
+        high = jnp.minimum(jnp.maximum(at[1:], borders + _PLACES // 2), n)
+        share = jnp.arange(_PLACES)[None, :] / (_PLACES - 1)
+        places = low + jnp.round(share * (high - low)).astype(jnp.int32)
+        places = jnp.concatenate([borders, places], axis=1)  # what there is already comes first
         return _best_borders(group, _framed(places, n))
 
     return centroids if few else jax.lax.fori_loop(0, 2, refine, centroids)
@@ -352,8 +361,7 @@ def one_group(
     group = make_group(values, weights)
     if k == 1:
         return pin(group.weigh(jnp.zeros(1, jnp.int32), jnp.full(1, values.shape[0], jnp.int32))[1])
-    exact = start == "optimal" and k <= _GRID // 4  # beyond, the grid is too coarse for so many cells
-    if k == 2 and exact and not pinned_zero:
+    if k == 2 and start == "optimal" and not pinned_zero:
         return _best_pair(group)
     if start == "equal-mass":
         centroids = _equal_mass(values, weights, k, retention)
@@ -362,13 +370,15 @@ def one_group(
     elif start == "kmeans++":
         assert key is not None
         centroids = _plus_plus(values, weights, k, key)
-    elif exact:
+    elif start == "optimal":
         centroids = _optimal(group, weights, k)
     else:
         centroids = _companding(values, weights, k)
     if iterations == 0:
         return pin(centroids)
-    return _solve(group, centroids, iterations, pinned_zero, exchange=k > 2 and not exact)
+    return _solve(
+        group, centroids, iterations, pinned_zero, exchange=k > 2 and not (start == "optimal" and k <= _GRID // 4)
+    )
 
 
 def order(values: Any, weights: Any) -> tuple[Any, Any]:
@@ -451,7 +461,7 @@ def kmeans(
         values: numbers `[..., n]`; every leading index is a group of its own.
         k: number of centroids.
         weights: importance of each value `[..., n]`, zero or more, such as the diagonal of a Hessian or Fisher matrix.
-        start: "optimal" (dynamic programming on a grid of borders; beyond 16 centroids "companding"),
+        start: "optimal" (dynamic programming over a choice of borders),
             "companding" (density of centroids as the cube root of the values' density), "equal-mass" (means of
             equal-mass bins of the values clamped to their central `retention`, the start of KMQAT), "quantile", or
             "kmeans++".
