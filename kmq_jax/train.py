@@ -37,7 +37,11 @@ def parse_flags(argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
     try:
         rest = values(argv)
         config, workdir = values["config"].value, values["workdir"].value
-    except (absl_flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        if config is not None:
+            config.to_dict()  # a file that cannot be loaded is told only when its configuration is used
+    except OSError as error:
+        raise UserError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error
+    except (absl_flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     if rest[1:]:
         raise UserError(f"argument {rest[1]!r} is not a flag (see --help)")

@@ -39,6 +39,8 @@ def test_near_the_optimum_and_no_worse_than_sklearn_on_real_layers(shared, bits)
         codebooks = np.asarray(kmeans(rows, 1 << bits))
         found = sum(brute_inertia(v, c) for v, c in zip(rows, codebooks))
         assert found <= sum(optimal_inertia(v, 1 << bits) for v in rows) * 1.01
+        if rows.shape[1] < 1 << bits:  # the first layer's nine weights: scikit-learn refuses, the optimum is zero
+            continue
         fits = [KMeans(1 << bits, n_init=10, random_state=0).fit(v[:, None].astype(np.float64)) for v in rows]
         assert found <= sum(fit.inertia_ for fit in fits) * 1.001
 
