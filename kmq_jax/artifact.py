@@ -58,7 +58,17 @@ def save(path: str | os.PathLike[str], manifest: Mapping[str, Any], tree: Any) -
         arrays |= {key: np.ascontiguousarray(np.asarray(value)) for key, value in parts.items()}
     text = json.dumps({**manifest, "version": VERSION, "tensors": quantized}, allow_nan=False, sort_keys=True)
     with atomic_write(path) as temporary:
-        temporary.write_bytes(safetensors.numpy.save(arrays, {"kmq": text, "sha256": _checksum(text, arrays)}))
+        temporary.write_bytes(
+            _reproducible(safetensors.numpy.save(arrays, {"kmq": text, "sha256": _checksum(text, arrays)}))
+        )
+
+
+def _reproducible(file: bytes) -> bytes:
+    """The same file with its header's keys in order: the library writes its metadata in a random one."""
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.dumps(json.loads(file[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors stay aligned
+    return len(header).to_bytes(8, "little") + header + file[end:]
 
 
 def _checksum(text: str, arrays: Mapping[str, np.ndarray]) -> str:
