@@ -11,6 +11,7 @@ from ml_collections import config_flags
 
 from kmq_jax.core import cli
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.memory import keep_freed_memory
 from kmq_jax.train_loop import train
 
 HELP = """usage: python -m kmq_jax.train --config=configs/NAME.py[:ARG] [--config.KEY=VALUE ...] --workdir=DIR
@@ -55,6 +56,7 @@ def main() -> None:
     if {"--help", "-h", "--helpfull"} & set(sys.argv[1:]):
         print(HELP)
         return
+    keep_freed_memory()
     config, workdir = parse_flags(sys.argv)
     summary = train(config, workdir)
     if jax.process_index() == 0:

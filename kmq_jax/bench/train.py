@@ -20,6 +20,7 @@ from typing import Any
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import write_json
+from kmq_jax.core.memory import keep_freed_memory
 
 BLOCKS, WIDTH, FEATURES, EMBEDDING, CLASSES, SCALE, MARGIN = (3, 4, 6, 3), 32, 80, 256, 1000, 32.0, 0.2
 DTYPES = ("float32", "bfloat16")
@@ -38,6 +39,7 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 def our_step(args: argparse.Namespace) -> Callable[[], float]:
     """Makes our training step; a call runs it to its end and gives the loss."""
+    keep_freed_memory()
     if hasattr(os, "sched_setaffinity"):  # XLA makes as many threads as it may use processors
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     import jax

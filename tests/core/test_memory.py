@@ -1,0 +1,42 @@
+"""Freed memory stays with the process, also what threads of XLA's own allocate."""
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+
+STEPS = """
+import resource, statistics
+from kmq_jax.core.memory import keep_freed_memory
+if {keep}: keep_freed_memory()
+import jax, jax.numpy as jnp
+@jax.jit
+def step(x):  # the cumulative sums are used twice, so they need a working memory of some 100 MB
+    y = jnp.cumsum(x + jnp.arange(25_000_000.0))
+    return y[::-1][0] / jnp.sum(jnp.sin(y))
+faults = []
+for _ in range(15):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    jax.block_until_ready(step(1.0))
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(statistics.median(faults))
+"""
+
+
+def page_faults(keep):
+    """Those of the median step."""
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", STEPS.format(keep=keep)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return float(result.stdout)
+
+
+HAS_MALLOPT = sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallopt")
+
+
+@pytest.mark.skipif(not HAS_MALLOPT, reason="the C library has no mallopt")
+def test_steps_take_no_fresh_pages():
+    assert page_faults(True) * 10 < page_faults(False)
