@@ -6,6 +6,7 @@ deviation it has in the reference network. The map folds into codebook and bias,
 batch normalisation that follows, so the repaired network costs nothing more.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,33 @@ def recalibrate(
         UserError: a quantized tensor shares one codebook among channels.
     """
     features = random_features(model.frontend_of(reference.frontend), utterances, crops, seconds)
+    repair = measure(reference, quantized, features)
+
+    def scaled(name: str, leaf: Any, slope: jax.Array) -> Any:
+        if not quant.is_codebook_tensor(leaf):
+            return np.asarray(leaf * slope.reshape(1, 1, 1, -1))
+        if leaf.axis != len(leaf.shape) - 1:
+            raise UserError(f"{name}: recalibration needs one codebook for each output channel")
+        return leaf.scaled(np.asarray(slope))
+
+    return dataclasses.replace(quantized, variables=apply(repair, quantized.variables, scaled))
+
+
+@dataclasses.dataclass(frozen=True)
+class Repair:
+    """What repairs a network.
+
+    Attributes:
+        maps: by convolution with a bias: the slope and shift of its outputs, `[channels]` each.
+        statistics: by batch normalisation: the mean and variance of its inputs, `[channels]` each.
+    """
+
+    maps: dict[str, Moments]
+    statistics: dict[str, Moments]
+
+
+def measure(reference: model.SpeakerModel, quantized: model.SpeakerModel, features: jax.Array) -> Repair:
+    """Finds what gives the quantized network's layers the reference's moments on `features` `[batch, time, mel]`."""
     wanted: dict[str, Moments] = {}
 
     def record(name: str, y: jax.Array) -> jax.Array:
@@ -63,17 +91,43 @@ def recalibrate(
         return y
 
     _walk(reference, features, record, {})
-    maps: dict[str, Moments] = {}
-    statistics: dict[str, Moments] = {}
+    repair = Repair({}, {})
 
     def match(name: str, y: jax.Array) -> jax.Array:
         (mean, deviation), (mean_here, deviation_here) = wanted[name], _moments(y)
         slope = deviation / jnp.maximum(deviation_here, 1e-12)
-        maps[name] = slope, mean - slope * mean_here
-        return y * slope.reshape(1, 1, 1, -1) + maps[name][1].reshape(1, 1, 1, -1)
+        repair.maps[name] = slope, mean - slope * mean_here
+        return y * slope.reshape(1, 1, 1, -1) + repair.maps[name][1].reshape(1, 1, 1, -1)
 
-    _walk(quantized, features, match, statistics)
-    return _folded(quantized, maps, statistics)
+    _walk(quantized, features, match, repair.statistics)
+    return repair
+
+
+def own_statistics(quantized: model.SpeakerModel, features: jax.Array) -> Repair:
+    """Measures the statistics of a network's own batch normalisations afresh; its convolutions stay as they are."""
+    repair = Repair({}, {})
+    _walk(quantized, features, lambda name, y: y, repair.statistics)
+    return repair
+
+
+def apply(repair: Repair, variables: Any, scaled: Callable[[str, Any, jax.Array], Any]) -> dict[str, Any]:
+    """Folds a repair into `{"params", "batch_stats"}`; `scaled(name, leaf, slope)` gives a kernel its slope."""
+
+    def rewrite(name: str, leaf: Any) -> Any:
+        layer, _, kind = name.rpartition("/")
+        if layer not in repair.maps:
+            return leaf
+        slope, shift = repair.maps[layer]
+        return np.asarray(leaf * slope + shift) if kind == "bias" else scaled(name, leaf, slope)
+
+    def measured(name: str, leaf: Any) -> Any:
+        layer, _, kind = name.rpartition("/")
+        return np.asarray(repair.statistics[layer][kind == "var"]) if layer in repair.statistics else leaf
+
+    return {
+        "params": map_named(rewrite, variables["params"], is_leaf=quant.is_codebook_tensor),
+        "batch_stats": map_named(measured, variables.get("batch_stats", {})),
+    }
 
 
 def _moments(y: jax.Array) -> Moments:
@@ -109,30 +163,3 @@ def _walk(
     with nn.intercept_methods(intercept):
         # Not compiled: each layer's repair must be known before the next layer runs, and each runs once.
         speaker_model.network().apply(variables, features, train=False)
-
-
-def _folded(
-    quantized: model.SpeakerModel, maps: dict[str, Moments], statistics: dict[str, Moments]
-) -> model.SpeakerModel:
-    def rewrite(name: str, leaf: Any) -> Any:
-        layer, _, kind = name.rpartition("/")
-        if layer not in maps:
-            return leaf
-        slope, shift = maps[layer]
-        if kind == "bias":
-            return np.asarray(leaf * slope + shift)
-        if not quant.is_codebook_tensor(leaf):
-            return np.asarray(leaf * slope.reshape(1, 1, 1, -1))
-        if leaf.axis != len(leaf.shape) - 1:
-            raise UserError(f"{name}: recalibration needs one codebook for each output channel")
-        return leaf.scaled(np.asarray(slope))
-
-    def measured(name: str, leaf: Any) -> Any:
-        layer, _, kind = name.rpartition("/")
-        return np.asarray(statistics[layer][kind == "var"]) if layer in statistics else leaf
-
-    variables = dict(quantized.variables)
-    variables["params"] = map_named(rewrite, variables["params"], is_leaf=quant.is_codebook_tensor)
-    if "batch_stats" in variables:
-        variables["batch_stats"] = map_named(measured, variables["batch_stats"])
-    return model.SpeakerModel(quantized.architecture, quantized.settings, quantized.frontend, variables)

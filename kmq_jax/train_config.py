@@ -44,6 +44,7 @@ def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
             },
             "spec_augment": 0.6,  # probability of masking one band and one stretch of time; 0 turns it off
             "loss": {
+                "weight": 1.0,  # of this classification loss; 0 trains by distillation alone, without speaker labels
                 "kind": "aam",  # softmax, am, aam
                 "scale": 30.0,
                 "margin": 0.2,
@@ -53,6 +54,43 @@ def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
                 "jeffreys": False,  # instead of cross entropy
                 "smoothing": 0.1,  # Jeffreys' c1
                 "spread": 0.025,  # Jeffreys' c2
+            },
+            # Distillation from a full-precision network: what the student gets wrong about its teacher.
+            "distill": {
+                "weight": 0.0,  # 0: no teacher
+                "teacher": "",  # a MODEL; empty: init_from
+                "cosine": 1.0,  # weight of 1 - cosine of the embeddings
+                "embedding": 0.5,  # of their relative squared error
+                "stage": 1.0,  # of the mean relative squared error of the four stages' outputs
+            },
+            # Quantization-aware training, where `bits` or `rules` are given.
+            "quant": {
+                "bits": 0,  # width of every kernel
+                "rules": (),  # (pattern, bits) before that, first match wins; 0 keeps full precision
+                "granularity": "channel",  # or "tensor": what shares a codebook
+                "coarse": (),  # further, smaller widths that the same indices serve
+                "cycle": (),  # widths that steps are trained at, in turns; empty: all of them alike
+                "recipe": "normalized",  # latents in units of a channel's deviation; or "kmqat", of the weights
+                "start": "optimal",  # of the centroids, see quant.kmeans
+                "retention": 0.9,
+                "symmetric": False,
+                "pinned_zero": False,
+                "recalibrate": 100,  # crops to repair channels' moments on before, and BN statistics after; 0: none
+                "learn_scale": True,
+                "thaw_epochs": 0.0,  # the scales stay as they are until then
+                "centroids": "gradient",  # or "lloyd", or "fixed"
+                "reduction": "sum",  # of the centroids' gradients over their members, or "mean"
+                "clip": 0.0,  # latents beyond this multiple of the outermost centroid get no gradient; 0: all do
+                "lloyd_every": 100,  # steps
+                "lloyd_rate": 0.1,  # share of the way to the members' mean
+                "lloyd_unused_rate": 0.2,  # where many centroids have no members
+                "lloyd_until": 0.67,  # share of the run after which centroids rest
+                "reassign_every": 0,  # steps between assignments of latents to centroids; 0: at every step
+                "budget": 0.0,  # mixed precision within this share of the kernels' float32 bytes; 0: widths as above
+                "widths": (2, 3, 4),  # that the budget is spent on
+                "sections": 4,  # groups of tensors of like sensitivity that share a width; 0: each has its own
+                "hessian_draws": 10,
+                "multi_stage": False,  # tensors of the smallest width are quantized first, wider ones later
             },
             "optimizer": {
                 "name": "sgd",
@@ -91,6 +129,31 @@ def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
             },
         }
     )
+
+
+def quantized(config: ml_collections.ConfigDict, bits: int, **settings: Any) -> ml_collections.ConfigDict:
+    """Turns a run into quantization-aware training by distillation from the network it starts from.
+
+    Latents are in units of a channel's standard deviation, which is what the learning rate is about; scales,
+    centroids, biases and what is kept in full precision move more slowly.
+
+    Args:
+        config: changed in place.
+        bits: width of every kernel.
+        **settings: of the `quant` section.
+    """
+    config.quant.update(bits=bits, **settings)
+    config.loss.weight = 0.0
+    config.distill.weight = 1.0
+    config.data.augment = False
+    config.spec_augment = 0.0
+    config.optimizer.update(
+        name="adamw",
+        weight_decay=0.0,
+        groups=((r"raw_scale|centroids|coarse", 0.2, 0.0), (r"/(bias|scale)$|stem|classifier", 0.1, 0.0)),
+    )
+    config.learning_rate.update(kind="cosine", peak=5e-3, warmup_epochs=0.1)
+    return config
 
 
 def steps_of(epochs: float, epoch_steps: int) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from kmq_jax import frontend, losses
+from kmq_jax import frontend, kmqat, losses
 from kmq_jax.core.errors import UserError
 from kmq_jax.models import registry
 from kmq_jax.models.resnet import ResNet
@@ -24,7 +24,7 @@ Metrics = dict[str, jax.Array]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "params", "batch_stats", "opt_state"],
+    data_fields=["step", "params", "batch_stats", "opt_state", "indices"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +33,18 @@ class TrainState:
 
     Attributes:
         step: steps done, int32 scalar.
-        params: `{"network": tree, "classifier": [classes, sub-centres, dim]}`, float32.
+        params: `{"network": tree, "classifier": [classes, sub-centres, dim]}`, float32; in quantization-aware training
+            the network's kernels are latents and there are `"codebooks"`, see `kmqat`.
         batch_stats: running statistics of the network's normalisation.
         opt_state: the optimizer's.
+        indices: cached assignments of latents to centroids, by name; empty where each step assigns afresh.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    indices: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Recipe:
         margin: by step.
         mesh: the devices.
         config: the run's configuration.
+        epoch_steps: steps an epoch.
     """
 
     network: ResNet
@@ -65,6 +69,12 @@ class Recipe:
     margin: losses.MarginSchedule
     mesh: Mesh
     config: ml_collections.FrozenConfigDict
+    epoch_steps: int
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return steps_of(self.config.epochs, self.epoch_steps)
 
 
 def init_params(network: ResNet, config: ml_collections.ConfigDict, classes: int) -> tuple[Any, Any]:
@@ -112,12 +122,15 @@ def make_recipe(
         margins,
         mesh,
         ml_collections.FrozenConfigDict(config),
+        epoch_steps,
     )
 
 
 def init_state(recipe: Recipe, params: Any, batch_stats: Any) -> TrainState:
     """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, recipe.optimizer.init(params))
+    cached = recipe.config.quant.reassign_every and "codebooks" in params
+    indices = kmqat.assigned(params["network"], params["codebooks"]) if cached else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, recipe.optimizer.init(params), indices)
 
 
 def features_of(recipe: Recipe, key: jax.Array, batch: Batch) -> jax.Array:
@@ -144,10 +157,54 @@ def objective(recipe: Recipe, params: Any, embeddings: jax.Array, labels: jax.Ar
         if loss.jeffreys
         else (losses.cross_entropy(logits, labels))
     )
-    return {"loss": each.mean(), "accuracy": (cosines.argmax(-1) == labels).mean()}
+    return {"loss": each.mean(), "accuracy": (cosines.argmax(-1) == labels).mean(), "margin": recipe.margin(step)}
 
 
-def train_step(recipe: Recipe, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+def total_loss(
+    recipe: Recipe,
+    params: Any,
+    network: Any,
+    batch_stats: Any,
+    features: jax.Array,
+    labels: jax.Array,
+    step: jax.Array,
+    teacher: Any = None,
+) -> tuple[jax.Array, tuple[Metrics, Any]]:
+    """The weighted sum of classification loss and distillation.
+
+    Args:
+        recipe: what the step is made of.
+        params: for the classifier.
+        network: the network's parameters to compute with.
+        batch_stats: its running statistics.
+        features: `[batch, time, mel]`.
+        labels: speakers, int `[batch]`.
+        step: of the run.
+        teacher: variables of the full-precision network, where `distill.weight` is above zero.
+
+    Returns:
+        The loss, and with it metrics and the updated running statistics.
+    """
+    distill, weight = recipe.config.distill, recipe.config.loss.weight
+    variables = {"params": network, "batch_stats": batch_stats}
+    run: Callable[..., Any] = functools.partial(recipe.network.apply, return_stages=bool(distill.weight))
+    outputs, updates = run(variables, features, train=True, mutable=["batch_stats"])
+    embeddings = outputs[0] if distill.weight else outputs
+    metrics = objective(recipe, params, embeddings, labels, step) if weight else {"loss": jnp.zeros(())}
+    loss = weight * metrics["loss"]
+    if distill.weight:
+        taught, stages = jax.lax.stop_gradient(run(teacher, features, train=False))
+        distance = losses.distillation(
+            embeddings, outputs[1], taught, stages, distill.cosine, distill.embedding, distill.stage
+        )
+        metrics["teacher_cosine"] = 1 - losses.cosine_distance(embeddings, taught)
+        loss += distill.weight * distance
+    return loss, ({**metrics, "loss": loss}, updates.get("batch_stats", {}))
+
+
+def train_step(
+    recipe: Recipe, state: TrainState, batch: Batch, teacher: Any = None, names: tuple[str, ...] | None = None
+) -> tuple[TrainState, Metrics]:
     """One step of stochastic gradient descent.
 
     Args:
@@ -155,39 +212,46 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch) -> tuple[TrainSt
         state: before.
         batch: from `data.pipeline`: `wave` and `interference` `[batch, samples]`, `snr_db`, `reverb`, `speaker`
             `[batch]`.
+        teacher: see `total_loss`.
+        names: in multi-stage quantization, the tensors that are quantized already.
 
     Returns:
-        The state after, and scalars: `loss`, `accuracy` (of the cosines, without margin), `gradient_norm`,
-        `parameter_norm` (after), `learning_rate`, `margin`.
+        The state after, and scalars: `loss`, `gradient_norm`, `parameter_norm` (after), `learning_rate`; `accuracy` (of
+        the cosines, without margin) and `margin` where there is a classification loss; `teacher_cosine` where there is
+        a teacher.
     """
     key = jax.random.fold_in(jax.random.key(recipe.config.seed + 1), state.step)
     features = features_of(recipe, key, batch)
+    section = recipe.config.quant
 
     def loss_of(params: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
-        embeddings, updates = recipe.network.apply(
-            {"params": params["network"], "batch_stats": state.batch_stats},
-            features,
-            train=True,
-            mutable=["batch_stats"],
-        )
-        metrics = objective(recipe, params, embeddings, batch["speaker"], state.step)
-        return metrics["loss"], (metrics, updates.get("batch_stats", {}))
+        network = params["network"]
+        if "codebooks" in params:
+            thaw = section.thaw_epochs * recipe.epoch_steps
+            network = kmqat.weights(section, params, state.indices, state.step, thaw, names)
+        labels = batch["speaker"]
+        return total_loss(recipe, params, network, state.batch_stats, features, labels, state.step, teacher)
 
     gradients, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
     updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, indices = optax.apply_updates(state.params, updates), state.indices
+    if "codebooks" in params:
+        until = section.lloyd_until * recipe.total_steps
+        params, indices = kmqat.after_step(section, params, indices, state.step + 1, until)
     metrics |= {
         "gradient_norm": optax.tree.norm(gradients),
         "parameter_norm": optax.tree.norm(params),
         "learning_rate": recipe.learning_rate(state.step),
-        "margin": recipe.margin(state.step),
     }
-    return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+    return TrainState(state.step + 1, params, batch_stats, opt_state, indices), metrics
 
 
-def jit_train_step(recipe: Recipe, shardings: TrainState) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def jit_train_step(
+    recipe: Recipe, shardings: TrainState, names: tuple[str, ...] | None = None
+) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """Compiles the step for a mesh: the state is donated and keeps its shardings."""
-    return jax.jit(functools.partial(train_step, recipe), donate_argnums=0, out_shardings=(shardings, None))
+    step = functools.partial(train_step, recipe, names=names)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def average(trees: list[Any]) -> Any:

@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from kmq_jax import model, train_lib
+from kmq_jax import kmqat, model, quant, recalibrate, train_lib
 from kmq_jax.checkpoint import Checkpoints
 from kmq_jax.core import mesh
 from kmq_jax.core.errors import UserError
@@ -69,6 +69,11 @@ class Validation:
         scores = cosine.cosine_scores(embeddings, embeddings, self.trials.enrol, self.trials.test)
         return 100 * detection.eer(scores, self.trials.label)[0]
 
+    def figures(self, speaker_model: model.SpeakerModel, coarse: Sequence[int] = ()) -> dict[str, float]:
+        """`validation_eer`, and `validation_eer_2bit` and so on for the smaller widths of nested codebooks."""
+        narrow = {f"validation_eer_{b}bit": self.eer(dataclasses.replace(speaker_model, bits=b)) for b in coarse}
+        return {"validation_eer": self.eer(speaker_model), **narrow}
+
 
 class Display:
     """The run on the terminal: a progress bar, or a plain line now and then where there is no terminal."""
@@ -115,6 +120,9 @@ class Display:
         if self._bar is not None:
             self._bar.close()
 
+
+PACKED = "model.kmq"
+"""The packed network of a quantized run, in its workdir: what the newest checkpoint holds, ready to be shipped."""
 
 # What may differ when a run is taken up again: it changes what is seen of the run, not the run.
 _FREE = ("log_every", "checkpoint_epochs", "keep_checkpoints", "average_last", "validation", "data.threads")
@@ -195,13 +203,16 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, closing: contextlib
     epoch_steps = config.epoch_steps or len(utterances) * len(speeds) // config.batch_size
     total_steps = steps_of(config.epochs, epoch_steps)
     validation = open_validation(config)
+    quantized = kmqat.is_on(config.quant)
+    kmqat.check(config.quant)
+    if quantized and config.average_last > 1:
+        raise UserError(f"average_last (={config.average_last}) cannot be used with quant: indices have no average")
 
     # 2. Network, objective, optimizer.
     described = describe(config)
     network = described.network(config.dtype)
     fbank = model.frontend_of(config.frontend)
     params, batch_stats = train_lib.init_params(network, config, classes)
-    recipe = train_lib.make_recipe(network, fbank, config, devices, params, epoch_steps)
     failures: dict[str, str] = {}
     batches = iter(
         pipeline.training_batches(
@@ -223,16 +234,29 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, closing: contextlib
     # 3. State: the newest checkpoint, else `init_from`, else fresh. Laid out on the mesh by rule.
     workdir.mkdir(parents=True, exist_ok=True)
     settle_config(config, workdir)
+    checkpoints = Checkpoints(workdir / "checkpoints", max(config.keep_checkpoints, config.average_last, 1))
+    closing.callback(checkpoints.close)
+    resumes = bool(checkpoints.steps())
+    if config.init_from and not resumes:
+        params, batch_stats = adopt(config.init_from, params, batch_stats)
+    teacher = load_teacher(config, params["network"], batch_stats)
+    named = jax.eval_shape(functools.partial(kmqat.start, config.quant), params)
+    recipe = train_lib.make_recipe(network, fbank, config, devices, named, epoch_steps)
+    if quantized:
+        full = dataclasses.replace(described, variables={"params": params["network"], "batch_stats": batch_stats})
+        widths = allocate(recipe, workdir, params, batch_stats, teacher, batches) if config.quant.budget else None
+        begin = functools.partial(kmqat.start, config.quant, widths=widths)
+        params = jax.eval_shape(begin, params) if resumes else begin(params)
+        if config.quant.recalibrate and not resumes:
+            crops = recalibrate.random_features(fbank, utterances, config.quant.recalibrate, config.data.crop_seconds)
+            params, batch_stats = kmqat.repaired(full, params, crops)
     make_state = functools.partial(train_lib.init_state, recipe)
     shapes = jax.eval_shape(make_state, params, batch_stats)
     shardings = mesh.tree_shardings(shapes, devices, [(p, int(axis)) for p, axis in config.sharding])
-    checkpoints = Checkpoints(workdir / "checkpoints", max(config.keep_checkpoints, config.average_last, 1))
-    closing.callback(checkpoints.close)
-    if checkpoints.steps():
+    teacher = jax.device_put(teacher, mesh.replicated(devices))
+    if resumes:
         state = restore(checkpoints, checkpoints.steps()[-1], shapes, shardings, batches)
     else:
-        if config.init_from:
-            params, batch_stats = adopt(config.init_from, params, batch_stats)
         state = jax.jit(make_state, out_shardings=shardings)(params, batch_stats)
 
     # 4. Steps.
@@ -240,7 +264,9 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, closing: contextlib
     if start == total_steps and (workdir / "summary.json").exists():
         return read_json(workdir / "summary.json")
     (workdir / "averaged.kmq").unlink(missing_ok=True)
-    train_step = train_lib.jit_train_step(recipe, shardings)
+    stages = kmqat.stages_of(config.quant, params)
+    stage_steps = -(-total_steps // len(stages))
+    train_step = train_lib.jit_train_step(recipe, shardings, stages[min(step, total_steps - 1) // stage_steps])
     log = RunLog(workdir / "metrics.jsonl", step)
     display = Display(step, total_steps, config.batch_size)
     closing.callback(display.close)
@@ -256,10 +282,15 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, closing: contextlib
     began = time.monotonic()
     pending: list[dict[str, Any]] = []
     last: dict[str, float] = {}
-    eer = None
+    figures: dict[str, float] = {}
     with stop.listening():
         while step < total_steps and not stop.by:
-            state, metrics = train_step(state, mesh.shard_batch(next(batches), devices))
+            if step and step % stage_steps == 0:
+                names = stages[step // stage_steps]
+                entered = kmqat.enter_stage(config.quant, state.params, names, stages[step // stage_steps - 1])
+                state = jax.device_put(dataclasses.replace(state, params=entered), shardings)
+                train_step = train_lib.jit_train_step(recipe, shardings, names)
+            state, metrics = train_step(state, mesh.shard_batch(next(batches), devices), teacher)
             pending.append(metrics)
             step += 1
             if step == start + 1:  # compiled by now; rates begin here
@@ -273,16 +304,19 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, closing: contextlib
                 check_finite(values, step - len(values), checkpoints)
                 pending = []
                 last = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
-                last |= {name: float(values[-1][name]) for name in ("learning_rate", "margin")}
+                last |= {name: float(values[-1][name]) for name in ("learning_rate", "margin") if name in last}
                 last |= {"epoch": step / epoch_steps, "examples_per_second": display.rate(step)}
                 log.write(step, last)
                 display.show(step, last)
             if saves:
+                if quantized and jax.process_index() == 0:  # what loading the workdir gives; before the checkpoint
+                    model.save(workdir / PACKED, dataclasses.replace(described, variables=variables_of(state)))
                 checkpoints.save(step, **parts_of(state), data=batches)
             if validation and validates:
-                eer = validation.eer(dataclasses.replace(described, variables=variables_of(state)))
-                log.write(step, {"validation_eer": eer})
-                display.say(f"step {step}: validation EER {eer:.2f} %")
+                trained = dataclasses.replace(described, variables=variables_of(state))
+                figures = validation.figures(trained, config.quant.coarse)
+                log.write(step, figures)
+                display.say(f"step {step}: {_in_words(figures)}")
                 display.rate(step)  # the next rate does not count the time of validation
     seconds = time.monotonic() - began
     if stop.by:
@@ -295,14 +329,25 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, closing: contextlib
         if jax.process_index() == 0:
             model.save(workdir / "averaged.kmq", final)
         if validation:
-            eer = validation.eer(final)
-            display.say(f"average of the last {config.average_last} checkpoints: validation EER {eer:.2f} %")
+            figures = validation.figures(final)
+            display.say(f"average of the last {config.average_last} checkpoints: {_in_words(figures)}")
+    if finished and quantized and config.quant.recalibrate and batch_stats:
+        crops = recalibrate.random_features(fbank, utterances, config.quant.recalibrate, config.data.crop_seconds)
+        trained = dataclasses.replace(described, variables=jax.device_get(variables_of(state)))
+        repair = recalibrate.own_statistics(trained, crops)
+        final = dataclasses.replace(trained, variables=recalibrate.apply(repair, trained.variables, lambda n, x, s: x))
+        if jax.process_index() == 0:
+            model.save(workdir / PACKED, final)
+        if validation:
+            figures = validation.figures(final, config.quant.coarse)
+            display.say(f"with batch normalisation measured afresh: {_in_words(figures)}")
     summary = {
         "finished": finished,
         "steps": step,
         "epochs": step / epoch_steps,
         "loss": last.get("loss"),
-        "validation_eer": eer,
+        "validation_eer": None,
+        **figures,
         "parameters": registry.parameter_count(network),
         "classes": classes,
         "utterances": len(utterances),
@@ -315,6 +360,10 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, closing: contextlib
     if jax.process_index() == 0:
         write_json(workdir / "summary.json", summary)
     return summary
+
+
+def _in_words(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ').replace('eer', 'EER')} {eer:.2f} %" for name, eer in figures.items())
 
 
 def open_validation(config: ml_collections.ConfigDict) -> Validation | None:
@@ -337,15 +386,20 @@ def describe(config: ml_collections.ConfigDict) -> model.SpeakerModel:
 
 
 def variables_of(state: train_lib.TrainState) -> dict[str, Any]:
-    """What the network needs of a state."""
-    return {"params": state.params["network"], "batch_stats": state.batch_stats}
+    """What the network needs of a state; in quantization-aware training, its packed form."""
+    params = state.params["network"]
+    if "codebooks" in state.params:
+        params = kmqat.packed(state.params, state.indices)
+    return {"params": params, "batch_stats": state.batch_stats}
 
 
 def parts_of(state: train_lib.TrainState) -> dict[str, Any]:
     """A state as the parts of a checkpoint, apart so that a model is read without the optimizer."""
     rest = {"step": state.step, "opt_state": state.opt_state}
+    if "codebooks" in state.params:
+        rest |= {"codebooks": state.params["codebooks"], "indices": state.indices}
     return {
-        "network": variables_of(state),
+        "network": {"params": state.params["network"], "batch_stats": state.batch_stats},
         "classifier": {"centres": state.params["classifier"]},
         "training": rest,
     }
@@ -355,7 +409,11 @@ def state_of(parts: dict[str, Any]) -> train_lib.TrainState:
     """The inverse of `parts_of`."""
     network, rest = parts["network"], parts["training"]
     params = {"network": network["params"], "classifier": parts["classifier"]["centres"]}
-    return train_lib.TrainState(rest["step"], params, network["batch_stats"], rest["opt_state"])
+    if "codebooks" in rest:
+        params["codebooks"] = rest["codebooks"]
+    return train_lib.TrainState(
+        rest["step"], params, network["batch_stats"], rest["opt_state"], rest.get("indices", {})
+    )
 
 
 def restore(
@@ -379,20 +437,62 @@ def adopt(path: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
     Raises:
         UserError: the networks differ; the message names the first parameter that does.
     """
-    given = model.load(path).variables
-    for part, fresh in (("params", params["network"]), ("batch_stats", batch_stats)):
-        here, there = dict(named_leaves(fresh)), dict(named_leaves(given.get(part, {})))
-        for name in sorted(here.keys() | there.keys()):
-            if name not in here or name not in there or here[name].shape != there[name].shape:
-                raise UserError(f"init_from={path}: {part}/{name} has another shape there, or is in one network only")
+    given = _load_like("init_from", path, params["network"], batch_stats)
     classifier = params["classifier"]
     if (Path(path) / "checkpoints").is_dir():
         with Checkpoints(Path(path) / "checkpoints") as checkpoints:
             centres = checkpoints.load(checkpoints.steps()[-1], "classifier")["centres"]
         if centres.shape[0] >= classifier.shape[0] and centres.shape[1:] == classifier.shape[1:]:
             classifier = jnp.asarray(centres[: classifier.shape[0]])
-    put = functools.partial(jax.tree.map, jnp.asarray)
-    return {"network": put(given["params"]), "classifier": classifier}, put(given.get("batch_stats", {}))
+    return {"network": given["params"], "classifier": classifier}, given["batch_stats"]
+
+
+def _load_like(flag: str, path: str, params: Any, batch_stats: Any) -> dict[str, Any]:
+    """The variables of a MODEL in full precision, which must be of the given shapes."""
+    given = quant.dequantize(model.load(path).variables)
+    for part, fresh in (("params", params), ("batch_stats", batch_stats)):
+        here, there = dict(named_leaves(fresh)), dict(named_leaves(given.get(part, {})))
+        for name in sorted(here.keys() | there.keys()):
+            if name not in here or name not in there or here[name].shape != there[name].shape:
+                raise UserError(f"{flag}={path}: {part}/{name} has another shape there, or is in one network only")
+    return {part: jax.tree.map(jnp.asarray, given.get(part, {})) for part in ("params", "batch_stats")}
+
+
+def load_teacher(config: ml_collections.ConfigDict, params: Any, batch_stats: Any) -> dict[str, Any] | None:
+    """The variables of the network to distil from, or None where there is none.
+
+    Raises:
+        UserError: a teacher is wanted but not named, or it is another network.
+    """
+    if not config.distill.weight:
+        return None
+    path = config.distill.teacher or config.init_from
+    if not path:
+        raise UserError("distill.weight is above zero, so distill.teacher or init_from must name a MODEL")
+    return _load_like("distill.teacher" if config.distill.teacher else "init_from", path, params, batch_stats)
+
+
+def allocate(
+    recipe: train_lib.Recipe, workdir: Path, params: Any, batch_stats: Any, teacher: Any, batches: Any
+) -> dict[str, int]:
+    """The widths of mixed precision: those in `workdir/widths.json`, or chosen by the loss's curvature on one batch."""
+    path = workdir / "widths.json"
+    if path.exists():
+        return {name: int(bits) for name, bits in read_json(path).items()}
+    seed = recipe.config.seed
+    state = batches.get_state()
+    batch = jax.tree.map(jnp.asarray, next(batches))
+    batches.set_state(state)
+    features = train_lib.features_of(recipe, jax.random.key(seed), batch)
+
+    def loss(values: Any) -> jax.Array:
+        step = jnp.zeros((), jnp.int32)
+        return train_lib.total_loss(recipe, params, values, batch_stats, features, batch["speaker"], step, teacher)[0]
+
+    widths = kmqat.allocate(recipe.config.quant, params["network"], loss, jax.random.key(seed))
+    if jax.process_index() == 0:
+        write_json(path, widths)
+    return widths
 
 
 def average_checkpoints(described: model.SpeakerModel, checkpoints: Checkpoints, count: int) -> model.SpeakerModel:

@@ -92,6 +92,11 @@ class Codebook:
         book = self.constrained()[-1 if bits is None else self.widths.index(bits)]
         return _rounded(self.scale[:, None] * book, self.dtype)
 
+    def table(self, bits: jax.Array) -> jax.Array:
+        """As `values`, but at a width that is known only when running, and by the full index: `[groups, 2^widest]`."""
+        tables = [jnp.repeat(self.values(width), 1 << (self.bits - width), axis=1) for width in self.widths]
+        return jnp.stack(tables)[jnp.searchsorted(jnp.array(self.widths), bits, method="compare_all")]
+
     def units(self, latent: jax.Array) -> jax.Array:
         """The latent in units of the centroids."""
         return latent if self.normalized else latent / along(self.scale, latent.ndim, self.axis)
@@ -173,7 +178,7 @@ def fake_quantize(
     params: Any,
     codebooks: Codebooks,
     *,
-    bits: int | None = None,
+    bits: int | jax.Array | None = None,
     clip: float | None = None,
     reduction: str = "sum",
 ) -> Any:
@@ -186,7 +191,8 @@ def fake_quantize(
     Args:
         params: the tree of latents, from `init_codebooks`.
         codebooks: by leaf name.
-        bits: the width of nested codebooks; those that are not nested are used at their own.
+        bits: the width of nested codebooks; those that are not nested are used at their own. An array (a scalar, one
+            of the widths) makes one program that serves every width.
         clip: the latent's gradient passes only up to `clip` times the outermost centroid; None lets all of it pass.
         reduction: of the centroids' gradients, "sum" or "mean"; see `straight_through`.
 
@@ -200,7 +206,7 @@ def fake_quantize(
         raise UserError(f"a codebook is given for {sorted(missing)[0]}, which is not in the tree")
     if reduction not in ("sum", "mean"):
         raise UserError(f"reduction (={reduction!r}) must be sum or mean")
-    if bits is not None and not any(bits in book.widths for book in codebooks.values()):
+    if isinstance(bits, int) and not any(bits in book.widths for book in codebooks.values()):
         raise UserError(f"no codebook has {bits} bits")
 
     def quantized(name: str, latent: jax.Array) -> jax.Array:
@@ -209,14 +215,18 @@ def fake_quantize(
             return latent
         fixed, held = jax.lax.stop_gradient((latent, book))
         indices = held.assigned(fixed) if book.indices is None else book.indices
-        width = bits if book.coarse else None
-        if width is not None:
-            indices = indices >> (book.bits - width)
+        if bits is None or not book.coarse:
+            values = book.values()
+        elif isinstance(bits, int):
+            values = book.values(bits)
+            indices = indices >> (book.bits - bits)
+        else:
+            values = book.table(bits)
         slope = along(held.scale, latent.ndim, book.axis) if book.normalized else jnp.ones([1] * latent.ndim)
         if clip is not None:
             edge = clip * jnp.max(jnp.abs(held.centroids), axis=-1)
             slope = slope * (jnp.abs(held.units(fixed)) <= along(edge, latent.ndim, book.axis))
-        return straight_through(latent, book.values(width), indices, slope, book.axis, reduction)
+        return straight_through(latent, values, indices, slope, book.axis, reduction)
 
     return map_named(quantized, params)
 

@@ -1,0 +1,266 @@
+"""Quantization-aware training: what a configuration's `quant` section does to the parameters and to a training step.
+
+While it lasts the network's quantized kernels are full-precision latents, `params["network"]`, with a codebook each,
+`params["codebooks"]`. A step computes with the codebooks' values (`weights`) and moves latents, scales and centroids;
+`after_step` is what happens now and then instead of at every step; `packed` is the network that is shipped.
+
+References: KMQAT by Liu, Wang and Qian, Towards lightweight speaker verification via adaptive neural network
+quantization, 2024; its settings in the study reproduced here are `quant.recipe = "kmqat"`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from kmq_jax import model, quant, recalibrate
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.tree import map_named, named_leaves
+from kmq_jax.quant.codes import along
+
+Codebooks = dict[str, quant.Codebook]
+CENTROIDS = ("gradient", "lloyd", "fixed")
+
+
+def is_on(section: ml_collections.ConfigDict) -> bool:
+    """Whether the `quant` section asks for quantization."""
+    return bool(section.bits or section.rules or section.budget)
+
+
+def check(section: ml_collections.ConfigDict) -> None:
+    """Checks the values that no other function checks.
+
+    Raises:
+        UserError: one cannot be used; the message names it.
+    """
+    if section.centroids not in CENTROIDS:
+        raise UserError(f"quant.centroids (={section.centroids!r}) must be one of {', '.join(CENTROIDS)}")
+    if section.centroids == "lloyd" and section.lloyd_every < 1:
+        raise UserError(f"quant.lloyd_every (={section.lloyd_every}) must be at least 1 step")
+    if section.reassign_every < 0:
+        raise UserError(f"quant.reassign_every (={section.reassign_every}) must not be negative")
+    if unknown := set(section.cycle) - {*section.coarse, section.bits}:
+        raise UserError(f"quant.cycle names {unknown.pop()} bits, which is neither quant.bits nor in quant.coarse")
+    if section.budget and (section.bits or section.coarse or section.rules):
+        raise UserError("quant.budget chooses widths itself: it cannot be used with quant.bits, coarse or rules")
+
+
+def spec_of(section: ml_collections.ConfigDict, bits: int) -> quant.QuantSpec:
+    """How kernels are quantized, at a width."""
+    return quant.QuantSpec(
+        bits,
+        granularity=section.granularity,
+        coarse=tuple(section.coarse),
+        start=section.start,
+        retention=section.retention,
+        symmetric=section.symmetric,
+        pinned_zero=section.pinned_zero,
+    )
+
+
+def rules_of(section: ml_collections.ConfigDict) -> list[quant.QuantRule]:
+    """The rules that the section describes.
+
+    Raises:
+        UserError: a value cannot be used.
+    """
+    rules = []
+    for rule in section.rules:
+        if len(rule) != 2:
+            raise UserError(f"quant.rules: {rule!r} must be (pattern, bits)")
+        own = dataclasses.replace(spec_of(section, int(rule[1])), coarse=()) if rule[1] else None
+        rules.append(quant.QuantRule(rule[0], own))
+    if section.bits or section.budget:
+        rules.append(quant.QuantRule(r"/kernel$", spec_of(section, section.bits or max(section.widths))))
+    return rules
+
+
+def start(section: ml_collections.ConfigDict, params: Any, widths: Mapping[str, int] | None = None) -> Any:
+    """Turns the kernels of `params["network"]` into latents, and adds their codebooks as `params["codebooks"]`.
+
+    Works on shapes too, inside `jax.eval_shape`. Without quantization `params` comes back as it is.
+
+    Args:
+        section: the `quant` section.
+        params: full-precision parameters.
+        widths: by name, in place of the section's rules: these tensors and no others.
+
+    Raises:
+        UserError: a value of the section cannot be used, or a weight is not finite.
+    """
+    if not is_on(section):
+        return params
+    rules = quant.rules_of(widths, spec_of(section, 8)) if widths else rules_of(section)
+    latents, books = quant.init_codebooks(params["network"], rules, recipe=section.recipe)
+    return {**params, "network": latents, "codebooks": {**params.get("codebooks", {}), **books}}
+
+
+def repaired(reference: model.SpeakerModel, params: Any, features: jax.Array) -> tuple[Any, Any]:
+    """Starts from a network whose layers have the reference's moments (see `recalibrate`).
+
+    Args:
+        reference: the full-precision network.
+        params: `{"network": latents, "codebooks": ...}` made of it.
+        features: `[batch, time, mel]`, as training gives them.
+
+    Returns:
+        `(params, batch_stats)`.
+    """
+    books = params["codebooks"]
+    packed_params = quant.export(params["network"], books)
+    quantized = dataclasses.replace(reference, variables={**reference.variables, "params": packed_params})
+    repair = recalibrate.measure(reference, quantized, features)
+    slopes = {}
+
+    def scaled(name: str, leaf: Any, slope: jax.Array) -> Any:
+        if name not in books:
+            return jnp.asarray(leaf * slope)
+        if books[name].axis is None:
+            return leaf  # one scale for all channels cannot follow; the bias still does
+        slopes[name] = jnp.maximum(slope, 1e-6)
+        return leaf if books[name].normalized else leaf * along(slopes[name], leaf.ndim, books[name].axis)
+
+    variables = {"params": params["network"], "batch_stats": reference.variables.get("batch_stats", {})}
+    variables = jax.tree.map(jnp.asarray, recalibrate.apply(repair, variables, scaled))
+    moved = {n: b.with_scale(b.scale * slopes[n]) if n in slopes else b for n, b in books.items()}
+    return {**params, "network": variables["params"], "codebooks": moved}, variables["batch_stats"]
+
+
+def weights(
+    section: ml_collections.ConfigDict,
+    params: Any,
+    indices: Mapping[str, jax.Array],
+    step: jax.Array,
+    thaw: float,
+    names: Iterable[str] | None = None,
+) -> Any:
+    """The network's parameters as a training step uses them: exactly what its packed form would hold.
+
+    Args:
+        section: the `quant` section.
+        params: `{"network": latents, "codebooks": ...}`, to be differentiated.
+        indices: cached ones by name; empty: each latent takes its nearest centroid afresh.
+        step: of the run.
+        thaw: step from which scales are trained.
+        names: tensors that are quantized already; None is all of them. The others are used in full precision.
+    """
+    names = set(params["codebooks"]) if names is None else set(names)
+    waiting = {name: book for name, book in params["codebooks"].items() if name not in names}
+    latents = unquantized(params["network"], jax.lax.stop_gradient(waiting))
+    books = {}
+    for name, book in params["codebooks"].items():
+        if name not in names:
+            continue
+        held = jax.lax.stop_gradient(book)
+        if section.centroids == "gradient":
+            held = dataclasses.replace(held, centroids=book.centroids, coarse=book.coarse)
+        if section.learn_scale:
+            # The same value whether frozen or not; only its gradient is switched.
+            frozen = jax.lax.stop_gradient(book.raw_scale)
+            held = dataclasses.replace(held, raw_scale=jnp.where(step >= thaw, book.raw_scale, frozen))
+        books[name] = dataclasses.replace(held, indices=indices.get(name))
+    cycle = section.cycle or ((*section.coarse, section.bits) if section.coarse else ())
+    bits = jnp.array(cycle)[step % len(cycle)] if cycle else None
+    clip = section.clip or None
+    return quant.fake_quantize(latents, books, bits=bits, clip=clip, reduction=section.reduction)
+
+
+def unquantized(latents: Any, books: Mapping[str, quant.Codebook]) -> Any:
+    """Latents in units of the weights, for those that have a codebook in `books`."""
+
+    def restore(name: str, latent: jax.Array) -> jax.Array:
+        book = books.get(name)
+        return latent if book is None or not book.normalized else latent * along(book.scale, latent.ndim, book.axis)
+
+    return map_named(restore, latents)
+
+
+def stages_of(section: ml_collections.ConfigDict, params: Any) -> list[tuple[str, ...]]:
+    """The names that are quantized in each stage of training: all in one, or the smallest widths first."""
+    widths = {name: book.bits for name, book in params.get("codebooks", {}).items()}
+    return [tuple(sorted(stage)) for stage in quant.stages(widths)] if section.multi_stage else [tuple(sorted(widths))]
+
+
+def enter_stage(section: ml_collections.ConfigDict, params: Any, now: Iterable[str], before: Iterable[str]) -> Any:
+    """Makes the codebooks afresh of the tensors that are quantized from `now` on and were not `before`."""
+    fresh = {name: params["codebooks"][name] for name in sorted(set(now) - set(before))}
+    full = {**params, "network": unquantized(params["network"], fresh)}
+    return start(section, full, {name: book.bits for name, book in fresh.items()}) if fresh else params
+
+
+def allocate(
+    section: ml_collections.ConfigDict, network: Any, loss: Callable[[Any], jax.Array], key: jax.Array
+) -> dict[str, int]:
+    """Chooses a width for each kernel within `quant.budget`, by the traces of the loss's Hessian.
+
+    Args:
+        section: the `quant` section: `budget` is a share of the kernels' bytes in float32; `widths` to choose from;
+            `sections` of like sensitivity that share a width, 0 for a width of each tensor's own; `hessian_draws`.
+        network: full-precision parameters.
+        loss: of such parameters, a scalar.
+        key: random key.
+
+    Returns:
+        `{name: bits}`.
+
+    Raises:
+        UserError: even the smallest widths exceed the budget.
+    """
+    rules = rules_of(section)
+    names = list(quant.decide(network, rules))
+    leaves = dict(named_leaves(network))
+    budget = section.budget * sum(4 * leaves[name].size for name in names)
+    errors, sizes = quant.distortions(network, rules, tuple(section.widths))
+    traces = quant.hessian_traces(loss, network, key, draws=section.hessian_draws, names=names)
+    if section.sections:
+        return quant.allocate_sections(traces, errors, sizes, budget, section.sections)
+    return quant.allocate(traces, errors, sizes, budget)
+
+
+def after_step(
+    section: ml_collections.ConfigDict,
+    params: Any,
+    indices: Mapping[str, jax.Array],
+    step: jax.Array,
+    lloyd_until: float,
+) -> tuple[Any, Mapping[str, jax.Array]]:
+    """Lloyd updates of the centroids and new assignments, when they are due.
+
+    Args:
+        section: the `quant` section.
+        params: after the optimizer's step.
+        indices: cached ones.
+        step: steps done.
+        lloyd_until: no Lloyd updates after this step, so that the end of training is quiet.
+    """
+    latents, books = params["network"], params["codebooks"]
+
+    if section.centroids == "lloyd":
+
+        def lloyd(books: Codebooks) -> Codebooks:
+            held = {n: dataclasses.replace(b, indices=indices.get(n)) for n, b in books.items()}
+            moved = quant.lloyd_update(
+                latents, held, rate=section.lloyd_rate, unused_rate=section.lloyd_unused_rate or None
+            )
+            return {n: dataclasses.replace(b, indices=None) for n, b in moved.items()}
+
+        due = (step % section.lloyd_every == 0) & (step <= lloyd_until)
+        books = jax.lax.cond(due, lloyd, lambda same: same, books)
+    if section.reassign_every:
+        due = step % section.reassign_every == 0
+        indices = jax.lax.cond(due, lambda _: assigned(latents, books), lambda same: dict(same), indices)
+    return {**params, "codebooks": books}, indices
+
+
+def assigned(latents: Any, books: Mapping[str, quant.Codebook]) -> dict[str, jax.Array]:
+    """The index of every latent's nearest centroid, by name."""
+    return {name: book.indices for name, book in quant.reassign(latents, books).items()}
+
+
+def packed(params: Any, indices: Mapping[str, jax.Array]) -> Any:
+    """The network's parameters with packed tensors in place of latents."""
+    books = {n: dataclasses.replace(b, indices=indices.get(n)) for n, b in params["codebooks"].items()}
+    return quant.export(params["network"], books)
