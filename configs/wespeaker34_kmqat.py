@@ -11,7 +11,7 @@ import ml_collections
 from kmq_jax.core.errors import UserError
 from kmq_jax.train_config import default_config, quantized, smoke
 
-EPOCHS = {"4": 1.0, "3": 2.0, "2": 12.0, "nested": 12.0}
+EPOCHS = {"4": 1.0, "3": 1.5, "2": 9.0, "nested": 9.0}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -26,6 +26,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.update(train=root + "/so762/train," + root + "/words/train", crop_seconds=2.0)
     config.validation.update(data=root + "/so762/dev", trials=root + "/so762/dev/trials.txt", epochs=EPOCHS[width])
     quantized(config, 4 if width == "nested" else int(width), rules=(("^stem/", 0),))
+    config.learning_rate.peak = 1e-2
     if width == "nested":
         config.quant.update(coarse=(2, 3), cycle=(2, 3, 2, 4))
     config.update(batch_size=16, epochs=EPOCHS[width], checkpoint_epochs=1.0, dtype="bfloat16")

@@ -190,5 +190,8 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     speakers = "synthetic:{}?speakers=8&utterances=4"
     config.data.update(train=speakers.format("train"), noise="synthetic:noise", music="", crop_seconds=1.0)
     config.validation.update(data=speakers.format("dev"), trials=speakers.format("dev"))
+    if config.distill.weight and not config.distill.teacher:  # no model is at hand to start and to learn from
+        config.distill.weight, config.loss.weight = 0.0, 1.0
+    config.quant.recalibrate = min(config.quant.recalibrate, 8)
     config.update(init_from="", batch_size=8, epochs=2.0, epoch_steps=2, log_every=1, average_last=2)
     return config
