@@ -1,0 +1,1 @@
+"""Where low-bit errors come from: by layer, component, trial, utterance and speaker; and a report of it."""
