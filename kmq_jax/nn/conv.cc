@@ -1,10 +1,11 @@
-// Two-dimensional convolution and its two gradients on a CPU, called from JAX through XLA's foreign-function interface.
+// Two-dimensional convolution and its two gradients on a CPU, and the sums over positions that batch normalisation
+// needs, called from JAX through XLA's foreign-function interface.
 //
 // Why: XLA's own weight gradient of large, early convolutions runs at a tenth of the machine's speed. These kernels run
 // near its peak. nn/native.py compiles this file for the machine at hand and falls back to XLA where it cannot.
 //
 // Layout: activations [batch, time, freq, channel], kernels [time taps, freq taps, in, out], padding of taps / 2 on
-// each side. Activations are float32 or bfloat16, sums are float32. All three kernels share one plan: copy a few
+// each side. Activations are float32 or bfloat16, sums are float32. The convolutions share one plan: copy a few
 // zero-padded input rows into a buffer that stays in the second-level cache, then compute tiles whose sums stay in
 // registers.
 //
@@ -104,6 +105,17 @@ inline void store(Bf16* out, Vector sum, int channels) {
   bits = (sum != sum) ? splat(0x7fc00000) : bits + 0x7fff + (bits >> 16 & 1);  // round to nearest even, keep NaN
   Halves halves = __builtin_convertvector(bits >> 16, Halves);
   std::memcpy(out, &halves, 2 * channels);
+}
+
+inline Vector load(const float* from, int channels) {
+  Vector value = {};
+  std::memcpy(&value, from, 4 * channels);
+  return value;
+}
+inline Vector load(const Bf16* from, int channels) {
+  Halves halves = {};
+  std::memcpy(&halves, from, 2 * channels);
+  return (Vector)(__builtin_convertvector(halves, Bits) << 16);
 }
 
 // A buffer that each thread keeps, so that no call pays for fresh pages.
@@ -572,6 +584,52 @@ void kernel_gradient(ffi::ThreadPool pool, const typename Type::Element* x, cons
   });
 }
 
+// result[0][c] sums x[row][c], result[1][c] sums x[row][c] * y[row][c]: in float32 over a few rows, then in double.
+template <class Element>
+void channel_sums(ffi::ThreadPool pool, const Element* x, const Element* y, float* result, int64_t rows,
+                  int channels) {
+  constexpr int64_t kRows = 256;  // of one task
+  const int64_t tasks = (rows + kRows - 1) / kRows;
+  std::vector<float> sums(tasks * 2 * channels);
+  parallel(pool, tasks, [&](int64_t task) {
+    const int64_t begin = task * kRows, end = std::min(begin + kRows, rows);
+    for (int first = 0; first < channels; first += kOut) {
+      const int low = std::min(channels - first, kLanes), high = std::min(channels - first - low, kLanes);
+      Vector sum[2] = {}, product[2] = {};
+      auto add = [&](int low, int high) {
+        for (int64_t at = begin * channels + first; at < end * channels; at += channels) {
+          const Vector a = load(x + at, low), b = load(x + at + low, high);
+          sum[0] += a, product[0] += a * load(y + at, low);
+          sum[1] += b, product[1] += b * load(y + at + low, high);
+        }
+      };
+      if (high == kLanes) add(kLanes, kLanes);  // lengths known to the compiler
+      else add(low, high);
+      float* to = sums.data() + task * 2 * channels + first;
+      store(to, sum[0], low), store(to + low, sum[1], high);
+      store(to + channels, product[0], low), store(to + channels + low, product[1], high);
+    }
+  });
+  std::vector<double> total(2 * channels);
+  for (int64_t task = 0; task < tasks; ++task)
+    for (int i = 0; i < 2 * channels; ++i) total[i] += sums[task * 2 * channels + i];
+  std::copy(total.begin(), total.end(), result);
+}
+
+ffi::Error run_channel_sums(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer y,
+                            ffi::Result<ffi::Buffer<ffi::F32>> result) {
+  auto run = [&](auto element) {
+    using Element = decltype(element);
+    const int channels = x.dimensions().back();
+    channel_sums(pool, static_cast<const Element*>(x.untyped_data()), static_cast<const Element*>(y.untyped_data()),
+                 result->typed_data(), x.element_count() / channels, channels);
+    return ffi::Error::Success();
+  };
+  if (x.element_type() == ffi::F32 && y.element_type() == ffi::F32) return run(float{});
+  if (x.element_type() == ffi::BF16 && y.element_type() == ffi::BF16) return run(Bf16{});
+  return ffi::Error::InvalidArgument("both operands must be float32 or both be bfloat16");
+}
+
 ffi::Error run_convolution(ffi::ThreadPool pool, ffi::AnyBuffer input, ffi::AnyBuffer kernel,
                            ffi::Result<ffi::AnyBuffer> output, int64_t time_stride, int64_t freq_stride,
                            bool transposed) {
@@ -623,3 +681,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(KernelGradient, run_kernel_gradient,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("time_stride")
                                   .Attr<int64_t>("freq_stride"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ChannelSums, run_channel_sums,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());

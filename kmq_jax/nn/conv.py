@@ -46,10 +46,8 @@ def conv2d(x: jax.Array, kernel: jax.Array, strides: Pair = (1, 1)) -> jax.Array
 
 
 def _use_native(x: jax.Array, kernel: jax.Array) -> bool:
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:
-        return False  # XLA partitions its own convolutions over devices, but no foreign ones
-    fits = x.dtype == kernel.dtype and x.dtype in (jnp.float32, jnp.bfloat16) and min(x.shape + kernel.shape) > 0
-    return fits and all(taps % 2 for taps in kernel.shape[:2]) and native.library()
+    fits = x.dtype == kernel.dtype and min(x.shape + kernel.shape) > 0 and all(taps % 2 for taps in kernel.shape[:2])
+    return fits and native.usable(x.dtype)
 
 
 def convolution(x: jax.Array, kernel: jax.Array, strides: Pair) -> jax.Array:

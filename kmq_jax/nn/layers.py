@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer, ones, variance_scaling, zeros
 
+from kmq_jax.nn.channels import channel_sums, scale_and_shift
 from kmq_jax.nn.conv import conv2d
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -137,16 +138,16 @@ class BatchNorm(nn.Module):
                     running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
             slope = slope * jax.lax.rsqrt(var + self.epsilon)
             shift = shift - mean * slope
-        per_channel = (1,) * (x.ndim - 1) + channels
-        return (x * slope.reshape(per_channel) + shift.reshape(per_channel)).astype(self.dtype)
+        x = x.astype(jnp.promote_types(x.dtype, self.dtype))
+        return scale_and_shift(x, slope, shift).astype(self.dtype)
 
     def _batch_statistics(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        axes = tuple(range(x.ndim - 1))
-        x = x.astype(jnp.float32)
-        mean = mean_frames(x, mask, axes)
-        # One pass over the activations instead of two: both moments are read together.
-        var = mean_frames(jnp.square(x), mask, axes) - jnp.square(mean)
-        return mean, jnp.maximum(var, 0)
+        count: Any = x.size // x.shape[-1]
+        if mask is not None:
+            count = jnp.maximum(jnp.sum(mask, dtype=jnp.float32) * (count // mask.size), 1)
+        x = mask_frames(x, mask)
+        mean, square = channel_sums(x, x) / count
+        return mean, jnp.maximum(square - jnp.square(mean), 0)
 
 
 @dataclasses.dataclass(frozen=True)

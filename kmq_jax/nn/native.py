@@ -2,7 +2,7 @@
 
 The first use of a convolution on a CPU compiles (some ten seconds) and keeps the library under the user's cache
 directory. Nothing depends on it: without a compiler, or with `KMQ_JAX_NATIVE=0` in the environment, `library` says no,
-a line of the log says why, and nn/conv.py stays with XLA's own convolutions.
+a line of the log says why, and nn/conv.py and nn/channels.py stay with XLA.
 """
 
 import ctypes
@@ -17,6 +17,7 @@ import subprocess
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 
 from kmq_jax.core.errors import UserError
@@ -26,11 +27,22 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("conv.cc")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
-TARGETS = {"kmq_convolution": "Convolution", "kmq_kernel_gradient": "KernelGradient"}
+TARGETS = {
+    "kmq_convolution": "Convolution",
+    "kmq_kernel_gradient": "KernelGradient",
+    "kmq_channel_sums": "ChannelSums",
+}
 
 
 class Unavailable(Exception):
     """Why there is no native library; never leaves this module."""
+
+
+def usable(dtype: jnp.dtype) -> bool:
+    """Whether a function that is traced now may call the kernels on arrays of this dtype."""
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return False  # XLA partitions its own operations over devices, but no foreign ones
+    return dtype in (jnp.float32, jnp.bfloat16) and library()
 
 
 @functools.cache

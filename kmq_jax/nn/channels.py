@@ -1,0 +1,68 @@
+"""Sums over all positions of each channel, and the per-channel affine map whose gradient needs them.
+
+Batch normalisation consists of the two. XLA's reductions on a CPU go through float32 copies of bfloat16 activations; on
+a single CPU device a kernel of conv.cc reads the activations as they are, once for both sums. Elsewhere XLA sums, over
+the whole batch where that is sharded. Both functions differentiate backwards, to any order.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kmq_jax.nn import native
+
+
+@jax.custom_vjp
+def channel_sums(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Sums `x`, and `x * y`, over all axes but the last.
+
+    Args:
+        x: `[..., channels]`.
+        y: like `x`.
+
+    Returns:
+        `[2, channels]` float32.
+    """
+    if x.dtype == y.dtype and x.size and native.usable(x.dtype):
+        result = jax.ShapeDtypeStruct((2, x.shape[-1]), jnp.float32)
+        return jax.ffi.ffi_call("kmq_channel_sums", result, vmap_method="sequential")(x, y)
+    axes = tuple(range(x.ndim - 1))
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return jnp.stack([jnp.sum(x, axes), jnp.sum(x * y, axes)])
+
+
+def _channel_sums_backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, y = residuals
+    of_sum, of_product = gradient.reshape(2, *(1,) * (x.ndim - 1), -1)
+    return (of_sum + of_product * y).astype(x.dtype), (of_product * x).astype(y.dtype)
+
+
+channel_sums.defvjp(lambda x, y: (channel_sums(x, y), (x, y)), _channel_sums_backward)
+
+
+@jax.custom_vjp
+def scale_and_shift(x: jax.Array, slope: jax.Array, shift: jax.Array) -> jax.Array:
+    """Computes `x * slope + shift` in float32.
+
+    Args:
+        x: `[..., channels]`.
+        slope: `[channels]` float32.
+        shift: `[channels]` float32.
+
+    Returns:
+        Of the shape and dtype of `x`.
+    """
+    per_channel = (1,) * (x.ndim - 1) + (-1,)
+    return (x * slope.reshape(per_channel) + shift.reshape(per_channel)).astype(x.dtype)
+
+
+def _scale_and_shift_backward(
+    residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, slope = residuals
+    of_shift, of_slope = channel_sums(gradient, x)
+    return scale_and_shift(gradient, slope, jnp.zeros_like(slope)), of_slope, of_shift
+
+
+scale_and_shift.defvjp(
+    lambda x, slope, shift: (scale_and_shift(x, slope, shift), (x, slope)), _scale_and_shift_backward
+)
