@@ -21,6 +21,14 @@ from kmq_jax.scoring.cosine import cosine_scores
 
 Row = dict[str, Any]
 
+GROUP_DRAWS = 4
+"""Of the draws of speakers, one in so many serves the intervals of groups, which are many."""
+COMPONENT_DRAWS = 5
+"""And those of components' EER."""
+
+
+_CAPTURED = 4  # recordings in a batch while every block's output of two networks is held
+
 
 @dataclass(frozen=True)
 class Options:
@@ -80,7 +88,10 @@ class Diagnosis:
 def diagnose_scores(trials: scores.ScoredTrials, recordings: people.Recordings, options: Options) -> Diagnosis:
     """Everything that scores alone tell."""
     replicates, seed = options.replicates, options.seed
-    draws = SpeakerDraws(trials.enrol_speaker, trials.test_speaker, replicates, seed) if replicates else None
+    draws = few = None
+    if replicates:
+        draws = SpeakerDraws(trials.enrol_speaker, trials.test_speaker, replicates, seed)
+        few = SpeakerDraws(trials.enrol_speaker, trials.test_speaker, max(replicates // GROUP_DRAWS, 1), seed)
     flips = scores.all_flips(trials, options.thresholds)
     systems = scores.system_rows(trials, replicates, seed)
     drift = scores.drift_rows(trials, draws)
@@ -94,7 +105,7 @@ def diagnose_scores(trials: scores.ScoredTrials, recordings: people.Recordings, 
         "flips": flip_rows,
         "speakers": people.speaker_rows(trials, flips[0], recordings),
         "utterances": utterances,
-        "groups": people.group_rows(trials, flips[0], recordings, draws),
+        "groups": people.group_rows(trials, flips[0], recordings, few),
         "drift_causes": people.drift_causes(utterances),
         "worst_trials": people.worst_trials(trials, flips[0], recordings, options.worst),
     }
@@ -283,8 +294,9 @@ class Networks:
             row["damage_cosine"] = float(1 - cosine_scores(own, rows_of, each, each).mean(dtype=np.float64))
         start = time.perf_counter()
         batches = variants.feature_batches(
-            self.fbank, self.utterances.select(subset), max_seconds=self.options.max_seconds, desc="activations"
-        )
+            self.fbank, self.utterances.select(subset), max_seconds=self.options.max_seconds, desc="activations",
+            batch_size=_CAPTURED,
+        )  # fmt: skip
         sqnr = variants.activation_sqnr(self.network, batches, self.base, list(self.low.values()))
         self.seconds["activations"] = time.perf_counter() - start
         blocks: list[Row] = []
@@ -348,8 +360,8 @@ class _Rates:
     def of(cls, values: Array, labels: Array, enrol: Array, test: Array, options: Options) -> "_Rates":
         draws = None
         if options.replicates:
-            # A fifth of the draws is enough to place the ends of an interval that is only looked at.
-            found = speaker_bootstrap(values, labels, enrol, test, max(options.replicates // 5, 100), options.seed)
+            some = max(options.replicates // COMPONENT_DRAWS, 1)
+            found = speaker_bootstrap(values, labels, enrol, test, some, options.seed)
             draws = found.eer
         return cls(values, eer(values, labels)[0], draws)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from kmq_jax.diagnostics.resample import SpeakerDraws
+from kmq_jax.diagnostics.resample import SpeakerDraws, interval_of_ratio
 from kmq_jax.diagnostics.scores import Flips, ScoredTrials
 from kmq_jax.metrics.detection import Array
 
@@ -169,6 +169,8 @@ def group_rows(
         `bits, by, group, utterances, trial_sides, harmful_rate, harmful_rate_ci95, mean_abs_drift,
         mean_abs_drift_ci95`.
     """
+    harmful = [np.flatnonzero(which) for which in flips.harmful]
+    size = np.abs(trials.full - trials.reference)
     rows = []
     for title, masks in groups_of(recordings).items():
         for name, mask in masks.items():
@@ -180,13 +182,12 @@ def group_rows(
             for m, bits in enumerate(trials.widths):
                 row: dict[str, Any] = {"bits": bits, "by": title, "group": name, "utterances": int(mask.sum())}
                 row["trial_sides"] = int(total)
-                for key, values in (
-                    ("harmful_rate", flips.harmful[m]),
-                    ("mean_abs_drift", np.abs(trials.full[m] - trials.reference)),
-                ):
-                    row[key] = float(values @ sides / total)
-                    interval = draws.ratio(values * sides, weights) if draws and weights is not None else None
-                    row[f"{key}_ci95"] = interval
+                flipped, drift = sides[harmful[m]], size[m] * sides
+                row |= {"harmful_rate": float(flipped.sum() / total), "harmful_rate_ci95": None}
+                row |= {"mean_abs_drift": float(drift.sum() / total), "mean_abs_drift_ci95": None}
+                if draws and weights is not None:
+                    row["harmful_rate_ci95"] = interval_of_ratio(draws.sums(flipped, harmful[m]), weights)
+                    row["mean_abs_drift_ci95"] = interval_of_ratio(draws.sums(drift), weights)
                 rows.append(row)
     return sorted(rows, key=lambda row: -row["bits"])
 

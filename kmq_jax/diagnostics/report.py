@@ -12,8 +12,8 @@ import jinja2
 import matplotlib
 
 from kmq_jax.core.files import atomic_write, write_json
-from kmq_jax.diagnostics import figures, people, scores
-from kmq_jax.diagnostics.diagnosis import Diagnosis
+from kmq_jax.diagnostics import figures, scores
+from kmq_jax.diagnostics.diagnosis import COMPONENT_DRAWS, GROUP_DRAWS, Diagnosis
 
 Row = Mapping[str, Any]
 _FIGURE_PREFIX = "figure-"
@@ -139,7 +139,8 @@ def render(found: Diagnosis, pictures: Mapping[str, bytes]) -> str:
         headline=headline(found),
         best=best_predictors(found),
         top=top_components(found),
-        ADULT=people.ADULT,
+        GROUP_DRAWS=GROUP_DRAWS,
+        COMPONENT_DRAWS=COMPONENT_DRAWS,
         KNEE_RULE=scores.KNEE_RULE,
     )
 

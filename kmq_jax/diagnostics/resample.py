@@ -7,7 +7,8 @@ from scipy import sparse
 from kmq_jax.metrics.bootstrap import percentile_interval
 from kmq_jax.metrics.detection import Array, number_speakers
 
-_DENSE = 3000  # speakers up to which a table of all pairs of them is quicker than a sparse one
+_MOST = 4000  # speakers up to which a table of all pairs of them is made
+_SPARSE = 30  # a sparse table is quicker where it holds fewer than one in so many pairs
 
 
 class SpeakerDraws:
@@ -29,40 +30,61 @@ class SpeakerDraws:
         """
         enrol, test = np.asarray(enrol_speaker), np.asarray(test_speaker)
         enrol, test, self.speakers = number_speakers(enrol, test, len(enrol))
-        self._pair = enrol.astype(np.int64) * self.speakers + test
+        pair = enrol.astype(np.int64) * self.speakers + test
+        order = np.argsort(pair, kind="stable")
+        starts = np.flatnonzero(np.diff(pair[order], prepend=-1))
+        self._place = np.empty(len(pair), np.int64)  # of each trial's pair among those that occur
+        self._place[order] = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(pair))))
+        self._order, self._starts = order, starts
+        self._pairs = pair[order][starts]  # the pairs that occur, as places in a table of all pairs
+        self._apart = self._pairs // self.speakers != self._pairs % self.speakers
         rng = np.random.default_rng(seed)
         draws = rng.multinomial(self.speakers, np.full(self.speakers, 1 / self.speakers), replicates)
         self._copies = draws.astype(np.float32)
 
-    def sums(self, values: ArrayLike) -> Array:
-        """The weighted sum over trials of `values` `[trials]`, in every draw: `[replicates]`."""
-        weights = np.asarray(values, np.float64)
-        some = np.flatnonzero(weights)
-        n, copies = self.speakers, self._copies
-        if n <= _DENSE:
-            table = np.bincount(self._pair[some], weights[some], minlength=n * n).reshape(n, n)
-            own = np.diagonal(table).copy()
-            np.fill_diagonal(table, 0)
-            pairs = copies @ table.astype(np.float32)
-        else:
-            row, column = np.divmod(self._pair[some], n)
-            own = np.bincount(row[row == column], weights[some][row == column], minlength=n)
-            apart = row != column
-            entries = (weights[some][apart], (row[apart], column[apart]))
-            pairs = (sparse.coo_array(entries, shape=(n, n)).tocsr().T @ copies.T).T
-        return np.einsum("rs,rs->r", pairs, copies, dtype=np.float64) + copies @ own
-
-    def ratio(self, numerator: ArrayLike, denominator: Array) -> list[float] | None:
-        """The central 95 % of a ratio of sums, such as a mean, over the draws.
+    def sums(self, values: ArrayLike, where: Array | None = None) -> Array:
+        """Sums over trials in every draw.
 
         Args:
-            numerator: `[trials]`.
-            denominator: `[replicates]`, the `sums` of what is divided by, which often serves several ratios.
+            values: `[trials]`; or `[k]`, those of the trials `where`, all others being zero.
+            where: `[k]`, trials; each may come once.
 
         Returns:
-            `[low, high]`, or None where fewer than nine in ten draws have anything to divide by.
+            `[replicates]`, linear in the values.
         """
-        usable = denominator > 0
-        if not len(usable) or usable.mean() < 0.9:
-            return None
-        return list(percentile_interval(self.sums(numerator)[usable] / denominator[usable]))
+        values = np.asarray(values, np.float64)
+        if where is None:
+            weights = np.add.reduceat(values[self._order], self._starts)
+        else:
+            weights = np.bincount(self._place[where], values, minlength=len(self._starts))
+        n, copies = self.speakers, self._copies
+        own = np.zeros(n, np.float32)
+        own[self._pairs[~self._apart] // n] = weights[~self._apart]
+        total = (copies @ own).astype(np.float64)
+        some = np.flatnonzero(self._apart & (weights != 0))
+        if n <= _MOST and len(some) * _SPARSE > n * n:
+            table = np.zeros(n * n, np.float32)
+            table[self._pairs[some]] = weights[some]
+            pairs = copies @ table.reshape(n, n)
+        elif len(some):
+            entries = weights[some].astype(np.float32), np.divmod(self._pairs[some], n)
+            pairs = (sparse.coo_array(entries, shape=(n, n)).tocsr().T @ copies.T).T
+        else:
+            return total
+        return total + np.vecdot(pairs, copies)
+
+
+def interval_of_ratio(numerator: Array, denominator: Array) -> list[float] | None:
+    """The central 95 % of a ratio of sums, such as a mean, over draws.
+
+    Args:
+        numerator: `[replicates]`, `SpeakerDraws.sums` of what is averaged.
+        denominator: `[replicates]`, those of the weights.
+
+    Returns:
+        `[low, high]`, or None where fewer than nine in ten draws have anything to divide by.
+    """
+    usable = denominator > 0
+    if not len(usable) or usable.mean() < 0.9:
+        return None
+    return list(percentile_interval(numerator[usable] / denominator[usable]))

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.diagnostics.resample import SpeakerDraws
+from kmq_jax.diagnostics.resample import SpeakerDraws, interval_of_ratio
 from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
 from kmq_jax.metrics.detection import Array, check_trials, eer, min_dcf
 
@@ -49,10 +49,9 @@ class ScoredTrials:
     enrol_speaker: Array
     test_speaker: Array
 
-    def drifts(self) -> dict[str, Array]:
-        """Quantized minus reference scores `[models, trials]` by kind: "full", and "test-only" where known."""
-        kinds = {"full": self.full - self.reference}
-        return kinds if self.test_only is None else kinds | {"test-only": self.test_only - self.reference}
+    def kinds(self) -> dict[str, Array]:
+        """Scores of the models `[models, trials]` by kind of drift: "full", and "test-only" where known."""
+        return {"full": self.full} if self.test_only is None else {"full": self.full, "test-only": self.test_only}
 
 
 def scored_trials(
@@ -183,6 +182,16 @@ def _pearson_spearman(base: Array, rows: Array, labels: Array) -> list[dict[str,
     return result
 
 
+def _both(drift: Array) -> tuple[tuple[str, Array], ...]:
+    return ("mean", drift), ("mean_abs", np.abs(drift))
+
+
+def _by_class(draws: SpeakerDraws, labels: Array, values: Array) -> dict[str, Array]:
+    """Sums of `values` `[trials]` over all, target and nontarget trials, in every draw."""
+    target, nontarget = draws.sums(np.where(labels, values, 0)), draws.sums(np.where(labels, 0, values))
+    return {"all": target + nontarget, "target": target, "nontarget": nontarget}
+
+
 def drift_rows(trials: ScoredTrials, draws: SpeakerDraws | None = None) -> list[dict[str, Any]]:
     """Score drift by model, kind and class.
 
@@ -196,23 +205,23 @@ def drift_rows(trials: ScoredTrials, draws: SpeakerDraws | None = None) -> list[
         `bits, kind, class, trials, mean` (of a class: the shift of its mean), `mean_ci95, mean_abs, mean_abs_ci95, std,
         min, max`, quantiles `q01` to `q99`, and `pearson, spearman` with the reference's scores.
     """
-    masks = {"all": np.ones(len(trials.labels), bool), "target": trials.labels, "nontarget": ~trials.labels}
-    weights = {name: draws.sums(mask) for name, mask in masks.items()} if draws else {}
+    everything = np.ones(len(trials.labels), bool)
+    masks = {"all": everything, "target": trials.labels, "nontarget": ~trials.labels}
+    weights = _by_class(draws, trials.labels, everything) if draws else {}
     rows = []
-    for kind, drift in trials.drifts().items():
-        agreement = _pearson_spearman(trials.reference, drift + trials.reference, trials.labels)
+    for kind, quantized in trials.kinds().items():
+        drift = quantized - trials.reference
+        agreement = _pearson_spearman(trials.reference, quantized, trials.labels)
+        sums = [{key: _by_class(draws, trials.labels, x) for key, x in _both(one)} for one in drift] if draws else []
         for name, mask in masks.items():
             part = drift[:, mask]
             quantiles = np.quantile(part, QUANTILES, axis=1).T
             mean, absolute, std = part.mean(axis=1), np.abs(part).mean(axis=1), part.std(axis=1)
             for m, bits in enumerate(trials.widths):
                 row: dict[str, Any] = {"bits": bits, "kind": kind, "class": name, "trials": int(mask.sum())}
-                row |= {"mean": float(mean[m]), "mean_ci95": None}
-                row |= {"mean_abs": float(absolute[m]), "mean_abs_ci95": None}
-                if draws:
-                    values = np.where(mask, drift[m], 0)
-                    row["mean_ci95"] = draws.ratio(values, weights[name])
-                    row["mean_abs_ci95"] = draws.ratio(np.abs(values), weights[name])
+                for key, value in (("mean", mean), ("mean_abs", absolute)):
+                    row[key] = float(value[m])
+                    row[f"{key}_ci95"] = interval_of_ratio(sums[m][key][name], weights[name]) if draws else None
                 row |= {"std": float(std[m]), "min": float(part[m].min()), "max": float(part[m].max())}
                 row |= {f"q{round(100 * q):02d}": float(x) for q, x in zip(QUANTILES, quantiles[m])}
                 row["pearson"], row["spearman"] = agreement[m][name]
@@ -303,15 +312,17 @@ def flip_rows(
     fixed = np.asarray(edges, float)
     if bins < 1 or (np.diff(fixed, prepend=0.0) <= 0).any() or not np.isfinite(fixed).all():
         raise UserError(f"margin bins (={bins}) must be at least 1, edges (={list(edges)}) must ascend from above zero")
-    everything = np.ones(len(trials.labels), bool)
+    margin = flips.margin
     parts: list[tuple[dict[str, Any], Array]] = []
+    everything = np.ones(len(margin), bool)
     for name, mask in (("all", everything), ("target", trials.labels), ("nontarget", ~trials.labels)):
         parts.append(({"binning": "none", "bin": 0, "low": 0.0, "high": None, "class": name}, mask))
-    for binning, inner in (("equal-mass", equal_mass_edges(flips.margin, bins)), ("fixed", fixed)):
-        place = np.searchsorted(inner, flips.margin, side="right")
+    for binning, inner in (("equal-mass", equal_mass_edges(margin, bins)), ("fixed", fixed)):
+        place = np.searchsorted(inner, margin, side="right")
         for i, (low, high) in enumerate(zip([0.0, *inner.tolist()], [*inner.tolist(), None])):
-            about = {"binning": binning, "bin": i, "low": low, "high": high, "class": "all"}
-            parts.append((about, place == i))
+            parts.append(({"binning": binning, "bin": i, "low": low, "high": high, "class": "all"}, place == i))
+    kinds = {"harmful": flips.harmful, "beneficial": flips.beneficial}
+    found = [{name: np.flatnonzero(which[m]) for name, which in kinds.items()} for m in range(len(trials.widths))]
     rows = []
     for about, mask in parts:
         count = int(mask.sum())
@@ -319,19 +330,18 @@ def flip_rows(
         for m, bits in enumerate(trials.widths):
             row: dict[str, Any] = {"threshold_name": flips.name, "threshold": flips.threshold, "bits": bits}
             row |= {"model_threshold": float(flips.model_thresholds[m]), **about, "trials": count}
-            kinds = {"harmful": flips.harmful[m] & mask, "beneficial": flips.beneficial[m] & mask}
-            row |= {name: int(which.sum()) for name, which in kinds.items()}
-            for name, which in kinds.items():
+            here = {name: at[mask[at]] for name, at in found[m].items()}
+            row |= {name: len(at) for name, at in here.items()}
+            sums = {name: draws.sums(np.ones(len(at)), at) for name, at in here.items()} if draws else {}
+            for name in kinds:
                 row[f"{name}_rate"] = row[name] / count if count else None
-                row[f"{name}_rate_ci95"] = draws.ratio(which, weights) if draws and weights is not None else None
-            net = about["binning"] == "none"
-            row["net_rate"] = (row["harmful"] - row["beneficial"]) / count if net and count else None
-            row["net_rate_ci95"] = row["mcnemar_p"] = None
-            if net:
+                row[f"{name}_rate_ci95"] = None if weights is None else interval_of_ratio(sums[name], weights)
+            row |= {"net_rate": None, "net_rate_ci95": None, "mcnemar_p": None}
+            if about["binning"] == "none":
+                row["net_rate"] = (row["harmful"] - row["beneficial"]) / count
+                if weights is not None:
+                    row["net_rate_ci95"] = interval_of_ratio(sums["harmful"] - sums["beneficial"], weights)
                 row["mcnemar_p"] = mcnemar(row["harmful"], row["beneficial"])
-                if draws and weights is not None:
-                    difference = kinds["harmful"].astype(float) - kinds["beneficial"]
-                    row["net_rate_ci95"] = draws.ratio(difference, weights)
             rows.append(row)
     return rows
 

@@ -6,6 +6,7 @@ once a batch and shown to every variant before the next batch is read.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,11 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import map_named, named_leaves
 from kmq_jax.data import buckets, source
 from kmq_jax.models import registry
-from kmq_jax.models.resnet import ResNet
+from kmq_jax.models.resnet import STRIDES, ResNet
 from kmq_jax.nn.layers import Block, ConvNorm, expand_mask, frame_mask
 
 _STEM, _POOL, _HEAD = "stem", "pool", "head"
+_STRIDE = math.prod(STRIDES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +168,9 @@ def _is_measured(module: nn.Module, method: str) -> bool:
     return isinstance(module, Block) or (module.name == _STEM and isinstance(module, ConvNorm)) or module.name == _POOL
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _activations(network: ResNet, variables: Any, features: jax.Array, frames: jax.Array) -> dict[str, jax.Array]:
+    """Outputs of stem, blocks, pooling and head. A program of its own, so that equal weights give equal outputs."""
     embedding, state = network.apply(
         variables, features, frames, train=False, capture_intermediates=_is_measured, mutable=["intermediates"]
     )
@@ -174,25 +178,19 @@ def _activations(network: ResNet, variables: Any, features: jax.Array, frames: j
     return captured | {_HEAD: embedding}
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jax.jit
 def _powers(
-    network: ResNet, reference: Any, variants: Sequence[Any], features: jax.Array, frames: jax.Array, rows: jax.Array
-) -> tuple[dict[str, jax.Array], list[dict[str, jax.Array]]]:
-    """Sums of squares over real frames of real rows, of every block's output and of its error in each variant."""
-    mask = frame_mask(frames, features.shape[1]) & rows[:, None]
+    own: dict[str, jax.Array], other: dict[str, jax.Array] | None, mask: jax.Array
+) -> dict[str, jax.Array]:
+    """Sums of squares of `own`, or of its difference from `other`, over the real frames of `mask` `[batch, time]`."""
 
-    def power(x: jax.Array) -> jax.Array:
-        x = jnp.square(x.astype(jnp.float32))
-        if x.ndim == 2:
-            return jnp.sum(jnp.where(rows[:, None], x, 0))
-        return jnp.sum(jnp.where(expand_mask(mask[:, :: -(-features.shape[1] // x.shape[1])], x), x, 0))
+    def power(x: jax.Array, y: jax.Array | None) -> jax.Array:
+        squares = jnp.square(x.astype(jnp.float32) - (0 if y is None else y.astype(jnp.float32)))
+        step = 1 if x.ndim == 2 else mask.shape[1] // x.shape[1]
+        real = mask[:, 0] if x.ndim == 2 else mask[:, ::step]
+        return jnp.sum(jnp.where(expand_mask(real, squares) if x.ndim > 2 else real[:, None], squares, 0))
 
-    own = _activations(network, reference, features, frames)
-    errors = []
-    for variables in variants:
-        other = _activations(network, variables, features, frames)
-        errors.append({name: power(other[name].astype(jnp.float32) - own[name].astype(jnp.float32)) for name in own})
-    return {name: power(x) for name, x in own.items()}, errors
+    return {name: power(x, None if other is None else other[name]) for name, x in own.items()}
 
 
 def activation_sqnr(
@@ -209,16 +207,14 @@ def activation_sqnr(
     signal: dict[str, float] = {}
     noise: list[dict[str, float]] = [{} for _ in variants]
     for batch in batches:
-        # Whole numbers of the network's stride, so that striding the mask matches the outputs' frames.
-        features = jnp.pad(batch.features, ((0, 0), (0, -batch.features.shape[1] % 8), (0, 0)))
-        rows = jnp.arange(features.shape[0]) < len(batch.members)
-        for total, part in zip(
-            (signal, *noise),
-            (lambda own, errors: (own, *errors))(
-                *jax.device_get(_powers(network, reference, list(variants), features, batch.frames, rows))
-            ),
-        ):
-            for name, value in part.items():
+        # Whole numbers of the network's stride, so that every stride-th frame of the mask is an output's frame.
+        features = jnp.pad(batch.features, ((0, 0), (0, -batch.features.shape[1] % _STRIDE), (0, 0)))
+        real = jnp.arange(len(features)) < len(batch.members)
+        mask = frame_mask(batch.frames, features.shape[1]) & real[:, None]
+        own = _activations(network, reference, features, batch.frames)
+        for total, other in zip((signal, *noise), (None, *variants)):
+            others = None if other is None else _activations(network, other, features, batch.frames)
+            for name, value in jax.device_get(_powers(own, others, mask)).items():
                 total[name] = total.get(name, 0.0) + float(value)
     order = sorted(signal, key=depth_order)
     with np.errstate(divide="ignore"):

@@ -1,0 +1,221 @@
+"""diagnose as a command: a tiny network and its quantized versions, a perfect copy, embeddings, and mistakes."""
+
+import csv
+import dataclasses
+import html.parser
+import json
+import re
+import runpy
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from kmq_jax import model, quant
+from kmq_jax.models import registry
+
+SETTINGS = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8}
+DATA = "synthetic:dev?speakers=6&utterances=4"
+TABLES = {
+    "systems", "drift", "flips", "speakers", "utterances", "groups", "drift_causes", "worst_trials",
+    "retention", "layers", "blocks", "correlations",
+}  # fmt: skip
+
+
+def run(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["diagnose", *map(str, flags)])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_module("kmq_jax.diagnose", run_name="__main__")
+    return done.value.code
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A directory of one network: `full.kmq`, `2.kmq`, `3.kmq`, and `nested.kmq` with 2 and 4 bits."""
+    place = tmp_path_factory.mktemp("models")
+    variables = jax.device_get(registry.initialize(registry.build("wespeaker_resnet34", **SETTINGS), jax.random.key(0)))
+    full = model.SpeakerModel("wespeaker_resnet34", SETTINGS, "wespeaker", variables)
+    model.save(place / "full.kmq", full)
+    for name, spec in {"2": quant.QuantSpec(2), "3": quant.QuantSpec(3), "nested": quant.QuantSpec(4, coarse=(2,))}.items():
+        params = quant.quantize(variables["params"], [quant.QuantRule("/kernel$", spec)])
+        model.save(place / f"{name}.kmq", dataclasses.replace(full, variables={**variables, "params": params}))
+    return place
+
+
+def flags(models, *quantized, **more):
+    given = [f"--reference={models / 'full.kmq'}", *(f"--quantized={b}:{models / f'{n}.kmq'}" for b, n in quantized)]
+    options = {"data": DATA, "trials": DATA, "retention_utterances": 16, "layer_utterances": 16, "hessian_draws": 2,
+               "hessian_utterances": 2, "hessian_seconds": 1.0, "replicates": 40} | more  # fmt: skip
+    return [*given, *(f"--{name}={value}" for name, value in options.items() if value is not None)]
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what a page would load from elsewhere, and whether its tags are balanced."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.loads, self.images = [], [], 0
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href") and not value.startswith(("#", "data:")):
+                self.loads.append(value)
+        self.images += tag == "img"
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def result(models, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    patch = pytest.MonkeyPatch()
+    assert run(patch, *flags(models, (2, "2"), (3, "3"), (4, "nested")), "--threshold=0.5", f"--out={out}") == 0
+    patch.undo()
+    return out
+
+
+def test_every_file_is_there_and_the_report_needs_nothing_else(result):
+    assert {path.stem for path in result.glob("*.csv")} == TABLES
+    assert len(list(result.glob("figure-*.png"))) == 8
+    page = Page()
+    page.feed((result / "report.html").read_text())
+    assert page.open == [] and page.loads == [] and page.images == 8
+    text = (result / "report.html").read_text()
+    assert "url(" not in text and "@import" not in text and "<script" not in text
+    assert not re.search(r"\b(nan|None)\b", re.sub(r'"data:[^"]*"', "", text))
+
+
+def test_tables_and_json_agree(result):
+    found = json.loads((result / "diagnosis.json").read_text())
+    assert set(found) == {"notes", *TABLES} and found["notes"]["widths"] == [4, 3, 2]
+    for name in TABLES:
+        rows = read(result / f"{name}.csv")
+        assert len(rows) == len(found[name])
+        numbers = [key for key, value in found[name][0].items() if isinstance(value, float)]
+        for row, other in zip(rows, found[name]):
+            for key in numbers:
+                if other[key] is not None:
+                    assert float(row[key]) == other[key]
+
+
+def test_what_the_models_must_show(result):
+    found = json.loads((result / "diagnosis.json").read_text())
+    by_bits = {b: [row for row in found["layers"] if row["bits"] == b] for b in (4, 3, 2)}
+    layers = [row["layer"] for row in by_bits[2]]
+    assert layers[0] == "stem/conv" and layers[-1] == "head/linear" and len(layers) == 13
+    assert all(row["tensor_bits"] == b for b, rows in by_bits.items() for row in rows)
+    for two, three in zip(by_bits[2], by_bits[3]):
+        assert two["relative_error"] > three["relative_error"] and two["damage"] > 0
+    assert sum(row["hessian_trace"] > 0 for row in by_bits[2]) >= 10
+    retention = found["retention"]
+    assert {row["component"] for row in retention} == {"", "stem", "stage1", "stage2", "stage3", "stage4", "embedding"}
+    assert [row["experiment"] for row in retention][:2] == ["reference", "low"] and retention[0]["mean_abs_drift"] == 0
+    drift = {(r["bits"], r["kind"]): r["mean_abs"] for r in found["drift"] if r["class"] == "all"}
+    assert drift[2, "full"] > drift[3, "full"] > 0 and (4, "test-only") in drift
+    assert {row["threshold_name"] for row in found["flips"]} == {"reference EER", "own EER", "0.5"}
+    assert {row["by"] for row in found["groups"]} == {"gender", "duration", "SNR estimate"}
+    assert all(row["enrol_path"].startswith("syn-dev-") for row in found["worst_trials"])
+
+
+def test_a_perfect_copy(models, tmp_path, monkeypatch):
+    assert run(monkeypatch, *flags(models, (8, "full")), f"--out={tmp_path}") == 0
+    found = json.loads((tmp_path / "diagnosis.json").read_text())
+    assert all(row["mean_abs"] == 0 for row in found["drift"])
+    assert all(row["harmful"] == row["beneficial"] == 0 for row in found["flips"])
+    assert all(row["damage"] == 0 and row["relative_error"] == 0 for row in found["layers"])
+    assert all(row["mean_abs_drift"] == 0 and row["recovery"] is None for row in found["retention"])
+    assert all(row["sqnr_db"] is None for row in found["blocks"])  # infinite
+    assert "No decision changes" in (tmp_path / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def embeddings(tmp_path_factory):
+    """Embeddings of 6 speakers x 4 utterances: `full.npz`, and noisy `2.npz`, `3.npz`."""
+    place = tmp_path_factory.mktemp("embeddings")
+    rng = np.random.default_rng(0)
+    owner = np.repeat(np.arange(6), 4)
+    rows = rng.standard_normal((6, 16))[owner] + 0.7 * rng.standard_normal((24, 16))
+    ids = np.array([f"syn-dev-{s:04d}-{i % 4:02d}" for i, s in enumerate(owner)])
+    for name, noise in {"full": 0.0, "3": 0.2, "2": 0.6}.items():
+        noisy = (rows + noise * rng.standard_normal(rows.shape)).astype(np.float32)
+        np.savez(place / f"{name}.npz", ids=ids, embeddings=noisy, speakers=np.array([i[:12] for i in ids]))
+    return place
+
+
+def of_embeddings(place, **more):
+    given = [f"--reference={place / 'full.npz'}", f"--quantized=2:{place / '2.npz'}", f"--quantized=3:{place / '3.npz'}"]
+    return [*given, *(f"--{name}={value}" for name, value in ({"trials": DATA, "replicates": 40} | more).items())]
+
+
+@pytest.mark.parametrize("data", [None, DATA])
+def test_embeddings_give_what_scores_alone_tell(embeddings, tmp_path, monkeypatch, data):
+    given = {} if data is None else {"data": data}
+    assert run(monkeypatch, *of_embeddings(embeddings, **given), f"--out={tmp_path}") == 0
+    found = json.loads((tmp_path / "diagnosis.json").read_text())
+    drift = {(r["bits"], r["kind"]): r["mean_abs"] for r in found["drift"] if r["class"] == "all"}
+    assert drift[2, "full"] > drift[2, "test-only"] > drift[3, "test-only"] > 0
+    assert "layers" not in found and not (tmp_path / "layers.csv").exists()
+    assert {row["by"] for row in found["groups"]} == (set() if data is None else {"gender", "duration"})
+    page = Page()
+    page.feed((tmp_path / "report.html").read_text())
+    assert page.images == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--quantized=FULL"], "--quantized=FULL must be BITS:MODEL"),
+        (["--quantized=0:FULL"], "with 1 to 16 bits"),
+        (["--quantized=2:M2", "--quantized=2:M2"], "2 bits are given twice"),
+        (["--quantized=3:M2"], r"--quantized=3:M2 holds 2 bits, not 3"),
+        (["--quantized=2:missing.kmq"], "missing.kmq is no model"),
+        (["--quantized=2:E.npz"], "all models or all embeddings"),
+        (["--quantized=2:M2", "--retention_bits=4"], "retention at 4 bits: there is no quantized model of that width"),
+        (["--quantized=2:M2", "--retention_bits=two"], "--retention_bits=two must be numbers"),
+        (["--quantized=2:M2", "--margin_edges=0.2,0.1"], "--margin_edges=0.2,0.1 must ascend"),
+        (["--quantized=2:M2", "--worst=-1"], "--worst=-1 must be at least 0"),
+        (["--quantized=2:M2", "--threshold=nan"], "--threshold must be a finite number"),
+        (["--quantized=2:M2", "--data="], "--data is needed"),
+        (["--quantized=2:M2", "--trials=ONE"], "no nontarget trials"),
+        (["--quantized=2:OTHER"], "stem/conv/kernel has shape"),
+        ([], "--quantized"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(models, tmp_path, monkeypatch, capsys, given, message):
+    ids = [f"syn-dev-0000-{i:02d}" for i in range(4)]
+    (tmp_path / "one.txt").write_text(f"1 {ids[0]} {ids[1]}\n1 {ids[2]} {ids[3]}\n")
+    settings = SETTINGS | {"width": 6}
+    variables = registry.initialize(registry.build("wespeaker_resnet34", **settings), jax.random.key(0))
+    if any("OTHER" in flag for flag in given):
+        other = model.SpeakerModel("wespeaker_resnet34", settings, "wespeaker", jax.device_get(variables))
+        model.save(tmp_path / "other.kmq", other)
+    places = {"M2": models / "2.kmq", "FULL": models / "full.kmq", "ONE": tmp_path / "one.txt", "OTHER": tmp_path / "other.kmq"}
+
+    def filled(text):
+        for name, place in places.items():
+            text = text.replace(name, str(place))
+        return text
+
+    out = tmp_path / "out"
+    words = [f"--reference={models / 'full.kmq'}", f"--data={DATA}", f"--trials={DATA}", *map(filled, given)]
+    assert run(monkeypatch, *words, f"--out={out}") == 2
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert re.search(filled(message), shown[-1]) and "Traceback" not in "".join(shown)
+    assert not out.exists()
+
+
+def test_embeddings_of_another_list_are_named(embeddings, tmp_path, monkeypatch, capsys):
+    archive = dict(np.load(embeddings / "2.npz"))
+    np.savez(tmp_path / "less.npz", **{name: values[:-1] for name, values in archive.items()})
+    words = [f"--reference={embeddings / 'full.npz'}", f"--quantized=2:{tmp_path / 'less.npz'}", f"--trials={DATA}"]
+    assert run(monkeypatch, *words, f"--out={tmp_path / 'out'}") == 2
+    assert "syn-dev-0005-03" in capsys.readouterr().err
