@@ -257,7 +257,8 @@ def after_step(
 
 def assigned(latents: Any, books: Mapping[str, quant.Codebook]) -> dict[str, jax.Array]:
     """The index of every latent's nearest centroid, by name."""
-    return {name: book.indices for name, book in quant.reassign(latents, books).items()}
+    kept = quant.reassign(latents, books)
+    return {name: book.indices for name, book in kept.items() if book.indices is not None}
 
 
 def packed(params: Any, indices: Mapping[str, jax.Array]) -> Any:

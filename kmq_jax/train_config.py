@@ -113,6 +113,16 @@ def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
                 "every": 10.0,
                 "factor": 2.0,
             },
+            # What `kmq_jax.study` does with the network; training alone does not look at it.
+            "study": {
+                "evaluate": (),  # (name, DATA, TRIALS) of each evaluation set
+                "widths": (4, 3, 2),
+                "nested": True,  # also all widths in one file
+                "rules": (),  # as quant.rules
+                "epochs": {"4": 1.0, "3": 1.0, "2": 2.0, "nested": 3.0},  # of quantization-aware training
+                "learning_rate": 1e-2,
+                "compute": "float32",  # the arithmetic of extraction
+            },
             "batch_size": 128,  # over all devices
             "epochs": 10.0,
             "epoch_steps": 0,
@@ -193,5 +203,7 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     if config.distill.weight and not config.distill.teacher:  # no model is at hand to start and to learn from
         config.distill.weight, config.loss.weight = 0.0, 1.0
     config.quant.recalibrate = min(config.quant.recalibrate, 8)
+    config.study.update(widths=(4, 2), epochs={"4": 1.0, "3": 1.0, "2": 1.0, "nested": 1.0})
+    config.study.evaluate = (("voices", speakers.format("dev"), speakers.format("dev")),)
     config.update(init_from="", batch_size=8, epochs=2.0, epoch_steps=2, log_every=1, average_last=2)
     return config

@@ -12,7 +12,7 @@ ORDER = [
     ["core"],
     ["quant"], ["frontend"], ["nn"], ["losses"], ["metrics"],
     ["models"], ["data"], ["checkpoint"], ["artifact"], ["interop"], ["scoring"], ["model"],
-    ["diagnostics"], ["train_config"], ["optim"], ["train_lib"], ["train_loop"], ["recalibrate"],
+    ["recalibrate"], ["diagnostics"], ["train_config"], ["optim"], ["kmqat"], ["train_lib"], ["train_loop"],
 ]  # fmt: skip
 FLOOR_1 = {"quant", "frontend", "nn", "losses", "metrics"}
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
