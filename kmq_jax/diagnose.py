@@ -1,4 +1,4 @@
-"""`python -m kmq_jax.diagnose`: where low-bit errors come from, by layer, component, trial and speaker; and a report."""
+"""`python -m kmq_jax.diagnose`: where low-bit errors come from, as tables, figures and a report."""
 
 import argparse
 import time
@@ -220,13 +220,13 @@ def main() -> None:
     """Runs the command."""
     args = flags().parse_args()
     options, quantized = options_of(args), parse_quantized(args.quantized)
+    from kmq_jax.diagnostics import report  # matplotlib takes a second to import; here, before any work is done
+
     tables = [place.endswith(".npz") for place in (args.reference, *quantized.values())]
     if any(tables) and not all(tables):
         raise UserError("--reference and --quantized must be all models or all embeddings (.npz)")
     found = (from_embeddings if all(tables) else from_models)(args, quantized, options)
     found.notes["data"], found.notes["trial_list"] = args.data, args.trials or "pairs drawn at random"
-    from kmq_jax.diagnostics import report  # matplotlib takes a second to import
-
     report.write(args.out, found)
     print(report.describe(found))
     print(f"{args.out / 'report.html'}")

@@ -15,7 +15,7 @@ from kmq_jax.data.trials import Trials
 from kmq_jax.diagnostics import layers, people, scores, variants
 from kmq_jax.diagnostics.resample import SpeakerDraws
 from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
-from kmq_jax.metrics.detection import Array, eer
+from kmq_jax.metrics.detection import Array, check_trials, eer
 from kmq_jax.models import registry
 from kmq_jax.scoring.cosine import cosine_scores
 
@@ -194,6 +194,7 @@ class Networks:
         def measure(i: int, wave: Array) -> None:
             self.snr[i] = people.snr_db(wave)
 
+        check_trials(np.zeros(len(trials)), trials.label)  # before minutes of embedding
         own, *others = self._embed(None, [self.base, *self.low.values()], "scores", measure)
         full = {bits: cosine_scores(rows, rows, trials.enrol, trials.test) for bits, rows in zip(self.models, others)}
         test_only = {
@@ -204,7 +205,7 @@ class Networks:
         return scores.scored_trials(base, full, test_only, trials.label, speaker[trials.enrol], speaker[trials.test])
 
     def subset(self, count: int) -> tuple[Array, Array, Array, Array]:
-        """A subset spread over speakers, and all pairs of it: `(rows, one, two, labels)`; see `spread_over_speakers`."""
+        """A subset that `spread_over_speakers` chose, and all pairs of it: `(rows, one, two, labels)`."""
         rows = variants.spread_over_speakers(self.utterances, count, seed=self.options.seed)
         one, two = np.triu_indices(len(rows), 1)
         labels = self.utterances.labels[rows]

@@ -5,13 +5,14 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
+from cycler import cycler
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from kmq_jax.diagnostics.diagnosis import Diagnosis
-from kmq_jax.metrics.detection import Array
 from kmq_jax.metrics.det_plot import det_figure
+from kmq_jax.metrics.detection import Array
 
 Row = Mapping[str, Any]
 
@@ -19,7 +20,7 @@ WIDTH = 5.6  # inches: at a phone's 360 pixels a point is still a pixel
 _INK, _FAINT, _REFERENCE = "#22262b", "#d5d9de", "#6b7280"
 _TARGET, _NONTARGET = "#1b7f79", "#b5562b"
 _LADDER = ("#2b6cb0", "#d08a1d", "#c0353a", "#7b3fa0", "#3d8f4f", "#8a5a3b")
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10.5,
     "axes.titlesize": 11,
     "axes.labelsize": 10.5,
@@ -55,7 +56,8 @@ def histograms(found: Diagnosis) -> Figure:
     trials = found.trials
     figure, axes = _new(1.1 + 1.45 * len(trials.widths), len(trials.widths), sharex=True, squeeze=False)
     everything = np.concatenate([trials.reference, trials.full.ravel()])
-    edges = np.linspace(*np.quantile(everything, [0.0005, 0.9995]), 70)
+    low, high = np.quantile(everything, [0.0005, 0.9995])
+    edges = np.linspace(low, high, 70)
     middle = (edges[1:] + edges[:-1]) / 2
     own = found.flips[1].model_thresholds
     for m, (bits, ax) in enumerate(zip(trials.widths, axes[:, 0])):
@@ -81,7 +83,7 @@ def det(found: Diagnosis) -> Figure:
     systems = {"reference": (trials.reference, trials.labels)}
     systems |= {f"{bits} bits": (row, trials.labels) for bits, row in zip(trials.widths, trials.full)}
     cycle = [_REFERENCE, *(colour(bits, trials.widths) for bits in trials.widths)]
-    with matplotlib.rc_context({"axes.prop_cycle": matplotlib.cycler(color=cycle)}):
+    with matplotlib.rc_context({"axes.prop_cycle": cycler(color=cycle)}):
         return det_figure(systems)
 
 
@@ -204,9 +206,7 @@ def retention(found: Diagnosis) -> Figure:
         ax.set_title(title, loc="left")
     shades = [(colour(bits, found.trials.widths), f"{bits} bits: ") for bits in widths]
     handles = [
-        matplotlib.patches.Patch(
-            color=shade, alpha=alpha, linewidth=0, label=f"{name if len(widths) > 1 else ''}{what}"
-        )
+        Patch(color=shade, alpha=alpha, linewidth=0, label=f"{name if len(widths) > 1 else ''}{what}")
         for shade, name in shades
         for alpha, what in ((1.0, "of the EER's rise"), (0.45, "of mean |drift|"))
     ]

@@ -50,7 +50,7 @@ def weight_row(reference: Array, leaf: Any, bits: int | None = None) -> dict[str
     """
     packed = quant.is_codebook_tensor(leaf)
     width = bits if packed and leaf.coarse and bits in leaf.widths else None
-    full = np.asarray(reference, np.float64)
+    full: Any = np.asarray(reference, np.float64)  # also what `to_groups` gives back for one
     values = np.asarray(quant.dequantize({"x": leaf}, width)["x"], np.float64)
     error, power = float(np.sum((values - full) ** 2)), float(np.sum(full**2))
     groups = to_groups(full, leaf.axis if packed else full.ndim - 1)
@@ -69,7 +69,7 @@ def weight_row(reference: Array, leaf: Any, bits: int | None = None) -> dict[str
     }
     if packed:
         here = width or leaf.bits
-        shares = index_shares(to_groups(np.asarray(quant.indices_of(leaf, width)), leaf.axis), 1 << here)
+        shares = index_shares(np.asarray(to_groups(quant.indices_of(leaf, width), leaf.axis)), 1 << here)
         logs = np.log2(shares, out=np.zeros_like(shares), where=shares > 0)
         codebook = leaf.codebook_of(width)
         stored = leaf.size * here + 8 * codebook.size * codebook.dtype.itemsize

@@ -23,7 +23,7 @@ from kmq_jax.core.tree import map_named, named_leaves
 from kmq_jax.data import buckets, source
 from kmq_jax.models import registry
 from kmq_jax.models.resnet import STRIDES, ResNet
-from kmq_jax.nn.layers import Block, ConvNorm, expand_mask, frame_mask
+from kmq_jax.nn.layers import Block, ConvNorm, expand_mask
 
 _STEM, _POOL, _HEAD = "stem", "pool", "head"
 _STRIDE = math.prod(STRIDES)
@@ -131,8 +131,12 @@ def component_mixes(reference: Any, quantized: Any) -> Iterator[tuple[str, str, 
 def layer_mixes(reference: Any, quantized: Any, kernels: Iterable[str]) -> Iterator[Any]:
     """For each kernel, the reference network with that layer (its kernel and bias) from the quantized one."""
     for kernel in kernels:
-        layer = kernel.rpartition("/")[0]
-        yield mix(reference, quantized, lambda name, layer=layer: name.rpartition("/")[0] == layer)
+        layer = kernel.removesuffix("kernel")
+
+        def inside(name: str, layer: str = layer) -> bool:
+            return name in (f"{layer}kernel", f"{layer}bias")
+
+        yield mix(reference, quantized, inside)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -179,16 +183,14 @@ def _activations(network: ResNet, variables: Any, features: jax.Array, frames: j
 
 
 @jax.jit
-def _powers(
-    own: dict[str, jax.Array], other: dict[str, jax.Array] | None, mask: jax.Array
-) -> dict[str, jax.Array]:
+def _powers(own: dict[str, jax.Array], other: dict[str, jax.Array] | None, mask: jax.Array) -> dict[str, jax.Array]:
     """Sums of squares of `own`, or of its difference from `other`, over the real frames of `mask` `[batch, time]`."""
 
     def power(x: jax.Array, y: jax.Array | None) -> jax.Array:
         squares = jnp.square(x.astype(jnp.float32) - (0 if y is None else y.astype(jnp.float32)))
         step = 1 if x.ndim == 2 else mask.shape[1] // x.shape[1]
-        real = mask[:, 0] if x.ndim == 2 else mask[:, ::step]
-        return jnp.sum(jnp.where(expand_mask(real, squares) if x.ndim > 2 else real[:, None], squares, 0))
+        real = mask[:, :1] if x.ndim == 2 else expand_mask(mask[:, ::step], squares)
+        return jnp.sum(jnp.where(real, squares, 0))
 
     return {name: power(x, None if other is None else other[name]) for name, x in own.items()}
 
@@ -210,7 +212,7 @@ def activation_sqnr(
         # Whole numbers of the network's stride, so that every stride-th frame of the mask is an output's frame.
         features = jnp.pad(batch.features, ((0, 0), (0, -batch.features.shape[1] % _STRIDE), (0, 0)))
         real = jnp.arange(len(features)) < len(batch.members)
-        mask = frame_mask(batch.frames, features.shape[1]) & real[:, None]
+        mask = jnp.arange(features.shape[1])[None, :] < jnp.where(real, batch.frames, 0)[:, None]
         own = _activations(network, reference, features, batch.frames)
         for total, other in zip((signal, *noise), (None, *variants)):
             others = None if other is None else _activations(network, other, features, batch.frames)

@@ -15,9 +15,7 @@ def plain(enrol, test, values, replicates, seed=0):
     names, number = np.unique(np.concatenate([enrol, test]), return_inverse=True)
     one, two = np.split(number, 2)
     draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), replicates)
-    return np.array(
-        [sum(v * (d[a] if a == b else d[a] * d[b]) for a, b, v in zip(one, two, values)) for d in draws]
-    )
+    return np.array([sum(v * (d[a] if a == b else d[a] * d[b]) for a, b, v in zip(one, two, values)) for d in draws])
 
 
 @pytest.mark.parametrize("dense", [True, False])

@@ -128,6 +128,8 @@ def test_all_where_there_are_not_more(count):
 
 
 def test_a_recording_that_is_too_short_is_named(speaker_model):
-    short = Utterances(ids=("a",), paths=("a",), speakers=("s",), samples=np.array([100]), reader=lambda _: np.zeros(100))
+    short = Utterances(
+        ids=("a",), paths=("a",), speakers=("s",), samples=np.array([100]), reader=lambda _: np.zeros(100)
+    )
     with pytest.raises(UserError, match="a: shorter than one analysis frame"):
         next(variants.feature_batches(model.frontend_of(speaker_model.frontend), short))

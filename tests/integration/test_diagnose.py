@@ -37,7 +37,8 @@ def models(tmp_path_factory):
     variables = jax.device_get(registry.initialize(registry.build("wespeaker_resnet34", **SETTINGS), jax.random.key(0)))
     full = model.SpeakerModel("wespeaker_resnet34", SETTINGS, "wespeaker", variables)
     model.save(place / "full.kmq", full)
-    for name, spec in {"2": quant.QuantSpec(2), "3": quant.QuantSpec(3), "nested": quant.QuantSpec(4, coarse=(2,))}.items():
+    specs = {"2": quant.QuantSpec(2), "3": quant.QuantSpec(3), "nested": quant.QuantSpec(4, coarse=(2,))}
+    for name, spec in specs.items():
         params = quant.quantize(variables["params"], [quant.QuantRule("/kernel$", spec)])
         model.save(place / f"{name}.kmq", dataclasses.replace(full, variables={**variables, "params": params}))
     return place
@@ -46,7 +47,7 @@ def models(tmp_path_factory):
 def flags(models, *quantized, **more):
     given = [f"--reference={models / 'full.kmq'}", *(f"--quantized={b}:{models / f'{n}.kmq'}" for b, n in quantized)]
     options = {"data": DATA, "trials": DATA, "retention_utterances": 16, "layer_utterances": 16, "hessian_draws": 2,
-               "hessian_utterances": 2, "hessian_seconds": 1.0, "replicates": 40} | more  # fmt: skip
+               "hessian_utterances": 2, "hessian_seconds": 1.0, "replicates": 40, "max_seconds": 2} | more  # fmt: skip
     return [*given, *(f"--{name}={value}" for name, value in options.items() if value is not None)]
 
 
@@ -152,7 +153,7 @@ def embeddings(tmp_path_factory):
 
 
 def of_embeddings(place, **more):
-    given = [f"--reference={place / 'full.npz'}", f"--quantized=2:{place / '2.npz'}", f"--quantized=3:{place / '3.npz'}"]
+    given = [f"--reference={place / 'full.npz'}", *(f"--quantized={b}:{place / f'{b}.npz'}" for b in (2, 3))]
     return [*given, *(f"--{name}={value}" for name, value in ({"trials": DATA, "replicates": 40} | more).items())]
 
 
@@ -198,7 +199,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(models, tmp_path, monkeypatch,
     if any("OTHER" in flag for flag in given):
         other = model.SpeakerModel("wespeaker_resnet34", settings, "wespeaker", jax.device_get(variables))
         model.save(tmp_path / "other.kmq", other)
-    places = {"M2": models / "2.kmq", "FULL": models / "full.kmq", "ONE": tmp_path / "one.txt", "OTHER": tmp_path / "other.kmq"}
+    places = {"M2": models / "2.kmq", "FULL": models / "full.kmq"}
+    places |= {"ONE": tmp_path / "one.txt", "OTHER": tmp_path / "other.kmq"}
 
     def filled(text):
         for name, place in places.items():
