@@ -17,7 +17,7 @@ from kmq_jax.checkpoint import Checkpoints
 from kmq_jax.core import cli, mesh
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_json
-from kmq_jax.core.tree import named_leaves
+from kmq_jax.core.tree import named_leaves, replace_named
 from kmq_jax.data import audio, buckets, source
 from kmq_jax.models import registry
 from kmq_jax.models.resnet import ResNet
@@ -25,6 +25,7 @@ from kmq_jax.models.resnet import ResNet
 FRONTENDS = {"kiwano": frontend.KIWANO, "wespeaker": frontend.WESPEAKER}
 COMPUTE = ("float32", "bfloat16")
 BATCH_SIZE = 16
+NARROW = "narrow"
 
 
 def frontend_of(name: str) -> frontend.FbankConfig:
@@ -57,7 +58,9 @@ class SpeakerModel:
         architecture: a name of `models.registry`.
         settings: the network's settings.
         frontend: name of the filterbank setting.
-        variables: `{"params": tree, "batch_stats": tree}`; quantized tensors are `quant.CodebookTensor`s.
+        variables: `{"params": tree, "batch_stats": tree}`; quantized tensors are `quant.CodebookTensor`s. Nested models
+            may have `"narrow"` beside them: for each smaller width, such as "2", the biases and statistics that differ
+            at that width, by their names in the rest.
         bits: the width at which nested tensors are read; None is the widest.
     """
 
@@ -89,6 +92,20 @@ class SpeakerModel:
         if not np.isfinite(mono).all() or frontend.num_frames(len(mono), frontend_of(self.frontend)) < 1:
             raise UserError("the recording is shorter than one analysis frame, or holds values that are not finite")
         return embed_waves(self, [mono])[0]
+
+
+def at_width(model: SpeakerModel, bits: int | None) -> SpeakerModel:
+    """The model read at a width (None: the widest), with that width's own biases and statistics.
+
+    Raises:
+        UserError: no tensor can be read at this width.
+    """
+    whole = {part: tree for part, tree in model.variables.items() if part != NARROW}
+    leaves = [leaf for leaf in jax.tree.leaves(whole, quant.is_codebook_tensor) if quant.is_codebook_tensor(leaf)]
+    if bits is not None and not any(bits in leaf.widths for leaf in leaves):
+        raise UserError(f"the model cannot be read at {bits} bits")
+    own = dict(named_leaves(model.variables.get(NARROW, {}).get(str(bits), {})))
+    return dataclasses.replace(model, variables=replace_named(whole, own, quant.is_codebook_tensor), bits=bits)
 
 
 def embed_waves(model: SpeakerModel, waves: list[np.ndarray], dtype: str = "float32") -> np.ndarray:
@@ -220,12 +237,13 @@ def load(path: str | Path, bits: int | None = None) -> SpeakerModel:
 
 def _load_kmq(path: Path, bits: int | None) -> SpeakerModel:
     manifest, variables = artifact.load(path)
-    tensors = [
-        leaf for leaf in jax.tree.leaves(variables, is_leaf=quant.is_codebook_tensor) if quant.is_codebook_tensor(leaf)
-    ]
-    if bits is not None and not any(bits in tensor.widths for tensor in tensors):
-        raise UserError(f"{path} cannot be read at {bits} bits")
     try:
-        return SpeakerModel(manifest["architecture"], manifest["settings"], manifest["frontend"], variables, bits)
+        whole = SpeakerModel(manifest["architecture"], manifest["settings"], manifest["frontend"], variables)
     except KeyError as error:
         raise UserError(f"{path}: the manifest lacks {error}") from error
+    if bits is None:
+        return whole
+    try:
+        return at_width(whole, bits)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

@@ -17,7 +17,7 @@ import numpy as np
 
 from kmq_jax import frontend, model, quant
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import map_named
+from kmq_jax.core.tree import map_named, named_leaves, replace_named
 from kmq_jax.data import pipeline, source
 from kmq_jax.nn.layers import BatchNorm, Conv
 
@@ -57,16 +57,43 @@ def recalibrate(
         UserError: a quantized tensor shares one codebook among channels.
     """
     features = random_features(model.frontend_of(reference.frontend), utterances, crops, seconds)
-    repair = measure(reference, quantized, features)
+    variables = {part: tree for part, tree in quantized.variables.items() if part != model.NARROW}
+    coarse = narrow_widths(variables)
+    narrow = {}
+    for bits in (*coarse, None):
 
-    def scaled(name: str, leaf: Any, slope: jax.Array) -> Any:
-        if not quant.is_codebook_tensor(leaf):
-            return np.asarray(leaf * slope.reshape(1, 1, 1, -1))
-        if leaf.axis != len(leaf.shape) - 1:
-            raise UserError(f"{name}: recalibration needs one codebook for each output channel")
-        return leaf.scaled(np.asarray(slope))
+        def scaled(name: str, leaf: Any, slope: jax.Array, bits: int | None = bits) -> Any:
+            if not quant.is_codebook_tensor(leaf):
+                # The widest width has the kernel to itself, so smaller ones must take it as it is.
+                return leaf if bits else np.asarray(leaf * slope.reshape(1, 1, 1, -1))
+            if leaf.axis != len(leaf.shape) - 1:
+                raise UserError(f"{name}: recalibration needs one codebook for each output channel")
+            return leaf.scaled(np.asarray(slope), bits or (leaf.bits if coarse else None))
 
-    return dataclasses.replace(quantized, variables=apply(repair, quantized.variables, scaled))
+        at = model.at_width(dataclasses.replace(quantized, variables=variables), bits)
+        repair = measure(reference, at, features, quantized_only=bits is not None)
+        repaired = apply(repair, variables, scaled)
+        if bits is None:
+            variables = repaired
+        else:
+            narrow[str(bits)] = small_leaves(repaired)
+            kernels = dict(named_leaves(repaired["params"], is_leaf=quant.is_codebook_tensor))
+            tensors = {name: leaf for name, leaf in kernels.items() if quant.is_codebook_tensor(leaf)}
+            replaced = replace_named(variables["params"], tensors, quant.is_codebook_tensor)
+            variables = {**variables, "params": replaced}
+    return dataclasses.replace(quantized, variables={**variables, **({model.NARROW: narrow} if narrow else {})})
+
+
+def narrow_widths(variables: Any) -> tuple[int, ...]:
+    """The smaller widths that nested tensors of a tree can be read at."""
+    leaves = jax.tree.leaves(variables, is_leaf=quant.is_codebook_tensor)
+    return tuple(sorted({bits for leaf in leaves if quant.is_codebook_tensor(leaf) for bits in leaf.widths[:-1]}))
+
+
+def small_leaves(variables: Any) -> dict[str, Any]:
+    """The biases and statistics of a tree, by name within it: what one width of a nested model has to itself."""
+    leaves = named_leaves(variables, is_leaf=quant.is_codebook_tensor)
+    return {name: np.asarray(leaf) for name, leaf in leaves if leaf.ndim < 2 and not name.endswith("/scale")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +109,17 @@ class Repair:
     statistics: dict[str, Moments]
 
 
-def measure(reference: model.SpeakerModel, quantized: model.SpeakerModel, features: jax.Array) -> Repair:
-    """Finds what gives the quantized network's layers the reference's moments on `features` `[batch, time, mel]`."""
+def measure(
+    reference: model.SpeakerModel, quantized: model.SpeakerModel, features: jax.Array, quantized_only: bool = False
+) -> Repair:
+    """Finds what gives the quantized network's layers the reference's moments.
+
+    Args:
+        reference: the full-precision model.
+        quantized: the other, read at its `bits`.
+        features: `[batch, time, mel]`.
+        quantized_only: leave layers whose kernel is in full precision as they are.
+    """
     wanted: dict[str, Moments] = {}
 
     def record(name: str, y: jax.Array) -> jax.Array:
@@ -92,8 +128,11 @@ def measure(reference: model.SpeakerModel, quantized: model.SpeakerModel, featur
 
     _walk(reference, features, record, {})
     repair = Repair({}, {})
+    kernels = dict(named_leaves(quantized.variables["params"], is_leaf=quant.is_codebook_tensor))
 
     def match(name: str, y: jax.Array) -> jax.Array:
+        if quantized_only and not quant.is_codebook_tensor(kernels[f"{name}/kernel"]):
+            return y
         (mean, deviation), (mean_here, deviation_here) = wanted[name], _moments(y)
         slope = deviation / jnp.maximum(deviation_here, 1e-12)
         repair.maps[name] = slope, mean - slope * mean_here
@@ -103,11 +142,17 @@ def measure(reference: model.SpeakerModel, quantized: model.SpeakerModel, featur
     return repair
 
 
-def own_statistics(quantized: model.SpeakerModel, features: jax.Array) -> Repair:
-    """Measures the statistics of a network's own batch normalisations afresh; its convolutions stay as they are."""
-    repair = Repair({}, {})
-    _walk(quantized, features, lambda name, y: y, repair.statistics)
-    return repair
+def own_statistics(quantized: model.SpeakerModel, features: jax.Array) -> model.SpeakerModel:
+    """Measures a network's own batch normalisations afresh, at each of its widths; convolutions stay as they are."""
+    narrow = {}
+    for bits in (*narrow_widths(quantized.variables), None):
+        at = model.at_width(quantized, bits)
+        repair = Repair({}, {})
+        _walk(at, features, lambda name, y: y, repair.statistics)
+        measured = apply(repair, at.variables, lambda name, leaf, slope: leaf)
+        if bits is not None:
+            narrow[str(bits)] = small_leaves({"batch_stats": measured["batch_stats"]})
+    return dataclasses.replace(quantized, variables={**measured, **({model.NARROW: narrow} if narrow else {})})
 
 
 def apply(repair: Repair, variables: Any, scaled: Callable[[str, Any, jax.Array], Any]) -> dict[str, Any]:
@@ -159,7 +204,7 @@ def _walk(
             return y + layer.get_variable("params", "bias").reshape(shape)
         return run(*args, **kwargs)
 
-    variables = quant.dequantize(speaker_model.variables)
+    variables = quant.dequantize(speaker_model.variables, speaker_model.bits)
     with nn.intercept_methods(intercept):
         # Not compiled: each layer's repair must be known before the next layer runs, and each runs once.
         speaker_model.network().apply(variables, features, train=False)

@@ -93,7 +93,7 @@ def study(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     results = []
     for step, method, bits, path, read_at in rows:
         result: dict[str, Any] = {"model": str(path), "method": method, "bits": bits, "sets": {}}
-        result["bytes"] = quant.size_bytes(model.load(path, read_at).variables).total
+        result["bytes"] = quant.size_bytes(model.load(path).variables).total
         for set_name, data, list_ in section.evaluate:
             about = [data, list_, section.compute, bits]
             name = f"{step}-{bits}-{set_name}"

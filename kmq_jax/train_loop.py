@@ -71,7 +71,7 @@ class Validation:
 
     def figures(self, speaker_model: model.SpeakerModel, coarse: Sequence[int] = ()) -> dict[str, float]:
         """`validation_eer`, and `validation_eer_2bit` and so on for the smaller widths of nested codebooks."""
-        narrow = {f"validation_eer_{b}bit": self.eer(dataclasses.replace(speaker_model, bits=b)) for b in coarse}
+        narrow = {f"validation_eer_{b}bit": self.eer(model.at_width(speaker_model, b)) for b in coarse}
         return {"validation_eer": self.eer(speaker_model), **narrow}
 
 
@@ -334,8 +334,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, closing: contextlib
     if finished and quantized and config.quant.recalibrate and batch_stats:
         crops = recalibrate.random_features(fbank, utterances, config.quant.recalibrate, config.data.crop_seconds)
         trained = dataclasses.replace(described, variables=jax.device_get(variables_of(state)))
-        repair = recalibrate.own_statistics(trained, crops)
-        final = dataclasses.replace(trained, variables=recalibrate.apply(repair, trained.variables, lambda n, x, s: x))
+        final = recalibrate.own_statistics(trained, crops)
         if jax.process_index() == 0:
             model.save(workdir / PACKED, final)
         if validation:
@@ -449,7 +448,7 @@ def adopt(path: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
 
 def _load_like(flag: str, path: str, params: Any, batch_stats: Any) -> dict[str, Any]:
     """The variables of a MODEL in full precision, which must be of the given shapes."""
-    given = quant.dequantize(model.load(path).variables)
+    given = quant.dequantize(model.at_width(model.load(path), None).variables)
     for part, fresh in (("params", params), ("batch_stats", batch_stats)):
         here, there = dict(named_leaves(fresh)), dict(named_leaves(given.get(part, {})))
         for name in sorted(here.keys() | there.keys()):

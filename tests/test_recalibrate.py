@@ -7,7 +7,7 @@ import pytest
 
 from kmq_jax import model, quant, recalibrate
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import map_named
+from kmq_jax.core.tree import map_named, named_leaves, replace_named
 from kmq_jax.data import source
 from kmq_jax.models import registry
 
@@ -74,3 +74,51 @@ def test_one_codebook_for_all_channels_cannot_be_repaired():
     reference = reference_of("bias")
     with pytest.raises(UserError, match="output channel"):
         recalibrate.recalibrate(reference, quantized_of(reference, granularity="tensor"), DATA, crops=4, seconds=1.0)
+
+
+@pytest.mark.parametrize("norm", ["bias", "batch"])
+def test_each_width_of_a_nested_model_is_repaired_for_itself(norm, tmp_path):
+    """As though it were the only one: the same codebook, biases and statistics as a model of that width has."""
+    reference = reference_of(norm)
+    spec = quant.QuantSpec(4, coarse=(2,))
+    params = quant.quantize(reference.variables["params"], [quant.QuantRule("kernel$", spec)])
+    nested = dataclasses.replace(reference, variables={**reference.variables, "params": params})
+    repaired = recalibrate.recalibrate(reference, nested, DATA, crops=8, seconds=1.0)
+    model.save(tmp_path / "nested.kmq", repaired)
+    for bits in (2, 4):
+        tensors = dict(named_leaves(params, quant.is_codebook_tensor))
+        narrow = {name: at_width(leaf, bits) for name, leaf in tensors.items() if quant.is_codebook_tensor(leaf)}
+        alone = replace_named(params, narrow, quant.is_codebook_tensor)
+        single = dataclasses.replace(reference, variables={**reference.variables, "params": alone})
+        expected = recalibrate.recalibrate(reference, single, DATA, crops=8, seconds=1.0)
+        found = model.load(tmp_path / "nested.kmq", bits)
+        assert found.bits == bits and model.NARROW not in found.variables
+        here, there = (dict(named_leaves(quant.dequantize(m.variables, m.bits))) for m in (found, expected))
+        assert here.keys() == there.keys()
+        for name in here:
+            np.testing.assert_allclose(here[name], there[name], rtol=2e-3, atol=2e-4)
+
+
+def at_width(tensor, bits):
+    """A nested tensor as one of a single width."""
+    indices = np.asarray(quant.indices_of(tensor, bits)).reshape(-1, tensor.groups).T
+    return dataclasses.replace(
+        tensor, codebook=tensor.codebook_of(bits), packed=quant.pack(indices, bits), coarse=(), bits=bits
+    )
+
+
+def test_statistics_of_a_trained_nested_model_are_measured_at_each_width():
+    reference = reference_of("batch")
+    params = quant.quantize(
+        reference.variables["params"], [quant.QuantRule("kernel$", quant.QuantSpec(4, coarse=(1,)))]
+    )
+    nested = dataclasses.replace(reference, variables={**reference.variables, "params": params})
+    features = recalibrate.random_features(model.frontend_of("wespeaker"), DATA, 8, 1.0)
+    measured = recalibrate.own_statistics(nested, features)
+    for bits in (1, 4):
+        at = model.at_width(measured, bits)
+        variables = quant.dequantize(at.variables, bits)
+        trained = at.network().apply(variables, features, train=True, mutable=["batch_stats"])[0]
+        np.testing.assert_allclose(at.network().apply(variables, features), trained, rtol=1e-2, atol=2e-3)
+    with pytest.raises(UserError, match="cannot be read at 3 bits"):
+        model.at_width(measured, 3)

@@ -1,7 +1,7 @@
 """Named paths into pytrees, and rules on those names."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -26,6 +26,11 @@ def map_named(function: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Call
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(path_name(path), *leaves), tree, *rest, is_leaf=is_leaf
     )
+
+
+def replace_named(tree: Any, values: Mapping[str, Any], is_leaf: Callable[[Any], bool] | None = None) -> Any:
+    """The tree with the leaves that `values` names replaced."""
+    return map_named(lambda name, leaf: values.get(name, leaf), tree, is_leaf=is_leaf)
 
 
 def match_rules(rules: Sequence[tuple[str, T]], names: Iterable[str], default: Any = None) -> dict[str, T | Any]:

@@ -173,3 +173,16 @@ def test_dead_and_constant_channels():
         found = np.asarray(quant.fake_quantize(latents, books)["w"])
         assert np.isfinite(found).all()
         np.testing.assert_allclose(found[:, :2], weights[:, :2], atol=2e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_one_program_serves_every_width(bits):
+    latents, books = quant.init_codebooks(PARAMS, QuantSpec(4, coarse=(2, 3)))
+
+    def slopes(books, bits):
+        return jax.value_and_grad(lambda b: pulled(latents, b, bits=bits))(books)
+
+    fixed, traced = slopes(books, bits), jax.jit(slopes)(books, jnp.array(bits))
+    assert fixed[0] == pytest.approx(float(traced[0]), rel=1e-6)
+    for here, there in zip(jax.tree.leaves(fixed[1]), jax.tree.leaves(traced[1]), strict=True):
+        np.testing.assert_allclose(here, there, rtol=1e-5, atol=1e-5)
