@@ -92,7 +92,8 @@ def study(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     # 2. Embeddings and scores.
     results = []
     for step, method, bits, path, read_at in rows:
-        result: dict[str, Any] = {"model": str(path), "method": method, "bits": bits, "sets": {}}
+        inside = path.relative_to(workdir) if path.is_relative_to(workdir) else path
+        result: dict[str, Any] = {"model": str(inside), "method": method, "bits": bits, "sets": {}}
         result["bytes"] = quant.size_bytes(model.load(path).variables).total
         for set_name, data, list_ in section.evaluate:
             about = [data, list_, section.compute, bits]
