@@ -7,7 +7,7 @@ import pytest
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
-from kmq_jax.quant import QuantRule, QuantSpec
+from kmq_jax.quant import QuantRule, QuantSpec, ste
 
 RNG = np.random.default_rng(0)
 PARAMS = {"w": RNG.standard_normal((40, 3)).astype(np.float32), "bias": np.ones(3, np.float32)}
@@ -186,3 +186,17 @@ def test_one_program_serves_every_width(bits):
     assert fixed[0] == pytest.approx(float(traced[0]), rel=1e-6)
     for here, there in zip(jax.tree.leaves(fixed[1]), jax.tree.leaves(traced[1]), strict=True):
         np.testing.assert_allclose(here, there, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize(("shape", "axis"), [((3, 3, 4, 8), 3), ((5, 7), None), ((6, 5), 0)])
+def test_sums_of_cells_on_every_backend(backend, shape, axis, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)  # the formulation, on this machine
+    tensor, indices = RNG.standard_normal(shape).astype(np.float32), RNG.integers(0, 4, shape).astype(np.uint8)
+    count, total = ste.cell_sums(jnp.asarray(tensor), jnp.asarray(indices), 4, axis)
+    groups = [slice(None)] if axis is None else [(slice(None),) * axis + (g,) for g in range(shape[axis])]
+    for g, group in enumerate(groups):
+        for k in range(4):
+            members = tensor[group][indices[group] == k]
+            assert count[g, k] == members.size
+            assert total[g, k] == pytest.approx(members.sum(), abs=1e-5)
