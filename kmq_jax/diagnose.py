@@ -45,12 +45,12 @@ def flags() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--retention_utterances", type=int, default=usual.retention_utterances,
-        help="components: all pairs of so many utterances (400); 0: the trial list",
+        help="components: all pairs of so many utterances (240); 0: the trial list",
     )  # fmt: skip
     parser.add_argument("--retention_bits", default="", help="components: widths, such as 2,3 (default: the narrowest)")
     parser.add_argument(
         "--layer_utterances", type=int, default=usual.layer_utterances,
-        help="single layers: all pairs of so many utterances (64); 0: leave damage and activations out",
+        help="single layers: all pairs of so many utterances (32); 0: leave damage and activations out",
     )  # fmt: skip
     parser.add_argument(
         "--hessian_draws", type=int, default=usual.hessian_draws, help="for Hessian traces (10); 0: leave them out"
@@ -156,7 +156,7 @@ def from_models(args: argparse.Namespace, quantized: dict[int, str], options: Op
         raise UserError(f"{args.trials or args.data}: {error}") from error
     recordings = people.Recordings(
         ids=utterances.ids,
-        places=[utterances.where(i).rpartition(": ")[2] for i in range(len(utterances))],
+        places=utterances.paths if utterances.reader else [str(utterances.location(i)) for i in range(len(utterances))],
         speakers=utterances.speakers,
         enrol=trials.enrol,
         test=trials.test,

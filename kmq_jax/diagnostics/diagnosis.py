@@ -57,9 +57,9 @@ class Options:
     worst: int = 20
     replicates: int = 1000
     seed: int = 0
-    retention_utterances: int = 400
+    retention_utterances: int = 240
     retention_bits: tuple[int, ...] = ()
-    layer_utterances: int = 64
+    layer_utterances: int = 32
     hessian_draws: int = 10
     hessian_utterances: int = 8
     hessian_seconds: float = 2.0

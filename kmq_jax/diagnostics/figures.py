@@ -6,7 +6,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 from cycler import cycler
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
@@ -43,7 +45,7 @@ def colour(bits: int, widths: Sequence[int]) -> str:
 
 
 def _new(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(WIDTH, height), dpi=160, layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), dpi=160, layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.09))
     return figure, figure.subplots(rows, columns, **options)
 
 
@@ -228,7 +230,10 @@ def layer_map(found: Diagnosis) -> Figure:
     for ax, (key, title, palette, scale) in zip(axes[0], keys):
         values = np.array([[place[n, b][key] for b in widths] for n in names], float) * scale
         shown = np.where(np.isfinite(values), values, np.nan)
-        image = ax.imshow(shown, aspect="auto", cmap=palette, interpolation="nearest")
+        # Damage spans decades, decibels are logarithms already.
+        positive = shown[shown > 0]
+        norm = LogNorm(positive.min(), positive.max()) if key == "damage" and len(set(positive)) > 1 else None
+        image = ax.imshow(shown, aspect="auto", cmap=palette, interpolation="nearest", norm=norm)
         ax.set_xticks(range(len(widths)), [f"{b} bits" for b in widths])
         ax.set_title(title)
         ax.spines[:].set_visible(False)
@@ -273,12 +278,12 @@ def distortion_damage(found: Diagnosis) -> Figure:
         if not some:
             continue
         rank = correlations[bits]["spearman"]
-        name = f"{bits} bits" if rank is None else f"{bits} bits: ρ = {rank:.2f}"
+        name = f"{bits} bits" if rank is None else f"{bits} bits: ρ = {rank:.2f}".replace("-", "−")
         x, y = ([row[key] for row in some] for key in ("relative_error", "damage"))
         ax.scatter(x, y, 22, color=colour(bits, found.trials.widths), alpha=0.8, linewidth=0, label=name)
         worst = sorted(some, key=lambda row: -row["damage"])[:2] if bits == min(found.trials.widths) else []
-        for row in worst:
-            ax.annotate(_brief(row["layer"]), (row["relative_error"], row["damage"]), (-5, 3),
+        for i, row in enumerate(worst):
+            ax.annotate(_brief(row["layer"]), (row["relative_error"], row["damage"]), (-6, -3 - 9 * i),
                         textcoords="offset points", fontsize=8, ha="right")  # fmt: skip
     if ax.has_data():
         ax.set_xscale("log")

@@ -27,7 +27,7 @@ PREDICTORS = {
     "effective_bits": "effective bits (negated)",
     "outlier_share": "outlier share",
     "hessian_trace": "Hessian trace",
-    "predicted_loss": "Hessian trace x error",
+    "predicted_loss": "Hessian trace × error",
     "activation_sqnr_db": "activation SQNR of the block (negated)",
 }
 """What is correlated with damage, and what a table calls it. Negated where less of it should mean more damage."""

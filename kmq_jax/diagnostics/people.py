@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from kmq_jax.diagnostics.resample import SpeakerDraws, interval_of_ratio
+from kmq_jax.diagnostics.resample import SpeakerDraws, in_threads, interval_of_ratio
 from kmq_jax.diagnostics.scores import Flips, ScoredTrials
 from kmq_jax.metrics.detection import Array
 
@@ -171,24 +171,28 @@ def group_rows(
     """
     harmful = [np.flatnonzero(which) for which in flips.harmful]
     size = np.abs(trials.full - trials.reference)
-    rows = []
-    for title, masks in groups_of(recordings).items():
-        for name, mask in masks.items():
-            sides = mask[recordings.enrol].astype(float) + mask[recordings.test]
-            total = sides.sum()
-            if not total:
-                continue
-            weights = draws.sums(sides) if draws else None
-            for m, bits in enumerate(trials.widths):
-                row: dict[str, Any] = {"bits": bits, "by": title, "group": name, "utterances": int(mask.sum())}
-                row["trial_sides"] = int(total)
-                flipped, drift = sides[harmful[m]], size[m] * sides
-                row |= {"harmful_rate": float(flipped.sum() / total), "harmful_rate_ci95": None}
-                row |= {"mean_abs_drift": float(drift.sum() / total), "mean_abs_drift_ci95": None}
-                if draws and weights is not None:
-                    row["harmful_rate_ci95"] = interval_of_ratio(draws.sums(flipped, harmful[m]), weights)
-                    row["mean_abs_drift_ci95"] = interval_of_ratio(draws.sums(drift), weights)
-                rows.append(row)
+
+    def of_group(group: tuple[str, str, Array]) -> list[dict[str, Any]]:
+        title, name, mask = group
+        sides = mask[recordings.enrol].astype(float) + mask[recordings.test]
+        total = sides.sum()
+        if not total:
+            return []
+        weights = draws.sums(sides) if draws else None
+        rows = []
+        for m, bits in enumerate(trials.widths):
+            row: dict[str, Any] = {"bits": bits, "by": title, "group": name, "utterances": int(mask.sum())}
+            flipped, drift = sides[harmful[m]], size[m] * sides
+            row |= {"trial_sides": int(total), "harmful_rate": float(flipped.sum() / total), "harmful_rate_ci95": None}
+            row |= {"mean_abs_drift": float(drift.sum() / total), "mean_abs_drift_ci95": None}
+            if draws and weights is not None:
+                row["harmful_rate_ci95"] = interval_of_ratio(draws.sums(flipped, harmful[m]), weights)
+                row["mean_abs_drift_ci95"] = interval_of_ratio(draws.sums(drift), weights)
+            rows.append(row)
+        return rows
+
+    groups = [(title, name, mask) for title, masks in groups_of(recordings).items() for name, mask in masks.items()]
+    rows = [row for found in in_threads(of_group, groups) for row in found]
     return sorted(rows, key=lambda row: -row["bits"])
 
 

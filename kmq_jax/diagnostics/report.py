@@ -17,6 +17,7 @@ from kmq_jax.diagnostics.diagnosis import COMPONENT_DRAWS, GROUP_DRAWS, Diagnosi
 
 Row = Mapping[str, Any]
 _FIGURE_PREFIX = "figure-"
+_NETWORK_TABLES = ("retention", "layers", "blocks", "correlations")  # which embeddings alone do not give
 
 
 def write(out: Path, found: Diagnosis) -> None:
@@ -131,12 +132,13 @@ def render(found: Diagnosis, pictures: Mapping[str, bytes]) -> str:
     environment.filters |= {"number": number, "percent": percent, "interval": interval, "p": p_value}
     images = {name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in pictures.items()}
     return environment.get_template("report.html.j2").render(
-        notes=found.notes,
-        tables=found.tables,
+        notes={"seconds": None, "compute": None} | found.notes,
+        tables=dict.fromkeys(_NETWORK_TABLES, ()) | found.tables,
         summary=summary_of(found),
         base=found.tables["systems"][0],
         images=images,
         headline=headline(found),
+        knees=knees_in_words(found),
         best=best_predictors(found),
         top=top_components(found),
         GROUP_DRAWS=GROUP_DRAWS,
@@ -154,6 +156,18 @@ def headline(found: Diagnosis) -> dict[str, Any]:
         "near_share": last["near"]["harmful"] / everywhere,
         "changed": flips["harmful"] + flips["beneficial"],
     }
+
+
+def knees_in_words(found: Diagnosis) -> list[tuple[str, str]]:
+    """Where the knees lie, and of what: `[("3 bits", "EER and mean |drift|"), ...]`."""
+    titles = {"eer": "EER", "mean_abs_drift": "mean |drift|", "harmful_flips": "harmful flips"}
+    places: dict[int | None, list[str]] = {}
+    for key, title in titles.items():
+        places.setdefault(found.notes["knees"][key], []).append(title)
+    joined = {
+        place: " and ".join([", ".join(some[:-1]), some[-1]] if some[1:] else some) for place, some in places.items()
+    }
+    return [(f"{place} bits" if place else "no width", names) for place, names in joined.items()]
 
 
 def best_predictors(found: Diagnosis) -> list[dict[str, Any]]:

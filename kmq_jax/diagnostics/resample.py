@@ -1,11 +1,19 @@
 """Intervals of means over trials, by drawing speakers with replacement as in `metrics.bootstrap`."""
 
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import sparse
 
 from kmq_jax.metrics.bootstrap import percentile_interval
 from kmq_jax.metrics.detection import Array, number_speakers
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _MOST = 4000  # speakers up to which a table of all pairs of them is made
 _SPARSE = 30  # a sparse table is quicker where it holds fewer than one in so many pairs
@@ -72,6 +80,12 @@ class SpeakerDraws:
         else:
             return total
         return total + np.vecdot(pairs, copies)
+
+
+def in_threads(task: Callable[[T], R], jobs: Iterable[T]) -> list[R]:
+    """The results of `task` on every job, in order. numpy lets go of the interpreter, so that all cores have work."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(task, jobs))
 
 
 def interval_of_ratio(numerator: Array, denominator: Array) -> list[float] | None:

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.diagnostics.resample import SpeakerDraws, interval_of_ratio
+from kmq_jax.diagnostics.resample import SpeakerDraws, in_threads, interval_of_ratio
 from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
 from kmq_jax.metrics.detection import Array, check_trials, eer, min_dcf
 
@@ -160,36 +160,16 @@ def correlation(a: Array, b: Array) -> float | None:
     return float(np.clip(a @ b / scale, -1, 1)) if scale > 0 else None
 
 
-def _pearson_spearman(base: Array, rows: Array, labels: Array) -> list[dict[str, tuple[float | None, float | None]]]:
-    """For each model and class, Pearson's and Spearman's correlation with the reference; each list is sorted once."""
-    masks = {"all": np.ones(len(base), bool), "target": labels, "nontarget": ~labels}
-
-    def ranks(values: Array) -> dict[str, Array]:
-        order = np.argsort(values)
-        found = {}
-        for name, mask in masks.items():
-            part = order[mask[order]]
-            full = np.empty(len(values))
-            full[part] = average_ranks(values, part)
-            found[name] = full[mask]
-        return found
-
-    own = ranks(base)
-    result = []
-    for row in rows:
-        other = ranks(row)
-        result.append({n: (correlation(base[m], row[m]), correlation(own[n], other[n])) for n, m in masks.items()})
-    return result
-
-
-def _both(drift: Array) -> tuple[tuple[str, Array], ...]:
-    return ("mean", drift), ("mean_abs", np.abs(drift))
-
-
-def _by_class(draws: SpeakerDraws, labels: Array, values: Array) -> dict[str, Array]:
-    """Sums of `values` `[trials]` over all, target and nontarget trials, in every draw."""
-    target, nontarget = draws.sums(np.where(labels, values, 0)), draws.sums(np.where(labels, 0, values))
-    return {"all": target + nontarget, "target": target, "nontarget": nontarget}
+def _ranks(values: Array, masks: Mapping[str, Array]) -> dict[str, Array]:
+    """Ranks within each mask `[trials]`, from one sort."""
+    order = np.argsort(values)
+    found = {}
+    for name, mask in masks.items():
+        part = order[mask[order]]
+        full = np.empty(len(values))
+        full[part] = average_ranks(values, part)
+        found[name] = full[mask]
+    return found
 
 
 def drift_rows(trials: ScoredTrials, draws: SpeakerDraws | None = None) -> list[dict[str, Any]]:
@@ -205,28 +185,38 @@ def drift_rows(trials: ScoredTrials, draws: SpeakerDraws | None = None) -> list[
         `bits, kind, class, trials, mean` (of a class: the shift of its mean), `mean_ci95, mean_abs, mean_abs_ci95, std,
         min, max`, quantiles `q01` to `q99`, and `pearson, spearman` with the reference's scores.
     """
-    everything = np.ones(len(trials.labels), bool)
-    masks = {"all": everything, "target": trials.labels, "nontarget": ~trials.labels}
-    weights = _by_class(draws, trials.labels, everything) if draws else {}
-    rows = []
-    for kind, quantized in trials.kinds().items():
-        drift = quantized - trials.reference
-        agreement = _pearson_spearman(trials.reference, quantized, trials.labels)
-        sums = [{key: _by_class(draws, trials.labels, x) for key, x in _both(one)} for one in drift] if draws else []
+    labels, base = trials.labels, trials.reference
+    masks = {"all": np.ones(len(labels), bool), "target": labels, "nontarget": ~labels}
+    own = _ranks(base, masks)
+
+    def by_class(values: Array) -> dict[str, Array]:
+        assert draws is not None
+        target, nontarget = draws.sums(np.where(labels, values, 0)), draws.sums(np.where(labels, 0, values))
+        return {"all": target + nontarget, "target": target, "nontarget": nontarget}
+
+    weights = by_class(np.ones(len(labels))) if draws else {}
+
+    def of_model(job: tuple[str, int]) -> list[dict[str, Any]]:
+        kind, m = job
+        scores = trials.kinds()[kind][m]
+        drift, ranks = scores - base, _ranks(scores, masks)
+        size = np.abs(drift)
+        sums = {"mean": by_class(drift), "mean_abs": by_class(size)} if draws else {}
+        rows = []
         for name, mask in masks.items():
-            part = drift[:, mask]
-            quantiles = np.quantile(part, QUANTILES, axis=1).T
-            mean, absolute, std = part.mean(axis=1), np.abs(part).mean(axis=1), part.std(axis=1)
-            for m, bits in enumerate(trials.widths):
-                row: dict[str, Any] = {"bits": bits, "kind": kind, "class": name, "trials": int(mask.sum())}
-                for key, value in (("mean", mean), ("mean_abs", absolute)):
-                    row[key] = float(value[m])
-                    row[f"{key}_ci95"] = interval_of_ratio(sums[m][key][name], weights[name]) if draws else None
-                row |= {"std": float(std[m]), "min": float(part[m].min()), "max": float(part[m].max())}
-                row |= {f"q{round(100 * q):02d}": float(x) for q, x in zip(QUANTILES, quantiles[m])}
-                row["pearson"], row["spearman"] = agreement[m][name]
-                rows.append(row)
-    return sorted(rows, key=lambda row: -row["bits"])
+            part = drift[mask]
+            row: dict[str, Any] = {"bits": trials.widths[m], "kind": kind, "class": name, "trials": len(part)}
+            for key, value in (("mean", part.mean()), ("mean_abs", size[mask].mean())):
+                row[key] = float(value)
+                row[f"{key}_ci95"] = interval_of_ratio(sums[key][name], weights[name]) if draws else None
+            row |= {"std": float(part.std()), "min": float(part.min()), "max": float(part.max())}
+            row |= {f"q{round(100 * q):02d}": float(x) for q, x in zip(QUANTILES, np.quantile(part, QUANTILES))}
+            row |= {"pearson": correlation(base[mask], scores[mask]), "spearman": correlation(own[name], ranks[name])}
+            rows.append(row)
+        return rows
+
+    jobs = [(kind, m) for m in range(len(trials.widths)) for kind in trials.kinds()]
+    return [row for rows in in_threads(of_model, jobs) for row in rows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,10 +313,12 @@ def flip_rows(
             parts.append(({"binning": binning, "bin": i, "low": low, "high": high, "class": "all"}, place == i))
     kinds = {"harmful": flips.harmful, "beneficial": flips.beneficial}
     found = [{name: np.flatnonzero(which[m]) for name, which in kinds.items()} for m in range(len(trials.widths))]
-    rows = []
-    for about, mask in parts:
+
+    def of_part(part: tuple[dict[str, Any], Array]) -> list[dict[str, Any]]:
+        about, mask = part
         count = int(mask.sum())
         weights = draws.sums(mask) if draws else None
+        rows = []
         for m, bits in enumerate(trials.widths):
             row: dict[str, Any] = {"threshold_name": flips.name, "threshold": flips.threshold, "bits": bits}
             row |= {"model_threshold": float(flips.model_thresholds[m]), **about, "trials": count}
@@ -343,7 +335,9 @@ def flip_rows(
                     row["net_rate_ci95"] = interval_of_ratio(sums["harmful"] - sums["beneficial"], weights)
                 row["mcnemar_p"] = mcnemar(row["harmful"], row["beneficial"])
             rows.append(row)
-    return rows
+        return rows
+
+    return [row for rows in in_threads(of_part, parts) for row in rows]
 
 
 def knee(widths: Sequence[int], damage: Sequence[float]) -> int | None:
