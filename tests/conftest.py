@@ -21,3 +21,10 @@ def shared() -> Path:
     if not (place / "data").is_dir():
         pytest.skip(f"no real speech at {place} (set KMQ_SHARED)")
     return place
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Compiled programs are of little use to other modules, and hundreds of them take gigabytes."""
+    yield
+    jax.clear_caches()
