@@ -205,5 +205,6 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.quant.recalibrate = min(config.quant.recalibrate, 8)
     config.study.update(widths=(4, 2), epochs={"4": 1.0, "3": 1.0, "2": 1.0, "nested": 1.0})
     config.study.evaluate = (("voices", speakers.format("dev"), speakers.format("dev")),)
-    config.update(init_from="", batch_size=8, epochs=2.0, epoch_steps=2, log_every=1, average_last=2)
+    config.update(init_from="", batch_size=8, epochs=2.0, epoch_steps=2, log_every=1)
+    config.average_last = 0 if config.quant.bits else 2
     return config
