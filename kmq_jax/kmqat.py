@@ -117,7 +117,7 @@ def repaired(reference: model.SpeakerModel, params: Any, features: jax.Array) ->
 
     def scaled(name: str, leaf: Any, slope: jax.Array) -> Any:
         if name not in books:
-            return jnp.asarray(leaf * slope)
+            return leaf * along(slope, leaf.ndim, leaf.ndim - 1)
         if books[name].axis is None:
             return leaf  # one scale for all channels cannot follow; the bias still does
         slopes[name] = jnp.maximum(slope, 1e-6)
