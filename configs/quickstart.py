@@ -34,6 +34,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.learning_rate.update(kind="cosine", peak=4e-3, warmup_epochs=0.25)
     config.validation.update(data="synthetic:dev", trials="synthetic:dev", epochs=3.0)
     config.update(batch_size=32, epochs=6.0, dtype="bfloat16")
-    config.study.evaluate = (("dev", "synthetic:dev", "synthetic:dev"), ("test", "synthetic:test", "synthetic:test"))
-    config.study.epochs = {"4": 1.0, "3": 1.0, "2": 2.0, "nested": 3.0}
+    for name in ("dev", "test"):
+        config.study.evaluate[name] = {"data": f"synthetic:{name}", "trials": f"synthetic:{name}"}
+    config.study.epochs = {"4": 0.5, "3": 0.5, "2": 1.5, "nested": 2.0}
+    config.study.update(
+        diagnose=("test",),
+        diagnose_flags=("--retention_utterances=120", "--hessian_draws=4", "--replicates=200"),
+        calibrate="dev",
+        cascades=(("kmqat", (2, 3, 4)), ("kmqat", (2, 32)), ("kmqat-nested", (2, 3, 4))),
+    )
     return smoke(config) if arg == "smoke" else config

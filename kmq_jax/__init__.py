@@ -4,6 +4,8 @@ qtree = kmq_jax.quantize(params, rules)            # any tree of parameters: cod
 params = kmq_jax.dequantize(qtree)
 model = kmq_jax.load("runs/quickstart-2bit.kmq")   # a speaker model
 embedding = model.embed(wave, sample_rate)         # numpy in, numpy out
+cascade = kmq_jax.load_cascade("runs/cascade")     # several widths, each trial at the least that suffices
+result = cascade.verify("a.wav", "b.wav")          # decision, score, width used
 """
 
 import importlib
@@ -24,6 +26,7 @@ _HOMES = {
     "size_bytes": "kmq_jax.quant",
     "SpeakerModel": "kmq_jax.model",
     "load": "kmq_jax.model",
+    "load_cascade": "kmq_jax.verifier",
 }
 
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604

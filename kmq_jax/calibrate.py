@@ -20,6 +20,7 @@ from kmq_jax.scoring.cascade import Outcome, map_scores, run, run_grid
 from kmq_jax.scoring.fit import Calibration, control_risk, fit, pareto
 from kmq_jax.scoring.policy import ENROLMENTS, MAPS, CascadePolicy
 from kmq_jax.scoring.stages import StageScores, parse_stages, score_stages
+from kmq_jax.verifier import save_cascade
 
 
 def flags() -> argparse.ArgumentParser:
@@ -40,6 +41,8 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--enrol_models", help="the list enrols models: `model utterance [utterance ...]` a line")
     parser.add_argument("--enrolment", default="each", choices=ENROLMENTS, help="top: enrolled side at the last stage")
     parser.add_argument("--out", required=True, help="the policy, JSON")
+    parser.add_argument("--cascade", help="also make this directory of policy and models, for `verify` and `cascade`")
+    parser.add_argument("--model", action="append", default=[], help="BITS:MODEL, once for each width; with --cascade")
     parser.add_argument("--plot", help="picture of the Pareto front, .png, .pdf or .svg (default: beside --out)")
     parser.add_argument("--map", default="isotonic", choices=MAPS, help="map to the reference's scores (isotonic)")
     parser.add_argument("--operating_point", default="eer", help=f"what the threshold is for: {FORMS} (eer)")
@@ -152,9 +155,8 @@ def report(policy: CascadePolicy, outcome: Outcome, joined: StageScores) -> dict
     return {"eer": equal_error(outcome.score, labels), **flips, **outcome.costs()}
 
 
-def main() -> None:
-    """Runs the command."""
-    args = flags().parse_args()
+def calibrate(args: argparse.Namespace) -> CascadePolicy:
+    """Does what the flags ask for; returns the policy that was written."""
     for name in ("alpha", "delta", "certify_share"):
         if not 0 < getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must lie between 0 and 1")
@@ -167,7 +169,9 @@ def main() -> None:
         point = parse_point(args.operating_point)
     except UserError as error:
         raise UserError(f"--operating_point: {error}") from error
-    stages = parse_stages(args.stage)
+    stages, models = parse_stages(args.stage), dict(parse_stages(args.model, "model"))
+    if bool(args.cascade) != bool(models) or args.cascade and set(models) != {bits for bits, _ in stages}:
+        raise UserError("--cascade needs one --model=BITS:MODEL for each --stage, and they need --cascade")
     joined = score_stages(stages, args.reference, args.trials, args.enrolment, args.enrol_models)
     sides, labels, reference = joined.sides, joined.trials.label, joined.reference
     assert reference is not None
@@ -227,14 +231,10 @@ def main() -> None:
         notes=notes,
     )
     policy.save(args.out)
+    if args.cascade:
+        save_cascade(args.cascade, policy, models)
     draw(plot, rows, singles, notes.get("chosen"), args.cost)
-    print(describe(policy))
-    if args.rule == "risk" and not notes["kept"]:
-        print(
-            f"warning: no gates keep the promise with alpha {args.alpha:g} by the {args.bound} bound on "
-            f"{notes['certifying_speakers']} speakers: every trial climbs to {widths[-1]} bits",
-            file=sys.stderr,
-        )
+    return policy
 
 
 def describe(policy: CascadePolicy) -> str:
@@ -260,6 +260,19 @@ def describe(policy: CascadePolicy) -> str:
             f"({notes['bound']} bound, {notes['certifying_speakers']} speakers kept apart)"
         )
     return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs the command."""
+    args = flags().parse_args()
+    policy = calibrate(args)
+    print(describe(policy))
+    if args.rule == "risk" and not policy.notes["kept"]:
+        print(
+            f"warning: no gates keep the promise with alpha {args.alpha:g} by the {args.bound} bound on "
+            f"{policy.notes['certifying_speakers']} speakers: every trial climbs to {policy.widths[-1]} bits",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

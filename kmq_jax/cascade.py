@@ -9,14 +9,19 @@ from kmq_jax.calibrate import equal_error, flip_rates, single_widths
 from kmq_jax.core import cli
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import atomic_write, write_json
+from kmq_jax.data import source
 from kmq_jax.data.trials import Trials
 from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
 from kmq_jax.metrics.calibration import cllr
 from kmq_jax.metrics.detection import min_dcf
 from kmq_jax.metrics.operating import error_rates
+from kmq_jax.model import COMPUTE
 from kmq_jax.scoring.cascade import Outcome, run
+from kmq_jax.scoring.join import join
 from kmq_jax.scoring.policy import CascadePolicy, read_policy
 from kmq_jax.scoring.stages import StageScores, parse_stages, score_stages
+from kmq_jax.scoring.table import EmbeddingTable
+from kmq_jax.verifier import load_cascade
 
 _LINES = 1 << 16  # lines written at a time
 
@@ -28,12 +33,16 @@ def flags() -> argparse.ArgumentParser:
         "Runs a cascade over a trial list: each trial is decided by the lowest width that is sure enough.\n"
         "Costs: `sequential` bits count every width climbed through, `incremental` those that nested codebooks read,\n"
         "`utterance` the widths at which an utterance must be embedded, once each. Harmful flips: trials that the\n"
-        "reference decides right at the same threshold and the cascade wrong.",
+        "reference decides right at the same threshold and the cascade wrong. With --cascade and --data in place of\n"
+        "--policy and --stage it runs lazily from recordings: each width embeds only those still in doubt.",
         "python -m kmq_jax.cascade --policy=policy.json --stage=2:t2.npz --stage=3:t3.npz --stage=4:t4.npz\n"
         "      --reference=t32.npz --trials=trials.txt --out=decisions.csv --json=cascade.json",
     )
-    parser.add_argument("--policy", required=True, help="what `calibrate` wrote")
-    parser.add_argument("--stage", action="append", required=True, help="BITS:EMBEDDINGS.npz, once for each width")
+    parser.add_argument("--policy", help="what `calibrate` wrote")
+    parser.add_argument("--stage", action="append", default=[], help="BITS:EMBEDDINGS.npz, once for each width")
+    parser.add_argument("--cascade", help="directory of a policy and its models, from `calibrate --cascade`")
+    parser.add_argument("--data", help="with --cascade: DATA that the trials compare")
+    parser.add_argument("--compute", default="float32", choices=COMPUTE, help="lazily: arithmetic below the last width")
     parser.add_argument("--reference", help="embeddings of the full-precision model, to count flips against")
     parser.add_argument("--trials", required=True, help="trial list, in VoxCeleb or Kaldi form, or synthetic:SPLIT")
     parser.add_argument("--enrol_models", help="the list enrols models: `model utterance [utterance ...]` a line")
@@ -82,7 +91,10 @@ def _quoted(name: str) -> str:
 def evaluate(
     policy: CascadePolicy, outcome: Outcome, joined: StageScores, p_target: float, replicates: int, seed: int
 ) -> dict[str, Any]:
-    """All figures of a cascade on a trial list; what cannot be told is None."""
+    """All figures of a cascade on a trial list; what cannot be told is None.
+
+    A lazy run has no embedding tables, and so tells nothing of a width alone.
+    """
     labels, sides, reference = joined.trials.label, joined.sides, joined.reference
     both = bool(labels.any() and not labels.all())
     far, frr = error_rates(outcome.score, labels, policy.threshold)
@@ -105,7 +117,7 @@ def evaluate(
         "p_target": p_target,
         "trials": len(labels),
         "targets": int(labels.sum()),
-        "each_width_alone": single_widths(policy, joined),
+        "each_width_alone": single_widths(policy, joined) if joined.tables else None,
     }
     if reference is not None:
         result |= flip_rates(outcome.score, policy.threshold, reference, labels)
@@ -129,45 +141,89 @@ def describe(result: dict[str, Any]) -> str:
 
     lines = [f"{result['trials']:,} trials, {result['targets']:,} of them targets"]
     lines.append(f"{'':14}{'EER %':>9}{'harmful flips %':>18}{'decides %':>12}")
-    for width, alone in result["each_width_alone"].items():
-        flips = number(alone.get("harmful_flip_rate"), 4, 100)
-        share = number(result["resolved"][width], 2, 100)
-        lines.append(f"{width + ' bits':14}{number(alone['eer'], 3):>9}{flips:>18}{share:>12}")
+    for width, resolved in result["resolved"].items():
+        alone = (result["each_width_alone"] or {}).get(width, {})
+        flips, share = number(alone.get("harmful_flip_rate"), 4, 100), number(resolved, 2, 100)
+        lines.append(f"{width + ' bits':14}{number(alone.get('eer'), 3):>9}{flips:>18}{share:>12}")
     lines.append(f"{'cascade':14}{number(result['eer'], 3):>9}{number(result['harmful_flip_rate'], 4, 100):>18}")
     lines.append(f"{'reference':14}{number(result['reference_eer'], 3):>9}")
     lines.append(
         f"bits a trial: {result['sequential_bits']:.3f} sequential, {result['incremental_bits']:.3f} incremental; "
         f"an utterance: {result['utterance_bits']:.3f} ({result['utterance_incremental_bits']:.3f} incremental)"
     )
+    if "embedded" in result:
+        embedded = ", ".join(f"{count:,} at {width} bits" for width, count in result["embedded"].items())
+        lines.append(
+            f"recordings embedded: {embedded}; {result['seconds']:.1f} s; models of {result['resident_bytes']:,} bytes"
+        )
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Runs the command."""
-    args = flags().parse_args()
-    if not 0 < args.p_target < 1:
-        raise UserError(f"--p_target={args.p_target} must lie between 0 and 1")
-    if args.replicates < 0 or args.seed < 0:
-        raise UserError(f"--replicates={args.replicates} and --seed={args.seed} must not be negative")
+def from_embeddings(args: argparse.Namespace) -> tuple[CascadePolicy, StageScores]:
+    """The policy, and every width's scores of every trial.
+
+    Raises:
+        UserError: the stages are not those of the policy, or a file is at fault.
+    """
+    if not args.policy or not args.stage:
+        raise UserError("--policy and --stage are needed, or else --cascade and --data")
     policy, stages = read_policy(args.policy), parse_stages(args.stage)
     if tuple(bits for bits, _ in stages) != policy.widths:
         given = ", ".join(str(bits) for bits, _ in stages)
         raise UserError(
             f"--stage: {args.policy} is for {', '.join(map(str, policy.widths))} bits, but {given} are given"
         )
-    if args.llr and policy.llr_maps is None:
-        raise UserError(f"--llr: {args.policy} was fitted on trials of one class and has no likelihood ratios")
     joined = score_stages(stages, args.reference, args.trials, policy.enrolment, args.enrol_models)
     for i, (bits, path) in enumerate(stages):
         policy.check(bits, i, joined.tables[i].embeddings.shape[1], joined.tables[i].model, path)
+    return policy, joined
+
+
+def from_recordings(args: argparse.Namespace) -> tuple[CascadePolicy, StageScores, dict[str, Any]]:
+    """The policy, the scores that a lazy run needed, and what the run took.
+
+    Raises:
+        UserError: a flag, a file or a recording is at fault.
+    """
+    if not args.data or args.policy or args.stage or args.enrol_models:
+        raise UserError("--cascade takes --data and --trials, without --policy, --stage and --enrol_models")
+    cascade, utterances = load_cascade(args.cascade, args.compute), source.open_source(args.data)
+    names = tuple(utterances.ids), tuple(utterances.paths), tuple(utterances.speakers)
+    table = EmbeddingTable(*names, np.ones((len(utterances), 1), np.float32), args.data)
+    trials, sides = join(args.trials, table, table)
+    reference = score_stages([(32, args.reference)], None, args.trials).scores[0] if args.reference else None
+    found = cascade.score(utterances, trials)
+    run_notes = {"seconds": sum(found.seconds.values()), "embedded": {str(b): n for b, n in found.embedded.items()}}
+    return cascade.policy, StageScores(trials, sides, (), found.scores, reference), run_notes | cascade.costs()
+
+
+def cascade(args: argparse.Namespace) -> dict[str, Any]:
+    """Does what the flags ask for; returns what `--json` holds."""
+    if not 0 < args.p_target < 1:
+        raise UserError(f"--p_target={args.p_target} must lie between 0 and 1")
+    if args.replicates < 0 or args.seed < 0:
+        raise UserError(f"--replicates={args.replicates} and --seed={args.seed} must not be negative")
+    notes: dict[str, Any] = {}
+    if args.cascade:
+        policy, joined, notes = from_recordings(args)
+    else:
+        policy, joined = from_embeddings(args)
+    if args.llr and policy.llr_maps is None:
+        name = args.policy or args.cascade
+        raise UserError(f"--llr: {name} was fitted on trials of one class and has no likelihood ratios")
     sides = joined.sides
     outcome = run(policy, joined.scores, sides.enrol, sides.test, joined.one_table)
-    result = evaluate(policy, outcome, joined, args.p_target, args.replicates, args.seed)
+    result = evaluate(policy, outcome, joined, args.p_target, args.replicates, args.seed) | notes
     if args.out:
         write_decisions(args.out, joined.trials, outcome, log_ratios(policy, outcome) if args.llr else None)
     if args.json:
         write_json(args.json, result)
-    print(describe(result))
+    return result
+
+
+def main() -> None:
+    """Runs the command."""
+    print(describe(cascade(flags().parse_args())))
 
 
 if __name__ == "__main__":

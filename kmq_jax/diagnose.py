@@ -216,9 +216,8 @@ def from_embeddings(args: argparse.Namespace, quantized: dict[int, str], options
     return diagnose_scores(scored, recordings, options)
 
 
-def main() -> None:
-    """Runs the command."""
-    args = flags().parse_args()
+def diagnose(args: argparse.Namespace) -> Diagnosis:
+    """Does what the flags ask for; returns what was found and written."""
     options, quantized = options_of(args), parse_quantized(args.quantized)
     from kmq_jax.diagnostics import report  # matplotlib takes a second to import; here, before any work is done
 
@@ -228,6 +227,15 @@ def main() -> None:
     found = (from_embeddings if all(tables) else from_models)(args, quantized, options)
     found.notes["data"], found.notes["trial_list"] = args.data, args.trials or "pairs drawn at random"
     report.write(args.out, found)
+    return found
+
+
+def main() -> None:
+    """Runs the command."""
+    args = flags().parse_args()
+    found = diagnose(args)
+    from kmq_jax.diagnostics import report
+
     print(report.describe(found))
     print(f"{args.out / 'report.html'}")
 

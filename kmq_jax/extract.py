@@ -29,9 +29,8 @@ def flags() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Runs the command."""
-    args = flags().parse_args()
+def extract(args: argparse.Namespace) -> np.ndarray:
+    """Does what the flags ask for; returns the embeddings."""
     speaker_model = model.load(args.model, args.bits)
     utterances = source.open_source(args.data)
     embeddings = model.embed_all(speaker_model, utterances, args.compute, args.max_seconds, args.batch_size)
@@ -44,7 +43,14 @@ def main() -> None:
             embeddings=embeddings,
             model=np.array(model.fingerprint(speaker_model)),
         )
-    print(f"{args.out}: {len(utterances)} embeddings of {embeddings.shape[1]} dimensions")
+    return embeddings
+
+
+def main() -> None:
+    """Runs the command."""
+    args = flags().parse_args()
+    embeddings = extract(args)
+    print(f"{args.out}: {len(embeddings)} embeddings of {embeddings.shape[1]} dimensions")
 
 
 if __name__ == "__main__":

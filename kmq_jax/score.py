@@ -121,9 +121,8 @@ def describe(result: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    """Runs the command."""
-    args = flags().parse_args()
+def score(args: argparse.Namespace) -> dict[str, Any]:
+    """Does what the flags ask for; returns what `--json` holds."""
     if not 0 < args.p_target < 1:
         raise UserError(f"--p_target={args.p_target} must lie between 0 and 1")
     if args.replicates < 0 or args.seed < 0:
@@ -173,7 +172,12 @@ def main() -> None:
 
         with atomic_write(args.det) as temporary:
             save_det(temporary, {kind: (scores, trials.label)})
-    print(describe(result))
+    return result
+
+
+def main() -> None:
+    """Runs the command."""
+    print(describe(score(flags().parse_args())))
 
 
 if __name__ == "__main__":

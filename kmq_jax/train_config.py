@@ -115,13 +115,21 @@ def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
             },
             # What `kmq_jax.study` does with the network; training alone does not look at it.
             "study": {
-                "evaluate": (),  # (name, DATA, TRIALS) of each evaluation set
+                "evaluate": {},  # name: {"data": DATA, "trials": TRIALS} of each evaluation set
                 "widths": (4, 3, 2),
                 "nested": True,  # also all widths in one file
                 "rules": (),  # as quant.rules
                 "epochs": {"4": 1.0, "3": 1.0, "2": 2.0, "nested": 3.0},  # of quantization-aware training
                 "learning_rate": 1e-2,
+                "cycle": (),  # as quant.cycle, of the nested run
                 "compute": "float32",  # the arithmetic of extraction
+                "diagnose": (),  # names of evaluation sets
+                "diagnose_flags": (),  # further flags of `kmq_jax.diagnose`
+                "calibrate": "",  # name of the evaluation set that cascades are calibrated on
+                "calibrate_flags": (),
+                "cascades": (),  # (family, widths) as ("kmqat", (2, 3, 4)), ("ptq-nested", (2, 32)); 32: unquantized
+                "groups": {},  # name: names of the evaluation sets whose mean EER is shown
+                "published": {},  # group: {width or "cascade": EER %}, to stand beside what is measured
             },
             "batch_size": 128,  # over all devices
             "epochs": 10.0,
@@ -194,6 +202,26 @@ def paper_config(model: str) -> ml_collections.ConfigDict:
     return config
 
 
+def paper_study(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The paper's evaluation of a network: its sets, KMQAT for 40 epochs at each width, one cascade 2>3>4.
+
+    Every weight matrix is quantized. Gates are chosen on VoxTube alone.
+    """
+    root = ml_collections.FieldReference("data")
+    config.study.root = root
+    for name in ("vox1_o", "vox1_e", "vox1_h", "cnceleb", "commonbench", "voxtube"):
+        config.study.evaluate[name] = {"data": root + f"/{name}", "trials": root + f"/{name}/trials.txt"}
+    inside, outside = ("vox1_o", "vox1_e", "vox1_h"), ("cnceleb", "commonbench")
+    config.study.groups = {"in domain": inside, "out of domain": outside, "overall": inside + outside}
+    config.study.update(
+        epochs={"4": 40.0, "3": 40.0, "2": 40.0, "nested": 40.0},
+        diagnose=("vox1_o", "vox1_h"),
+        calibrate="voxtube",
+        cascades=(("kmqat", (2, 3, 4)), ("kmqat", (2, 32)), ("kmqat-nested", (2, 3, 4))),
+    )
+    return config
+
+
 def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Shrinks a run so that all of it passes in seconds: a narrow, shallow network, four steps, synthetic voices."""
     config.model.update(width=8, blocks=(1, 1, 1, 1), embedding_size=32)
@@ -204,7 +232,22 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         config.distill.weight, config.loss.weight = 0.0, 1.0
     config.quant.recalibrate = min(config.quant.recalibrate, 8)
     config.study.update(widths=(4, 2), epochs={"4": 1.0, "3": 1.0, "2": 1.0, "nested": 1.0})
-    config.study.evaluate = (("voices", speakers.format("dev"), speakers.format("dev")),)
+    voices = {"data": speakers.format("dev"), "trials": speakers.format("dev")}
+    config.study.evaluate = ml_collections.ConfigDict({"voices": voices})
+    config.study.update(
+        calibrate="voices",
+        calibrate_flags=("--replicates=20",),
+        cascades=(("kmqat", (2, 4)), ("kmqat-nested", (2, 32))),
+    )
+    config.study.diagnose = ("voices",)
+    config.study.diagnose_flags = tuple(
+        f"--{name}={value}"
+        for name, value in {
+            "retention_utterances": 16, "layer_utterances": 16, "hessian_draws": 2, "hessian_utterances": 2,
+            "hessian_seconds": 1.0, "replicates": 40,
+        }.items()
+    )  # fmt: skip
+    config.study.groups = dict.fromkeys(config.study.groups, ("voices",))
     config.update(init_from="", batch_size=8, epochs=2.0, epoch_steps=2, log_every=1)
     config.average_last = 0 if config.quant.bits else 2
     return config

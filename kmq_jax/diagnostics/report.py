@@ -1,16 +1,12 @@
 """What a diagnosis leaves on disk: tables as CSV, everything as JSON, figures as PNG, and `report.html` of it all."""
 
-import base64
 import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import matplotlib
-
+from kmq_jax import html
 from kmq_jax.core.files import atomic_write, write_json
 from kmq_jax.diagnostics import figures, scores
 from kmq_jax.diagnostics.diagnosis import COMPONENT_DRAWS, GROUP_DRAWS, Diagnosis
@@ -22,20 +18,30 @@ _NETWORK_TABLES = ("retention", "layers", "blocks", "correlations")  # which emb
 
 def write(out: Path, found: Diagnosis) -> None:
     """Writes everything into the directory `out`; each file appears whole or not at all, the report last."""
-    pictures = {}
-    for name, figure in figures.draw_all(found).items():
-        buffer = io.BytesIO()
-        with matplotlib.rc_context({"savefig.dpi": 160}):
-            figure.savefig(buffer, format="png")
-        pictures[name] = buffer.getvalue()
+    pictures = {name: html.png(figure) for name, figure in figures.draw_all(found).items()}
+    for name in pictures:
         with atomic_write(out / f"{_FIGURE_PREFIX}{name}.png") as temporary:
             temporary.write_bytes(pictures[name])
     for name, rows in found.tables.items():
         if rows:
             write_csv(out / f"{name}.csv", rows)
     write_json(out / "diagnosis.json", finite({"notes": found.notes, **found.tables}))
-    with atomic_write(out / "report.html") as temporary:
-        temporary.write_text(render(found, pictures), encoding="utf-8")
+    html.write(
+        out / "report.html",
+        "diagnosis",
+        pictures,
+        notes={"seconds": None, "compute": None} | found.notes,
+        tables=dict.fromkeys(_NETWORK_TABLES, ()) | found.tables,
+        summary=summary_of(found),
+        base=found.tables["systems"][0],
+        headline=headline(found),
+        knees=knees_in_words(found),
+        best=best_predictors(found),
+        top=top_components(found),
+        GROUP_DRAWS=GROUP_DRAWS,
+        COMPONENT_DRAWS=COMPONENT_DRAWS,
+        KNEE_RULE=scores.KNEE_RULE,
+    )
 
 
 def flat(row: Row) -> dict[str, Any]:
@@ -120,33 +126,6 @@ def describe(found: Diagnosis) -> str:
     return "\n".join(lines)
 
 
-def render(found: Diagnosis, pictures: Mapping[str, bytes]) -> str:
-    """The report as one HTML page that needs nothing else."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("kmq_jax.diagnostics", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "percent": percent, "interval": interval, "p": p_value}
-    images = {name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in pictures.items()}
-    return environment.get_template("report.html.j2").render(
-        notes={"seconds": None, "compute": None} | found.notes,
-        tables=dict.fromkeys(_NETWORK_TABLES, ()) | found.tables,
-        summary=summary_of(found),
-        base=found.tables["systems"][0],
-        images=images,
-        headline=headline(found),
-        knees=knees_in_words(found),
-        best=best_predictors(found),
-        top=top_components(found),
-        GROUP_DRAWS=GROUP_DRAWS,
-        COMPONENT_DRAWS=COMPONENT_DRAWS,
-        KNEE_RULE=scores.KNEE_RULE,
-    )
-
-
 def headline(found: Diagnosis) -> dict[str, Any]:
     """What the first paragraph says: the narrowest width's figures."""
     last = summary_of(found)[-1]
@@ -197,29 +176,3 @@ def top_components(found: Diagnosis) -> dict[str, Any] | None:
         for kind in ("retention", "mirror")
     }
     return {"bits": bits, **kept}
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number with a true minus sign; a dash where there is none."""
-    if value is None:
-        return "–"
-    if not math.isfinite(value):
-        return "∞"
-    return f"{value:.{digits}f}".replace("-", "−")
-
-
-def percent(value: float | None, digits: int = 2) -> str:
-    """A fraction as percent."""
-    return "–" if value is None else f"{number(100 * value, digits)} %"
-
-
-def interval(value: Sequence[float] | None, digits: int = 3, scale: float = 1.0) -> str:
-    """An interval in brackets, or nothing."""
-    return "" if not value else f"[{number(scale * value[0], digits)}, {number(scale * value[1], digits)}]"
-
-
-def p_value(value: float | None) -> str:
-    """A p-value."""
-    if value is None:
-        return "–"
-    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"

@@ -1,14 +1,19 @@
 """The study command on a tiny network and synthetic voices."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import kmq_jax
 from kmq_jax import study, tables
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.steps import Steps
+from kmq_jax.data.source import open_source
 from kmq_jax.train_config import default_config, smoke
 
 ROOT = Path(__file__).parents[2]
@@ -24,13 +29,15 @@ def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
     config = smoke(default_config("resnet18"))
     config.validation.data = ""
     config.average_last = 0
-    config.study.update(widths=(2,), nested=False)
+    config.study.update(widths=(2,), nested=False, cascades=(("kmqat", (2, 32)),), groups={"all": ("voices",)})
+    config.study.published = {"all": {"2": 1.5, "cascade": 1.25}}
     summary = study.study(config, tmp_path)
     assert json.loads((tmp_path / "study.json").read_text()) == summary
     rows = {(row["method"], row["bits"]): row for row in summary["rows"]}
     assert set(rows) == {("full precision", 32), ("without training", 2), ("trained", 2)}
     assert all(0 <= row["sets"]["voices"]["eer"] <= 100 for row in rows.values())
     assert rows["trained", 2]["bytes"] < rows["full precision", 32]["bytes"]
+    check_report(tmp_path, summary)
     lines = tables.study_table(summary).splitlines()
     assert len(lines) == 2 + len(rows) and lines[0].startswith("| bits | weights | KiB | voices")
 
@@ -40,7 +47,49 @@ def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
     config.study.epochs["2"] = 0.5
     study.study(config, tmp_path)
     begun = {line.split(":")[0] for line in capfd.readouterr().err.splitlines() if line.endswith("begins")}
-    assert begun == {"kmqat-2", "embed-kmqat-2-2-voices", "score-kmqat-2-2-voices"}
+    cascades = {f"calibrate-kmqat-2-32{half}" for half in ("", "-a", "-b")}
+    cascades |= {f"cascade-kmqat-2-32-voices-{half}" for half in "ab"}
+    assert begun == {"kmqat-2", "embed-kmqat-2-2-voices", "score-kmqat-2-2-voices", "diagnose-voices"} | cascades
+
+
+def check_report(workdir, summary):
+    """The page is self-contained, and holds what was measured and what was published."""
+    page = (workdir / "report.html").read_text()
+    loads = re.findall(r'(?:src|href)="([^"]*)"', page)
+    outside = [place for place in loads if not place.startswith(("data:image/png", "#"))]
+    assert outside == ["diagnosis/voices/report.html"] and (workdir / outside[0]).is_file()
+    for row in summary["rows"]:
+        assert f"{row['sets']['voices']['eer']:.2f}" in page
+    (cascade,) = summary["cascades"]
+    halves = [json.loads(path.read_text()) for path in sorted(workdir.glob("cascades/kmqat-2-32-?/cascade-*.json"))]
+    assert len(halves) == 2
+    for key in ("eer", "sequential_bits", "harmful_flip_rate"):
+        assert cascade["sets"]["voices"][key] == pytest.approx(sum(half[key] for half in halves) / 2)
+    assert f"<td>1.500</td><td>{summary['rows'][-1]['groups']['all']:.3f}</td>" in page
+    assert f"<td>1.250</td><td>{cascade['groups']['all']:.3f}</td>" in page
+    verifier = kmq_jax.load_cascade(workdir / cascade["directory"])
+    wave = (np.random.default_rng(0).standard_normal(16000).astype(np.float32), 16000)
+    assert verifier.verify(wave, wave).decision
+
+
+def test_halves_share_no_speaker_and_keep_every_trial_within(tmp_path):
+    data = "synthetic:dev?speakers=9&utterances=3"
+    halves = study.halve(Steps(tmp_path), study.EvaluationSet("voices", data, data))
+    table = open_source(data)
+    owner = dict(zip(table.ids, table.speakers))
+    seen = []
+    for name in study.HALVES:
+        lines = [line.split() for line in (halves / f"{name}.txt").read_text().splitlines()]
+        assert {int(label) == (owner[a] == owner[b]) for label, a, b in lines} == {True}
+        seen.append({owner[name] for _, *pair in lines for name in pair})
+    assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 9
+
+
+def test_a_study_of_a_set_that_is_not_there(tmp_path):
+    config = smoke(default_config("resnet18"))
+    config.study.calibrate = "elsewhere"
+    with pytest.raises(UserError, match="'elsewhere' is none of the evaluation sets voices"):
+        study.study(config, tmp_path)
 
 
 @pytest.mark.slow

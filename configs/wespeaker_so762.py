@@ -1,0 +1,37 @@
+"""The whole study of a real WeSpeaker ResNet34 on real speech, on two CPU cores.
+
+    python -m kmq_jax.study --config=configs/wespeaker_so762.py --workdir=runs/wespeaker \
+        --config.init_from=voxceleb_resnet34.onnx --config.data.root=DIR
+
+DIR holds `so762/{train,dev}` and `words/{train,dev}`: Kaldi directories with `trials.txt` in each dev. The network is
+imported from ONNX, PyTorch or a MODEL and quantized by distillation from itself, without speaker labels. Cascades are
+calibrated on one half of so762/dev's speakers and evaluated on the other, and the reverse; words/dev is out of domain.
+"""
+
+import ml_collections
+
+from kmq_jax.train_config import default_config, smoke
+
+EPOCHS = {"4": 1.0, "3": 1.5, "2": 9.0, "nested": 9.0}
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Returns the configuration; `arg` is "smoke" or nothing."""
+    config = default_config("wespeaker_resnet34", norm="bias")
+    config.frontend, config.init_from = "wespeaker", "voxceleb_resnet34.onnx"
+    root = ml_collections.FieldReference("data")
+    config.data.root = root
+    config.data.update(train=root + "/so762/train," + root + "/words/train", crop_seconds=2.0)
+    config.update(batch_size=16, checkpoint_epochs=1.0, dtype="bfloat16")
+    config.study.update(rules=(("^stem/", 0),), epochs=EPOCHS, cycle=(2, 3, 2, 4), learning_rate=1e-2)
+    for name in ("so762", "words"):
+        config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
+    config.study.diagnose = ("so762", "words")
+    config.study.calibrate = "so762"
+    config.study.cascades = (
+        ("kmqat", (2, 3, 4)),
+        ("kmqat", (2, 32)),
+        ("kmqat-nested", (2, 3, 4)),
+        ("kmqat-nested", (2, 32)),
+    )
+    return smoke(config) if arg == "smoke" else config

@@ -1,0 +1,71 @@
+"""Reports as single HTML pages that need nothing from elsewhere; the pages are the templates beside this file."""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from matplotlib.figure import Figure
+
+from kmq_jax.core.files import atomic_write
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG, sharp on dense screens."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"savefig.dpi": 160}):
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def write(path: Path, page: str, pictures: Mapping[str, bytes], **values: Any) -> None:
+    """Writes a page.
+
+    Args:
+        path: the file.
+        page: name of the template, without its suffix.
+        pictures: PNG files that the page shows, by name.
+        **values: what else the page uses.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("kmq_jax.html", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "percent": percent, "interval": interval, "p": p_value}
+    images = {name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in pictures.items()}
+    text = environment.get_template(f"{page}.html.j2").render(images=images, **values)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number with a true minus sign; a dash where there is none."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return "∞"
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """A fraction as percent."""
+    return "–" if value is None else f"{number(100 * value, digits)} %"
+
+
+def interval(value: Sequence[float] | None, digits: int = 3, scale: float = 1.0) -> str:
+    """An interval in brackets, or nothing."""
+    return "" if not value else f"[{number(scale * value[0], digits)}, {number(scale * value[1], digits)}]"
+
+
+def p_value(value: float | None) -> str:
+    """A p-value."""
+    if value is None:
+        return "–"
+    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"

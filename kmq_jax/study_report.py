@@ -1,0 +1,127 @@
+"""What a study leaves for people: one HTML page of results, cascades and the diagnosis's main figures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from kmq_jax import html
+
+METHODS = {  # colour, marker and name of each way to quantize
+    "without training": ("tab:gray", "s", "without training"),
+    "trained": ("tab:blue", "o", "trained"),
+    "without training, nested": ("0.75", "^", "nested, without training"),
+    "trained, nested": ("tab:orange", "D", "nested, trained"),
+}
+TICKS = (2, 3, 4, 6, 8, 16, 32)
+FROM_DIAGNOSIS = ("histograms", "flips", "retention")
+
+
+def widths_figure(rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figure:
+    """EER against width, a panel for each evaluation set, with 95 % intervals."""
+    figure = Figure(figsize=(4.6 * len(sets), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(sets), squeeze=False)[0]
+    for axes, name in zip(panels, sets):
+        full = rows[0]["sets"][name]
+        axes.axhline(full["eer"], color="black", linewidth=1, label="full precision")
+        if full["eer_ci95"]:
+            axes.axhspan(*full["eer_ci95"], color="0.93", zorder=0)
+        for shift, (method, (colour, marker, label)) in enumerate(METHODS.items()):
+            chosen = sorted((row for row in rows if row["method"] == method), key=lambda row: row["bits"])
+            places = [row["bits"] + 0.09 * (shift - 1.5) for row in chosen]
+            values = [row["sets"][name]["eer"] for row in chosen]
+            ends = [row["sets"][name]["eer_ci95"] or [value, value] for row, value in zip(chosen, values)]
+            spans = [[v - low for v, (low, _) in zip(values, ends)], [high - v for v, (_, high) in zip(values, ends)]]
+            if chosen:
+                look = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1}
+                axes.errorbar(places, values, spans, label=label, elinewidth=0.7, capsize=2, **look)
+        widths = sorted({row["bits"] for row in rows[1:]})
+        axes.set(title=name, xlabel="bits a weight", xticks=widths)
+        axes.invert_xaxis()
+        axes.grid(axis="y", color="0.9", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("EER (%)")
+    panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def cascades_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figure:
+    """Harmful flips against bits a trial: every width alone and every cascade, a panel for each evaluation set."""
+    figure = Figure(figsize=(4.6 * len(sets), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(sets), squeeze=False)[0]
+    for axes, name in zip(panels, sets):
+        drawn = set()
+        for number, cascade in enumerate(cascades):
+            found = cascade["sets"][name]
+            for bits, alone in found["each_width_alone"].items():
+                if int(bits) < 16 and (cascade["family"], bits) not in drawn:
+                    drawn.add((cascade["family"], bits))
+                    axes.plot(int(bits), 100 * alone["harmful_flip_rate"], "s", color="tab:gray", markersize=5)
+                    axes.annotate(f"{bits} bits", (int(bits), 100 * alone["harmful_flip_rate"]), xytext=(5, 4),
+                                  textcoords="offset points", fontsize=8, color="0.35")  # fmt: skip
+            label = f"{cascade['name']}, {cascade['family']}"
+            flips, colour = 100 * found["harmful_flip_rate"], f"C{number}"
+            axes.plot(found["sequential_bits"], flips, "o", color=colour, markersize=8, label=label)
+        # A cascade that ends in full precision costs ten times as many bits: equal steps are equal factors.
+        axes.set_xscale("log", base=2)
+        axes.set(title=name, xlabel="mean sequential bits a trial", xticks=TICKS, xticklabels=TICKS)
+        axes.set_ylim(bottom=0)
+        axes.grid(color="0.9", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("harmful flips (% of trials)")
+    panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def comparison(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Published and measured EER: a row for each group and width that was published."""
+    rows = []
+    for group, published in summary["published"].items():
+        for width, eer in published.items():
+            if width == "cascade":
+                chosen = summary["cascades"][:1]
+                found = [cascade["groups"].get(group) for cascade in chosen]
+            else:
+                found = [
+                    row["groups"].get(group)
+                    for row in summary["rows"]
+                    if str(row["bits"]) == width and row["method"] in ("full precision", "trained")
+                ]
+            rows.append({"group": group, "width": width, "published": eer, "measured": found[0] if found else None})
+    return rows
+
+
+def write(workdir: Path, summary: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Writes `report.html` of a study, and its figures beside it.
+
+    Args:
+        workdir: of the study, which holds the diagnosis.
+        summary: as in `study.json`.
+        config: the study's configuration, as JSON values.
+    """
+    rows, sets = summary["rows"], list(summary["rows"][0]["sets"])
+    pictures = {"widths": html.png(widths_figure(rows, sets))}
+    if summary["cascades"]:
+        pictures["cascades"] = html.png(cascades_figure(summary["cascades"], sets))
+    for name, data in pictures.items():
+        (workdir / f"figure-{name}.png").write_bytes(data)
+    for found in summary["diagnosis"].values():
+        for name in FROM_DIAGNOSIS:
+            file = workdir / found["directory"] / f"figure-{name}.png"
+            if file.exists():
+                pictures[f"{found['directory']}-{name}"] = file.read_bytes()
+    html.write(
+        workdir / "report.html",
+        "study",
+        pictures,
+        sets=sets,
+        rows=rows,
+        full=rows[0],
+        trained=[row for row in rows if row["method"] == "trained"],
+        cascades=summary["cascades"],
+        diagnosis=summary["diagnosis"],
+        comparison=comparison(summary),
+        settings=config,
+        calibrated=config["study"]["calibrate"],
+    )

@@ -1,0 +1,158 @@
+"""A cascade with its models: two recordings, a lazy run over a list, and what its directory refuses."""
+
+import dataclasses
+import importlib
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+import kmq_jax
+from kmq_jax import model, quant
+from kmq_jax.core import cli
+from kmq_jax.core.errors import UserError
+from kmq_jax.data import source, trials
+from kmq_jax.models import registry
+from kmq_jax.scoring.policy import read_policy
+
+SETTINGS = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8}
+DATA = "synthetic:dev?speakers=6&utterances=4"
+
+
+def run(monkeypatch, command, *flags):
+    monkeypatch.setattr(sys, "argv", [command, *map(str, flags)])
+    with pytest.raises(SystemExit) as done:
+        cli.run(command, importlib.import_module(f"kmq_jax.{command}").main)
+    return done.value.code
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """`full.kmq`, `nested.kmq` (2, 3, 4 bits), embeddings of 2 and 3 bits and full precision, and a cascade of them."""
+    directory = tmp_path_factory.mktemp("cascade")
+    variables = jax.device_get(registry.initialize(registry.build("wespeaker_resnet34", **SETTINGS), jax.random.key(0)))
+    full = model.SpeakerModel("wespeaker_resnet34", SETTINGS, "wespeaker", variables)
+    model.save(directory / "full.kmq", full)
+    rules = [quant.QuantRule("/kernel$", quant.QuantSpec(4, coarse=(2, 3)))]
+    packed = {**variables, "params": quant.quantize(variables["params"], rules)}
+    model.save(directory / "nested.kmq", dataclasses.replace(full, variables=packed))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, bits in (("nested", 2), ("nested", 3), ("full", None)):
+            flags = [f"--model={directory / name}.kmq", f"--data={DATA}", f"--out={directory / f'{bits or 32}.npz'}"]
+            assert run(patch, "extract", *flags, *([f"--bits={bits}"] if bits else [])) == 0
+        given = [f"--stage={bits}:{directory / f'{bits}.npz'}" for bits in (2, 3, 32)]
+        given += [f"--model={b}:{directory / n}.kmq" for b, n in ((2, "nested"), (3, "nested"), (32, "full"))]
+        given += [f"--reference={directory / '32.npz'}", f"--trials={DATA}", "--replicates=0"]
+        given += [f"--out={directory / 'policy.json'}", f"--cascade={directory / 'cascade'}"]
+        assert run(patch, "calibrate", *given) == 0
+    return directory
+
+
+def test_widths_of_one_nested_model_share_its_file(place):
+    assert sorted(path.name for path in (place / "cascade").iterdir()) == [
+        "2.kmq", "32.kmq", "cascade.json", "policy.json",
+    ]  # fmt: skip
+    costs = kmq_jax.load_cascade(place / "cascade").costs()
+    whole = [quant.size_bytes(model.load(place / name).variables).total for name in ("nested.kmq", "full.kmq")]
+    assert costs["resident_bytes"] == sum(whole)
+    assert set(costs["macs"].values()) == {registry.macs(model.load(place / "full.kmq").network(), 300)}
+
+
+@pytest.mark.parametrize("enrolment", ["each", "top"])
+def test_a_lazy_run_decides_as_embeddings_of_every_width_do(place, tmp_path, monkeypatch, enrolment):
+    policy = dataclasses.replace(read_policy(place / "cascade" / "policy.json"), enrolment=enrolment)
+    directory = tmp_path / "cascade"
+    directory.mkdir()
+    for file in (place / "cascade").iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    policy.save(directory / "policy.json")
+    common = [f"--trials={DATA}", f"--reference={place / '32.npz'}", "--replicates=0"]
+    outs = {name: [f"--out={tmp_path / name}.csv", f"--json={tmp_path / name}.json"] for name in ("lazy", "all")}
+    assert run(monkeypatch, "cascade", f"--cascade={directory}", f"--data={DATA}", *common, *outs["lazy"]) == 0
+    stages = [f"--stage={bits}:{place / f'{bits}.npz'}" for bits in (2, 3, 32)]
+    assert run(monkeypatch, "cascade", f"--policy={directory / 'policy.json'}", *stages, *common, *outs["all"]) == 0
+    lazy, whole = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("lazy", "all"))
+    assert 0.1 < whole["resolved"]["2"] < 0.9 and whole["resolved"]["32"] > 0.05
+    for key in ("resolved", "utterance_bits", "sequential_bits", "harmful_flip_rate"):
+        assert lazy[key] == pytest.approx(whole[key])
+    rows = [np.genfromtxt(tmp_path / f"{name}.csv", delimiter=",", skip_header=1) for name in ("lazy", "all")]
+    np.testing.assert_allclose(rows[0][:, 2:], rows[1][:, 2:], atol=1e-5)
+    assert 0 < lazy["embedded"]["2"] <= 24 and lazy["seconds"] > 0
+
+
+def test_a_recording_nobody_doubts_is_not_embedded_again(place):
+    cascade = kmq_jax.load_cascade(place / "cascade")
+    stop = (cascade.policy.threshold, cascade.policy.threshold)
+    cascade.policy = dataclasses.replace(cascade.policy, gates=(stop, stop))
+    utterances = source.open_source(DATA)
+    pairs = trials.open_trials(DATA, utterances)
+    found = cascade.score(utterances, pairs)
+    used = len(np.union1d(pairs.enrol, pairs.test))
+    assert found.embedded == {2: used, 3: 0, 32: 0}
+    assert not found.scores[1:].any()
+
+
+def test_two_recordings(place, tmp_path, monkeypatch, capsys):
+    utterances = source.open_source(DATA)
+    rows = [0, 1, len(utterances) - 1]
+    for row in rows:
+        soundfile.write(tmp_path / f"{row}.wav", utterances.load(row), source.SAMPLE_RATE, subtype="FLOAT")
+    cascade = kmq_jax.load_cascade(place / "cascade")
+    by_file = cascade.verify(tmp_path / "0.wav", tmp_path / f"{rows[-1]}.wav")
+    by_wave = cascade.verify(*((utterances.load(row), source.SAMPLE_RATE) for row in (0, rows[-1])))
+    assert by_file.score == pytest.approx(by_wave.score, abs=1e-6)
+    assert by_file.decision == (by_file.score >= cascade.policy.threshold)
+    same = cascade.verify(tmp_path / "0.wav", tmp_path / "0.wav")
+    assert same.decision and same.score == pytest.approx(max(cascade.policy.maps[0].y), abs=1e-6) and same.bits == 2
+    out = tmp_path / "v.json"
+    flags = [f"--cascade={place / 'cascade'}", f"--enrol={tmp_path}/0.wav", f"--test={tmp_path}/{rows[-1]}.wav"]
+    assert run(monkeypatch, "verify", *flags, f"--json={out}") == 0
+    found = json.loads(out.read_text())
+    assert set(found) == {"decision", "score", "llr", "bits", "seconds"}
+    assert (found["decision"], found["bits"]) == (by_file.decision, by_file.bits)
+    line = capsys.readouterr().out.strip()
+    assert "\n" not in line and line.startswith("same speaker" if found["decision"] else "different speakers")
+
+
+def test_models_are_loaded_once_and_only_when_needed(place, monkeypatch):
+    loaded = []
+    load = model.load
+    monkeypatch.setattr(model, "load", lambda path: loaded.append(path.name) or load(path))
+    cascade = kmq_jax.load_cascade(place / "cascade")
+    assert not loaded
+    wave = (source.open_source(DATA).load(0), source.SAMPLE_RATE)
+    for _ in range(2):
+        assert cascade.verify(wave, wave).bits == 2
+    assert loaded == ["2.kmq"]
+
+
+def test_what_a_cascade_refuses(place, tmp_path, monkeypatch, capsys):
+    with pytest.raises(UserError, match="is no cascade"):
+        kmq_jax.load_cascade(tmp_path)
+    directory = tmp_path / "cascade"
+    directory.mkdir()
+    for file in (place / "cascade").iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    wave = (source.open_source(DATA).load(0), source.SAMPLE_RATE)
+    (directory / "2.kmq").write_bytes((place / "full.kmq").read_bytes())
+    with pytest.raises(UserError, match="2.kmq is not the model"):
+        kmq_jax.load_cascade(directory).verify(wave, wave)
+    with pytest.raises(UserError, match="too short"):
+        kmq_jax.load_cascade(place / "cascade").verify(wave, (wave[0][:100], source.SAMPLE_RATE))
+    index = json.loads((directory / "cascade.json").read_text())
+    for name in ("../full.kmq", "/etc/passwd", "absent.kmq", 3):
+        (directory / "cascade.json").write_text(json.dumps(index | {"models": index["models"] | {"3": name}}))
+        with pytest.raises(UserError, match="no file beside it"):
+            kmq_jax.load_cascade(directory)
+    (directory / "cascade.json").write_text("[]")
+    with pytest.raises(UserError, match="does not name a model"):
+        kmq_jax.load_cascade(directory)
+    assert run(monkeypatch, "cascade", f"--cascade={place / 'cascade'}", f"--trials={DATA}") == 2
+    assert "--data" in capsys.readouterr().err
+    given = [f"--stage={b}:{place / f'{b}.npz'}" for b in (2, 32)] + [f"--model=2:{place / 'nested.kmq'}"]
+    given += [f"--reference={place / '32.npz'}", f"--trials={DATA}", f"--out={tmp_path}/p.json"]
+    assert run(monkeypatch, "calibrate", *given, f"--cascade={tmp_path}/c") == 2
+    assert "one --model=BITS:MODEL for each --stage" in capsys.readouterr().err
