@@ -9,7 +9,7 @@ import ml_collections
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from kmq_jax.core import cli
+from kmq_jax.core import cli, distributed
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.memory import keep_freed_memory
 from kmq_jax.train_loop import train
@@ -18,21 +18,33 @@ HELP = """usage: python -m kmq_jax.train --config=configs/NAME.py[:ARG] [--confi
 
 Trains a speaker-embedding network. Run again with the same workdir it resumes where it stopped.
 
-  --config    a configuration file; `:smoke` after it runs it in seconds
-  --config.X  changes one of its settings
-  --workdir   directory of config.json, metrics.jsonl, checkpoints/ and summary.json
+  --config       a configuration file; `:smoke` after it runs it in seconds
+  --config.X     changes one of its settings
+  --workdir      directory of config.json, starts.json, metrics.jsonl, checkpoints/ and summary.json
+  --tensorboard  also write the metrics as TensorBoard events, into the workdir
+
+Several processes train together where launch/ starts them. The status is 75 when the run was asked to stop (SIGTERM,
+Ctrl-C) and was saved before its end.
 
 example:
   python -m kmq_jax.train --config=configs/quickstart.py --workdir=runs/quickstart"""
 
 
-def parse_flags(argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
+STOPPED = 75
+"""Status of a run that was saved before its end: EX_TEMPFAIL of sysexits.h, "try again"."""
+
+
+def parse_flags(argv: list[str], more: absl_flags.FlagValues | None = None) -> tuple[ml_collections.ConfigDict, Path]:
     """Reads `--config`, its overrides and `--workdir`.
+
+    Args:
+        argv: the command line.
+        more: further flags, whose values are set.
 
     Raises:
         UserError: a flag or a configuration key is unknown or has a value of the wrong type.
     """
-    values = absl_flags.FlagValues()
+    values = absl_flags.FlagValues() if more is None else more
     config_flags.DEFINE_config_file("config", flag_values=values)
     absl_flags.DEFINE_string("workdir", None, "", flag_values=values)
     try:
@@ -48,6 +60,8 @@ def parse_flags(argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
         raise UserError(f"argument {rest[1]!r} is not a flag (see --help)")
     if config is None or workdir is None:
         raise UserError("--config and --workdir are both needed (see --help)")
+    if "://" in workdir:
+        raise UserError(f"--workdir={workdir} is no directory: mount the bucket (launch/README.md)")
     return config, Path(workdir)
 
 
@@ -57,10 +71,15 @@ def main() -> None:
         print(HELP)
         return
     keep_freed_memory()
-    config, workdir = parse_flags(sys.argv)
-    summary = train(config, workdir)
+    own = absl_flags.FlagValues()
+    absl_flags.DEFINE_boolean("tensorboard", False, "", flag_values=own)
+    config, workdir = parse_flags(sys.argv, own)
+    distributed.join()
+    summary = train(config, workdir, own["tensorboard"].value)
     if jax.process_index() == 0:
         print(json.dumps(summary))
+    if not summary["finished"]:
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

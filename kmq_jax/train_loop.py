@@ -20,9 +20,10 @@ import numpy as np
 
 from kmq_jax import kmqat, model, quant, recalibrate, train_lib
 from kmq_jax.checkpoint import Checkpoints
-from kmq_jax.core import mesh
+from kmq_jax.core import distributed, mesh
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_json, write_json
+from kmq_jax.core.provenance import provenance
 from kmq_jax.core.runlog import RunLog
 from kmq_jax.core.tree import named_leaves
 from kmq_jax.data import pipeline, source, trials
@@ -148,6 +149,13 @@ def settle_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
         write_json(path, new)
 
 
+def record_start(workdir: Path, step: int) -> None:
+    """Adds to `starts.json` what the run is computed with from `step` on: revision of the source, versions."""
+    if jax.process_index() == 0:
+        path = workdir / "starts.json"
+        write_json(path, [*(read_json(path) if path.exists() else ()), {"step": step, **provenance()}])
+
+
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -172,12 +180,13 @@ def check_finite(metrics: list[dict[str, Any]], first_step: int, checkpoints: Ch
                 raise UserError(f"{name} became {value} at step {first_step + i + 1}; {kept} ({checkpoints.directory})")
 
 
-def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
+def train(config: ml_collections.ConfigDict, workdir: Path, tensorboard: bool = False) -> dict[str, Any]:
     """Trains, or takes up training where it stopped.
 
     Args:
         config: from `train_config.default_config`, changed.
-        workdir: gets `config.json`, `metrics.jsonl`, `checkpoints/` and, at the end, `summary.json`.
+        workdir: gets `config.json`, `starts.json`, `metrics.jsonl`, `checkpoints/` and, at the end, `summary.json`.
+        tensorboard: also write the metrics as event files, into `workdir/tensorboard`.
 
     Returns:
         What `summary.json` holds: `steps`, `finished`, `loss`, `validation_eer` (percent), `examples_per_second`, ...
@@ -186,10 +195,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         UserError: a setting, file or value is at fault, or the loss became NaN; what was saved before stays.
     """
     with contextlib.ExitStack() as closing:
-        return _train(config, workdir, closing)
+        return _train(config, workdir, tensorboard, closing)
 
 
-def _train(config: ml_collections.ConfigDict, workdir: Path, closing: contextlib.ExitStack) -> dict[str, Any]:
+def _train(
+    config: ml_collections.ConfigDict, workdir: Path, tensorboard: bool, closing: contextlib.ExitStack
+) -> dict[str, Any]:
     devices = mesh.make_mesh()
     if config.batch_size % devices.size:
         raise UserError(f"batch_size (={config.batch_size}) must divide over {devices.size} devices")
@@ -267,7 +278,8 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, closing: contextlib
     stages = kmqat.stages_of(config.quant, params)
     stage_steps = -(-total_steps // len(stages))
     train_step = train_lib.jit_train_step(recipe, shardings, stages[min(step, total_steps - 1) // stage_steps])
-    log = RunLog(workdir / "metrics.jsonl", step)
+    log = RunLog(workdir / "metrics.jsonl", step, workdir / "tensorboard" if tensorboard else None)
+    record_start(workdir, step)
     display = Display(step, total_steps, config.batch_size)
     closing.callback(display.close)
     closing.callback(log.close)
@@ -283,8 +295,9 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, closing: contextlib
     pending: list[dict[str, Any]] = []
     last: dict[str, float] = {}
     figures: dict[str, float] = {}
+    stopping = False
     with stop.listening():
-        while step < total_steps and not stop.by:
+        while step < total_steps and not stopping:
             if step and step % stage_steps == 0:
                 names = stages[step // stage_steps]
                 entered = kmqat.enter_stage(config.quant, state.params, names, stages[step // stage_steps - 1])
@@ -296,8 +309,9 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, closing: contextlib
             if step == start + 1:  # compiled by now; rates begin here
                 jax.block_until_ready(metrics)
                 display.rate(step)
-            ends = step == total_steps or bool(stop.by)
-            saves = ends or (every_checkpoint and step % every_checkpoint == 0)
+            if jax.process_count() == 1 or step % config.log_every == 0:  # where they wait for one another anyway
+                stopping = distributed.anywhere(stop.by is not None)
+            saves = step == total_steps or stopping or (every_checkpoint and step % every_checkpoint == 0)
             validates = validation and (step == total_steps or (every_validation and step % every_validation == 0))
             if step % config.log_every == 0 or saves or validates:
                 values = jax.device_get(pending)
@@ -309,8 +323,8 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, closing: contextlib
                 log.write(step, last)
                 display.show(step, last)
             if saves:
-                if quantized and jax.process_index() == 0:  # what loading the workdir gives; before the checkpoint
-                    model.save(workdir / PACKED, dataclasses.replace(described, variables=variables_of(state)))
+                if quantized:  # what loading the workdir gives; before the checkpoint
+                    save_model(workdir / PACKED, dataclasses.replace(described, variables=variables_of(state)))
                 checkpoints.save(step, **parts_of(state), data=batches)
             if validation and validates:
                 trained = dataclasses.replace(described, variables=variables_of(state))
@@ -319,15 +333,16 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, closing: contextlib
                 display.say(f"step {step}: {_in_words(figures)}")
                 display.rate(step)  # the next rate does not count the time of validation
     seconds = time.monotonic() - began
-    if stop.by:
-        display.say(f"stopped by {stop.by} at step {step}, saved; the same command goes on from there")
+    if stopping:
+        display.say(
+            f"stopped by {stop.by or 'another process'} at step {step}, saved; the same command goes on from there"
+        )
 
     # 5. The final model and the summary.
     finished = step == total_steps
     if finished and config.average_last > 1:
         final = average_checkpoints(described, checkpoints, config.average_last)
-        if jax.process_index() == 0:
-            model.save(workdir / "averaged.kmq", final)
+        save_model(workdir / "averaged.kmq", final)
         if validation:
             figures = validation.figures(final)
             display.say(f"average of the last {config.average_last} checkpoints: {_in_words(figures)}")
@@ -335,8 +350,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, closing: contextlib
         crops = recalibrate.random_features(fbank, utterances, config.quant.recalibrate, config.data.crop_seconds)
         trained = dataclasses.replace(described, variables=jax.device_get(variables_of(state)))
         final = recalibrate.own_statistics(trained, crops)
-        if jax.process_index() == 0:
-            model.save(workdir / PACKED, final)
+        save_model(workdir / PACKED, final)
         if validation:
             figures = validation.figures(final, config.quant.coarse)
             display.say(f"with batch normalisation measured afresh: {_in_words(figures)}")
@@ -384,12 +398,17 @@ def describe(config: ml_collections.ConfigDict) -> model.SpeakerModel:
     return model.SpeakerModel(settings.pop("name"), settings, config.frontend, None)
 
 
+def save_model(path: Path, trained: model.SpeakerModel) -> None:
+    """Writes a model that every process has."""
+    if jax.process_index() == 0:
+        model.save(path, trained)
+
+
 def variables_of(state: train_lib.TrainState) -> dict[str, Any]:
-    """What the network needs of a state; in quantization-aware training, its packed form."""
-    params = state.params["network"]
-    if "codebooks" in state.params:
-        params = kmqat.packed(state.params, state.indices)
-    return {"params": params, "batch_stats": state.batch_stats}
+    """What the network needs of a state, whole in every process; in quantization-aware training, its packed form."""
+    params, batch_stats, indices = distributed.local((state.params, state.batch_stats, state.indices))
+    packed = kmqat.packed(params, indices) if "codebooks" in params else params["network"]
+    return {"params": packed, "batch_stats": batch_stats}
 
 
 def parts_of(state: train_lib.TrainState) -> dict[str, Any]:
@@ -489,6 +508,8 @@ def allocate(
         return train_lib.total_loss(recipe, params, values, batch_stats, features, batch["speaker"], step, teacher)[0]
 
     widths = kmqat.allocate(recipe.config.quant, params["network"], loss, jax.random.key(seed))
+    chosen = distributed.of_first(np.array(list(widths.values()), np.int32))  # each process saw another batch
+    widths = {name: int(bits) for name, bits in zip(widths, chosen)}
     if jax.process_index() == 0:
         write_json(path, widths)
     return widths

@@ -1,4 +1,4 @@
-"""The record of a run: one JSON object a line."""
+"""The record of a run: one JSON object a line, and TensorBoard events beside it where they are wanted."""
 
 import json
 import math
@@ -20,20 +20,29 @@ class RunLog:
     log is opened, so that each step stands in the file once. Only process 0 writes.
     """
 
-    def __init__(self, path: str | os.PathLike[str], step: int):
+    def __init__(self, path: str | os.PathLike[str], step: int, events: str | os.PathLike[str] | None = None):
         """Opens the log of a run that stands at `step`.
 
+        Args:
+            path: of the JSONL file.
+            step: the last step that is done.
+            events: directory of TensorBoard event files; None for none.
+
         Raises:
-            UserError: the file cannot be written.
+            UserError: the file cannot be written, or the package that writes events is missing.
         """
         self._path = Path(path)
-        self._file = None
+        self._file = self._events = None
+        if events is not None:
+            event_writer = _event_writer()
         if jax.process_index() != 0:
             return
         kept = [line for line in read_runlog(self._path) if line["step"] <= step] if self._path.exists() else []
         with atomic_write(self._path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a")
+        if events is not None:  # TensorBoard hides what an earlier start wrote from `purge_step` on
+            self._events = event_writer(str(events), purge_step=step + 1, filename_suffix=f".{step}")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one line and flushes it. Numbers that are not finite become null: NaN is not JSON.
@@ -47,13 +56,26 @@ class RunLog:
         try:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
+            for name, value in values.items():
+                if self._events is not None and isinstance(value, int | float):
+                    self._events.add_scalar(name, value, step)
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the files."""
         if self._file is not None:
             self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _event_writer() -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise UserError("TensorBoard events need the package tensorboardX (extra `tensorboard`)") from error
+    return SummaryWriter
 
 
 def read_runlog(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Training as users start it: resume, pre-emption, NaN, mistakes."""
 
+import importlib.util
 import json
 import os
 import re
@@ -51,6 +52,8 @@ def test_what_a_run_leaves_behind(whole):
     assert summary["finished"] and summary["steps"] == 4
     assert json.loads((workdir / "summary.json").read_text()) == summary
     assert json.loads((workdir / "config.json").read_text())["model"]["name"] == "resnet36"
+    (start,) = json.loads((workdir / "starts.json").read_text())
+    assert start["step"] == 0 and start["jax"] == jax.__version__ and {"revision", "dirty", "python"} <= start.keys()
     log = read_runlog(workdir / "metrics.jsonl")
     assert [line["step"] for line in log] == [1, 2, 3, 4]
     assert {"loss", "accuracy", "learning_rate", "margin", "gradient_norm", "examples_per_second"} <= log[0].keys()
@@ -75,7 +78,7 @@ def test_a_stopped_run_goes_on_bit_exactly(whole, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Checkpoints, "save", stop_after_two)
-    summary = train_loop.train(tiny(), tmp_path)
+    summary = train_loop.train(tiny(), tmp_path, tensorboard=importlib.util.find_spec("tensorboardX") is not None)
     assert not summary["finished"] and 2 <= summary["steps"] < 4 and saves[-1] == summary["steps"]
     monkeypatch.setattr(Checkpoints, "save", save)
     assert train_loop.train(tiny(), tmp_path)["finished"]
@@ -230,6 +233,7 @@ def flags_error(*flags):
         ("--config.epochs=many", "epochs"),
         ("--wrokdir=x", "wrokdir"),
         ("stray", "stray"),
+        ("--workdir=gs://bucket/run", "mount the bucket"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_status_2(flag, named, tmp_path):

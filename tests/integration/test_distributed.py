@@ -1,0 +1,177 @@
+"""Several processes train as one does: the same losses, one log, a common stop, and a resume."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kmq_jax import train
+from kmq_jax.core import distributed
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import read_json
+from kmq_jax.core.runlog import read_runlog
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "configs/quickstart.py:smoke"
+SETTINGS = [
+    "--config.dtype=float32",
+    "--config.learning_rate.peak=4e-5",  # Adam magnifies rounding: at 4e-3 the fourth loss differs by 1e-3
+    "--config.checkpoint_epochs=0.5",
+    "--config.validation.epochs=2.0",
+    '--config.sharding=(("classifier",0),)',  # split over the devices of both processes
+]
+# Training in which process 1 alone is asked to stop, when step 2 is saved.
+STOPPED_AFTER_TWO = """
+import os, signal
+from kmq_jax import checkpoint, train
+from kmq_jax.core import cli
+
+save = checkpoint.Checkpoints.save
+
+def save_and_be_asked(self, step, **parts):
+    save(self, step, **parts)
+    if step == 2 and os.environ["JAX_PROCESS_ID"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+checkpoint.Checkpoints.save = save_and_be_asked
+cli.run("train", train.main)
+"""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def environment(**changes):
+    inherited = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    return {**inherited, "JAX_PLATFORMS": "cpu", **changes}
+
+
+def launch(script, workdir, **changes):
+    """Runs a script of launch/ and returns the summary that it printed."""
+    run = subprocess.run(
+        [f"launch/{script}", *SETTINGS],
+        cwd=ROOT,
+        env=environment(PYTHON=sys.executable, CONFIG=CONFIG, WORKDIR=str(workdir), **changes),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(printed(run.stdout)[-1])
+
+
+def printed(stdout):
+    """What the command printed, without what the CPU's collectives do."""
+    return [line for line in stdout.splitlines() if "[Gloo]" not in line]
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices_are_one_of_four(tmp_path, monkeypatch):
+    one, two = tmp_path / "one", tmp_path / "two"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    whole = launch("one_host.sh", one, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    shared = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+    command = [sys.executable, "-c", STOPPED_AFTER_TWO, f"--config={CONFIG}", f"--workdir={two}", *SETTINGS]
+    pair = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment(**shared, JAX_PROCESS_ID=str(i)), stdout=-1, stderr=-1, text=True
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate() for process in pair]
+    assert [process.returncode for process in pair] == [train.STOPPED] * 2, said
+    assert "stopped by another process at step 3" in said[0][1] and "step" not in said[1][1]
+    assert not read_json(two / "summary.json")["finished"] and printed(said[1][0]) == []
+    assert [line["step"] for line in read_runlog(two / "metrics.jsonl")] == [1, 2, 3]
+
+    summary = launch("processes.sh", two)
+    assert summary["finished"] and summary["device"] == whole["device"] == "4 x cpu"
+    assert (two / "averaged.kmq").exists()
+    assert summary["validation_eer"] == pytest.approx(whole["validation_eer"], abs=2.1)  # a trial or so of 48
+    logs = [[line for line in read_runlog(d / "metrics.jsonl") if "loss" in line] for d in (one, two)]
+    assert [line["step"] for line in logs[1]] == [1, 2, 3, 4]
+    for name in ("loss", "gradient_norm", "parameter_norm"):
+        ours, theirs = ([line[name] for line in log] for log in logs)
+        np.testing.assert_allclose(theirs, ours, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_slurm_tasks_find_one_another(tmp_path):
+    """A stand-in for srun starts two tasks as SLURM would; they join, and each has what the first decided."""
+    (tmp_path / "srun").write_text(
+        """#!/usr/bin/env bash
+export SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_NODES=1 SLURM_STEP_NUM_TASKS=2 SLURM_NTASKS=2
+for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$PYTHON" -c '
+import jax, numpy as np
+from kmq_jax.core import distributed
+distributed.join()
+me = jax.process_index()
+print(jax.process_count(), distributed.anywhere(me == 1), distributed.of_first(np.array([me])).tolist())
+' & done
+wait
+"""
+    )
+    (tmp_path / "srun").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    job = subprocess.run(
+        ["bash", "launch/slurm.sbatch"],
+        cwd=ROOT,
+        env=environment(
+            PATH=path,
+            PYTHON=sys.executable,
+            SLURM_SUBMIT_DIR=str(ROOT),
+            SLURM_JOB_ID=str(os.getpid()),  # JAX takes a port above 61440 by it
+        ),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert job.returncode == 0, job.stderr
+    assert printed(job.stdout) == ["2 True [0]"] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "x:1"}, "JAX_NUM_PROCESSES and JAX_PROCESS_ID must be"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "x:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
+            r"JAX_PROCESS_ID \(=2\) must be a whole number below JAX_NUM_PROCESSES \(=2\)",
+        ),
+    ],
+)
+def test_variables_that_do_not_fit_are_named(given, message, monkeypatch):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        distributed.join()
+
+
+def test_alone_there_is_nothing_to_join_and_nothing_to_agree_on(monkeypatch):
+    monkeypatch.setattr("jax.distributed.initialize", lambda **_: pytest.fail("joined"))
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    distributed.join()
+    assert distributed.anywhere(True) and not distributed.anywhere(False)
+    assert distributed.of_first(np.array([3, 4])).tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("name", ["TPU_WORKER_HOSTNAMES", "KMQ_DISTRIBUTED"])
+def test_the_hosts_of_a_tpu_slice_are_left_to_jax(name, monkeypatch):
+    calls = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda **settings: calls.append(settings))
+    monkeypatch.setenv(name, {"TPU_WORKER_HOSTNAMES": "a,b"}.get(name, "1"))
+    distributed.join()
+    assert calls == [{}]
