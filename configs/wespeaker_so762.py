@@ -12,7 +12,7 @@ import ml_collections
 
 from kmq_jax.train_config import default_config, smoke
 
-EPOCHS = {"4": 1.0, "3": 1.5, "2": 9.0, "nested": 6.0}
+EPOCHS = {"4": 1.0, "3": 1.5, "2": 9.0, "nested": 4.0}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -27,6 +27,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     for name in ("so762", "words"):
         config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
     config.study.diagnose = ("so762", "words")
+    config.study.diagnose_flags = ("--retention_utterances=120", "--layer_utterances=24", "--hessian_draws=6")
     config.study.calibrate = "so762"
     config.study.cascades = (
         ("kmqat", (2, 3, 4)),
