@@ -75,7 +75,7 @@ def main() -> None:
     absl_flags.DEFINE_boolean("tensorboard", False, "", flag_values=own)
     config, workdir = parse_flags(sys.argv, own)
     distributed.join()
-    summary = train(config, workdir, own["tensorboard"].value)
+    summary = train(config, workdir, bool(own["tensorboard"].value))
     if jax.process_index() == 0:
         print(json.dumps(summary))
     if not summary["finished"]:
