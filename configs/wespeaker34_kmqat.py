@@ -11,7 +11,7 @@ import ml_collections
 from kmq_jax.core.errors import UserError
 from kmq_jax.train_config import default_config, quantized, smoke
 
-EPOCHS = {"4": 1.0, "3": 1.5, "2": 9.0, "nested": 4.0}
+EPOCHS = {"4": 1.0, "3": 1.5, "2": 9.0, "nested": 9.0}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

@@ -12,7 +12,7 @@ import ml_collections
 
 from kmq_jax.train_config import default_config, smoke
 
-EPOCHS = {"4": 1.0, "3": 1.5, "2": 9.0, "nested": 4.0}
+EPOCHS = {"4": 1.0, "3": 1.5, "2": 9.0, "nested": 9.0}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -23,16 +23,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.root = root
     config.data.update(train=root + "/so762/train," + root + "/words/train", crop_seconds=2.0)
     config.update(batch_size=16, checkpoint_epochs=1.0, dtype="bfloat16")
-    config.study.update(rules=(("^stem/", 0),), epochs=EPOCHS, cycle=(2, 3, 2, 4), learning_rate=1e-2)
+    config.study.update(nested=False, rules=(("^stem/", 0),), epochs=EPOCHS, cycle=(2, 3, 2, 4), learning_rate=1e-2)
     for name in ("so762", "words"):
         config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
     config.study.diagnose = ("so762", "words")
     config.study.diagnose_flags = ("--retention_utterances=120", "--layer_utterances=24", "--hessian_draws=6")
     config.study.calibrate = "so762"
-    config.study.cascades = (
-        ("kmqat", (2, 3, 4)),
-        ("kmqat", (2, 32)),
-        ("kmqat-nested", (2, 3, 4)),
-        ("kmqat-nested", (2, 32)),
-    )
+    config.study.cascades = (("kmqat", (2, 3, 4)), ("kmqat", (2, 32)))
     return smoke(config) if arg == "smoke" else config
