@@ -65,12 +65,7 @@ def launch(script, workdir, **changes):
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    return json.loads(printed(run.stdout)[-1])
-
-
-def printed(stdout):
-    """What the command printed, without what the CPU's collectives do."""
-    return [line for line in stdout.splitlines() if "[Gloo]" not in line]
+    return json.loads(run.stdout.splitlines()[-1])  # the CPU's collectives print before it
 
 
 @pytest.mark.slow
@@ -93,7 +88,7 @@ def test_two_processes_of_two_devices_are_one_of_four(tmp_path, monkeypatch):
     said = [process.communicate() for process in pair]
     assert [process.returncode for process in pair] == [train.STOPPED] * 2, said
     assert "stopped by another process at step 3" in said[0][1] and "step" not in said[1][1]
-    assert not read_json(two / "summary.json")["finished"] and printed(said[1][0]) == []
+    assert not read_json(two / "summary.json")["finished"] and "{" not in said[1][0]
     assert [line["step"] for line in read_runlog(two / "metrics.jsonl")] == [1, 2, 3]
 
     summary = launch("processes.sh", two)
@@ -139,7 +134,7 @@ wait
         check=False,
     )
     assert job.returncode == 0, job.stderr
-    assert printed(job.stdout) == ["2 True [0]"] * 2
+    assert job.stdout.count("2 True [0]") == 2
 
 
 @pytest.mark.parametrize(
