@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ class Steps:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._remember(name, digest, False)
         print(f"{name}: begins", file=sys.stderr)
+        start = time.monotonic()
         action(path)
+        print(f"{name}: took {time.monotonic() - start:.1f} s", file=sys.stderr)
         self._remember(name, digest, True)
         return path
 

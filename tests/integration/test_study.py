@@ -31,6 +31,7 @@ def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
     config.average_last = 0
     config.study.update(widths=(2,), nested=False, cascades=(("kmqat", (2, 32)),), groups={"all": ("voices",)})
     config.study.published = {"all": {"2": 1.5, "cascade": 1.25}}
+    config.study.diagnose_flags = ("--retention_utterances=8", "--layer_utterances=0", "--hessian_draws=0")
     summary = study.study(config, tmp_path)
     assert json.loads((tmp_path / "study.json").read_text()) == summary
     rows = {(row["method"], row["bits"]): row for row in summary["rows"]}
