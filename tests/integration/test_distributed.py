@@ -20,7 +20,10 @@ ROOT = Path(__file__).parents[2]
 CONFIG = "configs/quickstart.py:smoke"
 SETTINGS = [
     "--config.dtype=float32",
-    "--config.learning_rate.peak=4e-5",  # Adam magnifies rounding: at 4e-3 the fourth loss differs by 1e-3
+    # Examples lie in another order, so sums are rounded otherwise. On so small a network that moves gradients by
+    # percents within two steps of usual size; steps of this size change the loss by 1e-3, and rounding by 1e-6.
+    "--config.optimizer.name=sgd",
+    "--config.learning_rate.peak=1e-6",
     "--config.checkpoint_epochs=0.5",
     "--config.validation.epochs=2.0",
     '--config.sharding=(("classifier",0),)',  # split over the devices of both processes
@@ -99,7 +102,7 @@ def test_two_processes_of_two_devices_are_one_of_four(tmp_path, monkeypatch):
     assert [line["step"] for line in logs[1]] == [1, 2, 3, 4]
     for name in ("loss", "gradient_norm", "parameter_norm"):
         ours, theirs = ([line[name] for line in log] for log in logs)
-        np.testing.assert_allclose(theirs, ours, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(theirs, ours, rtol=1e-3 if name == "gradient_norm" else 1e-5, err_msg=name)
 
 
 @pytest.mark.slow
