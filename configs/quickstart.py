@@ -36,11 +36,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.update(batch_size=32, epochs=6.0, dtype="bfloat16")
     for name in ("dev", "test"):
         config.study.evaluate[name] = {"data": f"synthetic:{name}", "trials": f"synthetic:{name}"}
-    config.study.epochs = {"4": 0.5, "3": 0.5, "2": 1.5, "nested": 2.0}
+    config.study.epochs = {"2": 1.5, "nested": 2.0}
     config.study.update(
         diagnose=("test",),
         diagnose_flags=("--retention_utterances=120", "--hessian_draws=4", "--replicates=200"),
         calibrate="dev",
-        cascades=(("kmqat", (2, 3, 4)), ("kmqat", (2, 32)), ("kmqat-nested", (2, 3, 4))),
+        cascades=(("kmqat-nested", (2, 3, 4)), ("kmqat", (2, 32))),
     )
     return smoke(config) if arg == "smoke" else config

@@ -139,13 +139,14 @@ def make_networks(config: ml_collections.ConfigDict, steps: Steps) -> list[Netwo
     for name, bits, coarse, suffix in runs:
         own = kmqat_config(config, name, bits, coarse, str(reference))
         rules = [_settings(own)["quant"], own.data.train]
-        untrained = functools.partial(quantize, own, reference)
-        trained = functools.partial(_finish, own)
-        made = [
-            ("ptq", "without training", steps.run(f"ptq-{name}", rules, ("fp32",), f"ptq-{name}.kmq", untrained)),
-            ("kmqat", "trained", steps.run(f"kmqat-{name}", _settings(own), ("fp32",), f"kmqat-{name}", trained)),
-        ]
-        for step, method, path in made:
+        untrained, trained = functools.partial(quantize, own, reference), functools.partial(_finish, own)
+        made = {"ptq": ("without training", steps.run(f"ptq-{name}", rules, ("fp32",), f"ptq-{name}.kmq", untrained))}
+        if own.epochs:
+            made["kmqat"] = (
+                "trained",
+                steps.run(f"kmqat-{name}", _settings(own), ("fp32",), f"kmqat-{name}", trained),
+            )
+        for step, (method, path) in made.items():
             for width in (bits, *coarse):
                 read_at = width if coarse else None
                 networks.append(Network(f"{step}-{name}", method + suffix, width, path, read_at))
@@ -161,7 +162,7 @@ def kmqat_config(
         own.quant.cycle = config.study.cycle
     own.init_from = reference
     own.average_last = 0
-    own.epochs = config.study.epochs[name]
+    own.epochs = config.study.epochs.get(name, 0.0)
     own.learning_rate.peak = config.study.learning_rate
     own.validation.data = ""
     return own
@@ -217,8 +218,14 @@ def measure(
 def run_diagnosis(
     steps: Steps, config: ml_collections.ConfigDict, networks: Sequence[Network], evaluated: EvaluationSet
 ) -> dict[str, Any]:
-    """Where the errors of the trained widths come from; returns the tables that are short."""
-    chosen = [network for network in networks if network.step in _family("kmqat", config.study.widths)]
+    """Where the errors of the trained widths come from (the nested one's where a width has no run of its own).
+
+    Returns:
+        Those of its tables that are short.
+    """
+    nested = {network.bits: network for network in networks if network.step == f"kmqat-{NESTED}"}
+    own = {network.bits: network for network in networks if network.step in _family("kmqat", config.study.widths)}
+    chosen = list((nested | own).values())
     words = [f"--reference={networks[0].path}", f"--data={evaluated.data}", f"--trials={evaluated.trials}"]
     words += [f"--quantized={network.bits}:{network.path}" for network in chosen]
     words += [f"--compute={config.study.compute}", *config.study.diagnose_flags]

@@ -119,7 +119,8 @@ def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
                 "widths": (4, 3, 2),
                 "nested": True,  # also all widths in one file
                 "rules": (),  # as quant.rules
-                "epochs": {"4": 1.0, "3": 1.0, "2": 2.0, "nested": 3.0},  # of quantization-aware training
+                # Of quantization-aware training; a width that is left out is quantized without training alone.
+                "epochs": {"4": 1.0, "3": 1.0, "2": 2.0, "nested": 3.0},
                 "learning_rate": 1e-2,
                 "cycle": (),  # as quant.cycle, of the nested run
                 "compute": "float32",  # the arithmetic of extraction
