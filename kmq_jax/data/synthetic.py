@@ -12,6 +12,7 @@ every utterance is a function of (seed, split, speaker, utterance), is the same 
 when it is loaded. The trials of a split are named like the split, `--trials=synthetic:dev`.
 """
 
+import functools
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -88,7 +89,8 @@ class Corpus:
 class Reader:
     """Gives an utterance by its id. It remembers what it made, as 16-bit samples, while that fits in memory.
 
-    So training pays for an utterance once, not once an epoch. Copies in other processes begin with nothing.
+    So training pays for an utterance once, not once an epoch, and a study once, not once a model (`reader_of`). Copies
+    in other processes begin with nothing.
     """
 
     def __init__(self, corpus: Corpus, room: int = 1 << 29):
@@ -112,6 +114,12 @@ class Reader:
                 self._left -= coded.nbytes
                 self._made[name] = coded
         return coded.astype(np.float32) / 32768
+
+
+@functools.lru_cache(maxsize=4)
+def reader_of(corpus: Corpus) -> Reader:
+    """The reader that all tables of a corpus share."""
+    return Reader(corpus)
 
 
 def parse(spec: str) -> Corpus:
@@ -158,7 +166,7 @@ def table(corpus: Corpus) -> Utterances:
         speakers=tuple(name for name in names for _ in range(corpus.utterances)),
         samples=np.concatenate([corpus.samples(speaker) for speaker in range(corpus.speakers)]),
         genders={} if corpus.split == "noise" else {name: corpus.sex(i)[0] for i, name in enumerate(names)},
-        reader=Reader(corpus),
+        reader=reader_of(corpus),
     )
 
 
