@@ -1,4 +1,4 @@
-"""A small network on the embedded corpus: no download, minutes on two CPU cores. The README's main job.
+"""A small network on the embedded corpus: no download, minutes on two CPU cores.
 
     python -m kmq_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
@@ -13,8 +13,8 @@ Runs that differ by a seed, or by the rounding of another version's kernels, gav
     python -m kmq_jax.extract --model=runs/quickstart --data=synthetic:test --out=test.npz
     python -m kmq_jax.score --embeddings=test.npz --trials=synthetic:test --out=scores.txt --json=metrics.json
 
-`study` quantizes that network at every width, with and without training, and measures all of them (13 min more on the
-same two cores, shared with other work); README shows its table:
+The README's main job is the study of that network: every width without training, 2 bits and a nested network trained,
+diagnosis, cascades. README shows its table.
 
     python -m kmq_jax.study --config=configs/quickstart.py --workdir=runs/study
 """
