@@ -7,8 +7,8 @@ DIR holds `so762/{train,dev}` and `words/{train,dev}`: Kaldi directories with `t
 imported from ONNX, PyTorch or a MODEL and quantized by distillation from itself, without speaker labels. Cascades are
 calibrated on one half of so762/dev's speakers and evaluated on the other, and the reverse; words/dev is out of domain.
 
-On two cores of an AMD EPYC (AVX-512), shared with other work, training took 48, 11 and 8 minutes at 2, 3 and 4 bits, and
-the rest an hour; README shows the results. `--config.study.nested=True` adds a nested network, which is not measured.
+On two cores of an AMD EPYC (AVX-512), shared with other work, training took 48, 11 and 8 minutes at 2, 3 and 4 bits,
+and the rest an hour; README shows the results. `--config.study.nested=True` adds a nested network, not measured yet.
 """
 
 import ml_collections
