@@ -5,9 +5,8 @@ import dataclasses
 import html.parser
 import json
 import re
-import runpy
-import sys
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -24,10 +23,7 @@ TABLES = {
 
 
 def run(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["diagnose", *map(str, flags)])
-    with pytest.raises(SystemExit) as done:
-        runpy.run_module("kmq_jax.diagnose", run_name="__main__")
-    return done.value.code
+    return commands.run(monkeypatch, "diagnose", *flags)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,11 @@
 """quantize and summarize as commands, and the packed file as a MODEL."""
 
 import json
-import runpy
-import sys
 
 import jax
 import numpy as np
 import pytest
+from commands import run
 
 from kmq_jax import model, quant
 from kmq_jax.models import registry
@@ -20,13 +19,6 @@ def original(tmp_path_factory):
     path = tmp_path_factory.mktemp("original") / "model.kmq"
     model.save(path, model.SpeakerModel("resnet36", SETTINGS, "kiwano", jax.device_get(variables)))
     return path
-
-
-def run(monkeypatch, command, *flags):
-    monkeypatch.setattr(sys, "argv", [command, *map(str, flags)])
-    with pytest.raises(SystemExit) as done:
-        runpy.run_module(f"kmq_jax.{command}", run_name="__main__")
-    return done.value.code
 
 
 @pytest.mark.parametrize("bits", [1, 3, 8])

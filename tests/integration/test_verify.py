@@ -1,18 +1,16 @@
 """A cascade with its models: two recordings, a lazy run over a list, and what its directory refuses."""
 
 import dataclasses
-import importlib
 import json
-import sys
 
 import jax
 import numpy as np
 import pytest
 import soundfile
+from commands import run
 
 import kmq_jax
 from kmq_jax import model, quant
-from kmq_jax.core import cli
 from kmq_jax.core.errors import UserError
 from kmq_jax.data import source, trials
 from kmq_jax.models import registry
@@ -20,13 +18,6 @@ from kmq_jax.scoring.policy import read_policy
 
 SETTINGS = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8}
 DATA = "synthetic:dev?speakers=6&utterances=4"
-
-
-def run(monkeypatch, command, *flags):
-    monkeypatch.setattr(sys, "argv", [command, *map(str, flags)])
-    with pytest.raises(SystemExit) as done:
-        cli.run(command, importlib.import_module(f"kmq_jax.{command}").main)
-    return done.value.code
 
 
 @pytest.fixture(scope="module")
