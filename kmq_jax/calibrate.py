@@ -169,7 +169,7 @@ def calibrate(args: argparse.Namespace) -> CascadePolicy:
         point = parse_point(args.operating_point)
     except UserError as error:
         raise UserError(f"--operating_point: {error}") from error
-    stages, models = parse_stages(args.stage), dict(parse_stages(args.model, "model"))
+    stages, models = parse_stages(args.stage), dict(parse_stages(args.model, "model", "MODEL"))
     if bool(args.cascade) != bool(models) or args.cascade and set(models) != {bits for bits, _ in stages}:
         raise UserError("--cascade needs one --model=BITS:MODEL for each --stage, and they need --cascade")
     joined = score_stages(stages, args.reference, args.trials, args.enrolment, args.enrol_models)

@@ -37,8 +37,8 @@ class StageScores:
         return self.trials.models is None
 
 
-def parse_stages(values: Sequence[str], flag: str = "stage") -> list[tuple[int, str]]:
-    """Reads `--stage=BITS:FILE` flags (or those of another name), and sorts them by bits.
+def parse_stages(values: Sequence[str], flag: str = "stage", what: str = "EMBEDDINGS.npz") -> list[tuple[int, str]]:
+    """Reads `--stage=BITS:EMBEDDINGS.npz` flags, or those of another name, and sorts them by bits.
 
     Raises:
         UserError: one has another form, or two have the same bits.
@@ -47,7 +47,7 @@ def parse_stages(values: Sequence[str], flag: str = "stage") -> list[tuple[int, 
     for value in values:
         bits, colon, path = value.partition(":")
         if not (colon and path and bits.isascii() and bits.isdigit() and 1 <= int(bits) <= 64):
-            raise UserError(f"--{flag}={value} must be BITS:FILE, with 1 to 64 bits")
+            raise UserError(f"--{flag}={value} must be BITS:{what}, with 1 to 64 bits")
         stages.append((int(bits), path))
     stages.sort()
     for (one, _), (two, _) in zip(stages, stages[1:]):
