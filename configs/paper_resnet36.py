@@ -4,10 +4,8 @@
         --config.data.train=/data/voxceleb2/dev --config.data.noise=/data/musan/noise \
         --config.data.music=/data/musan/music --config.study.root=/data
 
-VoxCeleb2 trains it; VoxTube's trials calibrate the cascade; VoxCeleb1-O/E/H, CN-Celeb and CommonBench evaluate. A set
-lies below `study.root` as `NAME/` with `NAME/trials.txt`, or where `--config.study.evaluate.NAME.data=` and `.trials=`
-say. The published figures stand beside the measured ones in the report. Not run in full by this project: neither the
-corpora nor such hardware was at hand. `:smoke` runs every step in two minutes on synthetic voices.
+Sets and steps: `kmq_jax.train_config.paper_study`. Not run in full by this project: neither the corpora nor such
+hardware was at hand. `:smoke` runs every step on synthetic voices.
 """
 
 import ml_collections

@@ -206,7 +206,9 @@ def paper_config(model: str) -> ml_collections.ConfigDict:
 def paper_study(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The paper's evaluation of a network: its sets, KMQAT for 40 epochs at each width, one cascade 2>3>4.
 
-    Every weight matrix is quantized. Gates are chosen on VoxTube alone.
+    Every weight matrix is quantized. VoxTube's trials alone calibrate the cascade; VoxCeleb1-O/E/H, CN-Celeb and
+    CommonBench evaluate. A set lies below `study.root` as `NAME/` with `NAME/trials.txt`, or where
+    `--config.study.evaluate.NAME.data=` and `.trials=` say.
     """
     root = ml_collections.FieldReference("data")
     config.study.root = root
