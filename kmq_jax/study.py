@@ -123,7 +123,9 @@ def make_networks(config: ml_collections.ConfigDict, steps: Steps) -> list[Netwo
     """Trains, imports and quantizes: the full-precision network first, then each width."""
     section, given = config.study, Path(config.init_from)
     if given.suffix in (".onnx", ".pt", ".pth", ".ckpt", ".safetensors"):
-        about = [str(given), given.stat().st_size] if given.is_file() else str(given)
+        if not given.is_file():
+            raise UserError(f"init_from={given}: there is no such file")
+        about = calibrate.fingerprint(str(given))
         reference = steps.run("fp32", about, (), "fp32.kmq", functools.partial(_import, given))
     elif config.init_from:
         name = model.fingerprint(model.load(given))

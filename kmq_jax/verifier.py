@@ -37,7 +37,7 @@ class Verification:
         score: on the full-precision model's scale; accepted from the policy's threshold on.
         llr: natural log likelihood ratio of one speaker against two; None where the policy has none.
         bits: the width that decided.
-        seconds: this took, models loaded before not counted.
+        seconds: spent on embedding, loading of models not counted; the first recording of a length compiles.
     """
 
     decision: bool
