@@ -7,6 +7,7 @@ batch normalisation that follows, so the repaired network costs nothing more.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from kmq_jax import frontend, model, quant
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import map_named, named_leaves, replace_named
 from kmq_jax.data import pipeline, source
+from kmq_jax.models.resnet import ResNet
 from kmq_jax.nn.layers import BatchNorm, Conv
 
 Moments = tuple[jax.Array, jax.Array]
@@ -120,26 +122,12 @@ def measure(
         features: `[batch, time, mel]`.
         quantized_only: leave layers whose kernel is in full precision as they are.
     """
-    wanted: dict[str, Moments] = {}
-
-    def record(name: str, y: jax.Array) -> jax.Array:
-        wanted[name] = _moments(y)
-        return y
-
-    _walk(reference, features, record, {})
-    repair = Repair({}, {})
-    kernels = dict(named_leaves(quantized.variables["params"], is_leaf=quant.is_codebook_tensor))
-
-    def match(name: str, y: jax.Array) -> jax.Array:
-        if quantized_only and not quant.is_codebook_tensor(kernels[f"{name}/kernel"]):
-            return y
-        (mean, deviation), (mean_here, deviation_here) = wanted[name], _moments(y)
-        slope = deviation / jnp.maximum(deviation_here, 1e-12)
-        repair.maps[name] = slope, mean - slope * mean_here
-        return y * slope.reshape(1, 1, 1, -1) + repair.maps[name][1].reshape(1, 1, 1, -1)
-
-    _walk(quantized, features, match, repair.statistics)
-    return repair
+    wanted, _ = _walk(reference.network(), None, reference.variables, features, {})
+    if quantized_only:
+        kernels = dict(named_leaves(quantized.variables["params"], is_leaf=quant.is_codebook_tensor))
+        wanted = {name: wanted[name] for name in wanted if quant.is_codebook_tensor(kernels[f"{name}/kernel"])}
+    seen, statistics = _walk(quantized.network(), quantized.bits, quantized.variables, features, wanted)
+    return Repair({name: _map(seen[name], wanted[name]) for name in wanted}, statistics)
 
 
 def own_statistics(quantized: model.SpeakerModel, features: jax.Array) -> model.SpeakerModel:
@@ -147,9 +135,8 @@ def own_statistics(quantized: model.SpeakerModel, features: jax.Array) -> model.
     narrow = {}
     for bits in (*narrow_widths(quantized.variables), None):
         at = model.at_width(quantized, bits)
-        repair = Repair({}, {})
-        _walk(at, features, lambda name, y: y, repair.statistics)
-        measured = apply(repair, at.variables, lambda name, leaf, slope: leaf)
+        _, statistics = _walk(at.network(), at.bits, at.variables, features, {})
+        measured = apply(Repair({}, statistics), at.variables, lambda name, leaf, slope: leaf)
         if bits is not None:
             narrow[str(bits)] = small_leaves({"batch_stats": measured["batch_stats"]})
     return dataclasses.replace(quantized, variables={**measured, **({model.NARROW: narrow} if narrow else {})})
@@ -180,21 +167,41 @@ def _moments(y: jax.Array) -> Moments:
     return jnp.mean(y, axes), jnp.std(y, axes)
 
 
-def _walk(
-    speaker_model: model.SpeakerModel,
-    features: jax.Array,
-    convolution: Callable[[str, jax.Array], jax.Array],
-    statistics: dict[str, Moments],
-) -> None:
-    """Runs the network layer by layer; `convolution` sees, and may change, every output that no normalisation follows.
+def _map(seen: Moments, wanted: Moments) -> Moments:
+    """The slope and shift that give outputs with some moments other ones."""
+    slope = wanted[1] / jnp.maximum(seen[1], 1e-12)
+    return slope, wanted[0] - slope * seen[0]
 
-    Batch normalisations use the moments of what they are given, which are kept in `statistics` (mean and variance).
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _walk(
+    network: ResNet, bits: int | None, variables: Any, features: jax.Array, wanted: dict[str, Moments]
+) -> tuple[dict[str, Moments], dict[str, Moments]]:
+    """Runs a network whose layers are repaired one after the other, each on what the repaired ones before it give.
+
+    Args:
+        network: to run.
+        bits: the width at which nested tensors are read.
+        variables: with packed tensors, or without.
+        features: `[batch, time, mel]`.
+        wanted: the moments that convolutions are given, by name; others are left as they are.
+
+    Returns:
+        By convolution that no normalisation follows: the moments of its outputs before they are repaired. By batch
+        normalisation, which uses the moments of what it is given: those (mean and variance).
     """
+    seen: dict[str, Moments] = {}
+    statistics: dict[str, Moments] = {}
 
     def intercept(run: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         layer, name = context.module, "/".join(context.module.path)
         if context.method_name == "__call__" and isinstance(layer, Conv) and layer.use_bias:
-            return convolution(name, run(*args, **kwargs))
+            y = run(*args, **kwargs)
+            seen[name] = _moments(y)
+            if name not in wanted:
+                return y
+            slope, shift = _map(seen[name], wanted[name])
+            return y * slope.reshape(1, 1, 1, -1) + shift.reshape(1, 1, 1, -1)
         if context.method_name == "__call__" and isinstance(layer, BatchNorm) and layer.use_statistics:
             mean, deviation = _moments(args[0].astype(jnp.float32))
             statistics[name] = mean, deviation**2
@@ -204,7 +211,6 @@ def _walk(
             return y + layer.get_variable("params", "bias").reshape(shape)
         return run(*args, **kwargs)
 
-    variables = quant.dequantize(speaker_model.variables, speaker_model.bits)
     with nn.intercept_methods(intercept):
-        # Not compiled: each layer's repair must be known before the next layer runs, and each runs once.
-        speaker_model.network().apply(variables, features, train=False)
+        network.apply(quant.dequantize(variables, bits), features, train=False)
+    return seen, statistics

@@ -23,6 +23,8 @@ _BLOCK = 128
 _GRID = 64
 _PLACES = 32
 _CHUNK_VALUES = 1 << 18
+_CHUNK_ROWS = 32
+_SMALLEST = 64  # values of a group as it is compiled for, at least
 
 
 class _Prefix(NamedTuple):
@@ -63,23 +65,24 @@ def _prefix(numbers: jax.Array) -> _Prefix:
     return _Prefix(high, low, exclusive.reshape(-1))
 
 
-def count_at_most(ordered: jax.Array, limits: jax.Array) -> jax.Array:
-    """How many of the ordered values [n] are <= each limit [k]: a branch-free binary search."""
-    n = ordered.shape[0]
+def count_at_most(ordered: jax.Array, n: jax.Array | int, limits: jax.Array) -> jax.Array:
+    """How many of the first n ordered values [padded] are <= each limit [k]: a branch-free binary search."""
+    bits = ordered.shape[0].bit_length()
 
     def halve(i: jax.Array, count: jax.Array) -> jax.Array:
-        more = count + (1 << (n.bit_length() - 1 - i))
+        more = count + (1 << (bits - 1 - i))
         inside = (more <= n) & (_take(ordered, jnp.minimum(more, n) - 1) <= limits)
         return jnp.where(inside, more, count)
 
     # A loop and not its unrolled body: there are many searches, and they are most of the time to compile.
-    return jax.lax.fori_loop(0, n.bit_length(), halve, jnp.zeros(limits.shape, jnp.int32))
+    return jax.lax.fori_loop(0, bits, halve, jnp.zeros(limits.shape, jnp.int32))
 
 
 class Group(NamedTuple):
-    """One group: its values in order, and prefix sums of mass and of mass times distance to `centre`."""
+    """One group: its n values in order, the last repeated beyond them; prefix sums of mass and of its moment."""
 
     values: jax.Array
+    n: jax.Array | int
     centre: jax.Array
     mass: _Prefix | None
     moment: _Prefix
@@ -94,18 +97,18 @@ class Group(NamedTuple):
         """Mass and mean of the values start <= i < stop; the mean of none is 0."""
         mass, moment = self.sums(start, stop)
         mean = self.centre + moment / jnp.where(mass > 0, mass, 1)
-        last = self.values.shape[0] - 1
+        last = self.n - 1
         # A mean lies between its members. This also makes the mean of equal values exactly that value.
         low, high = _take(self.values, jnp.minimum(start, last)), _take(self.values, jnp.maximum(stop - 1, 0))
         return mass, jnp.where(mass > 0, jnp.clip(mean, low, jnp.maximum(low, high)), 0)
 
 
-def make_group(values: jax.Array, weights: jax.Array | None) -> Group:
-    """Prepares ordered values [n], and their weights, for the sums over runs of them."""
-    centre = values[values.shape[0] // 2]  # any value does; unlike a mean, this one is exact however it is sharded
+def make_group(values: jax.Array, n: jax.Array | int, weights: jax.Array | None) -> Group:
+    """Prepares the first n ordered values, and their weights, for the sums over runs of them."""
+    centre = values[n // 2]  # any value does; unlike a mean, this one is exact however it is sharded
     if weights is None:
-        return Group(values, centre, None, _prefix(values - centre))
-    return Group(values, centre, _prefix(weights), _prefix(weights * (values - centre)))
+        return Group(values, n, centre, None, _prefix(values - centre))
+    return Group(values, n, centre, _prefix(weights), _prefix(weights * (values - centre)))
 
 
 def midpoints(centroids: jax.Array) -> jax.Array:
@@ -115,59 +118,62 @@ def midpoints(centroids: jax.Array) -> jax.Array:
 
 def _edges(group: Group, centroids: jax.Array) -> jax.Array:
     """Where the cells begin and end: `[K+1]` places in the ordered values."""
-    n = group.values.shape[0]
-    inner = count_at_most(group.values, midpoints(centroids))
-    return jnp.concatenate([jnp.zeros(1, jnp.int32), inner, jnp.full(1, n, jnp.int32)])
+    inner = count_at_most(group.values, group.n, midpoints(centroids))
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), inner, jnp.full(1, group.n, jnp.int32)])
 
 
 # --- starts ---------------------------------------------------------------------------------------------------
 
 
-def _equal_mass(values: jax.Array, weights: jax.Array | None, k: int, retention: float) -> jax.Array:
+def _equal_mass(
+    values: jax.Array, n: jax.Array | int, weights: jax.Array | None, k: int, retention: float
+) -> jax.Array:
     """Means of K bins of equal mass, of the values clamped to their central `retention` quantiles (PAPER 3)."""
-    low, high = (_quantile(values, weights, q) for q in ((1 - retention) / 2, (1 + retention) / 2))
-    group = make_group(jnp.clip(values, low, high), weights)
+    low, high = (_quantile(values, n, weights, q) for q in ((1 - retention) / 2, (1 + retention) / 2))
+    group = make_group(jnp.clip(values, low, high), n, weights)
     if weights is None:
-        edges = jnp.round(jnp.arange(k + 1) * (values.shape[0] / k)).astype(jnp.int32)
-        edges = jnp.minimum(edges, values.shape[0])
+        edges = jnp.minimum(jnp.round(jnp.arange(k + 1) * (n / k)).astype(jnp.int32), n)
     else:
         edges = jnp.searchsorted(jnp.cumsum(weights) / jnp.sum(weights), jnp.arange(k + 1) / k).astype(jnp.int32)
-        edges = jnp.minimum(edges.at[-1].set(values.shape[0]), values.shape[0])
+        edges = jnp.minimum(edges.at[-1].set(n), n)
     mass, mean = group.weigh(edges[:-1], edges[1:])
-    return jnp.where(mass > 0, mean, _take(group.values, jnp.minimum(edges[:-1], values.shape[0] - 1)))
+    return jnp.where(mass > 0, mean, _take(group.values, jnp.minimum(edges[:-1], n - 1)))
 
 
-def _quantile(values: jax.Array, weights: jax.Array | None, q: jax.Array | float) -> jax.Array:
-    """Quantiles of ordered values by linear interpolation (unweighted), or the first value past q of the mass."""
-    n = values.shape[0]
+def _quantile(values: jax.Array, n: jax.Array | int, weights: jax.Array | None, q: jax.Array | float) -> jax.Array:
+    """Quantiles of n ordered values by linear interpolation (unweighted), or the first value past q of the mass."""
     if weights is None:
         place = jnp.asarray(q, jnp.float32) * (n - 1)
-        below = jnp.clip(place.astype(jnp.int32), 0, max(n - 2, 0))
+        below = jnp.clip(place.astype(jnp.int32), 0, jnp.maximum(n - 2, 0))
         a, b = _take(values, below), _take(values, jnp.minimum(below + 1, n - 1))
         return a + (place - below) * (b - a)
     cumulative = jnp.cumsum(weights)
     return _take(values, jnp.minimum(jnp.searchsorted(cumulative, jnp.asarray(q) * cumulative[-1]), n - 1))
 
 
-def _shares(values: jax.Array, weights: jax.Array | None, slices: int) -> tuple[jax.Array, jax.Array]:
+def _shares(
+    values: jax.Array, n: jax.Array | int, weights: jax.Array | None, slices: int
+) -> tuple[jax.Array, jax.Array]:
     """Quantiles of the values, and up to each the integral of the cube root of their density (to a factor)."""
-    bounds = _quantile(values, weights, jnp.arange(slices + 1) / slices)
+    bounds = _quantile(values, n, weights, jnp.arange(slices + 1) / slices)
     share = jnp.cumsum(jnp.cbrt(jnp.square(bounds[1:] - bounds[:-1])))  # width * (mass / width)^(1/3), equal masses
     return bounds, jnp.pad(share, (1, 0))
 
 
-def _companding(values: jax.Array, weights: jax.Array | None, k: int) -> jax.Array:
+def _companding(values: jax.Array, n: jax.Array | int, weights: jax.Array | None, k: int) -> jax.Array:
     """Places centroids with the density that is asymptotically optimal, the cube root of the values' density.
 
     Reference: Panter and Dite, Quantization distortion in pulse-count modulation, 1951.
     """
-    bounds, share = _shares(values, weights, 4 * k)
+    bounds, share = _shares(values, n, weights, 4 * k)
     return jnp.interp((jnp.arange(k) + 0.5) / k * share[-1], share, bounds)
 
 
-def split_cells(values: jax.Array, weights: jax.Array | None, centroids: jax.Array, parts: int) -> jax.Array:
+def split_cells(
+    values: jax.Array, n: jax.Array | int, weights: jax.Array | None, centroids: jax.Array, parts: int
+) -> jax.Array:
     """Splits each cell of a codebook [k] into `parts`: the inner borders [k * parts - 1], theirs among them."""
-    bounds, share = _shares(values, weights, 4 * centroids.shape[0] * parts)
+    bounds, share = _shares(values, n, weights, 4 * centroids.shape[0] * parts)
     borders = jnp.concatenate([values[:1], midpoints(centroids), values[-1:]])
     at = jnp.interp(borders, bounds, share)
     steps = jnp.arange(parts) / parts
@@ -211,10 +217,10 @@ def _best_borders(group: Group, borders: jax.Array) -> jax.Array:
     _, ends = jax.lax.scan(last_cell, jnp.array(0), (history, starts, stops), reverse=True)
     edges = jnp.concatenate([jnp.zeros(1, ends.dtype), ends])
     mass, mean = group.weigh(edges[:-1], edges[1:])
-    return jnp.where(mass > 0, mean, _take(group.values, jnp.minimum(edges[:-1], group.values.shape[0] - 1)))
+    return jnp.where(mass > 0, mean, _take(group.values, jnp.minimum(edges[:-1], group.n - 1)))
 
 
-def _framed(inner: jax.Array, n: int) -> jax.Array:
+def _framed(inner: jax.Array, n: jax.Array | int) -> jax.Array:
     """Adds the first and the last border to the inner ones `[K-1, choices]`."""
     return jnp.concatenate([jnp.zeros_like(inner[:1]), inner, jnp.full_like(inner[:1], n)])
 
@@ -224,17 +230,18 @@ def _optimal(group: Group, weights: jax.Array | None, k: int) -> jax.Array:
 
     Beyond `_GRID / 4` centroids, for which the grid is too coarse, the companding start takes its place.
     """
-    values, n = group.values, group.values.shape[0]
-    few = n <= _GRID  # then the grid is every place there is
+    values, n = group.values, group.n
+    few = values.shape[0] <= _GRID  # then the grid is every place there is
     if few or k <= _GRID // 4:
-        places = jnp.arange(n + 1) if few else count_at_most(values, _companding(values, weights, _GRID))
+        every = jnp.minimum(jnp.arange(values.shape[0] + 1), n)
+        places = every if few else count_at_most(values, n, _companding(values, n, weights, _GRID))
         centroids = _best_borders(group, _framed(jnp.broadcast_to(places, (k - 1, *places.shape)), n))
     else:
-        centroids = _companding(values, weights, k)
+        centroids = _companding(values, n, weights, k)
 
     def refine(_: Any, centroids: jax.Array) -> jax.Array:
         centroids = jax.lax.fori_loop(0, 4, lambda _, c: _lloyd(group, c, None), centroids)
-        borders, at = _edges(group, centroids)[1:-1, None], count_at_most(values, centroids)[:, None]
+        borders, at = _edges(group, centroids)[1:-1, None], count_at_most(values, n, centroids)[:, None]
         # From centroid to centroid, and past them where they are only a few values apart.
         low = jnp.maximum(jnp.minimum(at[:-1], borders - _PLACES // 2), 0)
         high = jnp.minimum(jnp.maximum(at[1:], borders + _PLACES // 2), n)
@@ -246,18 +253,18 @@ def _optimal(group: Group, weights: jax.Array | None, k: int) -> jax.Array:
     return centroids if few else jax.lax.fori_loop(0, 2, refine, centroids)
 
 
-def _plus_plus(values: jax.Array, weights: jax.Array | None, k: int, key: jax.Array) -> jax.Array:
+def _plus_plus(values: jax.Array, n: jax.Array | int, weights: jax.Array | None, k: int, key: jax.Array) -> jax.Array:
     """Draws each centroid with probability proportional to the squared distance to those drawn before.
 
     Reference: Arthur and Vassilvitskii, k-means++: the advantages of careful seeding, 2007.
     """
-    mass = jnp.ones_like(values) if weights is None else weights
+    mass = (jnp.arange(values.shape[0]) < n).astype(jnp.float32) if weights is None else weights
 
     def draw(carry: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         distance, probability = carry
         cumulative = jnp.cumsum(probability)
         point = jax.random.uniform(key) * cumulative[-1]
-        chosen = _take(values, jnp.minimum(jnp.searchsorted(cumulative, point, side="right"), values.shape[0] - 1))
+        chosen = _take(values, jnp.minimum(jnp.searchsorted(cumulative, point, side="right"), n - 1))
         distance = jnp.minimum(distance, jnp.square(values - chosen))
         return (distance, mass * distance), chosen
 
@@ -284,7 +291,7 @@ def _exchange(group: Group, centroids: jax.Array, pin: jax.Array | None) -> tupl
     k = centroids.shape[0]
     edges = _edges(group, centroids)
     mass, mean = group.weigh(edges[:-1], edges[1:])
-    middle = jnp.clip(count_at_most(group.values, mean), edges[:-1], edges[1:])
+    middle = jnp.clip(count_at_most(group.values, group.n, mean), edges[:-1], edges[1:])
     left, left_mean = group.weigh(edges[:-1], middle)
     right, right_mean = group.weigh(middle, edges[1:])
     gain = left * right / jnp.where(mass > 0, mass, 1) * jnp.square(left_mean - right_mean)
@@ -333,8 +340,8 @@ def _solve(group: Group, centroids: jax.Array, iterations: int, pinned: bool, ex
 
 def _best_pair(group: Group) -> jax.Array:
     """The exact optimum of two centroids: every place to cut is tried, which is one pass."""
-    n = group.values.shape[0]
-    cut = jnp.arange(1, max(n, 2))
+    n = group.n
+    cut = jnp.arange(1, max(group.values.shape[0], 2))
     left, left_mean = group.weigh(jnp.zeros_like(cut), jnp.minimum(cut, n))
     right, right_mean = group.weigh(jnp.minimum(cut, n), jnp.full_like(cut, n))
     best = jnp.argmax(left * right * jnp.square(left_mean - right_mean))  # between-cell inertia, up to a factor
@@ -346,6 +353,7 @@ def one_group(
     values: jax.Array,
     weights: jax.Array | None,
     key: jax.Array | None,
+    n: jax.Array | int,
     *,
     k: int,
     start: str,
@@ -353,27 +361,27 @@ def one_group(
     iterations: int,
     pinned_zero: bool,
 ) -> jax.Array:
-    """The codebook [k] of one group of ordered values [n]; see `kmeans`."""
+    """The codebook [k] of one group of n ordered values [padded], the last repeated (weight 0); see `kmeans`."""
 
     def pin(centroids: jax.Array) -> jax.Array:
         return _pin(centroids, jnp.argmin(jnp.abs(centroids)) if pinned_zero else None)
 
-    group = make_group(values, weights)
+    group = make_group(values, n, weights)
     if k == 1:
-        return pin(group.weigh(jnp.zeros(1, jnp.int32), jnp.full(1, values.shape[0], jnp.int32))[1])
+        return pin(group.weigh(jnp.zeros(1, jnp.int32), jnp.full(1, n, jnp.int32))[1])
     if k == 2 and start == "optimal" and not pinned_zero:
         return _best_pair(group)
     if start == "equal-mass":
-        centroids = _equal_mass(values, weights, k, retention)
+        centroids = _equal_mass(values, n, weights, k, retention)
     elif start == "quantile":
-        centroids = _quantile(values, weights, (jnp.arange(k) + 0.5) / k)
+        centroids = _quantile(values, n, weights, (jnp.arange(k) + 0.5) / k)
     elif start == "kmeans++":
         assert key is not None
-        centroids = _plus_plus(values, weights, k, key)
+        centroids = _plus_plus(values, n, weights, k, key)
     elif start == "optimal":
         centroids = _optimal(group, weights, k)
     else:
-        centroids = _companding(values, weights, k)
+        centroids = _companding(values, n, weights, k)
     if iterations == 0:
         return pin(centroids)
     return _solve(
@@ -413,31 +421,35 @@ def order(values: Any, weights: Any) -> tuple[Any, Any]:
 
 
 @partial(jax.jit, static_argnames=("function", "settings"))
-def _mapped(function: Any, values: Any, weights: Any, keys: Any, settings: tuple[tuple[str, Any], ...]) -> Any:
-    return jax.vmap(partial(function, **dict(settings)))(values, weights, keys)
+def _mapped(function: Any, values: Any, weights: Any, keys: Any, n: Any, settings: tuple[tuple[str, Any], ...]) -> Any:
+    return jax.vmap(partial(function, **dict(settings)), in_axes=(0, 0, 0, None))(values, weights, keys, n)
 
 
 def over_groups(function: Any, values: Any, weights: Any, keys: Any, **settings: Any) -> Any:
-    """Runs `function(values [n], weights, key, **settings)` on every group of what `order` gave.
+    """Runs `function(values [n], weights, key, n, **settings)` on every group of what `order` gave.
 
-    Host arrays are taken in equal chunks, one a core at a time: they fit the cache and need one compilation.
+    Host arrays are taken in chunks, one a core at a time, that fit the cache; values are padded to a power of 64, so that
+    the tensors of a network share a few compilations, each of which takes seconds.
     """
     run = partial(_mapped, function, settings=tuple(settings.items()))
-    if not isinstance(values, np.ndarray):
-        return run(values, weights, keys)
     groups, n = values.shape
-    size = min(groups, max(1, _CHUNK_VALUES // n))
+    if not isinstance(values, np.ndarray):
+        return run(values, weights, keys, n)
+    width = _SMALLEST
+    while width < n:
+        width *= _SMALLEST
+    rows = max(1, min(_CHUNK_ROWS, _CHUNK_VALUES // width))
 
     def chunk(begin: int) -> Any:
-        # The last chunk overlaps the one before it, so that every chunk has the same shape.
-        low = min(begin, groups - size)
-        part = slice(low, low + size)
-        result = run(*(None if x is None else x[part] for x in (values, weights, keys)))
-        return jax.tree.map(lambda x: np.asarray(x)[begin - low :], result)
+        some = np.minimum(np.arange(begin, begin + rows), groups - 1)
+        part = np.pad(values[some], ((0, 0), (0, width - n)), mode="edge")
+        mass = None if weights is None else np.pad(weights[some], ((0, 0), (0, width - n)))
+        result = run(part, mass, None if keys is None else keys[some], n)
+        return jax.tree.map(lambda x: np.asarray(x)[: groups - begin], result)
 
     first = chunk(0)  # compiles, once; the threads then share it
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = [first, *pool.map(chunk, range(size, groups, size))]
+        results = [first, *pool.map(chunk, range(rows, groups, rows))]
     return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts)), *results)
 
 

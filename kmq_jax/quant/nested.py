@@ -71,19 +71,24 @@ def nested_kmeans(
 
 
 def _nest(
-    values: jax.Array, weights: jax.Array | None, key: None, *, widths: tuple[int, ...], iterations: int
+    values: jax.Array,
+    weights: jax.Array | None,
+    key: None,
+    n: jax.Array | int,
+    *,
+    widths: tuple[int, ...],
+    iterations: int,
 ) -> tuple[jax.Array, ...]:
-    group = make_group(values, weights)
+    group = make_group(values, n, weights)
     settings: dict[str, Any] = {"start": "optimal", "retention": 1.0, "iterations": iterations, "pinned_zero": False}
-    finest, coarsest = (one_group(values, weights, key, k=1 << bits, **settings) for bits in (widths[-1], widths[0]))
+    finest, coarsest = (one_group(values, weights, key, n, k=1 << bits, **settings) for bits in (widths[-1], widths[0]))
     merged = midpoints(finest)
-    split = split_cells(values, weights, coarsest, 1 << (widths[-1] - widths[0]))
-    n = values.shape[0]
-    _, centre = group.weigh(jnp.array(0), jnp.array(n))
+    split = split_cells(values, n, weights, coarsest, 1 << (widths[-1] - widths[0]))
+    _, centre = group.weigh(jnp.array(0), jnp.asarray(n))
 
     def codebooks(limits: jax.Array, before: Any) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """The means of the cells at every width, and how much inertia they save, balanced."""
-        inner = count_at_most(values, limits)
+        inner = count_at_most(values, n, limits)
         edges = jnp.concatenate([jnp.zeros(1, jnp.int32), inner, jnp.full(1, n, jnp.int32)])
         means, saved = [], jnp.array(0.0)
         for bits, old in zip(widths, before):

@@ -135,7 +135,7 @@ def test_sums_of_a_million_values_are_accurate():
     values = np.sort(RNG.standard_normal(1_000_000).astype(np.float32) + 100)
     start = np.array([0, 10, 999_000, 500_000], np.int32)
     stop = np.array([1_000_000, 20, 999_003, 500_001], np.int32)
-    _, means = jax.jit(lambda v, a, b: make_group(v, None).weigh(a, b))(jnp.asarray(values), start, stop)
+    _, means = jax.jit(lambda v, a, b: make_group(v, len(values), None).weigh(a, b))(jnp.asarray(values), start, stop)
     exact = [values[a:b].mean(dtype=np.float64) for a, b in zip(start, stop)]
     np.testing.assert_allclose(means, exact, rtol=2e-7)
 
