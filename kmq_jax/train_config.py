@@ -234,13 +234,13 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     if config.distill.weight and not config.distill.teacher:  # no model is at hand to start and to learn from
         config.distill.weight, config.loss.weight = 0.0, 1.0
     config.quant.recalibrate = min(config.quant.recalibrate, 8)
-    config.study.update(widths=(4, 2), epochs={"4": 1.0, "3": 1.0, "2": 1.0, "nested": 1.0})
+    config.study.widths, config.study.epochs = (4, 2), {"2": 1.0, "nested": 1.0}
     voices = {"data": speakers.format("dev"), "trials": speakers.format("dev")}
     config.study.evaluate = ml_collections.ConfigDict({"voices": voices})
     config.study.update(
         calibrate="voices",
         calibrate_flags=("--replicates=20",),
-        cascades=(("kmqat", (2, 4)), ("kmqat-nested", (2, 32))),
+        cascades=(("kmqat-nested", (2, 4)), ("kmqat", (2, 32))),
     )
     config.study.diagnose = ("voices",)
     config.study.diagnose_flags = tuple(

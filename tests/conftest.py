@@ -1,4 +1,4 @@
-"""Strictness for every test: four simulated devices, no silent rank promotion, and the place of the shared data."""
+"""Strictness for every test: four simulated devices, no silent rank promotion; quick compilation; the shared data."""
 
 import os
 
@@ -11,6 +11,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # tests compile for longer than they compute
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,19 @@
 """Values to indices and indices to values, on tensors in their own layout: groups lie along one axis."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _CHAIN = 16  # up to so many centroids a chain of comparisons or selections is faster than gathers
+
+
+def where_sorted(tensor: Any) -> Any:
+    """The tensor as float32 where k-means sorts it: on a CPU outside jit that is numpy, which also transposes."""
+    if isinstance(tensor, jax.core.Tracer) or jax.default_backend() != "cpu":
+        return jnp.asarray(tensor, jnp.float32)
+    return np.asarray(tensor, np.float32)
 
 
 def to_groups(tensor: jax.Array, axis: int | None) -> jax.Array:

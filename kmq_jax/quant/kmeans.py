@@ -428,8 +428,8 @@ def _mapped(function: Any, values: Any, weights: Any, keys: Any, n: Any, setting
 def over_groups(function: Any, values: Any, weights: Any, keys: Any, **settings: Any) -> Any:
     """Runs `function(values [n], weights, key, n, **settings)` on every group of what `order` gave.
 
-    Host arrays are taken in chunks, one a core at a time, that fit the cache; values are padded to a power of 64, so that
-    the tensors of a network share a few compilations, each of which takes seconds.
+    Host arrays are taken in chunks, one a core at a time, that fit the cache; values are padded to a power of 64, so
+    that the tensors of a network share a few compilations, each of which takes seconds.
     """
     run = partial(_mapped, function, settings=tuple(settings.items()))
     groups, n = values.shape

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import map_named, named_leaves
-from kmq_jax.quant.codes import along, assign, lookup, to_groups
+from kmq_jax.quant.codes import along, assign, lookup, to_groups, where_sorted
 from kmq_jax.quant.kmeans import kmeans, midpoints
 from kmq_jax.quant.nested import nested_kmeans, thresholds
 from kmq_jax.quant.packing import pack
@@ -285,30 +285,24 @@ def init_codebooks(
     if recipe not in RECIPES:
         raise UserError(f"recipe (={recipe!r}) must be one of {', '.join(RECIPES)}")
     specs = {name: spec for name, spec in decide(params, rules).items() if spec.bits != HALF}
-    leaves = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in named_leaves(params) if name in specs}
+    leaves = dict(named_leaves(params))
     latents, codebooks = {}, {}
     for name, spec in specs.items():
         axis = group_axis(name, leaves[name].ndim, spec)
         try:
-            book = _first_codebook(leaves[name], spec, axis, recipe)
+            latents[name], codebooks[name] = _begin(leaves[name], spec, axis, recipe)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
-        latent = leaves[name]
-        if book.normalized:
-            latent = latent / along(book.scale, latent.ndim, axis)
-        latents[name] = latent
-        codebooks[name] = book
     if cached:
         codebooks = reassign(latents, codebooks)
     return map_named(lambda name, leaf: latents.get(name, leaf), params), codebooks
 
 
-def _first_codebook(tensor: jax.Array, spec: QuantSpec, axis: int | None, recipe: str) -> Codebook:
+def _begin(tensor: Any, spec: QuantSpec, axis: int | None, recipe: str) -> tuple[jax.Array, Codebook]:
+    """The latent and the codebook of one tensor."""
+    tensor = where_sorted(tensor)
     rows = to_groups(tensor, axis)
-    spread = jnp.std(rows, axis=1)
-    largest = jnp.max(jnp.abs(rows), axis=1)
-    # A constant group has no spread; its magnitude is then the unit.
-    scale = jnp.where(spread > 1e-6 * largest, spread, jnp.where(largest > 0, largest, 1.0))
+    scale = None
     if spec.coarse:
         books = nested_kmeans(rows, spec.widths, iterations=spec.iterations)
     elif recipe == "kmqat" and not (spec.symmetric or spec.pinned_zero):
@@ -321,18 +315,37 @@ def _first_codebook(tensor: jax.Array, spec: QuantSpec, axis: int | None, recipe
             "pinned_zero": spec.pinned_zero,
         }
         books = (kmeans(rows, 1 << spec.bits, start=spec.start, retention=spec.retention, **settings),)
+    return _in_units(tensor, books, scale, spec, axis, recipe == "normalized")
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _in_units(
+    tensor: jax.Array,
+    books: tuple[jax.Array, ...],
+    scale: jax.Array | None,
+    spec: QuantSpec,
+    axis: int | None,
+    normalized: bool,
+) -> tuple[jax.Array, Codebook]:
+    """Brings codebooks, and a normalized latent, into units of the scale; None is each group's standard deviation."""
+    if scale is None:
+        rows = to_groups(tensor, axis)
+        spread, largest = jnp.std(rows, axis=1), jnp.max(jnp.abs(rows), axis=1)
+        # A constant group has no spread; its magnitude is then the unit.
+        scale = jnp.where(spread > 1e-6 * largest, spread, jnp.where(largest > 0, largest, 1.0))
     books = tuple(book / scale[:, None] for book in books)
-    empty = Codebook(
+    book = Codebook(
         raw_scale=scale,
         centroids=books[-1],
         coarse=books[:-1],
         axis=axis,
-        normalized=recipe == "normalized",
+        normalized=normalized,
         symmetric=spec.symmetric,
         pinned_zero=spec.pinned_zero,
         dtype=spec.codebook_dtype,
     )
-    return empty.with_scale(scale)
+    book = book.with_scale(scale)
+    return (tensor / along(book.scale, tensor.ndim, axis) if normalized else tensor), book
 
 
 def _leaves(params: Any, codebooks: Codebooks) -> dict[str, jax.Array]:
@@ -393,17 +406,20 @@ def export(params: Any, codebooks: Codebooks) -> Any:
 
     def packed(name: str, latent: jax.Array) -> Any:
         book = codebooks.get(name)
-        if book is None:
-            return latent
-        indices = book.assigned(latent) if book.indices is None else book.indices
-        stored = tuple(book.values(width).astype(book.dtype) for width in book.widths)
-        return CodebookTensor(
-            codebook=stored[-1],
-            packed=pack(to_groups(indices, book.axis), book.bits),
-            coarse=stored[:-1],
-            shape=tuple(latent.shape),
-            bits=book.bits,
-            axis=book.axis,
-        )
+        return latent if book is None else _packed(latent, book)
 
     return map_named(packed, params)
+
+
+@jax.jit
+def _packed(latent: jax.Array, book: Codebook) -> CodebookTensor:
+    indices = book.assigned(latent) if book.indices is None else book.indices
+    stored = tuple(book.values(width).astype(book.dtype) for width in book.widths)
+    return CodebookTensor(
+        codebook=stored[-1],
+        packed=pack(to_groups(indices, book.axis), book.bits),
+        coarse=stored[:-1],
+        shape=tuple(latent.shape),
+        bits=book.bits,
+        axis=book.axis,
+    )

@@ -11,7 +11,7 @@ import numpy as np
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import map_named, match_rules, named_leaves
 from kmq_jax.quant import nested
-from kmq_jax.quant.codes import assign, from_groups, lookup, to_groups
+from kmq_jax.quant.codes import assign, from_groups, lookup, to_groups, where_sorted
 from kmq_jax.quant.kmeans import kmeans
 from kmq_jax.quant.packing import pack, unpack
 from kmq_jax.quant.types import HALF, CodebookTensor, QuantRule, QuantSpec, is_codebook_tensor
@@ -100,12 +100,10 @@ def quantize(params: Any, rules: Rules, importance: Mapping[str, Any] | None = N
 
 def quantize_tensor(tensor: Any, spec: QuantSpec, axis: int | None, importance: Any = None) -> Any:
     """Quantizes one tensor, its groups along `axis` (None: one group)."""
-    # On the host numpy sorts and transposes; see kmeans.
-    if not isinstance(tensor, jax.core.Tracer) and jax.default_backend() == "cpu":
-        tensor = np.asarray(tensor, np.float32)
+    tensor = where_sorted(tensor)
     if spec.bits == HALF:
         return _store(tensor, "float16")
-    rows = to_groups(tensor.astype(jnp.float32), axis)
+    rows = to_groups(tensor, axis)
     if importance is not None and importance.shape != tensor.shape:
         raise UserError(f"importance has shape {importance.shape}, the tensor {tensor.shape}")
     weights = None if importance is None else to_groups(importance, axis)
