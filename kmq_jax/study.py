@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -393,6 +394,7 @@ def main() -> None:
         return
     keep_freed_memory()
     config, workdir = parse_flags(sys.argv)
+    jax.config.update("jax_disable_most_optimizations", config.study.quick_compile)
     print(study_table(study(config, workdir)), end="")
     print(workdir / "report.html")
 

@@ -124,6 +124,7 @@ def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
                 "learning_rate": 1e-2,
                 "cycle": (),  # as quant.cycle, of the nested run
                 "compute": "float32",  # the arithmetic of extraction
+                "quick_compile": False,  # without optimizations, for networks so tiny that compiling is all they cost
                 "diagnose": (),  # names of evaluation sets
                 "diagnose_flags": (),  # further flags of `kmq_jax.diagnose`
                 "calibrate": "",  # name of the evaluation set that cascades are calibrated on
@@ -234,6 +235,7 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     if config.distill.weight and not config.distill.teacher:  # no model is at hand to start and to learn from
         config.distill.weight, config.loss.weight = 0.0, 1.0
     config.quant.recalibrate = min(config.quant.recalibrate, 8)
+    config.study.quick_compile = True
     config.study.widths, config.study.epochs = (4, 2), {"2": 1.0, "nested": 1.0}
     voices = {"data": speakers.format("dev"), "trials": speakers.format("dev")}
     config.study.evaluate = ml_collections.ConfigDict({"voices": voices})

@@ -348,7 +348,7 @@ def _train(
             display.say(f"average of the last {config.average_last} checkpoints: {_in_words(figures)}")
     if finished and quantized and config.quant.recalibrate and batch_stats:
         crops = recalibrate.random_features(fbank, utterances, config.quant.recalibrate, config.data.crop_seconds)
-        trained = dataclasses.replace(described, variables=jax.device_get(variables_of(state)))
+        trained = dataclasses.replace(described, variables=variables_of(state))
         final = recalibrate.own_statistics(trained, crops)
         save_model(workdir / PACKED, final)
         if validation:
@@ -406,7 +406,8 @@ def save_model(path: Path, trained: model.SpeakerModel) -> None:
 
 def variables_of(state: train_lib.TrainState) -> dict[str, Any]:
     """What the network needs of a state, whole in every process; in quantization-aware training, its packed form."""
-    params, batch_stats, indices = distributed.local((state.params, state.batch_stats, state.indices))
+    # Taken to the host, so that nothing is compiled anew for arrays that lie on a mesh.
+    params, batch_stats, indices = jax.device_get(distributed.local((state.params, state.batch_stats, state.indices)))
     packed = kmqat.packed(params, indices) if "codebooks" in params else params["network"]
     return {"params": packed, "batch_stats": batch_stats}
 
