@@ -24,6 +24,8 @@ from kmq_jax.scoring.table import EmbeddingTable
 from kmq_jax.verifier import load_cascade
 
 _LINES = 1 << 16  # lines written at a time
+BANDS = (0, 1, 2, 5, 10, 20, 50, 100)
+"""Percent of the trials, those nearest the threshold at full precision first: where flips are looked for."""
 
 
 def flags() -> argparse.ArgumentParser:
@@ -88,6 +90,34 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"' if set(name) & set(',"\n\r') else name
 
 
+def remaining_flips(
+    policy: CascadePolicy, outcome: Outcome, reference: np.ndarray, labels: np.ndarray
+) -> list[dict[str, Any]]:
+    """Where harmful flips remain: how near full precision was to the threshold, and which width decided.
+
+    Args:
+        policy: the cascade.
+        outcome: what it did.
+        reference: full precision's scores `[trials]`.
+        labels: `[trials]` bool.
+
+    Returns:
+        A row for each of `BANDS`: `nearest`, from and to which percent of the trials; `margin`, how far from the
+        threshold the last of them is; `harmful_flip_rate`, by deciding width, in shares of all trials.
+    """
+    margin = np.abs(reference - policy.threshold)
+    order = np.argsort(margin, kind="stable")
+    ours, theirs = (outcome.score >= policy.threshold) == labels, (reference >= policy.threshold) == labels
+    harmful, ends = (theirs & ~ours)[order], np.round(np.array(BANDS) / 100 * len(order)).astype(int)
+    stage, rows = outcome.stage[order], []
+    for low, high, begin, end in zip(BANDS, BANDS[1:], ends, ends[1:]):
+        counts = np.bincount(stage[begin:end][harmful[begin:end]], minlength=len(policy.widths)) / len(order)
+        rates = {str(width): float(rate) for width, rate in zip(policy.widths, counts)}
+        far = float(margin[order[end - 1]]) if end else 0.0
+        rows.append({"nearest": [low, high], "margin": far, "harmful_flip_rate": rates})
+    return rows
+
+
 def evaluate(
     policy: CascadePolicy, outcome: Outcome, joined: StageScores, p_target: float, replicates: int, seed: int
 ) -> dict[str, Any]:
@@ -117,10 +147,12 @@ def evaluate(
         "p_target": p_target,
         "trials": len(labels),
         "targets": int(labels.sum()),
+        "remaining_flips": None,
         "each_width_alone": single_widths(policy, joined) if joined.tables else None,
     }
     if reference is not None:
         result |= flip_rates(outcome.score, policy.threshold, reference, labels)
+        result["remaining_flips"] = remaining_flips(policy, outcome, reference, labels)
         result["reference_eer"] = equal_error(reference, labels)
         result["reference_min_dcf"] = min_dcf(reference, labels, p_target) if both else None
     if replicates and both:

@@ -347,6 +347,16 @@ def _mean(halves: Sequence[dict[str, Any]]) -> dict[str, Any]:
     mean: dict[str, Any] = {key: float(np.mean([half[key] for half in halves])) for key in keys}
     resolved = [half["resolved"] for half in halves]
     mean["resolved"] = {bits: float(np.mean([half[bits] for half in resolved])) for bits in resolved[0]}
+    mean["remaining_flips"] = [
+        {
+            "nearest": bands[0]["nearest"],
+            "harmful_flip_rate": {
+                bits: float(np.mean([band["harmful_flip_rate"][bits] for band in bands]))
+                for bits in bands[0]["harmful_flip_rate"]
+            },
+        }
+        for bands in zip(*(half["remaining_flips"] for half in halves))
+    ]
     alone = halves[0]["each_width_alone"]
     mean["each_width_alone"] = {
         bits: {key: float(np.mean([half["each_width_alone"][bits][key] for half in halves])) for key in alone[bits]}

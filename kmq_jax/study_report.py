@@ -74,6 +74,67 @@ def cascades_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) 
     return figure
 
 
+def resolved_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figure:
+    """Which width decides how many of the trials: a bar for each cascade and evaluation set."""
+    bars = [(f"{one['name']}, {one['family']}\non {name}", one["sets"][name]) for one in cascades for name in sets]
+    figure = Figure(figsize=(8, 0.9 + 0.55 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    for place, (_, found) in enumerate(bars):
+        left = 0.0
+        for bits, share in found["resolved"].items():
+            axes.barh(place, 100 * share, left=left, color=_colour(bits), edgecolor="white", label=_width(bits))
+            if share > 0.03:
+                axes.text(left + 50 * share, place, f"{100 * share:.1f}", ha="center", va="center", fontsize=8)
+            left += 100 * share
+    axes.set(yticks=range(len(bars)), yticklabels=[label for label, _ in bars], xlabel="% of trials", xlim=(0, 100))
+    axes.tick_params(axis="y", labelsize=8)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    _legend_by_width(figure, axes)
+    return figure
+
+
+def remaining_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figure:
+    """Where harmful flips remain: a panel for each cascade and evaluation set, bars by nearness to the threshold."""
+    figure = Figure(figsize=(4.6 * len(sets), 0.6 + 2.5 * len(cascades)), layout="constrained")
+    panels = figure.subplots(len(cascades), len(sets), squeeze=False, sharey="row")
+    for row, cascade in zip(panels, cascades):
+        for axes, name in zip(row, sets):
+            found = cascade["sets"][name]
+            bands = found["remaining_flips"]
+            heights = [0.0] * len(bands)
+            for bits in found["resolved"]:
+                rates = [100 * band["harmful_flip_rate"][bits] for band in bands]
+                axes.bar(range(len(bands)), rates, bottom=heights, color=_colour(bits), label=_width(bits))
+                heights = [height + rate for height, rate in zip(heights, rates)]
+            labels = ["{}-{}".format(*band["nearest"]) for band in bands]
+            axes.set_xticks(range(len(bands)), labels, fontsize=7)
+            axes.set_title(f"{cascade['name']}, {cascade['family']}, on {name}", fontsize=9)
+            axes.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel("harmful flips\n(% of all trials)", fontsize=8)
+    for axes in panels[-1]:
+        axes.set_xlabel("trials nearest the threshold at full precision (%)", fontsize=8)
+    _legend_by_width(figure, *panels.flat)
+    return figure
+
+
+def _colour(bits: str) -> str:
+    return {"2": "#9ecae1", "3": "#4292c6", "4": "#fdae6b"}.get(bits, "#e6550d" if int(bits) == 32 else "#a1d99b")
+
+
+def _width(bits: str) -> str:
+    return "full precision" if int(bits) == 32 else f"{bits} bits"
+
+
+def _legend_by_width(figure: Figure, *panels: Any) -> None:
+    """One legend for all panels, each width once, ascending."""
+    found = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    names = sorted(found, key=lambda label: (label == "full precision", label))
+    figure.legend(
+        [found[name] for name in names], names, loc="outside upper center", ncols=4, frameon=False, fontsize=8
+    )
+
+
 def comparison(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Published and measured EER: a row for each group and width that was published."""
     rows = []
@@ -103,9 +164,16 @@ def write(workdir: Path, summary: Mapping[str, Any], config: Mapping[str, Any]) 
     rows, sets = summary["rows"], list(summary["rows"][0]["sets"])
     pictures = {"widths": html.png(widths_figure(rows, sets))}
     if summary["cascades"]:
-        pictures["cascades"] = html.png(cascades_figure(summary["cascades"], sets))
+        for name, draw in {
+            "cascades": cascades_figure,
+            "resolved": resolved_figure,
+            "remaining": remaining_figure,
+        }.items():
+            pictures[name] = html.png(draw(summary["cascades"], sets))
     for name, data in pictures.items():
         (workdir / f"figure-{name}.png").write_bytes(data)
+    for cascade in summary["cascades"]:  # drawn by the calibration
+        pictures[cascade["directory"]] = (workdir / cascade["directory"] / "policy.png").read_bytes()
     for found in summary["diagnosis"].values():
         for name in FROM_DIAGNOSIS:
             file = workdir / found["directory"] / f"figure-{name}.png"

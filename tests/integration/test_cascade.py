@@ -132,6 +132,13 @@ def test_both_commands(run, tmp_path):
     assert figures["resolved"] == pytest.approx({str(b): float(np.mean(bits == b)) for b in (2, 3, 4)}, abs=1e-6)
     right = (reference >= policy.threshold) == labels
     assert figures["harmful_flip_rate"] == pytest.approx(np.mean(right & (decision != labels)), abs=2 / len(rows))
+    nearest = np.argsort(abs(reference - policy.threshold))[: len(rows) // 10]  # bands end at 10 %
+    found = [band["harmful_flip_rate"] for band in figures["remaining_flips"] if band["nearest"][1] <= 10]
+    for width in (2, 3, 4):
+        wrong = (right & (decision != labels) & (bits == width))[nearest].sum() / len(rows)
+        assert sum(rates[str(width)] for rates in found) == pytest.approx(wrong, abs=2 / len(rows))
+    everywhere = sum(rate for band in figures["remaining_flips"] for rate in band["harmful_flip_rate"].values())
+    assert everywhere == pytest.approx(figures["harmful_flip_rate"])
     reach = {b: np.mean(bits >= b) for b in (3, 4)}
     assert figures["sequential_bits"] == pytest.approx(2 + 3 * reach[3] + 4 * reach[4], rel=1e-5)
     assert figures["incremental_bits"] == pytest.approx(bits.mean(), rel=1e-5)
