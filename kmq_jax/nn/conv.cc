@@ -101,10 +101,20 @@ inline Bits splat(Unit unit) { return unit - Bits{}; }
 
 inline void store(float* out, Vector sum, int channels) { std::memcpy(out, &sum, 4 * channels); }
 inline void store(Bf16* out, Vector sum, int channels) {
+#if defined(__AVX512BF16__)
+  Halves halves = (Halves)_mm512_cvtneps_pbh((__m512)sum);
+#else
   Bits bits = (Bits)sum;
   bits = (sum != sum) ? splat(0x7fc00000) : bits + 0x7fff + (bits >> 16 & 1);  // round to nearest even, keep NaN
   Halves halves = __builtin_convertvector(bits >> 16, Halves);
+#endif
   std::memcpy(out, &halves, 2 * channels);
+}
+
+inline Bf16 rounded(float value) {
+  Bf16 result;
+  store(&result, Vector{value}, 1);
+  return result;
 }
 
 inline Vector load(const float* from, int channels) {
@@ -285,13 +295,28 @@ void convolution_tiles(int tile, Args&&... args) {
 // Winograd's F(2, 3) along time saves a third of the multiplications of three taps: of two rows of output
 //   y0 = m0 + m1 + m2,  y1 = m1 - m2 - m3,  where
 //   m0 = (d0 - d2) k0,  m1 = (d1 + d2) (k0 + k1 + k2) / 2,  m2 = (d2 - d1) (k0 - k1 + k2) / 2,  m3 = (d1 - d3) k2.
-// Not on pairs of bfloat16, where the differences would be rounded.
-template <class Type>
+// Pairs of bfloat16 hold the combinations rounded to bfloat16, an error like that of the activations themselves.
 bool use_winograd(int time_taps, int time_stride, int in_channels) {
-  return in_channels >= 8 && Type::kPair == 1 && time_taps == 3 && time_stride == 1;
+  return in_channels >= 8 && time_taps == 3 && time_stride == 1;
 }
-// The four combinations of four rows d0 ... d3 of `size` floats, `step` apart in `to`.
+// The four combinations of four rows d0 ... d3 of `size` units, `step` apart in `to`.
+template <class Type>
 void winograd_rows(const Unit* rows, size_t size, size_t step, Unit* to) {
+  if constexpr (Type::kPair == 2) {
+    const Bf16* d = reinterpret_cast<const Bf16*>(rows);
+    Bf16* t = reinterpret_cast<Bf16*>(to);
+    size *= 2, step *= 2;
+    auto combine = [&](size_t i, int count) {
+      const Vector d0 = load(d + i, count), d1 = load(d + size + i, count), d2 = load(d + 2 * size + i, count),
+                   d3 = load(d + 3 * size + i, count);
+      store(t + i, d0 - d2, count), store(t + step + i, d1 + d2, count);
+      store(t + 2 * step + i, d2 - d1, count), store(t + 3 * step + i, d1 - d3, count);
+    };
+    size_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) combine(i, kLanes);
+    if (i < size) combine(i, size - i);
+    return;
+  }
   const float* d = reinterpret_cast<const float*>(rows);
   float* t = reinterpret_cast<float*>(to);
   for (size_t i = 0; i < size; ++i) t[i] = d[i] - d[2 * size + i];
@@ -326,7 +351,7 @@ void convolve(ffi::ThreadPool pool, const typename Type::Element* input, const t
   const std::vector<Axis> time = make_axis(out_rows, time_taps, time_stride);
   const std::vector<Axis> freq = make_axis(out_columns, freq_taps, freq_stride);
 
-  const bool winograd = use_winograd<Type>(time_taps, time_stride, in_channels);
+  const bool winograd = use_winograd(time_taps, time_stride, in_channels);
   const int parts = winograd ? 4 : time_taps, taps = parts * freq_taps;
   const int units = divide_up(in_channels, Type::kPair), blocks = divide_up(out_channels, kOut);
   const size_t tap_units = size_t(units) * kOut;
@@ -339,17 +364,26 @@ void convolve(ffi::ThreadPool pool, const typename Type::Element* input, const t
     const Element* from = kernel + freq_tap * tap_step + block * kOut * out_step;
     Unit* to = packed + task * tap_units;
     for (int unit = 0; unit < units; ++unit, to += kOut, from += Type::kPair * in_step) {
+      const bool has_high = Type::kPair * unit + 1 < in_channels;
       if (winograd) {
         // The input gradient convolves with the taps in reverse order.
         const Element *k0 = from + (transposed ? 2 * row_step : 0), *k1 = from + row_step,
                       *k2 = from + (transposed ? 0 : 2 * row_step);
         const float outer = part == 0 || part == 3 ? 1 : 0.5, inner = part == 1 ? 0.5 : part == 2 ? -0.5 : 0;
-        for (size_t c = 0; c < size_t(channels); ++c)
-          to[c] = single((part != 3 ? outer * to_float(k0[c * out_step]) : 0) + inner * to_float(k1[c * out_step]) +
-                         (part != 0 ? outer * to_float(k2[c * out_step]) : 0));
+        auto combined = [&](size_t at) {
+          return (part != 3 ? outer * to_float(k0[at]) : 0) + inner * to_float(k1[at]) +
+                 (part != 0 ? outer * to_float(k2[at]) : 0);
+        };
+        for (size_t c = 0; c < size_t(channels); ++c) {
+          if constexpr (Type::kPair == 1) {
+            to[c] = single(combined(c * out_step));
+          } else {
+            to[c] = make_unit<Type>(rounded(combined(c * out_step)),
+                                    has_high ? rounded(combined(c * out_step + in_step)) : Element{});
+          }
+        }
       } else {
         const Element* low = from + part * row_step;
-        const bool has_high = Type::kPair * unit + 1 < in_channels;
         for (size_t c = 0; c < size_t(channels); ++c)
           to[c] = make_unit<Type>(low[c * out_step], has_high ? low[c * out_step + in_step] : Element{});
       }
@@ -395,7 +429,7 @@ void convolve(ffi::ThreadPool pool, const typename Type::Element* input, const t
       Unit* combined = buffer + (end_row - first_row) * row_units;
       source = combined;
       for (int pair = 0; pair < (end - begin) / 2; ++pair)
-        winograd_rows(buffer + 2 * pair * row_units, row_units, row_units, combined + 4 * pair * row_units);
+        winograd_rows<Type>(buffer + 2 * pair * row_units, row_units, row_units, combined + 4 * pair * row_units);
     }
     Taps sums;
     sums.units = units;
@@ -482,7 +516,7 @@ void kernel_gradient(ffi::ThreadPool pool, const typename Type::Element* x, cons
   const int batch = x_dims[0], in_rows = x_dims[1], in_columns = x_dims[2], in_channels = x_dims[3];
   const int out_rows = gradient_dims[1], out_columns = gradient_dims[2], out_channels = gradient_dims[3];
   const int time_taps = kernel_dims[0], freq_taps = kernel_dims[1];
-  const bool winograd = use_winograd<Type>(time_taps, time_stride, in_channels);
+  const bool winograd = Type::kPair == 1 && use_winograd(time_taps, time_stride, in_channels);
   const int parts = winograd ? 4 : time_taps, taps = parts * freq_taps;
   const int in_blocks = divide_up(in_channels, kIn), out_blocks = divide_up(out_channels, kOut);
   const int groups = divide_up(batch, Type::kPair);  // an utterance, or a pair
@@ -539,7 +573,7 @@ void kernel_gradient(ffi::ThreadPool pool, const typename Type::Element* x, cons
           }
           for (int block = 0; block < in_blocks; ++block)
             for (int pair = 0; pair < count / 2; ++pair)
-              winograd_rows(x_buffer + block * x_block + 2 * pair * x_row, x_row, x_row,
+              winograd_rows<Type>(x_buffer + block * x_block + 2 * pair * x_row, x_row, x_row,
                             x_buffer + block * x_block + (buffer_rows + 4 * pair) * x_row);
         }
         Vector* sum = reinterpret_cast<Vector*>(sums + shard * shard_size);
