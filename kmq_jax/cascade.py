@@ -188,6 +188,8 @@ def describe(result: dict[str, Any]) -> str:
         lines.append(
             f"recordings embedded: {embedded}; {result['seconds']:.1f} s; models of {result['resident_bytes']:,} bytes"
         )
+        macs = ", ".join(f"{count / 1e9:.2f} G at {width} bits" for width, count in result["macs"].items())
+        lines.append(f"multiplications for 300 frames: {macs}")
     return "\n".join(lines)
 
 

@@ -86,6 +86,29 @@ def test_a_recording_nobody_doubts_is_not_embedded_again(place):
     assert not found.scores[1:].any()
 
 
+def test_stages_may_be_different_networks(place, tmp_path, monkeypatch):
+    settings = {**SETTINGS, "embedding_size": 6}
+    variables = registry.initialize(registry.build("resnet18", **settings), jax.random.key(1))
+    packed = {**variables, "params": quant.quantize(variables["params"], quant.QuantSpec(2))}
+    model.save(tmp_path / "small.kmq", model.SpeakerModel("resnet18", settings, "kiwano", jax.device_get(packed)))
+    small = [f"--model={tmp_path / 'small.kmq'}", f"--data={DATA}", f"--out={tmp_path / '2.npz'}"]
+    assert run(monkeypatch, "extract", *small) == 0
+    stages = [f"--stage=2:{tmp_path / '2.npz'}", f"--stage=32:{place / '32.npz'}"]
+    common = [f"--reference={place / '32.npz'}", f"--trials={DATA}", "--replicates=0"]
+    models = [f"--model=2:{tmp_path / 'small.kmq'}", f"--model=32:{place / 'full.kmq'}"]
+    out = [f"--out={tmp_path / 'policy.json'}", f"--cascade={tmp_path / 'cascade'}"]
+    assert run(monkeypatch, "calibrate", *stages, *models, *common, *out) == 0
+    whole, lazy = tmp_path / "whole.json", tmp_path / "lazy.json"
+    assert run(monkeypatch, "cascade", f"--policy={tmp_path / 'policy.json'}", *stages, *common, f"--json={whole}") == 0
+    place_of = [f"--cascade={tmp_path / 'cascade'}", f"--data={DATA}"]
+    assert run(monkeypatch, "cascade", *place_of, *common, f"--json={lazy}") == 0
+    whole, lazy = (json.loads(path.read_text()) for path in (whole, lazy))
+    assert lazy["resolved"] == pytest.approx(whole["resolved"]) and lazy["eer"] == pytest.approx(whole["eer"])
+    assert lazy["macs"]["2"] != lazy["macs"]["32"]
+    wave = source.open_source(DATA).load(0)
+    assert kmq_jax.load_cascade(tmp_path / "cascade").verify((wave, 16000), (wave, 16000)).decision
+
+
 def test_two_recordings(place, tmp_path, monkeypatch, capsys):
     utterances = source.open_source(DATA)
     rows = [0, 1, len(utterances) - 1]
