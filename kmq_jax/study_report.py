@@ -58,7 +58,8 @@ def cascades_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) 
                 if int(bits) < 16 and (cascade["family"], bits) not in drawn:
                     drawn.add((cascade["family"], bits))
                     axes.plot(int(bits), 100 * alone["harmful_flip_rate"], "s", color="tab:gray", markersize=5)
-                    axes.annotate(f"{bits} bits", (int(bits), 100 * alone["harmful_flip_rate"]), xytext=(5, 4),
+                    nested = ", nested" if cascade["family"].endswith("nested") else ""
+                    axes.annotate(f"{bits} bits{nested}", (int(bits), 100 * alone["harmful_flip_rate"]), xytext=(5, 4),
                                   textcoords="offset points", fontsize=8, color="0.35")  # fmt: skip
             label = f"{cascade['name']}, {cascade['family']}"
             flips, colour = 100 * found["harmful_flip_rate"], f"C{number}"
