@@ -189,7 +189,7 @@ def describe(result: dict[str, Any]) -> str:
             f"recordings embedded: {embedded}; {result['seconds']:.1f} s; models of {result['resident_bytes']:,} bytes"
         )
         macs = ", ".join(f"{count / 1e9:.2f} G at {width} bits" for width, count in result["macs"].items())
-        lines.append(f"multiplications for 300 frames: {macs}")
+        lines.append(f"multiplications for 300 frames: {macs}; a trial: {result['sequential_macs'] / 1e9:.2f} G")
     return "\n".join(lines)
 
 
@@ -248,6 +248,9 @@ def cascade(args: argparse.Namespace) -> dict[str, Any]:
     sides = joined.sides
     outcome = run(policy, joined.scores, sides.enrol, sides.test, joined.one_table)
     result = evaluate(policy, outcome, joined, args.p_target, args.replicates, args.seed) | notes
+    if args.cascade:  # stages may be different networks, whose bits say little of what they compute
+        reached = [float(np.mean(outcome.stage >= stage)) for stage in range(len(policy.widths))]
+        result["sequential_macs"] = sum(share * count for share, count in zip(reached, notes["macs"].values()))
     if args.out:
         write_decisions(args.out, joined.trials, outcome, log_ratios(policy, outcome) if args.llr else None)
     if args.json:

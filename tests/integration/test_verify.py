@@ -104,7 +104,9 @@ def test_stages_may_be_different_networks(place, tmp_path, monkeypatch):
     assert run(monkeypatch, "cascade", *place_of, *common, f"--json={lazy}") == 0
     whole, lazy = (json.loads(path.read_text()) for path in (whole, lazy))
     assert lazy["resolved"] == pytest.approx(whole["resolved"]) and lazy["eer"] == pytest.approx(whole["eer"])
-    assert lazy["macs"]["2"] != lazy["macs"]["32"]
+    small, full = (lazy["macs"][bits] for bits in ("2", "32"))
+    assert small != full
+    assert lazy["sequential_macs"] == pytest.approx(small + lazy["resolved"]["32"] * full)
     wave = source.open_source(DATA).load(0)
     assert kmq_jax.load_cascade(tmp_path / "cascade").verify((wave, 16000), (wave, 16000)).decision
 
