@@ -212,5 +212,6 @@ def _walk(
         return run(*args, **kwargs)
 
     with nn.intercept_methods(intercept):
-        network.apply(quant.dequantize(variables, bits), features, train=False)
+        # Without rematerialization, which runs a block in a trace of its own that nothing may be taken out of.
+        network.clone(remat=False).apply(quant.dequantize(variables, bits), features, train=False)
     return seen, statistics

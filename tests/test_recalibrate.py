@@ -14,9 +14,9 @@ from kmq_jax.models import registry
 DATA = source.open_source("synthetic:train?speakers=4&utterances=4")
 
 
-def reference_of(norm):
+def reference_of(norm, **more):
     """A tiny network with random statistics or biases."""
-    settings = {"width": 8, "blocks": [1, 1, 1, 1], "embedding_size": 16, "norm": norm}
+    settings = {"width": 8, "blocks": [1, 1, 1, 1], "embedding_size": 16, "norm": norm, **more}
     variables = registry.initialize(registry.build("wespeaker_resnet18", **settings), jax.random.key(0))
     rng = np.random.default_rng(0)
 
@@ -61,6 +61,15 @@ def test_running_statistics_are_those_of_the_quantized_network():
     variables = quant.dequantize(repaired.variables)
     trained = network.apply(variables, features, train=True, mutable=["batch_stats"])[0]
     np.testing.assert_allclose(network.apply(variables, features), trained, rtol=1e-2, atol=1e-3)
+
+
+def test_a_network_that_recomputes_its_blocks_is_repaired_alike():
+    reference, other = reference_of("batch"), reference_of("batch", remat=True)
+    features = recalibrate.random_features(model.frontend_of("wespeaker"), DATA, 4, 1.0)
+    found, expected = (recalibrate.measure(m, quantized_of(m), features).statistics for m in (other, reference))
+    assert found.keys() == expected.keys() and found
+    for name in found:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
 
 
 def test_the_size_stays():
