@@ -9,6 +9,8 @@ result = cascade.verify("a.wav", "b.wav")          # decision, score, width used
 """
 
 import importlib
+import sys
+import types
 from typing import Any
 
 __version__ = "0.1.0"
@@ -30,6 +32,18 @@ _HOMES = {
 }
 
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+
+
+class _Package(types.ModuleType):
+    """Keeps `kmq_jax.quantize` the function when the command of that name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute, but for a submodule that would hide a name of `_HOMES`."""
+        if not (name in _HOMES and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -342,26 +342,12 @@ def halve(steps: Steps, evaluated: EvaluationSet) -> Path:
 
 def _mean(halves: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The mean of two halves' figures, of those the report shows."""
-    keys = ("eer", "reference_eer", "harmful_flip_rate", "beneficial_flip_rate", "sequential_bits", "incremental_bits",
-            "utterance_bits", "utterance_incremental_bits")  # fmt: skip
-    mean: dict[str, Any] = {key: float(np.mean([half[key] for half in halves])) for key in keys}
-    resolved = [half["resolved"] for half in halves]
-    mean["resolved"] = {bits: float(np.mean([half[bits] for half in resolved])) for bits in resolved[0]}
-    mean["remaining_flips"] = [
-        {
-            "nearest": bands[0]["nearest"],
-            "harmful_flip_rate": {
-                bits: float(np.mean([band["harmful_flip_rate"][bits] for band in bands]))
-                for bits in bands[0]["harmful_flip_rate"]
-            },
-        }
-        for bands in zip(*(half["remaining_flips"] for half in halves))
-    ]
-    alone = halves[0]["each_width_alone"]
-    mean["each_width_alone"] = {
-        bits: {key: float(np.mean([half["each_width_alone"][bits][key] for half in halves])) for key in alone[bits]}
-        for bits in alone
-    }
+    keys = (
+        *("eer", "reference_eer", "harmful_flip_rate", "beneficial_flip_rate", "sequential_bits", "incremental_bits"),
+        *("utterance_bits", "utterance_incremental_bits", "resolved", "remaining_flips", "each_width_alone"),
+    )
+    shown = [{key: half[key] for key in keys} for half in halves]
+    mean: dict[str, Any] = jax.tree.map(lambda *values: float(np.mean(values)), *shown)
     return mean
 
 
@@ -404,7 +390,8 @@ def main() -> None:
         return
     keep_freed_memory()
     config, workdir = parse_flags(sys.argv)
-    jax.config.update("jax_disable_most_optimizations", config.study.quick_compile)
+    if config.study.quick_compile:
+        jax.config.update("jax_disable_most_optimizations", True)
     print(study_table(study(config, workdir)), end="")
     print(workdir / "report.html")
 

@@ -108,7 +108,7 @@ def remaining_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str])
                 rates = [100 * band["harmful_flip_rate"][bits] for band in bands]
                 axes.bar(range(len(bands)), rates, bottom=heights, color=_colour(bits), label=_width(bits))
                 heights = [height + rate for height, rate in zip(heights, rates)]
-            labels = ["{}-{}".format(*band["nearest"]) for band in bands]
+            labels = ["{:g}-{:g}".format(*band["nearest"]) for band in bands]
             axes.set_xticks(range(len(bands)), labels, fontsize=7)
             axes.set_title(f"{cascade['name']}, {cascade['family']}, on {name}", fontsize=9)
             axes.spines[["top", "right"]].set_visible(False)
