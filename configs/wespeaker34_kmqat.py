@@ -42,6 +42,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     quantized(config, 4 if width == "nested" else int(width), rules=(("^stem/", 0),))
     config.learning_rate.peak = 1e-2
     if width == "nested":
-        config.quant.update(coarse=(2, 3), cycle=(2, 3, 2, 4))
+        config.quant.update(coarse=(2, 3), cycle=(2, 3, 2, 2, 4, 2))
     config.update(batch_size=16, epochs=EPOCHS[width], checkpoint_epochs=1.0, dtype="bfloat16")
     return smoke(config) if arg == "smoke" else config

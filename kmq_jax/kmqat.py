@@ -1,8 +1,10 @@
 """Quantization-aware training: what a configuration's `quant` section does to the parameters and to a training step.
 
 While it lasts the network's quantized kernels are full-precision latents, `params["network"]`, with a codebook each,
-`params["codebooks"]`. A step computes with the codebooks' values (`weights`) and moves latents, scales and centroids;
-`after_step` is what happens now and then instead of at every step; `packed` is the network that is shipped.
+`params["codebooks"]`. Where codebooks nest, each smaller width has biases of its own, `params["narrow"]`; those in
+`params["network"]` are the widest's. A step computes with the codebooks' values (`weights`) and moves latents, scales,
+centroids and biases; `after_step` is what happens now and then instead of at every step; `packed` is the network that
+is shipped.
 
 References: KMQAT by Liu, Wang and Qian, Towards lightweight speaker verification via adaptive neural network
 quantization, 2024; its settings in the study reproduced here are `quant.recipe = "kmqat"`.
@@ -23,6 +25,7 @@ from kmq_jax.quant.codes import along
 
 Codebooks = dict[str, quant.Codebook]
 CENTROIDS = ("gradient", "lloyd", "fixed")
+PARTS = ("codebooks", "narrow")
 
 
 def is_on(section: ml_collections.ConfigDict) -> bool:
@@ -79,7 +82,7 @@ def rules_of(section: ml_collections.ConfigDict) -> list[quant.QuantRule]:
 
 
 def start(section: ml_collections.ConfigDict, params: Any, widths: Mapping[str, int] | None = None) -> Any:
-    """Turns the kernels of `params["network"]` into latents, and adds their codebooks as `params["codebooks"]`.
+    """Turns the kernels of `params["network"]` into latents, and adds their codebooks and the smaller widths' biases.
 
     Works on shapes too, inside `jax.eval_shape`. Without quantization `params` comes back as it is.
 
@@ -95,7 +98,15 @@ def start(section: ml_collections.ConfigDict, params: Any, widths: Mapping[str, 
         return params
     rules = quant.rules_of(widths, spec_of(section, 8)) if widths else rules_of(section)
     latents, books = quant.init_codebooks(params["network"], rules, recipe=section.recipe)
-    return {**params, "network": latents, "codebooks": {**params.get("codebooks", {}), **books}}
+    begun = {**params, "network": latents, "codebooks": {**params.get("codebooks", {}), **books}}
+    if section.coarse and "narrow" not in params:
+        begun["narrow"] = {str(bits): biases(latents) for bits in sorted(section.coarse)}
+    return begun
+
+
+def biases(network: Any) -> dict[str, jax.Array]:
+    """Copies of what each width of nested codebooks has to itself, by name."""
+    return {name: jnp.array(leaf) for name, leaf in named_leaves(network) if name.endswith("/bias")}
 
 
 def repaired(reference: model.SpeakerModel, params: Any, features: jax.Array) -> tuple[Any, Any]:
@@ -103,16 +114,24 @@ def repaired(reference: model.SpeakerModel, params: Any, features: jax.Array) ->
 
     Args:
         reference: the full-precision network.
-        params: `{"network": latents, "codebooks": ...}` made of it.
+        params: from `start`, made of it.
         features: `[batch, time, mel]`, as training gives them.
 
     Returns:
         `(params, batch_stats)`.
     """
-    books = params["codebooks"]
-    packed_params = quant.export(params["network"], books)
-    quantized = dataclasses.replace(reference, variables={**reference.variables, "params": packed_params})
-    repair = recalibrate.measure(reference, quantized, features)
+    params, batch_stats = _repaired_at(None, reference, params, features)
+    for bits in params.get("narrow", {}):  # these scale their own centroids alone, so the widest comes first
+        params, _ = _repaired_at(int(bits), reference, params, features)
+    return params, batch_stats
+
+
+def _repaired_at(bits: int | None, reference: model.SpeakerModel, params: Any, features: jax.Array) -> tuple[Any, Any]:
+    """As `repaired`, of one width of nested codebooks; None is the widest, with all that the widths share."""
+    books, batch_stats = params["codebooks"], reference.variables.get("batch_stats", {})
+    variables = {"params": quant.export(params["network"], books), "batch_stats": batch_stats}
+    quantized = dataclasses.replace(reference, variables=variables, bits=bits)
+    repair = recalibrate.measure(reference, quantized, features, quantized_only=bits is not None)
     slopes = {}
 
     def scaled(name: str, leaf: Any, slope: jax.Array) -> Any:
@@ -121,12 +140,15 @@ def repaired(reference: model.SpeakerModel, params: Any, features: jax.Array) ->
         if books[name].axis is None:
             return leaf  # one scale for all channels cannot follow; the bias still does
         slopes[name] = jnp.maximum(slope, 1e-6)
-        return leaf if books[name].normalized else leaf * along(slopes[name], leaf.ndim, books[name].axis)
+        follows = bits is None and not books[name].normalized
+        return leaf * along(slopes[name], leaf.ndim, books[name].axis) if follows else leaf
 
-    variables = {"params": params["network"], "batch_stats": reference.variables.get("batch_stats", {})}
+    variables = {"params": params["network"], "batch_stats": batch_stats}
     variables = jax.tree.map(jnp.asarray, recalibrate.apply(repair, variables, scaled))
-    moved = {n: b.with_scale(b.scale * slopes[n]) if n in slopes else b for n, b in books.items()}
-    return {**params, "network": variables["params"], "codebooks": moved}, variables["batch_stats"]
+    params = {**params, "codebooks": {**books, **{n: books[n].scaled(slope, bits) for n, slope in slopes.items()}}}
+    if bits is None:
+        return {**params, "network": variables["params"]}, variables["batch_stats"]
+    return {**params, "narrow": {**params["narrow"], str(bits): biases(variables["params"])}}, batch_stats
 
 
 def weights(
@@ -141,7 +163,7 @@ def weights(
 
     Args:
         section: the `quant` section.
-        params: `{"network": latents, "codebooks": ...}`, to be differentiated.
+        params: from `start`, to be differentiated.
         indices: cached ones by name; empty: each latent takes its nearest centroid afresh.
         step: of the run.
         thaw: step from which scales are trained.
@@ -164,8 +186,21 @@ def weights(
         books[name] = dataclasses.replace(held, indices=indices.get(name))
     cycle = section.cycle or ((*section.coarse, section.bits) if section.coarse else ())
     bits = jnp.array(cycle)[step % len(cycle)] if cycle else None
+    if bits is not None:
+        latents = _own_biases(latents, params.get("narrow", {}), bits)
     clip = section.clip or None
     return quant.fake_quantize(latents, books, bits=bits, clip=clip, reduction=section.reduction)
+
+
+def _own_biases(network: Any, narrow: Mapping[str, Mapping[str, jax.Array]], bits: jax.Array) -> Any:
+    """The network with the biases of a width that is known only when running."""
+    widths = jnp.array([int(width) for width in narrow])
+
+    def chosen(name: str, leaf: jax.Array) -> jax.Array:
+        smaller = [own[name] for own in narrow.values() if name in own]
+        return jnp.stack([*smaller, leaf])[jnp.sum(widths < bits)] if smaller else leaf
+
+    return map_named(chosen, network)
 
 
 def unquantized(latents: Any, books: Mapping[str, quant.Codebook]) -> Any:
@@ -261,7 +296,8 @@ def assigned(latents: Any, books: Mapping[str, quant.Codebook]) -> dict[str, jax
     return {name: book.indices for name, book in kept.items() if book.indices is not None}
 
 
-def packed(params: Any, indices: Mapping[str, jax.Array]) -> Any:
-    """The network's parameters with packed tensors in place of latents."""
+def packed(params: Any, indices: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """The variables that are shipped: packed tensors in place of latents, and the smaller widths' biases."""
     books = {n: dataclasses.replace(b, indices=indices.get(n)) for n, b in params["codebooks"].items()}
-    return quant.export(params["network"], books)
+    narrow = {bits: {f"params/{n}": leaf for n, leaf in own.items()} for bits, own in params.get("narrow", {}).items()}
+    return {"params": quant.export(params["network"], books), **({model.NARROW: narrow} if narrow else {})}

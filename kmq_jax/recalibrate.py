@@ -138,7 +138,8 @@ def own_statistics(quantized: model.SpeakerModel, features: jax.Array) -> model.
         _, statistics = _walk(at.network(), at.bits, at.variables, features, {})
         measured = apply(Repair({}, statistics), at.variables, lambda name, leaf, slope: leaf)
         if bits is not None:
-            narrow[str(bits)] = small_leaves({"batch_stats": measured["batch_stats"]})
+            own = quantized.variables.get(model.NARROW, {}).get(str(bits), {})
+            narrow[str(bits)] = {**own, **small_leaves({"batch_stats": measured["batch_stats"]})}
     return dataclasses.replace(quantized, variables={**measured, **({model.NARROW: narrow} if narrow else {})})
 
 

@@ -408,15 +408,15 @@ def variables_of(state: train_lib.TrainState) -> dict[str, Any]:
     """What the network needs of a state, whole in every process; in quantization-aware training, its packed form."""
     # Taken to the host, so that nothing is compiled anew for arrays that lie on a mesh.
     params, batch_stats, indices = jax.device_get(distributed.local((state.params, state.batch_stats, state.indices)))
-    packed = kmqat.packed(params, indices) if "codebooks" in params else params["network"]
-    return {"params": packed, "batch_stats": batch_stats}
+    shipped = kmqat.packed(params, indices) if "codebooks" in params else {"params": params["network"]}
+    return {**shipped, "batch_stats": batch_stats}
 
 
 def parts_of(state: train_lib.TrainState) -> dict[str, Any]:
     """A state as the parts of a checkpoint, apart so that a model is read without the optimizer."""
     rest = {"step": state.step, "opt_state": state.opt_state}
     if "codebooks" in state.params:
-        rest |= {"codebooks": state.params["codebooks"], "indices": state.indices}
+        rest |= {"indices": state.indices, **{name: state.params[name] for name in kmqat.PARTS if name in state.params}}
     return {
         "network": {"params": state.params["network"], "batch_stats": state.batch_stats},
         "classifier": {"centres": state.params["classifier"]},
@@ -428,8 +428,7 @@ def state_of(parts: dict[str, Any]) -> train_lib.TrainState:
     """The inverse of `parts_of`."""
     network, rest = parts["network"], parts["training"]
     params = {"network": network["params"], "classifier": parts["classifier"]["centres"]}
-    if "codebooks" in rest:
-        params["codebooks"] = rest["codebooks"]
+    params |= {name: rest[name] for name in kmqat.PARTS if name in rest}
     return train_lib.TrainState(
         rest["step"], params, network["batch_stats"], rest["opt_state"], rest.get("indices", {})
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kmq_jax import kmqat, quant
+from kmq_jax import kmqat, model, quant
 from kmq_jax.core.errors import UserError
 from kmq_jax.train_config import default_config, quantized
 
@@ -40,10 +40,29 @@ def test_a_step_computes_with_exactly_what_is_shipped(recipe, changes):
     weights = jax.jit(lambda p, step: kmqat.weights(settings, p, {}, step, 0.0))
     for step, bits in enumerate(settings.cycle or (settings.bits,)):
         used = kernels(weights(params, step))
-        shipped = kernels(quant.dequantize(kmqat.packed(params, {}), bits if settings.coarse else None))
+        shipped = kernels(quant.dequantize(kmqat.packed(params, {})["params"], bits if settings.coarse else None))
         for here, there in zip(used, shipped):
             np.testing.assert_array_equal(here, there)
         assert all(len(np.unique(used[0][..., c])) <= 2**bits for c in range(8))
+
+
+def test_each_nested_width_trains_and_ships_biases_of_its_own():
+    settings = section(bits=4, coarse=(2, 3), cycle=(3, 4, 2))
+    params = kmqat.start(settings, PARAMS)
+    params["network"]["first"]["bias"] = jnp.full(8, 4.0)
+    params["narrow"] = {bits: {"first/bias": jnp.full(8, float(bits))} for bits in ("2", "3")}
+
+    def bias(params, step):
+        return kmqat.weights(settings, params, {}, jnp.array(step), 0.0)["first"]["bias"]
+
+    shipped = model.SpeakerModel("", {}, "", kmqat.packed(params, {}))
+    for step, bits in enumerate(settings.cycle):
+        np.testing.assert_array_equal(bias(params, step), np.full(8, float(bits)))
+        own = model.at_width(shipped, bits if bits < 4 else None).variables["params"]["first"]["bias"]
+        np.testing.assert_array_equal(own, np.full(8, float(bits)))
+        moved = jax.grad(lambda p, step=step: jnp.sum(bias(p, step)))(params)
+        for width, gradient in {**moved["narrow"], "4": {"first/bias": moved["network"]["first"]["bias"]}}.items():
+            np.testing.assert_array_equal(gradient["first/bias"], np.full(8, float(width == str(bits))))
 
 
 def test_off_leaves_everything_as_it_is():
@@ -107,7 +126,7 @@ def test_cached_assignments_hold_until_they_are_due():
         np.testing.assert_array_equal(fresh[name], expected)
         assert np.any(np.asarray(fresh[name]) != np.asarray(cached[name]))
     held = kmqat.weights(settings, later, cached, jnp.array(1), 0.0)
-    shipped = quant.dequantize(kmqat.packed(later, cached))
+    shipped = quant.dequantize(kmqat.packed(later, cached)["params"])
     np.testing.assert_array_equal(kernels(held)[0], kernels(shipped)[0])
 
 

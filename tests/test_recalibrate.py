@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kmq_jax import model, quant, recalibrate
+from kmq_jax import kmqat, model, quant, recalibrate
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import map_named, named_leaves, replace_named
 from kmq_jax.data import source
 from kmq_jax.models import registry
+from kmq_jax.train_config import default_config
+from kmq_jax.train_config import quantized as quantized_config
 
 DATA = source.open_source("synthetic:train?speakers=4&utterances=4")
 
@@ -37,6 +39,13 @@ def cosine(a, b):
     return np.mean(np.sum(a * b, 1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
 
 
+def stage_moments(speaker_model, features):
+    """Mean and deviation of each stage's output `[stages, 2]`."""
+    variables = quant.dequantize(speaker_model.variables, speaker_model.bits)
+    stages = speaker_model.network().apply(variables, features, return_stages=True)[1]
+    return np.array([(jnp.mean(s), jnp.std(s)) for s in stages])
+
+
 def test_folded_biases_bring_embeddings_nearer_and_match_the_moments():
     reference = reference_of("bias")
     quantized = quantized_of(reference)
@@ -45,11 +54,7 @@ def test_folded_biases_bring_embeddings_nearer_and_match_the_moments():
     assert cosine(exact, after) > cosine(exact, before)
 
     features = recalibrate.random_features(model.frontend_of("wespeaker"), DATA, 16, 1.0)
-    moments = []
-    for m in (reference, repaired):
-        stages = m.network().apply(quant.dequantize(m.variables), features, return_stages=True)[1]
-        moments.append([(jnp.mean(s), jnp.std(s)) for s in stages])
-    np.testing.assert_allclose(*moments, rtol=0.1)
+    np.testing.assert_allclose(*(stage_moments(m, features) for m in (reference, repaired)), rtol=0.1)
 
 
 def test_running_statistics_are_those_of_the_quantized_network():
@@ -61,6 +66,24 @@ def test_running_statistics_are_those_of_the_quantized_network():
     variables = quant.dequantize(repaired.variables)
     trained = network.apply(variables, features, train=True, mutable=["batch_stats"])[0]
     np.testing.assert_allclose(network.apply(variables, features), trained, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(("recipe", "coarse"), [("normalized", ()), ("kmqat", ()), ("normalized", (2, 3))])
+def test_training_starts_from_the_reference_s_moments_at_every_width(recipe, coarse):
+    reference = reference_of("bias")
+    section = quantized_config(default_config("resnet18"), 4 if coarse else 2, coarse=coarse, recipe=recipe).quant
+    features = recalibrate.random_features(model.frontend_of("wespeaker"), DATA, 16, 1.0)
+    begun = kmqat.start(section, {"network": reference.variables["params"]})
+    if coarse:  # of so small a network they are near as it is
+        begun["narrow"] = jax.tree.map(lambda bias: bias + 0.3, begun["narrow"])
+    repaired, _ = kmqat.repaired(reference, begun, features)
+    assert jax.tree.structure(repaired) == jax.tree.structure(begun)
+    expected = stage_moments(reference, features)
+    for bits in (*coarse, None):
+        shipped = [dataclasses.replace(reference, variables=kmqat.packed(p, {})) for p in (begun, repaired)]
+        before, after = (np.abs(stage_moments(model.at_width(m, bits), features) / expected - 1) for m in shipped)
+        assert np.max(after) < 0.1
+        assert np.max(before) > 0.3 or bits is None
 
 
 def test_a_network_that_recomputes_its_blocks_is_repaired_alike():

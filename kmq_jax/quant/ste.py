@@ -72,6 +72,16 @@ class Codebook:
         # The inverse of softplus, exact for small and for large scales.
         return dataclasses.replace(self, raw_scale=scale + jnp.log(-jnp.expm1(-scale)))
 
+    def scaled(self, slope: jax.Array, bits: int | None = None) -> "Codebook":
+        """The codebook with each group's values multiplied by `slope` `[groups]`, above zero, at one width or all."""
+        if bits is None:
+            return self.with_scale(self.scale * slope)
+        books = [
+            book * slope[:, None] if bits == width else book
+            for width, book in zip(self.widths, (*self.coarse, self.centroids))
+        ]
+        return dataclasses.replace(self, centroids=books[-1], coarse=tuple(books[:-1]))
+
     def constrained(self) -> tuple[jax.Array, ...]:
         """The centroids of every width as they are used: in order, and with the constraints met."""
         books = []
