@@ -14,14 +14,15 @@ METHODS = {  # colour, marker and name of each way to quantize
     "without training, nested": ("0.75", "^", "nested, without training"),
     "trained, nested": ("tab:orange", "D", "nested, trained"),
 }
+WIDTH, DPI = 5.6, 160  # inches, and dots to one: at a phone's 360 pixels a point is still a pixel
 TICKS = (2, 3, 4, 6, 8, 16, 32)
 FROM_DIAGNOSIS = ("histograms", "flips", "retention")
 
 
 def widths_figure(rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figure:
     """EER against width, a panel for each evaluation set, with 95 % intervals."""
-    figure = Figure(figsize=(4.6 * len(sets), 3.8), layout="constrained")
-    panels = figure.subplots(1, len(sets), squeeze=False)[0]
+    figure = Figure(figsize=(WIDTH, 3.4 * len(sets)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(sets), 1, squeeze=False)[:, 0]
     for axes, name in zip(panels, sets):
         full = rows[0]["sets"][name]
         axes.axhline(full["eer"], color="black", linewidth=1, label="full precision")
@@ -37,19 +38,18 @@ def widths_figure(rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Fig
                 look = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1}
                 axes.errorbar(places, values, spans, label=label, elinewidth=0.7, capsize=2, **look)
         widths = sorted({row["bits"] for row in rows[1:]})
-        axes.set(title=name, xlabel="bits a weight", xticks=widths)
+        axes.set(title=name, xlabel="bits a weight", ylabel="EER (%)", xticks=widths)
         axes.invert_xaxis()
         axes.grid(axis="y", color="0.9", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("EER (%)")
     panels[0].legend(frameon=False, fontsize=8)
     return figure
 
 
 def cascades_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figure:
     """Harmful flips against bits a trial: every width alone and every cascade, a panel for each evaluation set."""
-    figure = Figure(figsize=(4.6 * len(sets), 3.8), layout="constrained")
-    panels = figure.subplots(1, len(sets), squeeze=False)[0]
+    figure = Figure(figsize=(WIDTH, 3.4 * len(sets)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(sets), 1, squeeze=False)[:, 0]
     for axes, name in zip(panels, sets):
         drawn = set()
         for number, cascade in enumerate(cascades):
@@ -66,11 +66,14 @@ def cascades_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) 
             axes.plot(found["sequential_bits"], flips, "o", color=colour, markersize=8, label=label)
         # A cascade that ends in full precision costs ten times as many bits: equal steps are equal factors.
         axes.set_xscale("log", base=2)
-        axes.set(title=name, xlabel="mean sequential bits a trial", xticks=TICKS, xticklabels=TICKS)
+        axes.set(title=name, xlabel="mean sequential bits a trial", ylabel="harmful flips (% of trials)")
+        axes.set_xticks(TICKS, TICKS)
+        axes.minorticks_off()
+        axes.margins(0.08, 0.12)
+        axes.autoscale()
         axes.set_ylim(bottom=0)
         axes.grid(color="0.9", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("harmful flips (% of trials)")
     panels[0].legend(frameon=False, fontsize=8)
     return figure
 
@@ -78,13 +81,13 @@ def cascades_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) 
 def resolved_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figure:
     """Which width decides how many of the trials: a bar for each cascade and evaluation set."""
     bars = [(f"{one['name']}, {one['family']}\non {name}", one["sets"][name]) for one in cascades for name in sets]
-    figure = Figure(figsize=(8, 0.9 + 0.55 * len(bars)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.55 * len(bars)), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     for place, (_, found) in enumerate(bars):
         left = 0.0
         for bits, share in found["resolved"].items():
             axes.barh(place, 100 * share, left=left, color=_colour(bits), edgecolor="white", label=_width(bits))
-            if share > 0.03:
+            if share > 0.05:
                 axes.text(left + 50 * share, place, f"{100 * share:.1f}", ha="center", va="center", fontsize=8)
             left += 100 * share
     axes.set(yticks=range(len(bars)), yticklabels=[label for label, _ in bars], xlabel="% of trials", xlim=(0, 100))
@@ -97,24 +100,26 @@ def resolved_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) 
 
 def remaining_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figure:
     """Where harmful flips remain: a panel for each cascade and evaluation set, bars by nearness to the threshold."""
-    figure = Figure(figsize=(4.6 * len(sets), 0.6 + 2.5 * len(cascades)), layout="constrained")
-    panels = figure.subplots(len(cascades), len(sets), squeeze=False, sharey="row")
-    for row, cascade in zip(panels, cascades):
-        for axes, name in zip(row, sets):
-            found = cascade["sets"][name]
-            bands = found["remaining_flips"]
-            heights = [0.0] * len(bands)
-            for bits in found["resolved"]:
-                rates = [100 * band["harmful_flip_rate"][bits] for band in bands]
-                axes.bar(range(len(bands)), rates, bottom=heights, color=_colour(bits), label=_width(bits))
-                heights = [height + rate for height, rate in zip(heights, rates)]
-            labels = ["{:g}-{:g}".format(*band["nearest"]) for band in bands]
-            axes.set_xticks(range(len(bands)), labels, fontsize=7)
-            axes.set_title(f"{cascade['name']}, {cascade['family']}, on {name}", fontsize=9)
-            axes.spines[["top", "right"]].set_visible(False)
-        row[0].set_ylabel("harmful flips\n(% of all trials)", fontsize=8)
-    for axes in panels[-1]:
-        axes.set_xlabel("trials nearest the threshold at full precision (%)", fontsize=8)
+    shown = [(cascade, name) for cascade in cascades for name in sets]
+    rows = -(-len(shown) // 2)
+    figure = Figure(figsize=(WIDTH, 0.6 + 2.3 * rows), dpi=DPI, layout="constrained")
+    panels = figure.subplots(rows, 2, squeeze=False)
+    for axes, (cascade, name) in zip(panels.flat, shown):
+        found = cascade["sets"][name]
+        bands = found["remaining_flips"]
+        heights = [0.0] * len(bands)
+        for bits in found["resolved"]:
+            rates = [100 * band["harmful_flip_rate"][bits] for band in bands]
+            axes.bar(range(len(bands)), rates, bottom=heights, color=_colour(bits), label=_width(bits))
+            heights = [height + rate for height, rate in zip(heights, rates)]
+        labels = ["{:g}-{:g}".format(*band["nearest"]) for band in bands]
+        axes.set_xticks(range(len(bands)), labels, fontsize=7, rotation=30)
+        axes.set_title(f"{cascade['name']}, {cascade['family']}, on {name}", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels.flat[len(shown) :]:
+        axes.set_axis_off()
+    figure.supylabel("harmful flips (% of all trials)", fontsize=9)
+    figure.supxlabel("trials nearest the threshold at full precision (%)", fontsize=9)
     _legend_by_width(figure, *panels.flat)
     return figure
 

@@ -220,8 +220,9 @@ class Networks:
         Returns:
             `bits, experiment` ("reference", "low", "retention", "mirror"), `component, parameters` (share), `eer` in
             percent with `eer_ci95, mean_abs_drift` (against the reference), `recovery` and `recovery_ci95` in percent
-            of the EER's rise (of mirror: the share of the rise that the component causes alone), `drift_recovery` in
-            percent of mean |drift| (of mirror: the share).
+            of the EER's rise (of mirror: the share of the rise that the component causes alone), None where it does
+            not rise in nine of ten draws of speakers, `drift_recovery` in percent of mean |drift| (of mirror: the
+            share).
         """
         count = self.options.retention_utterances
         if 0 < count < len(self.utterances):
@@ -375,13 +376,14 @@ def _recovery(kind: str, base: _Rates, low: _Rates, here: _Rates) -> Row:
             return 100 * ((few - mixed) if kind == "retention" else (mixed - full)) / (few - full)
 
     row: Row = {"recovery": None, "recovery_ci95": None, "drift_recovery": None}
-    if low.eer > base.eer:
+    shares, risen = None, low.eer > base.eer
+    if risen and base.draws is not None and low.draws is not None and here.draws is not None:
+        fine = low.draws > base.draws
+        risen = fine.mean() >= 0.9  # else it is chance, and a share of it means nothing
+        shares = share(base.draws[fine], low.draws[fine], here.draws[fine])
+    if risen:
         row["recovery"] = float(share(base.eer, low.eer, here.eer))
-        if base.draws is not None and low.draws is not None and here.draws is not None:
-            fine = low.draws > base.draws
-            if fine.mean() >= 0.9:
-                drawn = share(base.draws[fine], low.draws[fine], here.draws[fine])
-                row["recovery_ci95"] = list(percentile_interval(drawn))
+        row["recovery_ci95"] = None if shares is None else list(percentile_interval(shares))
     worst = float(np.abs(low.scores - base.scores).mean())
     if worst > 0:
         row["drift_recovery"] = float(share(0.0, worst, float(np.abs(here.scores - base.scores).mean())))

@@ -207,10 +207,12 @@ def retention(found: Diagnosis) -> Figure:
         ax.xaxis.set_major_formatter(_percent())
         ax.set_title(title, loc="left")
     shades = [(colour(bits, found.trials.widths), f"{bits} bits: ") for bits in widths]
+    parts = [("recovery", 1.0, "of the EER's rise"), ("drift_recovery", 0.45, "of mean |drift|")]
     handles = [
         Patch(color=shade, alpha=alpha, linewidth=0, label=f"{name if len(widths) > 1 else ''}{what}")
         for shade, name in shades
-        for alpha, what in ((1.0, "of the EER's rise"), (0.45, "of mean |drift|"))
+        for key, alpha, what in parts
+        if any(row.get(key) is not None for row in rows)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure
