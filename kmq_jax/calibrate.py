@@ -119,7 +119,9 @@ def draw(path: str, rows: list[dict[str, Any]], singles: dict[str, Any], chosen:
     """Draws harmful flips and EER against bits: the front, each width alone, and the point chosen."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, 6.4), layout="constrained", dpi=160)
+    from kmq_jax import html
+
+    figure = Figure(figsize=(html.WIDTH, 6.4), layout="constrained", dpi=160)
     panels = figure.subplots(2, 1)
     for axes, key, scale, label in zip(
         panels, ("harmful_flip_rate", "eer"), (100, 1), ("Harmful flips (%)", "EER (%)")

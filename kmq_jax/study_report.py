@@ -14,14 +14,13 @@ METHODS = {  # colour, marker and name of each way to quantize
     "without training, nested": ("0.75", "^", "nested, without training"),
     "trained, nested": ("tab:orange", "D", "nested, trained"),
 }
-WIDTH, DPI = 5.6, 160  # inches, and dots to one: at a phone's 360 pixels a point is still a pixel
 TICKS = (2, 3, 4, 6, 8, 16, 32)
 FROM_DIAGNOSIS = ("histograms", "flips", "retention")
 
 
 def widths_figure(rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figure:
     """EER against width, a panel for each evaluation set, with 95 % intervals."""
-    figure = Figure(figsize=(WIDTH, 3.4 * len(sets)), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(html.WIDTH, 3.4 * len(sets)), layout="constrained")
     panels = figure.subplots(len(sets), 1, squeeze=False)[:, 0]
     for axes, name in zip(panels, sets):
         full = rows[0]["sets"][name]
@@ -48,7 +47,7 @@ def widths_figure(rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Fig
 
 def cascades_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figure:
     """Harmful flips against bits a trial: every width alone and every cascade, a panel for each evaluation set."""
-    figure = Figure(figsize=(WIDTH, 3.4 * len(sets)), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(html.WIDTH, 3.4 * len(sets)), layout="constrained")
     panels = figure.subplots(len(sets), 1, squeeze=False)[:, 0]
     for axes, name in zip(panels, sets):
         drawn = set()
@@ -81,7 +80,7 @@ def cascades_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) 
 def resolved_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figure:
     """Which width decides how many of the trials: a bar for each cascade and evaluation set."""
     bars = [(f"{one['name']}, {one['family']}\non {name}", one["sets"][name]) for one in cascades for name in sets]
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.55 * len(bars)), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(html.WIDTH, 0.9 + 0.55 * len(bars)), layout="constrained")
     axes = figure.subplots()
     for place, (_, found) in enumerate(bars):
         left = 0.0
@@ -102,7 +101,7 @@ def remaining_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str])
     """Where harmful flips remain: a panel for each cascade and evaluation set, bars by nearness to the threshold."""
     shown = [(cascade, name) for cascade in cascades for name in sets]
     rows = -(-len(shown) // 2)
-    figure = Figure(figsize=(WIDTH, 0.6 + 2.3 * rows), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(html.WIDTH, 0.6 + 2.3 * rows), layout="constrained")
     panels = figure.subplots(rows, 2, squeeze=False)
     for axes, (cascade, name) in zip(panels.flat, shown):
         found = cascade["sets"][name]

@@ -12,13 +12,13 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
+from kmq_jax import html
 from kmq_jax.diagnostics.diagnosis import Diagnosis
 from kmq_jax.metrics.det_plot import det_figure
 from kmq_jax.metrics.detection import Array
 
 Row = Mapping[str, Any]
 
-WIDTH = 5.6  # inches: at a phone's 360 pixels a point is still a pixel
 _INK, _FAINT, _REFERENCE = "#22262b", "#d5d9de", "#6b7280"
 _TARGET, _NONTARGET = "#1b7f79", "#b5562b"
 _LADDER = ("#2b6cb0", "#d08a1d", "#c0353a", "#7b3fa0", "#3d8f4f", "#8a5a3b")
@@ -45,7 +45,7 @@ def colour(bits: int, widths: Sequence[int]) -> str:
 
 
 def _new(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(WIDTH, height), dpi=160, layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.09))
+    figure = Figure(figsize=(html.WIDTH, height), dpi=160, layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.09))
     return figure, figure.subplots(rows, columns, **options)
 
 

@@ -13,6 +13,9 @@ from matplotlib.figure import Figure
 
 from kmq_jax.core.files import atomic_write
 
+WIDTH = 5.6
+"""Inches of a page's figures: at a phone's 360 pixels a point is still a pixel."""
+
 
 def png(figure: Figure) -> bytes:
     """A figure as PNG, sharp on dense screens."""
