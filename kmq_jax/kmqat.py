@@ -1,10 +1,13 @@
 """Quantization-aware training: what a configuration's `quant` section does to the parameters and to a training step.
 
 While it lasts the network's quantized kernels are full-precision latents, `params["network"]`, with a codebook each,
-`params["codebooks"]`. Where codebooks nest, each smaller width has biases of its own, `params["narrow"]`; those in
-`params["network"]` are the widest's. A step computes with the codebooks' values (`weights`) and moves latents, scales,
+`params["codebooks"]`. A step computes with the codebooks' values (`weights`) and moves latents, scales,
 centroids and biases; `after_step` is what happens now and then instead of at every step; `packed` is the network that
 is shipped.
+
+Nested codebooks are grown from a network of the smallest width, trained before (`quant.grow_from`), which stays bit for
+bit as it is: steps train wider widths in turns, inside its cells. Each width has biases of its own; the widest's are in
+`params["network"]`, the others' in `params["narrow"]`.
 
 References: KMQAT by Liu, Wang and Qian, Towards lightweight speaker verification via adaptive neural network
 quantization, 2024; its settings in the study reproduced here are `quant.recipe = "kmqat"`.
@@ -45,8 +48,10 @@ def check(section: ml_collections.ConfigDict) -> None:
         raise UserError(f"quant.lloyd_every (={section.lloyd_every}) must be at least 1 step")
     if section.reassign_every < 0:
         raise UserError(f"quant.reassign_every (={section.reassign_every}) must not be negative")
-    if unknown := set(section.cycle) - {*section.coarse, section.bits}:
-        raise UserError(f"quant.cycle names {unknown.pop()} bits, which is neither quant.bits nor in quant.coarse")
+    if bool(section.coarse) != bool(section.grow_from):
+        raise UserError("quant.coarse and quant.grow_from, a trained MODEL of the smallest width, go together")
+    if section.grow_from and section.reassign_every:
+        raise UserError("quant.reassign_every cannot be used with quant.grow_from, whose cells stay as they are")
     if section.budget and (section.bits or section.coarse or section.rules):
         raise UserError("quant.budget chooses widths itself: it cannot be used with quant.bits, coarse or rules")
 
@@ -81,7 +86,9 @@ def rules_of(section: ml_collections.ConfigDict) -> list[quant.QuantRule]:
     return rules
 
 
-def start(section: ml_collections.ConfigDict, params: Any, widths: Mapping[str, int] | None = None) -> Any:
+def start(
+    section: ml_collections.ConfigDict, params: Any, widths: Mapping[str, int] | None = None, narrow: Any = None
+) -> Any:
     """Turns the kernels of `params["network"]` into latents, and adds their codebooks and the smaller widths' biases.
 
     Works on shapes too, inside `jax.eval_shape`. Without quantization `params` comes back as it is.
@@ -90,46 +97,81 @@ def start(section: ml_collections.ConfigDict, params: Any, widths: Mapping[str, 
         section: the `quant` section.
         params: full-precision parameters.
         widths: by name, in place of the section's rules: these tensors and no others.
+        narrow: parameters of the packed network to grow from. What it does not quantize is shared by all widths.
 
     Raises:
-        UserError: a value of the section cannot be used, or a weight is not finite.
+        UserError: a value of the section cannot be used, a weight is not finite, or `narrow` is another network.
     """
     if not is_on(section):
         return params
     rules = quant.rules_of(widths, spec_of(section, 8)) if widths else rules_of(section)
+    if narrow is not None:
+        return _grown(params, narrow, rules)
     latents, books = quant.init_codebooks(params["network"], rules, recipe=section.recipe)
-    begun = {**params, "network": latents, "codebooks": {**params.get("codebooks", {}), **books}}
-    if section.coarse and "narrow" not in params:
-        begun["narrow"] = {str(bits): biases(latents) for bits in sorted(section.coarse)}
-    return begun
+    return {**params, "network": latents, "codebooks": {**params.get("codebooks", {}), **books}}
 
 
-def biases(network: Any) -> dict[str, jax.Array]:
+def _grown(params: Any, narrow: Any, rules: list[quant.QuantRule]) -> Any:
+    """As `start`, of nested codebooks."""
+    latents, books = quant.grow_codebooks(params["network"], narrow, rules)
+    quantized = {name.rpartition("/")[0] for name in books}
+    own = {name: leaf for name, leaf in named_leaves(narrow, is_leaf=quant.is_codebook_tensor) if name not in books}
+    network = map_named(lambda n, leaf: leaf if n.rpartition("/")[0] in quantized else jnp.asarray(own[n]), latents)
+    smallest, *wider = next(iter(books.values())).widths[:-1]
+    return {
+        **params,
+        "network": network,
+        "codebooks": {name: dataclasses.replace(book, indices=None) for name, book in books.items()},
+        "narrow": {str(smallest): _biases(narrow)} | {str(bits): _biases(network) for bits in wider},
+    }
+
+
+def _biases(network: Any) -> dict[str, jax.Array]:
     """Copies of what each width of nested codebooks has to itself, by name."""
-    return {name: jnp.array(leaf) for name, leaf in named_leaves(network) if name.endswith("/bias")}
+    leaves = named_leaves(network, is_leaf=quant.is_codebook_tensor)
+    return {name: jnp.array(leaf) for name, leaf in leaves if name.endswith("/bias")}
 
 
-def repaired(reference: model.SpeakerModel, params: Any, features: jax.Array) -> tuple[Any, Any]:
+def cells(params: Any, narrow: Any) -> dict[str, jax.Array]:
+    """The indices of the network that nested codebooks were grown from, by name: what `indices` holds all along."""
+    tensors = dict(named_leaves(narrow, is_leaf=quant.is_codebook_tensor))
+    return {name: quant.indices_of(tensors[name]) for name in params["codebooks"]}
+
+
+def repaired(
+    reference: model.SpeakerModel, params: Any, features: jax.Array, indices: Mapping[str, jax.Array]
+) -> tuple[Any, Any]:
     """Starts from a network whose layers have the reference's moments (see `recalibrate`).
 
     Args:
         reference: the full-precision network.
         params: from `start`, made of it.
         features: `[batch, time, mel]`, as training gives them.
+        indices: where codebooks nest, from `cells`.
 
     Returns:
         `(params, batch_stats)`.
     """
-    params, batch_stats = _repaired_at(None, reference, params, features)
-    for bits in params.get("narrow", {}):  # these scale their own centroids alone, so the widest comes first
-        params, _ = _repaired_at(int(bits), reference, params, features)
+    # The widest comes last: its biases are where the other widths start.
+    widths = next((book.widths[1:] for book in params["codebooks"].values() if book.kept), (None,))
+    batch_stats = reference.variables.get("batch_stats", {})
+    for bits in widths:
+        params, batch_stats = _repaired_at(bits, reference, params, features, indices, batch_stats)
     return params, batch_stats
 
 
-def _repaired_at(bits: int | None, reference: model.SpeakerModel, params: Any, features: jax.Array) -> tuple[Any, Any]:
-    """As `repaired`, of one width of nested codebooks; None is the widest, with all that the widths share."""
-    books, batch_stats = params["codebooks"], reference.variables.get("batch_stats", {})
-    variables = {"params": quant.export(params["network"], books), "batch_stats": batch_stats}
+def _repaired_at(
+    bits: int | None,
+    reference: model.SpeakerModel,
+    params: Any,
+    features: jax.Array,
+    indices: Mapping[str, jax.Array],
+    batch_stats: Any,
+) -> tuple[Any, Any]:
+    """As `repaired`, of one width of nested codebooks, which leaves alone what the widths share; None: there is one."""
+    books = params["codebooks"]
+    cached = {name: dataclasses.replace(book, indices=indices.get(name)) for name, book in books.items()}
+    variables = {"params": quant.export(params["network"], cached), "batch_stats": batch_stats}
     quantized = dataclasses.replace(reference, variables=variables, bits=bits)
     repair = recalibrate.measure(reference, quantized, features, quantized_only=bits is not None)
     slopes = {}
@@ -146,9 +188,9 @@ def _repaired_at(bits: int | None, reference: model.SpeakerModel, params: Any, f
     variables = {"params": params["network"], "batch_stats": batch_stats}
     variables = jax.tree.map(jnp.asarray, recalibrate.apply(repair, variables, scaled))
     params = {**params, "codebooks": {**books, **{n: books[n].scaled(slope, bits) for n, slope in slopes.items()}}}
-    if bits is None:
+    if bits is None or str(bits) not in params["narrow"]:
         return {**params, "network": variables["params"]}, variables["batch_stats"]
-    return {**params, "narrow": {**params["narrow"], str(bits): biases(variables["params"])}}, batch_stats
+    return {**params, "narrow": {**params["narrow"], str(bits): _biases(variables["params"])}}, batch_stats
 
 
 def weights(
@@ -164,7 +206,7 @@ def weights(
     Args:
         section: the `quant` section.
         params: from `start`, to be differentiated.
-        indices: cached ones by name; empty: each latent takes its nearest centroid afresh.
+        indices: cached ones by name; empty: each latent takes its nearest centroid afresh. See `cells`, too.
         step: of the run.
         thaw: step from which scales are trained.
         names: tensors that are quantized already; None is all of them. The others are used in full precision.
@@ -184,10 +226,11 @@ def weights(
             frozen = jax.lax.stop_gradient(book.raw_scale)
             held = dataclasses.replace(held, raw_scale=jnp.where(step >= thaw, book.raw_scale, frozen))
         books[name] = dataclasses.replace(held, indices=indices.get(name))
-    cycle = section.cycle or ((*section.coarse, section.bits) if section.coarse else ())
-    bits = jnp.array(cycle)[step % len(cycle)] if cycle else None
-    if bits is not None:
-        latents = _own_biases(latents, params.get("narrow", {}), bits)
+    bits = None
+    if section.coarse:
+        trained = jnp.array((*sorted(section.coarse)[1:], section.bits))
+        bits = trained[step % len(trained)]
+        latents = _own_biases(latents, params["narrow"], bits)
     clip = section.clip or None
     return quant.fake_quantize(latents, books, bits=bits, clip=clip, reduction=section.reduction)
 
@@ -288,6 +331,19 @@ def after_step(
         due = step % section.reassign_every == 0
         indices = jax.lax.cond(due, lambda _: assigned(latents, books), lambda same: dict(same), indices)
     return {**params, "codebooks": books}, indices
+
+
+def kept(before: Any, after: Any) -> Any:
+    """The parameters after a step, with all that the network grown from has a share in as it was before."""
+    books = {}
+    for name, book in after["codebooks"].items():
+        old = before["codebooks"][name]
+        books[name] = dataclasses.replace(book, raw_scale=old.raw_scale, coarse=(old.coarse[0], *book.coarse[1:]))
+    shared = {n: leaf for n, leaf in named_leaves(before["network"]) if n not in books and not n.endswith("/bias")}
+    network = map_named(lambda name, leaf: shared.get(name, leaf), after["network"])
+    smallest = min(before["narrow"], key=int)
+    narrow = {**after["narrow"], smallest: before["narrow"][smallest]}
+    return {**after, "network": network, "codebooks": books, "narrow": narrow}
 
 
 def assigned(latents: Any, books: Mapping[str, quant.Codebook]) -> dict[str, jax.Array]:

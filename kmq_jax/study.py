@@ -140,14 +140,16 @@ def make_networks(config: ml_collections.ConfigDict, steps: Steps) -> list[Netwo
     if section.nested:
         runs.append((NESTED, widths[0], tuple(widths[1:]), ", nested"))
     for name, bits, coarse, suffix in runs:
-        own = kmqat_config(config, name, bits, coarse, str(reference))
+        narrow = f"kmqat-{min(coarse)}" if coarse else ""
+        own = kmqat_config(config, name, bits, coarse, str(reference), str(steps.directory / narrow) if narrow else "")
         rules = [_settings(own)["quant"], own.data.train]
         untrained, trained = functools.partial(quantize, own, reference), functools.partial(_finish, own)
         made = {"ptq": ("without training", steps.run(f"ptq-{name}", rules, ("fp32",), f"ptq-{name}.kmq", untrained))}
+        before = ("fp32", narrow) if narrow else ("fp32",)
         if own.epochs:
             made["kmqat"] = (
                 "trained",
-                steps.run(f"kmqat-{name}", _settings(own), ("fp32",), f"kmqat-{name}", trained),
+                steps.run(f"kmqat-{name}", _settings(own), before, f"kmqat-{name}", trained),
             )
         for step, (method, path) in made.items():
             for width in (bits, *coarse):
@@ -157,15 +159,15 @@ def make_networks(config: ml_collections.ConfigDict, steps: Steps) -> list[Netwo
 
 
 def kmqat_config(
-    config: ml_collections.ConfigDict, name: str, bits: int, coarse: tuple[int, ...], reference: str
+    config: ml_collections.ConfigDict, name: str, bits: int, coarse: tuple[int, ...], reference: str, narrow: str
 ) -> ml_collections.ConfigDict:
     """The configuration of the quantized run `name`: the full-precision one's, with the `study` section's changes."""
-    own = quantized(copy.deepcopy(config), bits, coarse=coarse, rules=config.study.rules)
-    if coarse:
-        own.quant.cycle = config.study.cycle
+    own = quantized(copy.deepcopy(config), bits, coarse=coarse, grow_from=narrow, rules=config.study.rules)
     own.init_from = reference
     own.average_last = 0
     own.epochs = config.study.epochs.get(name, 0.0)
+    if coarse and not config.study.epochs.get(str(min(coarse))):
+        own.epochs = 0.0
     own.learning_rate.peak = config.study.learning_rate
     own.validation.data = ""
     return own

@@ -69,7 +69,7 @@ def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
                 "rules": (),  # (pattern, bits) before that, first match wins; 0 keeps full precision
                 "granularity": "channel",  # or "tensor": what shares a codebook
                 "coarse": (),  # further, smaller widths that the same indices serve
-                "cycle": (),  # widths that steps are trained at, in turns; empty: all of them alike
+                "grow_from": "",  # MODEL trained at the smallest of them: it is kept, wider widths train in its cells
                 "recipe": "normalized",  # latents in units of a channel's deviation; or "kmqat", of the weights
                 "start": "optimal",  # of the centroids, see quant.kmeans
                 "retention": 0.9,
@@ -119,10 +119,10 @@ def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
                 "widths": (4, 3, 2),
                 "nested": True,  # also all widths in one file
                 "rules": (),  # as quant.rules
-                # Of quantization-aware training; a width that is left out is quantized without training alone.
+                # Of quantization-aware training; a width that is left out is quantized without training alone. Nested
+                # codebooks are trained where the smallest width is.
                 "epochs": {"4": 1.0, "3": 1.0, "2": 2.0, "nested": 3.0},
                 "learning_rate": 1e-2,
-                "cycle": (),  # as quant.cycle, of the nested run
                 "compute": "float32",  # the arithmetic of extraction
                 "quick_compile": False,  # without optimizations, for networks so tiny that compiling is all they cost
                 "diagnose": (),  # names of evaluation sets

@@ -37,7 +37,8 @@ class TrainState:
             the network's kernels are latents and there are `"codebooks"`, see `kmqat`.
         batch_stats: running statistics of the network's normalisation.
         opt_state: the optimizer's.
-        indices: cached assignments of latents to centroids, by name; empty where each step assigns afresh.
+        indices: cached assignments of latents to centroids, by name; empty where each step assigns afresh. Where
+            codebooks nest, those at the smallest width.
     """
 
     step: jax.Array
@@ -126,11 +127,13 @@ def make_recipe(
     )
 
 
-def init_state(recipe: Recipe, params: Any, batch_stats: Any) -> TrainState:
-    """The state before the first step."""
-    cached = recipe.config.quant.reassign_every and "codebooks" in params
-    indices = kmqat.assigned(params["network"], params["codebooks"]) if cached else {}
-    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, recipe.optimizer.init(params), indices)
+def init_state(
+    recipe: Recipe, params: Any, batch_stats: Any, indices: Mapping[str, jax.Array] | None = None
+) -> TrainState:
+    """The state before the first step; `indices` are those of `kmqat.cells`, where codebooks nest."""
+    if recipe.config.quant.reassign_every and "codebooks" in params:
+        indices = kmqat.assigned(params["network"], params["codebooks"])
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, recipe.optimizer.init(params), indices or {})
 
 
 def features_of(recipe: Recipe, key: jax.Array, batch: Batch) -> jax.Array:
@@ -238,6 +241,8 @@ def train_step(
     if "codebooks" in params:
         until = section.lloyd_until * recipe.total_steps
         params, indices = kmqat.after_step(section, params, indices, state.step + 1, until)
+        if section.grow_from:
+            params = kmqat.kept(state.params, params)
     metrics |= {
         "gradient_norm": optax.tree.norm(gradients),
         "parameter_norm": optax.tree.norm(params),

@@ -251,24 +251,28 @@ def _train(
     if config.init_from and not resumes:
         params, batch_stats = adopt(config.init_from, params, batch_stats)
     teacher = load_teacher(config, params["network"], batch_stats)
-    named = jax.eval_shape(functools.partial(kmqat.start, config.quant), params)
+    narrow = model.load(config.quant.grow_from).variables["params"] if config.quant.grow_from else None
+    cells: dict[str, jax.Array] = {}
+    named = jax.eval_shape(functools.partial(kmqat.start, config.quant, narrow=narrow), params)
     recipe = train_lib.make_recipe(network, fbank, config, devices, named, epoch_steps)
     if quantized:
         full = dataclasses.replace(described, variables={"params": params["network"], "batch_stats": batch_stats})
         widths = allocate(recipe, workdir, params, batch_stats, teacher, batches) if config.quant.budget else None
-        begin = functools.partial(kmqat.start, config.quant, widths=widths)
+        begin = functools.partial(kmqat.start, config.quant, widths=widths, narrow=narrow)
         params = jax.eval_shape(begin, params) if resumes else begin(params)
+        if narrow is not None:
+            cells = kmqat.cells(params, narrow)
         if config.quant.recalibrate and not resumes:
             crops = recalibrate.random_features(fbank, utterances, config.quant.recalibrate, config.data.crop_seconds)
-            params, batch_stats = kmqat.repaired(full, params, crops)
+            params, batch_stats = kmqat.repaired(full, params, crops, cells)
     make_state = functools.partial(train_lib.init_state, recipe)
-    shapes = jax.eval_shape(make_state, params, batch_stats)
+    shapes = jax.eval_shape(make_state, params, batch_stats, cells)
     shardings = mesh.tree_shardings(shapes, devices, [(p, int(axis)) for p, axis in config.sharding])
     teacher = jax.device_put(teacher, mesh.replicated(devices))
     if resumes:
         state = restore(checkpoints, checkpoints.steps()[-1], shapes, shardings, batches)
     else:
-        state = jax.jit(make_state, out_shardings=shardings)(params, batch_stats)
+        state = jax.jit(make_state, out_shardings=shardings)(params, batch_stats, cells)
 
     # 4. Steps.
     start = step = int(state.step)

@@ -33,36 +33,64 @@ def kernels(tree):
 
 
 @pytest.mark.parametrize("recipe", ["normalized", "kmqat"])
-@pytest.mark.parametrize("changes", [{}, {"coarse": (2,), "cycle": (2, 3)}, {"bits": 1, "symmetric": True}])
+@pytest.mark.parametrize("changes", [{}, {"bits": 1, "symmetric": True}])
 def test_a_step_computes_with_exactly_what_is_shipped(recipe, changes):
     settings = section(recipe=recipe, **changes)
     params = kmqat.start(settings, PARAMS)
-    weights = jax.jit(lambda p, step: kmqat.weights(settings, p, {}, step, 0.0))
-    for step, bits in enumerate(settings.cycle or (settings.bits,)):
-        used = kernels(weights(params, step))
-        shipped = kernels(quant.dequantize(kmqat.packed(params, {})["params"], bits if settings.coarse else None))
-        for here, there in zip(used, shipped):
-            np.testing.assert_array_equal(here, there)
-        assert all(len(np.unique(used[0][..., c])) <= 2**bits for c in range(8))
+    used = kernels(jax.jit(lambda p, step: kmqat.weights(settings, p, {}, step, 0.0))(params, 0))
+    for here, there in zip(used, kernels(quant.dequantize(kmqat.packed(params, {})["params"]))):
+        np.testing.assert_array_equal(here, there)
+    assert all(len(np.unique(used[0][..., c])) <= 2**settings.bits for c in range(8))
 
 
-def test_each_nested_width_trains_and_ships_biases_of_its_own():
-    settings = section(bits=4, coarse=(2, 3), cycle=(3, 4, 2))
-    params = kmqat.start(settings, PARAMS)
+def grown():
+    """Wider widths of a narrow network whose second layer, here in full precision, was trained; what it was is told."""
+    trained = {**PARAMS["network"], "first": {**PARAMS["network"]["first"], "bias": np.full(8, 2.0, np.float32)}}
+    trained["second"] = {"kernel": trained["second"]["kernel"] + 1, "bias": np.full(6, 5.0, np.float32)}
+    full = {**PARAMS["network"], "second": {**PARAMS["network"]["second"], "bias": np.zeros(6, np.float32)}}
+    settings = section(bits=4, coarse=(2, 3), grow_from="narrow", rules=(("second", 0),))
+    rules = kmqat.rules_of(section(bits=2, rules=(("second", 0),)))
+    narrow = quant.quantize(trained, rules)
+    params = kmqat.start(settings, {**PARAMS, "network": full}, narrow=narrow)
+    return settings, narrow, params, kmqat.cells(params, narrow)
+
+
+def test_nested_widths_train_in_turns_each_with_biases_of_its_own():
+    settings, narrow, params, cells = grown()
+    assert list(cells) == ["first/kernel"]
+    # Where the kernel is shared, biases begin as the narrow network has them; else in full precision.
+    np.testing.assert_array_equal(params["network"]["second"]["kernel"], narrow["second"]["kernel"])
+    assert {b: (float(v["first/bias"][0]), float(v["second/bias"][0])) for b, v in params["narrow"].items()} == {
+        "2": (2, 5),
+        "3": (0, 5),
+    }
     params["network"]["first"]["bias"] = jnp.full(8, 4.0)
-    params["narrow"] = {bits: {"first/bias": jnp.full(8, float(bits))} for bits in ("2", "3")}
+    params["narrow"]["3"]["first/bias"] = jnp.full(8, 3.0)
 
-    def bias(params, step):
-        return kmqat.weights(settings, params, {}, jnp.array(step), 0.0)["first"]["bias"]
+    def weights(params, step):
+        return kmqat.weights(settings, params, cells, jnp.array(step), 0.0)
 
-    shipped = model.SpeakerModel("", {}, "", kmqat.packed(params, {}))
-    for step, bits in enumerate(settings.cycle):
-        np.testing.assert_array_equal(bias(params, step), np.full(8, float(bits)))
-        own = model.at_width(shipped, bits if bits < 4 else None).variables["params"]["first"]["bias"]
-        np.testing.assert_array_equal(own, np.full(8, float(bits)))
-        moved = jax.grad(lambda p, step=step: jnp.sum(bias(p, step)))(params)
+    shipped = model.SpeakerModel("", {}, "", kmqat.packed(params, cells))
+    for step, bits in enumerate((3, 4, 3)):
+        read = quant.dequantize(model.at_width(shipped, bits).variables["params"], bits)
+        np.testing.assert_array_equal(read["first"]["bias"], np.full(8, float(bits)))
+        jax.tree.map(np.testing.assert_array_equal, weights(params, step), read)
+        moved = jax.grad(lambda p, step=step: jnp.sum(weights(p, step)["first"]["bias"]))(params)
         for width, gradient in {**moved["narrow"], "4": {"first/bias": moved["network"]["first"]["bias"]}}.items():
             np.testing.assert_array_equal(gradient["first/bias"], np.full(8, float(width == str(bits))))
+
+
+def test_what_the_narrow_network_shares_is_kept():
+    _, narrow, params, cells = grown()
+    after = kmqat.kept(params, jax.tree.map(lambda x: x + 0.1, params))
+    shipped = model.at_width(model.SpeakerModel("", {}, "", kmqat.packed(after, cells)), 2).variables["params"]
+    jax.tree.map(np.testing.assert_array_equal, quant.dequantize(shipped, 2), quant.dequantize(narrow))
+    # All the rest has moved.
+    assert np.all(after["narrow"]["3"]["first/bias"] != params["narrow"]["3"]["first/bias"])
+    assert np.all(after["network"]["first"]["bias"] != params["network"]["first"]["bias"])
+    assert np.all(after["network"]["first"]["kernel"] != params["network"]["first"]["kernel"])
+    books = (after["codebooks"]["first/kernel"], params["codebooks"]["first/kernel"])
+    assert np.all(books[0].coarse[1] != books[1].coarse[1]) and np.all(books[0].centroids != books[1].centroids)
 
 
 def test_off_leaves_everything_as_it_is():
@@ -178,7 +206,9 @@ def test_a_budget_gives_the_more_sensitive_tensor_more_bits(sections):
         ({"centroids": "mean"}, "quant.centroids (='mean')"),
         ({"centroids": "lloyd", "lloyd_every": 0}, "quant.lloyd_every (=0)"),
         ({"reassign_every": -1}, "quant.reassign_every (=-1)"),
-        ({"cycle": (2, 3)}, "quant.cycle names 2 bits"),
+        ({"coarse": (2,)}, "quant.coarse and quant.grow_from"),
+        ({"grow_from": "runs/2bit"}, "quant.coarse and quant.grow_from"),
+        ({"coarse": (2,), "grow_from": "runs/2bit", "reassign_every": 5}, "quant.reassign_every cannot be used"),
         ({"budget": 0.1}, "quant.budget chooses widths itself"),
         ({"rules": (("first",),)}, "quant.rules: ('first',)"),
         ({"rules": (("frist", 2),)}, "'frist' is the first match of no name"),

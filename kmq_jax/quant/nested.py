@@ -11,8 +11,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kmq_jax.quant.kmeans import count_at_most, make_group, midpoints, one_group, order, over_groups, split_cells
+from kmq_jax.quant.kmeans import (
+    count_at_most,
+    kmeans,
+    make_group,
+    midpoints,
+    one_group,
+    order,
+    over_groups,
+    split_cells,
+)
 
 
 def _balance(codebooks: tuple[jax.Array, ...]) -> list[float]:
@@ -68,6 +78,30 @@ def nested_kmeans(
     """
     ordered, mass = order(values, weights)
     return over_groups(_nest, ordered, mass, None, widths=tuple(widths), iterations=iterations)
+
+
+def split_kmeans(values: Any, indices: Any, narrow: Any, widths: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """Codebooks of wider widths inside given cells: each cell's members are clustered on their own.
+
+    Args:
+        values: `[groups, n]`. May be traced.
+        indices: the cell of each value, `[groups, n]`. Cells are any sets of values: they may overlap.
+        narrow: centroids of the cells `[groups, 2^b]`; a cell without members takes its centroid at every width.
+        widths: above b, ascending.
+
+    Returns:
+        The codebooks `[groups, 2^w]` of `widths`, float32, the parts of each cell ascending and side by side.
+    """
+    xp: Any = jnp if isinstance(values, jax.core.Tracer) else np
+    groups, cells = narrow.shape
+    member = xp.asarray(indices)[:, None] == xp.arange(cells)[None, :, None]
+    empty = ~member.any(-1, keepdims=True)
+    weights = (member | empty).astype(xp.float32).reshape(groups * cells, -1)
+    values = xp.broadcast_to(xp.asarray(values)[:, None], member.shape).reshape(groups * cells, -1)
+    parts = tuple(width - (cells.bit_length() - 1) for width in widths)
+    books = nested_kmeans(values, parts, weights) if len(parts) > 1 else (kmeans(values, 1 << parts[0], weights),)
+    narrow = jnp.asarray(narrow, jnp.float32)[:, :, None]
+    return tuple(jnp.where(empty, narrow, book.reshape(groups, cells, -1)).reshape(groups, -1) for book in books)
 
 
 def _nest(

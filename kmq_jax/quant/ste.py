@@ -8,7 +8,7 @@ turns them into the packed tensors of `transform.quantize` with exactly the same
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,10 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import map_named, named_leaves
 from kmq_jax.quant.codes import along, assign, lookup, to_groups, where_sorted
 from kmq_jax.quant.kmeans import kmeans, midpoints
-from kmq_jax.quant.nested import nested_kmeans, thresholds
+from kmq_jax.quant.nested import nested_kmeans, split_kmeans, thresholds
 from kmq_jax.quant.packing import pack
-from kmq_jax.quant.transform import Rules, decide, group_axis
-from kmq_jax.quant.types import HALF, CodebookTensor, QuantSpec
+from kmq_jax.quant.transform import Rules, decide, group_axis, indices_of
+from kmq_jax.quant.types import HALF, CodebookTensor, QuantSpec, is_codebook_tensor
 
 RECIPES = ("kmqat", "normalized")
 
@@ -35,6 +35,8 @@ class Codebook:
         centroids: `[groups, 2^bits]`, in units of the scale.
         coarse: centroids of smaller, nested widths `[groups, 2^b]`, ascending in b.
         indices: uint8 in the latent's shape, to be used until the next `reassign`; None assigns afresh each time.
+        kept: where above zero, `indices` are those of this, the smallest width, and stay: at wider widths a latent is
+            assigned afresh each time to one of the centroids inside its cell. See `grow_codebooks`.
         axis: the latent's axis that groups lie along; None is one group.
         normalized: the latent is in units of the scale too (its gradient is then scaled likewise); otherwise it is in
             units of the weights, as in KMQAT.
@@ -46,6 +48,7 @@ class Codebook:
     centroids: jax.Array
     coarse: tuple[jax.Array, ...] = ()
     indices: jax.Array | None = None
+    kept: int = dataclasses.field(default=0, metadata={"static": True})
     axis: int | None = dataclasses.field(default=None, metadata={"static": True})
     normalized: bool = dataclasses.field(default=False, metadata={"static": True})
     symmetric: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -86,7 +89,8 @@ class Codebook:
         """The centroids of every width as they are used: in order, and with the constraints met."""
         books = []
         for centroids in (*self.coarse, self.centroids):
-            book = jnp.sort(centroids, axis=-1)  # a gradient step may let two of them cross
+            cells = centroids.reshape(centroids.shape[0], 1 << self.kept, -1)
+            book = jnp.sort(cells, axis=-1).reshape(centroids.shape)  # a gradient step may let two of them cross
             if self.symmetric:
                 book = 0.5 * (book - jnp.flip(book, -1))
             if self.pinned_zero:
@@ -113,7 +117,20 @@ class Codebook:
 
     def assigned(self, latent: jax.Array) -> jax.Array:
         """The index of each latent's centroid, uint8 in the latent's shape, computed afresh."""
-        return assign(self.units(latent), thresholds(self.constrained()), self.axis)
+        books, units = self.constrained(), self.units(latent)
+        if not self.kept:
+            return assign(units, thresholds(books), self.axis)
+        assert self.indices is not None
+        groups, cells = books[0].shape
+        inner = thresholds(tuple(book.reshape(groups * cells, -1) for book in books[1:])).reshape(groups, cells, -1)
+        index = self.indices << (self.bits - self.kept)
+        for part in range(inner.shape[-1]):
+            index += (units > lookup(self.indices, inner[:, :, part], self.axis)).astype(jnp.uint8)
+        return index
+
+    def index_of(self, latent: jax.Array) -> jax.Array:
+        """The index of each latent's centroid, uint8 in the latent's shape: the cached one, else computed afresh."""
+        return self.assigned(latent) if self.indices is None or self.kept else self.indices
 
 
 Codebooks = Mapping[str, Codebook]
@@ -228,7 +245,7 @@ def fake_quantize(
         if book is None:
             return latent
         fixed, held = jax.lax.stop_gradient((latent, book))
-        indices = held.assigned(fixed) if book.indices is None else book.indices
+        indices = held.index_of(fixed)
         if bits is None or not book.coarse:
             values = book.values()
         elif isinstance(bits, int):
@@ -358,6 +375,39 @@ def _in_units(
     return (tensor / along(book.scale, tensor.ndim, axis) if normalized else tensor), book
 
 
+def grow_codebooks(params: Any, narrow: Any, rules: Rules) -> tuple[Any, dict[str, Codebook]]:
+    """Makes latents and nested codebooks whose smallest width is a network that is there already, and stays as it is.
+
+    Each weight keeps its index at that width. What wider widths add to the index is clustered and trained within its
+    cell, so that the narrow network is not worse for them.
+
+    Args:
+        params: the tree in full precision.
+        narrow: the tree of a network quantized at one width.
+        rules: see `transform.decide`; the smallest width of each must be the narrow network's.
+
+    Returns:
+        `(latents, codebooks)` as `init_codebooks`, in units of each group's standard deviation, `indices` kept.
+
+    Raises:
+        UserError: as `init_codebooks`; a tensor is not quantized alike in `narrow` (the message names it).
+    """
+    leaves = dict(named_leaves(params))
+    given = dict(named_leaves(narrow, is_leaf=is_codebook_tensor))
+    latents, codebooks = {}, {}
+    for name, spec in decide(params, rules).items():
+        axis, kept = group_axis(name, leaves[name].ndim, spec), cast(CodebookTensor, given.get(name))
+        alike = is_codebook_tensor(kept) and (kept.shape, kept.axis) == (leaves[name].shape, axis)
+        if not alike or not spec.coarse or kept.widths != spec.coarse[:1]:
+            raise UserError(f"{name}: the narrow network must hold it at the smallest of widths {spec.widths} alone")
+        tensor, indices = where_sorted(leaves[name]), indices_of(kept)
+        stored = jnp.asarray(kept.codebook, jnp.float32)
+        wider = split_kmeans(to_groups(tensor, axis), to_groups(indices, axis), stored, spec.widths[1:])
+        latents[name], book = _in_units(tensor, (stored, *wider), None, spec, axis, True)
+        codebooks[name] = dataclasses.replace(book, indices=indices, kept=kept.bits, dtype=str(kept.codebook.dtype))
+    return map_named(lambda name, leaf: latents.get(name, leaf), params), codebooks
+
+
 def _leaves(params: Any, codebooks: Codebooks) -> dict[str, jax.Array]:
     return {name: leaf for name, leaf in named_leaves(params) if name in codebooks}
 
@@ -390,7 +440,7 @@ def lloyd_update(
     moved = {}
     for name, book in codebooks.items():
         units = book.units(latents[name])
-        indices = book.assigned(latents[name]) if book.indices is None else book.indices
+        indices = book.index_of(latents[name])
         fresh = []
         for width, centroids in zip(book.widths, book.constrained()):
             k = 1 << width
@@ -423,7 +473,7 @@ def export(params: Any, codebooks: Codebooks) -> Any:
 
 @jax.jit
 def _packed(latent: jax.Array, book: Codebook) -> CodebookTensor:
-    indices = book.assigned(latent) if book.indices is None else book.indices
+    indices = book.index_of(latent)
     stored = tuple(book.values(width).astype(book.dtype) for width in book.widths)
     return CodebookTensor(
         codebook=stored[-1],
