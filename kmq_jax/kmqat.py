@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from kmq_jax import model, quant, recalibrate
+from kmq_jax import model, moments, quant
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import map_named, named_leaves
 from kmq_jax.quant.codes import along
@@ -141,7 +141,7 @@ def cells(params: Any, narrow: Any) -> dict[str, jax.Array]:
 def repaired(
     reference: model.SpeakerModel, params: Any, features: jax.Array, indices: Mapping[str, jax.Array]
 ) -> tuple[Any, Any]:
-    """Starts from a network whose layers have the reference's moments (see `recalibrate`).
+    """Starts from a network whose layers have the reference's moments (see `moments`).
 
     Args:
         reference: the full-precision network.
@@ -173,7 +173,7 @@ def _repaired_at(
     cached = {name: dataclasses.replace(book, indices=indices.get(name)) for name, book in books.items()}
     variables = {"params": quant.export(params["network"], cached), "batch_stats": batch_stats}
     quantized = dataclasses.replace(reference, variables=variables, bits=bits)
-    repair = recalibrate.measure(reference, quantized, features, quantized_only=bits is not None)
+    repair = moments.measure(reference, quantized, features, quantized_only=bits is not None)
     slopes = {}
 
     def scaled(name: str, leaf: Any, slope: jax.Array) -> Any:
@@ -186,7 +186,7 @@ def _repaired_at(
         return leaf * along(slopes[name], leaf.ndim, books[name].axis) if follows else leaf
 
     variables = {"params": params["network"], "batch_stats": batch_stats}
-    variables = jax.tree.map(jnp.asarray, recalibrate.apply(repair, variables, scaled))
+    variables = jax.tree.map(jnp.asarray, moments.apply(repair, variables, scaled))
     params = {**params, "codebooks": {**books, **{n: books[n].scaled(slope, bits) for n, slope in slopes.items()}}}
     if bits is None or str(bits) not in params["narrow"]:
         return {**params, "network": variables["params"]}, variables["batch_stats"]

@@ -31,7 +31,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rules", type=Path, help='JSON: [{"pattern": REGEX, "bits": B or null}, ...], first match wins'
     )
-    parser.add_argument("--recalibrate", metavar="DATA", help="repair channel statistics on crops of these recordings")
+    parser.add_argument("--recalibrate", metavar="DATA", help="fit layers on crops of these recordings")
     return parser
 
 

@@ -1,9 +1,9 @@
-"""Repair of a quantized network without training: its activations are given the full-precision network's moments.
+"""Quantization with a few crops of speech and no training: every layer's outputs stay as near as they can.
 
-Rounding weights shifts and stretches every channel, and the errors add up with depth. Walking the layers in network
-order, each on inputs that are already quantized and repaired, a convolution's channel is given the mean and the
-deviation it has in the reference network. The map folds into codebook and bias, or into the statistics of the
-batch normalisation that follows, so the repaired network costs nothing more.
+The full-precision and the quantized network run side by side on the same crops, layer by layer. A convolution's
+weights are rounded with error feedback for the inputs that it is given by the layers quantized before it (see
+`quant.feedback`); its channels are then given the mean and deviation of the reference's, which folds into codebook and
+bias, or into the statistics of the batch normalisation that follows (see `moments`). The model keeps its size.
 """
 
 import dataclasses
@@ -16,24 +16,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kmq_jax import frontend, model, quant
+from kmq_jax import model, quant
+from kmq_jax.core import cli
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import map_named, named_leaves, replace_named
-from kmq_jax.data import pipeline, source
-from kmq_jax.models.resnet import ResNet
+from kmq_jax.core.tree import named_leaves, replace_named
+from kmq_jax.data import source
+from kmq_jax.moments import matching, moments, narrow_widths, random_features, small_leaves
+from kmq_jax.nn.channels import scale_and_shift
+from kmq_jax.nn.conv import conv2d
 from kmq_jax.nn.layers import BatchNorm, Conv
+from kmq_jax.quant import feedback
+from kmq_jax.quant.codes import along, from_groups, lookup, to_groups
+from kmq_jax.quant.nested import split_kmeans
+from kmq_jax.quant.types import CodebookTensor
 
-Moments = tuple[jax.Array, jax.Array]
-
-
-def random_features(
-    fbank: frontend.FbankConfig, utterances: source.Utterances, crops: int, seconds: float
-) -> jax.Array:
-    """Mean-normalised features `[crops, time, mel]` of random clean crops."""
-    batches = pipeline.training_batches(
-        utterances, batch_size=crops, crop_samples=int(seconds * source.SAMPLE_RATE), seed=0, augment=False, threads=0
-    )
-    return frontend.mean_normalize(frontend.fbank(jnp.asarray(next(iter(batches))["wave"]), fbank), None)
+_PATCHES = 1 << 14  # places of an input whose second moments are taken
 
 
 def recalibrate(
@@ -43,176 +40,175 @@ def recalibrate(
     crops: int = 100,
     seconds: float = 2.0,
 ) -> model.SpeakerModel:
-    """Repairs a quantized model; see the module's docstring.
+    """Fits a quantized model to the reference's activations; see the module's docstring.
+
+    Linear layers keep their weights: they have one input a crop, which is too few to tell correlations.
 
     Args:
         reference: the full-precision model.
-        quantized: the same network from `quant.quantize`, one codebook for each output channel.
+        quantized: the same network from `quant.quantize`, one codebook for each output channel. Codebooks that are
+            symmetric or hold a zero are scaled, but otherwise kept. Nested tensors are fitted at one width after the
+            other, the wider inside the cells of the narrower. Each width has biases and statistics of its own; what
+            is not nested is the same for all and stays as it is.
         utterances: where crops are taken from; speaker names are not used.
         crops: how many crops.
         seconds: length of each.
 
     Returns:
-        The repaired model, of the same size.
+        The fitted model, of the same size.
 
     Raises:
         UserError: a quantized tensor shares one codebook among channels.
     """
+    tensors = dict(named_leaves(quantized.variables["params"], quant.is_codebook_tensor))
+    for name, tensor in tensors.items():
+        if quant.is_codebook_tensor(tensor) and tensor.axis != tensor.ndim - 1:
+            raise UserError(f"{name}: recalibration needs one codebook for each output channel")
     features = random_features(model.frontend_of(reference.frontend), utterances, crops, seconds)
-    variables = {part: tree for part, tree in quantized.variables.items() if part != model.NARROW}
-    coarse = narrow_widths(variables)
-    narrow = {}
-    for bits in (*coarse, None):
+    widths = narrow_widths(quantized.variables)
+    walks: list[_Walk] = []
+    for bits in (*widths, None):
+        walks.append(
+            _Walk(quantized.variables["params"], bits, nested=bool(widths), narrower=walks[-1] if walks else None)
+        )
+        walks[-1].run(reference, features)
 
-        def scaled(name: str, leaf: Any, slope: jax.Array, bits: int | None = bits) -> Any:
-            if not quant.is_codebook_tensor(leaf):
-                # The widest width has the kernel to itself, so smaller ones must take it as it is.
-                return leaf if bits else np.asarray(leaf * slope.reshape(1, 1, 1, -1))
-            if leaf.axis != len(leaf.shape) - 1:
-                raise UserError(f"{name}: recalibration needs one codebook for each output channel")
-            return leaf.scaled(np.asarray(slope), bits or (leaf.bits if coarse else None))
-
-        at = model.at_width(dataclasses.replace(quantized, variables=variables), bits)
-        repair = measure(reference, at, features, quantized_only=bits is not None)
-        repaired = apply(repair, variables, scaled)
-        if bits is None:
-            variables = repaired
-        else:
-            narrow[str(bits)] = small_leaves(repaired)
-            kernels = dict(named_leaves(repaired["params"], is_leaf=quant.is_codebook_tensor))
-            tensors = {name: leaf for name, leaf in kernels.items() if quant.is_codebook_tensor(leaf)}
-            replaced = replace_named(variables["params"], tensors, quant.is_codebook_tensor)
-            variables = {**variables, "params": replaced}
-    return dataclasses.replace(quantized, variables={**variables, **({model.NARROW: narrow} if narrow else {})})
+    fitted = dict(walks[-1].leaves)
+    for name, indices in walks[-1].indices.items():
+        books = [np.asarray(walk.scaled[name], tensors[name].codebook.dtype) for walk in walks]
+        packed = np.asarray(quant.pack(indices, tensors[name].bits))
+        fitted[f"params/{name}"] = dataclasses.replace(
+            tensors[name], codebook=books[-1], coarse=tuple(books[:-1]), packed=packed
+        )
+    shared = {part: tree for part, tree in quantized.variables.items() if part != model.NARROW}
+    variables = replace_named(shared, fitted, quant.is_codebook_tensor)
+    if widths:
+        narrow = {str(w): small_leaves(replace_named(shared, walk.leaves)) for w, walk in zip(widths, walks)}
+        variables = {**variables, model.NARROW: narrow}
+    return dataclasses.replace(quantized, variables=variables)
 
 
-def narrow_widths(variables: Any) -> tuple[int, ...]:
-    """The smaller widths that nested tensors of a tree can be read at."""
-    leaves = jax.tree.leaves(variables, is_leaf=quant.is_codebook_tensor)
-    return tuple(sorted({bits for leaf in leaves if quant.is_codebook_tensor(leaf) for bits in leaf.widths[:-1]}))
+class _Walk:
+    """A pass through the reference's layers that fits the quantized network's at one width.
 
-
-def small_leaves(variables: Any) -> dict[str, Any]:
-    """The biases and statistics of a tree, by name within it: what one width of a nested model has to itself."""
-    leaves = named_leaves(variables, is_leaf=quant.is_codebook_tensor)
-    return {name: np.asarray(leaf) for name, leaf in leaves if leaf.ndim < 2 and not name.endswith("/scale")}
-
-
-@dataclasses.dataclass(frozen=True)
-class Repair:
-    """What repairs a network.
+    Both networks' activations share a batch, the reference's first, so that each layer is at hand with what both give
+    it. Nothing is traced: a layer's outputs are there before the next layer is fitted.
 
     Attributes:
-        maps: by convolution with a bias: the slope and shift of its outputs, `[channels]` each.
-        statistics: by batch normalisation: the mean and variance of its inputs, `[channels]` each.
+        scaled: by parameter name, the codebooks `[groups, K]` of convolutions in use: their channels have the
+            reference's moments.
+        books: the same before the scaling, in which wider widths are sought.
+        indices: by parameter name, uint8 `[groups, group_size]`.
+        leaves: by variable name, what else was fitted: biases, statistics, kernels that are not quantized.
     """
 
-    maps: dict[str, Moments]
-    statistics: dict[str, Moments]
+    def __init__(self, params: Any, bits: int | None, nested: bool, narrower: "_Walk | None"):
+        """Takes the quantized network's parameters and the width to fit (None: the widest)."""
+        self._bits, self._nested, self._narrower = bits, nested, narrower
+        self._tensors = tensors = dict(named_leaves(params, quant.is_codebook_tensor))
+        self._values = dict(named_leaves(quant.dequantize(params, bits)))
+        self.scaled: dict[str, jax.Array] = {}
+        self.books: dict[str, jax.Array] = {}
+        self.indices: dict[str, jax.Array] = {}
+        self.leaves: dict[str, np.ndarray] = {}
+        convolutions = sum(quant.is_codebook_tensor(leaf) and leaf.ndim == 4 for leaf in tensors.values())
+        at = f" at {bits} bits" if bits else ""
+        self._progress = cli.progress(range(convolutions), desc=f"fitting{at}", unit="layer")
 
+    def run(self, reference: model.SpeakerModel, features: jax.Array) -> None:
+        """Fits all layers on features `[batch, time, mel]`."""
+        # Without rematerialization, which traces the blocks.
+        network = reference.network().clone(remat=False)
+        with nn.intercept_methods(self._intercept):
+            network.apply(reference.variables, jnp.concatenate([features, features]), train=False)
+        next(self._progress, None)
 
-def measure(
-    reference: model.SpeakerModel, quantized: model.SpeakerModel, features: jax.Array, quantized_only: bool = False
-) -> Repair:
-    """Finds what gives the quantized network's layers the reference's moments.
-
-    Args:
-        reference: the full-precision model.
-        quantized: the other, read at its `bits`.
-        features: `[batch, time, mel]`.
-        quantized_only: leave layers whose kernel is in full precision as they are.
-    """
-    wanted, _ = _walk(reference.network(), None, reference.variables, features, {})
-    if quantized_only:
-        kernels = dict(named_leaves(quantized.variables["params"], is_leaf=quant.is_codebook_tensor))
-        wanted = {name: wanted[name] for name in wanted if quant.is_codebook_tensor(kernels[f"{name}/kernel"])}
-    seen, statistics = _walk(quantized.network(), quantized.bits, quantized.variables, features, wanted)
-    return Repair({name: _map(seen[name], wanted[name]) for name in wanted}, statistics)
-
-
-def own_statistics(quantized: model.SpeakerModel, features: jax.Array) -> model.SpeakerModel:
-    """Measures a network's own batch normalisations afresh, at each of its widths; convolutions stay as they are."""
-    narrow = {}
-    for bits in (*narrow_widths(quantized.variables), None):
-        at = model.at_width(quantized, bits)
-        _, statistics = _walk(at.network(), at.bits, at.variables, features, {})
-        measured = apply(Repair({}, statistics), at.variables, lambda name, leaf, slope: leaf)
-        if bits is not None:
-            own = quantized.variables.get(model.NARROW, {}).get(str(bits), {})
-            narrow[str(bits)] = {**own, **small_leaves({"batch_stats": measured["batch_stats"]})}
-    return dataclasses.replace(quantized, variables={**measured, **({model.NARROW: narrow} if narrow else {})})
-
-
-def apply(repair: Repair, variables: Any, scaled: Callable[[str, Any, jax.Array], Any]) -> dict[str, Any]:
-    """Folds a repair into `{"params", "batch_stats"}`; `scaled(name, leaf, slope)` gives a kernel its slope."""
-
-    def rewrite(name: str, leaf: Any) -> Any:
-        layer, _, kind = name.rpartition("/")
-        if layer not in repair.maps:
-            return leaf
-        slope, shift = repair.maps[layer]
-        return np.asarray(leaf * slope + shift) if kind == "bias" else scaled(name, leaf, slope)
-
-    def measured(name: str, leaf: Any) -> Any:
-        layer, _, kind = name.rpartition("/")
-        return np.asarray(repair.statistics[layer][kind == "var"]) if layer in repair.statistics else leaf
-
-    return {
-        "params": map_named(rewrite, variables["params"], is_leaf=quant.is_codebook_tensor),
-        "batch_stats": map_named(measured, variables.get("batch_stats", {})),
-    }
-
-
-def _moments(y: jax.Array) -> Moments:
-    axes = tuple(range(y.ndim - 1))
-    return jnp.mean(y, axes), jnp.std(y, axes)
-
-
-def _map(seen: Moments, wanted: Moments) -> Moments:
-    """The slope and shift that give outputs with some moments other ones."""
-    slope = wanted[1] / jnp.maximum(seen[1], 1e-12)
-    return slope, wanted[0] - slope * seen[0]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _walk(
-    network: ResNet, bits: int | None, variables: Any, features: jax.Array, wanted: dict[str, Moments]
-) -> tuple[dict[str, Moments], dict[str, Moments]]:
-    """Runs a network whose layers are repaired one after the other, each on what the repaired ones before it give.
-
-    Args:
-        network: to run.
-        bits: the width at which nested tensors are read.
-        variables: with packed tensors, or without.
-        features: `[batch, time, mel]`.
-        wanted: the moments that convolutions are given, by name; others are left as they are.
-
-    Returns:
-        By convolution that no normalisation follows: the moments of its outputs before they are repaired. By batch
-        normalisation, which uses the moments of what it is given: those (mean and variance).
-    """
-    seen: dict[str, Moments] = {}
-    statistics: dict[str, Moments] = {}
-
-    def intercept(run: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def _intercept(self, run: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         layer, name = context.module, "/".join(context.module.path)
-        if context.method_name == "__call__" and isinstance(layer, Conv) and layer.use_bias:
-            y = run(*args, **kwargs)
-            seen[name] = _moments(y)
-            if name not in wanted:
-                return y
-            slope, shift = _map(seen[name], wanted[name])
-            return y * slope.reshape(1, 1, 1, -1) + shift.reshape(1, 1, 1, -1)
-        if context.method_name == "__call__" and isinstance(layer, BatchNorm) and layer.use_statistics:
-            mean, deviation = _moments(args[0].astype(jnp.float32))
-            statistics[name] = mean, deviation**2
-            slope = layer.get_variable("params", "scale") / jnp.sqrt(deviation**2 + layer.epsilon)
-            shape = (1,) * (args[0].ndim - 1) + (-1,)
-            y = (args[0] - mean.reshape(shape)) * slope.reshape(shape)
-            return y + layer.get_variable("params", "bias").reshape(shape)
+        if context.method_name != "__call__":
+            return run(*args, **kwargs)
+        if isinstance(layer, Conv):
+            return jnp.concatenate(self._convolution(layer, name, *jnp.split(args[0], 2)))
+        if isinstance(layer, BatchNorm) and layer.use_statistics:
+            reference, own = jnp.split(args[0], 2)
+            return jnp.concatenate([run(reference, *args[1:], **kwargs), self._normalization(layer, name, own)])
+        if isinstance(layer, nn.Dense) and quant.is_codebook_tensor(self._tensors[f"{name}/kernel"]):
+            reference, own = jnp.split(args[0], 2)
+            y = own @ self._values[f"{name}/kernel"]
+            return jnp.concatenate([run(reference), y + along(self._values[f"{name}/bias"], y.ndim, y.ndim - 1)])
         return run(*args, **kwargs)
 
-    with nn.intercept_methods(intercept):
-        # Without rematerialization, which runs a block in a trace of its own that nothing may be taken out of.
-        network.clone(remat=False).apply(quant.dequantize(variables, bits), features, train=False)
-    return seen, statistics
+    def _convolution(self, layer: Conv, name: str, x: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
+        kernel: jax.Array = layer.get_variable("params", "kernel")
+        key, strides = f"{name}/kernel", (layer.stride, layer.stride)
+        tensor, value = self._tensors[key], self._values[key]
+        shared = self._nested and not (quant.is_codebook_tensor(tensor) and tensor.coarse)
+        if quant.is_codebook_tensor(tensor):
+            next(self._progress)
+            if not shared:
+                second, cross = _second_moments(x, own, layer.taps, layer.stride)
+                self._round(key, feedback.corrected(to_groups(kernel, 3), second, cross), second)
+                self.scaled[key] = self.books[key]
+                value = from_groups(lookup(self.indices[key], self.books[key], 0), tensor.shape, 3)
+        wanted, y = conv2d(x, kernel, strides), conv2d(own, value, strides)
+        if not layer.use_bias:
+            return wanted, y
+        bias: jax.Array = layer.get_variable("params", "bias")
+        wanted, y = (z + along(bias, 4, 3) for z in (wanted, y))
+        if shared:
+            return wanted, y
+        slope, shift = matching(moments(y), moments(wanted))
+        self.leaves[f"params/{name}/bias"] = np.asarray(bias * slope + shift, self._tensors[f"{name}/bias"].dtype)
+        if quant.is_codebook_tensor(tensor):
+            self.scaled[key] = self.books[key] * slope[:, None]
+        else:
+            self.leaves[f"params/{key}"] = np.asarray(value * along(slope, 4, 3), tensor.dtype)
+        return wanted, scale_and_shift(y, slope, shift)
+
+    def _round(self, name: str, rows: jax.Array, second: jax.Array) -> None:
+        tensor: CodebookTensor = self._tensors[name]
+        if self._narrower is None:
+            given = jnp.asarray(tensor.codebook_of(self._bits or tensor.bits), jnp.float32)
+            pinned = jnp.all(jnp.any(given == 0, axis=1)) | jnp.all(given == -given[:, ::-1])
+            book, parents, free = given[:, None], None, not pinned
+        else:
+            parents, cells = self._narrower.indices[name], self._narrower.books[name]
+            (book,) = split_kmeans(rows, parents, cells, (self._bits or tensor.bits,))
+            book, free = book.reshape(*cells.shape, -1), True
+        book, self.indices[name] = feedback.fit(rows, book, second, parents, free=free)
+        stored = book.reshape(len(rows), -1).astype(tensor.codebook.dtype)
+        self.books[name] = stored.astype(jnp.float32)
+
+    def _normalization(self, layer: BatchNorm, name: str, x: jax.Array) -> jax.Array:
+        mean, deviation = moments(x)
+        self.leaves[f"batch_stats/{name}/mean"] = np.asarray(mean)
+        self.leaves[f"batch_stats/{name}/var"] = np.asarray(deviation**2)
+        slope = layer.get_variable("params", "scale") / jnp.sqrt(deviation**2 + layer.epsilon)
+        return scale_and_shift(x, slope, layer.get_variable("params", "bias") - mean * slope)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _second_moments(x: jax.Array, own: jax.Array, taps: int, stride: int) -> tuple[jax.Array, jax.Array]:
+    """Second moments over random places of a convolution's inputs, as `feedback.corrected` takes them.
+
+    Args:
+        x: the reference's activations `[batch, time, freq, channels]`.
+        own: the quantized network's.
+        taps: of the kernel, in time and in frequency.
+        stride: of the convolution.
+
+    Returns:
+        Mean of x' x'^T and of x' (x - x')^T, both `[taps * taps * channels] * 2`.
+    """
+    places = (x.shape[0], -(-x.shape[1] // stride), -(-x.shape[2] // stride))
+    count = places[0] * places[1] * places[2]
+    chosen = jax.random.choice(jax.random.key(0), count, (min(_PATCHES, count),), replace=False)
+    batch, time, freq = jnp.unravel_index(chosen, places)
+
+    def patches(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (taps // 2, taps // 2), (taps // 2, taps // 2), (0, 0)))
+        steps = [(i, j) for i in range(taps) for j in range(taps)]
+        return jnp.concatenate([x[batch, time * stride + i, freq * stride + j] for i, j in steps], axis=1)
+
+    x, own = patches(x), patches(own)
+    return own.T @ own / len(chosen), own.T @ (x - own) / len(chosen)

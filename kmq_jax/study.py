@@ -174,7 +174,7 @@ def kmqat_config(
 
 
 def quantize(config: ml_collections.ConfigDict, reference: Path, out: Path) -> None:
-    """Quantizes a model by the rules of a configuration, without training, and repairs its channels' moments."""
+    """Quantizes a model by the rules of a configuration, without training, fitted on training crops."""
     full = model.load(reference)
     params = quant.quantize(full.variables["params"], kmqat.rules_of(config.quant))
     packed = model.SpeakerModel(full.architecture, full.settings, full.frontend, {**full.variables, "params": params})

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from kmq_jax import kmqat, model, quant, recalibrate, train_lib
+from kmq_jax import kmqat, model, moments, quant, train_lib
 from kmq_jax.checkpoint import Checkpoints
 from kmq_jax.core import distributed, mesh
 from kmq_jax.core.errors import UserError
@@ -263,7 +263,7 @@ def _train(
         if narrow is not None:
             cells = kmqat.cells(params, narrow)
         if config.quant.recalibrate and not resumes:
-            crops = recalibrate.random_features(fbank, utterances, config.quant.recalibrate, config.data.crop_seconds)
+            crops = moments.random_features(fbank, utterances, config.quant.recalibrate, config.data.crop_seconds)
             params, batch_stats = kmqat.repaired(full, params, crops, cells)
     make_state = functools.partial(train_lib.init_state, recipe)
     shapes = jax.eval_shape(make_state, params, batch_stats, cells)
@@ -351,9 +351,9 @@ def _train(
             figures = validation.figures(final)
             display.say(f"average of the last {config.average_last} checkpoints: {_in_words(figures)}")
     if finished and quantized and config.quant.recalibrate and batch_stats:
-        crops = recalibrate.random_features(fbank, utterances, config.quant.recalibrate, config.data.crop_seconds)
+        crops = moments.random_features(fbank, utterances, config.quant.recalibrate, config.data.crop_seconds)
         trained = dataclasses.replace(described, variables=variables_of(state))
-        final = recalibrate.own_statistics(trained, crops)
+        final = moments.own_statistics(trained, crops)
         save_model(workdir / PACKED, final)
         if validation:
             figures = validation.figures(final, config.quant.coarse)

@@ -139,14 +139,6 @@ class CodebookTensor:
             raise UserError(f"no codebook of {bits} bits: there is {', '.join(map(str, self.widths))}")
         return self.coarse[self.widths.index(bits)]
 
-    def scaled(self, slope: Any, bits: int | None = None) -> "CodebookTensor":
-        """The tensor with each group's values multiplied by `slope` `[groups]`, above zero, at one width or all."""
-        books = [
-            (book.astype("float32") * slope[:, None]).astype(book.dtype) if bits in (None, width) else book
-            for width, book in zip(self.widths, (*self.coarse, self.codebook))
-        ]
-        return dataclasses.replace(self, codebook=books[-1], coarse=tuple(books[:-1]))
-
     def validate(self) -> None:
         """Checks the invariants against the arrays' shapes and types.
 

@@ -12,7 +12,7 @@ ORDER = [
     ["core"],
     ["quant"], ["frontend"], ["nn"], ["losses"], ["metrics"],
     ["models"], ["data"], ["checkpoint"], ["artifact"], ["interop"], ["scoring"], ["model"], ["html"],
-    ["verifier"], ["recalibrate"], ["diagnostics"],
+    ["verifier"], ["moments"], ["recalibrate"], ["diagnostics"],
     ["train_config"], ["optim"], ["kmqat"], ["train_lib"], ["train_loop"],
 ]  # fmt: skip
 FLOOR_1 = {"quant", "frontend", "nn", "losses", "metrics"}
