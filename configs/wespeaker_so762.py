@@ -16,7 +16,7 @@ import ml_collections
 
 from kmq_jax.train_config import default_config, smoke
 
-EPOCHS = {"4": 1.0, "3": 1.5, "2": 9.0, "nested": 3.0}  # nested: in turns at 3 and 4 bits
+EPOCHS = {"4": 1.0, "3": 1.5, "2": 7.5, "nested": 3.0}  # nested: in turns at 3 and 4 bits
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
