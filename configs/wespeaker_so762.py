@@ -27,7 +27,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.root = root
     config.data.update(train=root + "/so762/train," + root + "/words/train", crop_seconds=2.0)
     config.update(batch_size=16, checkpoint_epochs=1.0, dtype="bfloat16")
-    config.study.update(rules=(("^stem/", 0),), epochs=EPOCHS, learning_rate=1e-2)
+    config.study.update(rules=(("^stem/", 0),), epochs=EPOCHS)
     for name in ("so762", "words"):
         config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
     config.study.diagnose = ("so762", "words")

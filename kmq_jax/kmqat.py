@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from kmq_jax import model, moments, quant
+from kmq_jax import model, moments, quant, recalibrate
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import map_named, named_leaves
 from kmq_jax.quant.codes import along
@@ -86,6 +86,48 @@ def rules_of(section: ml_collections.ConfigDict) -> list[quant.QuantRule]:
     return rules
 
 
+def begin(
+    section: ml_collections.ConfigDict,
+    reference: model.SpeakerModel,
+    params: Any,
+    features: jax.Array | None,
+    widths: Mapping[str, int] | None = None,
+    narrow: Any = None,
+) -> tuple[Any, Any]:
+    """What training begins from: `start`, brought near to the full-precision network on some crops of speech.
+
+    Where it can be, that is the network fitted without training (see `recalibrate`), which is worth hundreds of steps.
+    KMQAT's own recipe, codebooks shared by channels, nested codebooks and stages, whose tensors wait in full precision,
+    are given the reference's moments in place of it.
+
+    Args:
+        section: the `quant` section.
+        reference: the full-precision network.
+        params: its parameters, as `start` takes them.
+        features: `[batch, time, mel]`, as training gives them; None begins from k-means as it is.
+        widths, narrow: see `start`.
+
+    Returns:
+        `(params, batch_stats)`.
+
+    Raises:
+        UserError: as `start`.
+    """
+    per_channel = section.granularity == "channel" and section.recipe == "normalized"
+    if features is not None and per_channel and narrow is None and not section.multi_stage:
+        rules = _rules(section, widths)
+        tree = quant.quantize(reference.variables["params"], rules)
+        quantized = dataclasses.replace(reference, variables={**reference.variables, "params": tree})
+        fitted = recalibrate.fit(reference, quantized, features).variables
+        latents, books = quant.adopt_codebooks(params["network"], fitted["params"], rules)
+        batch_stats = jax.tree.map(jnp.asarray, fitted.get("batch_stats", {}))
+        return {**params, "network": latents, "codebooks": books}, batch_stats
+    params = start(section, params, widths, narrow)
+    if features is None:
+        return params, reference.variables.get("batch_stats", {})
+    return repaired(reference, params, features, {} if narrow is None else cells(params, narrow))
+
+
 def start(
     section: ml_collections.ConfigDict, params: Any, widths: Mapping[str, int] | None = None, narrow: Any = None
 ) -> Any:
@@ -104,11 +146,15 @@ def start(
     """
     if not is_on(section):
         return params
-    rules = quant.rules_of(widths, spec_of(section, 8)) if widths else rules_of(section)
+    rules = _rules(section, widths)
     if narrow is not None:
         return _grown(params, narrow, rules)
     latents, books = quant.init_codebooks(params["network"], rules, recipe=section.recipe)
     return {**params, "network": latents, "codebooks": {**params.get("codebooks", {}), **books}}
+
+
+def _rules(section: ml_collections.ConfigDict, widths: Mapping[str, int] | None) -> list[quant.QuantRule]:
+    return quant.rules_of(widths, spec_of(section, 8)) if widths else rules_of(section)
 
 
 def _grown(params: Any, narrow: Any, rules: list[quant.QuantRule]) -> Any:
@@ -141,7 +187,7 @@ def cells(params: Any, narrow: Any) -> dict[str, jax.Array]:
 def repaired(
     reference: model.SpeakerModel, params: Any, features: jax.Array, indices: Mapping[str, jax.Array]
 ) -> tuple[Any, Any]:
-    """Starts from a network whose layers have the reference's moments (see `moments`).
+    """Gives the layers of what `start` made the reference's moments (see `moments`).
 
     Args:
         reference: the full-precision network.

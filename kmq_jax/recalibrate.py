@@ -40,7 +40,27 @@ def recalibrate(
     crops: int = 100,
     seconds: float = 2.0,
 ) -> model.SpeakerModel:
-    """Fits a quantized model to the reference's activations; see the module's docstring.
+    """Fits a quantized model to the reference's activations on random crops; see the module's docstring.
+
+    Args:
+        reference: the full-precision model.
+        quantized: as `fit` takes it.
+        utterances: where crops are taken from; speaker names are not used.
+        crops: how many crops.
+        seconds: length of each.
+
+    Returns:
+        The fitted model, of the same size.
+
+    Raises:
+        UserError: a quantized tensor shares one codebook among channels.
+    """
+    features = random_features(model.frontend_of(reference.frontend), utterances, crops, seconds)
+    return fit(reference, quantized, features)
+
+
+def fit(reference: model.SpeakerModel, quantized: model.SpeakerModel, features: jax.Array) -> model.SpeakerModel:
+    """Fits a quantized model to the reference's activations on given features.
 
     Linear layers keep their weights: they have one input a crop, which is too few to tell correlations.
 
@@ -50,9 +70,7 @@ def recalibrate(
             symmetric or hold a zero are scaled, but otherwise kept. Nested tensors are fitted at one width after the
             other, the wider inside the cells of the narrower. Each width has biases and statistics of its own; what
             is not nested is the same for all and stays as it is.
-        utterances: where crops are taken from; speaker names are not used.
-        crops: how many crops.
-        seconds: length of each.
+        features: `[batch, time, mel]`.
 
     Returns:
         The fitted model, of the same size.
@@ -64,7 +82,6 @@ def recalibrate(
     for name, tensor in tensors.items():
         if quant.is_codebook_tensor(tensor) and tensor.axis != tensor.ndim - 1:
             raise UserError(f"{name}: recalibration needs one codebook for each output channel")
-    features = random_features(model.frontend_of(reference.frontend), utterances, crops, seconds)
     widths = narrow_widths(quantized.variables)
     walks: list[_Walk] = []
     for bits in (*widths, None):

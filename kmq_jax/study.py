@@ -168,7 +168,8 @@ def kmqat_config(
     own.epochs = config.study.epochs.get(name, 0.0)
     if coarse and not config.study.epochs.get(str(min(coarse))):
         own.epochs = 0.0
-    own.learning_rate.peak = config.study.learning_rate
+    if config.study.learning_rate:
+        own.learning_rate.peak = config.study.learning_rate
     own.validation.data = ""
     return own
 

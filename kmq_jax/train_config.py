@@ -75,7 +75,7 @@ def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
                 "retention": 0.9,
                 "symmetric": False,
                 "pinned_zero": False,
-                "recalibrate": 100,  # crops to repair channels' moments on before, and BN statistics after; 0: none
+                "recalibrate": 100,  # crops to fit layers on before (see kmqat.begin), and BN statistics after; 0: none
                 "learn_scale": True,
                 "thaw_epochs": 0.0,  # the scales stay as they are until then
                 "centroids": "gradient",  # or "lloyd", or "fixed"
@@ -122,7 +122,7 @@ def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
                 # Of quantization-aware training; a width that is left out is quantized without training alone. Nested
                 # codebooks are trained where the smallest width is.
                 "epochs": {"4": 1.0, "3": 1.0, "2": 2.0, "nested": 3.0},
-                "learning_rate": 1e-2,
+                "learning_rate": 0.0,  # of quantization-aware training; 0: by width, see `quantized`
                 "compute": "float32",  # the arithmetic of extraction
                 "quick_compile": False,  # without optimizations, for networks so tiny that compiling is all they cost
                 "diagnose": (),  # names of evaluation sets
@@ -154,8 +154,8 @@ def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
 def quantized(config: ml_collections.ConfigDict, bits: int, **settings: Any) -> ml_collections.ConfigDict:
     """Turns a run into quantization-aware training by distillation from the network it starts from.
 
-    Latents are in units of a channel's standard deviation, which is what the learning rate is about; scales,
-    centroids, biases and what is kept in full precision move more slowly.
+    Latents are in units of a channel's standard deviation, which is what the learning rate is about: the closer the
+    centroids, the smaller it must be. Scales, centroids, biases and what is kept in full precision move more slowly.
 
     Args:
         config: changed in place.
@@ -172,7 +172,8 @@ def quantized(config: ml_collections.ConfigDict, bits: int, **settings: Any) -> 
         weight_decay=0.0,
         groups=((r"raw_scale|centroids|coarse", 0.2, 0.0), (r"/(bias|scale)$|stem|classifier", 0.1, 0.0)),
     )
-    config.learning_rate.update(kind="cosine", peak=5e-3, warmup_epochs=0.1)
+    peak = 1e-2 if config.quant.coarse else 1e-2 * 10 ** (min(2 - bits, 0) / 2)
+    config.learning_rate.update(kind="cosine", peak=peak, warmup_epochs=0.1)
     return config
 
 

@@ -258,13 +258,14 @@ def _train(
     if quantized:
         full = dataclasses.replace(described, variables={"params": params["network"], "batch_stats": batch_stats})
         widths = allocate(recipe, workdir, params, batch_stats, teacher, batches) if config.quant.budget else None
-        begin = functools.partial(kmqat.start, config.quant, widths=widths, narrow=narrow)
-        params = jax.eval_shape(begin, params) if resumes else begin(params)
+        if resumes:
+            params = jax.eval_shape(functools.partial(kmqat.start, config.quant, widths=widths, narrow=narrow), params)
+        else:
+            count, seconds = config.quant.recalibrate, config.data.crop_seconds
+            crops = moments.random_features(fbank, utterances, count, seconds) if count else None
+            params, batch_stats = kmqat.begin(config.quant, full, params, crops, widths, narrow)
         if narrow is not None:
             cells = kmqat.cells(params, narrow)
-        if config.quant.recalibrate and not resumes:
-            crops = moments.random_features(fbank, utterances, config.quant.recalibrate, config.data.crop_seconds)
-            params, batch_stats = kmqat.repaired(full, params, crops, cells)
     make_state = functools.partial(train_lib.init_state, recipe)
     shapes = jax.eval_shape(make_state, params, batch_stats, cells)
     shardings = mesh.tree_shardings(shapes, devices, [(p, int(axis)) for p, axis in config.sharding])

@@ -96,6 +96,33 @@ def test_training_starts_from_the_reference_s_moments_at_every_width(recipe, coa
         jax.tree.map(np.testing.assert_array_equal, *read)
 
 
+@pytest.mark.parametrize("norm", ["bias", "batch"])
+def test_training_begins_with_the_network_fitted_without_training(norm):
+    reference = reference_of(norm)
+    section = quantized_config(default_config("resnet18"), 2).quant
+    features = moments.random_features(model.frontend_of("wespeaker"), DATA, 8, 1.0)
+    start = {"network": reference.variables["params"]}
+    params, batch_stats = kmqat.begin(section, reference, start, features)
+    assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(lambda p: kmqat.start(section, p), start))
+    expected = recalibrate.fit(reference, quantized_of(reference), features).variables
+    shipped = {**kmqat.packed(params, {}), "batch_stats": batch_stats}
+    for name, leaf in named_leaves(expected):
+        np.testing.assert_array_equal(dict(named_leaves(shipped))[name], leaf, err_msg=name)
+
+
+@pytest.mark.parametrize("change", [{"recipe": "kmqat"}, {"granularity": "tensor"}, {"multi_stage": True}])
+def test_what_cannot_be_fitted_begins_with_the_reference_s_moments(change):
+    reference = reference_of("bias")
+    section = quantized_config(default_config("resnet18"), 2, **change).quant
+    features = moments.random_features(model.frontend_of("wespeaker"), DATA, 8, 1.0)
+    start = {"network": reference.variables["params"]}
+    begun = kmqat.begin(section, reference, start, features)
+    expected = kmqat.repaired(reference, kmqat.start(section, start), features, {})
+    jax.tree.map(np.testing.assert_array_equal, begun, expected)
+    plain, _ = kmqat.begin(section, reference, start, None)
+    jax.tree.map(np.testing.assert_array_equal, plain, kmqat.start(section, start))
+
+
 def test_a_network_that_recomputes_its_blocks_is_repaired_alike():
     reference, other = reference_of("batch"), reference_of("batch", remat=True)
     features = moments.random_features(model.frontend_of("wespeaker"), DATA, 4, 1.0)

@@ -6,6 +6,7 @@ from kmq_jax.quant.packing import pack, unpack
 from kmq_jax.quant.sensitivity import allocate, allocate_sections, distortions, hessian_traces, rules_of, stages
 from kmq_jax.quant.ste import (
     Codebook,
+    adopt_codebooks,
     export,
     fake_quantize,
     grow_codebooks,
@@ -33,6 +34,7 @@ __all__ = [
     "QuantRule",
     "QuantSpec",
     "Size",
+    "adopt_codebooks",
     "allocate",
     "allocate_sections",
     "combine",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import map_named, named_leaves
-from kmq_jax.quant.codes import along, assign, lookup, to_groups, where_sorted
+from kmq_jax.quant.codes import along, assign, from_groups, lookup, to_groups, where_sorted
 from kmq_jax.quant.kmeans import kmeans, midpoints
 from kmq_jax.quant.nested import nested_kmeans, split_kmeans, thresholds
 from kmq_jax.quant.packing import pack
@@ -373,6 +373,60 @@ def _in_units(
     )
     book = book.with_scale(scale)
     return (tensor / along(book.scale, tensor.ndim, axis) if normalized else tensor), book
+
+
+def adopt_codebooks(params: Any, packed: Any, rules: Rules, *, margin: float = 0.1) -> tuple[Any, dict[str, Codebook]]:
+    """Makes latents and codebooks that compute exactly what a packed network does, to be trained from there.
+
+    A latent is the full-precision weight, stretched channel by channel to the size of the packed values. Rounded with
+    error feedback, many a weight has another index than that of its nearest centroid; its latent is moved just over
+    the border of that index's cell, since there the least force sends it back.
+
+    Args:
+        params: the tree in full precision.
+        packed: the tree of the same network quantized by the same rules, at one width.
+        rules: see `transform.decide`.
+        margin: how far from its border into the cell a moved latent lies, as a share of the way to the centroid.
+
+    Returns:
+        `(latents, codebooks)` as `init_codebooks`, in units of each group's standard deviation; what `packed` does not
+        quantize is as there.
+
+    Raises:
+        UserError: a tensor is not quantized alike in `packed` (the message names it).
+    """
+    leaves = dict(named_leaves(params))
+    given = dict(named_leaves(packed, is_leaf=is_codebook_tensor))
+    latents = {name: leaf for name, leaf in given.items() if not is_codebook_tensor(leaf)}
+    codebooks = {}
+    for name, spec in decide(params, rules).items():
+        if spec.bits == HALF:
+            continue
+        axis, tensor = group_axis(name, leaves[name].ndim, spec), cast(CodebookTensor, given.get(name))
+        alike = is_codebook_tensor(tensor) and (tensor.shape, tensor.axis) == (leaves[name].shape, axis)
+        if not alike or tensor.widths != (spec.bits,):
+            raise UserError(f"{name}: the packed network must hold it at {spec.bits} bits alone")
+        book = jnp.asarray(tensor.codebook, jnp.float32)
+        latent = _into_cells(jnp.asarray(leaves[name], jnp.float32), indices_of(tensor), book, axis, margin)
+        latents[name], own = _in_units(latent, (book,), None, spec, axis, True)
+        codebooks[name] = dataclasses.replace(own, dtype=str(tensor.codebook.dtype))
+    return map_named(lambda name, leaf: jnp.asarray(latents[name]), params), codebooks
+
+
+@partial(jax.jit, static_argnums=(3,))
+def _into_cells(tensor: jax.Array, indices: jax.Array, book: jax.Array, axis: int | None, margin: float) -> jax.Array:
+    """Stretches a tensor to the values `[groups, K]` that its indices take, and moves strays into their cells."""
+    rows, index = to_groups(tensor, axis), to_groups(indices, axis)
+    values = lookup(index, book, 0)
+    power = jnp.sum(rows * rows, axis=1)
+    rows = rows * (jnp.sum(rows * values, axis=1) / jnp.where(power > 0, power, 1))[:, None]
+    ends = jnp.full((len(book), 1), jnp.inf)
+    borders = midpoints(book)
+    low = lookup(index, jnp.concatenate([-ends, borders], axis=1), 0)
+    high = lookup(index, jnp.concatenate([borders, ends], axis=1), 0)
+    low = jnp.where(jnp.isfinite(low), low + margin * (values - low), low)
+    high = jnp.where(jnp.isfinite(high), high - margin * (high - values), high)
+    return from_groups(jnp.clip(rows, low, high), tensor.shape, axis)
 
 
 def grow_codebooks(params: Any, narrow: Any, rules: Rules) -> tuple[Any, dict[str, Codebook]]:

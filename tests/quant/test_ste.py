@@ -200,3 +200,52 @@ def test_sums_of_cells_on_every_backend(backend, shape, axis, monkeypatch):
             members = tensor[group][indices[group] == k]
             assert count[g, k] == members.size
             assert total[g, k] == pytest.approx(members.sum(), abs=1e-5)
+
+
+# --- starting from a packed network --------------------------------------------------------------------------------
+
+
+def scrambled(bits):
+    """A packed tensor whose indices are anything but the nearest."""
+    packed = quant.quantize(PARAMS, QuantSpec(bits))
+    tensor = packed["w"]
+    indices = np.random.default_rng(1).integers(0, 1 << bits, (tensor.groups, tensor.group_size)).astype(np.uint8)
+    return {**packed, "w": dataclasses.replace(tensor, packed=quant.pack(indices, bits))}
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 6])
+def test_what_is_adopted_is_the_packed_network(bits):
+    packed = scrambled(bits)
+    latents, books = quant.adopt_codebooks(PARAMS, packed, QuantSpec(bits))
+    stored = quant.export(latents, books)
+    np.testing.assert_array_equal(stored["w"].codebook, packed["w"].codebook)
+    if bits < 6:  # with more centroids than weights some are equal, and any index of theirs will do
+        np.testing.assert_array_equal(stored["w"].packed, packed["w"].packed)
+    np.testing.assert_array_equal(*(quant.dequantize(tree)["w"] for tree in (stored, packed)))
+
+
+def test_latents_stay_where_the_index_is_the_nearest_and_else_go_just_over_the_border():
+    # Values twice the weights; -3 belongs to -4 (index 0) but holds index 1, whose cell is (-3, 0) in these units.
+    weights = {"w": np.array([[-3.0], [-1.0], [1.0], [3.0]], np.float32)}
+    book = jnp.array([[-4.0, -2.0, 2.0, 4.0]], jnp.float16)
+    packed = quant.quantize(weights, QuantSpec(2))
+    indices = np.array([[1, 1, 2, 3]], np.uint8)
+    tensor = dataclasses.replace(packed["w"], codebook=book, packed=quant.pack(indices, 2))
+    latents, books = quant.adopt_codebooks(weights, {"w": tensor}, QuantSpec(2), margin=0.1)
+    ratio = (-3 * -2 + 2 + 2 + 12) / (9 + 1 + 1 + 9)
+    found = np.asarray(latents["w"])[:, 0] * float(books["w"].scale[0])
+    np.testing.assert_allclose(found, [-2.9, -ratio, ratio, 3 * ratio], rtol=1e-5)
+
+
+def test_what_is_not_quantized_is_taken_from_the_packed_network():
+    packed = {**scrambled(2), "bias": np.full(3, 7.0, np.float32)}
+    latents, books = quant.adopt_codebooks(PARAMS, packed, QuantSpec(2))
+    assert list(books) == ["w"]
+    np.testing.assert_array_equal(latents["bias"], packed["bias"])
+
+
+def test_only_a_network_quantized_alike_is_adopted():
+    packed = quant.quantize(PARAMS, QuantSpec(3))
+    for bad in (packed, PARAMS, {**packed, "w": packed["bias"]}, quant.quantize(PARAMS, QuantSpec(2, coarse=(1,)))):
+        with pytest.raises(UserError, match="must hold it at 2 bits alone"):
+            quant.adopt_codebooks(PARAMS, bad, QuantSpec(2))
