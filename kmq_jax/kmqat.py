@@ -105,7 +105,8 @@ def begin(
         reference: the full-precision network.
         params: its parameters, as `start` takes them.
         features: `[batch, time, mel]`, as training gives them; None begins from k-means as it is.
-        widths, narrow: see `start`.
+        widths: see `start`.
+        narrow: see `start`.
 
     Returns:
         `(params, batch_stats)`.

@@ -10,6 +10,7 @@ from kmq_jax import model, quant
 from kmq_jax.core import cli
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_json
+from kmq_jax.core.memory import keep_freed_memory
 from kmq_jax.data import source
 from kmq_jax.recalibrate import recalibrate
 
@@ -59,6 +60,7 @@ def rules_of(args: argparse.Namespace) -> list[quant.QuantRule]:
 def main() -> None:
     """Runs the command."""
     args = flags().parse_args()
+    keep_freed_memory()
     rules = rules_of(args)
     reference = model.load(args.model)
     leaves = jax.tree.leaves(reference.variables, is_leaf=quant.is_codebook_tensor)

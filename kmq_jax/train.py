@@ -55,7 +55,11 @@ def parse_flags(argv: list[str], more: absl_flags.FlagValues | None = None) -> t
     except OSError as error:
         raise UserError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error
     except (absl_flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
+        message = str(error)
+        if "Traceback" in message:  # what the configuration file raised, as text
+            last = message.strip().splitlines()[-1]
+            message = "--config: " + last.removeprefix(f"{UserError.__module__}.UserError: ")
+        raise UserError(message) from error
     if rest[1:]:
         raise UserError(f"argument {rest[1]!r} is not a flag (see --help)")
     if config is None or workdir is None:

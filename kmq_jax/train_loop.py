@@ -129,8 +129,8 @@ PACKED = "model.kmq"
 _FREE = ("log_every", "checkpoint_epochs", "keep_checkpoints", "average_last", "validation", "data.threads")
 
 
-def settle_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Writes `config.json`, or checks that the run it describes is the same one.
+def check_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Checks that the run which `config.json` describes, if there is one, is the same.
 
     Raises:
         UserError: the workdir holds a run with other settings; the message names the first that differs.
@@ -145,13 +145,15 @@ def settle_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
                     f"--workdir={workdir} holds a run with {key}={before.get(key)!r}, not {after.get(key)!r}: "
                     "use another directory"
                 )
-    if jax.process_index() == 0:
-        write_json(path, new)
 
 
-def record_start(workdir: Path, step: int) -> None:
-    """Adds to `starts.json` what the run is computed with from `step` on: revision of the source, versions."""
+def record_start(config: ml_collections.ConfigDict, workdir: Path, step: int) -> None:
+    """Writes `config.json`, and adds to `starts.json` what the run is computed with from `step` on.
+
+    Once all is read that the settings name, so that a mistake in them leaves nothing to be undone.
+    """
     if jax.process_index() == 0:
+        write_json(workdir / "config.json", json.loads(config.to_json()))
         path = workdir / "starts.json"
         write_json(path, [*(read_json(path) if path.exists() else ()), {"step": step, **provenance()}])
 
@@ -244,7 +246,7 @@ def _train(
 
     # 3. State: the newest checkpoint, else `init_from`, else fresh. Laid out on the mesh by rule.
     workdir.mkdir(parents=True, exist_ok=True)
-    settle_config(config, workdir)
+    check_config(config, workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", max(config.keep_checkpoints, config.average_last, 1))
     closing.callback(checkpoints.close)
     resumes = bool(checkpoints.steps())
@@ -284,7 +286,7 @@ def _train(
     stage_steps = -(-total_steps // len(stages))
     train_step = train_lib.jit_train_step(recipe, shardings, stages[min(step, total_steps - 1) // stage_steps])
     log = RunLog(workdir / "metrics.jsonl", step, workdir / "tensorboard" if tensorboard else None)
-    record_start(workdir, step)
+    record_start(config, workdir, step)
     display = Display(step, total_steps, config.batch_size)
     closing.callback(display.close)
     closing.callback(log.close)

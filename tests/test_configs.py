@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from kmq_jax import train_loop
+from kmq_jax.core.errors import UserError
+from kmq_jax.train import parse_flags
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -24,6 +26,14 @@ def test_a_config_says_how_to_run_it_and_fits_the_registry(path):
     assert f"--config=configs/{path.name}" in module.__doc__
     train_loop.describe(config).network(config.dtype)
     json.loads(config.to_json())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ml_collections' way to load a file
+def test_what_a_configuration_refuses_is_told_as_it_says_it():
+    path = Path(__file__).parents[1] / "configs/wespeaker34_kmqat.py"
+    with pytest.raises(UserError) as error:
+        parse_flags(["train", f"--config={path}:5", "--workdir=runs/x"])
+    assert str(error.value) == "--config: configs/wespeaker34_kmqat.py:5 must be 2, 3, 4, nested or smoke"
 
 
 @pytest.mark.slow

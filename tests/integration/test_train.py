@@ -192,6 +192,7 @@ def test_a_mistake_is_told_before_any_step(message, tmp_path):
         train_loop.train(config, tmp_path)
     assert message in str(error.value)
     assert not list(tmp_path.glob("checkpoints/*"))
+    assert not (tmp_path / "config.json").exists()  # the mended command may use the same directory
 
 
 def test_another_run_in_the_same_directory_is_refused(whole):
