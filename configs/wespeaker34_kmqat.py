@@ -42,8 +42,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.root = root
     config.data.update(train=root + "/so762/train," + root + "/words/train", crop_seconds=2.0)
     config.validation.update(data=root + "/so762/dev", trials=root + "/so762/dev/trials.txt", epochs=EPOCHS[width])
-    quantized(config, 4 if width == "nested" else int(width), rules=(("^stem/", 0),))
-    if width == "nested":
-        config.quant.update(coarse=(2, 3), grow_from="runs/r34-2bit")
+    nested = {"coarse": (2, 3), "grow_from": "runs/r34-2bit"} if width == "nested" else {}
+    quantized(config, 4 if nested else int(width), rules=(("^stem/", 0),), **nested)
     config.update(batch_size=16, epochs=EPOCHS[width], checkpoint_epochs=1.0, dtype="bfloat16")
     return smoke(config) if arg == "smoke" else config

@@ -97,8 +97,8 @@ def begin(
     """What training begins from: `start`, brought near to the full-precision network on some crops of speech.
 
     Where it can be, that is the network fitted without training (see `recalibrate`), which is worth hundreds of steps.
-    KMQAT's own recipe, codebooks shared by channels, nested codebooks and stages, whose tensors wait in full precision,
-    are given the reference's moments in place of it.
+    KMQAT's own recipe, codebooks that channels share, and stages, whose tensors wait in full precision, are given the
+    reference's moments in place of it, or begin as they are where codebooks nest.
 
     Args:
         section: the `quant` section.
@@ -114,19 +114,36 @@ def begin(
     Raises:
         UserError: as `start`.
     """
+    batch_stats = reference.variables.get("batch_stats", {})
     per_channel = section.granularity == "channel" and section.recipe == "normalized"
-    if features is not None and per_channel and narrow is None and not section.multi_stage:
-        rules = _rules(section, widths)
-        tree = quant.quantize(reference.variables["params"], rules)
-        quantized = dataclasses.replace(reference, variables={**reference.variables, "params": tree})
-        fitted = recalibrate.fit(reference, quantized, features).variables
-        latents, books = quant.adopt_codebooks(params["network"], fitted["params"], rules)
-        batch_stats = jax.tree.map(jnp.asarray, fitted.get("batch_stats", {}))
-        return {**params, "network": latents, "codebooks": books}, batch_stats
+    if features is not None and per_channel and not section.multi_stage:
+        return _fitted(section, reference, params, features, widths, narrow)
     params = start(section, params, widths, narrow)
-    if features is None:
-        return params, reference.variables.get("batch_stats", {})
-    return repaired(reference, params, features, {} if narrow is None else cells(params, narrow))
+    return (params, batch_stats) if features is None or narrow is not None else repaired(reference, params, features)
+
+
+def _fitted(
+    section: ml_collections.ConfigDict,
+    reference: model.SpeakerModel,
+    params: Any,
+    features: jax.Array,
+    widths: Mapping[str, int] | None,
+    narrow: Any,
+) -> tuple[Any, Any]:
+    rules = _rules(section, widths)
+    grown = {} if narrow is None else start(section, params, widths, narrow)
+    packs = packed(grown, cells(grown, narrow)) if grown else {"params": quant.quantize(params["network"], rules)}
+    quantized = dataclasses.replace(reference, variables={**reference.variables, **packs})
+    fitted = recalibrate.fit(reference, quantized, features, keep_narrowest=bool(grown)).variables
+    latents, books = quant.adopt_codebooks(params["network"], fitted["params"], rules)
+    begun = {**params, "network": latents, "codebooks": books}
+    if grown:
+        own = fitted[model.NARROW]
+        begun["narrow"] = {
+            bits: {name: jnp.asarray(own[bits][f"params/{name}"]) for name in biases}
+            for bits, biases in grown["narrow"].items()
+        }
+    return begun, jax.tree.map(jnp.asarray, fitted.get("batch_stats", {}))
 
 
 def start(
@@ -185,59 +202,36 @@ def cells(params: Any, narrow: Any) -> dict[str, jax.Array]:
     return {name: quant.indices_of(tensors[name]) for name in params["codebooks"]}
 
 
-def repaired(
-    reference: model.SpeakerModel, params: Any, features: jax.Array, indices: Mapping[str, jax.Array]
-) -> tuple[Any, Any]:
-    """Gives the layers of what `start` made the reference's moments (see `moments`).
+def repaired(reference: model.SpeakerModel, params: Any, features: jax.Array) -> tuple[Any, Any]:
+    """Gives the layers of what `start` made the reference's moments (see `moments`); not where codebooks nest.
 
     Args:
         reference: the full-precision network.
         params: from `start`, made of it.
         features: `[batch, time, mel]`, as training gives them.
-        indices: where codebooks nest, from `cells`.
 
     Returns:
         `(params, batch_stats)`.
     """
-    # The widest comes last: its biases are where the other widths start.
-    widths = next((book.widths[1:] for book in params["codebooks"].values() if book.kept), (None,))
-    batch_stats = reference.variables.get("batch_stats", {})
-    for bits in widths:
-        params, batch_stats = _repaired_at(bits, reference, params, features, indices, batch_stats)
-    return params, batch_stats
-
-
-def _repaired_at(
-    bits: int | None,
-    reference: model.SpeakerModel,
-    params: Any,
-    features: jax.Array,
-    indices: Mapping[str, jax.Array],
-    batch_stats: Any,
-) -> tuple[Any, Any]:
-    """As `repaired`, of one width of nested codebooks, which leaves alone what the widths share; None: there is one."""
     books = params["codebooks"]
-    cached = {name: dataclasses.replace(book, indices=indices.get(name)) for name, book in books.items()}
-    variables = {"params": quant.export(params["network"], cached), "batch_stats": batch_stats}
-    quantized = dataclasses.replace(reference, variables=variables, bits=bits)
-    repair = moments.measure(reference, quantized, features, quantized_only=bits is not None)
-    slopes = {}
+    batch_stats = reference.variables.get("batch_stats", {})
+    variables = {"params": quant.export(params["network"], books), "batch_stats": batch_stats}
+    repair = moments.measure(reference, dataclasses.replace(reference, variables=variables), features)
+    scales = {}
 
     def scaled(name: str, leaf: Any, slope: jax.Array) -> Any:
-        if name not in books:
+        book = books.get(name)
+        if book is None:
             return leaf * along(slope, leaf.ndim, leaf.ndim - 1)
-        if books[name].axis is None:
+        if book.axis is None:
             return leaf  # one scale for all channels cannot follow; the bias still does
-        slopes[name] = jnp.maximum(slope, 1e-6)
-        follows = bits is None and not books[name].normalized
-        return leaf * along(slopes[name], leaf.ndim, books[name].axis) if follows else leaf
+        slope = jnp.maximum(slope, 1e-6)
+        scales[name] = book.with_scale(book.scale * slope)
+        return leaf if book.normalized else leaf * along(slope, leaf.ndim, book.axis)
 
     variables = {"params": params["network"], "batch_stats": batch_stats}
     variables = jax.tree.map(jnp.asarray, moments.apply(repair, variables, scaled))
-    params = {**params, "codebooks": {**books, **{n: books[n].scaled(slope, bits) for n, slope in slopes.items()}}}
-    if bits is None or str(bits) not in params["narrow"]:
-        return {**params, "network": variables["params"]}, variables["batch_stats"]
-    return {**params, "narrow": {**params["narrow"], str(bits): _biases(variables["params"])}}, batch_stats
+    return {**params, "network": variables["params"], "codebooks": {**books, **scales}}, variables["batch_stats"]
 
 
 def weights(

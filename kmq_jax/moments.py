@@ -60,21 +60,15 @@ class Repair:
     statistics: dict[str, Moments]
 
 
-def measure(
-    reference: model.SpeakerModel, quantized: model.SpeakerModel, features: jax.Array, quantized_only: bool = False
-) -> Repair:
+def measure(reference: model.SpeakerModel, quantized: model.SpeakerModel, features: jax.Array) -> Repair:
     """Finds what gives the quantized network's layers the reference's moments.
 
     Args:
         reference: the full-precision model.
         quantized: the other, read at its `bits`.
         features: `[batch, time, mel]`.
-        quantized_only: leave layers whose kernel is in full precision as they are.
     """
     wanted, _ = _walk(reference.network(), None, reference.variables, features, {})
-    if quantized_only:
-        kernels = dict(named_leaves(quantized.variables["params"], is_leaf=quant.is_codebook_tensor))
-        wanted = {name: wanted[name] for name in wanted if quant.is_codebook_tensor(kernels[f"{name}/kernel"])}
     seen, statistics = _walk(quantized.network(), quantized.bits, quantized.variables, features, wanted)
     return Repair({name: matching(seen[name], wanted[name]) for name in wanted}, statistics)
 

@@ -59,7 +59,9 @@ def recalibrate(
     return fit(reference, quantized, features)
 
 
-def fit(reference: model.SpeakerModel, quantized: model.SpeakerModel, features: jax.Array) -> model.SpeakerModel:
+def fit(
+    reference: model.SpeakerModel, quantized: model.SpeakerModel, features: jax.Array, keep_narrowest: bool = False
+) -> model.SpeakerModel:
     """Fits a quantized model to the reference's activations on given features.
 
     Linear layers keep their weights: they have one input a crop, which is too few to tell correlations.
@@ -71,6 +73,8 @@ def fit(reference: model.SpeakerModel, quantized: model.SpeakerModel, features: 
             other, the wider inside the cells of the narrower. Each width has biases and statistics of its own; what
             is not nested is the same for all and stays as it is.
         features: `[batch, time, mel]`.
+        keep_narrowest: the smallest of nested widths is a trained network and stays as it is; inside its cells the
+            centroids of wider widths ascend, so that training can go on with them.
 
     Returns:
         The fitted model, of the same size.
@@ -85,10 +89,12 @@ def fit(reference: model.SpeakerModel, quantized: model.SpeakerModel, features: 
     widths = narrow_widths(quantized.variables)
     walks: list[_Walk] = []
     for bits in (*widths, None):
-        walks.append(
-            _Walk(quantized.variables["params"], bits, nested=bool(widths), narrower=walks[-1] if walks else None)
-        )
-        walks[-1].run(reference, features)
+        walk = _Walk(quantized.variables["params"], bits, bool(widths), tuple(walks), ascending=keep_narrowest)
+        if keep_narrowest and not walks:
+            walk.keep(quantized.variables[model.NARROW][str(bits)])
+        else:
+            walk.run(reference, features)
+        walks.append(walk)
 
     fitted = dict(walks[-1].leaves)
     for name, indices in walks[-1].indices.items():
@@ -119,9 +125,9 @@ class _Walk:
         leaves: by variable name, what else was fitted: biases, statistics, kernels that are not quantized.
     """
 
-    def __init__(self, params: Any, bits: int | None, nested: bool, narrower: "_Walk | None"):
-        """Takes the quantized network's parameters and the width to fit (None: the widest)."""
-        self._bits, self._nested, self._narrower = bits, nested, narrower
+    def __init__(self, params: Any, bits: int | None, nested: bool, narrower: "tuple[_Walk, ...]", ascending: bool):
+        """Takes the quantized network's parameters, the width to fit (None: the widest) and the walks before."""
+        self._bits, self._nested, self._narrower, self._ascending = bits, nested, narrower, ascending
         self._tensors = tensors = dict(named_leaves(params, quant.is_codebook_tensor))
         self._values = dict(named_leaves(quant.dequantize(params, bits)))
         self.scaled: dict[str, jax.Array] = {}
@@ -131,6 +137,14 @@ class _Walk:
         convolutions = sum(quant.is_codebook_tensor(leaf) and leaf.ndim == 4 for leaf in tensors.values())
         at = f" at {bits} bits" if bits else ""
         self._progress = cli.progress(range(convolutions), desc=f"fitting{at}", unit="layer")
+
+    def keep(self, leaves: dict[str, np.ndarray]) -> None:
+        """Takes the width as it is, with biases and statistics of its own, in place of fitting it."""
+        self.leaves = dict(leaves)
+        for name, tensor in self._tensors.items():
+            if quant.is_codebook_tensor(tensor) and tensor.coarse:
+                self.indices[name] = to_groups(quant.indices_of(tensor, self._bits), tensor.axis)
+                self.books[name] = self.scaled[name] = jnp.asarray(tensor.codebook_of(self._bits), jnp.float32)
 
     def run(self, reference: model.SpeakerModel, features: jax.Array) -> None:
         """Fits all layers on features `[batch, time, mel]`."""
@@ -171,11 +185,12 @@ class _Walk:
         if not layer.use_bias:
             return wanted, y
         bias: jax.Array = layer.get_variable("params", "bias")
-        wanted, y = (z + along(bias, 4, 3) for z in (wanted, y))
+        wanted, y = (z + along(b, 4, 3) for z, b in ((wanted, bias), (y, self._values[f"{name}/bias"])))
         if shared:
             return wanted, y
         slope, shift = matching(moments(y), moments(wanted))
-        self.leaves[f"params/{name}/bias"] = np.asarray(bias * slope + shift, self._tensors[f"{name}/bias"].dtype)
+        own_bias = self._values[f"{name}/bias"] * slope + shift
+        self.leaves[f"params/{name}/bias"] = np.asarray(own_bias, self._tensors[f"{name}/bias"].dtype)
         if quant.is_codebook_tensor(tensor):
             self.scaled[key] = self.books[key] * slope[:, None]
         else:
@@ -184,15 +199,18 @@ class _Walk:
 
     def _round(self, name: str, rows: jax.Array, second: jax.Array) -> None:
         tensor: CodebookTensor = self._tensors[name]
-        if self._narrower is None:
+        if not self._narrower:
             given = jnp.asarray(tensor.codebook_of(self._bits or tensor.bits), jnp.float32)
             pinned = jnp.all(jnp.any(given == 0, axis=1)) | jnp.all(given == -given[:, ::-1])
             book, parents, free = given[:, None], None, not pinned
         else:
-            parents, cells = self._narrower.indices[name], self._narrower.books[name]
+            parents, cells = self._narrower[-1].indices[name], self._narrower[-1].books[name]
             (book,) = split_kmeans(rows, parents, cells, (self._bits or tensor.bits,))
             book, free = book.reshape(*cells.shape, -1), True
         book, self.indices[name] = feedback.fit(rows, book, second, parents, free=free)
+        if self._ascending and len(self._narrower) > 1:
+            book = _between(book, cells, self._narrower[0].books[name].shape[1])
+            book, self.indices[name] = feedback.fit(rows, book, second, parents, free=False)
         stored = book.reshape(len(rows), -1).astype(tensor.codebook.dtype)
         self.books[name] = stored.astype(jnp.float32)
 
@@ -200,8 +218,23 @@ class _Walk:
         mean, deviation = moments(x)
         self.leaves[f"batch_stats/{name}/mean"] = np.asarray(mean)
         self.leaves[f"batch_stats/{name}/var"] = np.asarray(deviation**2)
-        slope = layer.get_variable("params", "scale") / jnp.sqrt(deviation**2 + layer.epsilon)
-        return scale_and_shift(x, slope, layer.get_variable("params", "bias") - mean * slope)
+        slope = self._values[f"{name}/scale"] / jnp.sqrt(deviation**2 + layer.epsilon)
+        return scale_and_shift(x, slope, self._values[f"{name}/bias"] - mean * slope)
+
+
+def _between(book: jax.Array, cells: jax.Array, roots: int) -> jax.Array:
+    """Keeps the parts of each cell between the midpoints to its neighbours that split the same one of `roots` cells.
+
+    Args:
+        book: `[groups, cells, parts]`.
+        cells: their centroids `[groups, cells]`, ascending inside each root.
+        roots: how many cells the narrowest width has.
+    """
+    split = cells.reshape(len(cells), roots, -1)
+    borders, ends = 0.5 * (split[..., 1:] + split[..., :-1]), jnp.full((len(cells), roots, 1), jnp.inf)
+    low = jnp.concatenate([-ends, borders], axis=-1).reshape(*cells.shape, 1)
+    high = jnp.concatenate([borders, ends], axis=-1).reshape(*cells.shape, 1)
+    return jnp.clip(book, low, high)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

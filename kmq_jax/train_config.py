@@ -172,7 +172,8 @@ def quantized(config: ml_collections.ConfigDict, bits: int, **settings: Any) -> 
         weight_decay=0.0,
         groups=((r"raw_scale|centroids|coarse", 0.2, 0.0), (r"/(bias|scale)$|stem|classifier", 0.1, 0.0)),
     )
-    peak = 1e-2 if config.quant.coarse else 1e-2 * 10 ** (min(2 - bits, 0) / 2)
+    trained = (*sorted(config.quant.coarse)[1:], bits)
+    peak = 1e-2 * 10 ** (min(2 - sum(trained) / len(trained), 0) / 2)
     config.learning_rate.update(kind="cosine", peak=peak, warmup_epochs=0.1)
     return config
 

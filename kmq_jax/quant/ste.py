@@ -75,16 +75,6 @@ class Codebook:
         # The inverse of softplus, exact for small and for large scales.
         return dataclasses.replace(self, raw_scale=scale + jnp.log(-jnp.expm1(-scale)))
 
-    def scaled(self, slope: jax.Array, bits: int | None = None) -> "Codebook":
-        """The codebook with each group's values multiplied by `slope` `[groups]`, above zero, at one width or all."""
-        if bits is None:
-            return self.with_scale(self.scale * slope)
-        books = [
-            book * slope[:, None] if bits == width else book
-            for width, book in zip(self.widths, (*self.coarse, self.centroids))
-        ]
-        return dataclasses.replace(self, centroids=books[-1], coarse=tuple(books[:-1]))
-
     def constrained(self) -> tuple[jax.Array, ...]:
         """The centroids of every width as they are used: in order, and with the constraints met."""
         books = []
@@ -117,15 +107,13 @@ class Codebook:
 
     def assigned(self, latent: jax.Array) -> jax.Array:
         """The index of each latent's centroid, uint8 in the latent's shape, computed afresh."""
-        books, units = self.constrained(), self.units(latent)
+        units, borders = self.units(latent), inner_borders(self.constrained(), self.kept)
         if not self.kept:
-            return assign(units, thresholds(books), self.axis)
+            return assign(units, borders[:, 0], self.axis)
         assert self.indices is not None
-        groups, cells = books[0].shape
-        inner = thresholds(tuple(book.reshape(groups * cells, -1) for book in books[1:])).reshape(groups, cells, -1)
         index = self.indices << (self.bits - self.kept)
-        for part in range(inner.shape[-1]):
-            index += (units > lookup(self.indices, inner[:, :, part], self.axis)).astype(jnp.uint8)
+        for part in range(borders.shape[-1]):
+            index += (units > lookup(self.indices, borders[:, :, part], self.axis)).astype(jnp.uint8)
         return index
 
     def index_of(self, latent: jax.Array) -> jax.Array:
@@ -134,6 +122,18 @@ class Codebook:
 
 
 Codebooks = Mapping[str, Codebook]
+
+
+def inner_borders(books: tuple[jax.Array, ...], kept: int) -> jax.Array:
+    """Borders inside the cells of a width that is kept: `[groups, 2^kept, parts - 1]`; 0 is one cell.
+
+    Args:
+        books: centroids `[groups, 2^b]`, ascending in width, the kept one's first.
+        kept: bits of that width.
+    """
+    cells = 1 << kept
+    wider = tuple(book.reshape(len(book) * cells, -1) for book in (books[1:] if kept else books))
+    return thresholds(wider).reshape(len(books[0]), cells, -1)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -376,7 +376,7 @@ def _in_units(
 
 
 def adopt_codebooks(params: Any, packed: Any, rules: Rules, *, margin: float = 0.1) -> tuple[Any, dict[str, Codebook]]:
-    """Makes latents and codebooks that compute exactly what a packed network does, to be trained from there.
+    """Makes latents and codebooks that compute what a packed network does, to be trained from there.
 
     A latent is the full-precision weight, stretched channel by channel to the size of the packed values. Rounded with
     error feedback, many a weight has another index than that of its nearest centroid; its latent is moved just over
@@ -384,13 +384,14 @@ def adopt_codebooks(params: Any, packed: Any, rules: Rules, *, margin: float = 0
 
     Args:
         params: the tree in full precision.
-        packed: the tree of the same network quantized by the same rules, at one width.
+        packed: the tree of the same network quantized by the same rules. Of nested widths the smallest is kept, as in
+            `grow_codebooks`, and inside its cells the centroids of wider ones ascend.
         rules: see `transform.decide`.
         margin: how far from its border into the cell a moved latent lies, as a share of the way to the centroid.
 
     Returns:
         `(latents, codebooks)` as `init_codebooks`, in units of each group's standard deviation; what `packed` does not
-        quantize is as there.
+        quantize is as there. Where widths nest, `indices` are to be given to the codebooks.
 
     Raises:
         UserError: a tensor is not quantized alike in `packed` (the message names it).
@@ -404,28 +405,34 @@ def adopt_codebooks(params: Any, packed: Any, rules: Rules, *, margin: float = 0
             continue
         axis, tensor = group_axis(name, leaves[name].ndim, spec), cast(CodebookTensor, given.get(name))
         alike = is_codebook_tensor(tensor) and (tensor.shape, tensor.axis) == (leaves[name].shape, axis)
-        if not alike or tensor.widths != (spec.bits,):
-            raise UserError(f"{name}: the packed network must hold it at {spec.bits} bits alone")
-        book = jnp.asarray(tensor.codebook, jnp.float32)
-        latent = _into_cells(jnp.asarray(leaves[name], jnp.float32), indices_of(tensor), book, axis, margin)
-        latents[name], own = _in_units(latent, (book,), None, spec, axis, True)
-        codebooks[name] = dataclasses.replace(own, dtype=str(tensor.codebook.dtype))
+        if not alike or tensor.widths != spec.widths:
+            raise UserError(f"{name}: the packed network must hold it at {', '.join(map(str, spec.widths))} bits")
+        kept = spec.widths[0] if spec.coarse else 0
+        books = tuple(jnp.asarray(tensor.codebook_of(width), jnp.float32) for width in spec.widths)
+        latent = _into_cells(jnp.asarray(leaves[name], jnp.float32), indices_of(tensor), books, kept, axis, margin)
+        latents[name], own = _in_units(latent, books, None, spec, axis, True)
+        codebooks[name] = dataclasses.replace(own, kept=kept, dtype=str(tensor.codebook.dtype))
     return map_named(lambda name, leaf: jnp.asarray(latents[name]), params), codebooks
 
 
-@partial(jax.jit, static_argnums=(3,))
-def _into_cells(tensor: jax.Array, indices: jax.Array, book: jax.Array, axis: int | None, margin: float) -> jax.Array:
-    """Stretches a tensor to the values `[groups, K]` that its indices take, and moves strays into their cells."""
+@partial(jax.jit, static_argnums=(3, 4))
+def _into_cells(
+    tensor: jax.Array, indices: jax.Array, books: tuple[jax.Array, ...], kept: int, axis: int | None, margin: float
+) -> jax.Array:
+    """Stretches a tensor to the values that its indices take in the widest book, and moves strays into their cells."""
     rows, index = to_groups(tensor, axis), to_groups(indices, axis)
-    values = lookup(index, book, 0)
+    values = lookup(index, books[-1], 0)
     power = jnp.sum(rows * rows, axis=1)
     rows = rows * (jnp.sum(rows * values, axis=1) / jnp.where(power > 0, power, 1))[:, None]
-    ends = jnp.full((len(book), 1), jnp.inf)
-    borders = midpoints(book)
-    low = lookup(index, jnp.concatenate([-ends, borders], axis=1), 0)
-    high = lookup(index, jnp.concatenate([borders, ends], axis=1), 0)
-    low = jnp.where(jnp.isfinite(low), low + margin * (values - low), low)
-    high = jnp.where(jnp.isfinite(high), high - margin * (high - values), high)
+    borders = inner_borders(books, kept)
+    ends = jnp.full((*borders.shape[:2], 1), jnp.inf)
+    low = lookup(index, jnp.concatenate([-ends, borders], axis=-1).reshape(books[-1].shape), 0)
+    high = lookup(index, jnp.concatenate([borders, ends], axis=-1).reshape(books[-1].shape), 0)
+    # A border that several widths share need not have the centroid on its own side.
+    gap = 0.05 * jnp.minimum(jnp.std(rows, axis=1, keepdims=True), high - low)
+    inside = jnp.clip(values, low + gap, high - gap)
+    low = jnp.where(jnp.isfinite(low), low + margin * (inside - low), low)
+    high = jnp.where(jnp.isfinite(high), high - margin * (high - inside), high)
     return from_groups(jnp.clip(rows, low, high), tensor.shape, axis)
 
 

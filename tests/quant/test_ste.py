@@ -247,5 +247,5 @@ def test_what_is_not_quantized_is_taken_from_the_packed_network():
 def test_only_a_network_quantized_alike_is_adopted():
     packed = quant.quantize(PARAMS, QuantSpec(3))
     for bad in (packed, PARAMS, {**packed, "w": packed["bias"]}, quant.quantize(PARAMS, QuantSpec(2, coarse=(1,)))):
-        with pytest.raises(UserError, match="must hold it at 2 bits alone"):
+        with pytest.raises(UserError, match="w: the packed network must hold it at 2 bits"):
             quant.adopt_codebooks(PARAMS, bad, QuantSpec(2))
