@@ -150,7 +150,7 @@ def check_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
 def record_start(config: ml_collections.ConfigDict, workdir: Path, step: int) -> None:
     """Writes `config.json`, and adds to `starts.json` what the run is computed with from `step` on.
 
-    Once all is read that the settings name, so that a mistake in them leaves nothing to be undone.
+    Once a step has run, so that a mistake in the settings leaves nothing to be undone.
     """
     if jax.process_index() == 0:
         write_json(workdir / "config.json", json.loads(config.to_json()))
@@ -286,7 +286,6 @@ def _train(
     stage_steps = -(-total_steps // len(stages))
     train_step = train_lib.jit_train_step(recipe, shardings, stages[min(step, total_steps - 1) // stage_steps])
     log = RunLog(workdir / "metrics.jsonl", step, workdir / "tensorboard" if tensorboard else None)
-    record_start(config, workdir, step)
     display = Display(step, total_steps, config.batch_size)
     closing.callback(display.close)
     closing.callback(log.close)
@@ -313,7 +312,8 @@ def _train(
             state, metrics = train_step(state, mesh.shard_batch(next(batches), devices), teacher)
             pending.append(metrics)
             step += 1
-            if step == start + 1:  # compiled by now; rates begin here
+            if step == start + 1:  # compiled by now, so no setting can be wrong any more; rates begin here
+                record_start(config, workdir, start)
                 jax.block_until_ready(metrics)
                 display.rate(step)
             if jax.process_count() == 1 or step % config.log_every == 0:  # where they wait for one another anyway
