@@ -7,9 +7,9 @@ DIR holds `so762/{train,dev}` and `words/{train,dev}`: Kaldi directories with `t
 imported from ONNX, PyTorch or a MODEL and quantized by distillation from itself, without speaker labels. Cascades are
 calibrated on one half of so762/dev's speakers and evaluated on the other, and the reverse; words/dev is out of domain.
 
-On two cores of an AMD EPYC (AVX-512) training took 43, 8 and 5 minutes at 2, 3 and 4 bits, 38 minutes of the nested
-network, and the rest half an hour; README shows the results. `--config.study.nested=False` leaves the nested network
-out.
+On two cores of an AMD EPYC (AVX-512) training took 31, 7 and 6 minutes at 2, 3 and 4 bits, 33 minutes (beside another
+job) of the nested network, and the rest half an hour; README shows the results. `--config.study.nested=False` leaves
+the nested network out.
 """
 
 import ml_collections
