@@ -9,7 +9,7 @@ Batches of 16 crops of 2 s of 3,465 utterances; the stem stays in full precision
 Python 3.11, jax 0.10; EER in percent, full precision 2.52 and 2.60; minutes with the fit that training begins with:
 
     width   steps   minutes   so762/dev   words/dev
-    4         216         6        2.53        2.68
+    4         216         6        2.53        2.67
     3         324         7        2.50        2.40
     2       1,620        31        2.73        2.48
     nested    648        33        2.55        2.45    read at 4 bits
@@ -19,7 +19,7 @@ Python 3.11, jax 0.10; EER in percent, full precision 2.52 and 2.60; minutes wit
 These are the networks that configs/wespeaker_so762.py trained, as one study; beside the nested one's training another
 job ran all the time. The nested network needs the 2-bit one: `--config.quant.grow_from=runs/r34-2bit`.
 
-Without training: 2.70 and 2.41 at 4 bits, 2.60 and 2.13 at 3, 4.05 and 3.66 at 2, in one minute each.
+Without training: 2.70 and 2.41 at 4 bits, 2.60 and 2.12 at 3, 4.05 and 3.66 at 2, in one minute each.
 """
 
 import ml_collections
