@@ -8,7 +8,7 @@ whole run took 3 min 11 s. EER on 40 unseen speakers each, with the 95 % speaker
     synthetic:dev    6.22 [4.68, 7.72] %    (the run's own validation)
     synthetic:test   5.17 [3.69, 6.94] %
 
-Runs that differ by a seed, or by the rounding of another version's kernels, gave 4.4 to 6.3 % on either.
+Runs that differ by a seed, or by the rounding of another version's kernels, gave 3.3 to 6.3 % on either.
 
     python -m kmq_jax.extract --model=runs/quickstart --data=synthetic:test --out=test.npz
     python -m kmq_jax.score --embeddings=test.npz --trials=synthetic:test --out=scores.txt --json=metrics.json
