@@ -27,21 +27,20 @@ import ml_collections
 from kmq_jax.core.errors import UserError
 from kmq_jax.train_config import default_config, quantized, smoke
 
-EPOCHS = {"4": 1.0, "3": 1.5, "2": 7.5, "nested": 3.0}  # nested: in turns at 3 and 4 bits
-
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the configuration; `arg` is the width, "nested" or "smoke"."""
     width = {None: "2", "smoke": "2"}.get(arg, arg)
-    if width not in EPOCHS:
-        raise UserError(f"configs/wespeaker34_kmqat.py:{arg} must be 2, 3, 4, nested or smoke")
     config = default_config("wespeaker_resnet34", norm="bias")
+    epochs = config.study.epochs.get(width)
+    if not epochs:
+        raise UserError(f"configs/wespeaker34_kmqat.py:{arg} must be 2, 3, 4, nested or smoke")
     config.frontend = "wespeaker"
     root = ml_collections.FieldReference("data")
     config.data.root = root
     config.data.update(train=root + "/so762/train," + root + "/words/train", crop_seconds=2.0)
-    config.validation.update(data=root + "/so762/dev", trials=root + "/so762/dev/trials.txt", epochs=EPOCHS[width])
+    config.validation.update(data=root + "/so762/dev", trials=root + "/so762/dev/trials.txt", epochs=epochs)
     nested = {"coarse": (2, 3), "grow_from": "runs/r34-2bit"} if width == "nested" else {}
     quantized(config, 4 if nested else int(width), rules=(("^stem/", 0),), **nested)
-    config.update(batch_size=16, epochs=EPOCHS[width], checkpoint_epochs=1.0, dtype="bfloat16")
+    config.update(batch_size=16, epochs=epochs, checkpoint_epochs=1.0, dtype="bfloat16")
     return smoke(config) if arg == "smoke" else config

@@ -16,8 +16,6 @@ import ml_collections
 
 from kmq_jax.train_config import default_config, smoke
 
-EPOCHS = {"4": 1.0, "3": 1.5, "2": 7.5, "nested": 3.0}  # nested: in turns at 3 and 4 bits
-
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the configuration; `arg` is "smoke" or nothing."""
@@ -27,7 +25,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.root = root
     config.data.update(train=root + "/so762/train," + root + "/words/train", crop_seconds=2.0)
     config.update(batch_size=16, checkpoint_epochs=1.0, dtype="bfloat16")
-    config.study.update(rules=(("^stem/", 0),), epochs=EPOCHS)
+    config.study.rules = (("^stem/", 0),)
     for name in ("so762", "words"):
         config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
     config.study.diagnose = ("so762", "words")

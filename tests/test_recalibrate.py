@@ -19,7 +19,7 @@ DATA = source.open_source("synthetic:train?speakers=4&utterances=4")
 def reference_of(norm, **more):
     """A tiny network with random statistics or biases."""
     settings = {"width": 8, "blocks": [1, 1, 1, 1], "embedding_size": 16, "norm": norm, **more}
-    variables = registry.initialize(registry.build("wespeaker_resnet18", **settings), jax.random.key(0))
+    variables = registry.initialize(registry.build("resnet18", **settings), jax.random.key(0))
     rng = np.random.default_rng(0)
 
     def disturb(name, leaf):
@@ -27,7 +27,7 @@ def reference_of(norm, **more):
             return np.asarray(rng.normal(size=leaf.shape) * 0.1, np.float32)
         return np.asarray(leaf)
 
-    return model.SpeakerModel("wespeaker_resnet18", settings, "wespeaker", map_named(disturb, variables))
+    return model.SpeakerModel("resnet18", settings, "kiwano", map_named(disturb, variables))
 
 
 def quantized_of(reference, **settings):
@@ -53,7 +53,7 @@ def test_folded_biases_bring_embeddings_nearer_and_match_the_moments():
     exact, before, after = (model.embed_all(m, DATA) for m in (reference, quantized, repaired))
     assert cosine(exact, after) > cosine(exact, before)
 
-    features = moments.random_features(model.frontend_of("wespeaker"), DATA, 16, 1.0)
+    features = moments.random_features(model.frontend_of("kiwano"), DATA, 16, 1.0)
     np.testing.assert_allclose(*(stage_moments(m, features) for m in (reference, repaired)), rtol=0.1)
 
 
@@ -61,7 +61,7 @@ def test_running_statistics_are_those_of_the_quantized_network():
     reference = reference_of("batch")
     quantized = quantized_of(reference)
     repaired = recalibrate.recalibrate(reference, quantized, DATA, crops=16, seconds=1.0)
-    features = moments.random_features(model.frontend_of("wespeaker"), DATA, 16, 1.0)
+    features = moments.random_features(model.frontend_of("kiwano"), DATA, 16, 1.0)
     network = reference.network()
     variables = quant.dequantize(repaired.variables)
     trained = network.apply(variables, features, train=True, mutable=["batch_stats"])[0]
@@ -72,7 +72,7 @@ def test_running_statistics_are_those_of_the_quantized_network():
 def test_training_can_start_from_the_reference_s_moments(recipe):
     reference = reference_of("bias")
     section = quantized_config(default_config("resnet18"), 2, recipe=recipe).quant
-    features = moments.random_features(model.frontend_of("wespeaker"), DATA, 16, 1.0)
+    features = moments.random_features(model.frontend_of("kiwano"), DATA, 16, 1.0)
     begun = kmqat.start(section, {"network": reference.variables["params"]})
     # Of so small a network they are near as it is.
     off = map_named(lambda name, leaf: leaf + 0.3 if name.endswith("/bias") else leaf, begun["network"])
@@ -89,7 +89,7 @@ def test_training_can_start_from_the_reference_s_moments(recipe):
 def test_wider_widths_begin_fitted_inside_the_cells_of_a_narrow_network_that_stays_as_it_is():
     reference = reference_of("bias")
     section = quantized_config(default_config("resnet18"), 4, coarse=(2, 3), grow_from="narrow").quant
-    features = moments.random_features(model.frontend_of("wespeaker"), DATA, 8, 1.0)
+    features = moments.random_features(model.frontend_of("kiwano"), DATA, 8, 1.0)
     narrow = recalibrate.fit(reference, quantized_of(reference), features)
     narrow = map_named(
         lambda name, leaf: leaf + 0.01 if name.endswith("/bias") else leaf,  # as training moves them
@@ -125,7 +125,7 @@ def test_wider_widths_begin_fitted_inside_the_cells_of_a_narrow_network_that_sta
 def test_training_begins_with_the_network_fitted_without_training(norm):
     reference = reference_of(norm)
     section = quantized_config(default_config("resnet18"), 2).quant
-    features = moments.random_features(model.frontend_of("wespeaker"), DATA, 8, 1.0)
+    features = moments.random_features(model.frontend_of("kiwano"), DATA, 8, 1.0)
     start = {"network": reference.variables["params"]}
     params, batch_stats = kmqat.begin(section, reference, start, features)
     assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(lambda p: kmqat.start(section, p), start))
@@ -139,7 +139,7 @@ def test_training_begins_with_the_network_fitted_without_training(norm):
 def test_what_cannot_be_fitted_begins_with_the_reference_s_moments(change):
     reference = reference_of("bias")
     section = quantized_config(default_config("resnet18"), 2, **change).quant
-    features = moments.random_features(model.frontend_of("wespeaker"), DATA, 8, 1.0)
+    features = moments.random_features(model.frontend_of("kiwano"), DATA, 8, 1.0)
     start = {"network": reference.variables["params"]}
     begun = kmqat.begin(section, reference, start, features)
     expected = kmqat.repaired(reference, kmqat.start(section, start), features)
@@ -150,7 +150,7 @@ def test_what_cannot_be_fitted_begins_with_the_reference_s_moments(change):
 
 def test_a_network_that_recomputes_its_blocks_is_repaired_alike():
     reference, other = reference_of("batch"), reference_of("batch", remat=True)
-    features = moments.random_features(model.frontend_of("wespeaker"), DATA, 4, 1.0)
+    features = moments.random_features(model.frontend_of("kiwano"), DATA, 4, 1.0)
     found, expected = (moments.measure(m, quantized_of(m), features).statistics for m in (other, reference))
     assert found.keys() == expected.keys() and found
     for name in found:
@@ -204,7 +204,7 @@ def test_a_layer_s_outputs_are_nearer_than_with_the_nearest_centroids():
     quantized = quantized_of(reference)
     fitted = recalibrate.recalibrate(reference, quantized, DATA, crops=16, seconds=1.0)
     others = source.open_source("synthetic:dev?speakers=4&utterances=2")
-    features = moments.random_features(model.frontend_of("wespeaker"), others, 8, 1.0)
+    features = moments.random_features(model.frontend_of("kiwano"), others, 8, 1.0)
     exact, nearest, fed_back = (last_stage(m, features) for m in (reference, quantized, fitted))
     assert np.mean((fed_back - exact) ** 2) < 0.5 * np.mean((nearest - exact) ** 2)
 
@@ -252,7 +252,7 @@ def test_statistics_of_a_trained_nested_model_are_measured_at_each_width():
         reference.variables["params"], [quant.QuantRule("kernel$", quant.QuantSpec(4, coarse=(1,)))]
     )
     nested = dataclasses.replace(reference, variables={**reference.variables, "params": params})
-    features = moments.random_features(model.frontend_of("wespeaker"), DATA, 8, 1.0)
+    features = moments.random_features(model.frontend_of("kiwano"), DATA, 8, 1.0)
     measured = moments.own_statistics(nested, features)
     for bits in (1, 4):
         at = model.at_width(measured, bits)
