@@ -30,7 +30,7 @@ from kmq_jax.train_config import default_config, quantized, smoke
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the configuration; `arg` is the width, "nested" or "smoke"."""
-    width = {None: "2", "smoke": "2"}.get(arg, arg)
+    width = arg if arg and arg != "smoke" else "2"
     config = default_config("wespeaker_resnet34", norm="bias")
     epochs = config.study.epochs.get(width)
     if not epochs:
