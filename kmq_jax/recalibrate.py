@@ -8,6 +8,7 @@ bias, or into the statistics of the batch normalisation that follows (see `momen
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -237,7 +238,6 @@ def _between(book: jax.Array, cells: jax.Array, roots: int) -> jax.Array:
     return jnp.clip(book, low, high)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
 def _second_moments(x: jax.Array, own: jax.Array, taps: int, stride: int) -> tuple[jax.Array, jax.Array]:
     """Second moments over random places of a convolution's inputs, as `feedback.corrected` takes them.
 
@@ -251,14 +251,26 @@ def _second_moments(x: jax.Array, own: jax.Array, taps: int, stride: int) -> tup
         Mean of x' x'^T and of x' (x - x')^T, both `[taps * taps * channels] * 2`.
     """
     places = (x.shape[0], -(-x.shape[1] // stride), -(-x.shape[2] // stride))
-    count = places[0] * places[1] * places[2]
-    chosen = jax.random.choice(jax.random.key(0), count, (min(_PATCHES, count),), replace=False)
-    batch, time, freq = jnp.unravel_index(chosen, places)
+    return _moments_at(_random_places(*places), x, own, taps, stride)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _random_places(*shape: int) -> tuple[jax.Array, ...]:
+    """Different places of an array `[batch, time, freq]`: an index for each axis, `[places]` each."""
+    count = math.prod(shape)
+    return jnp.unravel_index(jax.random.choice(jax.random.key(0), count, (min(_PATCHES, count),), replace=False), shape)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _moments_at(
+    places: tuple[jax.Array, ...], x: jax.Array, own: jax.Array, taps: int, stride: int
+) -> tuple[jax.Array, jax.Array]:
+    batch, time, freq = (place[:, None, None] for place in places)
+    tap = jnp.arange(taps)
 
     def patches(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (taps // 2, taps // 2), (taps // 2, taps // 2), (0, 0)))
-        steps = [(i, j) for i in range(taps) for j in range(taps)]
-        return jnp.concatenate([x[batch, time * stride + i, freq * stride + j] for i, j in steps], axis=1)
+        return x[batch, time * stride + tap[None, :, None], freq * stride + tap[None, None]].reshape(len(batch), -1)
 
     x, own = patches(x), patches(own)
-    return own.T @ own / len(chosen), own.T @ (x - own) / len(chosen)
+    return own.T @ own / len(batch), own.T @ (x - own) / len(batch)

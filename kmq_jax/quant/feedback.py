@@ -63,19 +63,17 @@ def fit(
         part = _round(rows, codebook, second, cell)
         return codebook, (cell * codebook.shape[2] + part).astype(jnp.uint8)
 
-    def refitted(codebook: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def again(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        codebook = state[0]
         index = cell * codebook.shape[2] + _round(rows, codebook, second, cell)
-        flat = _refit(rows, index, codebook.reshape(-1, count), second)
-        return flat.reshape(codebook.shape), index
+        codebook = _refit(rows, index, codebook.reshape(-1, count), second).reshape(codebook.shape)
+        order = jnp.argsort(codebook, axis=-1)
+        rank = jnp.argsort(order, axis=-1) + codebook.shape[2] * jnp.arange(codebook.shape[1])[None, :, None]
+        index = jnp.take_along_axis(rank.reshape(-1, count), index, axis=1)
+        return jnp.take_along_axis(codebook, order, axis=-1), index
 
-    def again(_: int, codebook: jax.Array) -> jax.Array:
-        return jnp.sort(refitted(codebook)[0], axis=-1)
-
-    codebook, index = refitted(jax.lax.fori_loop(0, iterations, again, codebook))
-    order = jnp.argsort(codebook, axis=-1)
-    rank = jnp.argsort(order, axis=-1) + codebook.shape[2] * jnp.arange(codebook.shape[1])[None, :, None]
-    index = jnp.take_along_axis(rank.reshape(-1, count), index, axis=1)
-    return jnp.take_along_axis(codebook, order, axis=-1), index.astype(jnp.uint8)
+    codebook, index = jax.lax.fori_loop(0, iterations + 1, again, (codebook, jnp.zeros_like(cell)))
+    return codebook, index.astype(jnp.uint8)
 
 
 def _damped(second: jax.Array, share: float) -> jax.Array:

@@ -111,13 +111,14 @@ def test_slurm_tasks_find_one_another(tmp_path):
     (tmp_path / "srun").write_text(
         """#!/usr/bin/env bash
 export SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_NODES=1 SLURM_STEP_NUM_TASKS=2 SLURM_NTASKS=2
+here=$(dirname "$0")
 for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$PYTHON" -c '
 import jax, numpy as np
 from kmq_jax.core import distributed
 distributed.join()
 me = jax.process_index()
 print(jax.process_count(), distributed.anywhere(me == 1), distributed.of_first(np.array([me])).tolist())
-' & done
+' > "$here/said$i" & done
 wait
 """
     )
@@ -137,7 +138,7 @@ wait
         check=False,
     )
     assert job.returncode == 0, job.stderr
-    assert job.stdout.count("2 True [0]") == 2
+    assert all("2 True [0]" in (tmp_path / f"said{i}").read_text() for i in range(2))
 
 
 @pytest.mark.parametrize(
