@@ -54,7 +54,7 @@ def free_port():
 
 def environment(**changes):
     inherited = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    return {**inherited, "JAX_PLATFORMS": "cpu", **changes}
+    return {**inherited, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **changes}
 
 
 def launch(script, workdir, **changes):
