@@ -113,6 +113,7 @@ def remaining_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str])
             heights = [height + rate for height, rate in zip(heights, rates)]
         labels = ["{:g}-{:g}".format(*band["nearest"]) for band in bands]
         axes.set_xticks(range(len(bands)), labels, fontsize=7, rotation=30)
+        axes.set_ylim(bottom=0)  # also where no trial flips
         axes.set_title(f"{cascade['name']}, {cascade['family']}, on {name}", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels.flat[len(shown) :]:
