@@ -1,10 +1,11 @@
 """What every command does alike: one-line errors with status 2, `--help` with an example, progress."""
 
 import argparse
+import difflib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from kmq_jax.core.errors import UserError
 
@@ -16,6 +17,17 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        # argparse looks for missing flags first; where a flag is missing for being misspelt, that hides the mistake.
+        for word in sys.argv[1:] if args is None else args:
+            name = word.partition("=")[0]
+            if name.startswith("--") and name not in self._option_string_actions:
+                near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+                self.error(f"unknown flag {name}" + "".join(f"; did you mean {flag}?" for flag in near))
+        return super().parse_known_args(args, namespace)
 
 
 def parser(command: str, description: str, example: str) -> argparse.ArgumentParser:

@@ -13,6 +13,19 @@ def test_a_wrong_flag_is_one_line_and_status_2(capsys):
     assert stopped.value.code == 2 and out.err.count("\n") == 1 and "--top_n" in out.err and not out.out
 
 
+@pytest.mark.parametrize("word", ["--bitz=2", "--bitz"])
+def test_a_misspelt_flag_is_named_and_not_the_one_it_leaves_missing(word, capsys):
+    parser = cli.parser("quantize", "Quantizes.", "python -m kmq_jax.quantize")
+    parser.add_argument("--bits", required=True)
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args([word, "2"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == ("kmq_jax.quantize: unknown flag --bitz; did you mean --bits? (see --help)\n")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--bits=2", "--weather"])
+    assert capsys.readouterr().err == "kmq_jax.quantize: unknown flag --weather (see --help)\n"
+
+
 def test_help_has_the_example(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.parser("score", "Scores.", "python -m kmq_jax.score --x").parse_args(["--help"])
