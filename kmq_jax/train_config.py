@@ -121,7 +121,7 @@ def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
                 "rules": (),  # as quant.rules
                 # Of quantization-aware training, for a few thousand utterances; a width that is left out is quantized
                 # without training alone. Nested codebooks are trained where the smallest width is.
-                "epochs": {"4": 7.5, "3": 1.5, "2": 7.5, "nested": 3.0},
+                "epochs": {"4": 1.0, "3": 1.5, "2": 7.5, "nested": 3.0},
                 "learning_rate": 0.0,  # of quantization-aware training; 0: by width, see `quantized`
                 "compute": "float32",  # the arithmetic of extraction
                 "quick_compile": False,  # without optimizations, for networks so tiny that compiling is all they cost
