@@ -24,6 +24,17 @@ def shared() -> Path:
     return place
 
 
+@pytest.fixture(autouse=True, scope="session")
+def compiled(tmp_path_factory) -> Path:
+    """Keeps what is compiled, for the commands that tests start too: many compile the same; each worker for itself."""
+    place = tmp_path_factory.getbasetemp() / "compiled"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(place)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", str(place))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return place
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """Compiled programs are of little use to other modules, and hundreds of them take gigabytes."""

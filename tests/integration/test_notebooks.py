@@ -30,11 +30,12 @@ def test_a_notebook_is_valid_and_kept_without_outputs(path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of the kernel's client
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch, compiled):
     monkeypatch.setenv("KMQ_NOTEBOOK_SMALL", "1")
     monkeypatch.setenv("RUNS", str(tmp_path))
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    (tmp_path / "compiled").symlink_to(compiled)  # their own place for it
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(path.parent)}}).execute()
     outputs = [output for cell in code_of(notebook) for output in cell.outputs]
