@@ -251,7 +251,7 @@ def _train(
     closing.callback(checkpoints.close)
     resumes = bool(checkpoints.steps())
     if config.init_from and not resumes:
-        params, batch_stats = adopt(config.init_from, params, batch_stats)
+        params, batch_stats = adopt(config, params, batch_stats, utterances)
     teacher = load_teacher(config, params["network"], batch_stats)
     narrow = model.load(config.quant.grow_from).variables["params"] if config.quant.grow_from else None
     cells: dict[str, jax.Array] = {}
@@ -453,23 +453,42 @@ def restore(
     return state_of(checkpoints.restore(step, **parts_of(target), data=batches))
 
 
-def adopt(path: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
-    """Starts from the network of the MODEL at `path`, and from its classifier where it is a training run that had one.
+def adopt(
+    config: ml_collections.ConfigDict, params: Any, batch_stats: Any, utterances: source.Utterances
+) -> tuple[Any, Any]:
+    """Starts from the network of the MODEL `init_from`, and from its classifier where it is a run that had one.
 
     A classifier with more classes is cut: speed perturbation puts the speakers at their own speed first, so that
-    fine-tuning without it goes on from their centres.
+    fine-tuning without it goes on from their centres. Without one, centres begin where the network puts the speakers;
+    those of other speeds at random.
 
     Raises:
         UserError: the networks differ; the message names the first parameter that does.
     """
-    given = _load_like("init_from", path, params["network"], batch_stats)
-    classifier = params["classifier"]
-    if (Path(path) / "checkpoints").is_dir():
-        with Checkpoints(Path(path) / "checkpoints") as checkpoints:
+    path = Path(config.init_from)
+    given = _load_like("init_from", config.init_from, params["network"], batch_stats)
+    classifier, centres = params["classifier"], None
+    if (path / "checkpoints").is_dir():
+        with Checkpoints(path / "checkpoints") as checkpoints:
             centres = checkpoints.load(checkpoints.steps()[-1], "classifier")["centres"]
-        if centres.shape[0] >= classifier.shape[0] and centres.shape[1:] == classifier.shape[1:]:
-            classifier = jnp.asarray(centres[: classifier.shape[0]])
+    if centres is not None and centres.shape[0] >= classifier.shape[0] and centres.shape[1:] == classifier.shape[1:]:
+        classifier = jnp.asarray(centres[: classifier.shape[0]])
+    elif config.loss.weight:
+        means = speaker_means(dataclasses.replace(describe(config), variables=given), utterances, config)
+        classifier = classifier.at[: len(means), 0].set(means)
     return {"network": given["params"], "classifier": classifier}, given["batch_stats"]
+
+
+def speaker_means(
+    speaker_model: model.SpeakerModel, utterances: source.Utterances, config: ml_collections.ConfigDict, each: int = 4
+) -> np.ndarray:
+    """Mean embeddings `[speakers, dim]`, of length one before the mean, of up to `each` recordings a speaker."""
+    by_speaker = np.split(np.argsort(utterances.labels, kind="stable"), np.cumsum(np.bincount(utterances.labels))[:-1])
+    few = utterances.select(np.concatenate([part[:: -(-len(part) // each)] for part in by_speaker]))
+    embeddings = model.embed_all(speaker_model, few, config.dtype, config.data.crop_seconds, config.batch_size)
+    sums = np.zeros((len(by_speaker), embeddings.shape[1]), np.float32)
+    np.add.at(sums, few.labels, cosine.unit_rows(embeddings))
+    return sums / np.bincount(few.labels)[:, None]
 
 
 def _load_like(flag: str, path: str, params: Any, batch_stats: Any) -> dict[str, Any]:

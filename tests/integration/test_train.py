@@ -160,6 +160,22 @@ def test_fine_tuning_starts_from_network_and_classifier(whole, tmp_path):
     np.testing.assert_allclose(*centres, rtol=1e-6)
 
 
+def test_a_model_without_a_classifier_gets_one_from_its_embeddings_of_the_speakers(whole, tmp_path):
+    model.save(tmp_path / "bare.kmq", model.load(whole[0]))
+    config = tiny(init_from=str(tmp_path / "bare.kmq"), epochs=0.5)
+    config.learning_rate.update(start=0.0, peak=1e-12, warmup_epochs=2.0)
+    train_loop.train(config, tmp_path / "run")
+    centres = Checkpoints(tmp_path / "run" / "checkpoints").load(1, "classifier")["centres"][:, 0]
+
+    utterances = source.open_source(config.data.train)
+    expected = np.zeros_like(centres)
+    for i, label in enumerate(utterances.labels):  # four a speaker, so all of them count
+        wave = utterances.load(i)[: int(config.data.crop_seconds * source.SAMPLE_RATE)]
+        embedding = model.load(tmp_path / "bare.kmq").embed(wave, source.SAMPLE_RATE)
+        expected[label] += embedding / np.linalg.norm(embedding) / 4
+    np.testing.assert_allclose(centres, expected, atol=1e-4)
+
+
 def test_the_average_of_checkpoints_is_their_mean(tmp_path):
     config = tiny(average_last=2)
     train_loop.train(config, tmp_path)
