@@ -165,6 +165,7 @@ def kmqat_config(
     own = quantized(copy.deepcopy(config), bits, coarse=coarse, grow_from=narrow, rules=config.study.rules)
     own.init_from = reference
     own.average_last = 0
+    own.loss.weight = config.study.label_weight
     own.epochs = config.study.epochs.get(name, 0.0)
     if coarse and not config.study.epochs.get(str(min(coarse))):
         own.epochs = 0.0

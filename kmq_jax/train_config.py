@@ -123,6 +123,7 @@ def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
                 # without training alone. Nested codebooks are trained where the smallest width is.
                 "epochs": {"4": 1.0, "3": 1.5, "2": 7.5, "nested": 3.0},
                 "learning_rate": 0.0,  # of quantization-aware training; 0: by width, see `quantized`
+                "label_weight": 0.0,  # its `loss.weight`: of margin softmax beside the teacher
                 "compute": "float32",  # the arithmetic of extraction
                 "quick_compile": False,  # without optimizations, for networks so tiny that compiling is all they cost
                 "diagnose": (),  # names of evaluation sets
