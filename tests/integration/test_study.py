@@ -24,6 +24,14 @@ def test_a_study_without_evaluation_sets_is_a_mistake(tmp_path):
         study.study(default_config("resnet18"), tmp_path)
 
 
+def test_speaker_labels_are_asked_for_beside_the_teacher():
+    config = default_config("resnet18")
+    assert study.kmqat_config(config, "2", 2, (), "fp32.kmq", "").loss.weight == 0
+    config.study.label_weight = 0.1
+    own = study.kmqat_config(config, "2", 2, (), "fp32.kmq", "")
+    assert own.loss.weight == 0.1 and own.distill.weight == 1
+
+
 @pytest.mark.slow
 def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
     config = smoke(default_config("resnet18"))
