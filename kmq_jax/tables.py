@@ -1,7 +1,8 @@
 """`python -m kmq_jax.tables`: writes the results tables of a Markdown file from the JSON files they come from.
 
 A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE is a `study.json`, its path relative to
-the Markdown file; KIND is `widths`, one row a model, or `cascades`, one row a cascade and evaluation set.
+the Markdown file; KIND is `widths`, one row a model, `trained`, those of them that were, or `cascades`, one row a
+cascade and evaluation set.
 """
 
 import re
@@ -26,6 +27,11 @@ def study_table(summary: dict[str, Any]) -> str:
             cells.append(f"{eer:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""))
         rows.append(cells)
     return _markdown(rows)
+
+
+def trained_table(summary: dict[str, Any]) -> str:
+    """The same of what was trained alone, full precision first."""
+    return study_table({"rows": [row for row in summary["rows"] if not row["method"].startswith("without training")]})
 
 
 def cascade_table(summary: dict[str, Any]) -> str:
@@ -56,7 +62,7 @@ def _markdown(rows: list[list[str]]) -> str:
     return "".join([lines[0], "|---" * len(rows[0]) + "|\n", *lines[1:]])
 
 
-TABLES = {"widths": study_table, "cascades": cascade_table}
+TABLES = {"widths": study_table, "trained": trained_table, "cascades": cascade_table}
 
 
 def fill(text: str, directory: Path) -> str:

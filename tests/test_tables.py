@@ -30,6 +30,14 @@ def test_a_table_is_written_between_its_marks(tmp_path):
     assert tables.fill(filled, tmp_path) == filled
 
 
+def test_what_was_trained_can_stand_alone(tmp_path):
+    untrained = {**ROWS[1], "method": "without training, nested"}
+    (tmp_path / "r.json").write_text(json.dumps({"rows": [ROWS[0], untrained, ROWS[1]]}))
+    filled = tables.fill("<!-- table: r.json trained -->\n<!-- end -->", tmp_path)
+    assert [line[:12] for line in filled.splitlines()[3:5]] == ["| 32 | full ", "| 2 | traine"]
+    assert len(filled.splitlines()) == 6
+
+
 def test_cascades_have_a_row_for_each_set(tmp_path):
     figures = {
         "eer": 2.756, "reference_eer": 2.5, "harmful_flip_rate": 0.00123, "sequential_bits": 2.214,
@@ -43,7 +51,7 @@ def test_cascades_have_a_row_for_each_set(tmp_path):
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(UserError, match="'colours' of r.json must be one of widths, cascades"):
+    with pytest.raises(UserError, match="'colours' of r.json must be one of widths, trained, cascades"):
         tables.fill("<!-- table: r.json colours -->\n<!-- end -->", tmp_path)
     with pytest.raises(UserError, match=r"absent\.json"):
         tables.fill("<!-- table: absent.json widths -->\n<!-- end -->", tmp_path)
