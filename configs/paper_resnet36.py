@@ -10,7 +10,7 @@ hardware was at hand. `:smoke` runs every step on synthetic voices.
 
 import ml_collections
 
-from kmq_jax.train_config import paper_config, paper_study, smoke
+from kmq_jax.training.config import paper_config, paper_study, smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

@@ -10,8 +10,8 @@ whole run took 3 min 11 s. EER on 40 unseen speakers each, with the 95 % speaker
 
 Runs that differ by a seed, or by the rounding of another version's kernels, gave 3.3 to 6.3 % on either.
 
-    python -m kmq_jax.extract --model=runs/quickstart --data=synthetic:test --out=test.npz
-    python -m kmq_jax.score --embeddings=test.npz --trials=synthetic:test --out=scores.txt --json=metrics.json
+    kmq-jax extract --model=runs/quickstart --data=synthetic:test --out=test.npz
+    kmq-jax score --embeddings=test.npz --trials=synthetic:test --out=scores.txt --json=metrics.json
 
 The README's main job is the study of that network: every width without training, 2 bits and a nested network trained,
 diagnosis, cascades. On the same machine it took 9 min 52 s, installation included; README shows its table.
@@ -21,7 +21,7 @@ diagnosis, cascades. On the same machine it took 9 min 52 s, installation includ
 
 import ml_collections
 
-from kmq_jax.train_config import default_config, smoke
+from kmq_jax.training.config import default_config, smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

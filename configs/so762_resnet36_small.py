@@ -12,13 +12,13 @@ work, the whole run took 25 min. EER on unseen speakers (60 and 11), with the 95
     so762/dev   8.05 [6.11, 10.10] %    (same corpus)
     words/dev   10.03 [3.07, 18.60] %    (other languages and microphones)
 
-    python -m kmq_jax.extract --model=runs/so762 --data=DIR/so762/dev --out=dev.npz --compute=bfloat16
-    python -m kmq_jax.score --embeddings=dev.npz --trials=DIR/so762/dev/trials.txt --out=scores.txt --json=metrics.json
+    kmq-jax extract --model=runs/so762 --data=DIR/so762/dev --out=dev.npz --compute=bfloat16
+    kmq-jax score --embeddings=dev.npz --trials=DIR/so762/dev/trials.txt --out=scores.txt --json=metrics.json
 """
 
 import ml_collections
 
-from kmq_jax.train_config import default_config, smoke
+from kmq_jax.training.config import default_config, smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

@@ -12,7 +12,7 @@ Not run in full by this project, for lack of VoxCeleb2. `:smoke` runs the same c
 
 import ml_collections
 
-from kmq_jax.train_config import paper_config, smoke
+from kmq_jax.training.config import paper_config, smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

@@ -14,7 +14,7 @@ neither VoxCeleb2 nor such hardware was at hand. `:smoke` runs the same code in 
 
 import ml_collections
 
-from kmq_jax.train_config import paper_config, smoke
+from kmq_jax.training.config import paper_config, smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

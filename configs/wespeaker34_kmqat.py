@@ -39,7 +39,7 @@ machine, where sums round otherwise, 2.65 and 2.57, 2.66 and 2.45, 4.03 and 3.19
 import ml_collections
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.train_config import default_config, quantized, smoke
+from kmq_jax.training.config import default_config, quantized, smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

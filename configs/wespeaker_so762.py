@@ -15,7 +15,7 @@ the nested network out.
 
 import ml_collections
 
-from kmq_jax.train_config import default_config, smoke
+from kmq_jax.training.config import default_config, smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from kmq_jax import train_loop
+from kmq_jax.cli.train import parse_flags
 from kmq_jax.core.errors import UserError
-from kmq_jax.train import parse_flags
+from kmq_jax.training import loop
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -24,7 +24,7 @@ def get_config(path, arg):
 def test_a_config_says_how_to_run_it_and_fits_the_registry(path):
     module, config = get_config(path, None)
     assert f"--config=configs/{path.name}" in module.__doc__
-    train_loop.describe(config).network(config.dtype)
+    loop.describe(config).network(config.dtype)
     json.loads(config.to_json())
 
 
@@ -39,5 +39,5 @@ def test_what_a_configuration_refuses_is_told_as_it_says_it():
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_smoke(path, tmp_path):
-    summary = train_loop.train(get_config(path, "smoke")[1], tmp_path)
+    summary = loop.train(get_config(path, "smoke")[1], tmp_path)
     assert summary["finished"] and 0 <= summary["validation_eer"] <= 100

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from kmq_jax.core import cli
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import atomic_write, read_json, write_json
+from kmq_jax.core.progress import progress
 from kmq_jax.data import audio, prepared
 from kmq_jax.data.table import Utterances
 
@@ -125,7 +125,7 @@ def _run(tasks: list[_Task], workers: int, total: int) -> None:
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (written,))
     try:
         futures = [pool.submit(_write_shard, task) for task in tasks]
-        for _ in cli.progress(_ticks(written, futures), total=total, desc="preparing", unit="utt"):
+        for _ in progress(_ticks(written, futures), total=total, desc="preparing", unit="utt"):
             pass
         for future in futures:
             future.result()

@@ -8,7 +8,7 @@ the whole batch where that is sharded. Both functions differentiate backwards, t
 import jax
 import jax.numpy as jnp
 
-from kmq_jax.nn import native
+from kmq_jax.nn.cpu import library
 
 
 @jax.custom_vjp
@@ -22,7 +22,7 @@ def channel_sums(x: jax.Array, y: jax.Array) -> jax.Array:
     Returns:
         `[2, channels]` float32.
     """
-    if x.dtype == y.dtype and x.size and native.usable(x.dtype):
+    if x.dtype == y.dtype and x.size and library.usable(x.dtype):
         result = jax.ShapeDtypeStruct((2, x.shape[-1]), jnp.float32)
         return jax.ffi.ffi_call("kmq_channel_sums", result, vmap_method="sequential")(x, y)
     axes = tuple(range(x.ndim - 1))

@@ -23,7 +23,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from kmq_jax.nn import native
+from kmq_jax.nn.cpu import library
 
 Pair = tuple[int, int]
 
@@ -47,7 +47,7 @@ def conv2d(x: jax.Array, kernel: jax.Array, strides: Pair = (1, 1)) -> jax.Array
 
 def _use_native(x: jax.Array, kernel: jax.Array) -> bool:
     fits = x.dtype == kernel.dtype and min(x.shape + kernel.shape) > 0 and all(taps % 2 for taps in kernel.shape[:2])
-    return fits and native.usable(x.dtype)
+    return fits and library.usable(x.dtype)
 
 
 def convolution(x: jax.Array, kernel: jax.Array, strides: Pair) -> jax.Array:
@@ -83,7 +83,7 @@ def _primitive(name: str, target: str, shape: Callable, batched: tuple[bool, boo
 
     Args:
         name: of the primitive.
-        target: of the kernel in `native.TARGETS`.
+        target: of the kernel in `library.TARGETS`.
         shape: gives shape and dtype of the result.
         batched: which operands may carry a vmapped axis inside their batch axis; other cases become a loop.
         attributes: further ones of the kernel.

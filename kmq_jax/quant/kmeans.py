@@ -18,7 +18,7 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 
-STARTS = ("optimal", "companding", "equal-mass", "quantile", "kmeans++")
+INITS = ("optimal", "companding", "equal-mass", "quantile", "kmeans++")
 _BLOCK = 128
 _GRID = 64
 _PLACES = 32
@@ -356,7 +356,7 @@ def one_group(
     n: jax.Array | int,
     *,
     k: int,
-    start: str,
+    init: str,
     retention: float,
     iterations: int,
     pinned_zero: bool,
@@ -369,23 +369,23 @@ def one_group(
     group = make_group(values, n, weights)
     if k == 1:
         return pin(group.weigh(jnp.zeros(1, jnp.int32), jnp.full(1, n, jnp.int32))[1])
-    if k == 2 and start == "optimal" and not pinned_zero:
+    if k == 2 and init == "optimal" and not pinned_zero:
         return _best_pair(group)
-    if start == "equal-mass":
+    if init == "equal-mass":
         centroids = _equal_mass(values, n, weights, k, retention)
-    elif start == "quantile":
+    elif init == "quantile":
         centroids = _quantile(values, n, weights, (jnp.arange(k) + 0.5) / k)
-    elif start == "kmeans++":
+    elif init == "kmeans++":
         assert key is not None
         centroids = _plus_plus(values, n, weights, k, key)
-    elif start == "optimal":
+    elif init == "optimal":
         centroids = _optimal(group, weights, k)
     else:
         centroids = _companding(values, n, weights, k)
     if iterations == 0:
         return pin(centroids)
     return _solve(
-        group, centroids, iterations, pinned_zero, exchange=k > 2 and not (start == "optimal" and k <= _GRID // 4)
+        group, centroids, iterations, pinned_zero, exchange=k > 2 and not (init == "optimal" and k <= _GRID // 4)
     )
 
 
@@ -458,7 +458,7 @@ def kmeans(
     k: int,
     weights: Any = None,
     *,
-    start: str = "optimal",
+    init: str = "optimal",
     retention: float = 0.9,
     iterations: int = 60,
     symmetric: bool = False,
@@ -473,7 +473,7 @@ def kmeans(
         values: numbers `[..., n]`; every leading index is a group of its own.
         k: number of centroids.
         weights: importance of each value `[..., n]`, zero or more, such as the diagonal of a Hessian or Fisher matrix.
-        start: "optimal" (dynamic programming over a choice of borders),
+        init: "optimal" (dynamic programming over a choice of borders),
             "companding" (density of centroids as the cube root of the values' density), "equal-mass" (means of
             equal-mass bins of the values clamped to their central `retention`, the start of KMQAT), "quantile", or
             "kmeans++".
@@ -490,8 +490,8 @@ def kmeans(
     Raises:
         UserError: a setting is outside its range, or a value or weight is not finite (seen only outside jit).
     """
-    if start not in STARTS:
-        raise UserError(f"start (={start!r}) must be one of {', '.join(STARTS)}")
+    if init not in INITS:
+        raise UserError(f"init (={init!r}) must be one of {', '.join(INITS)}")
     if k < 1 or (symmetric and k % 2):
         raise UserError(f"k (={k}) must be at least 1, and even for a symmetric codebook")
     if not 0 < retention <= 1:
@@ -506,7 +506,7 @@ def kmeans(
         None if weights is None else weights.reshape(-1, n),
     )
     keys = None
-    if start == "kmeans++":
+    if init == "kmeans++":
         keys = jax.random.split(jax.random.key(0) if key is None else key, ordered.shape[0])
     codebook = over_groups(
         one_group,
@@ -514,7 +514,7 @@ def kmeans(
         mass,
         keys,
         k=k // 2 if symmetric else k,
-        start=start,
+        init=init,
         retention=retention,
         iterations=iterations,
         pinned_zero=pinned_zero,

@@ -114,7 +114,7 @@ def _nest(
     iterations: int,
 ) -> tuple[jax.Array, ...]:
     group = make_group(values, n, weights)
-    settings: dict[str, Any] = {"start": "optimal", "retention": 1.0, "iterations": iterations, "pinned_zero": False}
+    settings: dict[str, Any] = {"init": "optimal", "retention": 1.0, "iterations": iterations, "pinned_zero": False}
     finest, coarsest = (one_group(values, weights, key, n, k=1 << bits, **settings) for bits in (widths[-1], widths[0]))
     merged = midpoints(finest)
     split = split_cells(values, n, weights, coarsest, 1 << (widths[-1] - widths[0]))

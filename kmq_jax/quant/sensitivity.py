@@ -18,7 +18,7 @@ from scipy import optimize
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import map_named, named_leaves
-from kmq_jax.quant.transform import Rules, decide, dequantize_tensor, quantize, size_bytes
+from kmq_jax.quant.transform import Rules, decide, dequantize_tensor, quantize_params, size_bytes
 from kmq_jax.quant.types import HALF, QuantRule, QuantSpec
 
 Table = Mapping[str, Mapping[int, float]]
@@ -102,7 +102,7 @@ def distortions(params: Any, rules: Rules, widths: Sequence[int] = (2, 3, 4)) ->
         errors[name], sizes[name] = {}, {}
         for bits in widths:
             spec_of_width = dataclasses.replace(spec, bits=bits, coarse=())
-            quantized = quantize({name: leaves[name]}, spec_of_width)[name]
+            quantized = quantize_params({name: leaves[name]}, spec_of_width)[name]
             errors[name][bits] = float(jnp.sum(jnp.square(leaves[name] - dequantize_tensor(quantized))))
             sizes[name][bits] = size_bytes(quantized).total
     return errors, sizes

@@ -2,7 +2,7 @@
 
 While training, a quantized tensor is a full-precision latent in the parameter tree and a `Codebook` beside it, by the
 leaf's name. `init_codebooks` makes both, `fake_quantize` gives the weights the network computes with, and `export`
-turns them into the packed tensors of `transform.quantize` with exactly the same values.
+turns them into the packed tensors of `transform.quantize_params` with exactly the same values.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class Codebook:
         return self.centroids.shape[-1].bit_length() - 1
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def all_bits(self) -> tuple[int, ...]:
         """Every width, ascending."""
         return (*(c.shape[-1].bit_length() - 1 for c in self.coarse), self.bits)
 
@@ -91,15 +91,15 @@ class Codebook:
 
     def values(self, bits: int | None = None) -> jax.Array:
         """The values weights can take at a width (default: the widest): `[groups, 2^bits]`, as `export` stores them."""
-        if bits is not None and bits not in self.widths:
-            raise UserError(f"no codebook of {bits} bits: there is {', '.join(map(str, self.widths))}")
-        book = self.constrained()[-1 if bits is None else self.widths.index(bits)]
+        if bits is not None and bits not in self.all_bits:
+            raise UserError(f"no codebook of {bits} bits: there is {', '.join(map(str, self.all_bits))}")
+        book = self.constrained()[-1 if bits is None else self.all_bits.index(bits)]
         return _rounded(self.scale[:, None] * book, self.dtype)
 
     def table(self, bits: jax.Array) -> jax.Array:
         """As `values`, but at a width that is known only when running, and by the full index: `[groups, 2^widest]`."""
-        tables = [jnp.repeat(self.values(width), 1 << (self.bits - width), axis=1) for width in self.widths]
-        return jnp.stack(tables)[jnp.searchsorted(jnp.array(self.widths), bits, method="compare_all")]
+        tables = [jnp.repeat(self.values(width), 1 << (self.bits - width), axis=1) for width in self.all_bits]
+        return jnp.stack(tables)[jnp.searchsorted(jnp.array(self.all_bits), bits, method="compare_all")]
 
     def units(self, latent: jax.Array) -> jax.Array:
         """The latent in units of the centroids."""
@@ -237,7 +237,7 @@ def fake_quantize(
         raise UserError(f"a codebook is given for {sorted(missing)[0]}, which is not in the tree")
     if reduction not in ("sum", "mean"):
         raise UserError(f"reduction (={reduction!r}) must be sum or mean")
-    if isinstance(bits, int) and not any(bits in book.widths for book in codebooks.values()):
+    if isinstance(bits, int) and not any(bits in book.all_bits for book in codebooks.values()):
         raise UserError(f"no codebook has {bits} bits")
 
     def quantized(name: str, latent: jax.Array) -> jax.Array:
@@ -278,7 +278,7 @@ def kmqat_codebook(rows: jax.Array, bits: int, retention: float = 0.9) -> tuple[
         `(centroids [groups, 2^bits], scale [groups])`.
     """
     rows = jnp.asarray(rows, jnp.float32)
-    centroids = kmeans(rows, 1 << bits, start="equal-mass", retention=retention, iterations=0)
+    centroids = kmeans(rows, 1 << bits, init="equal-mass", retention=retention, iterations=0)
     largest = jnp.max(jnp.abs(centroids), axis=1, keepdims=True)
     centroids = centroids / jnp.where(largest > 0, largest, 1)
     tails = jnp.array([(1 - retention) / 2, (1 + retention) / 2])
@@ -331,7 +331,7 @@ def _begin(tensor: Any, spec: QuantSpec, axis: int | None, recipe: str) -> tuple
     rows = to_groups(tensor, axis)
     scale = None
     if spec.coarse:
-        books = nested_kmeans(rows, spec.widths, iterations=spec.iterations)
+        books = nested_kmeans(rows, spec.all_bits, iterations=spec.iterations)
     elif recipe == "kmqat" and not (spec.symmetric or spec.pinned_zero):
         centroids, scale = kmqat_codebook(rows, spec.bits, spec.retention)
         books = (centroids * scale[:, None],)
@@ -341,7 +341,7 @@ def _begin(tensor: Any, spec: QuantSpec, axis: int | None, recipe: str) -> tuple
             "symmetric": spec.symmetric,
             "pinned_zero": spec.pinned_zero,
         }
-        books = (kmeans(rows, 1 << spec.bits, start=spec.start, retention=spec.retention, **settings),)
+        books = (kmeans(rows, 1 << spec.bits, init=spec.init, retention=spec.retention, **settings),)
     return _in_units(tensor, books, scale, spec, axis, recipe == "normalized")
 
 
@@ -405,10 +405,10 @@ def adopt_codebooks(params: Any, packed: Any, rules: Rules, *, margin: float = 0
             continue
         axis, tensor = group_axis(name, leaves[name].ndim, spec), cast(CodebookTensor, given.get(name))
         alike = is_codebook_tensor(tensor) and (tensor.shape, tensor.axis) == (leaves[name].shape, axis)
-        if not alike or tensor.widths != spec.widths:
-            raise UserError(f"{name}: the packed network must hold it at {', '.join(map(str, spec.widths))} bits")
-        kept = spec.widths[0] if spec.coarse else 0
-        books = tuple(jnp.asarray(tensor.codebook_of(width), jnp.float32) for width in spec.widths)
+        if not alike or tensor.all_bits != spec.all_bits:
+            raise UserError(f"{name}: the packed network must hold it at {', '.join(map(str, spec.all_bits))} bits")
+        kept = spec.all_bits[0] if spec.coarse else 0
+        books = tuple(jnp.asarray(tensor.codebook_of(width), jnp.float32) for width in spec.all_bits)
         latent = _into_cells(jnp.asarray(leaves[name], jnp.float32), indices_of(tensor), books, kept, axis, margin)
         latents[name], own = _in_units(latent, books, None, spec, axis, True)
         codebooks[name] = dataclasses.replace(own, kept=kept, dtype=str(tensor.codebook.dtype))
@@ -459,11 +459,11 @@ def grow_codebooks(params: Any, narrow: Any, rules: Rules) -> tuple[Any, dict[st
     for name, spec in decide(params, rules).items():
         axis, kept = group_axis(name, leaves[name].ndim, spec), cast(CodebookTensor, given.get(name))
         alike = is_codebook_tensor(kept) and (kept.shape, kept.axis) == (leaves[name].shape, axis)
-        if not alike or not spec.coarse or kept.widths != spec.coarse[:1]:
-            raise UserError(f"{name}: the narrow network must hold it at the smallest of widths {spec.widths} alone")
+        if not alike or not spec.coarse or kept.all_bits != spec.coarse[:1]:
+            raise UserError(f"{name}: the narrow network must hold it at the smallest of widths {spec.all_bits} alone")
         tensor, indices = where_sorted(leaves[name]), indices_of(kept)
         stored = jnp.asarray(kept.codebook, jnp.float32)
-        wider = split_kmeans(to_groups(tensor, axis), to_groups(indices, axis), stored, spec.widths[1:])
+        wider = split_kmeans(to_groups(tensor, axis), to_groups(indices, axis), stored, spec.all_bits[1:])
         latents[name], book = _in_units(tensor, (stored, *wider), None, spec, axis, True)
         codebooks[name] = dataclasses.replace(book, indices=indices, kept=kept.bits, dtype=str(kept.codebook.dtype))
     return map_named(lambda name, leaf: latents.get(name, leaf), params), codebooks
@@ -503,7 +503,7 @@ def lloyd_update(
         units = book.units(latents[name])
         indices = book.index_of(latents[name])
         fresh = []
-        for width, centroids in zip(book.widths, book.constrained()):
+        for width, centroids in zip(book.all_bits, book.constrained()):
             k = 1 << width
             count, total = cell_sums(units, indices >> (book.bits - width), k, book.axis)
             if book.symmetric:  # a cell and its mirror image are one
@@ -535,7 +535,7 @@ def export(params: Any, codebooks: Codebooks) -> Any:
 @jax.jit
 def _packed(latent: jax.Array, book: Codebook) -> CodebookTensor:
     indices = book.index_of(latent)
-    stored = tuple(book.values(width).astype(book.dtype) for width in book.widths)
+    stored = tuple(book.values(width).astype(book.dtype) for width in book.all_bits)
     return CodebookTensor(
         codebook=stored[-1],
         packed=pack(to_groups(indices, book.axis), book.bits),

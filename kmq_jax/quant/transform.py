@@ -61,7 +61,7 @@ def group_axis(name: str, ndim: int, spec: QuantSpec) -> int | None:
     return spec.axis % ndim
 
 
-def quantize(params: Any, rules: Rules, importance: Mapping[str, Any] | None = None) -> Any:
+def quantize_params(params: Any, rules: Rules, importance: Mapping[str, Any] | None = None) -> Any:
     """Replaces weights by `CodebookTensor`s: k-means codebooks and packed indices. No training.
 
     Args:
@@ -108,13 +108,13 @@ def quantize_tensor(tensor: Any, spec: QuantSpec, axis: int | None, importance: 
         raise UserError(f"importance has shape {importance.shape}, the tensor {tensor.shape}")
     weights = None if importance is None else to_groups(importance, axis)
     if spec.coarse:
-        codebooks = nested.nested_kmeans(rows, spec.widths, weights, iterations=spec.iterations)
+        codebooks = nested.nested_kmeans(rows, spec.all_bits, weights, iterations=spec.iterations)
     else:
         codebook = kmeans(
             rows,
             1 << spec.bits,
             weights,
-            start=spec.start,
+            init=spec.init,
             retention=spec.retention,
             iterations=spec.iterations,
             symmetric=spec.symmetric,
@@ -167,11 +167,11 @@ def dequantize_tensor(tensor: CodebookTensor, bits: int | None = None, dtype: An
     return from_groups(lookup(rows, codebook, 0), tensor.shape, tensor.axis)
 
 
-def dequantize(tree: Any, bits: int | None = None, dtype: Any = jnp.float32) -> Any:
+def dequantize_params(tree: Any, bits: int | None = None, dtype: Any = jnp.float32) -> Any:
     """Turns every `CodebookTensor` back into an array. May be called inside jit.
 
     Args:
-        tree: from `quantize`.
+        tree: from `quantize_params`.
         bits: read nested tensors at this width. Tensors without nested codebooks are read at their own.
         dtype: of every floating-point leaf of the result, those stored in half precision among them.
 
@@ -179,8 +179,8 @@ def dequantize(tree: Any, bits: int | None = None, dtype: Any = jnp.float32) -> 
         UserError: `bits` is given and no tensor has it, or a nested tensor lacks it.
     """
     tensors = [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_codebook_tensor) if is_codebook_tensor(leaf)]
-    if bits is not None and not any(bits in tensor.widths for tensor in tensors):
-        have = sorted({width for tensor in tensors for width in tensor.widths})
+    if bits is not None and not any(bits in tensor.all_bits for tensor in tensors):
+        have = sorted({width for tensor in tensors for width in tensor.all_bits})
         raise UserError(f"no tensor can be read at {bits} bits: there is {', '.join(map(str, have)) or 'none'}")
 
     def restore(leaf: Any) -> Any:

@@ -29,7 +29,7 @@ class QuantSpec:
         minimum_size: tensors with fewer elements stay as they are.
         codebook_dtype: how centroids are stored, "float16" or "float32".
         coarse: further, smaller widths, such as (2, 3) beside `bits=4`, whose index is a prefix of the stored one.
-        start, retention, iterations, symmetric, pinned_zero: see `kmeans.kmeans`. At 1 bit, `symmetric` is the static
+        init, retention, iterations, symmetric, pinned_zero: see `kmeans.kmeans`. At 1 bit, `symmetric` is the static
             binary quantizer (plus and minus the mean magnitude); without it both centroids are free.
     """
 
@@ -39,7 +39,7 @@ class QuantSpec:
     minimum_size: int = 0
     codebook_dtype: str = "float16"
     coarse: tuple[int, ...] = ()
-    start: str = "optimal"
+    init: str = "optimal"
     retention: float = 0.9
     iterations: int = 60
     symmetric: bool = False
@@ -66,7 +66,7 @@ class QuantSpec:
             raise UserError("nested codebooks cannot be symmetric or have a pinned zero")
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def all_bits(self) -> tuple[int, ...]:
         """Every width the tensor can be read at, ascending."""
         return (*self.coarse, self.bits)
 
@@ -123,7 +123,7 @@ class CodebookTensor:
         return len(self.shape)
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def all_bits(self) -> tuple[int, ...]:
         """Every width it can be read at, ascending."""
         return (*(c.shape[-1].bit_length() - 1 for c in self.coarse), self.bits)
 
@@ -135,9 +135,9 @@ class CodebookTensor:
         """
         if bits is None or bits == self.bits:
             return self.codebook
-        if bits not in self.widths:
-            raise UserError(f"no codebook of {bits} bits: there is {', '.join(map(str, self.widths))}")
-        return self.coarse[self.widths.index(bits)]
+        if bits not in self.all_bits:
+            raise UserError(f"no codebook of {bits} bits: there is {', '.join(map(str, self.all_bits))}")
+        return self.coarse[self.all_bits.index(bits)]
 
     def validate(self) -> None:
         """Checks the invariants against the arrays' shapes and types.
@@ -154,7 +154,7 @@ class CodebookTensor:
         row = packed_bytes(self.group_size, self.bits)
         if str(self.packed.dtype) != "uint8" or tuple(self.packed.shape) != (self.groups, row):
             raise ValueError(f"packed is {self.packed.dtype} {self.packed.shape}, not uint8 {(self.groups, row)}")
-        widths = self.widths
+        widths = self.all_bits
         if list(widths) != sorted(set(widths)):
             raise ValueError(f"widths (={widths}) must ascend")
         for bits, codebook in zip(widths, (*self.coarse, self.codebook)):

@@ -9,7 +9,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kmq_jax.bench.frontend import kaldi_fbank
+from kmq_jax.benchmarks.frontend import kaldi_fbank
 from kmq_jax.core.errors import UserError
 from kmq_jax.frontend.fbank import KIWANO, WESPEAKER, FbankConfig, _mel_filters, fbank, num_frames
 

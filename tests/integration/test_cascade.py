@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from sklearn.metrics.pairwise import cosine_similarity
 
-from kmq_jax import calibrate, cascade
+from kmq_jax.cascade.policy import read_policy
+from kmq_jax.cli import calibrate, cascade
 from kmq_jax.core.errors import UserError
 from kmq_jax.metrics import detection
-from kmq_jax.scoring.policy import read_policy
 
 SPEAKERS, EACH, DIM = 24, 6, 24
 COSINES = {2: 0.9, 3: 0.96, 4: 0.985, 32: 1.0}
@@ -87,7 +87,7 @@ def test_both_commands(run, tmp_path):
     told = run(calibrate, *stages("dev"), reference="dev32.npz", trials="dev.txt", out="p.json").out
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     policy = read_policy(tmp_path / "p.json")
-    assert policy.widths == (2, 3, 4)
+    assert policy.bits == (2, 3, 4)
     assert policy.models == ("model2", "model3", "model4")
     assert f"threshold {policy.threshold:.4f}" in told
     text = json.loads((tmp_path / "p.json").read_text())
@@ -112,11 +112,11 @@ def test_both_commands(run, tmp_path):
     # The same cascade in double precision, straight from the files.
     labels = np.array([label == "1" for label, _, _ in listed])
     reference = scores_of(tmp_path / "new32.npz", rows)
-    mapped = [fitted(scores_of(tmp_path / f"new{b}.npz", rows)) for b, fitted in zip(policy.widths, policy.maps)]
+    mapped = [fitted(scores_of(tmp_path / f"new{b}.npz", rows)) for b, fitted in zip(policy.bits, policy.maps)]
     expected = np.full(len(rows), 4)
     for i in (1, 0):
         low, high = policy.gates[i]
-        expected = np.where((low < mapped[i]) & (mapped[i] < high), expected, policy.widths[i])
+        expected = np.where((low < mapped[i]) & (mapped[i] < high), expected, policy.bits[i])
     bits = np.array([int(r["bits"]) for r in rows])
     assert (bits != expected).mean() < 0.002  # rounding at a gate's edge
     score = np.choose(bits - 2, mapped)

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from kmq_jax import model, quant
+from kmq_jax import quant
 from kmq_jax.models import registry
+from kmq_jax.models.speaker_model import SpeakerModel, save_model
 
 SETTINGS = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8}
 DATA = "synthetic:dev?speakers=6&utterances=4"
@@ -31,12 +32,12 @@ def models(tmp_path_factory):
     """A directory of one network: `full.kmq`, `2.kmq`, `3.kmq`, and `nested.kmq` with 2 and 4 bits."""
     place = tmp_path_factory.mktemp("models")
     variables = jax.device_get(registry.initialize(registry.build("wespeaker_resnet34", **SETTINGS), jax.random.key(0)))
-    full = model.SpeakerModel("wespeaker_resnet34", SETTINGS, "wespeaker", variables)
-    model.save(place / "full.kmq", full)
+    full = SpeakerModel("wespeaker_resnet34", SETTINGS, "wespeaker", variables)
+    save_model(place / "full.kmq", full)
     specs = {"2": quant.QuantSpec(2), "3": quant.QuantSpec(3), "nested": quant.QuantSpec(4, coarse=(2,))}
     for name, spec in specs.items():
-        params = quant.quantize(variables["params"], [quant.QuantRule("/kernel$", spec)])
-        model.save(place / f"{name}.kmq", dataclasses.replace(full, variables={**variables, "params": params}))
+        params = quant.quantize_params(variables["params"], [quant.QuantRule("/kernel$", spec)])
+        save_model(place / f"{name}.kmq", dataclasses.replace(full, variables={**variables, "params": params}))
     return place
 
 
@@ -195,8 +196,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(models, tmp_path, monkeypatch,
     settings = SETTINGS | {"width": 6}
     variables = registry.initialize(registry.build("wespeaker_resnet34", **settings), jax.random.key(0))
     if any("OTHER" in flag for flag in given):
-        other = model.SpeakerModel("wespeaker_resnet34", settings, "wespeaker", jax.device_get(variables))
-        model.save(tmp_path / "other.kmq", other)
+        other = SpeakerModel("wespeaker_resnet34", settings, "wespeaker", jax.device_get(variables))
+        save_model(tmp_path / "other.kmq", other)
     places = {"M2": models / "2.kmq", "FULL": models / "full.kmq"}
     places |= {"ONE": tmp_path / "one.txt", "OTHER": tmp_path / "other.kmq"}
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kmq_jax import train
+from kmq_jax.cli import train
 from kmq_jax.core import distributed
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_json
-from kmq_jax.core.runlog import read_runlog
+from kmq_jax.training.runlog import read_runlog
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/quickstart.py:smoke"
@@ -31,8 +31,9 @@ SETTINGS = [
 # Training in which process 1 alone is asked to stop, when step 2 is saved.
 STOPPED_AFTER_TWO = """
 import os, signal
-from kmq_jax import checkpoint, train
-from kmq_jax.core import cli
+from kmq_jax.models import checkpoint
+from kmq_jax.cli import train
+from kmq_jax.cli import command
 
 save = checkpoint.Checkpoints.save
 
@@ -42,7 +43,7 @@ def save_and_be_asked(self, step, **parts):
         os.kill(os.getpid(), signal.SIGTERM)
 
 checkpoint.Checkpoints.save = save_and_be_asked
-cli.run("train", train.main)
+command.run("train", train.main)
 """
 
 

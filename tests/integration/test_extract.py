@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from kmq_jax import extract, model
+from kmq_jax.cli import extract
 from kmq_jax.core.errors import UserError
 from kmq_jax.data import source
 from kmq_jax.models import registry
+from kmq_jax.models.speaker_model import SpeakerModel, embed_all, fingerprint, load_model, save_model
 
 DATA = "synthetic:dev?speakers=3&utterances=3"
 SETTINGS = {"width": 8, "blocks": [1, 1, 1, 1], "embedding_size": 16}
@@ -22,13 +23,13 @@ SETTINGS = {"width": 8, "blocks": [1, 1, 1, 1], "embedding_size": 16}
 @pytest.fixture(scope="module")
 def speaker_model():
     variables = registry.initialize(registry.build("resnet36", **SETTINGS), jax.random.key(0))
-    return model.SpeakerModel("resnet36", SETTINGS, "kiwano", jax.device_get(variables))
+    return SpeakerModel("resnet36", SETTINGS, "kiwano", jax.device_get(variables))
 
 
 @pytest.fixture(scope="module")
 def saved(speaker_model, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model.kmq"
-    model.save(path, speaker_model)
+    save_model(path, speaker_model)
     return path
 
 
@@ -45,24 +46,24 @@ def test_the_file_has_names_paths_speakers_and_embeddings(saved, tmp_path, monke
         assert tuple(file["paths"]) == table.paths
         assert file["embeddings"].shape == (9, 16) and file["embeddings"].dtype == np.float32
         assert np.isfinite(file["embeddings"]).all()
-        assert str(file["model"]) == model.fingerprint(model.load(saved))
+        assert str(file["model"]) == fingerprint(load_model(saved))
 
 
 def test_a_fingerprint_tells_models_apart(speaker_model):
     other = jax.tree.map(np.copy, speaker_model.variables)
     other["params"]["stem"]["conv"]["kernel"][0, 0, 0, 0] += 1e-6
     changed = dataclasses.replace(speaker_model, variables=other)
-    assert model.fingerprint(changed) != model.fingerprint(speaker_model)
+    assert fingerprint(changed) != fingerprint(speaker_model)
 
 
 def test_an_imported_directory_is_a_model_too(saved, speaker_model):
-    loaded = model.load(saved.parent)
+    loaded = load_model(saved.parent)
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, speaker_model.variables)
 
 
 def test_an_embedding_does_not_depend_on_its_batch(speaker_model):
     table = source.open_source(DATA)
-    together = model.embed_all(speaker_model, table, batch_size=4)
+    together = embed_all(speaker_model, table, batch_size=4)
     for i in (0, 4, 8):
         alone = speaker_model.embed(table.load(i), 16000)
         np.testing.assert_allclose(together[i], alone, rtol=1e-4, atol=1e-5)
@@ -79,13 +80,13 @@ def test_other_rates_and_channels(speaker_model):
 
 def test_only_the_start_where_asked(speaker_model):
     table = source.open_source(DATA)
-    cut = model.embed_all(speaker_model, table, max_seconds=1.0)
+    cut = embed_all(speaker_model, table, max_seconds=1.0)
     np.testing.assert_allclose(cut[0], speaker_model.embed(table.load(0)[:16000], 16000), rtol=1e-4, atol=1e-5)
 
 
 def test_half_precision_is_close(speaker_model):
     table = source.open_source(DATA)
-    exact, half = model.embed_all(speaker_model, table), model.embed_all(speaker_model, table, "bfloat16")
+    exact, half = embed_all(speaker_model, table), embed_all(speaker_model, table, "bfloat16")
     cosines = np.sum(exact * half, 1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(half, axis=1)
     assert (exact != half).any() and cosines.min() > 0.995
 
@@ -98,15 +99,15 @@ def test_what_cannot_be_embedded_is_told(speaker_model, wave):
 
 def test_a_model_is_read_at_a_width_it_has(saved):
     with pytest.raises(UserError, match="cannot be read at 2 bits"):
-        model.load(saved, bits=2)
+        load_model(saved, bits=2)
 
 
 def test_what_is_no_model_is_told(tmp_path):
     with pytest.raises(UserError, match="is no model"):
-        model.load(tmp_path / "nothing")
+        load_model(tmp_path / "nothing")
     (tmp_path / "config.json").write_text('{"model": {"name": "resnet36"}, "frontend": "kiwano"}')
     with pytest.raises(UserError, match="no finished checkpoint"):
-        model.load(tmp_path)
+        load_model(tmp_path)
 
 
 @pytest.mark.slow
@@ -114,7 +115,7 @@ def test_bad_data_is_one_line_and_leaves_nothing(saved, tmp_path):
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=16000) * 0.1, 16000)
     (tmp_path / "wav.scp").write_text("a a.wav\nb b.wav\n")
     (tmp_path / "utt2spk").write_text("a s\nb s\n")
-    command = [sys.executable, "-m", "kmq_jax.extract", f"--model={saved}", f"--data={tmp_path}"]
+    command = [sys.executable, "-m", "kmq_jax", "extract", f"--model={saved}", f"--data={tmp_path}"]
     command.append(f"--out={tmp_path}/e.npz")
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -9,12 +9,14 @@ import pytest
 import recordings
 import safetensors.numpy
 
-from kmq_jax import artifact, export, extract, import_model, model
-from kmq_jax.bench import extract as bench_extract
+from kmq_jax.benchmarks import extract as bench_extract
+from kmq_jax.cli import export, extract, import_model
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_json
 from kmq_jax.data.source import open_source
-from kmq_jax.quant.transform import quantize
+from kmq_jax.models import artifact
+from kmq_jax.models.speaker_model import frontend_of
+from kmq_jax.quant.transform import quantize_params
 from kmq_jax.quant.types import QuantSpec
 
 pytest.importorskip("onnx", reason="export needs onnx")
@@ -51,7 +53,7 @@ def test_import_extract_export(checkpoint, tmp_path, monkeypatch, capsys):
     pytest.importorskip("kaldi_native_fbank")
     utterances = open_source(str(data))
     onnx = bench_extract.session(tmp_path / "m.onnx", 1)
-    fbank = model.frontend_of("wespeaker")
+    fbank = frontend_of("wespeaker")
     theirs = np.concatenate([onnx(bench_extract.own_features(utterances, fbank, i)) for i in range(len(utterances))])
     ours = np.load(tmp_path / "e.npz")["embeddings"]
     assert bench_extract.cosines(ours, theirs).min() > 0.99999
@@ -69,7 +71,7 @@ def test_import_extract_export(checkpoint, tmp_path, monkeypatch, capsys):
 
 
 class _Bench:
-    """The benchmark as `python -m kmq_jax.bench extract` calls it."""
+    """The benchmark as `python -m kmq_jax.benchmarks extract` calls it."""
 
     @staticmethod
     def main():
@@ -83,7 +85,7 @@ class _Bench:
 def test_a_quantized_model_is_exported_packed(checkpoint, tmp_path, monkeypatch):
     command(monkeypatch, import_model, f"--source={checkpoint}", f"--out={tmp_path / 'm'}", "--format=wespeaker-torch")
     manifest, variables = artifact.load(tmp_path / "m" / "model.kmq")
-    variables["params"]["head"] = quantize(variables["params"]["head"], QuantSpec(4))
+    variables["params"]["head"] = quantize_params(variables["params"]["head"], QuantSpec(4))
     artifact.save(tmp_path / "q.kmq", manifest, variables)
     for name, source in (("float", tmp_path / "m"), ("packed", tmp_path / "q.kmq")):
         command(monkeypatch, export, f"--model={source}", f"--out={tmp_path / name}.onnx")

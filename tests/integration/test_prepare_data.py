@@ -16,7 +16,7 @@ from kmq_jax.data.source import open_source
 
 
 def command(*flags):
-    return [sys.executable, "-m", "kmq_jax.prepare_data", *map(str, flags)]
+    return [sys.executable, "-m", "kmq_jax", "prepare_data", *map(str, flags)]
 
 
 def run(*flags, **settings):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from commands import run
 
-from kmq_jax import model, quant
+from kmq_jax import quant
 from kmq_jax.models import registry
+from kmq_jax.models.speaker_model import SpeakerModel, load_model, save_model
 
 SETTINGS = {"width": 8, "blocks": [1, 1, 1, 1], "embedding_size": 16}
 
@@ -17,7 +18,7 @@ SETTINGS = {"width": 8, "blocks": [1, 1, 1, 1], "embedding_size": 16}
 def original(tmp_path_factory):
     variables = registry.initialize(registry.build("resnet36", **SETTINGS), jax.random.key(0))
     path = tmp_path_factory.mktemp("original") / "model.kmq"
-    model.save(path, model.SpeakerModel("resnet36", SETTINGS, "kiwano", jax.device_get(variables)))
+    save_model(path, SpeakerModel("resnet36", SETTINGS, "kiwano", jax.device_get(variables)))
     return path
 
 
@@ -25,10 +26,10 @@ def original(tmp_path_factory):
 def test_every_kernel_has_as_many_values_as_its_width_allows(original, bits, tmp_path, monkeypatch):
     out = tmp_path / "q.kmq"
     assert run(monkeypatch, "quantize", f"--model={original}", f"--bits={bits}", f"--out={out}") == 0
-    params = quant.dequantize(model.load(out).variables)["params"]
+    params = quant.dequantize_params(load_model(out).variables)["params"]
     kernel = np.asarray(params["stage1"]["block0"]["conv1"]["kernel"]).reshape(-1, 8)
     assert all(len(np.unique(kernel[:, c])) <= 2**bits for c in range(8))
-    before = model.load(original).variables["params"]["stage1"]["block0"]["bn1"]
+    before = load_model(original).variables["params"]["stage1"]["block0"]["bn1"]
     jax.tree.map(np.testing.assert_array_equal, params["stage1"]["block0"]["bn1"], before)
 
 
@@ -39,7 +40,7 @@ def test_totals_add_up(original, tmp_path, monkeypatch, capsys):
     totals = json.loads(totals_path.read_text())
     kernels = [
         leaf.size
-        for name, leaf in jax.tree_util.tree_leaves_with_path(model.load(original).variables["params"])
+        for name, leaf in jax.tree_util.tree_leaves_with_path(load_model(original).variables["params"])
         if "kernel" in str(name) and "stem" not in str(name)
     ]
     assert totals["quantized_weights"] == sum(kernels)
@@ -53,8 +54,8 @@ def test_a_nested_file_is_read_at_each_of_its_widths(original, tmp_path, monkeyp
     out = tmp_path / "q.kmq"
     assert run(monkeypatch, "quantize", f"--model={original}", "--bits=4", "--nested=2,3", f"--out={out}") == 0
     for bits, distinct in ((2, 4), (3, 8), (None, 16)):
-        loaded = model.load(out, bits)
-        kernel = np.asarray(quant.dequantize(loaded.variables, bits)["params"]["head"]["linear"]["kernel"])
+        loaded = load_model(out, bits)
+        kernel = np.asarray(quant.dequantize_params(loaded.variables, bits)["params"]["head"]["linear"]["kernel"])
         assert len(np.unique(kernel[:, 0])) == distinct
 
 
@@ -63,7 +64,7 @@ def test_rules_decide_by_layer(original, tmp_path, monkeypatch):
     out = tmp_path / "q.kmq"
     flags = (f"--model={original}", "--bits=2", f"--out={out}", f"--rules={tmp_path}/rules.json")
     assert run(monkeypatch, "quantize", *flags) == 0
-    params = model.load(out).variables["params"]
+    params = load_model(out).variables["params"]
     assert params["stage1"]["block0"]["conv1"]["kernel"].bits == 4
     assert params["stage2"]["block0"]["conv1"]["kernel"].bits == 2
     assert isinstance(params["head"]["linear"]["kernel"], np.ndarray)

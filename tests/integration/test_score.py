@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics.pairwise import cosine_similarity
 
-from kmq_jax import score
+from kmq_jax.cli import score
 from kmq_jax.core.errors import UserError
 from kmq_jax.data.source import open_source
 from kmq_jax.data.synthetic import open_synthetic
@@ -235,11 +235,11 @@ def test_mistakes_get_one_line_and_leave_nothing(run, tmp_path):
 
 
 def test_the_command_exits_2_without_a_traceback(tmp_path):
-    command = [sys.executable, "-m", "kmq_jax.score", f"--embeddings={tmp_path}/no.npz", "--trials=x"]
+    command = [sys.executable, "-m", "kmq_jax", "score", f"--embeddings={tmp_path}/no.npz", "--trials=x"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("kmq_jax.score: cannot read")
+    assert done.stderr.startswith("kmq-jax score: cannot read")
     assert done.stderr.count("\n") == 1
 
 

@@ -10,25 +10,25 @@ import numpy as np
 import pytest
 
 import kmq_jax
-from kmq_jax import study, tables
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.steps import Steps
 from kmq_jax.data.source import open_source
-from kmq_jax.train_config import default_config, smoke
+from kmq_jax.study import pipeline, tables
+from kmq_jax.study.steps import Steps
+from kmq_jax.training.config import default_config, smoke
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_a_study_without_evaluation_sets_is_a_mistake(tmp_path):
     with pytest.raises(UserError, match=r"study\.evaluate"):
-        study.study(default_config("resnet18"), tmp_path)
+        pipeline.study(default_config("resnet18"), tmp_path)
 
 
 def test_speaker_labels_are_asked_for_beside_the_teacher():
     config = default_config("resnet18")
-    assert study.kmqat_config(config, "2", 2, (), "fp32.kmq", "").loss.weight == 0
+    assert pipeline.kmqat_config(config, "2", 2, (), "fp32.kmq", "").loss.weight == 0
     config.study.label_weight = 0.1
-    own = study.kmqat_config(config, "2", 2, (), "fp32.kmq", "")
+    own = pipeline.kmqat_config(config, "2", 2, (), "fp32.kmq", "")
     assert own.loss.weight == 0.1 and own.distill.weight == 1
 
 
@@ -40,7 +40,7 @@ def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
     config.study.update(widths=(2,), nested=False, cascades=(("kmqat", (2, 32)),), groups={"all": ("voices",)})
     config.study.published = {"all": {"2": 1.5, "cascade": 1.25}}
     config.study.diagnose_flags = ("--retention_utterances=8", "--layer_utterances=0", "--hessian_draws=0")
-    summary = study.study(config, tmp_path)
+    summary = pipeline.study(config, tmp_path)
     assert json.loads((tmp_path / "study.json").read_text()) == summary
     rows = {(row["method"], row["bits"]): row for row in summary["rows"]}
     assert set(rows) == {("full precision", 32), ("without training", 2), ("trained", 2)}
@@ -51,10 +51,10 @@ def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
     assert len(lines) == 2 + len(rows) and lines[0].startswith("| bits | weights | KiB | voices")
 
     capfd.readouterr()
-    assert study.study(config, tmp_path) == summary
+    assert pipeline.study(config, tmp_path) == summary
     assert "begins" not in capfd.readouterr().err
     config.study.epochs["2"] = 0.5
-    study.study(config, tmp_path)
+    pipeline.study(config, tmp_path)
     begun = {line.split(":")[0] for line in capfd.readouterr().err.splitlines() if line.endswith("begins")}
     cascades = {f"calibrate-kmqat-2-32{half}" for half in ("", "-a", "-b")}
     cascades |= {f"cascade-kmqat-2-32-voices-{half}" for half in "ab"}
@@ -83,11 +83,11 @@ def check_report(workdir, summary):
 
 def test_halves_share_no_speaker_and_keep_every_trial_within(tmp_path):
     data = "synthetic:dev?speakers=9&utterances=3"
-    halves = study.halve(Steps(tmp_path), study.EvaluationSet("voices", data, data))
+    halves = pipeline.halve(Steps(tmp_path), pipeline.EvaluationSet("voices", data, data))
     table = open_source(data)
     owner = dict(zip(table.ids, table.speakers))
     seen = []
-    for name in study.HALVES:
+    for name in pipeline.HALVES:
         lines = [line.split() for line in (halves / f"{name}.txt").read_text().splitlines()]
         assert {int(label) == (owner[a] == owner[b]) for label, a, b in lines} == {True}
         seen.append({owner[name] for _, *pair in lines for name in pair})
@@ -98,7 +98,7 @@ def test_a_study_of_a_set_that_is_not_there(tmp_path):
     config = smoke(default_config("resnet18"))
     config.study.calibrate = "elsewhere"
     with pytest.raises(UserError, match="'elsewhere' is none of the evaluation sets voices"):
-        study.study(config, tmp_path)
+        pipeline.study(config, tmp_path)
 
 
 @pytest.mark.slow

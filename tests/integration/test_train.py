@@ -14,14 +14,15 @@ import jax
 import numpy as np
 import pytest
 
-from kmq_jax import model, train_lib, train_loop
-from kmq_jax.checkpoint import Checkpoints
 from kmq_jax.core import mesh
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.runlog import read_runlog
 from kmq_jax.core.tree import named_leaves
 from kmq_jax.data import pipeline, source
-from kmq_jax.train_config import default_config, smoke
+from kmq_jax.models.checkpoint import Checkpoints
+from kmq_jax.models.speaker_model import frontend_of, load_model, save_model
+from kmq_jax.training import loop
+from kmq_jax.training.config import default_config, smoke
+from kmq_jax.training.runlog import read_runlog
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,14 +38,14 @@ def tiny(**changes):
 
 
 def leaves(workdir):
-    return jax.tree.leaves(model.load(workdir).variables)
+    return jax.tree.leaves(load_model(workdir).variables)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The uninterrupted run that others are compared with."""
     workdir = tmp_path_factory.mktemp("whole")
-    return workdir, train_loop.train(tiny(), workdir)
+    return workdir, loop.train(tiny(), workdir)
 
 
 def test_what_a_run_leaves_behind(whole):
@@ -63,7 +64,7 @@ def test_what_a_run_leaves_behind(whole):
 def test_a_finished_run_is_not_repeated(whole):
     workdir, summary = whole
     before = leaves(workdir)
-    assert train_loop.train(tiny(), workdir) == summary
+    assert loop.train(tiny(), workdir) == summary
     assert all((a == b).all() for a, b in zip(before, leaves(workdir)))
 
 
@@ -78,10 +79,10 @@ def test_a_stopped_run_goes_on_bit_exactly(whole, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Checkpoints, "save", stop_after_two)
-    summary = train_loop.train(tiny(), tmp_path, tensorboard=importlib.util.find_spec("tensorboardX") is not None)
+    summary = loop.train(tiny(), tmp_path, tensorboard=importlib.util.find_spec("tensorboardX") is not None)
     assert not summary["finished"] and 2 <= summary["steps"] < 4 and saves[-1] == summary["steps"]
     monkeypatch.setattr(Checkpoints, "save", save)
-    assert train_loop.train(tiny(), tmp_path)["finished"]
+    assert loop.train(tiny(), tmp_path)["finished"]
     assert all((a == b).all() for a, b in zip(leaves(whole[0]), leaves(tmp_path), strict=True))
     losses = [[line["loss"] for line in read_runlog(d / "metrics.jsonl")] for d in (whole[0], tmp_path)]
     assert losses[0] == losses[1]
@@ -115,7 +116,7 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_last_good_checkpoint(tmp
     config = tiny()
     config.learning_rate.update(kind="step", start=1e-3, peak=1e38, warmup_epochs=0.5, flat_until=9.0)
     with pytest.raises(UserError) as stopped:
-        train_loop.train(config, tmp_path)
+        loop.train(config, tmp_path)
     message = r"became (?:nan|inf) at step (\d); the last good checkpoint is step (\d) \((.*)/checkpoints\)"
     told = re.search(message, str(stopped.value))
     assert told and int(told[2]) < int(told[1]) and told[3] == str(tmp_path)
@@ -127,14 +128,14 @@ def losses_on(devices, steps=3):
     """Losses of a few steps of the same run on a mesh of these devices."""
     config = tiny()
     utterances = source.open_sources(config.data.train)
-    network = train_loop.describe(config).network()
+    network = loop.describe(config).network()
     places = mesh.make_mesh(devices)
-    params, stats = train_lib.init_params(network, config, len(utterances.speaker_names))
-    recipe = train_lib.make_recipe(network, model.frontend_of("kiwano"), config, places, params, epoch_steps=4)
-    state = train_lib.init_state(recipe, params, stats)
+    params, stats = steps.init_params(network, config, len(utterances.speaker_names))
+    recipe = steps.make_recipe(network, frontend_of("kiwano"), config, places, params, epoch_steps=4)
+    state = steps.init_state(recipe, params, stats)
     shardings = mesh.tree_shardings(state, places, [("classifier", 0)])
     state = jax.device_put(state, shardings)
-    step = train_lib.jit_train_step(recipe, shardings)
+    step = steps.jit_train_step(recipe, shardings)
     batches = pipeline.training_batches(utterances, batch_size=8, crop_samples=16000, seed=0, threads=0)
     losses = []
     for _, batch in zip(range(steps), batches):
@@ -151,8 +152,8 @@ def test_fine_tuning_starts_from_network_and_classifier(whole, tmp_path):
     config = tiny(init_from=str(whole[0]), epochs=0.5)
     config.learning_rate.update(start=0.0, peak=1e-12, warmup_epochs=2.0)
     config.loss.margin = 0.0
-    train_loop.train(config, tmp_path)
-    kernels = [dict(named_leaves(model.load(d).variables["params"]))["stem/conv/kernel"] for d in (whole[0], tmp_path)]
+    loop.train(config, tmp_path)
+    kernels = [dict(named_leaves(load_model(d).variables["params"]))["stem/conv/kernel"] for d in (whole[0], tmp_path)]
     np.testing.assert_allclose(*kernels, rtol=1e-6)
     centres = [
         Checkpoints(d / "checkpoints").load(s, "classifier")["centres"] for d, s in ((whole[0], 4), (tmp_path, 1))
@@ -161,28 +162,28 @@ def test_fine_tuning_starts_from_network_and_classifier(whole, tmp_path):
 
 
 def test_a_model_without_a_classifier_gets_one_from_its_embeddings_of_the_speakers(whole, tmp_path):
-    model.save(tmp_path / "bare.kmq", model.load(whole[0]))
+    save_model(tmp_path / "bare.kmq", load_model(whole[0]))
     config = tiny(init_from=str(tmp_path / "bare.kmq"), epochs=0.5)
     config.learning_rate.update(start=0.0, peak=1e-12, warmup_epochs=2.0)
-    train_loop.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
     centres = Checkpoints(tmp_path / "run" / "checkpoints").load(1, "classifier")["centres"][:, 0]
 
     utterances = source.open_source(config.data.train)
     expected = np.zeros_like(centres)
     for i, label in enumerate(utterances.labels):  # four a speaker, so all of them count
         wave = utterances.load(i)[: int(config.data.crop_seconds * source.SAMPLE_RATE)]
-        embedding = model.load(tmp_path / "bare.kmq").embed(wave, source.SAMPLE_RATE)
+        embedding = load_model(tmp_path / "bare.kmq").embed(wave, source.SAMPLE_RATE)
         expected[label] += embedding / np.linalg.norm(embedding) / 4
     np.testing.assert_allclose(centres, expected, atol=1e-4)
 
 
 def test_the_average_of_checkpoints_is_their_mean(tmp_path):
     config = tiny(average_last=2)
-    train_loop.train(config, tmp_path)
+    loop.train(config, tmp_path)
     assert (tmp_path / "averaged.kmq").exists()
     last = [Checkpoints(tmp_path / "checkpoints").load(s, "network")["params"] for s in (3, 4)]
     expected = jax.tree.map(lambda a, b: (a + b) / 2, *last)
-    got = model.load(tmp_path).variables["params"]
+    got = load_model(tmp_path).variables["params"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
 
 
@@ -205,7 +206,7 @@ def test_a_mistake_is_told_before_any_step(message, tmp_path):
     config = tiny()
     MISTAKES[message](config)
     with pytest.raises(UserError) as error:
-        train_loop.train(config, tmp_path)
+        loop.train(config, tmp_path)
     assert message in str(error.value)
     assert not list(tmp_path.glob("checkpoints/*"))
     assert not (tmp_path / "config.json").exists()  # the mended command may use the same directory
@@ -215,7 +216,7 @@ def test_another_run_in_the_same_directory_is_refused(whole):
     config = tiny()
     config.learning_rate.peak = 0.5
     with pytest.raises(UserError, match=r"learning_rate.peak=0.1, not 0.5"):
-        train_loop.train(config, whole[0])
+        loop.train(config, whole[0])
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
@@ -230,7 +231,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_earlier_checkpoint(tmp_path, monk
 
     monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables", full)
     with pytest.raises(UserError, match="cannot save checkpoint 2 .*No space left"):
-        train_loop.train(tiny(), tmp_path)
+        loop.train(tiny(), tmp_path)
     assert Checkpoints(tmp_path / "checkpoints").steps() == [1]
 
 

@@ -10,11 +10,12 @@ import soundfile
 from commands import run
 
 import kmq_jax
-from kmq_jax import model, quant
+from kmq_jax import quant
+from kmq_jax.cascade.policy import read_policy
 from kmq_jax.core.errors import UserError
 from kmq_jax.data import source, trials
 from kmq_jax.models import registry
-from kmq_jax.scoring.policy import read_policy
+from kmq_jax.models.speaker_model import SpeakerModel, load_model, save_model
 
 SETTINGS = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8}
 DATA = "synthetic:dev?speakers=6&utterances=4"
@@ -25,11 +26,11 @@ def place(tmp_path_factory):
     """`full.kmq`, `nested.kmq` (2, 3, 4 bits), embeddings of 2 and 3 bits and full precision, and a cascade of them."""
     directory = tmp_path_factory.mktemp("cascade")
     variables = jax.device_get(registry.initialize(registry.build("wespeaker_resnet34", **SETTINGS), jax.random.key(0)))
-    full = model.SpeakerModel("wespeaker_resnet34", SETTINGS, "wespeaker", variables)
-    model.save(directory / "full.kmq", full)
+    full = SpeakerModel("wespeaker_resnet34", SETTINGS, "wespeaker", variables)
+    save_model(directory / "full.kmq", full)
     rules = [quant.QuantRule("/kernel$", quant.QuantSpec(4, coarse=(2, 3)))]
-    packed = {**variables, "params": quant.quantize(variables["params"], rules)}
-    model.save(directory / "nested.kmq", dataclasses.replace(full, variables=packed))
+    packed = {**variables, "params": quant.quantize_params(variables["params"], rules)}
+    save_model(directory / "nested.kmq", dataclasses.replace(full, variables=packed))
     with pytest.MonkeyPatch.context() as patch:
         for name, bits in (("nested", 2), ("nested", 3), ("full", None)):
             flags = [f"--model={directory / name}.kmq", f"--data={DATA}", f"--out={directory / f'{bits or 32}.npz'}"]
@@ -47,9 +48,9 @@ def test_widths_of_one_nested_model_share_its_file(place):
         "2.kmq", "32.kmq", "cascade.json", "policy.json",
     ]  # fmt: skip
     costs = kmq_jax.load_cascade(place / "cascade").costs()
-    whole = [quant.size_bytes(model.load(place / name).variables).total for name in ("nested.kmq", "full.kmq")]
+    whole = [quant.size_bytes(load_model(place / name).variables).total for name in ("nested.kmq", "full.kmq")]
     assert costs["resident_bytes"] == sum(whole)
-    assert set(costs["macs"].values()) == {registry.macs(model.load(place / "full.kmq").network(), 300)}
+    assert set(costs["macs"].values()) == {registry.macs(load_model(place / "full.kmq").network(), 300)}
 
 
 @pytest.mark.parametrize("enrolment", ["each", "top"])
@@ -89,8 +90,8 @@ def test_a_recording_nobody_doubts_is_not_embedded_again(place):
 def test_stages_may_be_different_networks(place, tmp_path, monkeypatch):
     settings = {**SETTINGS, "embedding_size": 6}
     variables = registry.initialize(registry.build("resnet18", **settings), jax.random.key(1))
-    packed = {**variables, "params": quant.quantize(variables["params"], quant.QuantSpec(2))}
-    model.save(tmp_path / "small.kmq", model.SpeakerModel("resnet18", settings, "kiwano", jax.device_get(packed)))
+    packed = {**variables, "params": quant.quantize_params(variables["params"], quant.QuantSpec(2))}
+    save_model(tmp_path / "small.kmq", SpeakerModel("resnet18", settings, "kiwano", jax.device_get(packed)))
     small = [f"--model={tmp_path / 'small.kmq'}", f"--data={DATA}", f"--out={tmp_path / '2.npz'}"]
     assert run(monkeypatch, "extract", *small) == 0
     stages = [f"--stage=2:{tmp_path / '2.npz'}", f"--stage=32:{place / '32.npz'}"]
@@ -135,8 +136,8 @@ def test_two_recordings(place, tmp_path, monkeypatch, capsys):
 
 def test_models_are_loaded_once_and_only_when_needed(place, monkeypatch):
     loaded = []
-    load = model.load
-    monkeypatch.setattr(model, "load", lambda path: loaded.append(path.name) or load(path))
+    load = load_model
+    monkeypatch.setattr("kmq_jax.cascade.verifier.load_model", lambda path: loaded.append(path.name) or load(path))
     cascade = kmq_jax.load_cascade(place / "cascade")
     assert not loaded
     wave = (source.open_source(DATA).load(0), source.SAMPLE_RATE)

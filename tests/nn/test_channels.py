@@ -10,17 +10,17 @@ import pytest
 from jax.test_util import check_grads
 
 from kmq_jax.core.mesh import batch_sharding, make_mesh
-from kmq_jax.nn import native
 from kmq_jax.nn.channels import channel_sums, scale_and_shift
+from kmq_jax.nn.cpu import library
 from kmq_jax.nn.layers import BatchNorm
 
 
 @pytest.fixture(params=["native", "xla"])
 def kernel(request, monkeypatch):
     if request.param == "native":
-        if not native.library():
+        if not library.library():
             pytest.skip("no native kernels: there is no C++ compiler")
-        monkeypatch.setattr(native, "usable", lambda dtype: dtype in (jnp.float32, jnp.bfloat16))
+        monkeypatch.setattr(library, "usable", lambda dtype: dtype in (jnp.float32, jnp.bfloat16))
     jax.clear_caches()  # the choice is made when a function is traced
     yield request.param
     jax.clear_caches()

@@ -11,7 +11,8 @@ import pytest
 from jax import lax
 
 from kmq_jax.core.mesh import batch_sharding, make_mesh, replicated
-from kmq_jax.nn import conv, native
+from kmq_jax.nn import conv
+from kmq_jax.nn.cpu import library
 
 # batch, time, freq, in, out, taps, stride: what the networks use, odd and even, and what fills no tile.
 SHAPES = [
@@ -25,7 +26,7 @@ SHAPES = [
     (1, 1, 1, 4, 4, 3, 2),
     (2, 40, 5, 8, 8, 3, 1),
 ]
-needs_native = pytest.mark.skipif(not native.library(), reason="no native kernels: there is no C++ compiler")
+needs_native = pytest.mark.skipif(not library.library(), reason="no native kernels: there is no C++ compiler")
 
 
 def reference(x, kernel, strides):

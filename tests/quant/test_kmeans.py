@@ -7,7 +7,7 @@ from sklearn.cluster import KMeans
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.quant import inertia, kmeans
-from kmq_jax.quant.kmeans import STARTS, make_group, nearest
+from kmq_jax.quant.kmeans import INITS, make_group, nearest
 
 RNG = np.random.default_rng(0)
 HEAVY = {
@@ -45,11 +45,11 @@ def test_near_the_optimum_and_no_worse_than_sklearn_on_real_layers(shared, bits)
         assert found <= sum(fit.inertia_ for fit in fits) * 1.001
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", INITS)
 @pytest.mark.parametrize("k", [3, 8])
 def test_every_start_ends_in_a_fixed_point(start, k):
     values = HEAVY["laplace"].astype(np.float32)
-    centroids = np.asarray(kmeans(values, k, start=start, iterations=400), np.float64)
+    centroids = np.asarray(kmeans(values, k, init=start, iterations=400), np.float64)
     assert np.all(np.diff(centroids) > 0)
     cell = np.argmin(np.abs(values[:, None] - centroids), axis=1)
     means = [values[cell == i].mean(dtype=np.float64) for i in range(k)]
@@ -62,14 +62,14 @@ def test_equal_mass_start_by_hand():
     values = np.arange(1.0, 21.0)
     low, high = np.quantile(values, [0.1, 0.9])
     expected = np.clip(values, low, high).reshape(4, 5).mean(axis=1)
-    found = kmeans(RNG.permutation(values).astype(np.float32), 4, start="equal-mass", retention=0.8, iterations=0)
+    found = kmeans(RNG.permutation(values).astype(np.float32), 4, init="equal-mass", retention=0.8, iterations=0)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_fewer_distinct_values_than_centroids_are_met_exactly():
     values = np.array([0.1] * 500 + [0.3, 0.7, -5.0], np.float32)
-    for start in STARTS:
-        centroids = np.asarray(kmeans(values, 16, start=start))
+    for start in INITS:
+        centroids = np.asarray(kmeans(values, 16, init=start))
         assert np.isfinite(centroids).all() and np.all(np.diff(centroids) >= 0)
         assert set(values.tolist()) <= set(centroids.tolist()), start
 
@@ -148,7 +148,7 @@ def test_nearest_by_hand():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"start": "random"}, "start"),
+        ({"init": "random"}, "init"),
         ({"k": 0}, "k "),
         ({"k": 3, "symmetric": True}, "even"),
         ({"retention": 0.0}, "retention"),

@@ -27,7 +27,7 @@ def size(name, bits):
         # Biases beside quantized kernels are kept in half precision; those of batch normalisation are not.
         quant.QuantRule(r"params/.*(fc\d|attention\d|linear)/bias$", quant.QuantSpec(16)),
     ]
-    return quant.size_bytes(quant.quantize(shapes(name), rules))
+    return quant.size_bytes(quant.quantize_params(shapes(name), rules))
 
 
 @pytest.mark.parametrize(

@@ -20,27 +20,27 @@ def error(a, b):
 
 
 def test_one_file_serves_every_width_nearly_as_well():
-    result = quant.quantize(PARAMS, NESTED)
+    result = quant.quantize_params(PARAMS, NESTED)
     for bits, slack in ((2, 1.1), (3, 1.12), (4, 1.15)):
-        alone = quant.dequantize(quant.quantize(PARAMS, QuantSpec(bits)))
-        nested = quant.dequantize(result, bits=bits)
+        alone = quant.dequantize_params(quant.quantize_params(PARAMS, QuantSpec(bits)))
+        nested = quant.dequantize_params(result, bits=bits)
         for name, values in PARAMS.items():
             assert error(nested[name], values) <= slack * error(alone[name], values), (name, bits)
 
 
 def test_size_is_that_of_the_widest_and_the_small_codebooks():
-    alone, nested = (quant.size_bytes(quant.quantize(PARAMS, spec)) for spec in (QuantSpec(4), NESTED))
+    alone, nested = (quant.size_bytes(quant.quantize_params(PARAMS, spec)) for spec in (QuantSpec(4), NESTED))
     assert nested.indices == alone.indices
     assert nested.codebooks == alone.codebooks + 7 * (4 + 8) * 2
 
 
 def test_smaller_widths_are_prefixes():
-    tensor = quant.quantize(PARAMS, NESTED)["w"]
+    tensor = quant.quantize_params(PARAMS, NESTED)["w"]
     four, two = quant.indices_of(tensor), quant.indices_of(tensor, 2)
     np.testing.assert_array_equal(two, four >> 2)
     book = np.asarray(tensor.coarse[0], np.float32)
     expected = book[np.arange(4)[None, :], np.asarray(four) >> 2]
-    np.testing.assert_array_equal(quant.dequantize({"w": tensor}, bits=2)["w"], expected)
+    np.testing.assert_array_equal(quant.dequantize_params({"w": tensor}, bits=2)["w"], expected)
 
 
 def test_thresholds_by_hand():
@@ -52,9 +52,9 @@ def test_thresholds_by_hand():
 
 
 def test_unknown_width():
-    result = quant.quantize(PARAMS, NESTED)
+    result = quant.quantize_params(PARAMS, NESTED)
     with pytest.raises(UserError, match="5 bits: there is 2, 3, 4"):
-        quant.dequantize(result, bits=5)
+        quant.dequantize_params(result, bits=5)
 
 
 def test_training_shares_latents_between_widths():
@@ -62,7 +62,7 @@ def test_training_shares_latents_between_widths():
     stored = quant.export(latents, books)
     for bits in (2, 3, 4):
         found = jax.jit(lambda p, b, bits=bits: quant.fake_quantize(p, b, bits=bits))(latents, books)
-        jax.tree.map(np.testing.assert_array_equal, found, quant.dequantize(stored, bits=bits))
+        jax.tree.map(np.testing.assert_array_equal, found, quant.dequantize_params(stored, bits=bits))
 
     def loss(state):
         return sum(jnp.sum(quant.fake_quantize(*state, bits=b)["w"] ** 2) for b in (2, 3, 4))
@@ -87,7 +87,7 @@ def test_cells_are_split_each_on_its_own():
 
 def grown(dtype="float16"):
     """A network whose narrow codebooks were moved, as by training, and what grows from it."""
-    narrow = quant.quantize(PARAMS, QuantSpec(2, codebook_dtype=dtype))
+    narrow = quant.quantize_params(PARAMS, QuantSpec(2, codebook_dtype=dtype))
     moved = {
         name: dataclasses.replace(t, codebook=t.codebook[:, ::-1] * np.array(1.3, dtype)) for name, t in narrow.items()
     }
@@ -116,9 +116,9 @@ def test_wider_widths_are_nearest_within_the_cell():
             choices = np.asarray(tensor.codebook_of(bits), np.float32).reshape(-1, 4, parts)
             channel = np.arange(choices.shape[0])[None, :]
             least = np.min(np.abs(choices[channel, cell] - PARAMS[name][..., None]), -1)
-            found = quant.dequantize({"w": tensor}, bits=bits)["w"]
+            found = quant.dequantize_params({"w": tensor}, bits=bits)["w"]
             assert error(found, PARAMS[name]) <= slack * np.mean(least**2)
-            assert error(found, PARAMS[name]) < error(quant.dequantize(narrow)[name], PARAMS[name]) / 3
+            assert error(found, PARAMS[name]) < error(quant.dequantize_params(narrow)[name], PARAMS[name]) / 3
             trained = jax.jit(lambda p, b, bits=bits: quant.fake_quantize(p, b, bits=bits))(latents, books)
             np.testing.assert_array_equal(trained[name], found)
 
@@ -133,9 +133,9 @@ def test_centroids_of_a_cell_stay_in_it():
 
 
 def test_growing_from_another_network():
-    narrow = quant.quantize(PARAMS, QuantSpec(3))
+    narrow = quant.quantize_params(PARAMS, QuantSpec(3))
     with pytest.raises(UserError, match=r"v: the narrow network must hold it at the smallest of widths \(2, 3, 4\)"):
         quant.grow_codebooks(PARAMS, narrow, NESTED)
-    for bad in ({"v": narrow["v"]}, PARAMS, {**PARAMS, "v": quant.quantize(PARAMS, QuantSpec(2))["w"]}):
+    for bad in ({"v": narrow["v"]}, PARAMS, {**PARAMS, "v": quant.quantize_params(PARAMS, QuantSpec(2))["w"]}):
         with pytest.raises(UserError, match="narrow network"):
             quant.grow_codebooks(PARAMS, bad, NESTED)

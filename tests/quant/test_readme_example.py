@@ -25,11 +25,11 @@ def test_the_five_lines_run(capsys):
 def test_the_command_does_not_hide_the_function():
     command = importlib.import_module("kmq_jax.quantize")
     assert callable(command.main)
-    assert kmq_jax.quantize is kmq_jax.quant.quantize
+    assert kmq_jax.quantize is kmq_jax.quant.quantize_params
 
 
 def test_plain_tree():
     weights = {"in": np.random.default_rng(0).standard_normal((512, 16)).astype(np.float32), "scales": [np.ones(16)]}
     rules = [kmq_jax.quant.QuantRule("in", kmq_jax.quant.QuantSpec(bits=2))]
-    restored = kmq_jax.quant.dequantize(kmq_jax.quant.quantize(weights, rules))
+    restored = kmq_jax.quant.dequantize_params(kmq_jax.quant.quantize_params(weights, rules))
     assert all(len(np.unique(column)) == 4 for column in restored["in"].T)

@@ -30,7 +30,7 @@ def test_forward_is_exactly_the_centroids(recipe, spec):
         for channel in range(3):
             assert 2 <= len(np.unique(weights[:, channel])) <= 2**spec.bits
             assert set(np.unique(weights[:, channel])) <= set(values[channel])
-    stored = quant.dequantize(quant.export(latents, books))
+    stored = quant.dequantize_params(quant.export(latents, books))
     np.testing.assert_array_equal(stored["w"], weights)
     np.testing.assert_array_equal(stored["bias"], PARAMS["bias"])
 
@@ -143,7 +143,7 @@ def test_training_fits_better_than_rounding(recipe):
         return jnp.mean((x @ quant.fake_quantize(*state)["w"] - target) ** 2)
 
     state = quant.init_codebooks(PARAMS, QuantSpec(2), recipe=recipe)
-    plain = jnp.mean((x @ quant.dequantize(quant.quantize(PARAMS, QuantSpec(2)))["w"] - target) ** 2)
+    plain = jnp.mean((x @ quant.dequantize_params(quant.quantize_params(PARAMS, QuantSpec(2)))["w"] - target) ** 2)
     gradient = jax.jit(jax.grad(loss))
     best = float(loss(state))
     for _ in range(300):
@@ -207,7 +207,7 @@ def test_sums_of_cells_on_every_backend(backend, shape, axis, monkeypatch):
 
 def scrambled(bits):
     """A packed tensor whose indices are anything but the nearest."""
-    packed = quant.quantize(PARAMS, QuantSpec(bits))
+    packed = quant.quantize_params(PARAMS, QuantSpec(bits))
     tensor = packed["w"]
     indices = np.random.default_rng(1).integers(0, 1 << bits, (tensor.groups, tensor.group_size)).astype(np.uint8)
     return {**packed, "w": dataclasses.replace(tensor, packed=quant.pack(indices, bits))}
@@ -221,14 +221,14 @@ def test_what_is_adopted_is_the_packed_network(bits):
     np.testing.assert_array_equal(stored["w"].codebook, packed["w"].codebook)
     if bits < 6:  # with more centroids than weights some are equal, and any index of theirs will do
         np.testing.assert_array_equal(stored["w"].packed, packed["w"].packed)
-    np.testing.assert_array_equal(*(quant.dequantize(tree)["w"] for tree in (stored, packed)))
+    np.testing.assert_array_equal(*(quant.dequantize_params(tree)["w"] for tree in (stored, packed)))
 
 
 def test_latents_stay_where_the_index_is_the_nearest_and_else_go_just_over_the_border():
     # Values twice the weights; -3 belongs to -4 (index 0) but holds index 1, whose cell is (-3, 0) in these units.
     weights = {"w": np.array([[-3.0], [-1.0], [1.0], [3.0]], np.float32)}
     book = jnp.array([[-4.0, -2.0, 2.0, 4.0]], jnp.float16)
-    packed = quant.quantize(weights, QuantSpec(2))
+    packed = quant.quantize_params(weights, QuantSpec(2))
     indices = np.array([[1, 1, 2, 3]], np.uint8)
     tensor = dataclasses.replace(packed["w"], codebook=book, packed=quant.pack(indices, 2))
     latents, books = quant.adopt_codebooks(weights, {"w": tensor}, QuantSpec(2), margin=0.1)
@@ -245,7 +245,12 @@ def test_what_is_not_quantized_is_taken_from_the_packed_network():
 
 
 def test_only_a_network_quantized_alike_is_adopted():
-    packed = quant.quantize(PARAMS, QuantSpec(3))
-    for bad in (packed, PARAMS, {**packed, "w": packed["bias"]}, quant.quantize(PARAMS, QuantSpec(2, coarse=(1,)))):
+    packed = quant.quantize_params(PARAMS, QuantSpec(3))
+    for bad in (
+        packed,
+        PARAMS,
+        {**packed, "w": packed["bias"]},
+        quant.quantize_params(PARAMS, QuantSpec(2, coarse=(1,))),
+    ):
         with pytest.raises(UserError, match="w: the packed network must hold it at 2 bits"):
             quant.adopt_codebooks(PARAMS, bad, QuantSpec(2))

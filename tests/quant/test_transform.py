@@ -28,13 +28,13 @@ def tree():
 @pytest.mark.parametrize("bits, granularity", [(1, "channel"), (3, "channel"), (4, "tensor"), (8, "channel")])
 def test_each_value_is_its_nearest_stored_centroid(bits, granularity):
     params = tree()
-    result = quant.quantize(params, QuantSpec(bits, granularity))
+    result = quant.quantize_params(params, QuantSpec(bits, granularity))
     tensor, kernel = result["conv"]["kernel"], params["conv"]["kernel"]
     tensor.validate()
     groups = 8 if granularity == "channel" else 1
     assert tensor.packed.shape == (groups, -(-(kernel.size // groups) * bits // 8))
     assert tensor.codebook.shape == (groups, 2**bits) and tensor.codebook.dtype == jnp.float16
-    values = np.asarray(quant.dequantize(result)["conv"]["kernel"])
+    values = np.asarray(quant.dequantize_params(result)["conv"]["kernel"])
     assert values.shape == kernel.shape and values.dtype == np.float32
     for channel in range(8):
         book = np.asarray(tensor.codebook, np.float32)[channel if groups == 8 else 0]
@@ -61,7 +61,7 @@ def test_encoding_is_exact_for_any_shape_width_and_axis(shape, bits, axis, seed)
     tensor = encode_tensor(to_groups(values, axis), (codebook.astype(np.float16),), tuple(shape), axis)
     tensor.validate()
     np.testing.assert_array_equal(quant.indices_of(tensor), indices)
-    np.testing.assert_array_equal(quant.dequantize([tensor])[0], values)
+    np.testing.assert_array_equal(quant.dequantize_params([tensor])[0], values)
 
 
 def test_rules():
@@ -71,11 +71,11 @@ def test_rules():
         QuantRule("dense", None),
         QuantRule("bias", QuantSpec(16)),
     ]
-    result = quant.quantize(params, rules)
+    result = quant.quantize_params(params, rules)
     assert result["conv"]["kernel"].bits == 3
     assert result["dense"]["kernel"] is params["dense"]["kernel"]
     assert result["conv"]["bias"].dtype == np.float16
-    assert quant.dequantize(result)["conv"]["bias"].dtype == np.float32
+    assert quant.dequantize_params(result)["conv"]["bias"].dtype == np.float32
     size = quant.size_bytes(result)
     assert (size.indices, size.codebooks) == (8 * 14, 8 * 8 * 2)  # ceil(36 * 3 / 8) = 14
     assert size.other == 24 * 16 * 4 + 8 * 2 + params["steps"].nbytes
@@ -87,9 +87,9 @@ def test_what_is_left_alone():
     specs = quant.decide(params, QuantSpec(4, minimum_size=300))
     assert list(specs) == ["dense/kernel"]
     with pytest.raises(UserError, match="unused"):
-        quant.quantize(params, [QuantRule("unused", QuantSpec(2))])
+        quant.quantize_params(params, [QuantRule("unused", QuantSpec(2))])
     with pytest.raises(UserError, match="conv/kernel.*axis"):
-        quant.quantize(params, [QuantRule("conv/kernel", QuantSpec(2, axis=4))])
+        quant.quantize_params(params, [QuantRule("conv/kernel", QuantSpec(2, axis=4))])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -97,15 +97,15 @@ def test_not_finite_names_the_tensor(bad):
     params = tree()
     params["dense"]["kernel"][3, 3] = bad
     with pytest.raises(UserError, match="dense/kernel"):
-        quant.quantize(params, QuantSpec(2))
+        quant.quantize_params(params, QuantSpec(2))
 
 
 def test_too_large_for_half_precision_names_the_tensor():
     params = {"w": np.float32([[1e6, 2e6]])}
     with pytest.raises(UserError, match="w: .*float16"):
-        quant.quantize(params, QuantSpec(1))
-    kept = quant.quantize(params, QuantSpec(1, granularity="tensor", codebook_dtype="float32"))
-    np.testing.assert_array_equal(quant.dequantize(kept)["w"], params["w"])
+        quant.quantize_params(params, QuantSpec(1))
+    kept = quant.quantize_params(params, QuantSpec(1, granularity="tensor", codebook_dtype="float32"))
+    np.testing.assert_array_equal(quant.dequantize_params(kept)["w"], params["w"])
 
 
 @pytest.mark.parametrize(
@@ -118,9 +118,9 @@ def test_bad_specs(fields):
 
 def test_frozen_dict_and_lists():
     params = flax.core.freeze({"a": [RNG.standard_normal((4, 4)).astype(np.float32)]})
-    result = quant.quantize(params, QuantSpec(2))
+    result = quant.quantize_params(params, QuantSpec(2))
     assert isinstance(result, flax.core.FrozenDict)
-    assert quant.dequantize(result)["a"][0].shape == (4, 4)
+    assert quant.dequantize_params(result)["a"][0].shape == (4, 4)
 
 
 def test_nnx_state():
@@ -132,8 +132,8 @@ def test_nnx_state():
             return self.b(nnx.relu(self.a(x)))
 
     graph, state = nnx.split(Net(nnx.Rngs(0)))
-    result = quant.quantize(state, [QuantRule("kernel", QuantSpec(8))])
-    back = quant.dequantize(result)
+    result = quant.quantize_params(state, [QuantRule("kernel", QuantSpec(8))])
+    back = quant.dequantize_params(result)
     assert jax.tree.structure(back) == jax.tree.structure(state)
     x = jnp.ones((1, 6))
     np.testing.assert_allclose(nnx.merge(graph, back)(x), nnx.merge(graph, state)(x), atol=1e-2)
@@ -147,13 +147,13 @@ def test_one_and_four_devices_agree():
     assert devices.size == 4
     sharded = mesh.shard_batch(params, devices)
     spec = QuantSpec(3)
-    one, four = quant.quantize(params, spec), quant.quantize(sharded, spec)
+    one, four = quant.quantize_params(params, spec), quant.quantize_params(sharded, spec)
     jax.tree.map(np.testing.assert_array_equal, one, four)
-    inside = jax.jit(lambda p: quant.quantize(p, spec))
+    inside = jax.jit(lambda p: quant.quantize_params(p, spec))
     one_jit, four_jit = inside(params), inside(sharded)
-    jax.tree.map(np.testing.assert_array_equal, quant.dequantize(one_jit), quant.dequantize(four_jit))
+    jax.tree.map(np.testing.assert_array_equal, quant.dequantize_params(one_jit), quant.dequantize_params(four_jit))
     spread = jax.device_put(one, mesh.replicated(devices))
-    jax.tree.map(np.testing.assert_array_equal, quant.dequantize(spread), quant.dequantize(one))
+    jax.tree.map(np.testing.assert_array_equal, quant.dequantize_params(spread), quant.dequantize_params(one))
     latents, books = quant.init_codebooks(params, spec)
     fake = jax.jit(quant.fake_quantize)
     np.testing.assert_array_equal(fake(latents, books)["w"], fake(mesh.shard_batch(latents, devices), books)["w"])
@@ -163,27 +163,29 @@ def test_shapes_alone():
     params = jax.tree.map(jnp.asarray, tree())
     shapes = jax.eval_shape(lambda: params)
     spec = QuantSpec(4, coarse=(2,))
-    assert quant.size_bytes(quant.quantize(shapes, spec)) == quant.size_bytes(quant.quantize(params, spec))
+    assert quant.size_bytes(quant.quantize_params(shapes, spec)) == quant.size_bytes(
+        quant.quantize_params(params, spec)
+    )
 
 
 def test_importance_moves_the_centroids():
     values = RNG.standard_normal((200, 2)).astype(np.float32)
     importance = np.where(values > 1, 100, 1).astype(np.float32)
-    plain = quant.dequantize(quant.quantize({"w": values}, QuantSpec(2)))["w"]
-    found = quant.dequantize(quant.quantize({"w": values}, QuantSpec(2), {"w": importance}))["w"]
+    plain = quant.dequantize_params(quant.quantize_params({"w": values}, QuantSpec(2)))["w"]
+    found = quant.dequantize_params(quant.quantize_params({"w": values}, QuantSpec(2), {"w": importance}))["w"]
     assert np.sum(importance * (found - values) ** 2) < 0.8 * np.sum(importance * (plain - values) ** 2)
     with pytest.raises(UserError, match="elsewhere"):
-        quant.quantize({"w": values}, QuantSpec(2), {"elsewhere": importance})
+        quant.quantize_params({"w": values}, QuantSpec(2), {"elsewhere": importance})
 
 
 def test_partition_lets_a_packed_model_be_differentiated():
-    result = quant.quantize(tree(), QuantSpec(2))
+    result = quant.quantize_params(tree(), QuantSpec(2))
     floating, rest = quant.partition(result)
     assert all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(floating))
     assert jax.tree.structure(quant.combine(floating, rest)) == jax.tree.structure(result)
 
     def loss(floating):
-        return jnp.sum(quant.dequantize(quant.combine(floating, rest))["dense"]["kernel"])
+        return jnp.sum(quant.dequantize_params(quant.combine(floating, rest))["dense"]["kernel"])
 
     gradient = jax.grad(loss)(floating)["dense"]["kernel"].codebook
     indices = np.asarray(quant.indices_of(result["dense"]["kernel"]))
@@ -194,7 +196,7 @@ def test_partition_lets_a_packed_model_be_differentiated():
 def test_validate_refuses_what_does_not_fit():
     import dataclasses
 
-    tensor = quant.quantize(tree(), QuantSpec(3))["dense"]["kernel"]
+    tensor = quant.quantize_params(tree(), QuantSpec(3))["dense"]["kernel"]
     for change in ({"bits": 4}, {"shape": (24, 15)}, {"axis": 0}, {"packed": tensor.packed[:, 1:]}, {"axis": 7}):
         with pytest.raises(ValueError):
             dataclasses.replace(tensor, **change).validate()

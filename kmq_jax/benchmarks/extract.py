@@ -1,0 +1,191 @@
+"""Embedding extraction beside ONNX Runtime on the same recordings, in turns in one run: seconds and their ratio.
+
+Both sides start from the audio files and end with embeddings. Ours: batches of like length, front end and network in
+one program; compilation is not counted. ONNX Runtime: one utterance after another, as WeSpeaker's own script runs it,
+with `--threads` threads. With `--features=ours` our front end computes the features of both in batches beforehand, so
+that the networks alone are timed; with `--features=own` ONNX Runtime's come from kaldi-native-fbank, and decoding and
+features are timed on both sides.
+"""
+
+import argparse
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from kmq_jax import frontend, quant
+from kmq_jax.benchmarks.frontend import kaldi_fbank
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import write_json
+from kmq_jax.data import buckets, source
+from kmq_jax.models.speaker_model import BATCH_SIZE, COMPUTE, SpeakerModel, embed_all, frontend_of, load_model
+
+
+def add_flags(flags: argparse.ArgumentParser) -> None:
+    """Adds the flags of this benchmark."""
+    flags.add_argument("--model", required=True, help="MODEL, such as a directory made by import_model")
+    flags.add_argument("--onnx", required=True, type=Path, help="the same model as ONNX, `feats` to `embs`")
+    flags.add_argument("--data", required=True, help="recordings: any DATA form")
+    flags.add_argument("--features", default="own", choices=("own", "ours"), help="see above")
+    flags.add_argument("--compute", default="float32", choices=COMPUTE, help="our network's arithmetic")
+    flags.add_argument("--threads", type=int, default=2, help="of ONNX Runtime")
+    flags.add_argument("--utterances", type=int, default=0, help="how many, evenly over the data (0: all)")
+    flags.add_argument("--repeats", type=int, default=3, help="timed rounds, each side in turn; the median counts")
+    flags.add_argument("--json", type=Path, help="also write the figures to this file")
+
+
+def session(path: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Opens an ONNX file; gives the function from features `[batch, frames, features]` to embeddings.
+
+    Raises:
+        UserError: ONNX Runtime is not installed, or cannot open the file.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError("ONNX Runtime is not installed: pip install 'kmq_jax[interop]'") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    try:
+        opened = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base class of their own
+        reason = str(error).split("\n")[0]
+        raise UserError(f"--onnx={path} cannot be opened by ONNX Runtime: {reason}") from error
+    feed = opened.get_inputs()[0].name
+    return lambda feats: opened.run(None, {feed: feats})[0]
+
+
+def subset(utterances: source.Utterances, count: int) -> source.Utterances:
+    """Takes `count` utterances, evenly over the table; 0 takes all."""
+    if not count or count >= len(utterances):
+        return utterances
+    return utterances.select(np.linspace(0, len(utterances) - 1, count).astype(int))
+
+
+def own_features(utterances: source.Utterances, fbank: frontend.FbankConfig, i: int) -> np.ndarray:
+    """Decodes an utterance; its mean-normalised features by kaldi-native-fbank, `[1, frames, features]`."""
+    features = kaldi_fbank(utterances.load(i), fbank)
+    return (features - features.mean(axis=0))[None]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _features(fbank: frontend.FbankConfig, wave: jax.Array, samples: jax.Array) -> jax.Array:
+    return frontend.mean_normalize(frontend.fbank(wave, fbank), frontend.num_frames(samples, fbank))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _network(network, variables, features: jax.Array, frames: jax.Array) -> jax.Array:
+    return network.apply(variables, features, frames, train=False)
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine of each row of `a` with the same row of `b`."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+
+
+def compare(
+    speaker_model: SpeakerModel,
+    onnx: Callable[[np.ndarray], np.ndarray],
+    utterances: source.Utterances,
+    features: str,
+    compute: str,
+    repeats: int,
+) -> dict[str, float]:
+    """Times both sides in turns, after one round that is not counted, and compares their embeddings.
+
+    Returns:
+        Median seconds of each side, `speedup` of ours over ONNX Runtime, seconds of audio, and the least and mean
+        cosine between the two sides' embeddings of an utterance.
+    """
+    fbank = frontend_of(speaker_model.frontend)
+    if features == "own":
+
+        def ours() -> np.ndarray:
+            return embed_all(speaker_model, utterances, compute)
+
+        def theirs() -> np.ndarray:
+            return np.concatenate([onnx(own_features(utterances, fbank, i)) for i in range(len(utterances))])
+    else:
+        ours, theirs = _on_our_features(speaker_model, onnx, utterances, compute)
+    seconds: dict[str, list[float]] = {"ours": [], "onnx": []}
+    embeddings = {}
+    for counted in [False] + [True] * repeats:
+        for name, side in (("ours", ours), ("onnx", theirs)):
+            start = time.perf_counter()
+            embeddings[name] = side()
+            if counted:
+                seconds[name].append(time.perf_counter() - start)
+    median = {name: float(np.median(times)) for name, times in seconds.items()}
+    cosine = cosines(embeddings["ours"], embeddings["onnx"])
+    return {
+        "ours_seconds": median["ours"],
+        "onnx_seconds": median["onnx"],
+        "speedup": median["onnx"] / median["ours"],
+        "audio_seconds": float(utterances.lengths().sum() / source.SAMPLE_RATE),
+        "min_cosine": float(cosine.min()),
+        "mean_cosine": float(cosine.mean()),
+    }
+
+
+def _on_our_features(
+    speaker_model: SpeakerModel,
+    onnx: Callable[[np.ndarray], np.ndarray],
+    utterances: source.Utterances,
+    compute: str,
+) -> tuple[Callable[[], np.ndarray], Callable[[], np.ndarray]]:
+    """Computes features of all once; gives the two sides that start from them."""
+    fbank, network = frontend_of(speaker_model.frontend), speaker_model.network(compute)
+    lengths = utterances.lengths()
+    frames = np.asarray(frontend.num_frames(lengths, fbank))
+    batches = []
+    for batch in buckets.length_buckets(lengths, min(BATCH_SIZE, len(lengths))):
+        members = batch.indices[batch.indices >= 0]
+        wave = np.zeros((len(batch.indices), batch.size), np.float32)
+        samples = np.full(len(batch.indices), batch.size, np.int32)
+        for row, i in enumerate(members):
+            wave[row, : lengths[i]], samples[row] = utterances.load(i), lengths[i]
+        # Copied once, so that ours does not start from an array that the device already holds.
+        batches.append((members, np.array(_features(fbank, wave, samples)), frontend.num_frames(samples, fbank)))
+    single = {
+        i: np.ascontiguousarray(rows[row, : frames[i]][None])
+        for members, rows, _ in batches
+        for row, i in enumerate(members.tolist())
+    }
+    variables = jax.device_put(quant.dequantize_params(speaker_model.variables, speaker_model.bits))
+
+    def ours() -> np.ndarray:
+        embeddings = np.zeros((len(lengths), network.embedding_size), np.float32)
+        for members, rows, real in batches:
+            embeddings[members] = np.asarray(_network(network, variables, rows, real))[: len(members)]
+        return embeddings
+
+    return ours, lambda: np.concatenate([onnx(single[i]) for i in range(len(lengths))])
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prints the comparison."""
+    if args.repeats < 1 or args.threads < 1:
+        raise UserError(f"--repeats (={args.repeats}) and --threads (={args.threads}) must be at least 1")
+    if args.features == "own":
+        try:
+            import kaldi_native_fbank  # noqa: F401
+        except ImportError:
+            raise UserError("kaldi-native-fbank is not installed: pip install 'kmq_jax[test]'") from None
+    onnx = session(args.onnx, args.threads)
+    utterances = subset(source.open_source(args.data), args.utterances)
+    figures = compare(load_model(args.model), onnx, utterances, args.features, args.compute, args.repeats)
+    figures = {"features": args.features, "compute": args.compute, "threads": args.threads, **figures}
+    print(
+        f"{len(utterances)} utterances, {figures['audio_seconds']:.0f} s of audio, features: {args.features}\n"
+        f"ours ({args.compute}) {figures['ours_seconds']:.2f} s, "
+        f"ONNX Runtime ({args.threads} threads) {figures['onnx_seconds']:.2f} s: "
+        f"{figures['speedup']:.2f} times as fast\n"
+        f"cosine between them: least {figures['min_cosine']:.7f}, mean {figures['mean_cosine']:.7f}"
+    )
+    if args.json:
+        write_json(args.json, {"data": args.data, "utterances": len(utterances), **figures})

@@ -1,0 +1,1 @@
+"""Multi-precision cascades: policy, gates, risk control, runs, verification."""

@@ -1,0 +1,244 @@
+"""Choice of gates: every combination of candidate gates at once, and the front of those worth having.
+
+A trial that stops at stage b counts q_b, say whether b's decision is a harmful flip, or the bits read so far. With the
+stages climbed through written as a telescoping sum,
+
+    q = q_1 + [climbs from 1] (q_2 - q_1) + [climbs from 1 and 2] (q_3 - q_2) + ...
+
+each bracket depends on one gate a stage only, that of the side (reject or accept) on which the trial lies there. So the
+sum over all trials, for every combination of gates, is a handful of small cumulative histograms, whatever the number
+of trials. The search is exact, not sampled.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kmq_jax.cascade.policy import Gate
+from kmq_jax.core.errors import UserError
+from kmq_jax.metrics.detection import Array
+
+_COMBINATIONS = {"flips": 1 << 20, "balanced": 1 << 20, "eer": 1 << 16}
+_MOST_CANDIDATES = 256
+_THRESHOLDS = 64
+OBJECTIVES = tuple(_COMBINATIONS)
+COSTS = ("sequential", "incremental")
+
+
+@dataclass(frozen=True, eq=False)
+class Front:
+    """Gates such that none is both cheaper and better, from cheapest to dearest.
+
+    Attributes:
+        gates: `[points, gated stages, 2]`, low and high.
+        objective: `[points]`, as a fraction, descending.
+        bits: `[points]`, ascending.
+    """
+
+    gates: Array
+    objective: Array
+    bits: Array
+
+    def __len__(self) -> int:
+        return len(self.bits)
+
+    def point(self, index: int) -> tuple[Gate, ...]:
+        """The gates of one point."""
+        return tuple((float(low), float(high)) for low, high in self.gates[index])
+
+
+def harmful_flips(mapped: Array, threshold: float, reference: Array, labels: Array) -> Array:
+    """Where the reference decides right and a stage decides wrong.
+
+    Args:
+        mapped: `[stages, trials]`, on the reference's scale.
+        threshold: of all of them.
+        reference: `[trials]`, the reference's scores.
+        labels: `[trials]` bool.
+
+    Returns:
+        `[stages, trials]` bool.
+    """
+    return ((reference >= threshold) == labels) & ((mapped >= threshold) != labels)
+
+
+def class_weights(labels: Array, objective: str) -> Array:
+    """What a flip of each trial `[trials]` counts: the same for all, or with "balanced" half for each class."""
+    if objective == "balanced" and labels.any() and not labels.all():
+        return np.where(labels, 0.5 / labels.sum(), 0.5 / (~labels).sum())
+    return np.full(len(labels), 1 / len(labels))
+
+
+def candidates(mapped: Array, threshold: float, flips: Array, count: int, symmetric: bool = False) -> Array:
+    """Gates of one stage that are worth trying.
+
+    Widening a gate past a trial buys something only if that trial was a flip. So the candidates lie just beyond the
+    flipped trials, thinned evenly where there are more than `count`; with few of them, others lie at quantiles of the
+    trials nearest the threshold. The first candidate stops every trial and the last none.
+
+    Args:
+        mapped: `[trials]` float32.
+        threshold: a float32 value.
+        flips: `[trials]` bool.
+        count: how many for each side, at least 3.
+        symmetric: both sides at the same distance.
+
+    Returns:
+        `[2, count]` float32: lows, descending, and highs, ascending.
+    """
+    accepted = mapped >= np.float32(threshold)
+    chosen = []
+    for accept, sign in ((False, -1.0), (True, 1.0)):
+        within = np.full(mapped.shape, True) if symmetric else accepted == accept
+        distance = np.abs(mapped.astype(np.float64) - threshold)
+        flipped = _thin(np.unique(distance[within & flips]), count - 2)
+        near = np.sort(distance[within])
+        others = _thin(np.unique(near[: (len(near) + 1) // 2]), count - 2 - len(flipped))
+        found = np.unique(np.concatenate([flipped, others]))
+        found = np.concatenate([found, np.full(count - 2 - len(found), np.inf)])
+        # The next float32 farther out than the trial, so that the trial lies inside the gate.
+        beyond = np.nextafter((threshold + sign * found).astype(np.float32), np.float32(sign * np.inf))
+        # Whoever is on the threshold is accepted: the first low leaves that trial to the high.
+        first = np.float32(threshold) if accept else np.nextafter(np.float32(threshold), np.float32(-np.inf))
+        chosen.append(np.concatenate([[first], beyond, [sign * np.inf]]).astype(np.float32))
+    return np.stack(chosen)
+
+
+def _thin(values: Array, count: int) -> Array:
+    """At most `count` of sorted values, evenly by rank, with the last."""
+    if count <= 0:
+        return values[:0]
+    return values[np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int))]
+
+
+def _cells(mapped: Array, threshold: float, lows: Array, highs: Array) -> tuple[Array, Array]:
+    """For each trial of one stage its side, 0 reject or 1 accept, and how many of that side's gates it stops at."""
+    accepted = mapped >= np.float32(threshold)
+    stops = np.where(
+        accepted, np.searchsorted(highs, mapped, side="right"), np.searchsorted(-lows, -mapped, side="right")
+    )
+    return accepted.astype(np.int64), stops
+
+
+def totals(cells: list[tuple[Array, Array]], values: Array, count: int, symmetric: bool = False) -> Array:
+    """Sums a quantity over all trials, for every combination of gates.
+
+    Args:
+        cells: for each gated stage, sides and numbers of gates that stop the trial, each `[trials]`.
+        values: `[stages, trials]` or `[stages, 1]`: what a trial counts if it stops at that stage.
+        count: candidates a side.
+        symmetric: the two sides of a stage share their gate's place.
+
+    Returns:
+        `[count] * 2 * gated` in the order low, high of each stage, float64; with `symmetric`, `[count] * gated`.
+    """
+    trials = len(cells[0][0]) if cells else values.shape[1]
+    values = np.broadcast_to(np.asarray(values, np.float64), (len(values), trials))
+    gated = len(cells)
+    axes = gated if symmetric else 2 * gated
+    result = np.full((count,) * axes, values[0].sum())
+    for depth in range(1, gated + 1):
+        change = values[depth] - values[depth - 1]
+        used = np.flatnonzero(change)
+        index = np.zeros(len(used), np.int64)
+        for side, stops in cells[:depth]:
+            index = (index * 2 + side[used]) * (count + 1) + stops[used]
+        size = (2 * (count + 1)) ** depth
+        table = np.bincount(index, change[used], size).reshape((2, count + 1) * depth)
+        for stage in range(depth):  # a trial climbs at every gate from the first that does not stop it
+            table = np.cumsum(table, axis=2 * stage + 1)
+        table = table[(slice(None), slice(count)) * depth]
+        for sides in itertools.product((0, 1), repeat=depth):
+            part = table[tuple(x for side in sides for x in (side, slice(None)))]
+            places = list(range(depth)) if symmetric else [2 * stage + side for stage, side in enumerate(sides)]
+            result += np.expand_dims(part, [axis for axis in range(axes) if axis not in places])
+    return result
+
+
+def search(
+    mapped: Array,
+    reference: Array,
+    labels: Array,
+    threshold: float,
+    prices: Array,
+    objective: str = "flips",
+    symmetric: bool = False,
+    last_counts: bool = True,
+) -> Front:
+    """Finds the Pareto front of gates: objective against mean bits a trial.
+
+    Args:
+        mapped: `[stages, trials]` float32, each stage's scores on the reference's scale.
+        reference: `[trials]`, the reference's scores.
+        labels: `[trials]` bool.
+        threshold: on the reference's scale.
+        prices: `[stages]`, bits of a trial that stops at each stage.
+        objective: "flips": harmful flips against the reference a trial; "balanced": the mean of their rates among
+            targets and among nontargets; "eer": the cascade's EER, found among 64 thresholds.
+        symmetric: gates as the paper has them, equally wide on both sides.
+        last_counts: whether harmful flips of the last stage count; else only those that early stopping makes.
+
+    Raises:
+        UserError: the objective is unknown, or there are too many stages.
+    """
+    gated = len(mapped) - 1
+    if objective not in OBJECTIVES:
+        raise UserError(f"objective {objective!r} must be one of {', '.join(OBJECTIVES)}")
+    flips = harmful_flips(mapped, threshold, reference, labels)
+    trials = mapped.shape[1]
+    free = gated if symmetric else 2 * gated
+    count = min(_MOST_CANDIDATES, int(_COMBINATIONS[objective] ** (1 / free) + 1e-9)) if gated else 1
+    if gated and count < 3:
+        raise UserError(f"{gated + 1} stages are too many for a search of all gates")
+    tried = [candidates(mapped[i], threshold, flips[i], count, symmetric) for i in range(gated)]
+    cells = [_cells(mapped[i], threshold, *tried[i]) for i in range(gated)]
+
+    def sums(values: Array) -> Array:
+        return totals(cells, values, count, symmetric)
+
+    bits = sums(np.broadcast_to(np.asarray(prices, np.float64)[:, None], (gated + 1, trials))) / trials
+    if objective != "eer":
+        counted = flips * class_weights(labels, objective)
+        counted[-1] *= last_counts
+        cost = sums(counted)
+    else:
+        cost = _grid_eer(sums, mapped, labels, bits.shape)
+    cost, bits = np.round(cost, 12), np.round(bits, 9)  # sums in different orders are equal again
+    keep = _pareto(cost.ravel(), bits.ravel())
+    places = np.stack(np.unravel_index(keep, bits.shape), axis=-1) if gated else np.zeros((1, 0), int)
+    if symmetric:
+        places = np.repeat(places, 2, axis=1)
+    gates = np.stack([tried[a // 2][a % 2][places[:, a]] for a in range(2 * gated)], axis=-1) if gated else places
+    return Front(gates.reshape(len(keep), gated, 2), cost.ravel()[keep], bits.ravel()[keep])
+
+
+def _grid_eer(sums: Any, mapped: Array, labels: Array, shape: tuple[int, ...]) -> Array:
+    """The EER of every combination, as the least over thresholds of the larger error rate."""
+    targets, nontargets = mapped[:, labels], mapped[:, ~labels]
+    if not targets.size or not nontargets.size:
+        raise UserError("the EER needs target and nontarget trials")
+    # The error rates of any cascade cross between the extremes of the stages' own crossings, given some room.
+    low = min(np.quantile(row, 0.002) for row in targets)
+    high = max(np.quantile(row, 0.998) for row in nontargets)
+    pooled = mapped[(mapped >= min(low, high)) & (mapped <= max(low, high))]
+    best = np.ones(shape)
+    for level in np.quantile(pooled, np.linspace(0, 1, _THRESHOLDS)) if pooled.size else [low]:
+        miss = sums((mapped < level) & labels) / targets.shape[1]
+        fa = sums((mapped >= level) & ~labels) / nontargets.shape[1]
+        np.minimum(best, np.maximum(miss, fa), out=best)
+    return best
+
+
+def _pareto(cost: Array, bits: Array) -> Array:
+    """Indices of the points that no other beats, from cheapest to dearest."""
+    order = np.lexsort((cost, bits))
+    least = np.minimum.accumulate(cost[order])
+    return order[np.concatenate([[True], least[1:] < least[:-1]])]
+
+
+def choose(front: Front, most: float, slack: float = 1e-12) -> int:
+    """The cheapest point whose objective is at most `most`; the best of all where none is."""
+    fine = np.flatnonzero(front.objective <= most + slack)
+    return int(fine[0]) if fine.size else len(front) - 1

@@ -1,0 +1,197 @@
+"""The cascade's policy: which bits score a trial, in which order, and when a trial may stop."""
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import read_json, write_json
+from kmq_jax.metrics.calibration import AffineMap, IsotonicMap, fit_isotonic, fit_logistic, map_from_dict
+
+VERSION = 1
+MAPS = ("isotonic", "affine", "logistic")
+ENROLMENTS = ("each", "top")
+Gate = tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class CascadePolicy:
+    """A cascade of bits, each with a map to the reference's scores; all but the last have a gate.
+
+    A trial is scored at the first width. Where the mapped score lies inside the gate, `low < score < high`, the trial
+    is in doubt and climbs to the next width; else it stops. Whoever stops is accepted when `score >= threshold`. So a
+    gate `(threshold, threshold)` stops every trial and `(-inf, inf)` none. The paper's gate of half-width t is
+    `(threshold - t, threshold + t)`; here the two sides may differ.
+
+    Attributes:
+        bits: bits of each stage, ascending.
+        maps: each stage's map from its scores to the reference's.
+        gates: `(low, high)` of each stage but the last, around the threshold.
+        threshold: on the reference's scale.
+        llr_maps: each stage's map from reference scale to natural log likelihood ratio; None where it was not fitted.
+        enrolment: "each": both sides at the stage's width; "top": the enrolled side is kept at the last stage's.
+        models: what is known of each stage's model, None or its fingerprint.
+        dims: each stage's embedding size, None where unknown.
+        notes: how the policy came about: for people, not used by the cascade.
+    """
+
+    bits: tuple[int, ...]
+    maps: tuple[AffineMap | IsotonicMap, ...]
+    gates: tuple[Gate, ...]
+    threshold: float
+    llr_maps: tuple[AffineMap, ...] | None = None
+    enrolment: str = "each"
+    models: tuple[str | None, ...] = ()
+    dims: tuple[int | None, ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        stages = len(self.bits)
+        for name in ("models", "dims"):
+            if not getattr(self, name):
+                object.__setattr__(self, name, (None,) * stages)
+        sizes = [len(self.maps), len(self.gates) + 1, len(self.models), len(self.dims)]
+        if stages < 1 or set(sizes) != {stages} or len(self.llr_maps or self.maps) != stages:
+            raise UserError(f"a policy of {stages} bits needs as many maps and one gate less")
+        if any(a >= b for a, b in zip(self.bits, self.bits[1:])) or self.bits[0] < 1:
+            raise UserError(f"the bits of a cascade must ascend, got {self.bits}")
+        if not math.isfinite(self.threshold):
+            raise UserError(f"the threshold (={self.threshold}) must be finite")
+        for width, (low, high) in zip(self.bits, self.gates):
+            if not low <= self.threshold <= high:
+                raise UserError(f"the gate ({low}, {high}) of {width} bits must hold the threshold {self.threshold}")
+        if self.enrolment not in ENROLMENTS:
+            raise UserError(f"enrolment {self.enrolment!r} must be one of {', '.join(ENROLMENTS)}")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the policy as JSON. An infinite side of a gate is null."""
+        stages = []
+        for i, width in enumerate(self.bits):
+            stage: dict[str, Any] = {"bits": width, "map": self.maps[i].to_dict()}
+            if i < len(self.gates):
+                stage["gate"] = [side if math.isfinite(side) else None for side in self.gates[i]]
+            stage |= {"llr": self.llr_maps[i].to_dict() if self.llr_maps else None}
+            stages.append(stage | {"model": self.models[i], "dim": self.dims[i]})
+        write_json(
+            path,
+            {
+                "kind": "cascade policy",
+                "version": VERSION,
+                "threshold": self.threshold,
+                "enrolment": self.enrolment,
+                "stages": stages,
+                "notes": self.notes,
+            },
+        )
+
+    def check(self, width: int, stage: int, dim: int, model: str | None, source: str) -> None:
+        """Refuses embeddings that the policy was not made for.
+
+        Args:
+            width: bits claimed for the embeddings.
+            stage: their place in the cascade.
+            dim: their dimensions.
+            model: fingerprint of their model, where known.
+            source: the file, for messages.
+
+        Raises:
+            UserError: the width, the dimensions or the model differs from the policy's.
+        """
+        if width != self.bits[stage]:
+            raise UserError(f"the policy's stage {stage + 1} has {self.bits[stage]} bits, but {source} {width}")
+        if self.dims[stage] not in (None, dim):
+            raise UserError(
+                f"--stage={width}:{source} has {dim} dimensions, but the policy was made for {self.dims[stage]}"
+            )
+        known = self.models[stage]
+        if known and model and known != model:
+            raise UserError(f"--stage={width}:{source} is of the model {model}, but the policy was made for {known}")
+
+
+def read_policy(path: str | os.PathLike[str]) -> CascadePolicy:
+    """Reads what `CascadePolicy.save` wrote.
+
+    Raises:
+        UserError: the file is missing, no policy, of a later version, or has impossible values; it names the file.
+    """
+    value = read_json(path)
+    try:
+        if not isinstance(value, dict) or value.get("kind") != "cascade policy":
+            raise UserError("it is no cascade policy")
+        if value["version"] != VERSION:
+            raise UserError(f"its version is {value['version']}, this program reads version {VERSION}")
+        stages = value["stages"]
+        llrs = tuple(_affine(stage["llr"]) for stage in stages if stage["llr"] is not None)
+        return CascadePolicy(
+            tuple(_integer(stage["bits"]) for stage in stages),
+            tuple(map_from_dict(stage["map"]) for stage in stages),
+            tuple(_gate(stage["gate"]) for stage in stages[:-1]),
+            float(value["threshold"]),
+            llrs or None,
+            value["enrolment"],
+            tuple(None if stage["model"] is None else str(stage["model"]) for stage in stages),
+            tuple(None if stage["dim"] is None else _integer(stage["dim"]) for stage in stages),
+            dict(value.get("notes") or {}),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{Path(path)}: {what}") from error
+
+
+def _integer(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"{value!r} is not a whole number")
+    return value
+
+
+def _gate(value: Any) -> Gate:
+    low, high = value
+    return -math.inf if low is None else float(low), math.inf if high is None else float(high)
+
+
+def _affine(value: Any) -> AffineMap:
+    found = map_from_dict(value)
+    if not isinstance(found, AffineMap):
+        raise UserError("a map to log likelihood ratios must be affine")
+    return found
+
+
+def symmetric_gates(threshold: float, half_widths: ArrayLike) -> tuple[Gate, ...]:
+    """The paper's gates: a trial climbs where it is nearer the threshold than the half-width."""
+    return tuple((threshold - t, threshold + t) for t in np.asarray(half_widths, np.float64).tolist())
+
+
+def fit_map(kind: str, scores: ArrayLike, reference: ArrayLike, labels: ArrayLike) -> AffineMap | IsotonicMap:
+    """Fits a nondecreasing map from a width's scores to the reference's scores of the same trials.
+
+    Args:
+        kind: "isotonic": least squares among all nondecreasing maps; "affine": among straight lines; "logistic":
+            the straight line that makes both scores the same log likelihood ratio, by logistic fits to the labels.
+        scores: `[trials]`.
+        reference: `[trials]`.
+        labels: `[trials]`, true for target trials; only "logistic" looks at them.
+
+    Raises:
+        UserError: the kind is unknown, or "logistic" lacks target or nontarget trials or a reference that tells them
+            apart.
+    """
+    x, y = np.asarray(scores, np.float64), np.asarray(reference, np.float64)
+    if kind == "isotonic":
+        return fit_isotonic(x, y)
+    if kind == "affine":
+        centred = x - x.mean()
+        spread = float(centred @ centred)
+        slope = max(0.0, float(centred @ y) / spread) if spread > 0 else 0.0
+        return AffineMap(slope, float(y.mean() - slope * x.mean()))
+    if kind == "logistic":
+        ours, theirs = fit_logistic(x, labels), fit_logistic(y, labels)
+        if theirs.scale <= 0:
+            raise UserError("the reference scores targets below nontargets: no logistic map")
+        slope = max(0.0, ours.scale / theirs.scale)
+        return AffineMap(slope, (ours.offset - theirs.offset) / theirs.scale)
+    raise UserError(f"map {kind!r} must be one of {', '.join(MAPS)}")

@@ -1,0 +1,317 @@
+"""The cascade over a whole trial list: maps, gates, decisions and costs in one compiled program.
+
+The same program runs many policies at once (`run_grid`), for instance a whole Pareto front.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from kmq_jax.cascade.policy import CascadePolicy
+from kmq_jax.core.errors import UserError
+from kmq_jax.metrics.calibration import AffineMap, IsotonicMap
+
+_FLOATING = 16  # a width from here on is floating point, not a codebook
+_GRID = 8  # policies of a grid that run at a time
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("x", "y", "scale", "offset", "low", "high", "threshold", "bits", "sequential", "incremental"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """A policy as arrays.
+
+    Attributes:
+        x: `[stages, knots]`, ascending, filled up with infinity.
+        y: `[stages, knots]`, filled up with the last value.
+        scale: `[stages]`; of an affine map, and NaN for an isotonic one.
+        offset: `[stages]`.
+        low: `[stages]`; in the last stage `low` and `high` are the threshold, so that every trial stops there.
+        high: `[stages]`.
+        threshold: scalar.
+        bits: `[stages]`.
+        sequential: `[stages]`, bits read by whoever stops there when each width is a model run anew.
+        incremental: `[stages]`, the same with nested codebooks.
+    """
+
+    x: Any
+    y: Any
+    scale: Any
+    offset: Any
+    low: Any
+    high: Any
+    threshold: Any
+    bits: Any
+    sequential: Any
+    incremental: Any
+
+
+def prices(bits: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Bits read by a trial that climbs to each stage: sequential (`2, 2+3, 2+3+4`) and incremental (`2, 3, 4`).
+
+    Codebooks nest, so the next width reads only the bits it has more. Floating point (16 bits or more) is no codebook
+    and is read whole after what was read before.
+
+    Returns:
+        Two arrays `[stages]` float32.
+    """
+    incremental: list[int] = []
+    for width in bits:
+        before = incremental[-1] if incremental and width >= _FLOATING else 0
+        incremental.append(width + before)
+    return np.cumsum(bits).astype(np.float32), np.array(incremental, np.float32)
+
+
+def tables(policies: Sequence[CascadePolicy]) -> Tables:
+    """Lays policies of the same bits out for the device; every array gets the leading axis `[policies]`.
+
+    Maps that several policies share are laid out once. The number of knots is filled up to a power of two, so that
+    policies of like size share a compilation.
+    """
+    longest = max([1, *(len(m.x) for p in policies for m in p.maps if isinstance(m, IsotonicMap))])
+    knots = 1 << (longest - 1).bit_length()
+    made = {id(p.maps): _map_tables(p, knots) for p in policies}
+    x, y, scale, offset = (np.stack(parts) for parts in zip(*(made[id(p.maps)] for p in policies)))
+    gates = np.array([[*p.gates, (p.threshold, p.threshold)] for p in policies], np.float32)
+    threshold = np.array([p.threshold for p in policies], np.float32)
+    costs = [np.array([p.bits for p in policies], np.float32)]
+    costs += [np.stack(parts) for parts in zip(*(prices(p.bits) for p in policies))]
+    return Tables(x, y, scale, offset, gates[..., 0], gates[..., 1], threshold, *costs)
+
+
+def _map_tables(policy: CascadePolicy, knots: int) -> tuple[np.ndarray, ...]:
+    stages = len(policy.bits)
+    x, y = np.full((stages, knots), np.inf, np.float32), np.zeros((stages, knots), np.float32)
+    scale, offset = np.full(stages, np.nan, np.float32), np.zeros(stages, np.float32)
+    for i, fitted in enumerate(policy.maps):
+        if isinstance(fitted, AffineMap):
+            scale[i], offset[i] = fitted.scale, fitted.offset
+        else:
+            size = len(fitted.x)
+            x[i, :size], y[i, :size], y[i, size:] = fitted.x, fitted.y, fitted.y[-1]
+    return x, y, scale, offset
+
+
+def _map(scores: jax.Array, x: jax.Array, y: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
+    """One stage's map of scores `[trials]`."""
+    right = jnp.clip(jnp.searchsorted(x, scores, side="right"), 1, max(x.shape[0] - 1, 1)).astype(jnp.int32)
+    last = min(1, x.shape[0] - 1)
+    left = right - 1
+    x0, y0, x1, y1 = x[left], y[left], x[left + last], y[left + last]
+    share = jnp.clip((scores - x0) / (x1 - x0), 0, 1)  # 0 towards a filled-up knot at infinity
+    # A knot is hit exactly, and beyond the ends the map is constant.
+    lookup = jnp.where(share > 0, y0 + share * (y1 - y0), y0)
+    return jnp.where(jnp.isnan(scale), lookup, scale * scores + offset)
+
+
+def _map_all(table: Tables, scores: jax.Array) -> jax.Array:
+    return jax.lax.map(lambda row: _map(*row), (scores, table.x, table.y, table.scale, table.offset))
+
+
+def _choose(table: Tables, mapped: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The deciding stage of each trial, and its score there."""
+    stages = mapped.shape[0]
+    stage = jnp.full(mapped.shape[1:], stages - 1, jnp.int8)
+    score = mapped[-1]
+    for i in reversed(range(stages - 1)):
+        stops = (mapped[i] <= table.low[i]) | (mapped[i] >= table.high[i])
+        stage, score = jnp.where(stops, jnp.int8(i), stage), jnp.where(stops, mapped[i], score)
+    return stage, score
+
+
+def _reach(stage: jax.Array, rows: jax.Array, size: int) -> jax.Array:
+    """The highest stage any trial took each row of a table `[size]` to; -1 for rows that no trial uses."""
+    return jnp.full(size, -1, jnp.int8).at[rows].max(stage)
+
+
+def _costs(table: Tables, stage: jax.Array, enrol: jax.Array, test: jax.Array, sizes: tuple[int, int, bool]) -> Any:
+    enrol_size, test_size, top = sizes
+    stages = table.bits.shape[0]
+    resolved = jnp.stack([jnp.mean(stage == i, dtype=jnp.float32) for i in range(stages)])
+    reach = _reach(stage, test, test_size)
+    if enrol_size == 0:  # both sides are rows of one table: an utterance on both sides is embedded once
+        if top:  # it is kept at the top width if it is enrolled, and climbs if it is tested
+            enrolled = _reach(jnp.full_like(stage, 0), enrol, test_size)
+        else:
+            reach = jnp.maximum(reach, _reach(stage, enrol, test_size))
+            enrolled = jnp.full(1, -1, jnp.int8)
+    else:
+        enrolled = _reach(jnp.full_like(stage, 0) if top else stage, enrol, enrol_size)
+
+    def mean_cost(price: jax.Array, enrol_price: jax.Array) -> jax.Array:
+        parts = ((reach, price), (enrolled, enrol_price))
+        total = [jnp.sum(jnp.where(r >= 0, p[jnp.maximum(r, 0)], 0.0)) for r, p in parts]
+        return (total[0] + total[1]) / (jnp.sum(reach >= 0) + jnp.sum(enrolled >= 0))
+
+    fixed = jnp.full_like(table.bits, table.bits[-1])
+    return {
+        "resolved": resolved,
+        "sequential_bits": resolved @ table.sequential,
+        "incremental_bits": resolved @ table.incremental,
+        "utterance_bits": mean_cost(table.sequential, fixed if top else table.sequential),
+        "utterance_incremental_bits": mean_cost(table.incremental, fixed if top else table.incremental),
+    }
+
+
+@partial(jax.jit, static_argnames=("sizes",))
+def _run(table: Tables, scores: Any, enrol: Any, test: Any, sizes: tuple[int, int, bool]) -> Any:
+    stage, score = _choose(table, _map_all(table, scores))
+    return stage, score, score >= table.threshold, _costs(table, stage, enrol, test, sizes)
+
+
+@partial(jax.jit, static_argnames=("sizes", "shared_maps"))
+def _run_grid(
+    grid: Tables, scores: Any, enrol: Any, test: Any, right: Any, sizes: tuple[int, int, bool], shared_maps: bool
+) -> Any:
+    mapped = _map_all(jax.tree.map(lambda leaf: leaf[0], grid), scores) if shared_maps else None
+
+    def one(table: Tables) -> Any:
+        stage, score = _choose(table, _map_all(table, scores) if mapped is None else mapped)
+        accept = score >= table.threshold
+        # `right` is +1 for a target trial that the reference accepts, -1 for a nontarget that it rejects, else 0.
+        harmful = ((right > 0) & ~accept) | ((right < 0) & accept)
+        return _costs(table, stage, enrol, test, sizes) | {"harmful_flip_rate": jnp.mean(harmful, dtype=jnp.float32)}
+
+    # A handful at a time keeps memory bounded however many policies there are.
+    return jax.lax.map(one, grid, batch_size=_GRID)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a cascade did with a trial list.
+
+    Attributes:
+        score: `[trials]` float32, on the reference's scale.
+        accept: `[trials]` bool.
+        stage: `[trials]` int8, the place in `bits` of the one that decided.
+        bits: `[trials]` int16, that width.
+        resolved: share of the trials each width decided, by width.
+        sequential_bits: mean bits a trial when each width is a model run anew (the paper's): 2, 2+3, 2+3+4.
+        incremental_bits: the same with nested codebooks, where climbing from 2 to 3 bits reads one bit more: 2, 3, 4.
+        utterance_bits: mean sequential bits an utterance, each embedded once at every width that some trial needs.
+        utterance_incremental_bits: the same with nested codebooks.
+    """
+
+    score: np.ndarray
+    accept: np.ndarray
+    stage: np.ndarray
+    bits: np.ndarray
+    resolved: dict[int, float]
+    sequential_bits: float
+    incremental_bits: float
+    utterance_bits: float
+    utterance_incremental_bits: float
+
+    def costs(self) -> dict[str, Any]:
+        """`resolved` (keys are strings) and the four costs."""
+        names = ("sequential_bits", "incremental_bits", "utterance_bits", "utterance_incremental_bits")
+        resolved = {str(width): share for width, share in self.resolved.items()}
+        return {"resolved": resolved} | {name: getattr(self, name) for name in names}
+
+
+def _checked(policy: CascadePolicy, scores: ArrayLike, enrol: ArrayLike, test: ArrayLike) -> tuple[Any, Any, Any]:
+    values = np.asarray(scores, np.float32)
+    enrol_rows, test_rows = np.asarray(enrol, np.int32), np.asarray(test, np.int32)
+    if values.ndim != 2 or len(values) != len(policy.bits) or not values.shape[1]:
+        raise UserError(f"a cascade of {len(policy.bits)} bits needs as many rows of scores, got {values.shape}")
+    if enrol_rows.shape != values.shape[1:] or test_rows.shape != values.shape[1:]:
+        raise UserError(f"{values.shape[1]} trials do not fit rows of shapes {enrol_rows.shape}, {test_rows.shape}")
+    if not np.isfinite(values).all():
+        raise UserError("scores of a cascade must be finite")
+    return values, enrol_rows, test_rows
+
+
+def _sizes(policy: CascadePolicy, enrol: np.ndarray, test: np.ndarray, one_table: bool) -> tuple[int, int, bool]:
+    # Rounded up, so that lists of like size share a compilation.
+    def up(size: int) -> int:
+        return 1 << int(size).bit_length()
+
+    top = policy.enrolment == "top"
+    if one_table:
+        return 0, up(max(enrol.max(), test.max())), top
+    return up(enrol.max()), up(test.max()), top
+
+
+def run(policy: CascadePolicy, scores: ArrayLike, enrol: ArrayLike, test: ArrayLike, one_table: bool = True) -> Outcome:
+    """Runs the cascade over a trial list.
+
+    Args:
+        policy: maps, gates and threshold.
+        scores: `[stages, trials]`, each width's own scores; only those a trial climbs to matter.
+        enrol: `[trials]`, number of the enrolment utterance or model, for the costs by utterance.
+        test: `[trials]`, number of the test utterance.
+        one_table: both sides number the same utterances, so one on both sides counts once.
+
+    Raises:
+        UserError: shapes do not fit the policy, or a score is not finite.
+    """
+    values, enrol_rows, test_rows = _checked(policy, scores, enrol, test)
+    sizes = _sizes(policy, enrol_rows, test_rows, one_table)
+    table = jax.tree.map(lambda leaf: leaf[0], tables([policy]))
+    stage, score, accept, costs = jax.device_get(_run(table, values, enrol_rows, test_rows, sizes))
+    return Outcome(
+        score,
+        accept,
+        stage,
+        np.array(policy.bits, np.int16)[stage],
+        dict(zip(policy.bits, costs.pop("resolved").tolist())),
+        **{name: float(value) for name, value in costs.items()},
+    )
+
+
+def run_grid(
+    policies: Sequence[CascadePolicy],
+    scores: ArrayLike,
+    enrol: ArrayLike,
+    test: ArrayLike,
+    reference_accept: ArrayLike,
+    labels: ArrayLike,
+    one_table: bool = True,
+) -> dict[str, np.ndarray]:
+    """Runs many policies of the same bits over one trial list.
+
+    Args:
+        policies: they share bits and enrolment; where they share maps too, scores are mapped once.
+        scores: `[stages, trials]`.
+        enrol: as in `run`.
+        test: as in `run`.
+        reference_accept: `[trials]` bool, the reference's decisions.
+        labels: `[trials]` bool.
+        one_table: as in `run`.
+
+    Returns:
+        `resolved` `[policies, stages]`, the costs of `Outcome` and `harmful_flip_rate`, each `[policies]`.
+    """
+    if not policies or len({(p.bits, p.enrolment) for p in policies}) > 1:
+        raise UserError("a grid needs one or more policies of the same bits and enrolment")
+    values, enrol_rows, test_rows = _checked(policies[0], scores, enrol, test)
+    sizes = _sizes(policies[0], enrol_rows, test_rows, one_table)
+    # Filled up to a multiple, so that grids of like size share a compilation.
+    grid = tables([*policies, *[policies[-1]] * (-len(policies) % _GRID)])
+    shared = all(policy.maps is policies[0].maps for policy in policies)
+    accepted, target = np.asarray(reference_accept, bool), np.asarray(labels, bool)
+    right = np.where(accepted == target, np.where(target, 1, -1), 0).astype(np.int8)
+    result = jax.device_get(_run_grid(grid, values, enrol_rows, test_rows, right, sizes, shared))
+    return {name: value[: len(policies)] for name, value in result.items()}
+
+
+def map_scores(policy: CascadePolicy, scores: ArrayLike) -> np.ndarray:
+    """Each stage's scores `[stages, trials]` on the reference's scale, float32, exactly as `run` compares them."""
+    table = jax.tree.map(lambda leaf: leaf[0], tables([policy]))
+    values = np.asarray(scores, np.float32)
+    trials = values.shape[1]
+    # Filled up, so that lists of like length share a compilation.
+    values = np.pad(values, ((0, 0), (0, (1 << max(trials - 1, 0).bit_length()) - trials)))
+    return np.asarray(_mapped(table, values))[:, :trials]
+
+
+_mapped = jax.jit(_map_all)

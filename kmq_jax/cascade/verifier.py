@@ -1,0 +1,269 @@
+"""A cascade with its models: recordings in, decisions out, each width loaded when a trial first needs it.
+
+A cascade's directory holds `policy.json`, `cascade.json` (which file serves which width) and the models.
+"""
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kmq_jax import quant
+from kmq_jax.cascade.policy import CascadePolicy, read_policy
+from kmq_jax.cascade.run import map_scores
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import read_json, write_json
+from kmq_jax.data import audio, source
+from kmq_jax.data.trials import Trials
+from kmq_jax.models import registry
+from kmq_jax.models.speaker_model import (
+    SpeakerModel,
+    at_bits,
+    embed_all,
+    embed_waves,
+    fingerprint,
+    load_model,
+    save_model,
+)
+from kmq_jax.scoring.cosine import cosine_scores
+
+POLICY, INDEX = "policy.json", "cascade.json"
+Recording = str | os.PathLike[str] | tuple[np.ndarray, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What a cascade says of two recordings.
+
+    Attributes:
+        decision: whether it takes them for one speaker.
+        score: on the full-precision model's scale; accepted from the policy's threshold on.
+        llr: natural log likelihood ratio of one speaker against two; None where the policy has none.
+        bits: the width that decided.
+        seconds: spent on embedding, loading of models not counted; the first recording of a length compiles.
+    """
+
+    decision: bool
+    score: float
+    llr: float | None
+    bits: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LazyRun:
+    """What a cascade did with a trial list when every width embedded only the recordings that needed it.
+
+    Attributes:
+        scores: `[stages, trials]` float32, each width's own; zero where a trial had been decided before.
+        embedded: how many recordings each width embedded.
+        seconds: each width's share of the time.
+    """
+
+    scores: np.ndarray
+    embedded: dict[int, int]
+    seconds: dict[int, float]
+
+
+class Cascade:
+    """A policy and the models of its bits."""
+
+    def __init__(self, policy: CascadePolicy, files: Mapping[int, Path], compute: str = "float32"):
+        """Makes a cascade; no model is loaded yet.
+
+        Args:
+            policy: maps, gates and threshold.
+            files: the MODEL of each width; bits of one nested model share it.
+            compute: arithmetic of the bits below the last, "float32" or "bfloat16".
+        """
+        self.policy, self.files, self.compute = policy, dict(files), compute
+        self._whole: Callable[[Path], SpeakerModel] = functools.cache(load_model)
+        self._models: dict[int, SpeakerModel] = {}
+
+    def model_at(self, stage: int) -> SpeakerModel:
+        """The model of a stage.
+
+        Raises:
+            UserError: it cannot be read, or is not the one that the policy was made for.
+        """
+        if stage not in self._models:
+            bits = self.policy.bits[stage]
+            whole = self._whole(self.files[bits])
+            self._models[stage] = _read_at(whole, bits, self.policy.models[stage], str(self.files[bits]))
+        return self._models[stage]
+
+    def compute_of(self, stage: int) -> str:
+        """The arithmetic of a stage: the last one's is exact."""
+        return self.compute if stage < len(self.policy.bits) - 1 else "float32"
+
+    def verify(self, enrol: Recording, test: Recording) -> Verification:
+        """Decides whether two recordings are of one speaker.
+
+        Args:
+            enrol: a file, or `(wave, sample rate)` with float `[samples]` or `[samples, channels]`.
+            test: the same.
+
+        Raises:
+            UserError: a recording cannot be read, is too short or silent.
+        """
+        waves = [_wave(recording) for recording in (enrol, test)]
+        top, policy = len(self.policy.bits) - 1, self.policy
+        seconds, embeddings = 0.0, {}
+
+        def embed(stage: int, sides: tuple[int, ...]) -> None:
+            nonlocal seconds
+            network, needed = self.model_at(stage), [side for side in sides if (stage, side) not in embeddings]
+            start = time.perf_counter()
+            if needed:
+                made = embed_waves(network, [waves[side] for side in needed], self.compute_of(stage))
+                embeddings.update({(stage, side): row for side, row in zip(needed, made)})
+            seconds += time.perf_counter() - start
+
+        for stage in range(top + 1):
+            if policy.enrolment == "top":
+                embed(top, (0,))
+                embed(stage, (1,))
+            else:
+                embed(stage, (0, 1))
+            rows = [embeddings[top if policy.enrolment == "top" else stage, 0], embeddings[stage, 1]]
+            own = np.zeros((top + 1, 1), np.float32)
+            own[stage] = cosine_scores(np.stack(rows), np.stack(rows), np.array([0]), np.array([1]))
+            score = float(map_scores(policy, own)[stage, 0])
+            if stage == top or not _climbs(policy, stage, score):
+                break
+        fitted = policy.llr_maps[stage] if policy.llr_maps else None
+        llr = fitted.scale * score + fitted.offset if fitted else None
+        return Verification(bool(score >= np.float32(policy.threshold)), score, llr, policy.bits[stage], seconds)
+
+    def score(self, utterances: source.Utterances, trials: Trials) -> LazyRun:
+        """Scores a trial list; each width embeds only the recordings of trials that are still in doubt.
+
+        Raises:
+            UserError: a recording cannot be read.
+        """
+        policy, top = self.policy, len(self.policy.bits) - 1
+        scores = np.zeros((top + 1, len(trials)), np.float32)
+        tables = {stage: np.ones((len(utterances), 1), np.float32) for stage in range(top + 1)}
+        done = {stage: np.zeros(len(utterances), bool) for stage in range(top + 1)}
+        seconds = dict.fromkeys(policy.bits, 0.0)
+
+        def embed(stage: int, rows: np.ndarray) -> np.ndarray:
+            missing = np.flatnonzero(np.bincount(rows, minlength=len(utterances)).astype(bool) & ~done[stage])
+            if missing.size:
+                made = embed_all(self.model_at(stage), utterances.select(missing), self.compute_of(stage))
+                if tables[stage].shape[1] != made.shape[1]:
+                    tables[stage] = np.ones((len(utterances), made.shape[1]), np.float32)
+                tables[stage][missing], done[stage][missing] = made, True
+            return tables[stage]
+
+        doubt = np.arange(len(trials))
+        for stage, bits in enumerate(policy.bits):
+            start = time.perf_counter()
+            enrol, test = trials.enrol[doubt], trials.test[doubt]
+            if policy.enrolment == "top":
+                enrolled, tested = embed(top, enrol), embed(stage, test)
+            else:
+                enrolled = tested = embed(stage, np.concatenate([enrol, test]))
+            if doubt.size:
+                scores[stage, doubt] = cosine_scores(enrolled, tested, enrol, test)
+            if stage < top:
+                doubt = doubt[_climbs(policy, stage, map_scores(policy, scores)[stage, doubt])]
+            seconds[bits] = time.perf_counter() - start
+        return LazyRun(scores, {bits: int(done[i].sum()) for i, bits in enumerate(policy.bits)}, seconds)
+
+    def costs(self, frames: int = 300) -> dict[str, Any]:
+        """What the cascade holds and computes.
+
+        Args:
+            frames: length of the recording that `macs` counts for.
+
+        Returns:
+            `resident_bytes`: of all models as packed, each file once; `macs`: of each width's network, by width.
+        """
+        held = {file: quant.size_bytes(self._whole(file).variables).total for file in self.files.values()}
+        macs = [registry.macs(self.model_at(stage).network(), frames) for stage in range(len(self.policy.bits))]
+        return {
+            "resident_bytes": sum(held.values()),
+            "macs": {str(bits): count for bits, count in zip(self.policy.bits, macs)},
+        }
+
+
+def load_cascade(directory: str | os.PathLike[str], compute: str = "float32") -> Cascade:
+    """Opens a cascade's directory, as `save_cascade` (and `calibrate --cascade`) wrote it.
+
+    Args:
+        directory: the cascade.
+        compute: arithmetic of the bits below the last, "float32" or "bfloat16".
+
+    Raises:
+        UserError: it is no cascade, or one of its files is missing or damaged.
+    """
+    directory = Path(directory)
+    if not (directory / INDEX).is_file():
+        raise UserError(f"{directory} is no cascade: it lacks {INDEX} (see calibrate --cascade)")
+    policy, index = read_policy(directory / POLICY), read_json(directory / INDEX)
+    files = index.get("models") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or set(files) != {str(bits) for bits in policy.bits}:
+        raise UserError(f"{directory / INDEX} does not name a model for each of {policy.bits} bits")
+    for name in files.values():
+        # A name that led out of the directory would read a file that its maker chose.
+        if not isinstance(name, str) or Path(name).name != name or not (directory / name).is_file():
+            raise UserError(f"{directory / INDEX} names {name!r}, which is no file beside it")
+    return Cascade(policy, {int(bits): directory / name for bits, name in files.items()}, compute)
+
+
+def save_cascade(directory: str | os.PathLike[str], policy: CascadePolicy, models: Mapping[int, str]) -> None:
+    """Writes a cascade's directory: the policy and a copy of every model, one for all bits that share it.
+
+    Args:
+        directory: made where it is missing.
+        policy: maps, gates and threshold.
+        models: the MODEL of each width.
+
+    Raises:
+        UserError: a width has no model, or one that the policy was not made for.
+    """
+    directory = Path(directory)
+    if set(models) != set(policy.bits):
+        raise UserError(f"a cascade of {policy.bits} bits needs a model for each, got {tuple(sorted(models))}")
+    directory.mkdir(parents=True, exist_ok=True)
+    written: dict[str, str] = {}
+    for stage, bits in enumerate(policy.bits):
+        place = str(Path(models[bits]).resolve())
+        whole = load_model(place)
+        _read_at(whole, bits, policy.models[stage], models[bits])
+        if place not in written:
+            written[place] = f"{bits}.kmq"
+            save_model(directory / written[place], whole)
+    policy.save(directory / POLICY)
+    names = {str(bits): written[str(Path(models[bits]).resolve())] for bits in policy.bits}
+    write_json(directory / INDEX, {"kind": "cascade", "models": names})
+
+
+def _read_at(whole: SpeakerModel, bits: int, known: str | None, place: str) -> SpeakerModel:
+    """The model read at a stage's width; refuses one whose fingerprint is not the `known` one."""
+    leaves = jax.tree.leaves(whole.variables, quant.is_codebook_tensor)
+    nested = any(quant.is_codebook_tensor(leaf) and leaf.coarse for leaf in leaves)
+    found = at_bits(whole, bits) if nested else whole
+    # Embeddings may have been extracted without naming the widest width.
+    if known and known not in (fingerprint(found), fingerprint(whole)):
+        raise UserError(f"{place} is not the model that the policy was made for at {bits} bits")
+    return found
+
+
+def _climbs(policy: CascadePolicy, stage: int, score: Any) -> Any:
+    low, high = np.asarray(policy.gates[stage], np.float32)
+    return (low < score) & (score < high)
+
+
+def _wave(recording: Recording) -> np.ndarray:
+    """A recording as float32 `[samples]` at 16 kHz."""
+    if isinstance(recording, tuple):
+        return audio.checked(audio.to_mono_16k(*recording), "the recording")
+    return audio.read_audio(recording)

@@ -1,0 +1,170 @@
+"""Weight distortion of every quantized tensor, and how well it foretells the damage done to scores."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.stats import rankdata
+
+from kmq_jax import quant
+from kmq_jax.core.tree import named_leaves
+from kmq_jax.metrics.bootstrap import percentile_interval
+from kmq_jax.metrics.detection import Array
+from kmq_jax.models.resnet import ResNet
+from kmq_jax.quant.codes import to_groups
+
+OUTLIER = 3.0
+"""Weights farther than so many standard deviations from the mean of their group (output channel) are outliers."""
+
+PREDICTORS = {
+    "relative_error": "relative error",
+    "sqnr_db": "weight SQNR (negated)",
+    "cosine": "weight cosine (negated)",
+    "codebook_use": "codebook use (negated)",
+    "entropy": "index entropy (negated)",
+    "effective_bits": "effective bits (negated)",
+    "outlier_share": "outlier share",
+    "hessian_trace": "Hessian trace",
+    "predicted_loss": "Hessian trace × error",
+    "activation_sqnr_db": "activation SQNR of the block (negated)",
+}
+"""What is correlated with damage, and what a table calls it. Negated where less of it should mean more damage."""
+_NEGATED = {name for name, title in PREDICTORS.items() if title.endswith("(negated)")}
+
+
+def weight_row(reference: Array, leaf: Any, bits: int | None = None) -> dict[str, Any]:
+    """Distortion of one tensor.
+
+    Args:
+        reference: the full-precision tensor.
+        leaf: the `CodebookTensor` in its place, or an array.
+        bits: the width at which a nested tensor is read.
+
+    Returns:
+        `relative_error` ||Q - W|| / ||W||; `sqnr_db` 10 lg(||W||^2 / ||Q - W||^2), infinite for a copy; `cosine` of the
+        angle between W and Q; `squared_error`; `outlier_share` of W (see `OUTLIER`). Of a codebook tensor also
+        `tensor_bits`; `codebook_use`, the share of codebook entries that some weight uses; `entropy`, the mean over
+        codebooks of the indices' entropy in bits; `effective_bits`, bytes of indices and codebooks in bits a weight.
+    """
+    packed = quant.is_codebook_tensor(leaf)
+    width = bits if packed and leaf.coarse and bits in leaf.all_bits else None
+    full: Any = np.asarray(reference, np.float64)  # also what `to_groups` gives back for one
+    values = np.asarray(quant.dequantize_params({"x": leaf}, width)["x"], np.float64)
+    error, power = float(np.sum((values - full) ** 2)), float(np.sum(full**2))
+    groups = to_groups(full, leaf.axis if packed else full.ndim - 1)
+    spread = np.abs(groups - groups.mean(1, keepdims=True)) > OUTLIER * groups.std(1, keepdims=True)
+    length = np.sqrt(power * float(np.sum(values**2)))
+    row: dict[str, Any] = {
+        "relative_error": float(np.sqrt(error / power)) if power else 0.0,
+        "sqnr_db": float(10 * np.log10(power / error)) if error else float("inf"),
+        "cosine": float(min(np.sum(full * values) / length, 1.0)) if length else 1.0,
+        "squared_error": error,
+        "outlier_share": float(spread.mean()),
+        "tensor_bits": None,
+        "codebook_use": None,
+        "entropy": None,
+        "effective_bits": None,
+    }
+    if packed:
+        here = width or leaf.bits
+        shares = index_shares(np.asarray(to_groups(quant.indices_of(leaf, width), leaf.axis)), 1 << here)
+        logs = np.log2(shares, out=np.zeros_like(shares), where=shares > 0)
+        codebook = leaf.codebook_of(width)
+        stored = leaf.size * here + 8 * codebook.size * codebook.dtype.itemsize
+        row |= {
+            "tensor_bits": here,
+            "codebook_use": float(np.mean(shares > 0)),
+            "entropy": float(np.mean(-np.sum(shares * logs, axis=1))) + 0.0,
+            "effective_bits": stored / leaf.size,
+        }
+    return row
+
+
+def index_shares(indices: Array, entries: int) -> Array:
+    """The share of each codebook entry among the indices of each group: `[groups, n]` to `[groups, entries]`."""
+    groups = len(indices)
+    codes = indices.astype(np.int64) + entries * np.arange(groups)[:, None]
+    return np.bincount(codes.ravel(), minlength=groups * entries).reshape(groups, entries) / indices.shape[1]
+
+
+def hessian_traces(
+    network: ResNet, variables: Any, features: jax.Array, names: Sequence[str], draws: int = 10, seed: int = 0
+) -> dict[str, float]:
+    """Hessian trace of each tensor, for the loss that quantization is about: how far embeddings turn.
+
+    The loss is the mean of 1 - cos between an utterance's embedding and the reference's own. It needs no labels, and
+    at the reference it is zero with zero gradient, so that its second-order term is all there is.
+
+    Args:
+        network: the network, in float32.
+        variables: of the reference.
+        features: `[batch, time, mel]`, no frame padded.
+        names: the tensors, by their names below `params`.
+        draws: random vectors of Hutchinson's method.
+        seed: of the draws.
+    """
+
+    def embed(params: Any) -> jax.Array:
+        embeddings: Any = network.apply({**variables, "params": params}, features, train=False)
+        return embeddings / jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
+
+    here = jax.lax.stop_gradient(jax.jit(embed)(variables["params"]))
+    return quant.hessian_traces(
+        lambda params: jnp.mean(1 - jnp.sum(embed(params) * here, axis=-1)),
+        variables["params"],
+        jax.random.key(seed),
+        draws=draws,
+        names=names,
+    )
+
+
+def rank_correlations(x: Array, y: Array) -> Array:
+    """Spearman's correlation along the last axis, NaN where one side does not vary."""
+    a, b = (rankdata(side, axis=-1) for side in (x, y))
+    a, b = (side - side.mean(-1, keepdims=True) for side in (a, b))
+    scale = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+    return np.divide((a * b).sum(-1), scale, out=np.full(scale.shape, np.nan), where=scale > 0)
+
+
+def correlation_rows(
+    rows: Sequence[Mapping[str, Any]], damage: str = "damage", replicates: int = 1000, seed: int = 0
+) -> list[dict[str, Any]]:
+    """How well each predictor ranks the layers by the damage each does alone, at every width.
+
+    Args:
+        rows: layers, with `bits`, the predictors and the damage; a row without damage does not count.
+        damage: the key of the damage.
+        replicates: draws of layers with replacement, for the interval.
+        seed: of the draws.
+
+    Returns:
+        `bits, predictor, title, layers, spearman` (positive where the predictor says what it should), `spearman_ci95`,
+        and `explained`, its square: the share of the ranks' variance that the predictor accounts for.
+    """
+    result = []
+    for bits in sorted({row["bits"] for row in rows}, reverse=True):
+        here = [row for row in rows if row["bits"] == bits and row.get(damage) is not None]
+        for predictor, title in PREDICTORS.items():
+            some = [row for row in here if row.get(predictor) is not None]
+            row: dict[str, Any] = {"bits": bits, "predictor": predictor, "title": title, "layers": len(some)}
+            row |= {"spearman": None, "spearman_ci95": None, "explained": None}
+            if len(some) >= 4:
+                x = np.array([entry[predictor] for entry in some]) * (-1 if predictor in _NEGATED else 1)
+                y = np.array([entry[damage] for entry in some])
+                value = float(rank_correlations(x, y))
+                if not np.isnan(value):
+                    drawn = np.random.default_rng(seed).integers(len(some), size=(replicates, len(some)))
+                    found = rank_correlations(x[drawn], y[drawn])
+                    found = found[~np.isnan(found)]
+                    row |= {"spearman": value, "explained": value**2}
+                    row["spearman_ci95"] = list(percentile_interval(found)) if len(found) > replicates / 2 else None
+            result.append(row)
+    return result
+
+
+def kernels_of(variables: Any) -> list[str]:
+    """Names below `params` of all kernels, quantized or not."""
+    names = [name for name, _ in named_leaves(variables["params"], is_leaf=quant.is_codebook_tensor)]
+    return [name for name in names if name.rpartition("/")[2] == "kernel"]

@@ -1,0 +1,178 @@
+"""What a diagnosis leaves on disk: tables as CSV, everything as JSON, figures as PNG, and `report.html` of it all."""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kmq_jax import html
+from kmq_jax.core.files import atomic_write, write_json
+from kmq_jax.diagnosis import figures, scores
+from kmq_jax.diagnosis.diagnosis import COMPONENT_DRAWS, GROUP_DRAWS, Diagnosis
+
+Row = Mapping[str, Any]
+_FIGURE_PREFIX = "figure-"
+_NETWORK_TABLES = ("retention", "layers", "blocks", "correlations")  # which embeddings alone do not give
+
+
+def write(out: Path, found: Diagnosis) -> None:
+    """Writes everything into the directory `out`; each file appears whole or not at all, the report last."""
+    pictures = {name: html.png(figure) for name, figure in figures.draw_all(found).items()}
+    for name in pictures:
+        with atomic_write(out / f"{_FIGURE_PREFIX}{name}.png") as temporary:
+            temporary.write_bytes(pictures[name])
+    for name, rows in found.tables.items():
+        if rows:
+            write_csv(out / f"{name}.csv", rows)
+    write_json(out / "diagnosis.json", finite({"notes": found.notes, **found.tables}))
+    html.write(
+        out / "report.html",
+        "diagnosis",
+        pictures,
+        notes={"seconds": None, "compute": None} | found.notes,
+        tables=dict.fromkeys(_NETWORK_TABLES, ()) | found.tables,
+        summary=summary_of(found),
+        base=found.tables["systems"][0],
+        headline=headline(found),
+        knees=knees_in_words(found),
+        best=best_predictors(found),
+        top=top_components(found),
+        GROUP_DRAWS=GROUP_DRAWS,
+        COMPONENT_DRAWS=COMPONENT_DRAWS,
+        KNEE_RULE=scores.KNEE_RULE,
+    )
+
+
+def flat(row: Row) -> dict[str, Any]:
+    """A row without lists: an interval `x_ci95` becomes `x_ci95_low` and `x_ci95_high`."""
+    result: dict[str, Any] = {}
+    for key, value in row.items():
+        if key.endswith("_ci95"):
+            low, high = value or (None, None)
+            result |= {f"{key}_low": low, f"{key}_high": high}
+        else:
+            result[key] = value
+    return result
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Writes rows that share their keys; None is an empty cell, infinity is `inf`."""
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(flat(rows[0])))
+        writer.writeheader()
+        writer.writerows(flat(row) for row in rows)
+
+
+def finite(value: Any) -> Any:
+    """The value with None for NaN and infinity, which JSON lacks."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def summary_of(found: Diagnosis) -> list[dict[str, Any]]:
+    """For each width the figures that matter, widest first."""
+    drift = {(r["bits"], r["kind"]): r for r in found.tables["drift"] if r["class"] == "all"}
+    rates = {
+        (r["bits"], r["threshold_name"]): r
+        for r in found.tables["flips"]
+        if r["binning"] == "none" and r["class"] == "all"
+    }
+    near = {
+        r["bits"]: r
+        for r in found.tables["flips"]
+        if r["threshold_name"] == "reference EER" and r["binning"] == "equal-mass" and r["bin"] == 0
+    }
+    return [
+        {
+            "bits": system["bits"],
+            "system": system,
+            "full": drift[system["bits"], "full"],
+            "test_only": drift.get((system["bits"], "test-only")),
+            "flips": rates[system["bits"], "reference EER"],
+            "own": rates[system["bits"], "own EER"],
+            "near": near[system["bits"]],
+        }
+        for system in found.tables["systems"][1:]
+    ]
+
+
+def describe(found: Diagnosis) -> str:
+    """The figures that matter as a short table for a terminal."""
+    base = found.tables["systems"][0]
+    lines = [
+        f"{found.notes['trials']:,} trials, {found.notes['targets']:,} of them targets, {found.notes['speakers']:,} "
+        f"speakers; reference EER {base['eer']:.3f} % at threshold {found.notes['threshold']:.4f}",
+        f"{'bits':>4} {'EER %':>8} {'|drift|':>8} {'test-only':>9} {'Pearson':>8} {'harmful %':>9} {'benefic. %':>10}",
+    ]
+    for row in summary_of(found):
+        test = f"{row['test_only']['mean_abs']:9.4f}" if row["test_only"] else f"{'-':>9}"
+        pearson = row["full"]["pearson"]
+        lines.append(
+            f"{row['bits']:4} {row['system']['eer']:8.3f} {row['full']['mean_abs']:8.4f} {test} "
+            f"{pearson if pearson is None else round(pearson, 4)!s:>8} {100 * row['flips']['harmful_rate']:9.3f} "
+            f"{100 * row['flips']['beneficial_rate']:10.3f}"
+        )
+    for row in found.tables.get("retention", []):
+        if row["experiment"] == "retention" and row["drift_recovery"] is not None:
+            eer = "-" if row["recovery"] is None else f"{row['recovery']:.0f} %"
+            lines.append(
+                f"{row['bits']} bits, {row['component']} at full precision: recovers {eer} of the EER's rise, "
+                f"{row['drift_recovery']:.0f} % of the drift"
+            )
+    return "\n".join(lines)
+
+
+def headline(found: Diagnosis) -> dict[str, Any]:
+    """What the first paragraph says: the narrowest width's figures."""
+    last = summary_of(found)[-1]
+    flips = last["flips"]
+    everywhere = max(flips["harmful"], 1)
+    return last | {
+        "near_share": last["near"]["harmful"] / everywhere,
+        "changed": flips["harmful"] + flips["beneficial"],
+    }
+
+
+def knees_in_words(found: Diagnosis) -> list[tuple[str, str]]:
+    """Where the knees lie, and of what: `[("3 bits", "EER and mean |drift|"), ...]`."""
+    titles = {"eer": "EER", "mean_abs_drift": "mean |drift|", "harmful_flips": "harmful flips"}
+    places: dict[int | None, list[str]] = {}
+    for key, title in titles.items():
+        places.setdefault(found.notes["knees"][key], []).append(title)
+    joined = {
+        place: " and ".join([", ".join(some[:-1]), some[-1]] if some[1:] else some) for place, some in places.items()
+    }
+    return [(f"{place} bits" if place else "no width", names) for place, names in joined.items()]
+
+
+def best_predictors(found: Diagnosis) -> list[dict[str, Any]]:
+    """For each width, the relative error's correlation and the best predictor's."""
+    rows = [row for row in found.tables.get("correlations", []) if row["spearman"] is not None]
+    result = []
+    for bits in dict.fromkeys(row["bits"] for row in rows):
+        here = {row["predictor"]: row for row in rows if row["bits"] == bits}
+        if "relative_error" in here:
+            best = max(here.values(), key=lambda row: row["spearman"])
+            result.append({"bits": bits, "error": here["relative_error"], "best": best})
+    return result
+
+
+def top_components(found: Diagnosis) -> dict[str, Any] | None:
+    """At the narrowest width that was tried, the components in order of what they recover of the drift."""
+    rows = [row for row in found.tables.get("retention", []) if row["component"]]
+    rows = [row for row in rows if row["drift_recovery"] is not None]
+    if not rows:
+        return None
+    bits = min(row["bits"] for row in rows)
+    kept = {
+        kind: sorted(
+            (row for row in rows if row["bits"] == bits and row["experiment"] == kind),
+            key=lambda row: -row["drift_recovery"],
+        )
+        for kind in ("retention", "mirror")
+    }
+    return {"bits": bits, **kept}

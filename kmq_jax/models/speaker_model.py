@@ -1,0 +1,250 @@
+"""A speaker model as users hold it: network, front end and weights; recordings in, embeddings out."""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kmq_jax import frontend, quant
+from kmq_jax.core import mesh
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import read_json
+from kmq_jax.core.progress import progress
+from kmq_jax.core.tree import named_leaves, replace_named
+from kmq_jax.data import audio, buckets, source
+from kmq_jax.models import artifact, registry
+from kmq_jax.models.checkpoint import Checkpoints
+from kmq_jax.models.resnet import ResNet
+
+FRONTENDS = {"kiwano": frontend.KIWANO, "wespeaker": frontend.WESPEAKER}
+COMPUTE = ("float32", "bfloat16")
+BATCH_SIZE = 16
+NARROW = "narrow"
+
+
+def frontend_of(name: str) -> frontend.FbankConfig:
+    """The filterbank setting of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in FRONTENDS:
+        raise UserError(f"frontend {name!r} must be one of {', '.join(FRONTENDS)}")
+    return FRONTENDS[name]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def embed_batch(
+    network: ResNet, fbank: frontend.FbankConfig, variables: Any, wave: jax.Array, samples: jax.Array
+) -> jax.Array:
+    """Embeds recordings `wave` `[batch, longest]` of `samples` `[batch]` real samples each, to `[batch, dim]`."""
+    frames = frontend.num_frames(samples, fbank)
+    features = frontend.mean_normalize(frontend.fbank(wave, fbank), frames)
+    embeddings: Any = network.apply(variables, features, frames, train=False)
+    return embeddings
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeakerModel:
+    """A network with its front end and weights.
+
+    Attributes:
+        architecture: a name of `models.registry`.
+        settings: the network's settings.
+        frontend: name of the filterbank setting.
+        variables: `{"params": tree, "batch_stats": tree}`; quantized tensors are `quant.CodebookTensor`s. Nested models
+            may have `"narrow"` beside them: for each smaller width, such as "2", the biases and statistics that differ
+            at that width, by their names in the rest.
+        bits: the width at which nested tensors are read; None is the widest.
+    """
+
+    architecture: str
+    settings: Mapping[str, Any]
+    frontend: str
+    variables: Any
+    bits: int | None = None
+
+    def network(self, dtype: str = "float32") -> ResNet:
+        """The Linen module, computing in `dtype`."""
+        return registry.build(self.architecture, **self.settings, dtype=dtype)
+
+    def embed(self, wave: np.ndarray, sample_rate: int) -> np.ndarray:
+        """Embeds one recording.
+
+        Args:
+            wave: float `[samples]` or `[samples, channels]`, full scale 1.
+            sample_rate: Hz; resampled to 16 kHz where it differs.
+
+        Returns:
+            float32 `[dim]`, not length-normalised.
+
+        Raises:
+            UserError: shorter than one analysis frame, or not finite.
+        """
+        wave = np.asarray(wave, np.float32)
+        mono = audio.resample(wave if wave.ndim == 1 else wave.mean(axis=1), sample_rate)
+        if not np.isfinite(mono).all() or frontend.num_frames(len(mono), frontend_of(self.frontend)) < 1:
+            raise UserError("the recording is shorter than one analysis frame, or holds values that are not finite")
+        return embed_waves(self, [mono])[0]
+
+
+def at_bits(model: SpeakerModel, bits: int | None) -> SpeakerModel:
+    """The model read at a width (None: the widest), with that width's own biases and statistics.
+
+    Raises:
+        UserError: no tensor can be read at this width.
+    """
+    whole = {part: tree for part, tree in model.variables.items() if part != NARROW}
+    leaves = [leaf for leaf in jax.tree.leaves(whole, quant.is_codebook_tensor) if quant.is_codebook_tensor(leaf)]
+    if bits is not None and not any(bits in leaf.all_bits for leaf in leaves):
+        raise UserError(f"the model cannot be read at {bits} bits")
+    own = dict(named_leaves(model.variables.get(NARROW, {}).get(str(bits), {})))
+    return dataclasses.replace(model, variables=replace_named(whole, own, quant.is_codebook_tensor), bits=bits)
+
+
+def embed_waves(model: SpeakerModel, waves: list[np.ndarray], dtype: str = "float32") -> np.ndarray:
+    """Embeds recordings at 16 kHz held in memory, float32 `[len(waves), dim]`. See `embed_all`."""
+    lengths = np.array([len(wave) for wave in waves])
+    # Whole seconds: a service that embeds recordings one by one compiles once a second of length, not once a length.
+    plan = buckets.length_buckets(lengths, min(BATCH_SIZE, len(waves)), step=source.SAMPLE_RATE)
+    return _embed(model, plan, lengths, waves.__getitem__, dtype)
+
+
+def embed_all(
+    model: SpeakerModel,
+    utterances: source.Utterances,
+    dtype: str = "float32",
+    max_seconds: float = 0.0,
+    batch_size: int = BATCH_SIZE,
+) -> np.ndarray:
+    """Embeds every utterance of a table.
+
+    Recordings of like length are padded to one of a few lengths and share a batch; every batch of a length has the
+    same shape, so there are as many compilations as lengths. Embeddings do not depend on the batch (1e-5).
+
+    Args:
+        model: the network and weights.
+        utterances: the table.
+        dtype: "float32" or "bfloat16": the network's arithmetic.
+        max_seconds: only so much from the start of each recording; 0 takes all.
+        batch_size: recordings in a batch.
+
+    Returns:
+        float32 `[utterances, dim]`, in the table's order.
+
+    Raises:
+        UserError: a recording cannot be read or is too short; the message names it.
+    """
+    lengths = utterances.lengths()
+    if max_seconds:
+        lengths = np.minimum(lengths, int(max_seconds * source.SAMPLE_RATE))
+    short = np.flatnonzero(frontend.num_frames(lengths, frontend_of(model.frontend)) < 1)
+    if short.size:
+        raise UserError(f"{utterances.where(short[0])}: shorter than one analysis frame")
+    plan = progress(buckets.length_buckets(lengths, min(batch_size, len(lengths))), desc="embedding", unit="batch")
+    return _embed(model, plan, lengths, utterances.load, dtype)
+
+
+def _embed(
+    model: SpeakerModel,
+    plan: Iterable[buckets.Batch],
+    lengths: np.ndarray,
+    load: Callable[[int], np.ndarray],
+    dtype: str,
+) -> np.ndarray:
+    network, fbank = model.network(dtype), frontend_of(model.frontend)
+    devices = mesh.make_mesh(jax.local_devices())
+    variables = jax.device_put(quant.dequantize_params(model.variables, model.bits), mesh.replicated(devices))
+    embeddings = np.zeros((len(lengths), network.embedding_size), np.float32)
+    under_way: collections.deque[tuple[np.ndarray, jax.Array]] = collections.deque()
+
+    def collect() -> None:
+        members, values = under_way.popleft()
+        embeddings[members] = np.asarray(values)[: len(members)]
+
+    for batch in plan:
+        members = batch.indices[batch.indices >= 0]
+        rows = -(-len(batch.indices) // devices.size) * devices.size
+        wave, samples = np.zeros((rows, batch.size), np.float32), np.full(rows, batch.size, np.int32)
+        for row, i in enumerate(members):
+            recording = load(i)[: lengths[i]]
+            wave[row, : len(recording)], samples[row] = recording, len(recording)
+        on_devices = mesh.shard_batch({"wave": wave, "samples": samples}, devices)
+        under_way.append((members, embed_batch(network, fbank, variables, **on_devices)))
+        if len(under_way) > 2:  # recordings are decoded while the devices work, but not without bound
+            collect()
+    while under_way:
+        collect()
+    return embeddings
+
+
+def fingerprint(model: SpeakerModel) -> str:
+    """Twenty hexadecimal digits that tell one model from another: its network, front end and every weight."""
+    text = json.dumps([model.architecture, dict(model.settings), model.frontend, model.bits], sort_keys=True)
+    digest = hashlib.sha256(text.encode())
+    for name, leaf in named_leaves(model.variables):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:20]
+
+
+def save_model(path: str | Path, model: SpeakerModel) -> None:
+    """Writes the model as one `.kmq` file.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    manifest = {
+        "architecture": model.architecture,
+        "settings": dict(model.settings),
+        "frontend": model.frontend,
+    }
+    artifact.save(path, manifest, jax.device_get(model.variables))
+
+
+def load_model(path: str | Path, bits: int | None = None) -> SpeakerModel:
+    """Loads a MODEL: a training workdir (newest good checkpoint, or its average), a `.kmq` file, or an imported model.
+
+    Args:
+        path: the model.
+        bits: the width at which a nested model is read; None is its widest.
+
+    Raises:
+        UserError: there is no model at `path`, it is damaged, or it cannot be read at this width.
+    """
+    path = Path(path)
+    for file in (path, path / "averaged.kmq", path / "model.kmq"):
+        if file.is_file():
+            return _load_kmq(file, bits)
+    if bits is not None:
+        raise UserError(f"{path} is not quantized, so it cannot be read at {bits} bits")
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is no model: neither a .kmq file, nor a training workdir, nor an imported model")
+    config = read_json(path / "config.json")
+    settings = dict(config["model"])
+    model = SpeakerModel(settings.pop("name"), settings, config["frontend"], None)
+    with Checkpoints(path / "checkpoints") as checkpoints:
+        if not checkpoints.steps():
+            raise UserError(f"{path}/checkpoints holds no finished checkpoint")
+        return dataclasses.replace(model, variables=checkpoints.load(checkpoints.steps()[-1], "network"))
+
+
+def _load_kmq(path: Path, bits: int | None) -> SpeakerModel:
+    manifest, variables = artifact.load(path)
+    try:
+        whole = SpeakerModel(manifest["architecture"], manifest["settings"], manifest["frontend"], variables)
+    except KeyError as error:
+        raise UserError(f"{path}: the manifest lacks {error}") from error
+    if bits is None:
+        return whole
+    try:
+        return at_bits(whole, bits)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

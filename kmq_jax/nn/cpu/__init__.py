@@ -1,0 +1,1 @@
+"""Native kernels for training on CPUs."""

@@ -1,0 +1,1 @@
+"""Whole studies: pipeline, report, tables."""

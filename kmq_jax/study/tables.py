@@ -1,0 +1,82 @@
+"""Writes the results tables of a Markdown file from the JSON files they come from.
+
+A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE is a `study.json`, its path relative to
+the Markdown file; KIND is `widths`, one row a model, `trained`, those of them that were, or `cascades`, one row a
+cascade and evaluation set.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import read_json
+
+BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def study_table(summary: dict[str, Any]) -> str:
+    """The results of a study: size, and EER in percent with its 95 % interval on each evaluation set."""
+    sets = list(summary["rows"][0]["sets"])
+    rows = [["bits", "weights", "KiB", *(f"{name}, EER %" for name in sets)]]
+    for row in summary["rows"]:
+        cells = [str(row["bits"]), row["method"], f"{row['bytes'] / 1024:,.0f}"]
+        for name in sets:
+            eer, interval = row["sets"][name]["eer"], row["sets"][name]["eer_ci95"]
+            cells.append(f"{eer:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""))
+        rows.append(cells)
+    return _markdown(rows)
+
+
+def trained_table(summary: dict[str, Any]) -> str:
+    """The same of what was trained alone, full precision first."""
+    return study_table({"rows": [row for row in summary["rows"] if not row["method"].startswith("without training")]})
+
+
+def cascade_table(summary: dict[str, Any]) -> str:
+    """The cascades of a study on each evaluation set: errors, flips against full precision, and costs in bits."""
+    rows = [["cascade", "on", "EER %", "FP32", "harmful flips", "last width's own", "decided first", "bits, sequential",
+             "incremental"]]  # fmt: skip
+    for cascade in summary["cascades"]:
+        first, last = str(cascade["widths"][0]), str(cascade["widths"][-1])
+        for name, found in cascade["sets"].items():
+            rows.append(
+                [
+                    cascade["name"] + (", nested" if "nested" in cascade["family"] else ""),
+                    name,
+                    f"{found['eer']:.2f}",
+                    f"{found['reference_eer']:.2f}",
+                    f"{100 * found['harmful_flip_rate']:.3f} %",
+                    f"{100 * found['each_width_alone'][last]['harmful_flip_rate']:.3f} %",
+                    f"{100 * found['resolved'][first]:.1f} %",
+                    f"{found['sequential_bits']:.2f}",
+                    f"{found['incremental_bits']:.2f}",
+                ]
+            )
+    return _markdown(rows)
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |\n" for cells in rows]
+    return "".join([lines[0], "|---" * len(rows[0]) + "|\n", *lines[1:]])
+
+
+TABLES = {"widths": study_table, "trained": trained_table, "cascades": cascade_table}
+
+
+def fill(text: str, directory: Path) -> str:
+    """The Markdown `text` with its tables written afresh.
+
+    Raises:
+        UserError: a JSON file is missing, or is none of a study.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        if match[3] not in TABLES:
+            raise UserError(f"the table {match[3]!r} of {match[2]} must be one of {', '.join(TABLES)}")
+        try:
+            return match[1] + TABLES[match[3]](read_json(directory / match[2])) + match[4]
+        except (KeyError, TypeError, IndexError) as error:
+            raise UserError(f"{directory / match[2]} is not a study's results: it lacks {error}") from error
+
+    return BLOCK.sub(table, text)

@@ -1,0 +1,1 @@
+"""Training and quantization-aware training."""

@@ -1,0 +1,32 @@
+"""The scoring benchmark at a small size."""
+
+import json
+
+import pytest
+
+from kmq_jax.benchmarks import score
+from kmq_jax.cli import command
+from kmq_jax.core.errors import UserError
+
+
+def run(*words):
+    flags = command.parser("bench score", "", "")
+    score.add_flags(flags)
+    score.main(flags.parse_args(list(words)))
+
+
+def test_small(tmp_path, capsys):
+    sizes = ("--trials=4000", "--utterances=500", "--speakers=30", "--dim=32", "--spread=1.5")
+    run(*sizes, "--replicates=30", "--repeats=1", f"--json={tmp_path / 'b.json'}")
+    figures = json.loads((tmp_path / "b.json").read_text())
+    assert figures["eer_difference"] < 1e-6
+    assert figures["min_dcf_difference"] < 1e-6
+    low, high = figures["eer_ci95"]
+    assert 0 < low < figures["eer"] < high < 50
+    assert "scikit-learn" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--trials=0", "--speakers=200000"])
+def test_mistakes_are_named(flag):
+    with pytest.raises(UserError, match=flag.split("=")[0]):
+        run(flag)

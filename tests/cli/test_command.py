@@ -1,0 +1,54 @@
+import pytest
+
+from kmq_jax.cli import command
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.progress import progress
+
+
+def test_a_wrong_flag_is_one_line_and_status_2(capsys):
+    parser = command.parser("score", "Scores.", "python -m kmq_jax.score")
+    parser.add_argument("--top_n", type=int)
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(["--top_n=many"])
+    out = capsys.readouterr()
+    assert stopped.value.code == 2 and out.err.count("\n") == 1 and "--top_n" in out.err and not out.out
+
+
+@pytest.mark.parametrize("word", ["--bitz=2", "--bitz"])
+def test_a_misspelt_flag_is_named_and_not_the_one_it_leaves_missing(word, capsys):
+    parser = command.parser("quantize", "Quantizes.", "python -m kmq_jax.quantize")
+    parser.add_argument("--bits", required=True)
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args([word, "2"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == ("kmq-jax quantize: unknown flag --bitz; did you mean --bits? (see --help)\n")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--bits=2", "--weather"])
+    assert capsys.readouterr().err == "kmq-jax quantize: unknown flag --weather (see --help)\n"
+
+
+def test_help_has_the_example(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.parser("score", "Scores.", "python -m kmq_jax.score --x").parse_args(["--help"])
+    assert stopped.value.code == 0 and "python -m kmq_jax.score --x" in capsys.readouterr().out
+
+
+def test_a_users_mistake_is_one_line_and_status_2(capsys):
+    def main():
+        raise UserError("--bits (=9) must be\n 1 to 8")
+
+    with pytest.raises(SystemExit) as stopped:
+        command.run("quantize", main)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "kmq-jax quantize: --bits (=9) must be 1 to 8\n"
+
+
+def test_a_defect_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        command.run("x", lambda: 1 / 0)
+
+
+def test_progress_without_a_terminal_is_plain_lines(capsys):
+    assert list(progress([1, 2, 3], desc="embedding", interval=0.0)) == [1, 2, 3]
+    err = capsys.readouterr().err
+    assert "embedding: 1/3 (33 %)" in err and "\r" not in err

@@ -1,0 +1,270 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kmq_jax import quant
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.tree import map_named, named_leaves, replace_named
+from kmq_jax.data import source
+from kmq_jax.models import registry
+from kmq_jax.models.speaker_model import SpeakerModel, at_bits, embed_all, frontend_of, load_model, save_model
+from kmq_jax.ptq import fit, moments
+from kmq_jax.training import qat
+from kmq_jax.training.config import default_config
+from kmq_jax.training.config import quantized as quantized_config
+
+DATA = source.open_source("synthetic:train?speakers=4&utterances=4")
+
+
+def reference_of(norm, **more):
+    """A tiny network with random statistics or biases."""
+    settings = {"width": 8, "blocks": [1, 1, 1, 1], "embedding_size": 16, "norm": norm, **more}
+    variables = registry.initialize(registry.build("resnet18", **settings), jax.random.key(0))
+    rng = np.random.default_rng(0)
+
+    def disturb(name, leaf):
+        if name.endswith(("/bias", "/mean")):
+            return np.asarray(rng.normal(size=leaf.shape) * 0.1, np.float32)
+        return np.asarray(leaf)
+
+    return SpeakerModel("resnet18", settings, "kiwano", map_named(disturb, variables))
+
+
+def quantized_of(reference, kept=(), **settings):
+    rules = [*kept, quant.QuantRule("kernel$", quant.QuantSpec(2, **settings))]
+    params = quant.quantize_params(reference.variables["params"], rules)
+    return dataclasses.replace(reference, variables={**reference.variables, "params": params})
+
+
+def cosine(a, b):
+    return np.mean(np.sum(a * b, 1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
+
+
+def stage_moments(speaker_model, features):
+    """Mean and deviation of each stage's output `[stages, 2]`."""
+    variables = quant.dequantize_params(speaker_model.variables, speaker_model.bits)
+    stages = speaker_model.network().apply(variables, features, return_stages=True)[1]
+    return np.array([(jnp.mean(s), jnp.std(s)) for s in stages])
+
+
+def test_folded_biases_bring_embeddings_nearer_and_match_the_moments():
+    reference = reference_of("bias")
+    quantized = quantized_of(reference)
+    repaired = fit.fit_on(reference, quantized, DATA, crops=16, seconds=1.0)
+    exact, before, after = (embed_all(m, DATA) for m in (reference, quantized, repaired))
+    assert cosine(exact, after) > cosine(exact, before)
+
+    features = moments.random_features(frontend_of("kiwano"), DATA, 16, 1.0)
+    np.testing.assert_allclose(*(stage_moments(m, features) for m in (reference, repaired)), rtol=0.1)
+
+
+def test_running_statistics_are_those_of_the_quantized_network():
+    reference = reference_of("batch")
+    quantized = quantized_of(reference)
+    repaired = fit.fit_on(reference, quantized, DATA, crops=16, seconds=1.0)
+    features = moments.random_features(frontend_of("kiwano"), DATA, 16, 1.0)
+    network = reference.network()
+    variables = quant.dequantize_params(repaired.variables)
+    trained = network.apply(variables, features, train=True, mutable=["batch_stats"])[0]
+    np.testing.assert_allclose(network.apply(variables, features), trained, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("recipe", ["normalized", "kmqat"])
+def test_training_can_start_from_the_reference_s_moments(recipe):
+    reference = reference_of("bias")
+    section = quantized_config(default_config("resnet18"), 2, recipe=recipe).quant
+    features = moments.random_features(frontend_of("kiwano"), DATA, 16, 1.0)
+    begun = qat.start(section, {"network": reference.variables["params"]})
+    # Of so small a network they are near as it is.
+    off = map_named(lambda name, leaf: leaf + 0.3 if name.endswith("/bias") else leaf, begun["network"])
+    begun = {**begun, "network": off}
+    repaired, _ = qat.repaired(reference, begun, features)
+    assert jax.tree.structure(repaired) == jax.tree.structure(begun)
+    expected = stage_moments(reference, features)
+    shipped = [dataclasses.replace(reference, variables=qat.packed(p, {})) for p in (begun, repaired)]
+    before, after = (np.abs(stage_moments(m, features) / expected - 1) for m in shipped)
+    assert np.max(after) < 0.1
+    assert np.max(before) > 0.3
+
+
+def test_wider_widths_begin_fitted_inside_the_cells_of_a_narrow_network_that_stays_as_it_is():
+    reference = reference_of("bias")
+    kept = "^(stage4|pool)/"  # in full precision: fewer shapes to compile for
+    section = quantized_config(
+        default_config("resnet18"), 4, coarse=(2, 3), grow_from="narrow", rules=((kept, 0),)
+    ).quant
+    features = moments.random_features(frontend_of("kiwano"), DATA, 8, 1.0)
+    narrow = fit.fit(reference, quantized_of(reference, [quant.QuantRule(kept, None)]), features)
+    narrow = map_named(
+        lambda name, leaf: leaf + 0.01 if name.endswith("/bias") else leaf,  # as training moves them
+        narrow.variables["params"], is_leaf=quant.is_codebook_tensor,
+    )  # fmt: skip
+    start = {"network": reference.variables["params"]}
+    begun, batch_stats = qat.begin(section, reference, start, features, narrow=narrow)
+    shapes = jax.eval_shape(lambda p: qat.start(section, p, narrow=narrow), start)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), begun) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+
+    cells = qat.cells(begun, narrow)
+    variables = {**qat.packed(begun, cells), "batch_stats": batch_stats}
+    shipped = dataclasses.replace(reference, variables=variables)
+    here, there = quant.dequantize_params(at_bits(shipped, 2).variables["params"], 2), quant.dequantize_params(narrow)
+    jax.tree.map(np.testing.assert_array_equal, here, there)
+
+    def nearness(packed, bits):
+        """To the reference, of the last stage's outputs."""
+        at = at_bits(dataclasses.replace(reference, variables=packed), bits)
+        exact, own = (
+            m.network().apply(quant.dequantize_params(m.variables, m.bits), features, return_stages=True)[1][-1]
+            for m in (reference, at)
+        )
+        return float(jnp.mean((own - exact) ** 2))
+
+    plain = qat.packed(qat.start(section, start, narrow=narrow), cells)
+    for bits in (3, 4):
+        assert nearness(variables, bits) < nearness(plain, bits)
+    assert nearness(variables, 4) < nearness(variables, 3) < nearness(variables, 2)
+
+
+@pytest.mark.parametrize("norm", ["bias", "batch"])
+def test_training_begins_with_the_network_fitted_without_training(norm):
+    reference = reference_of(norm)
+    section = quantized_config(default_config("resnet18"), 2).quant
+    features = moments.random_features(frontend_of("kiwano"), DATA, 8, 1.0)
+    start = {"network": reference.variables["params"]}
+    params, batch_stats = qat.begin(section, reference, start, features)
+    assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(lambda p: qat.start(section, p), start))
+    expected = fit.fit(reference, quantized_of(reference), features).variables
+    shipped = {**qat.packed(params, {}), "batch_stats": batch_stats}
+    for name, leaf in named_leaves(expected):
+        np.testing.assert_array_equal(dict(named_leaves(shipped))[name], leaf, err_msg=name)
+
+
+@pytest.mark.parametrize("change", [{"recipe": "kmqat"}, {"granularity": "tensor"}, {"multi_stage": True}])
+def test_what_cannot_be_fitted_begins_with_the_reference_s_moments(change):
+    reference = reference_of("bias")
+    section = quantized_config(default_config("resnet18"), 2, **change).quant
+    features = moments.random_features(frontend_of("kiwano"), DATA, 8, 1.0)
+    start = {"network": reference.variables["params"]}
+    begun = qat.begin(section, reference, start, features)
+    expected = qat.repaired(reference, qat.start(section, start), features)
+    jax.tree.map(np.testing.assert_array_equal, begun, expected)
+    plain, _ = qat.begin(section, reference, start, None)
+    jax.tree.map(np.testing.assert_array_equal, plain, qat.start(section, start))
+
+
+def test_a_network_that_recomputes_its_blocks_is_repaired_alike():
+    reference, other = reference_of("batch"), reference_of("batch", remat=True)
+    features = moments.random_features(frontend_of("kiwano"), DATA, 4, 1.0)
+    found, expected = (moments.measure(m, quantized_of(m), features).statistics for m in (other, reference))
+    assert found.keys() == expected.keys() and found
+    for name in found:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+
+
+def test_the_size_stays():
+    reference = reference_of("bias")
+    quantized = quantized_of(reference)
+    repaired = fit.fit_on(reference, quantized, DATA, crops=8, seconds=1.0)
+    assert quant.size_bytes(repaired.variables) == quant.size_bytes(quantized.variables)
+
+
+def test_one_codebook_for_all_channels_cannot_be_repaired():
+    reference = reference_of("bias")
+    with pytest.raises(UserError, match="output channel"):
+        fit.fit_on(reference, quantized_of(reference, granularity="tensor"), DATA, crops=4, seconds=1.0)
+
+
+@pytest.mark.parametrize("norm", ["bias", "batch"])
+def test_the_narrowest_width_of_a_nested_model_is_fitted_as_though_it_were_alone_and_wider_ones_go_on(norm, tmp_path):
+    reference = reference_of(norm)
+    spec = quant.QuantSpec(6, coarse=(2, 3))
+    params = quant.quantize_params(reference.variables["params"], [quant.QuantRule("kernel$", spec)])
+    nested = dataclasses.replace(reference, variables={**reference.variables, "params": params})
+    fitted = fit.fit_on(reference, nested, DATA, crops=8, seconds=1.0)
+    assert quant.size_bytes(fitted.variables["params"]) == quant.size_bytes(nested.variables["params"])
+    save_model(tmp_path / "nested.kmq", fitted)
+    found = {bits: load_model(tmp_path / "nested.kmq", bits) for bits in spec.all_bits}
+
+    tensors = dict(named_leaves(params, quant.is_codebook_tensor))
+    narrow = {name: at_bits(leaf, 2) for name, leaf in tensors.items() if quant.is_codebook_tensor(leaf)}
+    alone = replace_named(params, narrow, quant.is_codebook_tensor)
+    single = dataclasses.replace(reference, variables={**reference.variables, "params": alone})
+    expected = fit.fit_on(reference, single, DATA, crops=8, seconds=1.0)
+    here, there = (dict(named_leaves(quant.dequantize_params(m.variables, m.bits))) for m in (found[2], expected))
+    assert here.keys() == there.keys()
+    for name in here:
+        np.testing.assert_array_equal(here[name], there[name])
+
+    if norm == "batch":
+        return  # its reference has made-up statistics, and is not to be come near to
+    exact = embed_all(reference, DATA)
+    nearness = [cosine(exact, embed_all(found[bits], DATA)) for bits in spec.all_bits]
+    assert nearness == sorted(nearness) and nearness[-1] > 0.99
+
+
+def test_a_layer_s_outputs_are_nearer_than_with_the_nearest_centroids():
+    """On other crops than it was fitted on, of the last convolution, where the errors of all have added up."""
+    reference = reference_of("bias", width=16)
+    quantized = quantized_of(reference)
+    fitted = fit.fit_on(reference, quantized, DATA, crops=16, seconds=1.0)
+    others = source.open_source("synthetic:dev?speakers=4&utterances=2")
+    features = moments.random_features(frontend_of("kiwano"), others, 8, 1.0)
+    exact, nearest, fed_back = (last_stage(m, features) for m in (reference, quantized, fitted))
+    assert np.mean((fed_back - exact) ** 2) < 0.5 * np.mean((nearest - exact) ** 2)
+
+
+def last_stage(speaker_model, features):
+    variables = quant.dequantize_params(speaker_model.variables, speaker_model.bits)
+    return speaker_model.network().apply(variables, features, return_stages=True)[1][-1]
+
+
+@pytest.mark.parametrize("settings", [{"symmetric": True}, {"pinned_zero": True}])
+def test_constrained_codebooks_are_only_scaled(settings):
+    reference = reference_of("bias")
+    quantized = quantized_of(reference, codebook_dtype="float32", **settings)
+    fitted = fit.fit_on(reference, quantized, DATA, crops=8, seconds=1.0)
+    before, after = (dict(named_leaves(m.variables["params"], quant.is_codebook_tensor)) for m in (quantized, fitted))
+    moved = 0
+    for name in before:
+        if quant.is_codebook_tensor(before[name]) and before[name].ndim == 4:
+            slope = np.max(np.abs(after[name].codebook), 1) / np.max(np.abs(before[name].codebook), 1)
+            np.testing.assert_allclose(after[name].codebook, before[name].codebook * slope[:, None], rtol=1e-5)
+            moved += np.mean(np.asarray(after[name].packed) != np.asarray(before[name].packed)) > 0
+    assert moved > 0
+
+
+def test_what_is_kept_in_half_precision_keeps_its_size():
+    reference = reference_of("bias")
+    rules = [quant.QuantRule("stem/", quant.QuantSpec(16)), quant.QuantRule("kernel$", quant.QuantSpec(2))]
+    params = quant.quantize_params(reference.variables["params"], rules)
+    quantized = dataclasses.replace(reference, variables={**reference.variables, "params": params})
+    fitted = fit.fit_on(reference, quantized, DATA, crops=4, seconds=1.0)
+    assert quant.size_bytes(fitted.variables) == quant.size_bytes(quantized.variables)
+
+
+def read_at(tensor, bits):
+    """A nested tensor as one of a single width."""
+    indices = np.asarray(quant.indices_of(tensor, bits)).reshape(-1, tensor.groups).T
+    return dataclasses.replace(
+        tensor, codebook=tensor.codebook_of(bits), packed=quant.pack(indices, bits), coarse=(), bits=bits
+    )
+
+
+def test_statistics_of_a_trained_nested_model_are_measured_at_each_width():
+    reference = reference_of("batch")
+    params = quant.quantize_params(
+        reference.variables["params"], [quant.QuantRule("kernel$", quant.QuantSpec(4, coarse=(1,)))]
+    )
+    nested = dataclasses.replace(reference, variables={**reference.variables, "params": params})
+    features = moments.random_features(frontend_of("kiwano"), DATA, 8, 1.0)
+    measured = moments.own_statistics(nested, features)
+    for bits in (1, 4):
+        at = at_bits(measured, bits)
+        variables = quant.dequantize_params(at.variables, bits)
+        trained = at.network().apply(variables, features, train=True, mutable=["batch_stats"])[0]
+        np.testing.assert_allclose(at.network().apply(variables, features), trained, rtol=1e-2, atol=2e-3)
+    with pytest.raises(UserError, match="cannot be read at 3 bits"):
+        at_bits(measured, 3)

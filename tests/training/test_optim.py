@@ -1,0 +1,100 @@
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.training.config import default_config, steps_of
+from kmq_jax.training.optim import make_optimizer, make_schedule
+
+CONFIG = default_config("resnet36")
+
+
+def rates(steps, **settings):
+    section = CONFIG.learning_rate.copy_and_resolve_references()
+    section.update(settings)
+    schedule = make_schedule(section, epoch_steps=10, total_steps=100)
+    return [float(schedule(jnp.int32(s))) for s in steps]
+
+
+def test_warmup_is_linear_and_cosine_ends_at_final():
+    got = rates((0, 5, 10, 55, 100), kind="cosine", start=0.0, peak=1.0, final=0.2, warmup_epochs=1.0)
+    np.testing.assert_allclose(got, [0, 0.5, 1.0, 0.6, 0.2], rtol=1e-6)
+
+
+def test_exponential_halves_by_the_half():
+    got = rates((0, 50, 100), kind="exponential", start=1.0, peak=1.0, final=0.25, warmup_epochs=0.0)
+    np.testing.assert_allclose(got, [1.0, 0.5, 0.25], rtol=1e-6)
+
+
+def test_steps_as_in_the_paper():
+    got = rates(
+        (0, 50, 189, 190, 289, 290),
+        kind="step", start=1e-5, peak=0.2, warmup_epochs=5.0, flat_until=19.0, every=10.0, factor=5.0,
+    )  # fmt: skip
+    np.testing.assert_allclose(got, [1e-5, 0.2, 0.2, 0.04, 0.04, 0.008], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"kind": "flat"}, {"peak": 0.0}, {"kind": "exponential", "final": 0.0}, {"kind": "step", "factor": 1.0}],
+)
+def test_a_schedule_that_cannot_be(settings):
+    with pytest.raises(UserError, match="learning_rate"):
+        rates((0,), **settings)
+
+
+def updates(params, gradients, steps=1, **settings):
+    section = CONFIG.optimizer.copy_and_resolve_references()
+    section.update(settings)
+    optimizer = make_optimizer(section, lambda step: jnp.float32(0.1), params)
+    state = optimizer.init(params)
+    for _ in range(steps):
+        update, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, update)
+    return params
+
+
+PARAMS = {"conv": {"kernel": jnp.ones(1), "bias": jnp.ones(1)}, "classifier": jnp.ones(1)}
+ONES = {"conv": {"kernel": jnp.ones(1), "bias": jnp.ones(1)}, "classifier": jnp.ones(1)}
+
+
+def test_decay_spares_biases_and_classifier():
+    new = updates(PARAMS, ONES, name="sgd", momentum=0.0, weight_decay=0.5)
+    assert float(new["conv"]["kernel"][0]) == pytest.approx(1 - 0.1 * 1.5)
+    assert float(new["conv"]["bias"][0]) == float(new["classifier"][0]) == pytest.approx(0.9)
+
+
+def test_momentum_adds_up_over_two_steps():
+    new = updates(PARAMS, ONES, steps=2, name="sgd", momentum=0.9, weight_decay=0.0)
+    assert float(new["conv"]["bias"][0]) == pytest.approx(1 - 0.1 - 0.19)
+
+
+def test_a_group_has_its_own_rate():
+    new = updates(PARAMS, ONES, name="sgd", momentum=0.0, weight_decay=0.0, groups=(("conv/kernel", 10.0, 1.0),))
+    assert float(new["conv"]["kernel"][0]) == pytest.approx(0.0)
+    assert float(new["conv"]["bias"][0]) == pytest.approx(0.9)
+
+
+def test_adamw_decays_outside_the_normalised_gradient():
+    new = updates(PARAMS, ONES, name="adamw", weight_decay=0.5)
+    assert float(new["conv"]["bias"][0]) == pytest.approx(0.9, abs=1e-5)
+    assert float(new["conv"]["kernel"][0]) == pytest.approx(1 - 0.1 * 1.5, abs=1e-5)
+
+
+def test_clipping_bounds_the_global_norm():
+    big = {"conv": {"kernel": 300 * jnp.ones(1), "bias": 400 * jnp.ones(1)}, "classifier": jnp.zeros(1)}
+    new = updates(PARAMS, big, name="sgd", momentum=0.0, weight_decay=0.0, clip=5.0)
+    assert float(new["conv"]["kernel"][0]) == pytest.approx(1 - 0.1 * 3.0)
+
+
+@pytest.mark.parametrize("settings", [{"name": "lion"}, {"groups": (("nothing", 1.0, 1.0),)}, {"groups": (("a",),)}])
+def test_an_optimizer_that_cannot_be(settings):
+    with pytest.raises(UserError):
+        updates(PARAMS, ONES, **settings)
+
+
+def test_epochs_become_whole_steps():
+    assert [steps_of(e, 10) for e in (0.0, 0.01, 0.5, 2.0)] == [0, 1, 5, 20]
+    with pytest.raises(UserError, match="-1"):
+        steps_of(-1.0, 10)
