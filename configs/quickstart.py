@@ -40,7 +40,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         evaluate={name: {"data": f"synthetic:{name}", "trials": f"synthetic:{name}"} for name in ("dev", "test")},
         epochs={"2": 1.5, "nested": 2.0},
         diagnose=("test",),
-        diagnose_flags=("--retention_utterances=120", "--hessian_draws=4", "--replicates=200"),
+        diagnosis={"retention_utterances": 120, "hessian_draws": 4, "replicates": 200},
         calibrate="dev",
         cascades=(("kmqat-nested", (2, 3, 4)), ("kmqat", (2, 32))),
     )

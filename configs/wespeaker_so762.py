@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config,
         rules=(("^stem/", 0),),
         diagnose=("so762", "words"),
-        diagnose_flags=("--retention_utterances=120", "--layer_utterances=24", "--hessian_draws=6"),
+        diagnosis={"retention_utterances": 120, "layer_utterances": 24, "hessian_draws": 6},
         calibrate="so762",
         cascades=(("kmqat", (2, 3, 4)), ("kmqat", (2, 32)), ("kmqat-nested", (2, 3, 4))),
     )

@@ -67,7 +67,9 @@ def options_of(options: type[T], args: argparse.Namespace) -> T:
     values = {}
     for field in dataclasses.fields(options):
         value, kind = getattr(args, field.name), kind_of(options, field.name)
-        if isinstance(value, str):
+        if value == "" and kind.optional:
+            value = None
+        elif isinstance(value, str):
             parts = [part for part in value.split(",") if part] if kind.many else [value]
             read = [_read(part, kind.type, _flag(field), value, kind.many) for part in parts]
             value = tuple(read) if kind.many else read[0]
@@ -105,6 +107,8 @@ def _help(text: str, default: Any) -> str:
 def _read(text: str, kind: type, flag: str, whole: str, many: bool) -> Any:
     """One value of a flag, from its text."""
     try:
+        if kind is Path and not text:
+            raise ValueError
         return kind(text)
     except ValueError:
         what = f"{NAMES[kind].removeprefix('a ')}s separated by commas" if many else NAMES[kind]

@@ -17,6 +17,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The temporary file keeps the suffix, for writers that choose a format by it.
 
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     with atomic_write(f"{directory}/a.txt") as temporary:
+    ...         written = temporary.write_text("whole")
+    ...     print(os.listdir(directory))
+    ['a.txt']
+
     Raises:
         UserError: the directory cannot be written to, or the disk is full; `path` is left as it was.
     """

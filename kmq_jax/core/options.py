@@ -36,6 +36,7 @@ class Limits:
     at_most: float | None = None
     below: float | None = None
     choices: tuple[Any, ...] = ()
+    suffixes: tuple[str, ...] = ()
     metavar: str | None = None
     flag: str | None = None
     repeat: bool = False
@@ -46,6 +47,8 @@ class Limits:
             return f"must be one of {', '.join(map(str, self.choices))}"
         if isinstance(value, float) and not math.isfinite(value):
             return "must be a finite number"
+        if self.suffixes and not str(value).endswith(self.suffixes):
+            return f"must end in {' or '.join(', '.join(self.suffixes).rsplit(', ', 1))}"
         for name, words, kept in (
             ("at_least", "at least", lambda limit: value >= limit),
             ("above", "above", lambda limit: value > limit),
@@ -67,6 +70,7 @@ def option(
     at_most: float | None = None,
     below: float | None = None,
     choices: Sequence[Any] = (),
+    suffixes: Sequence[str] = (),
     metavar: str | None = None,
     flag: str | None = None,
     repeat: bool = False,
@@ -81,11 +85,12 @@ def option(
         at_most: the greatest value.
         below: the value must be less than this.
         choices: the only values. A field annotated with `Literal` needs none.
+        suffixes: what a file's name may end in.
         metavar: stands for the value in the flag's help, such as "BITS:MODEL".
         flag: the flag's name, where it is not the field's.
         repeat: a tuple of numbers is given by repeating the flag, not separated by commas.
     """
-    limits = Limits(help, at_least, above, at_most, below, tuple(choices), metavar, flag, repeat)
+    limits = Limits(help, at_least, above, at_most, below, tuple(choices), tuple(suffixes), metavar, flag, repeat)
     return dataclasses.field(default=default, metadata={"option": limits})
 
 

@@ -13,6 +13,7 @@ from kmq_jax.core.tree import named_leaves
 from kmq_jax.data import source
 from kmq_jax.data.trials import Trials
 from kmq_jax.diagnosis import layers, people, scores, variants
+from kmq_jax.diagnosis.options import DiagnosisOptions
 from kmq_jax.diagnosis.resample import SpeakerDraws
 from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
 from kmq_jax.metrics.detection import Array, check_trials, eer
@@ -29,43 +30,6 @@ COMPONENT_DRAWS = 5
 
 
 _CAPTURED = 4  # recordings in a batch while every block's output of two networks is held
-
-
-@dataclass(frozen=True)
-class Options:
-    """How much is computed.
-
-    Attributes:
-        thresholds: further thresholds at which flips are counted.
-        margin_bins: bins of equally many trials.
-        margin_edges: inner edges of the fixed bins of margin.
-        worst: trials to list for each width.
-        replicates: draws of speakers; 0 leaves intervals out.
-        seed: of every draw.
-        retention_utterances: on which components are tried, all pairs of them; 0 takes the whole trial list.
-        retention_bits: widths at which components are tried; empty is the narrowest.
-        layer_utterances: on which single layers are tried, all pairs of them; 0 leaves that out.
-        hessian_draws: random vectors for Hessian traces; 0 leaves them out.
-        hessian_utterances: crops they are measured on.
-        hessian_seconds: length of each.
-        compute: the networks' arithmetic.
-        max_seconds: only so much of each recording; 0 takes all.
-    """
-
-    thresholds: tuple[float, ...] = ()
-    margin_bins: int = scores.EQUAL_MASS_BINS
-    margin_edges: tuple[float, ...] = scores.FIXED_EDGES
-    worst: int = 20
-    replicates: int = 1000
-    seed: int = 0
-    retention_utterances: int = 240
-    retention_bits: tuple[int, ...] = ()
-    layer_utterances: int = 32
-    hessian_draws: int = 10
-    hessian_utterances: int = 8
-    hessian_seconds: float = 2.0
-    compute: str = "float32"
-    max_seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +50,7 @@ class Diagnosis:
     notes: Row = field(default_factory=dict)
 
 
-def diagnose_scores(trials: scores.ScoredTrials, recordings: people.Recordings, options: Options) -> Diagnosis:
+def diagnose_scores(trials: scores.ScoredTrials, recordings: people.Recordings, options: DiagnosisOptions) -> Diagnosis:
     """Everything that scores alone tell."""
     replicates, seed = options.replicates, options.seed
     draws = few = None
@@ -149,7 +113,7 @@ class Networks:
         reference: SpeakerModel,
         quantized: Mapping[int, SpeakerModel],
         utterances: source.Utterances,
-        options: Options,
+        options: DiagnosisOptions,
     ):
         """Puts the weights on the devices.
 
@@ -360,7 +324,7 @@ class _Rates:
     draws: Array | None
 
     @classmethod
-    def of(cls, values: Array, labels: Array, enrol: Array, test: Array, options: Options) -> "_Rates":
+    def of(cls, values: Array, labels: Array, enrol: Array, test: Array, options: DiagnosisOptions) -> "_Rates":
         draws = None
         if options.replicates:
             some = max(options.replicates // COMPONENT_DRAWS, 1)

@@ -1,10 +1,13 @@
 """Settings of a study with their defaults. A configuration file adds them to those of the full-precision training."""
 
+import dataclasses
 from typing import Any
 
 import ml_collections
 
+from kmq_jax.cascade.options import CalibrationOptions
 from kmq_jax.core.errors import UserError
+from kmq_jax.diagnosis.options import DiagnosisOptions
 from kmq_jax.training.config import smoke
 
 EPOCHS = {"4": 1.0, "3": 1.5, "2": 7.5, "nested": 3.0}
@@ -34,9 +37,9 @@ def study_config(config: ml_collections.ConfigDict, **settings: Any) -> ml_colle
         "compute": "float32",  # the arithmetic of extraction
         "quick_compile": False,  # without optimizations, for networks so tiny that compiling is all they cost
         "diagnose": (),  # names of evaluation sets
-        "diagnose_flags": (),  # further flags of `kmq-jax diagnose`
+        "diagnosis": dataclasses.asdict(DiagnosisOptions()),  # how; `compute` is the study's
         "calibrate": "",  # name of the evaluation set that cascades are calibrated on
-        "calibrate_flags": (),
+        "calibration": dataclasses.asdict(CalibrationOptions()),  # how
         "cascades": (),  # (family, bits) as ("kmqat", (2, 3, 4)), ("ptq-nested", (2, 32)); 32: unquantized
         "groups": {},  # name: names of the evaluation sets whose mean EER is shown
         "published": {},  # group: {bits or "cascade": EER %}, to stand beside what is measured
@@ -44,7 +47,10 @@ def study_config(config: ml_collections.ConfigDict, **settings: Any) -> ml_colle
     for name, value in settings.items():
         if name not in config.study:
             raise UserError(f"study has no setting {name!r}; it has {', '.join(sorted(config.study))}")
-        config.study[name] = value
+        if name in ("diagnosis", "calibration"):
+            config.study[name].update(value)
+        else:
+            config.study[name] = value
     return config
 
 
@@ -80,16 +86,17 @@ def smoke_study(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.study.evaluate = ml_collections.ConfigDict({"voices": voices})
     config.study.update(
         calibrate="voices",
-        calibrate_flags=("--replicates=20",),
         cascades=(("kmqat-nested", (2, 4)), ("kmqat", (2, 32))),
     )
     config.study.diagnose = ("voices",)
-    config.study.diagnose_flags = tuple(
-        f"--{name}={value}"
-        for name, value in {
-            "retention_utterances": 16, "layer_utterances": 16, "hessian_draws": 2, "hessian_utterances": 2,
-            "hessian_seconds": 1.0, "replicates": 40,
-        }.items()
-    )  # fmt: skip
+    config.study.calibration.replicates = 20
+    config.study.diagnosis.update(
+        retention_utterances=16,
+        layer_utterances=16,
+        hessian_draws=2,
+        hessian_utterances=2,
+        hessian_seconds=1.0,
+        replicates=40,
+    )
     config.study.groups = dict.fromkeys(config.study.groups, ("voices",))
     return config
