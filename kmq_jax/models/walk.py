@@ -55,6 +55,12 @@ class Layer:
         return self.module.has_variable(collection, leaf)
 
     @property
+    def epsilon(self) -> float:
+        """What a normalisation adds to the variance."""
+        epsilon: float = self.module.epsilon
+        return epsilon
+
+    @property
     def measures(self) -> bool:
         """Whether this is a normalisation with statistics of its own."""
         return self.kind == NORMALISATION and self.has("mean", "batch_stats")
