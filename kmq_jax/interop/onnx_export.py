@@ -339,4 +339,3 @@ class _Graph:
         helper.set_model_props(model, dict(metadata))
         self._onnx.checker.check_model(model)
         return model
-

@@ -22,7 +22,7 @@ from kmq_jax.data import audio, buckets, source
 from kmq_jax.models import artifact, registry
 from kmq_jax.models.batches import padded_batches, usable_lengths
 from kmq_jax.models.checkpoint import Checkpoints
-from kmq_jax.models.resnet import ResNet
+from kmq_jax.models.protocol import SpeakerNetwork
 
 FRONTENDS = {"kiwano": frontend.KIWANO, "wespeaker": frontend.WESPEAKER}
 COMPUTE = ("float32", "bfloat16")
@@ -43,7 +43,7 @@ def frontend_of(name: str) -> frontend.FbankConfig:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def embed_batch(
-    network: ResNet, fbank: frontend.FbankConfig, variables: Any, wave: jax.Array, samples: jax.Array
+    network: SpeakerNetwork, fbank: frontend.FbankConfig, variables: Any, wave: jax.Array, samples: jax.Array
 ) -> jax.Array:
     """Embeds recordings `wave` `[batch, longest]` of `samples` `[batch]` real samples each, to `[batch, dim]`."""
     frames = frontend.num_frames(samples, fbank)
@@ -72,7 +72,7 @@ class SpeakerModel:
     variables: Any
     bits: int | None = None
 
-    def network(self, dtype: str = "float32") -> ResNet:
+    def network(self, dtype: str = "float32") -> SpeakerNetwork:
         """The Linen module, computing in `dtype`."""
         return registry.build(self.architecture, **self.settings, dtype=dtype)
 

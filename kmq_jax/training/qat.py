@@ -138,7 +138,7 @@ def _fitted(
         packed(grown, cells(grown, narrow)) if grown else {"params": quant.quantize_params(params["network"], rules)}
     )
     quantized = dataclasses.replace(reference, variables={**reference.variables, **packs})
-    fitted = fit.fit(reference, quantized, features, keep_narrowest=bool(grown)).variables
+    fitted = fit.fit(reference, quantized, features, keep_coarsest=bool(grown)).variables
     latents, books = quant.adopt_codebooks(params["network"], fitted["params"], rules)
     begun = {**params, "network": latents, "codebooks": books}
     if grown:
