@@ -139,6 +139,11 @@ class SpeakerNetwork(nn.Module):
         return _by_name(self)[self.part_of(name).name][0]
 
     @nn.nowrap
+    def least_frames(self) -> int:
+        """The frames that an utterance must have at least: more than are lost for want of padding."""
+        return 1 + max(part.lost for part in self.parts())
+
+    @nn.nowrap
     def distilled_parts(self) -> tuple[str, ...]:
         """The parts that distillation compares: those that say so, or all where none does."""
         parts = self.parts()

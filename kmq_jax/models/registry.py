@@ -53,8 +53,8 @@ def register(
 
     Args:
         name: a new name.
-        factory: makes the network from keyword arguments. Each has a default that JSON can hold and is a setting,
-            among them `features`, `embedding_size` and `dtype` (the compute dtype, by name).
+        factory: makes the network from keyword arguments, such as its class. Each has a default that JSON can hold
+            and is a setting, among them `features`, `embedding_size` and `dtype` (the compute dtype, by name).
         fixed: arguments of the factory that the name decides.
         defaults: values of settings in place of the factory's own.
         smoke: settings of a network so small that a run passes in seconds, for `:smoke` configurations.
@@ -90,7 +90,8 @@ def default_settings(name: str) -> dict[str, Any]:
     """
     entry = _entry(name)
     parameters = inspect.signature(entry.factory).parameters
-    settings = {key: parameter.default for key, parameter in parameters.items() if key not in entry.fixed}
+    no_settings = {*entry.fixed, "name", "parent"}  # the last two are Linen's own
+    settings = {key: parameter.default for key, parameter in parameters.items() if key not in no_settings}
     settings |= entry.defaults
     return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
@@ -138,7 +139,7 @@ def initialize(model: SpeakerNetwork, key: jax.Array) -> dict[str, Any]:
     tree, starts = _starts(model)
     leaves = dict(named_leaves(tree))
     if any(start is None for start in starts.values()):
-        return jax.jit(model.init)(key, jnp.zeros((1, 8, model.features)))
+        return jax.jit(model.init)(key, jnp.zeros((1, 7 + model.least_frames(), model.features)))
     normal = {name: leaves[name].shape for name in leaves if starts[name] == "normal"}
     uniform = {name: leaves[name].shape for name in leaves if starts[name] == "uniform"}
     normal_key, uniform_key = jax.random.split(key)

@@ -135,7 +135,7 @@ def walk(network: SpeakerNetwork, variables: Any, features: jax.Array, visit: Vi
 
 def shapes(network: SpeakerNetwork) -> dict[str, Any]:
     """The variables of a network as `jax.ShapeDtypeStruct`, without drawing any."""
-    return jax.eval_shape(network.init, jax.random.key(0), _features(network, 8))
+    return jax.eval_shape(network.init, jax.random.key(0), _features(network, 7 + network.least_frames()))
 
 
 def layers(network: SpeakerNetwork, frames: int = 300) -> list[LayerShape]:
