@@ -36,11 +36,10 @@ def main() -> None:
     """Runs the command."""
     args = COMMAND.parse()
     files, options = options_of(Files, args), options_of(DiagnosisOptions, args)
-    from kmq_jax.diagnosis import report
-    from kmq_jax.diagnosis.run import diagnose
-    from kmq_jax.scoring.levels import parse_levels
+    from kmq_jax.diagnosis import report, run
 
-    quantized = dict(parse_levels(files.quantized, "quantized", "MODEL", most=16))
-    found = diagnose(files.reference, quantized, files.out, options, data=files.data, trials=files.trials)
+    quantized = run.parse_quantized(files.quantized)
+    found = run.diagnose(files.reference, quantized, files.data, files.trials, options)
+    report.write(files.out, found)
     print(report.describe(found))
     print(files.out / "report.html")

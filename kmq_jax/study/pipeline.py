@@ -18,6 +18,7 @@ import numpy as np
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_json, write_json
+from kmq_jax.diagnosis import report as diagnosis_report
 from kmq_jax.diagnosis.run import diagnose
 from kmq_jax.models.speaker_model import load_model
 from kmq_jax.scoring.extract import extract
@@ -126,8 +127,9 @@ def run_diagnosis(
     how = dataclasses.replace(options.diagnosis, compute=options.compute)
 
     def action(out: Path) -> None:
-        places = {bits: str(one.path) for bits, one in chosen.items()}
-        diagnose(str(networks[0].path), places, out, how, data=evaluated.data, trials=evaluated.trials)
+        models = {bits: one.path for bits, one in chosen.items()}
+        found = diagnose(networks[0].path, models, evaluated.data, evaluated.trials, how)
+        diagnosis_report.write(out, found)
 
     name, places = f"diagnose-{evaluated.name}", [evaluated.data, evaluated.trials]
     needs = ["fp32", *(one.step for one in chosen.values())]

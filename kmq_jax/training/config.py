@@ -188,7 +188,7 @@ def paper_config(model: str) -> ml_collections.ConfigDict:
 
 def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Shrinks a run so that all of it passes in seconds: a narrow, shallow network, four steps, synthetic voices."""
-    config.model.update(width=8, blocks=(1, 1, 1, 1), embedding_size=32)
+    config.model.update(registry.smoke_settings(config.model.name))
     speakers = "synthetic:{}?speakers=8&utterances=4"
     config.data.update(train=speakers.format("train"), noise="synthetic:noise", music="", crop_seconds=1.0)
     config.validation.update(data=speakers.format("dev"), trials=speakers.format("dev"))
