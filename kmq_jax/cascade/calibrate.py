@@ -1,8 +1,6 @@
 """A cascade's policy from the embedding files of its levels and trials of a development set."""
 
 import dataclasses
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,10 @@ from kmq_jax.cascade.options import CalibrationOptions
 from kmq_jax.cascade.policy import CascadePolicy
 from kmq_jax.cascade.run import run, run_grid
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import file_hash
 from kmq_jax.metrics.calibration import IsotonicMap
 from kmq_jax.metrics.operating import OperatingPoint, error_rates, parse_point, threshold_interval
 from kmq_jax.scoring.levels import LevelScores, score_levels
-
-Place = str | os.PathLike[str]
 
 
 def calibrate(
@@ -49,7 +46,7 @@ def calibrate(
     point = _point(how.operating_point)
     joined = score_levels(levels, reference, trials, how.enrolment, enrol_models)
     assert joined.reference is not None
-    prints = {path: fingerprint(path) for path in {reference, *(path for _, path in levels)}}
+    prints = {path: file_hash(path) for path in {reference, *(path for _, path in levels)}}
     data = Calibration(
         tuple(bits for bits, _ in levels),
         joined.scores,
@@ -81,12 +78,6 @@ def calibrate(
         dims=tuple(table.embeddings.shape[1] for table in joined.tables),
         notes=notes,
     )
-
-
-def fingerprint(path: Place) -> str:
-    """SHA-256 of a file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _point(text: str) -> OperatingPoint:

@@ -233,9 +233,9 @@ def _grid_eer(sums: Any, mapped: Array, labels: Array, shape: tuple[int, ...]) -
     high = max(np.quantile(row, 0.998) for row in nontargets)
     pooled = mapped[(mapped >= min(low, high)) & (mapped <= max(low, high))]
     best = np.ones(shape)
-    for level in np.quantile(pooled, np.linspace(0, 1, _THRESHOLDS)) if pooled.size else [low]:
-        miss = sums((mapped < level) & labels) / targets.shape[1]
-        fa = sums((mapped >= level) & ~labels) / nontargets.shape[1]
+    for cut in np.quantile(pooled, np.linspace(0, 1, _THRESHOLDS)) if pooled.size else [low]:
+        miss = sums((mapped < cut) & labels) / targets.shape[1]
+        fa = sums((mapped >= cut) & ~labels) / nontargets.shape[1]
         np.minimum(best, np.maximum(miss, fa), out=best)
     return best
 

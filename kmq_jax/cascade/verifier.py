@@ -121,34 +121,16 @@ class Cascade:
         Raises:
             UserError: a recording cannot be read, is too short or silent.
         """
-        waves = [_wave(recording) for recording in (enrol, test)]
-        top, policy = len(self.policy.bits) - 1, self.policy
-        seconds, embeddings = 0.0, {}
-
-        def embed(level: int, sides: tuple[int, ...]) -> None:
-            nonlocal seconds
-            network, needed = self.model_at(level), [side for side in sides if (level, side) not in embeddings]
-            start = time.perf_counter()
-            if needed:
-                made = embed_waves(network, [waves[side] for side in needed], self.compute_of(level))
-                embeddings.update({(level, side): row for side, row in zip(needed, made)})
-            seconds += time.perf_counter() - start
-
+        pair, policy = _Pair(self, enrol, test), self.policy
+        top = len(policy.bits) - 1
         for level in range(top + 1):
-            if policy.enrolment == "top":
-                embed(top, (0,))
-                embed(level, (1,))
-            else:
-                embed(level, (0, 1))
-            rows = [embeddings[top if policy.enrolment == "top" else level, 0], embeddings[level, 1]]
-            own = np.zeros((top + 1, 1), np.float32)
-            own[level] = cosine_scores(np.stack(rows), np.stack(rows), np.array([0]), np.array([1]))
-            score = float(map_scores(policy, own)[level, 0])
+            score = pair.score(level)
             if level == top or not _climbs(policy, level, score):
                 break
         fitted = policy.llr_maps[level] if policy.llr_maps else None
         llr = fitted.scale * score + fitted.offset if fitted else None
-        return Verification(bool(score >= np.float32(policy.threshold)), score, llr, policy.bits[level], seconds)
+        accepted = bool(score >= np.float32(policy.threshold))
+        return Verification(accepted, score, llr, policy.bits[level], pair.seconds)
 
     def score(self, utterances: source.Utterances, trials: Trials) -> LazyRun:
         """Scores a trial list; each level embeds only the recordings of trials that are still in doubt.
@@ -201,6 +183,46 @@ class Cascade:
             "resident_bytes": sum(held.values()),
             "macs": {str(bits): count for bits, count in zip(self.policy.bits, macs)},
         }
+
+
+class _Pair:
+    """Two recordings that a cascade compares: each is embedded at a level when that is first needed.
+
+    Attributes:
+        seconds: spent on embedding so far.
+    """
+
+    def __init__(self, cascade: Cascade, enrol: Recording, test: Recording):
+        """Reads the recordings."""
+        self.cascade, self.seconds = cascade, 0.0
+        self._waves = [_wave(recording) for recording in (enrol, test)]
+        self._embeddings: dict[tuple[int, int], np.ndarray] = {}  # by level and side
+
+    def score(self, level: int) -> float:
+        """Their score at a level, on the reference's scale."""
+        policy = self.cascade.policy
+        top = len(policy.bits) - 1
+        enrolled = top if policy.enrolment == "top" else level
+        if policy.enrolment == "top":
+            self._embed(enrolled, (0,))
+            self._embed(level, (1,))
+        else:
+            self._embed(level, (0, 1))
+        rows = np.stack([self._embeddings[enrolled, 0], self._embeddings[level, 1]])
+        own = np.zeros((top + 1, 1), np.float32)
+        own[level] = cosine_scores(rows, rows, np.array([0]), np.array([1]))
+        return float(map_scores(policy, own)[level, 0])
+
+    def _embed(self, level: int, sides: tuple[int, ...]) -> None:
+        network, needed = (
+            self.cascade.model_at(level),
+            [side for side in sides if (level, side) not in self._embeddings],
+        )
+        start = time.perf_counter()  # after loading
+        if needed:
+            made = embed_waves(network, [self._waves[side] for side in needed], self.cascade.compute_of(level))
+            self._embeddings.update({(level, side): row for side, row in zip(needed, made)})
+        self.seconds += time.perf_counter() - start
 
 
 def load_cascade(directory: str | os.PathLike[str], compute: str = "float32") -> Cascade:

@@ -9,9 +9,8 @@ from typing import Any
 
 import ml_collections
 
-from kmq_jax.cascade.calibrate import fingerprint as file_fingerprint
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import write_json
+from kmq_jax.core.files import file_hash, write_json
 from kmq_jax.interop import pretrained
 from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model, save_model
 from kmq_jax.ptq.quantize import quantize_model
@@ -105,7 +104,7 @@ def full_precision(config: ml_collections.ConfigDict, steps: Steps) -> Path:
     if given.suffix in CHECKPOINTS:
         if not given.is_file():
             raise UserError(f"init_from={given}: there is no such file")
-        about = file_fingerprint(given)
+        about = file_hash(given)
         return steps.run("fp32", about, (), "fp32.kmq", functools.partial(_import, given), recipe=recipe)
     if config.init_from:
         about = fingerprint(load_model(given))

@@ -38,6 +38,14 @@ def test_round_trip_keeps_every_number(tmp_path):
     assert text["levels"][0]["gate"] == [0.1, None]  # infinity is not JSON
 
 
+def test_a_file_that_calls_levels_stages_is_read(tmp_path):
+    policy().save(tmp_path / "p.json")
+    text = json.loads((tmp_path / "p.json").read_text())
+    text["stages"] = text.pop("levels")
+    (tmp_path / "p.json").write_text(json.dumps(text))
+    assert read_policy(tmp_path / "p.json").gates == policy().gates
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
