@@ -34,16 +34,15 @@ def script(shell: str) -> str:
     """The script that teaches a shell to complete `kmq-jax`.
 
     Args:
-        shell: "bash" or "zsh", which takes bash's script.
+        shell: "bash".
 
     Raises:
         UserError: the shell is another.
     """
-    if shell not in ("bash", "zsh"):
-        raise UserError(f"--completion (={shell}) must be one of bash, zsh")
+    if shell != "bash":
+        raise UserError(f"--completion (={shell}) must be bash")
     cases = [f'    {name}) flags="{" ".join(flags_of(name))}" ;;' for name in COMMANDS]
-    made = BASH.format(commands=" ".join(COMMANDS), cases="\n".join(cases))
-    return made if shell == "bash" else f"autoload -U +X bashcompinit && bashcompinit\n{made}"
+    return BASH.format(commands=" ".join(COMMANDS), cases="\n".join(cases))
 
 
 def flags_of(name: str) -> list[str]:

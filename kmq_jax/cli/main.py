@@ -40,7 +40,7 @@ def usage() -> str:
             *lines,
             "",
             "`kmq-jax COMMAND --help` shows a command's flags and an example.",
-            'Tab completion: eval "$(kmq-jax --completion=bash)", or zsh in place of bash.',
+            'Tab completion: eval "$(kmq-jax --completion=bash)" in bash.',
         ]
     )
 
