@@ -167,7 +167,7 @@ def test_snorm(run, tmp_path):
     )
     with pytest.raises(UserError, match=r"`top_n` \(=181\) must lie between 2 and the cohort's size, 180"):
         run(embeddings="e.npz", trials="trials", snorm_cohort="c.npz", top_n=181)
-    with pytest.raises(UserError, match="--top_n and --cohort_speaker_means need --snorm_cohort"):
+    with pytest.raises(UserError, match="`top_n` and `cohort_speaker_means` need a cohort"):
         run(embeddings="e.npz", trials="trials", top_n=20)
 
 
