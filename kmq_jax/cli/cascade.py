@@ -19,14 +19,10 @@ class Files(Options):
     levels: tuple[str, ...] = option(
         "embeddings of one level; once for each", (), flag="stage", metavar="BITS:EMBEDDINGS.npz"
     )
-    cascade: str | None = option(
-        "directory of a policy and its models, from `calibrate --cascade`", None, metavar="DIR"
-    )
+    cascade: str | None = option("directory of policy and models, from `calibrate --cascade`", None, metavar="DIR")
     data: str | None = option("with --cascade: DATA that the trials compare", None, metavar="DATA")
     compute: Compute = option("with --cascade: arithmetic below the last level", "float32")
-    reference: str | None = option(
-        "embeddings of the full-precision model, to count flips against", None, metavar="FILE"
-    )
+    reference: str | None = option("full-precision embeddings, to count flips against", None, metavar="FILE")
     trials: str = option("trial list, in VoxCeleb or Kaldi form, or synthetic:SPLIT", metavar="TRIALS")
     enrol_models: str | None = option(
         "the list enrols models: `model utterance [utterance ...]` a line", None, metavar="FILE"

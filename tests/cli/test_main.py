@@ -120,3 +120,9 @@ def test_python_m_runs_the_commands():
     environment = {**os.environ, "COLUMNS": "100"}
     done = subprocess.run([*PYTHON, "--version"], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.stdout.startswith("kmq-jax ") and done.returncode == 0
+
+
+def test_a_command_is_a_thin_layer():
+    for name in main.COMMANDS:
+        lines = (ROOT / "kmq_jax" / "cli" / f"{name}.py").read_text().splitlines()
+        assert len(lines) <= 80, name
