@@ -1,6 +1,6 @@
 """`python -m kmq_jax.train`, the same as `kmq-jax train`."""
 
-from kmq_jax.cli import command, train
+from kmq_jax.cli.main import run
 
 if __name__ == "__main__":
-    command.run("train", train.main)
+    run("train")

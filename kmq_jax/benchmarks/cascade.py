@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from kmq_jax.cascade import fit as fitting
+from kmq_jax.cascade.evaluate import equal_error, flip_rates
+from kmq_jax.cascade.options import BOUNDS, CalibrationOptions
 from kmq_jax.cascade.policy import CascadePolicy, fit_map, symmetric_gates
-from kmq_jax.cascade.risk import BOUNDS, pair_up
+from kmq_jax.cascade.risk import pair_up
 from kmq_jax.cascade.run import prices, run, run_grid
-from kmq_jax.cli.calibrate import equal_error, flip_rates
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import write_json
 from kmq_jax.core.progress import progress
@@ -42,7 +43,7 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def make(trials: int, utterances: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, CascadePolicy]:
-    """Random scores of three widths `[3, trials]`, reference scores, both sides' utterances, and a policy for them."""
+    """Random scores at 2, 3, 4 bits `[3, trials]`, reference scores, both sides' utterances, and a policy."""
     rng = np.random.default_rng(0)
     reference = 0.25 * rng.standard_normal(trials, np.float32)
     noise = np.array([[0.08], [0.05], [0.03]], np.float32)
@@ -54,7 +55,7 @@ def make(trials: int, utterances: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def peer(policy: CascadePolicy, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The cascade the plain way in numpy: width of each trial and decision."""
+    """The cascade the plain way in numpy: deciding bits and decision of each trial."""
     mapped = [fitted(row) for fitted, row in zip(policy.maps, scores)]
     bits, score = np.full(scores.shape[1], policy.bits[-1]), mapped[-1]
     for i in reversed(range(len(policy.gates))):
@@ -97,7 +98,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         "memory_mb": memory,
         "trials_decided_unlike_numpy": int(np.sum((bits != kept["one"].bits) | (accept != kept["one"].accept))),
     }
-    print(f"{figures['trials']:,} trials x 3 widths             first call   afterwards")
+    print(f"{figures['trials']:,} trials at 2, 3, 4 bits          first call   afterwards")
     for name, label in (("one", "one policy"), ("grid", f"{args.policies} at once"), ("numpy", "numpy, no costs")):
         print(f"{label:36}{figures['first_call_seconds'][name]:10.3f} s{figures['seconds'][name]:10.3f} s")
     print(f"peak memory {memory:.0f} MB; decided unlike numpy in double precision: ", end="")
@@ -109,30 +110,31 @@ def splits(args: argparse.Namespace) -> dict[str, Any]:
     """Calibrates on half of the speakers and evaluates on the other half, for many random halvings."""
     if not args.reference:
         raise UserError("--stage needs --reference")
-    stages = parse_levels(args.stage)
-    joined = score_levels(stages, args.reference, args.trials)
+    levels = parse_levels(args.stage)
+    joined = score_levels(levels, args.reference, args.trials)
     sides = joined.sides
     assert joined.reference is not None
     data = fitting.Calibration(
-        tuple(bits for bits, _ in stages),
+        tuple(bits for bits, _ in levels),
         joined.scores,
         joined.reference,
         joined.trials.label,
         sides.enrol_speaker,
         sides.test_speaker,
-        stages[-1][1] == args.reference,
+        levels[-1][1] == args.reference,
     )
+    options = CalibrationOptions(alpha=args.alpha, delta=args.delta, bound=args.bound, objective=args.objective)
     rows = []
     for seed in progress(range(args.splits), desc="splits", unit="split"):
         known, new = fitting.split_speakers(data, 0.5, seed)
         if args.rule == "risk":
-            policy, notes = fitting.control_risk(known, alpha=args.alpha, delta=args.delta, bound=args.bound, seed=seed)
+            policy, notes = fitting.control_risk(known, dataclasses.replace(options, seed=seed))
         else:
-            policy, _, notes = fitting.pareto(known, fitting.fit(known), args.alpha, args.delta, args.objective)
+            policy, _, notes = fitting.pareto(known, fitting.fit(known), options)
         mapped = fitting.map_scores(policy, new.scores)
-        stage = fitting.stages_of(policy, mapped)
-        score = mapped[stage, np.arange(len(new))]
-        sequential, incremental = (price[stage].mean() for price in prices(policy.bits))
+        level = fitting.levels_of(policy, mapped)
+        score = mapped[level, np.arange(len(new))]
+        sequential, incremental = (price[level].mean() for price in prices(policy.bits))
         flips = fitting.gates.harmful_flips(mapped, policy.threshold, new.reference, new.labels)
         lost = fitting.flips_of(policy, mapped, flips, last_counts=False)
         eer, reference = equal_error(score, new.labels), equal_error(new.reference, new.labels)
@@ -143,12 +145,12 @@ def splits(args: argparse.Namespace) -> dict[str, Any]:
                 "eer": eer,
                 "reference_eer": reference,
                 "eer_ratio": eer / reference,
-                "last_stage_eer": equal_error(mapped[-1], new.labels),
+                "last_level_eer": equal_error(mapped[-1], new.labels),
                 **{name: 100 * value for name, value in rates.items()},
-                "last_stage_flip_rate": 100 * float(flips[-1].mean()),
+                "last_level_flip_rate": 100 * float(flips[-1].mean()),
                 "early_flip_rate": 100 * float(lost.mean()),
                 "early_risk": 100 * float(pair_up(new.enrol_speaker, new.test_speaker, new.labels).losses(lost).mean()),
-                "first_width_share": 100 * float((stage == 0).mean()),
+                "first_level_share": 100 * float((level == 0).mean()),
                 "sequential_bits": float(sequential),
                 "incremental_bits": float(incremental),
                 "gates_found": float(notes.get("kept", 1) > 0),

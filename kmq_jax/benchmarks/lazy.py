@@ -1,6 +1,6 @@
 """A cascade from recordings beside full precision for all of them, in turns in one run: seconds and their ratio.
 
-The cascade embeds every recording at its first width and only those in doubt at the next. Where a list uses each
+The cascade embeds every recording at its first level and only those in doubt at the next. Where a list uses each
 recording in many trials, as evaluation lists do, nearly all of them are in doubt somewhere; `--uses=1` thins the list
 to trials of fresh recordings, as a service sees them. Compilation is not counted.
 """
@@ -28,7 +28,7 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--data", required=True, help="recordings: any DATA form")
     flags.add_argument("--trials", required=True, help="trial list, or synthetic:SPLIT")
     flags.add_argument("--uses", type=int, default=1, help="trials that a recording takes part in at most (1); 0: all")
-    flags.add_argument("--compute", default="bfloat16", choices=COMPUTE, help="arithmetic below the last width")
+    flags.add_argument("--compute", default="bfloat16", choices=COMPUTE, help="arithmetic below the last level")
     flags.add_argument("--repeats", type=int, default=3, help="timed rounds, each side in turn; the median counts")
     flags.add_argument("--json", type=Path, help="also write the figures to this file")
 
@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     embedded = ", ".join(f"{count:,} at {bits} bits" for bits, count in found["embedded"].items())
     print(f"{found['trials']:,} trials of {found['recordings']:,} recordings; embedded: {embedded}")
     print(
-        f"cascade (below the last width {args.compute}) {found['cascade_seconds']:.1f} s, full precision for all "
+        f"cascade (below the last level {args.compute}) {found['cascade_seconds']:.1f} s, full precision for all "
         f"{found['full_precision_seconds']:.1f} s: {found['ratio']:.3f}; harmful flips: {found['harmful_flips']}"
     )
     if args.json:

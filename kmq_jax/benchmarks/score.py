@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from kmq_jax.cli.score import write_scores
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import write_json
 from kmq_jax.data.trials import Trials, read_trials
 from kmq_jax.metrics.evaluate import evaluate
 from kmq_jax.scoring.cosine import cosine_scores
+from kmq_jax.scoring.run import write_scores
 
 _PEER_REPLICATES = 3  # of the bootstrap by `roc_curve`: its time is scaled up
 

@@ -8,14 +8,15 @@ import numpy as np
 from scipy import stats
 
 from kmq_jax.cascade import gates, risk
+from kmq_jax.cascade.options import BOUNDS, COSTS, CalibrationOptions
 from kmq_jax.cascade.policy import CascadePolicy, fit_map
 from kmq_jax.cascade.run import map_scores, prices
 from kmq_jax.core.errors import UserError
 from kmq_jax.metrics.calibration import AffineMap, fit_logistic
 from kmq_jax.metrics.detection import Array, eer
-from kmq_jax.metrics.operating import OperatingPoint, threshold_at
+from kmq_jax.metrics.operating import OperatingPoint, parse_point, threshold_at
 
-_WIDER = (8.0, 6.0, 5.0, 4.0, 3.5, 3.0, 2.75, 2.5, 2.25, 2.0, 1.85, 1.7, 1.55, 1.4, 1.3, 1.2, 1.1, 1.05)
+_FACTORS = (8.0, 6.0, 5.0, 4.0, 3.5, 3.0, 2.75, 2.5, 2.25, 2.0, 1.85, 1.7, 1.55, 1.4, 1.3, 1.2, 1.1, 1.05)
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,13 +24,13 @@ class Calibration:
     """Trials to calibrate on.
 
     Attributes:
-        bits: bits of each stage, ascending.
-        scores: `[stages, trials]` float32.
+        bits: bits of each level, ascending.
+        scores: `[levels, trials]` float32.
         reference: `[trials]` float32.
         labels: `[trials]` bool.
         enrol_speaker: `[trials]`, nonnegative integers.
         test_speaker: `[trials]`, nonnegative integers.
-        reference_stage: whether the last stage is the reference itself; its map is then left alone.
+        reference_level: whether the last level is the reference itself; its map is then left alone.
     """
 
     bits: tuple[int, ...]
@@ -38,7 +39,7 @@ class Calibration:
     labels: Array
     enrol_speaker: Array
     test_speaker: Array
-    reference_stage: bool = False
+    reference_level: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -62,71 +63,75 @@ def fit(data: Calibration, kind: str = "isotonic", point: OperatingPoint | None 
         UserError: a class of trials that map or threshold need is missing.
     """
     threshold = float(np.float32(threshold_at(data.reference, data.labels, point or OperatingPoint("eer"))))
-    stages = len(data.bits)
-    maps = [fit_map(kind, data.scores[i], data.reference, data.labels) for i in range(stages - data.reference_stage)]
-    if data.reference_stage:
+    levels = len(data.bits)
+    maps = [fit_map(kind, data.scores[i], data.reference, data.labels) for i in range(levels - data.reference_level)]
+    if data.reference_level:
         maps.append(AffineMap(1.0, 0.0))
-    policy = CascadePolicy(data.bits, tuple(maps), ((threshold, threshold),) * (stages - 1), threshold)
+    policy = CascadePolicy(data.bits, tuple(maps), ((threshold, threshold),) * (levels - 1), threshold)
     if data.labels.all() or not data.labels.any():
         return policy
     llrs = tuple(fit_logistic(row, data.labels) for row in map_scores(policy, data.scores))
     return dataclasses.replace(policy, llr_maps=llrs)
 
 
-def _front(policy: CascadePolicy, data: Calibration, cost: str, last_counts: bool = True, **how: Any) -> gates.Front:
+def front_of(
+    policy: CascadePolicy, data: Calibration, options: CalibrationOptions, objective: str, last_counts: bool = True
+) -> gates.Front:
+    """The Pareto front of gates for a policy's maps and threshold."""
     mapped = map_scores(policy, data.scores)
-    price = dict(zip(gates.COSTS, prices(policy.bits)))[cost]
-    return gates.search(mapped, data.reference, data.labels, policy.threshold, price, last_counts=last_counts, **how)
+    price = dict(zip(COSTS, prices(policy.bits)))[options.cost]
+    return gates.search(
+        mapped, data.reference, data.labels, policy.threshold, price, objective, options.symmetric, last_counts
+    )
 
 
 def pareto(
-    data: Calibration,
-    policy: CascadePolicy,
-    alpha: float = 0.001,
-    delta: float = 0.05,
-    objective: str = "flips",
-    cost: str = "sequential",
-    symmetric: bool = False,
+    data: Calibration, policy: CascadePolicy, options: CalibrationOptions
 ) -> tuple[CascadePolicy, gates.Front, dict[str, Any]]:
-    """Picks the cheapest gates that flip no more decisions than the last stage alone, or than `alpha` if that is more.
+    """Takes the cheapest gates that flip no more decisions than the last level alone, or than `alpha` if that is more.
 
-    The front was searched on the very trials that it is judged by, and its best points are partly luck. So a point is
-    taken only if its excess over the limit, plus the margin that its spread over speakers asks for, is not above zero.
+    The front was searched on the trials that it is judged by, so its best points owe part of their success to luck.
+    A point is therefore taken only if it keeps to the limit with a margin for the spread over speakers (`delta`).
+
+    With the objective "eer" the limit is the last level's EER plus `alpha`, and there is no margin.
 
     Args:
         data: the trials.
         policy: maps and threshold, by `fit`.
-        alpha: harmful flips a trial that are allowed in any case; for the objective "eer", EER above the last stage's.
-        delta: one minus the confidence of the margin; 0.5 is no margin. The objective "eer" has none.
-        objective: "flips", "balanced" or "eer", see `gates.search`.
-        cost: "sequential" or "incremental" bits.
-        symmetric: gates of equal width on both sides.
+        options: `alpha`, `delta`, `objective`, `cost` and `symmetric` count here.
 
     Returns:
-        The policy with gates, the whole front, and what was chosen why.
+        The policy with gates; the whole front; what was chosen and why.
     """
-    front = _front(policy, data, cost, objective=objective, symmetric=symmetric)
+    front = front_of(policy, data, options, options.objective)
     mapped = map_scores(policy, data.scores)
-    notes: dict[str, Any] = {"rule": "pareto", "objective": objective, "cost": cost, "delta": delta}
-    if objective == "eer":
-        most = eer(mapped[-1], data.labels)[0] + alpha
+    if options.objective == "eer":
+        most = eer(mapped[-1], data.labels)[0] + options.alpha
         chosen = gates.choose(front, most)
     else:
-        flips = gates.harmful_flips(mapped, policy.threshold, data.reference, data.labels)
-        weights = gates.class_weights(data.labels, objective) * len(data)
-        own = float(np.mean(flips[-1] * weights))
-        most = max(alpha, own)
-        margin = float(stats.norm.ppf(1 - delta))
-        chosen = len(front) - 1
-        for i in range(len(front)):
-            if front.objective[i] > most:
-                continue
-            lost = flips_of(dataclasses.replace(policy, gates=front.point(i)), mapped, flips).astype(float)
-            excess = weights * (lost - flips[-1]) if own >= alpha else weights * lost - alpha
-            if excess.mean() + margin * risk.speaker_error(excess, data.enrol_speaker, data.test_speaker) <= 1e-12:
-                chosen = i
-                break
+        chosen, most = _cheapest_with_margin(front, data, policy, mapped, options)
+    notes = {"rule": "pareto", "objective": options.objective, "cost": options.cost, "delta": options.delta}
     return dataclasses.replace(policy, gates=front.point(chosen)), front, notes | {"at_most": most, "chosen": chosen}
+
+
+def _cheapest_with_margin(
+    front: gates.Front, data: Calibration, policy: CascadePolicy, mapped: Array, options: CalibrationOptions
+) -> tuple[int, float]:
+    """The first point of the front whose flips keep to the limit with the margin, or the last point; and the limit."""
+    flips = gates.harmful_flips(mapped, policy.threshold, data.reference, data.labels)
+    weights = gates.class_weights(data.labels, options.objective) * len(data)
+    own = float(np.mean(flips[-1] * weights))
+    most = max(options.alpha, own)
+    margin = float(stats.norm.ppf(1 - options.delta))
+    for i in range(len(front)):
+        if front.objective[i] > most:
+            continue
+        lost = flips_of(dataclasses.replace(policy, gates=front.point(i)), mapped, flips).astype(float)
+        excess = weights * (lost - flips[-1]) if own >= options.alpha else weights * lost - options.alpha
+        error = risk.speaker_error(excess, data.enrol_speaker, data.test_speaker)
+        if excess.mean() + margin * error <= 1e-12:
+            return i, most
+    return len(front) - 1, most
 
 
 def split_speakers(data: Calibration, share: float, seed: int) -> tuple[Calibration, Calibration]:
@@ -144,33 +149,33 @@ def split_speakers(data: Calibration, share: float, seed: int) -> tuple[Calibrat
     return data.take(~one & ~two), data.take(one & two)
 
 
-def risk_path(policy: CascadePolicy, data: Calibration, cost: str, symmetric: bool) -> list[tuple[Any, ...]]:
-    """Gates to test, from the widest finite ones to the cheapest.
+def risk_path(policy: CascadePolicy, data: Calibration, options: CalibrationOptions) -> list[tuple[gates.Gate, ...]]:
+    """Gates to test, from the safest finite ones to the cheapest.
 
-    It is the front of flips made by stopping early against bits. Ahead of it stand its dearest gates, widened.
+    They are the front of bits against flips made by stopping early. Its dearest gates, widened, stand before it.
     """
-    front = _front(policy, data, cost, objective="flips", symmetric=symmetric, last_counts=False)
+    front = front_of(policy, data, options, "flips", last_counts=False)
     points = [front.point(i) for i in reversed(range(len(front)))]
     centre = policy.threshold
-    wider = [
+    widened = [
         tuple((centre + factor * (low - centre), centre + factor * (high - centre)) for low, high in points[0])
-        for factor in _WIDER
+        for factor in _FACTORS
     ]
-    return [*wider, *points]
+    return [*widened, *points]
 
 
-def stages_of(policy: CascadePolicy, mapped: Array) -> Array:
-    """The deciding stage of each trial `[trials]`.
+def levels_of(policy: CascadePolicy, mapped: Array) -> Array:
+    """The deciding level of each trial `[trials]`.
 
     Args:
         policy: for the gates.
-        mapped: `[stages, trials]` float32, on the reference's scale.
+        mapped: `[levels, trials]` float32, on the reference's scale.
     """
-    stage = np.full(mapped.shape[1], len(mapped) - 1)
+    level = np.full(mapped.shape[1], len(mapped) - 1)
     for i in reversed(range(len(mapped) - 1)):
         low, high = np.array(policy.gates[i], np.float32)
-        stage[(mapped[i] <= low) | (mapped[i] >= high)] = i
-    return stage
+        level[(mapped[i] <= low) | (mapped[i] >= high)] = i
+    return level
 
 
 def flips_of(policy: CascadePolicy, mapped: Array, flips: Array, last_counts: bool = True) -> Array:
@@ -178,75 +183,59 @@ def flips_of(policy: CascadePolicy, mapped: Array, flips: Array, last_counts: bo
 
     Args:
         policy: for the gates.
-        mapped: `[stages, trials]` float32, on the reference's scale.
-        flips: `[stages, trials]` bool, see `gates.harmful_flips`.
-        last_counts: whether those of the last stage count, or only those made by stopping early.
+        mapped: `[levels, trials]` float32, on the reference's scale.
+        flips: `[levels, trials]` bool, see `gates.harmful_flips`.
+        last_counts: whether those of the last level count, or only those made by stopping early.
     """
-    stage = stages_of(policy, mapped)
-    return flips[stage, np.arange(len(stage))] & (last_counts | (stage < len(mapped) - 1))
+    level = levels_of(policy, mapped)
+    return flips[level, np.arange(len(level))] & (last_counts | (level < len(mapped) - 1))
 
 
-def control_risk(
-    data: Calibration,
-    kind: str = "isotonic",
-    point: OperatingPoint | None = None,
-    alpha: float = 0.001,
-    delta: float = 0.05,
-    bound: str = "survey",
-    cost: str = "sequential",
-    symmetric: bool = False,
-    certify_share: float = 0.5,
-    seed: int = 0,
-) -> tuple[CascadePolicy, dict[str, Any]]:
-    """Finds the cheapest gates that keep a promise on harmful flips made by stopping early (see `scoring.risk`).
+def control_risk(data: Calibration, options: CalibrationOptions) -> tuple[CascadePolicy, dict[str, Any]]:
+    """Finds the cheapest gates that keep a promise on harmful flips made by stopping early (see `cascade.risk`).
+
+    Speakers are dealt into two groups. One group makes maps, threshold and a path of gates; the other tests the path.
 
     Args:
         data: the trials.
-        kind: of the maps.
-        point: what the threshold is for.
-        alpha: the risk that is allowed.
-        delta: one minus the confidence; "conformal" does not use it.
-        bound: "survey", "hoeffding-bentkus" or "conformal".
-        cost: "sequential" or "incremental" bits.
-        symmetric: gates of equal width on both sides.
-        certify_share: share of the speakers who only test the gates.
-        seed: of the deal of speakers.
+        options: all but `objective` count here; `delta` does not for the bound "conformal".
 
     Returns:
-        The policy, and what is promised.
+        The policy, and what is promised. Where no gates keep the promise, every trial climbs to the last level.
 
     Raises:
         UserError: a group of speakers has too few trials.
     """
-    design, certify = split_speakers(data, certify_share, seed)
+    design, certify = split_speakers(data, options.certify_share, options.seed)
     if not len(design):
         raise UserError("the risk rule has no trials within one of its two groups of speakers")
-    policy = fit(design, kind, point)
+    policy = fit(design, options.map, parse_point(options.operating_point))
     pairs = risk.pair_up(certify.enrol_speaker, certify.test_speaker, certify.labels)
-    path = risk_path(policy, design, cost, symmetric) if len(policy.bits) > 1 else []
+    path = risk_path(policy, design, options) if len(policy.bits) > 1 else []
     mapped = map_scores(policy, certify.scores)
     flips = gates.harmful_flips(mapped, policy.threshold, certify.reference, certify.labels)
     policies = [dataclasses.replace(policy, gates=point) for point in path]
-    steps = risk.walk((flips_of(step, mapped, flips, False) for step in policies), flips[0], pairs, alpha, delta, bound)
+    early = (flips_of(one, mapped, flips, last_counts=False) for one in policies)
+    kept = risk.walk(early, flips[0], pairs, options.alpha, options.delta, options.bound)
     never = ((-np.inf, np.inf),) * (len(policy.bits) - 1)
-    found = policies[steps - 1] if steps else dataclasses.replace(policy, gates=never)
-    lost = pairs.losses(flips_of(found, mapped, flips, False))
-    # Nobody stops early behind infinite gates: there is nothing to bound then.
-    upper = risk.bounds(lost, pairs.losses(flips[0]), pairs, delta) if steps else dict.fromkeys(risk.BOUNDS, 0.0)
+    found = policies[kept - 1] if kept else dataclasses.replace(policy, gates=never)
+    lost = pairs.losses(flips_of(found, mapped, flips, last_counts=False))
+    # Behind infinite gates no trial stops early: there is nothing to bound then.
+    upper = risk.bounds(lost, pairs.losses(flips[0]), pairs, options.delta) if kept else dict.fromkeys(BOUNDS, 0.0)
     notes = {
         "rule": "risk",
         "promise": "mean over new speakers of harmful flips made by stopping early is at most alpha",
-        "alpha": alpha,
-        "delta": None if bound == "conformal" else delta,
-        "bound": bound,
+        "alpha": options.alpha,
+        "delta": None if options.bound == "conformal" else options.delta,
+        "bound": options.bound,
         "rate": float(lost.mean()),
         "upper_bounds": upper,
         "certifying_speakers": pairs.speakers,
         "certifying_trials": pairs.trials,
         "independent_pairs": pairs.units,
-        "last_stage_flip_rate": float(pairs.losses(flips[-1]).mean()),
+        "last_level_flip_rate": float(pairs.losses(flips[-1]).mean()),
         "tested": len(path),
-        "kept": steps,
-        "cost": cost,
+        "kept": kept,
+        "cost": options.cost,
     }
     return found, notes

@@ -1,13 +1,6 @@
-"""Choice of gates: every combination of candidate gates at once, and the front of those worth having.
+"""Choice of gates: every combination of candidate gates is tried, and the Pareto front of them is kept.
 
-A trial that stops at stage b counts q_b, say whether b's decision is a harmful flip, or the bits read so far. With the
-stages climbed through written as a telescoping sum,
-
-    q = q_1 + [climbs from 1] (q_2 - q_1) + [climbs from 1 and 2] (q_3 - q_2) + ...
-
-each bracket depends on one gate a stage only, that of the side (reject or accept) on which the trial lies there. So the
-sum over all trials, for every combination of gates, is a handful of small cumulative histograms, whatever the number
-of trials. The search is exact, not sampled.
+The search is exact, not sampled, and its cost hardly depends on the number of trials (see `totals`).
 """
 
 import itertools
@@ -16,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from kmq_jax.cascade.options import OBJECTIVES
 from kmq_jax.cascade.policy import Gate
 from kmq_jax.core.errors import UserError
 from kmq_jax.metrics.detection import Array
@@ -23,8 +17,6 @@ from kmq_jax.metrics.detection import Array
 _COMBINATIONS = {"flips": 1 << 20, "balanced": 1 << 20, "eer": 1 << 16}
 _MOST_CANDIDATES = 256
 _THRESHOLDS = 64
-OBJECTIVES = tuple(_COMBINATIONS)
-COSTS = ("sequential", "incremental")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +24,7 @@ class Front:
     """Gates such that none is both cheaper and better, from cheapest to dearest.
 
     Attributes:
-        gates: `[points, gated stages, 2]`, low and high.
+        gates: `[points, gated levels, 2]`, low and high.
         objective: `[points]`, as a fraction, descending.
         bits: `[points]`, ascending.
     """
@@ -50,33 +42,41 @@ class Front:
 
 
 def harmful_flips(mapped: Array, threshold: float, reference: Array, labels: Array) -> Array:
-    """Where the reference decides right and a stage decides wrong.
+    """Where the reference decides right and a level decides wrong.
 
     Args:
-        mapped: `[stages, trials]`, on the reference's scale.
+        mapped: `[levels, trials]`, on the reference's scale.
         threshold: of all of them.
         reference: `[trials]`, the reference's scores.
         labels: `[trials]` bool.
 
     Returns:
-        `[stages, trials]` bool.
+        `[levels, trials]` bool.
+
+    >>> mapped, reference = np.array([[0.2, 0.9, 0.7], [0.6, 0.9, 0.4]]), np.array([0.8, 0.9, 0.1])
+    >>> harmful_flips(mapped, 0.5, reference, np.array([True, True, False])).tolist()
+    [[True, False, True], [False, False, False]]
     """
     return ((reference >= threshold) == labels) & ((mapped >= threshold) != labels)
 
 
 def class_weights(labels: Array, objective: str) -> Array:
-    """What a flip of each trial `[trials]` counts: the same for all, or with "balanced" half for each class."""
+    """What a flip of each trial `[trials]` counts: the same for all, or with "balanced" half for each class.
+
+    >>> class_weights(np.array([True, False, False, False, False]), "balanced").tolist()
+    [0.5, 0.125, 0.125, 0.125, 0.125]
+    """
     if objective == "balanced" and labels.any() and not labels.all():
         return np.where(labels, 0.5 / labels.sum(), 0.5 / (~labels).sum())
     return np.full(len(labels), 1 / len(labels))
 
 
 def candidates(mapped: Array, threshold: float, flips: Array, count: int, symmetric: bool = False) -> Array:
-    """Gates of one stage that are worth trying.
+    """Gates of one level that are worth trying.
 
-    Widening a gate past a trial buys something only if that trial was a flip. So the candidates lie just beyond the
-    flipped trials, thinned evenly where there are more than `count`; with few of them, others lie at quantiles of the
-    trials nearest the threshold. The first candidate stops every trial and the last none.
+    A wider gate helps only if it takes in a trial that was a flip. So the candidates lie just beyond flipped trials,
+    thinned evenly if there are more than `count`. If there are fewer, the rest lie at quantiles of the trials nearest
+    the threshold. The first candidate stops every trial, and the last stops none.
 
     Args:
         mapped: `[trials]` float32.
@@ -100,7 +100,8 @@ def candidates(mapped: Array, threshold: float, flips: Array, count: int, symmet
         found = np.concatenate([found, np.full(count - 2 - len(found), np.inf)])
         # The next float32 farther out than the trial, so that the trial lies inside the gate.
         beyond = np.nextafter((threshold + sign * found).astype(np.float32), np.float32(sign * np.inf))
-        # Whoever is on the threshold is accepted: the first low leaves that trial to the high.
+        # A score equal to the threshold is accepted. So the first low gate lies just below the threshold: it must
+        # leave that score to the accepting side.
         first = np.float32(threshold) if accept else np.nextafter(np.float32(threshold), np.float32(-np.inf))
         chosen.append(np.concatenate([[first], beyond, [sign * np.inf]]).astype(np.float32))
     return np.stack(chosen)
@@ -114,7 +115,7 @@ def _thin(values: Array, count: int) -> Array:
 
 
 def _cells(mapped: Array, threshold: float, lows: Array, highs: Array) -> tuple[Array, Array]:
-    """For each trial of one stage its side, 0 reject or 1 accept, and how many of that side's gates it stops at."""
+    """For each trial of one level its side, 0 reject or 1 accept, and how many of that side's gates it stops at."""
     accepted = mapped >= np.float32(threshold)
     stops = np.where(
         accepted, np.searchsorted(highs, mapped, side="right"), np.searchsorted(-lows, -mapped, side="right")
@@ -125,14 +126,22 @@ def _cells(mapped: Array, threshold: float, lows: Array, highs: Array) -> tuple[
 def totals(cells: list[tuple[Array, Array]], values: Array, count: int, symmetric: bool = False) -> Array:
     """Sums a quantity over all trials, for every combination of gates.
 
+    A trial that stops at level b counts q_b: whether b's decision is a harmful flip, or the bits read so far. The
+    levels climbed through make a telescoping sum,
+
+        q = q_1 + [climbs from 1] (q_2 - q_1) + [climbs from 1 and 2] (q_3 - q_2) + ...
+
+    Each bracket depends on one gate a level: that of the side (reject or accept) on which the trial lies there. So the
+    sums for all combinations are a few small cumulative histograms.
+
     Args:
-        cells: for each gated stage, sides and numbers of gates that stop the trial, each `[trials]`.
-        values: `[stages, trials]` or `[stages, 1]`: what a trial counts if it stops at that stage.
+        cells: for each gated level, sides and numbers of gates that stop the trial, each `[trials]`.
+        values: `[levels, trials]` or `[levels, 1]`: what a trial counts if it stops at that level.
         count: candidates a side.
-        symmetric: the two sides of a stage share their gate's place.
+        symmetric: the two sides of a level share their gate's place.
 
     Returns:
-        `[count] * 2 * gated` in the order low, high of each stage, float64; with `symmetric`, `[count] * gated`.
+        `[count] * 2 * gated` in the order low, high of each level, float64; with `symmetric`, `[count] * gated`.
     """
     trials = len(cells[0][0]) if cells else values.shape[1]
     values = np.broadcast_to(np.asarray(values, np.float64), (len(values), trials))
@@ -147,12 +156,12 @@ def totals(cells: list[tuple[Array, Array]], values: Array, count: int, symmetri
             index = (index * 2 + side[used]) * (count + 1) + stops[used]
         size = (2 * (count + 1)) ** depth
         table = np.bincount(index, change[used], size).reshape((2, count + 1) * depth)
-        for stage in range(depth):  # a trial climbs at every gate from the first that does not stop it
-            table = np.cumsum(table, axis=2 * stage + 1)
+        for level in range(depth):  # a trial climbs at every gate from the first that does not stop it
+            table = np.cumsum(table, axis=2 * level + 1)
         table = table[(slice(None), slice(count)) * depth]
         for sides in itertools.product((0, 1), repeat=depth):
             part = table[tuple(x for side in sides for x in (side, slice(None)))]
-            places = list(range(depth)) if symmetric else [2 * stage + side for stage, side in enumerate(sides)]
+            places = list(range(depth)) if symmetric else [2 * level + side for level, side in enumerate(sides)]
             result += np.expand_dims(part, [axis for axis in range(axes) if axis not in places])
     return result
 
@@ -170,18 +179,18 @@ def search(
     """Finds the Pareto front of gates: objective against mean bits a trial.
 
     Args:
-        mapped: `[stages, trials]` float32, each stage's scores on the reference's scale.
+        mapped: `[levels, trials]` float32, each level's scores on the reference's scale.
         reference: `[trials]`, the reference's scores.
         labels: `[trials]` bool.
         threshold: on the reference's scale.
-        prices: `[stages]`, bits of a trial that stops at each stage.
+        prices: `[levels]`, bits of a trial that stops at each level.
         objective: "flips": harmful flips against the reference a trial; "balanced": the mean of their rates among
             targets and among nontargets; "eer": the cascade's EER, found among 64 thresholds.
         symmetric: gates as the paper has them, equally wide on both sides.
-        last_counts: whether harmful flips of the last stage count; else only those that early stopping makes.
+        last_counts: whether harmful flips of the last level count; else only those that early stopping makes.
 
     Raises:
-        UserError: the objective is unknown, or there are too many stages.
+        UserError: the objective is unknown, or there are too many levels.
     """
     gated = len(mapped) - 1
     if objective not in OBJECTIVES:
@@ -191,7 +200,7 @@ def search(
     free = gated if symmetric else 2 * gated
     count = min(_MOST_CANDIDATES, int(_COMBINATIONS[objective] ** (1 / free) + 1e-9)) if gated else 1
     if gated and count < 3:
-        raise UserError(f"{gated + 1} stages are too many for a search of all gates")
+        raise UserError(f"{gated + 1} levels are too many for a search of all gates")
     tried = [candidates(mapped[i], threshold, flips[i], count, symmetric) for i in range(gated)]
     cells = [_cells(mapped[i], threshold, *tried[i]) for i in range(gated)]
 
@@ -219,14 +228,14 @@ def _grid_eer(sums: Any, mapped: Array, labels: Array, shape: tuple[int, ...]) -
     targets, nontargets = mapped[:, labels], mapped[:, ~labels]
     if not targets.size or not nontargets.size:
         raise UserError("the EER needs target and nontarget trials")
-    # The error rates of any cascade cross between the extremes of the stages' own crossings, given some room.
+    # The error rates of any cascade cross between the extremes of the levels' own crossings, given some room.
     low = min(np.quantile(row, 0.002) for row in targets)
     high = max(np.quantile(row, 0.998) for row in nontargets)
     pooled = mapped[(mapped >= min(low, high)) & (mapped <= max(low, high))]
     best = np.ones(shape)
-    for level in np.quantile(pooled, np.linspace(0, 1, _THRESHOLDS)) if pooled.size else [low]:
-        miss = sums((mapped < level) & labels) / targets.shape[1]
-        fa = sums((mapped >= level) & ~labels) / nontargets.shape[1]
+    for cut in np.quantile(pooled, np.linspace(0, 1, _THRESHOLDS)) if pooled.size else [low]:
+        miss = sums((mapped < cut) & labels) / targets.shape[1]
+        fa = sums((mapped >= cut) & ~labels) / nontargets.shape[1]
         np.minimum(best, np.maximum(miss, fa), out=best)
     return best
 

@@ -9,34 +9,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from kmq_jax.cascade.options import ENROLMENTS, MAPS
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_json, write_json
 from kmq_jax.metrics.calibration import AffineMap, IsotonicMap, fit_isotonic, fit_logistic, map_from_dict
 
 VERSION = 1
-MAPS = ("isotonic", "affine", "logistic")
-ENROLMENTS = ("each", "top")
 Gate = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
 class CascadePolicy:
-    """A cascade of bits, each with a map to the reference's scores; all but the last have a gate.
+    """A cascade of levels. Each level has its bits and a map to the reference's scores; all but the last have a gate.
 
-    A trial is scored at the first width. Where the mapped score lies inside the gate, `low < score < high`, the trial
-    is in doubt and climbs to the next width; else it stops. Whoever stops is accepted when `score >= threshold`. So a
-    gate `(threshold, threshold)` stops every trial and `(-inf, inf)` none. The paper's gate of half-width t is
-    `(threshold - t, threshold + t)`; here the two sides may differ.
+    A trial is scored at the first level. If the mapped score lies inside the gate, `low < score < high`, the trial is
+    in doubt and climbs to the next level. If not, it stops there, and is accepted if `score >= threshold`. So a gate
+    `(threshold, threshold)` stops every trial, and `(-inf, inf)` stops none. The paper's gates are symmetric:
+    `(threshold - t, threshold + t)`. Here the two sides may differ.
 
     Attributes:
-        bits: bits of each stage, ascending.
-        maps: each stage's map from its scores to the reference's.
-        gates: `(low, high)` of each stage but the last, around the threshold.
+        bits: bits of each level, ascending.
+        maps: each level's map from its scores to the reference's.
+        gates: `(low, high)` of each level but the last, around the threshold.
         threshold: on the reference's scale.
-        llr_maps: each stage's map from reference scale to natural log likelihood ratio; None where it was not fitted.
-        enrolment: "each": both sides at the stage's width; "top": the enrolled side is kept at the last stage's.
-        models: what is known of each stage's model, None or its fingerprint.
-        dims: each stage's embedding size, None where unknown.
+        llr_maps: each level's map from reference scale to natural log likelihood ratio; None where it was not fitted.
+        enrolment: "each": both sides at the level's bits; "top": the enrolled side always at the last level's.
+        models: what is known of each level's model, None or its fingerprint.
+        dims: each level's embedding size, None where unknown.
         notes: how the policy came about: for people, not used by the cascade.
     """
 
@@ -51,32 +50,32 @@ class CascadePolicy:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        stages = len(self.bits)
+        levels = len(self.bits)
         for name in ("models", "dims"):
             if not getattr(self, name):
-                object.__setattr__(self, name, (None,) * stages)
+                object.__setattr__(self, name, (None,) * levels)
         sizes = [len(self.maps), len(self.gates) + 1, len(self.models), len(self.dims)]
-        if stages < 1 or set(sizes) != {stages} or len(self.llr_maps or self.maps) != stages:
-            raise UserError(f"a policy of {stages} bits needs as many maps and one gate less")
+        if levels < 1 or set(sizes) != {levels} or len(self.llr_maps or self.maps) != levels:
+            raise UserError(f"a policy of {levels} bits needs as many maps and one gate less")
         if any(a >= b for a, b in zip(self.bits, self.bits[1:])) or self.bits[0] < 1:
             raise UserError(f"the bits of a cascade must ascend, got {self.bits}")
         if not math.isfinite(self.threshold):
             raise UserError(f"the threshold (={self.threshold}) must be finite")
-        for width, (low, high) in zip(self.bits, self.gates):
+        for bits, (low, high) in zip(self.bits, self.gates):
             if not low <= self.threshold <= high:
-                raise UserError(f"the gate ({low}, {high}) of {width} bits must hold the threshold {self.threshold}")
+                raise UserError(f"the gate ({low}, {high}) of {bits} bits must hold the threshold {self.threshold}")
         if self.enrolment not in ENROLMENTS:
             raise UserError(f"enrolment {self.enrolment!r} must be one of {', '.join(ENROLMENTS)}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the policy as JSON. An infinite side of a gate is null."""
-        stages = []
-        for i, width in enumerate(self.bits):
-            stage: dict[str, Any] = {"bits": width, "map": self.maps[i].to_dict()}
+        levels = []
+        for i, bits in enumerate(self.bits):
+            level: dict[str, Any] = {"bits": bits, "map": self.maps[i].to_dict()}
             if i < len(self.gates):
-                stage["gate"] = [side if math.isfinite(side) else None for side in self.gates[i]]
-            stage |= {"llr": self.llr_maps[i].to_dict() if self.llr_maps else None}
-            stages.append(stage | {"model": self.models[i], "dim": self.dims[i]})
+                level["gate"] = [side if math.isfinite(side) else None for side in self.gates[i]]
+            level |= {"llr": self.llr_maps[i].to_dict() if self.llr_maps else None}
+            levels.append(level | {"model": self.models[i], "dim": self.dims[i]})
         write_json(
             path,
             {
@@ -84,33 +83,33 @@ class CascadePolicy:
                 "version": VERSION,
                 "threshold": self.threshold,
                 "enrolment": self.enrolment,
-                "stages": stages,
+                "levels": levels,
                 "notes": self.notes,
             },
         )
 
-    def check(self, width: int, stage: int, dim: int, model: str | None, source: str) -> None:
+    def check(self, bits: int, level: int, dim: int, model: str | None, source: str) -> None:
         """Refuses embeddings that the policy was not made for.
 
         Args:
-            width: bits claimed for the embeddings.
-            stage: their place in the cascade.
+            bits: claimed for the embeddings.
+            level: their place in the cascade.
             dim: their dimensions.
             model: fingerprint of their model, where known.
             source: the file, for messages.
 
         Raises:
-            UserError: the width, the dimensions or the model differs from the policy's.
+            UserError: the bits, the dimensions or the model differ from the policy's.
         """
-        if width != self.bits[stage]:
-            raise UserError(f"the policy's stage {stage + 1} has {self.bits[stage]} bits, but {source} {width}")
-        if self.dims[stage] not in (None, dim):
+        if bits != self.bits[level]:
+            raise UserError(f"the policy's level {level + 1} has {self.bits[level]} bits, but {source} {bits}")
+        if self.dims[level] not in (None, dim):
             raise UserError(
-                f"--stage={width}:{source} has {dim} dimensions, but the policy was made for {self.dims[stage]}"
+                f"--stage={bits}:{source} has {dim} dimensions, but the policy was made for {self.dims[level]}"
             )
-        known = self.models[stage]
+        known = self.models[level]
         if known and model and known != model:
-            raise UserError(f"--stage={width}:{source} is of the model {model}, but the policy was made for {known}")
+            raise UserError(f"--stage={bits}:{source} is of the model {model}, but the policy was made for {known}")
 
 
 def read_policy(path: str | os.PathLike[str]) -> CascadePolicy:
@@ -125,17 +124,17 @@ def read_policy(path: str | os.PathLike[str]) -> CascadePolicy:
             raise UserError("it is no cascade policy")
         if value["version"] != VERSION:
             raise UserError(f"its version is {value['version']}, this program reads version {VERSION}")
-        stages = value["stages"]
-        llrs = tuple(_affine(stage["llr"]) for stage in stages if stage["llr"] is not None)
+        levels = value["stages" if "stages" in value else "levels"]  # what levels were once called
+        llrs = tuple(_affine(level["llr"]) for level in levels if level["llr"] is not None)
         return CascadePolicy(
-            tuple(_integer(stage["bits"]) for stage in stages),
-            tuple(map_from_dict(stage["map"]) for stage in stages),
-            tuple(_gate(stage["gate"]) for stage in stages[:-1]),
+            tuple(_integer(level["bits"]) for level in levels),
+            tuple(map_from_dict(level["map"]) for level in levels),
+            tuple(_gate(level["gate"]) for level in levels[:-1]),
             float(value["threshold"]),
             llrs or None,
             value["enrolment"],
-            tuple(None if stage["model"] is None else str(stage["model"]) for stage in stages),
-            tuple(None if stage["dim"] is None else _integer(stage["dim"]) for stage in stages),
+            tuple(None if level["model"] is None else str(level["model"]) for level in levels),
+            tuple(None if level["dim"] is None else _integer(level["dim"]) for level in levels),
             dict(value.get("notes") or {}),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -161,13 +160,17 @@ def _affine(value: Any) -> AffineMap:
     return found
 
 
-def symmetric_gates(threshold: float, half_widths: ArrayLike) -> tuple[Gate, ...]:
-    """The paper's gates: a trial climbs where it is nearer the threshold than the half-width."""
-    return tuple((threshold - t, threshold + t) for t in np.asarray(half_widths, np.float64).tolist())
+def symmetric_gates(threshold: float, distances: ArrayLike) -> tuple[Gate, ...]:
+    """The paper's gates: a trial climbs where it is nearer the threshold than a distance, `[levels - 1]`.
+
+    >>> symmetric_gates(0.5, [0.25, 0.125])
+    ((0.25, 0.75), (0.375, 0.625))
+    """
+    return tuple((threshold - t, threshold + t) for t in np.asarray(distances, np.float64).tolist())
 
 
 def fit_map(kind: str, scores: ArrayLike, reference: ArrayLike, labels: ArrayLike) -> AffineMap | IsotonicMap:
-    """Fits a nondecreasing map from a width's scores to the reference's scores of the same trials.
+    """Fits a nondecreasing map from a level's scores to the reference's scores of the same trials.
 
     Args:
         kind: "isotonic": least squares among all nondecreasing maps; "affine": among straight lines; "logistic":
@@ -179,6 +182,10 @@ def fit_map(kind: str, scores: ArrayLike, reference: ArrayLike, labels: ArrayLik
     Raises:
         UserError: the kind is unknown, or "logistic" lacks target or nontarget trials or a reference that tells them
             apart.
+
+    >>> fitted = fit_map("affine", [0.0, 1.0, 2.0], [1.0, 3.0, 5.0], [False, True, True])
+    >>> fitted.scale, fitted.offset
+    (2.0, 1.0)
     """
     x, y = np.asarray(scores, np.float64), np.asarray(reference, np.float64)
     if kind == "isotonic":

@@ -1,32 +1,15 @@
-"""A promise about harmful flips on new speakers, from calibration trials that share speakers.
+"""A bound on harmful flips that a cascade makes on new speakers, from calibration trials that share speakers.
 
-What is promised. Let the loss of a trial be 1 where stopping early makes a harmful flip: the reference decides right,
-and the stage at which the trial stopped, other than the last, decides wrong. The risk R is its mean over a new list
-made like the calibration list from new speakers: with the share p of target trials that the calibration list has,
-
-    R = p E[l_i] + (1 - p) E[m_ij],
-
-l_i the mean loss of speaker i's target trials and m_ij that of the trials between speakers i and j. Every speaker
-and every pair counts alike, however many trials it has.
-
-Why pairs. Trials are not independent, and neither are the losses of speakers, since a nontarget trial belongs to two.
-With speakers drawn independently, h(i, j) = p (l_i + l_j) / 2 + (1 - p) m_ij lies between 0 and 1, has mean R for every
-pair, and is independent over pairs that share no speaker. Its mean over all pairs is a U-statistic: the mean, over all
-ways of matching speakers off, of means of n/2 independent terms. Any bound that rests on the mean of a convex function,
-as the Hoeffding and Bentkus bounds do, holds for it with n/2 terms (Hoeffding 1963, section 5). Where only some pairs
-have trials, these are the edges of a graph; by Vizing's theorem and de Werra's equitable colourings they split into
-matchings of at least edges / (largest degree + 1) pairs, and that number takes the place of n/2.
-
-How the gates are found: learn then test, as "Pareto testing". The speakers are dealt into two groups. Maps, threshold
-and a path of gates, from stopping nobody to the cheapest, come from trials within the first group. On trials within the
-second the path is walked from its safe end for as long as the upper bound on R is at most alpha. Each step is a test at
-level delta, and the walk stops at the first that fails, so no correction for many tests is due.
+A trial is lost where stopping early makes a harmful flip: the reference decides right, and the level at which the trial
+stopped, which is not the last, decides wrong. The risk is the mean loss on a new list, made like the calibration list
+from new speakers. `walk` finds the cheapest gates whose risk is bounded. Why the bounds hold stands at the end.
 
 References:
     Angelopoulos et al., "Learn then test", 2021; "Conformal risk control", 2022. Bates et al., "Distribution-free,
     risk-controlling prediction sets", 2021. Laufer-Goldshtein et al., "Efficiently controlling multiple risks with
     Pareto testing", 2022. Korn and Graubard, "Confidence intervals for proportions with small expected number of
-    positive counts estimated from survey data", 1998.
+    positive counts estimated from survey data", 1998. Hoeffding, "Probability inequalities for sums of bounded random
+    variables", 1963.
 """
 
 from collections.abc import Iterable
@@ -36,21 +19,20 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
+from kmq_jax.cascade.options import BOUNDS
 from kmq_jax.core.errors import UserError
 from kmq_jax.metrics.detection import Array, number_speakers
-
-BOUNDS = ("survey", "hoeffding-bentkus", "conformal")
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """How trials hang together by their speakers.
+    """Which speakers the trials of a list compare.
 
     Attributes:
         speakers: how many there are.
         trials: how many there are.
-        one: `[pairs]`, the lower speaker of each pair that has trials and counts.
-        two: `[pairs]`, the higher; where all trials are targets, the pairs are speakers with themselves.
+        one: `[pairs]`, the lower speaker of each pair that has trials.
+        two: `[pairs]`, the higher one. If all trials are targets, each speaker is paired with itself.
         pair: `[trials]`, the pair of each nontarget trial, or -1.
         target: `[trials]`, the speaker of each target trial, or -1.
         share: share of target trials.
@@ -124,7 +106,16 @@ def pair_up(enrol_speaker: ArrayLike, test_speaker: ArrayLike, labels: ArrayLike
 
 
 def hoeffding_bentkus(rate: float, units: int, delta: float) -> float:
-    """Upper bound on the mean of terms in [0, 1], from the mean `rate` of `units` independent ones."""
+    """Upper bound on the mean of terms in [0, 1], by Hoeffding and Bentkus (Bates et al. 2021).
+
+    Args:
+        rate: the mean that was seen.
+        units: how many independent terms it is the mean of.
+        delta: one minus the confidence.
+
+    >>> round(hoeffding_bentkus(0.0, 100, 0.05), 4)
+    0.0295
+    """
     if rate >= 1:
         return 1.0
 
@@ -142,24 +133,33 @@ def hoeffding_bentkus(rate: float, units: int, delta: float) -> float:
 
 
 def conformal(rate: float, degree: float) -> float:
-    """Bound on the *expected* risk of the gates chosen by it, over calibration sets and a new pair of speakers.
+    """Bound on the *expected* risk of the gates that are chosen by it. There is no confidence level.
 
-    Conformal risk control for pairs: of all pairs among the calibration speakers and two new ones, those with a new
-    speaker are at most `2 * degree` as many as the old, and each may lose 1. No confidence level enters.
+    The expectation is over calibration sets and a new pair of speakers (conformal risk control, for pairs).
+
+    Args:
+        rate: the mean loss of calibration pairs.
+        degree: see `Pairs`.
+
+    >>> round(conformal(0.01, 0.02), 4)
+    0.0481
     """
+    # Add two new speakers to the calibration speakers. Pairs with a new one are at most `2 * degree` times as many as
+    # the old pairs, and each may lose 1.
     return (rate + 2 * degree) / (1 + 2 * degree)
 
 
 def survey(losses: Array, worst: Array, pairs: Pairs, delta: float) -> float:
-    """Korn and Graubard's upper bound: Clopper and Pearson's with the number of trials deflated by the design.
+    """Approximate upper bound on the mean of losses, by Korn and Graubard: Clopper and Pearson's for fewer trials.
 
-    The variance is that of the jackknife over speakers. Where flips are few it cannot be told, so the design effect is
-    at least that of `worst`, the losses with the most flips. Approximate: it trusts that speakers unlike any seen are
-    rare. The other two bounds do not, and are the price of that.
+    The number of trials is divided by the design effect: how much more the mean varies over speakers (by the jackknife)
+    than it would over independent trials. Few flips do not show this, so the effect is at least that of `worst`.
+
+    The bound trusts that speakers unlike any seen are rare. The other two bounds do not, and are wider.
 
     Args:
         losses: `[pairs]`.
-        worst: `[pairs]`, of gates that flip much.
+        worst: `[pairs]`, losses of gates that flip much.
         pairs: the design.
         delta: one minus the confidence.
     """
@@ -206,7 +206,7 @@ def bounds(losses: Array, worst: Array, pairs: Pairs, delta: float) -> dict[str,
 
 
 def walk(path: Iterable[Array], worst: Array, pairs: Pairs, alpha: float, delta: float, bound: str) -> int:
-    """How many steps of a path keep the promise.
+    """How many steps of a path of gates keep their risk at `alpha` or below.
 
     Args:
         path: losses of trials `[trials]` bool, from the safest gates to the cheapest.
@@ -230,3 +230,28 @@ def walk(path: Iterable[Array], worst: Array, pairs: Pairs, alpha: float, delta:
             break
         steps += 1
     return steps
+
+
+# Why the bounds hold.
+#
+# The risk. With the share p of target trials that the calibration list has,
+#
+#     R = p E[l_i] + (1 - p) E[m_ij],
+#
+# l_i the mean loss of speaker i's target trials, m_ij that of the trials between speakers i and j. Every speaker and
+# every pair counts alike, however many trials it has.
+#
+# Why pairs. Trials are not independent. Neither are the losses of speakers, since a nontarget trial belongs to two.
+# Draw speakers independently. Then h(i, j) = p (l_i + l_j) / 2 + (1 - p) m_ij lies between 0 and 1, has mean R for
+# every pair, and is independent over pairs that share no speaker. Its mean over all pairs is a U-statistic: the mean,
+# over all ways of matching speakers off, of means of n/2 independent terms. Any bound that rests on the mean of a
+# convex function, as the Hoeffding and Bentkus bounds do, holds for it with n/2 terms (Hoeffding 1963, section 5).
+#
+# How many independent terms. Where only some pairs have trials, these are the edges of a graph. By Vizing's theorem and
+# de Werra's equitable colourings they split into matchings of at least edges / (largest degree + 1) pairs. That number
+# takes the place of n/2 (`Pairs.units`).
+#
+# Why no correction for many tests. Speakers are dealt into two groups. Maps, threshold and a path of gates, from
+# stopping no trial to the cheapest, come from trials within the first. On trials within the second the path is walked
+# from its safe end, for as long as the upper bound on R is at most alpha. Each step is a test at level delta, and the
+# walk stops at the first that fails: learn then test, on a fixed sequence.

@@ -17,7 +17,7 @@ from kmq_jax.cascade.policy import CascadePolicy
 from kmq_jax.core.errors import UserError
 from kmq_jax.metrics.calibration import AffineMap, IsotonicMap
 
-_FLOATING = 16  # a width from here on is floating point, not a codebook
+_FLOATING = 16  # bits from here on are floating point, not a codebook
 _GRID = 8  # policies of a grid that run at a time
 
 
@@ -31,16 +31,16 @@ class Tables:
     """A policy as arrays.
 
     Attributes:
-        x: `[stages, knots]`, ascending, filled up with infinity.
-        y: `[stages, knots]`, filled up with the last value.
-        scale: `[stages]`; of an affine map, and NaN for an isotonic one.
-        offset: `[stages]`.
-        low: `[stages]`; in the last stage `low` and `high` are the threshold, so that every trial stops there.
-        high: `[stages]`.
+        x: `[levels, knots]`, ascending, filled up with infinity.
+        y: `[levels, knots]`, filled up with the last value.
+        scale: `[levels]`; of an affine map, and NaN for an isotonic one.
+        offset: `[levels]`.
+        low: `[levels]`; in the last level `low` and `high` are the threshold, so that every trial stops there.
+        high: `[levels]`.
         threshold: scalar.
-        bits: `[stages]`.
-        sequential: `[stages]`, bits read by whoever stops there when each width is a model run anew.
-        incremental: `[stages]`, the same with nested codebooks.
+        bits: `[levels]`.
+        sequential: `[levels]`, bits read by a trial that stops there, if each level runs its own model.
+        incremental: `[levels]`, the same with nested codebooks.
     """
 
     x: Any
@@ -56,18 +56,22 @@ class Tables:
 
 
 def prices(bits: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Bits read by a trial that climbs to each stage: sequential (`2, 2+3, 2+3+4`) and incremental (`2, 3, 4`).
+    """Bits read by a trial that climbs to each level: sequential (`2, 2+3, 2+3+4`) and incremental (`2, 3, 4`).
 
-    Codebooks nest, so the next width reads only the bits it has more. Floating point (16 bits or more) is no codebook
-    and is read whole after what was read before.
+    Codebooks nest, so the next level reads only the bits that it adds. Floating point (16 bits or more) is no codebook:
+    it is read whole.
 
     Returns:
-        Two arrays `[stages]` float32.
+        Two arrays `[levels]` float32.
+
+    >>> sequential, incremental = prices((2, 3, 4, 32))
+    >>> sequential.tolist(), incremental.tolist()
+    ([2.0, 5.0, 9.0, 41.0], [2.0, 3.0, 4.0, 36.0])
     """
     incremental: list[int] = []
-    for width in bits:
-        before = incremental[-1] if incremental and width >= _FLOATING else 0
-        incremental.append(width + before)
+    for own in bits:
+        before = incremental[-1] if incremental and own >= _FLOATING else 0
+        incremental.append(own + before)
     return np.cumsum(bits).astype(np.float32), np.array(incremental, np.float32)
 
 
@@ -89,9 +93,9 @@ def tables(policies: Sequence[CascadePolicy]) -> Tables:
 
 
 def _map_tables(policy: CascadePolicy, knots: int) -> tuple[np.ndarray, ...]:
-    stages = len(policy.bits)
-    x, y = np.full((stages, knots), np.inf, np.float32), np.zeros((stages, knots), np.float32)
-    scale, offset = np.full(stages, np.nan, np.float32), np.zeros(stages, np.float32)
+    levels = len(policy.bits)
+    x, y = np.full((levels, knots), np.inf, np.float32), np.zeros((levels, knots), np.float32)
+    scale, offset = np.full(levels, np.nan, np.float32), np.zeros(levels, np.float32)
     for i, fitted in enumerate(policy.maps):
         if isinstance(fitted, AffineMap):
             scale[i], offset[i] = fitted.scale, fitted.offset
@@ -102,7 +106,7 @@ def _map_tables(policy: CascadePolicy, knots: int) -> tuple[np.ndarray, ...]:
 
 
 def _map(scores: jax.Array, x: jax.Array, y: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
-    """One stage's map of scores `[trials]`."""
+    """One level's map of scores `[trials]`."""
     right = jnp.clip(jnp.searchsorted(x, scores, side="right"), 1, max(x.shape[0] - 1, 1)).astype(jnp.int32)
     last = min(1, x.shape[0] - 1)
     left = right - 1
@@ -118,34 +122,34 @@ def _map_all(table: Tables, scores: jax.Array) -> jax.Array:
 
 
 def _choose(table: Tables, mapped: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The deciding stage of each trial, and its score there."""
-    stages = mapped.shape[0]
-    stage = jnp.full(mapped.shape[1:], stages - 1, jnp.int8)
+    """The deciding level of each trial, and its score there."""
+    levels = mapped.shape[0]
+    level = jnp.full(mapped.shape[1:], levels - 1, jnp.int8)
     score = mapped[-1]
-    for i in reversed(range(stages - 1)):
+    for i in reversed(range(levels - 1)):
         stops = (mapped[i] <= table.low[i]) | (mapped[i] >= table.high[i])
-        stage, score = jnp.where(stops, jnp.int8(i), stage), jnp.where(stops, mapped[i], score)
-    return stage, score
+        level, score = jnp.where(stops, jnp.int8(i), level), jnp.where(stops, mapped[i], score)
+    return level, score
 
 
-def _reach(stage: jax.Array, rows: jax.Array, size: int) -> jax.Array:
-    """The highest stage any trial took each row of a table `[size]` to; -1 for rows that no trial uses."""
-    return jnp.full(size, -1, jnp.int8).at[rows].max(stage)
+def _reach(level: jax.Array, rows: jax.Array, size: int) -> jax.Array:
+    """The highest level any trial took each row of a table `[size]` to; -1 for rows that no trial uses."""
+    return jnp.full(size, -1, jnp.int8).at[rows].max(level)
 
 
-def _costs(table: Tables, stage: jax.Array, enrol: jax.Array, test: jax.Array, sizes: tuple[int, int, bool]) -> Any:
+def _costs(table: Tables, level: jax.Array, enrol: jax.Array, test: jax.Array, sizes: tuple[int, int, bool]) -> Any:
     enrol_size, test_size, top = sizes
-    stages = table.bits.shape[0]
-    resolved = jnp.stack([jnp.mean(stage == i, dtype=jnp.float32) for i in range(stages)])
-    reach = _reach(stage, test, test_size)
+    levels = table.bits.shape[0]
+    resolved = jnp.stack([jnp.mean(level == i, dtype=jnp.float32) for i in range(levels)])
+    reach = _reach(level, test, test_size)
     if enrol_size == 0:  # both sides are rows of one table: an utterance on both sides is embedded once
-        if top:  # it is kept at the top width if it is enrolled, and climbs if it is tested
-            enrolled = _reach(jnp.full_like(stage, 0), enrol, test_size)
+        if top:  # it is kept at the top level if it is enrolled, and climbs if it is tested
+            enrolled = _reach(jnp.full_like(level, 0), enrol, test_size)
         else:
-            reach = jnp.maximum(reach, _reach(stage, enrol, test_size))
+            reach = jnp.maximum(reach, _reach(level, enrol, test_size))
             enrolled = jnp.full(1, -1, jnp.int8)
     else:
-        enrolled = _reach(jnp.full_like(stage, 0) if top else stage, enrol, enrol_size)
+        enrolled = _reach(jnp.full_like(level, 0) if top else level, enrol, enrol_size)
 
     def mean_cost(price: jax.Array, enrol_price: jax.Array) -> jax.Array:
         parts = ((reach, price), (enrolled, enrol_price))
@@ -164,8 +168,8 @@ def _costs(table: Tables, stage: jax.Array, enrol: jax.Array, test: jax.Array, s
 
 @partial(jax.jit, static_argnames=("sizes",))
 def _run(table: Tables, scores: Any, enrol: Any, test: Any, sizes: tuple[int, int, bool]) -> Any:
-    stage, score = _choose(table, _map_all(table, scores))
-    return stage, score, score >= table.threshold, _costs(table, stage, enrol, test, sizes)
+    level, score = _choose(table, _map_all(table, scores))
+    return level, score, score >= table.threshold, _costs(table, level, enrol, test, sizes)
 
 
 @partial(jax.jit, static_argnames=("sizes", "shared_maps"))
@@ -175,11 +179,11 @@ def _run_grid(
     mapped = _map_all(jax.tree.map(lambda leaf: leaf[0], grid), scores) if shared_maps else None
 
     def one(table: Tables) -> Any:
-        stage, score = _choose(table, _map_all(table, scores) if mapped is None else mapped)
+        level, score = _choose(table, _map_all(table, scores) if mapped is None else mapped)
         accept = score >= table.threshold
         # `right` is +1 for a target trial that the reference accepts, -1 for a nontarget that it rejects, else 0.
         harmful = ((right > 0) & ~accept) | ((right < 0) & accept)
-        return _costs(table, stage, enrol, test, sizes) | {"harmful_flip_rate": jnp.mean(harmful, dtype=jnp.float32)}
+        return _costs(table, level, enrol, test, sizes) | {"harmful_flip_rate": jnp.mean(harmful, dtype=jnp.float32)}
 
     # A handful at a time keeps memory bounded however many policies there are.
     return jax.lax.map(one, grid, batch_size=_GRID)
@@ -192,18 +196,18 @@ class Outcome:
     Attributes:
         score: `[trials]` float32, on the reference's scale.
         accept: `[trials]` bool.
-        stage: `[trials]` int8, the place in `bits` of the one that decided.
-        bits: `[trials]` int16, that width.
-        resolved: share of the trials each width decided, by width.
-        sequential_bits: mean bits a trial when each width is a model run anew (the paper's): 2, 2+3, 2+3+4.
+        level: `[trials]` int8, the place in `bits` of the one that decided.
+        bits: `[trials]` int16, of that level.
+        resolved: share of the trials that each level decided, by its bits.
+        sequential_bits: mean bits a trial if each level runs its own model (the paper's): 2, 2+3, 2+3+4.
         incremental_bits: the same with nested codebooks, where climbing from 2 to 3 bits reads one bit more: 2, 3, 4.
-        utterance_bits: mean sequential bits an utterance, each embedded once at every width that some trial needs.
+        utterance_bits: mean sequential bits an utterance, each embedded once at every level that some trial needs.
         utterance_incremental_bits: the same with nested codebooks.
     """
 
     score: np.ndarray
     accept: np.ndarray
-    stage: np.ndarray
+    level: np.ndarray
     bits: np.ndarray
     resolved: dict[int, float]
     sequential_bits: float
@@ -214,7 +218,7 @@ class Outcome:
     def costs(self) -> dict[str, Any]:
         """`resolved` (keys are strings) and the four costs."""
         names = ("sequential_bits", "incremental_bits", "utterance_bits", "utterance_incremental_bits")
-        resolved = {str(width): share for width, share in self.resolved.items()}
+        resolved = {str(bits): share for bits, share in self.resolved.items()}
         return {"resolved": resolved} | {name: getattr(self, name) for name in names}
 
 
@@ -246,7 +250,7 @@ def run(policy: CascadePolicy, scores: ArrayLike, enrol: ArrayLike, test: ArrayL
 
     Args:
         policy: maps, gates and threshold.
-        scores: `[stages, trials]`, each width's own scores; only those a trial climbs to matter.
+        scores: `[levels, trials]`, each level's own scores; only those a trial climbs to matter.
         enrol: `[trials]`, number of the enrolment utterance or model, for the costs by utterance.
         test: `[trials]`, number of the test utterance.
         one_table: both sides number the same utterances, so one on both sides counts once.
@@ -257,12 +261,12 @@ def run(policy: CascadePolicy, scores: ArrayLike, enrol: ArrayLike, test: ArrayL
     values, enrol_rows, test_rows = _checked(policy, scores, enrol, test)
     sizes = _sizes(policy, enrol_rows, test_rows, one_table)
     table = jax.tree.map(lambda leaf: leaf[0], tables([policy]))
-    stage, score, accept, costs = jax.device_get(_run(table, values, enrol_rows, test_rows, sizes))
+    level, score, accept, costs = jax.device_get(_run(table, values, enrol_rows, test_rows, sizes))
     return Outcome(
         score,
         accept,
-        stage,
-        np.array(policy.bits, np.int16)[stage],
+        level,
+        np.array(policy.bits, np.int16)[level],
         dict(zip(policy.bits, costs.pop("resolved").tolist())),
         **{name: float(value) for name, value in costs.items()},
     )
@@ -281,7 +285,7 @@ def run_grid(
 
     Args:
         policies: they share bits and enrolment; where they share maps too, scores are mapped once.
-        scores: `[stages, trials]`.
+        scores: `[levels, trials]`.
         enrol: as in `run`.
         test: as in `run`.
         reference_accept: `[trials]` bool, the reference's decisions.
@@ -289,7 +293,7 @@ def run_grid(
         one_table: as in `run`.
 
     Returns:
-        `resolved` `[policies, stages]`, the costs of `Outcome` and `harmful_flip_rate`, each `[policies]`.
+        `resolved` `[policies, levels]`, the costs of `Outcome` and `harmful_flip_rate`, each `[policies]`.
     """
     if not policies or len({(p.bits, p.enrolment) for p in policies}) > 1:
         raise UserError("a grid needs one or more policies of the same bits and enrolment")
@@ -305,7 +309,7 @@ def run_grid(
 
 
 def map_scores(policy: CascadePolicy, scores: ArrayLike) -> np.ndarray:
-    """Each stage's scores `[stages, trials]` on the reference's scale, float32, exactly as `run` compares them."""
+    """Each level's scores `[levels, trials]` on the reference's scale, float32, exactly as `run` compares them."""
     table = jax.tree.map(lambda leaf: leaf[0], tables([policy]))
     values = np.asarray(scores, np.float32)
     trials = values.shape[1]

@@ -1,6 +1,6 @@
-"""A cascade with its models: recordings in, decisions out, each width loaded when a trial first needs it.
+"""A cascade with its models: recordings in, decisions out. A model is loaded when a trial first needs it.
 
-A cascade's directory holds `policy.json`, `cascade.json` (which file serves which width) and the models.
+A cascade's directory holds `policy.json`, `cascade.json` (which file serves which bits) and the models.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Verification:
         decision: whether it takes them for one speaker.
         score: on the full-precision model's scale; accepted from the policy's threshold on.
         llr: natural log likelihood ratio of one speaker against two; None where the policy has none.
-        bits: the width that decided.
+        bits: of the level that decided.
         seconds: spent on embedding, loading of models not counted; the first recording of a length compiles.
     """
 
@@ -55,15 +55,24 @@ class Verification:
     bits: int
     seconds: float
 
+    def describe(self, threshold: float) -> str:
+        """The verdict in one line."""
+        sides = f"{'at least' if self.decision else 'below'} the threshold {threshold:.4f}"
+        ratio = "" if self.llr is None else f", log likelihood ratio {self.llr:+.2f}"
+        return (
+            f"{'same speaker' if self.decision else 'different speakers'}: score {self.score:.4f} is {sides}{ratio}; "
+            f"decided at {self.bits} bits in {self.seconds:.2f} s"
+        )
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyRun:
-    """What a cascade did with a trial list when every width embedded only the recordings that needed it.
+    """What a cascade did with a trial list when every level embedded only the recordings that needed it.
 
     Attributes:
-        scores: `[stages, trials]` float32, each width's own; zero where a trial had been decided before.
-        embedded: how many recordings each width embedded.
-        seconds: each width's share of the time.
+        scores: `[levels, trials]` float32, each level's own; zero where a trial had been decided before.
+        embedded: how many recordings each level embedded, by its bits.
+        seconds: each level's share of the time, by its bits.
     """
 
     scores: np.ndarray
@@ -79,28 +88,28 @@ class Cascade:
 
         Args:
             policy: maps, gates and threshold.
-            files: the MODEL of each width; bits of one nested model share it.
-            compute: arithmetic of the bits below the last, "float32" or "bfloat16".
+            files: the MODEL of each level, by its bits; levels of one nested model share it.
+            compute: arithmetic of the levels below the last, "float32" or "bfloat16".
         """
         self.policy, self.files, self.compute = policy, dict(files), compute
         self._whole: Callable[[Path], SpeakerModel] = functools.cache(load_model)
         self._models: dict[int, SpeakerModel] = {}
 
-    def model_at(self, stage: int) -> SpeakerModel:
-        """The model of a stage.
+    def model_at(self, level: int) -> SpeakerModel:
+        """The model of a level.
 
         Raises:
             UserError: it cannot be read, or is not the one that the policy was made for.
         """
-        if stage not in self._models:
-            bits = self.policy.bits[stage]
+        if level not in self._models:
+            bits = self.policy.bits[level]
             whole = self._whole(self.files[bits])
-            self._models[stage] = _read_at(whole, bits, self.policy.models[stage], str(self.files[bits]))
-        return self._models[stage]
+            self._models[level] = _read_at(whole, bits, self.policy.models[level], str(self.files[bits]))
+        return self._models[level]
 
-    def compute_of(self, stage: int) -> str:
-        """The arithmetic of a stage: the last one's is exact."""
-        return self.compute if stage < len(self.policy.bits) - 1 else "float32"
+    def compute_of(self, level: int) -> str:
+        """The arithmetic of a level: the last one's is exact."""
+        return self.compute if level < len(self.policy.bits) - 1 else "float32"
 
     def verify(self, enrol: Recording, test: Recording) -> Verification:
         """Decides whether two recordings are of one speaker.
@@ -112,68 +121,50 @@ class Cascade:
         Raises:
             UserError: a recording cannot be read, is too short or silent.
         """
-        waves = [_wave(recording) for recording in (enrol, test)]
-        top, policy = len(self.policy.bits) - 1, self.policy
-        seconds, embeddings = 0.0, {}
-
-        def embed(stage: int, sides: tuple[int, ...]) -> None:
-            nonlocal seconds
-            network, needed = self.model_at(stage), [side for side in sides if (stage, side) not in embeddings]
-            start = time.perf_counter()
-            if needed:
-                made = embed_waves(network, [waves[side] for side in needed], self.compute_of(stage))
-                embeddings.update({(stage, side): row for side, row in zip(needed, made)})
-            seconds += time.perf_counter() - start
-
-        for stage in range(top + 1):
-            if policy.enrolment == "top":
-                embed(top, (0,))
-                embed(stage, (1,))
-            else:
-                embed(stage, (0, 1))
-            rows = [embeddings[top if policy.enrolment == "top" else stage, 0], embeddings[stage, 1]]
-            own = np.zeros((top + 1, 1), np.float32)
-            own[stage] = cosine_scores(np.stack(rows), np.stack(rows), np.array([0]), np.array([1]))
-            score = float(map_scores(policy, own)[stage, 0])
-            if stage == top or not _climbs(policy, stage, score):
+        pair, policy = _Pair(self, enrol, test), self.policy
+        top = len(policy.bits) - 1
+        for level in range(top + 1):
+            score = pair.score(level)
+            if level == top or not _climbs(policy, level, score):
                 break
-        fitted = policy.llr_maps[stage] if policy.llr_maps else None
+        fitted = policy.llr_maps[level] if policy.llr_maps else None
         llr = fitted.scale * score + fitted.offset if fitted else None
-        return Verification(bool(score >= np.float32(policy.threshold)), score, llr, policy.bits[stage], seconds)
+        accepted = bool(score >= np.float32(policy.threshold))
+        return Verification(accepted, score, llr, policy.bits[level], pair.seconds)
 
     def score(self, utterances: source.Utterances, trials: Trials) -> LazyRun:
-        """Scores a trial list; each width embeds only the recordings of trials that are still in doubt.
+        """Scores a trial list; each level embeds only the recordings of trials that are still in doubt.
 
         Raises:
             UserError: a recording cannot be read.
         """
         policy, top = self.policy, len(self.policy.bits) - 1
         scores = np.zeros((top + 1, len(trials)), np.float32)
-        tables = {stage: np.ones((len(utterances), 1), np.float32) for stage in range(top + 1)}
-        done = {stage: np.zeros(len(utterances), bool) for stage in range(top + 1)}
+        tables = {level: np.ones((len(utterances), 1), np.float32) for level in range(top + 1)}
+        done = {level: np.zeros(len(utterances), bool) for level in range(top + 1)}
         seconds = dict.fromkeys(policy.bits, 0.0)
 
-        def embed(stage: int, rows: np.ndarray) -> np.ndarray:
-            missing = np.flatnonzero(np.bincount(rows, minlength=len(utterances)).astype(bool) & ~done[stage])
+        def embed(level: int, rows: np.ndarray) -> np.ndarray:
+            missing = np.flatnonzero(np.bincount(rows, minlength=len(utterances)).astype(bool) & ~done[level])
             if missing.size:
-                made = embed_all(self.model_at(stage), utterances.select(missing), self.compute_of(stage))
-                if tables[stage].shape[1] != made.shape[1]:
-                    tables[stage] = np.ones((len(utterances), made.shape[1]), np.float32)
-                tables[stage][missing], done[stage][missing] = made, True
-            return tables[stage]
+                made = embed_all(self.model_at(level), utterances.select(missing), self.compute_of(level))
+                if tables[level].shape[1] != made.shape[1]:
+                    tables[level] = np.ones((len(utterances), made.shape[1]), np.float32)
+                tables[level][missing], done[level][missing] = made, True
+            return tables[level]
 
         doubt = np.arange(len(trials))
-        for stage, bits in enumerate(policy.bits):
+        for level, bits in enumerate(policy.bits):
             start = time.perf_counter()
             enrol, test = trials.enrol[doubt], trials.test[doubt]
             if policy.enrolment == "top":
-                enrolled, tested = embed(top, enrol), embed(stage, test)
+                enrolled, tested = embed(top, enrol), embed(level, test)
             else:
-                enrolled = tested = embed(stage, np.concatenate([enrol, test]))
+                enrolled = tested = embed(level, np.concatenate([enrol, test]))
             if doubt.size:
-                scores[stage, doubt] = cosine_scores(enrolled, tested, enrol, test)
-            if stage < top:
-                doubt = doubt[_climbs(policy, stage, map_scores(policy, scores)[stage, doubt])]
+                scores[level, doubt] = cosine_scores(enrolled, tested, enrol, test)
+            if level < top:
+                doubt = doubt[_climbs(policy, level, map_scores(policy, scores)[level, doubt])]
             seconds[bits] = time.perf_counter() - start
         return LazyRun(scores, {bits: int(done[i].sum()) for i, bits in enumerate(policy.bits)}, seconds)
 
@@ -184,14 +175,54 @@ class Cascade:
             frames: length of the recording that `macs` counts for.
 
         Returns:
-            `resident_bytes`: of all models as packed, each file once; `macs`: of each width's network, by width.
+            `resident_bytes`: of all models as packed, each file once; `macs`: of each level's network, by its bits.
         """
         held = {file: quant.size_bytes(self._whole(file).variables).total for file in self.files.values()}
-        macs = [registry.macs(self.model_at(stage).network(), frames) for stage in range(len(self.policy.bits))]
+        macs = [registry.macs(self.model_at(level).network(), frames) for level in range(len(self.policy.bits))]
         return {
             "resident_bytes": sum(held.values()),
             "macs": {str(bits): count for bits, count in zip(self.policy.bits, macs)},
         }
+
+
+class _Pair:
+    """Two recordings that a cascade compares: each is embedded at a level when that is first needed.
+
+    Attributes:
+        seconds: spent on embedding so far.
+    """
+
+    def __init__(self, cascade: Cascade, enrol: Recording, test: Recording):
+        """Reads the recordings."""
+        self.cascade, self.seconds = cascade, 0.0
+        self._waves = [_wave(recording) for recording in (enrol, test)]
+        self._embeddings: dict[tuple[int, int], np.ndarray] = {}  # by level and side
+
+    def score(self, level: int) -> float:
+        """Their score at a level, on the reference's scale."""
+        policy = self.cascade.policy
+        top = len(policy.bits) - 1
+        enrolled = top if policy.enrolment == "top" else level
+        if policy.enrolment == "top":
+            self._embed(enrolled, (0,))
+            self._embed(level, (1,))
+        else:
+            self._embed(level, (0, 1))
+        rows = np.stack([self._embeddings[enrolled, 0], self._embeddings[level, 1]])
+        own = np.zeros((top + 1, 1), np.float32)
+        own[level] = cosine_scores(rows, rows, np.array([0]), np.array([1]))
+        return float(map_scores(policy, own)[level, 0])
+
+    def _embed(self, level: int, sides: tuple[int, ...]) -> None:
+        network, needed = (
+            self.cascade.model_at(level),
+            [side for side in sides if (level, side) not in self._embeddings],
+        )
+        start = time.perf_counter()  # after loading
+        if needed:
+            made = embed_waves(network, [self._waves[side] for side in needed], self.cascade.compute_of(level))
+            self._embeddings.update({(level, side): row for side, row in zip(needed, made)})
+        self.seconds += time.perf_counter() - start
 
 
 def load_cascade(directory: str | os.PathLike[str], compute: str = "float32") -> Cascade:
@@ -199,7 +230,7 @@ def load_cascade(directory: str | os.PathLike[str], compute: str = "float32") ->
 
     Args:
         directory: the cascade.
-        compute: arithmetic of the bits below the last, "float32" or "bfloat16".
+        compute: arithmetic of the levels below the last, "float32" or "bfloat16".
 
     Raises:
         UserError: it is no cascade, or one of its files is missing or damaged.
@@ -224,20 +255,20 @@ def save_cascade(directory: str | os.PathLike[str], policy: CascadePolicy, model
     Args:
         directory: made where it is missing.
         policy: maps, gates and threshold.
-        models: the MODEL of each width.
+        models: the MODEL of each level, by its bits.
 
     Raises:
-        UserError: a width has no model, or one that the policy was not made for.
+        UserError: a level has no model, or one that the policy was not made for.
     """
     directory = Path(directory)
     if set(models) != set(policy.bits):
         raise UserError(f"a cascade of {policy.bits} bits needs a model for each, got {tuple(sorted(models))}")
     directory.mkdir(parents=True, exist_ok=True)
     written: dict[str, str] = {}
-    for stage, bits in enumerate(policy.bits):
+    for level, bits in enumerate(policy.bits):
         place = str(Path(models[bits]).resolve())
         whole = load_model(place)
-        _read_at(whole, bits, policy.models[stage], models[bits])
+        _read_at(whole, bits, policy.models[level], models[bits])
         if place not in written:
             written[place] = f"{bits}.kmq"
             save_model(directory / written[place], whole)
@@ -247,18 +278,18 @@ def save_cascade(directory: str | os.PathLike[str], policy: CascadePolicy, model
 
 
 def _read_at(whole: SpeakerModel, bits: int, known: str | None, place: str) -> SpeakerModel:
-    """The model read at a stage's width; refuses one whose fingerprint is not the `known` one."""
+    """The model read at a level's bits; refuses one whose fingerprint is not the `known` one."""
     leaves = jax.tree.leaves(whole.variables, quant.is_codebook_tensor)
     nested = any(quant.is_codebook_tensor(leaf) and leaf.coarse for leaf in leaves)
     found = at_bits(whole, bits) if nested else whole
-    # Embeddings may have been extracted without naming the widest width.
+    # Embeddings may have been extracted at the most bits, without --bits.
     if known and known not in (fingerprint(found), fingerprint(whole)):
         raise UserError(f"{place} is not the model that the policy was made for at {bits} bits")
     return found
 
 
-def _climbs(policy: CascadePolicy, stage: int, score: Any) -> Any:
-    low, high = np.asarray(policy.gates[stage], np.float32)
+def _climbs(policy: CascadePolicy, level: int, score: Any) -> Any:
+    low, high = np.asarray(policy.gates[level], np.float32)
     return (low < score) & (score < high)
 
 

@@ -1,12 +1,45 @@
-"""What every command does alike: one-line errors with status 2, and `--help` with an example."""
+"""What every command does alike: flags from options, errors of one line with status 2, `--help` with an example."""
 
 import argparse
 import difflib
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from kmq_jax.cli.flags import RENAMED, add_flags, name_flags
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.options import Options
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command's flags and what its `--help` says.
+
+    Attributes:
+        name: as in `kmq-jax NAME`.
+        does: what it does, shown above the flags.
+        example: a command line that works, shown below them.
+        options: classes whose fields become the flags.
+    """
+
+    name: str
+    does: str
+    example: str
+    options: tuple[type[Options], ...]
+
+    def parser(self) -> argparse.ArgumentParser:
+        """The argument parser."""
+        made = parser(self.name, self.does, self.example)
+        for options in self.options:
+            add_flags(made, options)
+        return made
+
+    def parse(self) -> argparse.Namespace:
+        """The flags of this process's command line, for `flags.options_of`."""
+        return self.parser().parse_args()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -19,8 +52,11 @@ class _Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
         # argparse looks for missing flags first; where a flag is missing for being misspelt, that hides the mistake.
+        renamed = RENAMED.get(self.prog.removeprefix("kmq-jax "), {})
         for word in sys.argv[1:] if args is None else args:
             name = word.partition("=")[0]
+            if name in renamed:
+                self.error(f"{name} is now {renamed[name]}")
             if name.startswith("--") and name not in self._option_string_actions:
                 near = difflib.get_close_matches(name, self._option_string_actions, n=1)
                 self.error(f"unknown flag {name}" + "".join(f"; did you mean {flag}?" for flag in near))
@@ -28,13 +64,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
-    """Makes the argument parser of `kmq-jax <command>`.
-
-    Args:
-        command: the module's name below `kmq_jax`.
-        description: what the command does.
-        example: a command line that works, shown at the end of `--help`.
-    """
+    """Makes an argument parser for `kmq-jax <command>` without flags."""
     return _Parser(
         prog=f"kmq-jax {command}",
         description=description,
@@ -44,14 +74,39 @@ def parser(command: str, description: str, example: str) -> argparse.ArgumentPar
     )
 
 
-def run(command: str, main: Callable[[], None]) -> NoReturn:
-    """Runs `main` and exits: 0 on success, 2 after one line on a user's mistake, 130 when interrupted."""
+def run(command: str, main: Callable[[], None], options: Sequence[type[Options]] = ()) -> NoReturn:
+    """Runs `main` and exits with its status.
+
+    The status is 0 on success, 2 after one line on a user's mistake, 130 when interrupted, and 141 (as the shell has
+    it for SIGPIPE) when whoever read the output has gone.
+
+    Args:
+        command: its name, for messages.
+        main: what to run.
+        options: classes whose fields messages may name; the flags are named instead.
+    """
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
-        message = " ".join(str(error).split())
-        print(f"kmq-jax {command}: {message}", file=sys.stderr)
+        message = " ".join(name_flags(str(error), *options).split())
+        print(f"{f'kmq-jax {command}'.strip()}: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        sys.exit(141)
     sys.exit(0)
+
+
+def _reader_has_gone() -> bool:
+    """Whether our output is what broke. If so, nothing more is written to it, not even when Python ends."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    if not any(events & select.POLLERR for _, events in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True

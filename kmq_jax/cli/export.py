@@ -1,59 +1,36 @@
 """`kmq-jax export`: a MODEL as an ONNX file."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
-from kmq_jax.cli import command
-from kmq_jax.interop import onnx_export
-from kmq_jax.models.speaker_model import SpeakerModel, frontend_of, load_model
+from kmq_jax.cli.command import Command
+from kmq_jax.cli.flags import options_of
+from kmq_jax.core.options import Options, option
 
 
-def flags() -> argparse.ArgumentParser:
-    """The command's flags."""
-    parser = command.parser(
-        "export",
-        "Writes a model as ONNX: `feats` [batch, frames, features], mean-normalised over the utterance, to `embs` "
-        "[batch, size]. Quantized weights stay packed in the file.",
-        "kmq-jax export --model=runs/r36-2bit.kmq --out=r36-2bit.onnx",
-    )
-    parser.add_argument(
-        "--model", required=True, help="MODEL: a training workdir, a .kmq file or an imported directory"
-    )
-    parser.add_argument("--out", required=True, type=Path, help="the .onnx file to write")
-    parser.add_argument("--bits", type=int, help="width at which nested codebooks are read (default: the widest)")
-    parser.add_argument(
-        "--opset",
-        type=int,
-        help=f"operator set, from {onnx_export.OLDEST_OPSET} (default: the oldest with a type for every width)",
-    )
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class Files(Options):
+    """What the command reads and writes."""
+
+    model: str = option("MODEL: a training workdir, a .kmq file or an imported directory", metavar="MODEL")
+    out: Path = option("the .onnx file to write")
+    bits: int | None = option("bits at which a nested model is read; left out: the most it has", None, at_least=1)
+    opset: int | None = option("operator set; left out: the oldest with a type for all of the model's bits", None)
 
 
-def properties(speaker_model: SpeakerModel, embedding_size: int) -> dict[str, str]:
-    """What a user of the file must know to compute its input, as text; the first five are WeSpeaker's names."""
-    fbank = frontend_of(speaker_model.frontend)
-    return {
-        "framework": speaker_model.frontend,
-        "sample_rate": str(fbank.sample_rate),
-        "output_dim": str(embedding_size),
-        "normalize_samples": str(int(fbank.waveform_scale == 1)),
-        "comment": f"{speaker_model.architecture}, exported by kmq_jax; input features mean-normalised",
-        "features": str(fbank.num_features),
-        "window": fbank.window,
-        "frame_length_ms": str(fbank.frame_length_ms),
-        "frame_shift_ms": str(fbank.frame_shift_ms),
-        "low_freq": str(fbank.low_freq),
-        "high_freq": str(fbank.high_freq),
-        "use_energy": str(int(fbank.use_energy)),
-    }
+COMMAND = Command(
+    "export",
+    "Writes a model as ONNX: `feats` [batch, frames, features], mean-normalised over the utterance, to `embs`\n"
+    "[batch, size]. Quantized weights stay packed in the file.",
+    "kmq-jax export --model=runs/r36-2bit.kmq --out=r36-2bit.onnx",
+    (Files,),
+)
 
 
 def main() -> None:
     """Runs the command."""
-    args = flags().parse_args()
-    speaker_model = load_model(args.model, args.bits)
-    network = speaker_model.network()
-    about = properties(speaker_model, network.embedding_size)
-    opset = onnx_export.export(args.out, network, speaker_model.variables, about, args.bits, args.opset)
-    size = args.out.stat().st_size
-    print(f"{args.out}: {speaker_model.architecture}, {size / 1e6:.2f} MB, operator set {opset}")
+    files = options_of(Files, COMMAND.parse())
+    from kmq_jax.interop.export import export_model
+
+    model, opset = export_model(files.model, files.out, files.bits, files.opset)
+    print(f"{files.out}: {model.architecture}, {files.out.stat().st_size / 1e6:.2f} MB, operator set {opset}")

@@ -1,48 +1,40 @@
 """`kmq-jax import_model`: a pretrained model of WeSpeaker or Kiwano as a MODEL of ours."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from kmq_jax.cli import command
-from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import named_leaves
-from kmq_jax.interop import pretrained
-from kmq_jax.models.speaker_model import SpeakerModel, frontend_of, save_model
+from kmq_jax.cli.command import Command
+from kmq_jax.cli.flags import options_of
+from kmq_jax.core.options import Options, option
 
 
-def flags() -> argparse.ArgumentParser:
-    """The command's flags."""
-    parser = command.parser(
-        "import_model",
-        "Imports a pretrained model: WeSpeaker's ResNets (ONNX, PyTorch) and Kiwano's (.ckpt), or their tensors as "
-        ".safetensors. Nothing in the file is executed; every tensor must have its place.",
-        "kmq-jax import_model --source=voxceleb_resnet34.onnx --out=runs/wespeaker34",
+@dataclass(frozen=True, kw_only=True)
+class Files(Options):
+    """What the command reads and writes."""
+
+    source: Path = option("the file to import")
+    out: Path = option("directory to write; it is a MODEL for every command", metavar="DIR")
+    format: Literal["wespeaker-onnx", "wespeaker-torch", "kiwano"] | None = option(
+        "of the file; left out: found from the file", None
     )
-    parser.add_argument("--source", required=True, type=Path, help="the file to import")
-    parser.add_argument("--out", required=True, type=Path, help="directory to write; it is a MODEL for every command")
-    parser.add_argument("--format", choices=pretrained.FORMATS, help="found from the file where left out")
-    parser.add_argument(
-        "--activation",
-        choices=("silu", "relu"),
-        help="of the blocks of a Kiwano network, which its checkpoints do not record (default: silu)",
+    activation: Literal["silu", "relu"] | None = option(
+        "of the blocks of a Kiwano network, which its checkpoints do not record; left out: silu", None
     )
-    return parser
+
+
+COMMAND = Command(
+    "import_model",
+    "Imports a pretrained model: WeSpeaker's ResNets (ONNX, PyTorch) and Kiwano's (.ckpt), or their tensors as\n"
+    ".safetensors. Nothing in the file is executed; every tensor must have its place.",
+    "kmq-jax import_model --source=voxceleb_resnet34.onnx --out=runs/wespeaker34",
+    (Files,),
+)
 
 
 def main() -> None:
     """Runs the command."""
-    args = flags().parse_args()
-    imported = pretrained.read(args.source, args.format, args.activation)
-    features, given = imported.settings["features"], frontend_of(imported.frontend).num_features
-    if features != given:
-        raise UserError(
-            f"{args.source}: the network takes {features} features a frame, "
-            f"and the front end of its toolkit ({imported.frontend}) gives {given}"
-        )
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out={args.out} is a file; name a directory")
-    save_model(args.out / "model.kmq", SpeakerModel(*imported))
-    parameters = sum(leaf.size for _, leaf in named_leaves(imported.variables["params"]))
-    settings = ", ".join(f"{name} {value}" for name, value in imported.settings.items())
-    print(f"{args.out}: {imported.architecture} ({settings}), {parameters / 1e6:.2f} M parameters")
-    print(f"front end {imported.frontend}: {frontend_of(imported.frontend)}")
+    files = options_of(Files, COMMAND.parse())
+    from kmq_jax.interop.import_model import describe, import_model
+
+    print(f"{files.out}: {describe(import_model(files.source, files.out, files.format, files.activation))}")

@@ -4,6 +4,9 @@ import difflib
 import importlib
 import sys
 
+from kmq_jax.cli import command
+from kmq_jax.core.errors import UserError
+
 COMMANDS = {
     "train": "train a network from a configuration; resumes where it stopped",
     "study": "a whole study from one configuration, with a report",
@@ -37,6 +40,7 @@ def usage() -> str:
             *lines,
             "",
             "`kmq-jax COMMAND --help` shows a command's flags and an example.",
+            'Tab completion: eval "$(kmq-jax --completion=bash)" in bash.',
         ]
     )
 
@@ -44,21 +48,39 @@ def usage() -> str:
 def main() -> None:
     """Runs the command that the command line names; exits with its status."""
     words = sys.argv[1:]
-    if not words or words[0] in ("--help", "-h", "help"):
+    if words and words[0] in COMMANDS:
+        sys.argv = [f"kmq-jax {words[0]}", *words[1:]]
+        run(words[0])
+    command.run("", lambda: answer(words))
+
+
+def run(name: str) -> None:
+    """Runs a command on this process's command line; exits with its status."""
+    module = importlib.import_module(f"kmq_jax.cli.{name}")
+    found = getattr(module, "COMMAND", None)
+    command.run(name, module.main, found.options if found else ())
+
+
+def answer(words: list[str]) -> None:
+    """What `kmq-jax` says where no command is named.
+
+    Raises:
+        UserError: the first word is neither a command nor a flag.
+    """
+    if not words:
         print(usage())
-        sys.exit(0 if words else 2)
-    name = words[0]
-    if name == "--version":
+        sys.exit(2)
+    if words[0] in ("--help", "-h", "help"):
+        print(usage())
+    elif words[0] == "--version":
         from kmq_jax import __version__
 
         print(f"kmq-jax {__version__}")
-        return
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"kmq-jax: unknown command {name!r}{hint} (see kmq-jax --help)", file=sys.stderr)
-        sys.exit(2)
-    sys.argv = [f"kmq-jax {name}", *words[1:]]
-    from kmq_jax.cli import command
+    elif words[0].startswith("--completion="):
+        from kmq_jax.cli.completion import script
 
-    command.run(name, importlib.import_module(f"kmq_jax.cli.{name}").main)
+        print(script(words[0].partition("=")[2]))
+    else:
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"unknown command {words[0]!r}{hint} (see kmq-jax --help)")

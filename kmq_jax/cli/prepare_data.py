@@ -1,39 +1,42 @@
 """`kmq-jax prepare_data`: recordings of any form into array_record shards at 16 kHz."""
 
-import argparse
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from kmq_jax.cli import command
-from kmq_jax.core.errors import UserError
-from kmq_jax.data import writer
-from kmq_jax.data.source import open_source
+from kmq_jax.cli.command import Command
+from kmq_jax.cli.flags import options_of
+from kmq_jax.core.options import Options, option
 
 
-def flags() -> argparse.ArgumentParser:
-    """The command's flags."""
-    parser = command.parser(
-        "prepare_data",
-        "Decodes recordings once, mixes to mono, resamples to 16 kHz and writes array_record shards that tfds reads. "
-        "Recordings that cannot be used are listed in rejected.csv. An interrupted run goes on when started again.",
-        "kmq-jax prepare_data --source=voxceleb2/dev --out=data/voxceleb2 --workers=8",
-    )
-    parser.add_argument("--source", required=True, help="DATA: a Kaldi directory, VoxCeleb tree, folder or CSV")
-    parser.add_argument("--out", required=True, type=Path, help="the directory to write")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
-    parser.add_argument("--min_seconds", type=float, default=0.5, help="shorter recordings are rejected")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class Flags(Options):
+    """What the command reads and writes, and how."""
+
+    source: str = option("DATA: a Kaldi directory, VoxCeleb tree, folder or CSV", metavar="DATA")
+    out: Path = option("the directory to write", metavar="DIR")
+    workers: int | None = option("processes; left out: one a core", None, at_least=1)
+    min_seconds: float = option("shorter recordings are rejected", 0.5, at_least=0, below=3600)
+
+
+COMMAND = Command(
+    "prepare_data",
+    "Decodes recordings once, mixes to mono, resamples to 16 kHz and writes array_record shards that tfds reads.\n"
+    "Recordings that cannot be used are listed in rejected.csv. An interrupted run goes on when started again.",
+    "kmq-jax prepare_data --source=voxceleb2/dev --out=data/voxceleb2 --workers=8",
+    (Flags,),
+)
 
 
 def main() -> None:
     """Runs the command."""
-    args = flags().parse_args()
-    if args.workers < 1:
-        raise UserError(f"--workers={args.workers} must be at least 1")
-    if not 0 <= args.min_seconds < 3600:
-        raise UserError(f"--min_seconds={args.min_seconds} must be between 0 and an hour")
-    done = writer.prepare(open_source(args.source), args.out, workers=args.workers, min_seconds=args.min_seconds)
+    flags = options_of(Flags, COMMAND.parse())
+    from kmq_jax.data import writer
+    from kmq_jax.data.source import open_source
+
+    workers = flags.workers or os.cpu_count() or 1
+    done = writer.prepare(open_source(flags.source), flags.out, workers=workers, min_seconds=flags.min_seconds)
     print(
-        f"{args.out}: {done['utterances']} utterances of {done['speakers']} speakers, {done['hours']:.2f} hours, "
+        f"{flags.out}: {done['utterances']} utterances of {done['speakers']} speakers, {done['hours']:.2f} hours, "
         f"{done['rejected']} rejected"
     )

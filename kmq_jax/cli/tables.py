@@ -1,21 +1,34 @@
 """`kmq-jax tables`: writes the results tables of a Markdown file from the JSON files they come from."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from kmq_jax.cli import command
-from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import atomic_write
-from kmq_jax.study import tables
+from kmq_jax.cli.command import Command
+from kmq_jax.cli.flags import options_of
+from kmq_jax.core.options import Options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files(Options):
+    """What the command changes."""
+
+    file: Path = option("the Markdown file to fill")
+
+
+COMMAND = Command(
+    "tables",
+    "Writes the results tables of a Markdown file from the JSON files they come from.\n"
+    "A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE is a study.json, its path\n"
+    "relative to the Markdown file; KIND is `bits`, one row a model, `trained`, those of them that were, or\n"
+    "`cascades`, one row a cascade and evaluation set.",
+    "kmq-jax tables --file=README.md",
+    (Files,),
+)
 
 
 def main() -> None:
     """Runs the command."""
-    parser = command.parser("tables", tables.__doc__ or "", "kmq-jax tables --file=README.md")
-    parser.add_argument("--file", type=Path, required=True, help="the Markdown file to fill")
-    args = parser.parse_args()
-    try:
-        text = args.file.read_text()
-    except OSError as error:
-        raise UserError(f"cannot read --file={args.file}: {error.strerror}") from error
-    with atomic_write(args.file) as temporary:
-        temporary.write_text(tables.fill(text, args.file.parent))
+    files = options_of(Files, COMMAND.parse())
+    from kmq_jax.study.tables import fill_file
+
+    fill_file(files.file)

@@ -1,6 +1,7 @@
 """Writing files so that a crash, a full disk or a second reader never sees half of one."""
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -16,6 +17,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `path`; it takes that name only when the block ends well.
 
     The temporary file keeps the suffix, for writers that choose a format by it.
+
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     with atomic_write(f"{directory}/a.txt") as temporary:
+    ...         written = temporary.write_text("whole")
+    ...     print(os.listdir(directory))
+    ['a.txt']
 
     Raises:
         UserError: the directory cannot be written to, or the disk is full; `path` is left as it was.
@@ -40,6 +47,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -33,8 +33,8 @@ def length_buckets(
 ) -> list[Batch]:
     """Groups utterances into batches of at most `max_shapes` different padded lengths.
 
-    The padded lengths are those, among multiples of `step`, for which the fewest samples are processed in all,
-    padding and empty rows counted; found by dynamic programming. Longest first, so that a lack of memory shows at once.
+    Padded lengths are multiples of `step`. Dynamic programming finds those for which the fewest samples are processed,
+    padding and empty rows included. The longest batches come first, so that a lack of memory shows at once.
 
     Args:
         lengths: `[n]` samples.
@@ -48,6 +48,9 @@ def length_buckets(
 
     Raises:
         UserError: a setting is not positive.
+
+    >>> [(batch.size, batch.indices.tolist()) for batch in length_buckets([1500, 3100, 1600], 2)]
+    [(3200, [1, -1]), (1600, [0, 2])]
     """
     lengths = np.asarray(lengths if isinstance(lengths, np.ndarray) else list(lengths), np.int64)
     for name, value in (("batch_size", batch_size), ("max_shapes", max_shapes), ("step", step)):

@@ -32,7 +32,7 @@ class Corpus:
 
     @property
     def utterances(self) -> Utterances:
-        """All splits in one table: what trials index, for a list may reach over several."""
+        """All splits in one table. Trials are indices into it: a list may compare utterances of several splits."""
         return concatenate(list(self.splits.values()), same_speakers=True)
 
     def trials(self, name: str) -> Trials:

@@ -1,7 +1,7 @@
-"""The training pipeline: shuffled, cropped, augmented batches whose position can be saved and taken up again.
+"""The training pipeline: shuffled, cropped, augmented batches, whose position can be saved and restored.
 
-The host chooses and cuts; the device does the signal processing (`frontend.augment`). A batch is a function of the
-seed and its number alone, so a run that is resumed, or read with other numbers of threads, sees the same batches.
+The host chooses and cuts; the device does the signal processing (`frontend.augment`). A batch depends on the seed and
+its number alone. So a resumed run sees the same batches, and so does a run with other numbers of threads.
 """
 
 import dataclasses
@@ -26,16 +26,21 @@ log = logging.getLogger(__name__)
 
 
 def num_speakers(utterances: Utterances, speeds: Sequence[float] = (1.0,)) -> int:
-    """How many classes a classifier needs: a voice at another speed is another speaker."""
+    """How many classes a classifier needs: a voice at another speed is another speaker.
+
+    >>> from kmq_jax.data.source import open_source
+    >>> num_speakers(open_source("synthetic:dev?speakers=4&utterances=2"), speeds=(1.0, 0.9, 1.1))
+    12
+    """
     return len(utterances.speaker_names) * len(speeds)
 
 
 class Crops:
     """Cuts pieces out of utterances without decoding more than it must.
 
-    Lossless 16 kHz files are read where the piece lies. Others are decoded whole, because pieces of a lossy file differ
-    slightly with the place where decoding begins, and kept in memory as 16-bit samples up to a limit. What a crop holds
-    therefore never depends on what happens to be cached. Safe to use from several threads.
+    Of lossless 16 kHz files only the piece is read. Others are decoded whole and kept in memory, as 16-bit samples, up
+    to a limit: pieces of a lossy file differ slightly with the place where decoding begins. So what a crop holds never
+    depends on what is cached. Safe to use from several threads.
 
     Attributes:
         failures: reasons by the place of utterances that could not be read.
@@ -199,9 +204,9 @@ def training_batches(
         music: music clips; likewise.
         augment: False gives clean crops.
         speeds: speed factors; each but the first makes `len(speaker_names)` further speakers. Usually (1.0, 0.9, 1.1).
-        process_index: this process's place among
-        process_count: the processes that train together.
-        threads: batches made at the same time, and kept ahead; 0 makes them when asked for.
+        process_index: this process's number.
+        process_count: how many processes train together.
+        threads: batches made at the same time, and kept ahead; with 0 a batch is made when it is asked for.
         cache_bytes: memory for decoded speech, as 16-bit samples; noise and music get a quarter each on top.
         failures: filled with the reason by the place of each utterance that could not be read and was replaced.
 

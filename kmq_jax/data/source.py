@@ -26,6 +26,10 @@ def open_source(data: str | os.PathLike[str]) -> Utterances:
 
     Raises:
         UserError: there is no such data, or a list in it is wrong; the message names the file and line.
+
+    >>> table = open_source("synthetic:dev?speakers=2&utterances=3")
+    >>> len(table), table.ids[0]
+    (6, 'syn-dev-0000-00')
     """
     text = os.fspath(data)
     if text.startswith("synthetic:"):
@@ -59,5 +63,8 @@ def open_sources(data: str) -> Utterances:
 
     Raises:
         UserError: as `open_source`.
+
+    >>> len(open_sources("synthetic:dev?speakers=2&utterances=3,synthetic:test?speakers=2&utterances=3"))
+    12
     """
     return concatenate([open_source(part.strip()) for part in data.split(",") if part.strip()] or [open_source(data)])

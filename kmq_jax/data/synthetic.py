@@ -23,8 +23,7 @@ from scipy.signal import lfilter
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.data import voice
-from kmq_jax.data.table import Utterances
-from kmq_jax.data.trials import Trials
+from kmq_jax.data.table import Trials, Utterances
 
 PREFIX = "synthetic:"
 NOISES = ("colour", "tone", "click", "hum")

@@ -1,4 +1,4 @@
-"""The table of utterances that every DATA form becomes."""
+"""The tables that every form of DATA and TRIALS becomes: utterances, and pairs of them."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -27,8 +27,8 @@ class Utterances:
         ages: years by speaker, where known.
         reader: gives the samples of an utterance by its id, for audio that is not in files of its own. It must be
             picklable and safe to call from several threads.
-        listing: the file that lists the utterances, and
-        lines: the line of each in it, for messages.
+        listing: the file that lists the utterances, for messages.
+        lines: the line of each utterance in it.
     """
 
     ids: tuple[str, ...]
@@ -120,6 +120,32 @@ class Utterances:
             samples=None if self.samples is None else self.samples[rows],
             lines=None if self.lines is None else pick(self.lines),
         )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trials:
+    """Trials as indices into an utterance table.
+
+    Attributes:
+        enrol: `[n]` int32, the enrolment utterance; with `models`, the model.
+        test: `[n]` int32, the test utterance.
+        label: `[n]` bool, True for the same speaker (target).
+        names: every name the list uses, once, as the list writes it.
+        enrol_name: `[n]` int32 into `names`.
+        test_name: `[n]` int32 into `names`.
+        models: the utterances of each enrolment model, where speakers are enrolled with several; else None.
+    """
+
+    enrol: np.ndarray
+    test: np.ndarray
+    label: np.ndarray
+    names: tuple[str, ...]
+    enrol_name: np.ndarray
+    test_name: np.ndarray
+    models: tuple[np.ndarray, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.label)
 
 
 def concatenate(tables: Sequence[Utterances], same_speakers: bool = False) -> Utterances:

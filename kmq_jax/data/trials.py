@@ -10,38 +10,14 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.data.kaldi import read_table
-from kmq_jax.data.table import Utterances
+from kmq_jax.data.table import Trials, Utterances
+
+__all__ = ["Trials", "draw_trials", "open_trials", "read_models", "read_trials", "utterance_index"]
 
 _CHUNK = 1 << 24  # bytes of a list held at a time
 _LABELS = {"1": 1, "0": 0, "target": 1, "nontarget": 0}
 _Form = tuple[int, int, int]  # the columns of enrolment, test and label
 _LABEL_FIRST, _LABEL_LAST = (1, 2, 0), (0, 1, 2)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Trials:
-    """Trials as indices into an utterance table.
-
-    Attributes:
-        enrol: `[n]` int32, the enrolment utterance; with `models`, the model.
-        test: `[n]` int32, the test utterance.
-        label: `[n]` bool, True for the same speaker (target).
-        names: every name the list uses, once, as the list writes it.
-        enrol_name: `[n]` int32 into `names`.
-        test_name: `[n]` int32 into `names`.
-        models: the utterances of each enrolment model, where speakers are enrolled with several; else None.
-    """
-
-    enrol: np.ndarray
-    test: np.ndarray
-    label: np.ndarray
-    names: tuple[str, ...]
-    enrol_name: np.ndarray
-    test_name: np.ndarray
-    models: tuple[np.ndarray, ...] | None = None
-
-    def __len__(self) -> int:
-        return len(self.label)
 
 
 class _Numbers(dict[str, int]):
@@ -53,7 +29,11 @@ class _Numbers(dict[str, int]):
 
 
 def utterance_index(ids: Sequence[str], paths: Sequence[str] = ()) -> dict[str, int]:
-    """Maps every name of an utterance to its row: ids, and paths where no two utterances share one."""
+    """Maps every name of an utterance to its row: ids, and paths that no two utterances share.
+
+    >>> utterance_index(["a", "b"], ["1.wav", "2.wav"])
+    {'1.wav': 0, '2.wav': 1, 'a': 0, 'b': 1}
+    """
     index = dict(zip(paths, range(len(paths))))
     if len(index) < len(paths):
         shared = {path for i, path in enumerate(paths) if index[path] != i}
@@ -161,6 +141,11 @@ def draw_trials(utterances: Utterances, targets: int = 5000, nontargets: int = 2
 
     Raises:
         UserError: no two utterances share a speaker, or there is only one speaker.
+
+    >>> from kmq_jax.data.source import open_source
+    >>> trials = draw_trials(open_source("synthetic:dev?speakers=3&utterances=2"))
+    >>> len(trials), int(trials.label.sum())
+    (15, 3)
     """
     rng = np.random.default_rng(seed)
     labels = utterances.labels

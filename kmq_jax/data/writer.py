@@ -1,8 +1,8 @@
 """Writing a prepared dataset in parallel, so that a run that is killed goes on where it stopped.
 
-While a dataset is being made its shards lie in `.prepare/`, each beside a JSON of what it holds; a shard with a JSON is
-complete. How utterances fall into shards depends on the source alone, so the result is the same however often the run
-was interrupted and with any number of workers.
+While a dataset is being made, its shards lie in `.prepare/`. A shard with a JSON beside it, of what it holds, is
+complete. Which utterances a shard holds depends on the source alone. So the result is the same however often the run
+was interrupted, and with any number of workers.
 """
 
 import csv

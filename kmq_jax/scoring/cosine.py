@@ -42,6 +42,9 @@ def unit_rows(embeddings: ArrayLike) -> np.ndarray:
 
     Raises:
         UserError: an embedding is zero or not finite; the message names its row.
+
+    >>> unit_rows([[3.0, 4.0]]).round(2).tolist() == np.float32([[0.6, 0.8]]).tolist()
+    True
     """
     rows, length = _checked(embeddings)
     return rows / length[:, None]
@@ -63,6 +66,10 @@ def cosine_scores(
 
     Raises:
         UserError: the two tables differ in dimension, or an embedding is zero or not finite.
+
+    >>> table = np.array([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
+    >>> cosine_scores(table, table, enrol=[0, 0, 0], test=[0, 1, 2]).tolist()
+    [1.0, 0.0, -1.0]
     """
     enrol, test = np.asarray(enrol, np.int64), np.asarray(test, np.int64)
     one, one_length = _checked(enrol_embeddings)
@@ -88,6 +95,9 @@ def average(embeddings: ArrayLike, groups: Iterable[ArrayLike]) -> np.ndarray:
 
     Returns:
         `[groups, dim]` float32.
+
+    >>> average([[2.0, 0.0], [0.0, 4.0], [5.0, 0.0]], [[0, 1], [2]]).tolist()
+    [[0.5, 0.5], [1.0, 0.0]]
     """
     unit = unit_rows(embeddings)
     rows = [np.asarray(group, np.int64) for group in groups]

@@ -1,4 +1,4 @@
-"""The embedding files of a cascade's stages, joined with one trial list."""
+"""The embedding files of a cascade's levels, joined with one trial list."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from kmq_jax.scoring.table import EmbeddingTable, read_embeddings
 
 @dataclass(frozen=True, eq=False)
 class LevelScores:
-    """Every stage's scores of a trial list.
+    """Every level's scores of a trial list.
 
     Attributes:
         trials: the list.
-        sides: its utterances and speakers, numbered as in the first stage's file.
-        tables: the stages' files; each but the first in the first one's order.
-        scores: `[stages, trials]` float32.
+        sides: its utterances and speakers, numbered as in the first level's file.
+        tables: the levels' files; each but the first in the first one's order.
+        scores: `[levels, trials]` float32.
         reference: `[trials]` float32, the reference's scores, or None.
     """
 
@@ -37,58 +37,69 @@ class LevelScores:
         return self.trials.models is None
 
 
-def parse_levels(values: Sequence[str], flag: str = "stage", what: str = "EMBEDDINGS.npz") -> list[tuple[int, str]]:
+def parse_levels(
+    values: Sequence[str], flag: str = "stage", what: str = "EMBEDDINGS.npz", most: int = 64
+) -> list[tuple[int, str]]:
     """Reads `--stage=BITS:EMBEDDINGS.npz` flags, or those of another name, and sorts them by bits.
+
+    Args:
+        values: of the flag.
+        flag: its name, for messages.
+        what: follows the bits, for messages.
+        most: bits that are allowed.
 
     Raises:
         UserError: one has another form, or two have the same bits.
+
+    >>> parse_levels(["4:e4.npz", "2:e2.npz"])
+    [(2, 'e2.npz'), (4, 'e4.npz')]
     """
-    stages = []
+    levels = []
     for value in values:
         bits, colon, path = value.partition(":")
-        if not (colon and path and bits.isascii() and bits.isdigit() and 1 <= int(bits) <= 64):
-            raise UserError(f"--{flag}={value} must be BITS:{what}, with 1 to 64 bits")
-        stages.append((int(bits), path))
-    stages.sort()
-    for (one, _), (two, _) in zip(stages, stages[1:]):
+        if not (colon and path and bits.isascii() and bits.isdigit() and 1 <= int(bits) <= most):
+            raise UserError(f"--{flag} (={value}) must be BITS:{what}, with 1 to {most} bits")
+        levels.append((int(bits), path))
+    levels.sort()
+    for (one, _), (two, _) in zip(levels, levels[1:]):
         if one == two:
-            raise UserError(f"--{flag}={one}: given twice")
-    return stages
+            raise UserError(f"--{flag} (={one}): {one} bits are given twice")
+    return levels
 
 
 def score_levels(
-    stages: Sequence[tuple[int, str]],
+    levels: Sequence[tuple[int, str]],
     reference: str | None,
     trials_path: str,
     enrolment: str = "each",
     models_path: str | None = None,
 ) -> LevelScores:
-    """Scores a trial list at every stage by cosine.
+    """Scores a trial list at every level by cosine.
 
     Args:
-        stages: bits and embedding file of each stage, ascending.
-        reference: embedding file of the reference, if any; it may be one of the stages'.
+        levels: bits and embedding file of each level, ascending.
+        reference: embedding file of the reference, if any; it may be one of the levels'.
         trials_path: the trial list.
-        enrolment: "each": both sides at the stage's width; "top": the enrolled side from the last stage's file.
+        enrolment: "each": both sides at the level's bits; "top": the enrolled side from the last level's file.
         models_path: list of enrolment models, where the trials enrol models.
 
     Raises:
         UserError: a file cannot be read, lacks an utterance that the trials use, or, with "top", has other
-            dimensions than the last stage.
+            dimensions than the last level.
     """
     read: dict[str, EmbeddingTable] = {}
-    for path in [path for _, path in stages] + ([reference] if reference else []):
+    for path in [path for _, path in levels] + ([reference] if reference else []):
         if path not in read:
             read[path] = read_embeddings(path)
-    first = read[stages[0][1]]
+    first = read[levels[0][1]]
     trials, sides = join(trials_path, first, first, models_path)
     used = np.zeros(len(first), bool)
     used[sides.test] = True
     used[sides.enrol if trials.models is None else np.concatenate(trials.models)] = True
     aligned = {path: table if table is first else _align(table, first, used) for path, table in read.items()}
-    tables = tuple(aligned[path] for _, path in stages)
+    tables = tuple(aligned[path] for _, path in levels)
     if enrolment == "top" and len({table.embeddings.shape[1] for table in tables}) > 1:
-        raise UserError("--enrolment=top compares embeddings of two widths, but the stages' dimensions differ")
+        raise UserError("`enrolment` (=top) compares embeddings of two levels, but the levels' dimensions differ")
 
     def score(enrolled: EmbeddingTable, tested: EmbeddingTable) -> np.ndarray:
         rows = enrolled.embeddings

@@ -22,6 +22,10 @@ def cohort_statistics(embeddings: ArrayLike, cohort: ArrayLike, top_n: int) -> t
 
     Raises:
         UserError: `top_n` is out of range, dimensions differ, or an utterance's top scores are all the same.
+
+    >>> mean, deviation = cohort_statistics([[1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], top_n=2)
+    >>> mean.tolist(), deviation.tolist()
+    ([0.5], [0.5])
     """
     unit, members = unit_rows(embeddings), unit_rows(cohort)
     if unit.shape[1] != members.shape[1]:

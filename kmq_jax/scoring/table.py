@@ -3,12 +3,14 @@
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import atomic_write
 from kmq_jax.scoring.cosine import lengths, unusable
 
 
@@ -36,6 +38,35 @@ class EmbeddingTable:
         return len(self.ids)
 
 
+def write_embeddings(
+    path: str | os.PathLike[str],
+    ids: Sequence[str],
+    paths: Sequence[str],
+    speakers: Sequence[str],
+    embeddings: np.ndarray,
+    model: str,
+) -> None:
+    """Writes an embedding file.
+
+    Args:
+        path: the .npz.
+        ids: `[utterances]`.
+        paths: `[utterances]`.
+        speakers: `[utterances]`.
+        embeddings: `[utterances, dim]` float32.
+        model: fingerprint of the model that made them.
+    """
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            ids=np.array(ids),
+            paths=np.array(paths),
+            speakers=np.array(speakers),
+            embeddings=embeddings,
+            model=np.array(model),
+        )
+
+
 def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
     """Reads an embedding file. `paths`, `speakers` and `model` may be missing. Pickled objects are refused.
 
@@ -44,6 +75,24 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
             embedding is zero or not finite.
     """
     path = Path(path)
+    arrays = _read_arrays(path)
+    _check_arrays(path, arrays)
+    embeddings, model = arrays.pop("embeddings").astype(np.float32), arrays.pop("model", None)
+    names = {name: tuple(values.tolist()) for name, values in arrays.items()}
+    ids = names["ids"]
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{path}: the id {_first_repeated(ids)} occurs twice")
+    bad = unusable(lengths(embeddings))
+    if bad.any():
+        others = f", and {bad.sum() - 1} more" if bad.sum() > 1 else ""
+        raise UserError(f"{path}: the embedding of {ids[int(bad.argmax())]} is zero or not finite{others}")
+    return EmbeddingTable(
+        ids, names.get("paths", ()), names.get("speakers"), embeddings, str(path), None if model is None else str(model)
+    )
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an embedding file, by name, not yet checked."""
     try:
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
@@ -53,15 +102,19 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
             if missing:
                 raise ValueError(f"it lacks the array `{sorted(missing)[0]}`")
             wanted = ("ids", "paths", "speakers", "embeddings", "model")
-            arrays = {name: archive[name] for name in wanted if name in archive.files}
+            return {name: archive[name] for name in wanted if name in archive.files}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is not an .npz file of embeddings: {error}") from error
+
+
+def _check_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Refuses arrays of other types or shapes than an embedding file has."""
     for name, values in arrays.items():
         if not isinstance(values, np.ndarray):
             raise UserError(f"{path} is not an .npz file of embeddings: {name} is not an array")
-    embeddings, model = arrays.pop("embeddings"), arrays.pop("model", None)
+    embeddings, model = arrays["embeddings"], arrays.get("model")
     if model is not None and (model.shape != () or model.dtype.kind != "U"):
         raise UserError(f"{path}: model must be one string, got {model.dtype} of shape {model.shape}")
     if embeddings.ndim != 2 or 0 in embeddings.shape or not np.issubdtype(embeddings.dtype, np.floating):
@@ -69,22 +122,12 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
             f"{path}: embeddings must be floating point [utterances, dim], got {embeddings.dtype} {embeddings.shape}"
         )
     for name, values in arrays.items():
+        if name in ("embeddings", "model"):
+            continue
         if values.shape != embeddings.shape[:1] or values.dtype.kind != "U":
             raise UserError(
                 f"{path}: {name} must be {len(embeddings)} strings, got {values.dtype} of shape {values.shape}"
             )
-    names = {name: tuple(values.tolist()) for name, values in arrays.items()}
-    ids = names["ids"]
-    if len(set(ids)) < len(ids):
-        raise UserError(f"{path}: the id {_first_repeated(ids)} occurs twice")
-    embeddings = embeddings.astype(np.float32)
-    bad = unusable(lengths(embeddings))
-    if bad.any():
-        others = f", and {bad.sum() - 1} more" if bad.sum() > 1 else ""
-        raise UserError(f"{path}: the embedding of {ids[int(bad.argmax())]} is zero or not finite{others}")
-    return EmbeddingTable(
-        ids, names.get("paths", ()), names.get("speakers"), embeddings, str(path), None if model is None else str(model)
-    )
 
 
 def _first_repeated(names: tuple[str, ...]) -> str:

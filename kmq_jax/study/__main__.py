@@ -1,6 +1,6 @@
 """`python -m kmq_jax.study`, the same as `kmq-jax study`."""
 
-from kmq_jax.cli import command, study
+from kmq_jax.cli.main import run
 
 if __name__ == "__main__":
-    command.run("study", study.main)
+    run("study")

@@ -18,8 +18,8 @@ TICKS = (2, 3, 4, 6, 8, 16, 32)
 FROM_DIAGNOSIS = ("histograms", "flips", "retention")
 
 
-def widths_figure(rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figure:
-    """EER against width, a panel for each evaluation set, with 95 % intervals."""
+def bits_figure(rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figure:
+    """EER against bits, a panel for each evaluation set, with 95 % intervals."""
     figure = Figure(figsize=(html.WIDTH, 3.4 * len(sets)), layout="constrained")
     panels = figure.subplots(len(sets), 1, squeeze=False)[:, 0]
     for axes, name in zip(panels, sets):
@@ -36,8 +36,8 @@ def widths_figure(rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Fig
             if chosen:
                 look = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1}
                 axes.errorbar(places, values, spans, label=label, elinewidth=0.7, capsize=2, **look)
-        widths = sorted({row["bits"] for row in rows[1:]})
-        axes.set(title=name, xlabel="bits a weight", ylabel="EER (%)", xticks=widths)
+        all_bits = sorted({row["bits"] for row in rows[1:]})
+        axes.set(title=name, xlabel="bits a weight", ylabel="EER (%)", xticks=all_bits)
         axes.invert_xaxis()
         axes.grid(axis="y", color="0.9", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -46,7 +46,7 @@ def widths_figure(rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Fig
 
 
 def cascades_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figure:
-    """Harmful flips against bits a trial: every width alone and every cascade, a panel for each evaluation set."""
+    """Harmful flips against bits a trial: every level alone and every cascade, a panel for each evaluation set."""
     figure = Figure(figsize=(html.WIDTH, 3.4 * len(sets)), layout="constrained")
     panels = figure.subplots(len(sets), 1, squeeze=False)[:, 0]
     for axes, name in zip(panels, sets):
@@ -78,14 +78,14 @@ def cascades_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) 
 
 
 def resolved_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figure:
-    """Which width decides how many of the trials: a bar for each cascade and evaluation set."""
+    """Which level decides how many of the trials: a bar for each cascade and evaluation set."""
     bars = [(f"{one['name']}, {one['family']}\non {name}", one["sets"][name]) for one in cascades for name in sets]
     figure = Figure(figsize=(html.WIDTH, 0.9 + 0.55 * len(bars)), layout="constrained")
     axes = figure.subplots()
     for place, (_, found) in enumerate(bars):
         left = 0.0
         for bits, share in found["resolved"].items():
-            axes.barh(place, 100 * share, left=left, color=_colour(bits), edgecolor="white", label=_width(bits))
+            axes.barh(place, 100 * share, left=left, color=_colour(bits), edgecolor="white", label=_named(bits))
             if share > 0.05:
                 axes.text(left + 50 * share, place, f"{100 * share:.1f}", ha="center", va="center", fontsize=8)
             left += 100 * share
@@ -93,7 +93,7 @@ def resolved_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) 
     axes.tick_params(axis="y", labelsize=8)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    _legend_by_width(figure, axes)
+    _legend_by_bits(figure, axes)
     return figure
 
 
@@ -109,7 +109,7 @@ def remaining_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str])
         heights = [0.0] * len(bands)
         for bits in found["resolved"]:
             rates = [100 * band["harmful_flip_rate"][bits] for band in bands]
-            axes.bar(range(len(bands)), rates, bottom=heights, color=_colour(bits), label=_width(bits))
+            axes.bar(range(len(bands)), rates, bottom=heights, color=_colour(bits), label=_named(bits))
             heights = [height + rate for height, rate in zip(heights, rates)]
         labels = ["{:g}-{:g}".format(*band["nearest"]) for band in bands]
         axes.set_xticks(range(len(bands)), labels, fontsize=7, rotation=30)
@@ -120,7 +120,7 @@ def remaining_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str])
         axes.set_axis_off()
     figure.supylabel("harmful flips (% of all trials)", fontsize=9)
     figure.supxlabel("trials nearest the threshold at full precision (%)", fontsize=9)
-    _legend_by_width(figure, *panels.flat)
+    _legend_by_bits(figure, *panels.flat)
     return figure
 
 
@@ -128,12 +128,12 @@ def _colour(bits: str) -> str:
     return {"2": "#9ecae1", "3": "#4292c6", "4": "#fdae6b"}.get(bits, "#e6550d" if int(bits) == 32 else "#a1d99b")
 
 
-def _width(bits: str) -> str:
+def _named(bits: str) -> str:
     return "full precision" if int(bits) == 32 else f"{bits} bits"
 
 
-def _legend_by_width(figure: Figure, *panels: Any) -> None:
-    """One legend for all panels, each width once, ascending."""
+def _legend_by_bits(figure: Figure, *panels: Any) -> None:
+    """One legend for all panels, each number of bits once, ascending."""
     found = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
     names = sorted(found, key=lambda label: (label == "full precision", label))
     figure.legend(
@@ -142,20 +142,20 @@ def _legend_by_width(figure: Figure, *panels: Any) -> None:
 
 
 def comparison(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Published and measured EER: a row for each group and width that was published."""
+    """Published and measured EER: a row for each group and number of bits that was published."""
     rows = []
     for group, published in summary["published"].items():
-        for width, eer in published.items():
-            if width == "cascade":
+        for bits, eer in published.items():
+            if bits == "cascade":
                 chosen = summary["cascades"][:1]
                 found = [cascade["groups"].get(group) for cascade in chosen]
             else:
                 found = [
                     row["groups"].get(group)
                     for row in summary["rows"]
-                    if str(row["bits"]) == width and row["method"] in ("full precision", "trained")
+                    if str(row["bits"]) == bits and row["method"] in ("full precision", "trained")
                 ]
-            rows.append({"group": group, "width": width, "published": eer, "measured": found[0] if found else None})
+            rows.append({"group": group, "bits": bits, "published": eer, "measured": found[0] if found else None})
     return rows
 
 
@@ -168,7 +168,7 @@ def write(workdir: Path, summary: Mapping[str, Any], config: Mapping[str, Any]) 
         config: the study's configuration, as JSON values.
     """
     rows, sets = summary["rows"], list(summary["rows"][0]["sets"])
-    pictures = {"widths": html.png(widths_figure(rows, sets))}
+    pictures = {"bits": html.png(bits_figure(rows, sets))}
     if summary["cascades"]:
         for name, draw in {
             "cascades": cascades_figure,

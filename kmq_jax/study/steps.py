@@ -1,7 +1,15 @@
-"""A long job in steps, each of which is done once, and again when what it depends on has changed."""
+"""A long job in steps, each of which is done once, and again when what it depends on has changed.
 
+A step depends on its settings, on the steps before it, on the data it reads, and on the code. For the code stand the
+package's version and the step's own recipe number. A hash of the sources would be surer, but would repeat hours of
+training for a changed comment. So a change of what a step computes must raise its recipe number, in `RECIPES` of the
+study's pipeline.
+"""
+
+import functools
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -9,7 +17,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import kmq_jax
 from kmq_jax.core.files import read_json, write_json
+
+_LISTS = ("wav.scp", "dataset_info.json")
+"""A directory with one of these is described by the files that lie in it; what they name is not looked at."""
+_SHORT = 1 << 26  # bytes of a file that is read whole
 
 
 class Steps:
@@ -21,12 +34,23 @@ class Steps:
         directory.mkdir(parents=True, exist_ok=True)
         self._file = directory / "steps.json"
         self._known: dict[str, dict[str, Any]] = read_json(self._file) if self._file.exists() else {}
+        self._stamp = functools.cache(stamp)  # data is looked at once a run
 
-    def run(self, name: str, settings: Any, needs: Sequence[str], output: str, action: Callable[[Path], None]) -> Path:
-        """Does a step, unless it has been done with the same settings and the same steps before it.
+    def run(
+        self,
+        name: str,
+        settings: Any,
+        needs: Sequence[str],
+        output: str,
+        action: Callable[[Path], object],
+        *,
+        data: Sequence[str] = (),
+        recipe: int = 1,
+    ) -> Path:
+        """Does a step, unless it has been done with all that it depends on as it is now.
 
         A step that was interrupted finds what it had written and may go on from there; one that was done or begun
-        with other settings has its output removed first.
+        with anything else has its output removed first.
 
         Args:
             name: of the step.
@@ -34,13 +58,17 @@ class Steps:
             needs: names of the steps whose outputs it reads, run before.
             output: the file or directory it writes, below the job's directory.
             action: is given the output's path.
+            data: DATA and TRIALS that it reads, as the user names them.
+            recipe: number of the code's version of this step.
 
         Returns:
             The output's path.
         """
         path = self.directory / output
         before = [self._known[other]["digest"] for other in needs]
-        digest = hashlib.sha256(json.dumps([settings, before], sort_keys=True).encode()).hexdigest()[:16]
+        read = [self._stamp(place) for place in data]
+        about = [kmq_jax.__version__, recipe, settings, read, before]
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         known = self._known.get(name, {})
         if known == {"digest": digest, "done": True} and path.exists():
             print(f"{name}: done before", file=sys.stderr)
@@ -58,3 +86,39 @@ class Steps:
     def _remember(self, name: str, digest: str, done: bool) -> None:
         self._known[name] = {"digest": digest, "done": done}
         write_json(self._file, self._known)
+
+
+def stamp(data: str) -> str:
+    """What changes when data changes: a hash of list files' contents, or of names, sizes and times of recordings.
+
+    Args:
+        data: DATA or TRIALS; several DATA are separated by commas. `synthetic:SPLIT` is its own stamp, and so is what
+            does not exist.
+
+    >>> stamp("synthetic:dev?speakers=6")
+    'synthetic:dev?speakers=6'
+    """
+    if "," in data and not os.path.exists(data):
+        return ",".join(stamp(part.strip()) for part in data.split(","))
+    path = Path(data)
+    if data.startswith("synthetic:") or not data or not path.exists():
+        return data
+    if path.is_file():
+        lines = [_of_file(path)]
+    elif any((path / name).is_file() for name in _LISTS):
+        lines = [f"{one.name} {_of_file(one)}" for one in sorted(path.iterdir()) if one.is_file()]
+    else:
+        lines = [f"{one.relative_to(path)} {_size_and_time(one)}" for one in sorted(path.rglob("*")) if one.is_file()]
+    return f"{data} {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
+
+
+def _of_file(path: Path) -> str:
+    """The hash of a list's content; size and time of what is too long to be one."""
+    if path.stat().st_size > _SHORT:
+        return _size_and_time(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _size_and_time(path: Path) -> str:
+    found = path.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"

@@ -1,7 +1,7 @@
 """Writes the results tables of a Markdown file from the JSON files they come from.
 
 A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE is a `study.json`, its path relative to
-the Markdown file; KIND is `widths`, one row a model, `trained`, those of them that were, or `cascades`, one row a
+the Markdown file; KIND is `bits`, one row a model, `trained`, those of them that were, or `cascades`, one row a
 cascade and evaluation set.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import read_json
+from kmq_jax.core.files import atomic_write, read_json
 
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -35,10 +35,10 @@ def trained_table(summary: dict[str, Any]) -> str:
 
 def cascade_table(summary: dict[str, Any]) -> str:
     """The cascades of a study on each evaluation set: errors, flips against full precision, and costs in bits."""
-    rows = [["cascade", "on", "EER %", "FP32", "harmful flips", "last width's own", "decided first", "bits, sequential",
+    rows = [["cascade", "on", "EER %", "FP32", "harmful flips", "last level's own", "decided first", "bits, sequential",
              "incremental"]]  # fmt: skip
     for cascade in summary["cascades"]:
-        first, last = str(cascade["widths"][0]), str(cascade["widths"][-1])
+        first, last = str(cascade["bits"][0]), str(cascade["bits"][-1])
         for name, found in cascade["sets"].items():
             rows.append(
                 [
@@ -61,7 +61,7 @@ def _markdown(rows: list[list[str]]) -> str:
     return "".join([lines[0], "|---" * len(rows[0]) + "|\n", *lines[1:]])
 
 
-TABLES = {"widths": study_table, "trained": trained_table, "cascades": cascade_table}
+TABLES = {"bits": study_table, "trained": trained_table, "cascades": cascade_table}
 
 
 def fill(text: str, directory: Path) -> str:
@@ -80,3 +80,17 @@ def fill(text: str, directory: Path) -> str:
             raise UserError(f"{directory / match[2]} is not a study's results: it lacks {error}") from error
 
     return BLOCK.sub(table, text)
+
+
+def fill_file(path: Path) -> None:
+    """Writes the tables of a Markdown file afresh.
+
+    Raises:
+        UserError: the file cannot be read, or a JSON file is at fault.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    with atomic_write(path) as temporary:
+        temporary.write_text(fill(text, path.parent))

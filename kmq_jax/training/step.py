@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from kmq_jax import frontend, losses
 from kmq_jax.core.errors import UserError
 from kmq_jax.models import registry
-from kmq_jax.models.resnet import ResNet
+from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.training import qat
 from kmq_jax.training.config import steps_of
 from kmq_jax.training.optim import Schedule, make_optimizer, make_schedule
@@ -64,7 +64,7 @@ class Recipe:
         epoch_steps: steps an epoch.
     """
 
-    network: ResNet
+    network: SpeakerNetwork
     fbank: frontend.FbankConfig
     optimizer: optax.GradientTransformation
     learning_rate: Schedule
@@ -79,7 +79,7 @@ class Recipe:
         return steps_of(self.config.epochs, self.epoch_steps)
 
 
-def init_params(network: ResNet, config: ml_collections.ConfigDict, classes: int) -> tuple[Any, Any]:
+def init_params(network: SpeakerNetwork, config: ml_collections.ConfigDict, classes: int) -> tuple[Any, Any]:
     """Draws `(params, batch_stats)` from the configuration's seed."""
     key_network, key_classifier = jax.random.split(jax.random.key(config.seed))
     variables = registry.initialize(network, key_network)
@@ -88,7 +88,7 @@ def init_params(network: ResNet, config: ml_collections.ConfigDict, classes: int
 
 
 def make_recipe(
-    network: ResNet,
+    network: SpeakerNetwork,
     fbank: frontend.FbankConfig,
     config: ml_collections.ConfigDict,
     mesh: Mesh,
@@ -191,15 +191,17 @@ def total_loss(
     """
     distill, weight = recipe.config.distill, recipe.config.loss.weight
     variables = {"params": network, "batch_stats": batch_stats}
-    run: Callable[..., Any] = functools.partial(recipe.network.apply, return_stages=bool(distill.weight))
-    outputs, updates = run(variables, features, train=True, mutable=["batch_stats"])
-    embeddings = outputs[0] if distill.weight else outputs
+    parts = recipe.network.distilled_parts() if distill.weight else ()
+    embeddings, outputs, updates = recipe.network.taps(
+        variables, features, train=True, names=parts, mutable=["batch_stats"]
+    )
     metrics = objective(recipe, params, embeddings, labels, step) if weight else {"loss": jnp.zeros(())}
     loss = weight * metrics["loss"]
     if distill.weight:
-        taught, stages = jax.lax.stop_gradient(run(teacher, features, train=False))
+        taught, wanted, _ = jax.lax.stop_gradient(recipe.network.taps(teacher, features, names=parts))
+        stages, taught_stages = list(outputs.values()), list(wanted.values())
         distance = losses.distillation(
-            embeddings, outputs[1], taught, stages, distill.cosine, distill.embedding, distill.stage
+            embeddings, stages, taught, taught_stages, distill.cosine, distill.embedding, distill.stage
         )
         metrics["teacher_cosine"] = 1 - losses.cosine_distance(embeddings, taught)
         loss += distill.weight * distance

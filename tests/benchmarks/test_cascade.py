@@ -43,7 +43,7 @@ def test_splits(tmp_path):
     for rule in ("pareto", "risk"):
         run(*words, f"--rule={rule}", "--alpha=0.2")
         means = json.loads((tmp_path / "b.json").read_text())["means"]
-        assert means["last_stage_flip_rate"] == 0
+        assert means["last_level_flip_rate"] == 0
         assert 2 <= means["sequential_bits"] <= 34
         assert means["harmful_flip_rate"] == means["early_flip_rate"]
 

@@ -13,23 +13,23 @@ from kmq_jax.metrics.detection import eer
 THRESHOLD = float(np.float32(0.3))
 
 
-def trials(n=300, stages=3, seed=0):
-    """Mapped scores `[stages, n]`, reference scores and labels; rounded, so that many are tied."""
+def trials(n=300, levels=3, seed=0):
+    """Mapped scores `[levels, n]`, reference scores and labels; rounded, so that many are tied."""
     rng = np.random.default_rng(seed)
     labels = rng.random(n) < 0.4
     reference = np.round(0.3 + 0.25 * (labels - 0.5) + 0.15 * rng.standard_normal(n), 2).astype(np.float32)
-    noise = np.array([0.12, 0.07, 0.03, 0.02])[:stages, None]
-    mapped = np.round(reference + noise * rng.standard_normal((stages, n)), 2).astype(np.float32)
+    noise = np.array([0.12, 0.07, 0.03, 0.02])[:levels, None]
+    mapped = np.round(reference + noise * rng.standard_normal((levels, n)), 2).astype(np.float32)
     return mapped, reference, labels
 
 
 def decide(mapped, combination):
     """Stage of each trial, by the definition of a gate."""
-    stage = np.full(mapped.shape[1], len(mapped) - 1)
+    level = np.full(mapped.shape[1], len(mapped) - 1)
     for i in reversed(range(len(combination))):
         low, high = combination[i]
-        stage = np.where((low < mapped[i]) & (mapped[i] < high), stage, i)
-    return stage
+        level = np.where((low < mapped[i]) & (mapped[i] < high), level, i)
+    return level
 
 
 def test_harmful_flips_by_hand():
@@ -41,27 +41,27 @@ def test_harmful_flips_by_hand():
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("stages", [2, 3])
-def test_totals_equal_a_run_of_every_combination(stages, symmetric):
-    mapped, reference, labels = trials(stages=stages)
+@pytest.mark.parametrize("levels", [2, 3])
+def test_totals_equal_a_run_of_every_combination(levels, symmetric):
+    mapped, reference, labels = trials(levels=levels)
     flips = gates.harmful_flips(mapped, THRESHOLD, reference, labels)
-    count, gated = 4, stages - 1
+    count, gated = 4, levels - 1
     tried = [gates.candidates(mapped[i], THRESHOLD, flips[i], count, symmetric) for i in range(gated)]
     cells = [gates._cells(mapped[i], THRESHOLD, *tried[i]) for i in range(gated)]
     found = gates.totals(cells, flips, count, symmetric)
-    reach = gates.totals(cells, np.arange(stages)[:, None], count, symmetric)
+    reach = gates.totals(cells, np.arange(levels)[:, None], count, symmetric)
     free = gated if symmetric else 2 * gated
     assert found.shape == (count,) * free
     for places in itertools.product(range(count), repeat=free):
         wide = np.repeat(places, 2) if symmetric else places
         combination = [(tried[i][0][wide[2 * i]], tried[i][1][wide[2 * i + 1]]) for i in range(gated)]
-        stage = decide(mapped, combination)
-        assert found[places] == flips[stage, np.arange(len(labels))].sum()
-        assert reach[places] == stage.sum()
+        level = decide(mapped, combination)
+        assert found[places] == flips[level, np.arange(len(labels))].sum()
+        assert reach[places] == level.sum()
 
 
 def test_candidates_begin_with_stopping_all_and_end_with_stopping_none():
-    mapped, reference, labels = trials(stages=1)
+    mapped, reference, labels = trials(levels=1)
     flips = gates.harmful_flips(mapped, THRESHOLD, reference, labels)
     lows, highs = gates.candidates(mapped[0], THRESHOLD, flips[0], 40)
     assert (highs[0], lows[-1], highs[-1]) == (np.float32(0.3), -math.inf, math.inf)
@@ -83,24 +83,24 @@ def test_the_front_beats_every_symmetric_gate(seed):
     assert (np.diff(front.bits) > 0).all()
     assert (np.diff(front.objective) < 0).all()
     for i in range(len(front)):  # the figures are those of the gates
-        stage = decide(mapped, front.point(i))
-        assert front.objective[i] == pytest.approx(flips[stage, np.arange(300)].mean())
-        assert front.bits[i] == pytest.approx(prices[stage].mean())
+        level = decide(mapped, front.point(i))
+        assert front.objective[i] == pytest.approx(flips[level, np.arange(300)].mean())
+        assert front.bits[i] == pytest.approx(prices[level].mean())
     assert front.bits[0] == 2
     for one, two in itertools.product(np.linspace(0, 0.3, 7), repeat=2):
         combination = [(THRESHOLD - t - 1e-3, THRESHOLD + t + 1e-3) for t in (one, two)]
-        stage = decide(mapped, combination)
-        cost, bits = flips[stage, np.arange(300)].mean(), prices[stage].mean()
+        level = decide(mapped, combination)
+        cost, bits = flips[level, np.arange(300)].mean(), prices[level].mean()
         within = front.bits <= bits + 1e-9
         assert front.objective[within].min() <= cost + 1 / 300 + 1e-9
 
 
 def test_eer_front_follows_the_exact_eer():
-    mapped, reference, labels = trials(2000, stages=2, seed=3)
+    mapped, reference, labels = trials(2000, levels=2, seed=3)
     front = gates.search(mapped, reference, labels, THRESHOLD, np.array([2, 5]), "eer")
     for i in (0, len(front) // 2, len(front) - 1):
-        stage = decide(mapped, front.point(i))
-        exact = eer(mapped[stage, np.arange(2000)], labels)[0]
+        level = decide(mapped, front.point(i))
+        exact = eer(mapped[level, np.arange(2000)], labels)[0]
         assert front.objective[i] == pytest.approx(exact, abs=0.012)
         assert front.objective[i] >= exact - 1e-9  # one of the thresholds tried: never better than the best
 
@@ -112,7 +112,7 @@ def test_balanced_weighs_the_classes_alike():
     assert gates.class_weights(labels[1:], "balanced").tolist() == [1 / 3] * 3
 
 
-def test_flips_of_the_last_stage_can_be_left_out():
+def test_flips_of_the_last_level_can_be_left_out():
     mapped, reference, labels = trials()
     front = gates.search(mapped, reference, labels, THRESHOLD, np.array([2, 5, 9]), last_counts=False)
     assert front.objective[-1] == 0  # whoever stops at no gate loses nothing

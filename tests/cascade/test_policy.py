@@ -35,7 +35,15 @@ def test_round_trip_keeps_every_number(tmp_path):
     np.testing.assert_array_equal(found.maps[0].y, made.maps[0].y)
     assert found.maps[1] == LINE
     text = json.loads((tmp_path / "p.json").read_text())
-    assert text["stages"][0]["gate"] == [0.1, None]  # infinity is not JSON
+    assert text["levels"][0]["gate"] == [0.1, None]  # infinity is not JSON
+
+
+def test_a_file_that_calls_levels_stages_is_read(tmp_path):
+    policy().save(tmp_path / "p.json")
+    text = json.loads((tmp_path / "p.json").read_text())
+    text["stages"] = text.pop("levels")
+    (tmp_path / "p.json").write_text(json.dumps(text))
+    assert read_policy(tmp_path / "p.json").gates == policy().gates
 
 
 @pytest.mark.parametrize(
@@ -61,11 +69,11 @@ def test_impossible_policies_are_refused(changes, message):
         (lambda value: value.update(kind="cat"), "no cascade policy"),
         (lambda value: value.update(version=99), "version is 99"),
         (lambda value: value.pop("threshold"), "lacks 'threshold'"),
-        (lambda value: value["stages"][1].pop("gate"), "lacks 'gate'"),
-        (lambda value: value["stages"][0].update(bits="2"), "whole number"),
-        (lambda value: value["stages"][0].update(gate=[0.1]), "p.json"),
-        (lambda value: value["stages"][0]["map"].update(x=[3, 2, 1]), "impossible numbers"),
-        (lambda value: value.update(stages=7), "p.json"),
+        (lambda value: value["levels"][1].pop("gate"), "lacks 'gate'"),
+        (lambda value: value["levels"][0].update(bits="2"), "whole number"),
+        (lambda value: value["levels"][0].update(gate=[0.1]), "p.json"),
+        (lambda value: value["levels"][0]["map"].update(x=[3, 2, 1]), "impossible numbers"),
+        (lambda value: value.update(levels=7), "p.json"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, edit, message):

@@ -19,9 +19,9 @@ def made(gates, maps=(LINE, LINE, LINE), bits=(2, 3, 4), **more):
     return CascadePolicy(bits, maps, gates, THRESHOLD, **more)
 
 
-def random_trials(trials=400, stages=3, utterances=60, seed=0):
+def random_trials(trials=400, levels=3, utterances=60, seed=0):
     rng = np.random.default_rng(seed)
-    scores = np.round(rng.uniform(-1, 1, (stages, trials)), 2).astype(np.float32)  # many ties, some on the threshold
+    scores = np.round(rng.uniform(-1, 1, (levels, trials)), 2).astype(np.float32)  # many ties, some on the threshold
     enrol, test = rng.integers(utterances, size=(2, trials))
     return scores, enrol, test
 
@@ -69,7 +69,7 @@ def test_against_a_plain_cascade(gates, one_table):
     expected = plain(policy, scores, enrol, test, one_table)
     np.testing.assert_array_equal(outcome.bits, expected.pop("bits"))
     np.testing.assert_array_equal(outcome.accept, expected.pop("accept"))
-    np.testing.assert_array_equal(outcome.score, np.take_along_axis(scores, outcome.stage[None].astype(int), 0)[0])
+    np.testing.assert_array_equal(outcome.score, np.take_along_axis(scores, outcome.level[None].astype(int), 0)[0])
     for name, value in expected.items():
         assert getattr(outcome, name) == pytest.approx(value, rel=1e-5), name
     assert outcome.resolved == pytest.approx({w: float(np.mean(outcome.bits == w)) for w in (2, 3, 4)})

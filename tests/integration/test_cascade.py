@@ -92,7 +92,7 @@ def test_both_commands(run, tmp_path):
     assert f"threshold {policy.threshold:.4f}" in told
     text = json.loads((tmp_path / "p.json").read_text())
     assert text["version"] == 1
-    assert len(text["notes"]["stages"]["2"]["sha256"]) == 64
+    assert len(text["notes"]["levels"]["2"]["sha256"]) == 64
     assert text["notes"]["threshold_ci95"][0] < policy.threshold < text["notes"]["threshold_ci95"][1]
     assert text["notes"]["here"]["harmful_flip_rate"] <= max(0.001, text["notes"]["at_most"])
     front = text["notes"]["front"]
@@ -238,14 +238,14 @@ def test_refusals(run, tmp_path):
         run(cascade, *stages("new"), policy="p.json", trials="other.txt")
     with pytest.raises(UserError, match="BITS:EMBEDDINGS"):
         run(calibrate, "--stage=two:dev2.npz", **fit)
-    with pytest.raises(UserError, match="--stage=2: given twice"):
+    with pytest.raises(UserError, match=r"--stage \(=2\): 2 bits are given twice"):
         run(calibrate, "--stage=2:dev2.npz", "--stage=2:dev3.npz", **fit)
     for words, message in (
-        ("--alpha=0", "--alpha=0.0 must lie"),
-        ("--delta=1", "--delta=1.0 must lie"),
-        ("--operating_point=far", "--operating_point: operating point 'far'"),
-        ("--plot=p.bmp", "--plot=p.bmp must end in"),
-        ("--replicates=-1", "must not be negative"),
+        ("--alpha=0", r"--alpha \(=0\) must be above 0"),
+        ("--delta=1", r"--delta \(=1\) must be below 1"),
+        ("--operating_point=far", "`operating_point`: operating point 'far'"),
+        ("--plot=p.bmp", r"--plot \(=p.bmp\) must end in"),
+        ("--replicates=-1", r"--replicates \(=-1\) must be at least 0"),
     ):
         with pytest.raises(UserError, match=message):
             run(calibrate, *stages("dev"), words, **fit)

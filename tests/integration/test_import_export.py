@@ -71,7 +71,7 @@ def test_import_extract_export(checkpoint, tmp_path, monkeypatch, capsys):
 
 
 class _Bench:
-    """The benchmark as `python -m kmq_jax.benchmarks extract` calls it."""
+    """The benchmark as `kmq-jax bench extract` calls it."""
 
     @staticmethod
     def main():
@@ -118,9 +118,9 @@ def test_a_network_of_other_features_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["import_model", "export"])
 def test_help_and_one_line_errors(name):
-    run = [sys.executable, "-m", f"kmq_jax.{name}"]
+    run = [sys.executable, "-m", "kmq_jax", name]
     given = ["--source=nowhere", "--out=x"] if name == "import_model" else ["--model=nowhere", "--out=x"]
     failed = subprocess.run([*run, *given], capture_output=True, text=True)
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "nowhere" in failed.stderr
     helped = subprocess.run([*run, "--help"], capture_output=True, text=True)
-    assert helped.returncode == 0 and f"python -m kmq_jax.{name}" in helped.stdout
+    assert helped.returncode == 0 and f"kmq-jax {name}" in helped.stdout

@@ -75,9 +75,11 @@ def test_rules_decide_by_layer(original, tmp_path, monkeypatch):
     [
         (["--bits=9"], "--bits"),
         (["--bits=2", "--skip=nothing_like_this"], "nothing_like_this"),
-        (["--bits=2", "--nested=two"], "--nested=two"),
+        (["--bits=2", "--nested=two"], "--nested (=two)"),
         (["--bits=2", "--model=nowhere"], "nowhere"),
-        (["--bits=2", "--granularity=tensor", "--recalibrate=nowhere"], "nowhere"),
+        (["--bits=2", "--granularity=tensor", "--data=nowhere"], "nowhere"),
+        (["--bits=2", "--recalibrate=nowhere"], "--recalibrate is now --data"),
+        (["--bits=2", "--nested=3"], "--nested (=3) must be below --bits (=2)"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(original, flags, named, tmp_path, monkeypatch, capsys):

@@ -165,9 +165,9 @@ def test_snorm(run, tmp_path):
         "12 speakers of the trials are also in the cohort"
         in run(embeddings="e.npz", trials="trials", snorm_cohort="e.npz").err
     )
-    with pytest.raises(UserError, match="--top_n=181 must lie between 2 and the cohort's size, 180"):
+    with pytest.raises(UserError, match=r"`top_n` \(=181\) must lie between 2 and the cohort's size, 180"):
         run(embeddings="e.npz", trials="trials", snorm_cohort="c.npz", top_n=181)
-    with pytest.raises(UserError, match="--top_n and --cohort_speaker_means need --snorm_cohort"):
+    with pytest.raises(UserError, match="`top_n` and `cohort_speaker_means` need a cohort"):
         run(embeddings="e.npz", trials="trials", top_n=20)
 
 
@@ -192,7 +192,7 @@ def test_det_plot(run, tmp_path):
     write_trials(tmp_path / "trials", names, "kaldi")
     run(embeddings="e.npz", trials="trials", det="det.png")
     assert (tmp_path / "det.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UserError, match="--det=det.doc must end in"):
+    with pytest.raises(UserError, match=r"--det \(=det.doc\) must end in"):
         run(embeddings="e.npz", trials="trials", det="det.doc")
 
 
@@ -223,8 +223,8 @@ def test_mistakes_get_one_line_and_leave_nothing(run, tmp_path):
         ({"embeddings": "nan.npz"}, "nan.npz: the embedding of s00-0 is zero or not finite, and 71 more"),
         ({"trials": "unknown"}, "unknown:2: unknown utterance nobody"),
         ({"trials": "one_class"}, "one_class: no nontarget trials among 1 trials"),
-        ({"p_target": "1.5"}, "--p_target=1.5 must lie between 0 and 1"),
-        ({"replicates": "-1"}, "--replicates=-1"),
+        ({"p_target": "1.5"}, r"--p_target \(=1.5\) must be below 1"),
+        ({"replicates": "-1"}, r"--replicates \(=-1\) must be at least 0"),
         ({"out": "trials/below"}, "cannot write trials/below"),
     ]:
         before = sorted(path.name for path in tmp_path.iterdir())

@@ -12,34 +12,28 @@ import pytest
 import kmq_jax
 from kmq_jax.core.errors import UserError
 from kmq_jax.data.source import open_source
-from kmq_jax.study import pipeline, tables
+from kmq_jax.study import cascades, pipeline, tables
+from kmq_jax.study.config import smoke_study, study_config
+from kmq_jax.study.options import EvaluationSet
 from kmq_jax.study.steps import Steps
-from kmq_jax.training.config import default_config, smoke
+from kmq_jax.training.config import default_config
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_a_study_without_evaluation_sets_is_a_mistake(tmp_path):
-    with pytest.raises(UserError, match=r"study\.evaluate"):
-        pipeline.study(default_config("resnet18"), tmp_path)
-
-
-def test_speaker_labels_are_asked_for_beside_the_teacher():
-    config = default_config("resnet18")
-    assert pipeline.kmqat_config(config, "2", 2, (), "fp32.kmq", "").loss.weight == 0
-    config.study.label_weight = 0.1
-    own = pipeline.kmqat_config(config, "2", 2, (), "fp32.kmq", "")
-    assert own.loss.weight == 0.1 and own.distill.weight == 1
+    with pytest.raises(UserError, match="`evaluate` names no evaluation set"):
+        pipeline.study(study_config(default_config("resnet18")), tmp_path)
 
 
 @pytest.mark.slow
 def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
-    config = smoke(default_config("resnet18"))
+    config = smoke_study(study_config(default_config("resnet18")))
     config.validation.data = ""
     config.average_last = 0
-    config.study.update(widths=(2,), nested=False, cascades=(("kmqat", (2, 32)),), groups={"all": ("voices",)})
+    config.study.update(bits=(2,), nested=False, cascades=(("kmqat", (2, 32)),), groups={"all": ("voices",)})
     config.study.published = {"all": {"2": 1.5, "cascade": 1.25}}
-    config.study.diagnose_flags = ("--retention_utterances=8", "--layer_utterances=0", "--hessian_draws=0")
+    config.study.diagnosis.update(retention_utterances=8, layer_utterances=0, hessian_draws=0)
     summary = pipeline.study(config, tmp_path)
     assert json.loads((tmp_path / "study.json").read_text()) == summary
     rows = {(row["method"], row["bits"]): row for row in summary["rows"]}
@@ -83,11 +77,11 @@ def check_report(workdir, summary):
 
 def test_halves_share_no_speaker_and_keep_every_trial_within(tmp_path):
     data = "synthetic:dev?speakers=9&utterances=3"
-    halves = pipeline.halve(Steps(tmp_path), pipeline.EvaluationSet("voices", data, data))
+    halves = cascades.halve(Steps(tmp_path), EvaluationSet(name="voices", data=data, trials=data))
     table = open_source(data)
     owner = dict(zip(table.ids, table.speakers))
     seen = []
-    for name in pipeline.HALVES:
+    for name in cascades.HALVES:
         lines = [line.split() for line in (halves / f"{name}.txt").read_text().splitlines()]
         assert {int(label) == (owner[a] == owner[b]) for label, a, b in lines} == {True}
         seen.append({owner[name] for _, *pair in lines for name in pair})
@@ -95,7 +89,7 @@ def test_halves_share_no_speaker_and_keep_every_trial_within(tmp_path):
 
 
 def test_a_study_of_a_set_that_is_not_there(tmp_path):
-    config = smoke(default_config("resnet18"))
+    config = smoke_study(study_config(default_config("resnet18")))
     config.study.calibrate = "elsewhere"
     with pytest.raises(UserError, match="'elsewhere' is none of the evaluation sets voices"):
         pipeline.study(config, tmp_path)

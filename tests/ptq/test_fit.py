@@ -46,8 +46,12 @@ def cosine(a, b):
 def stage_moments(speaker_model, features):
     """Mean and deviation of each stage's output `[stages, 2]`."""
     variables = quant.dequantize_params(speaker_model.variables, speaker_model.bits)
-    stages = speaker_model.network().apply(variables, features, return_stages=True)[1]
-    return np.array([(jnp.mean(s), jnp.std(s)) for s in stages])
+    return np.array([(jnp.mean(s), jnp.std(s)) for s in stages_of(speaker_model.network(), variables, features)])
+
+
+def stages_of(network, variables, features):
+    """Outputs of the stages."""
+    return list(network.taps(variables, features, names=network.distilled_parts())[1].values())
 
 
 def test_folded_biases_bring_embeddings_nearer_and_match_the_moments():
@@ -117,8 +121,7 @@ def test_wider_widths_begin_fitted_inside_the_cells_of_a_narrow_network_that_sta
         """To the reference, of the last stage's outputs."""
         at = at_bits(dataclasses.replace(reference, variables=packed), bits)
         exact, own = (
-            m.network().apply(quant.dequantize_params(m.variables, m.bits), features, return_stages=True)[1][-1]
-            for m in (reference, at)
+            stages_of(m.network(), quant.dequantize_params(m.variables, m.bits), features)[-1] for m in (reference, at)
         )
         return float(jnp.mean((own - exact) ** 2))
 
@@ -218,7 +221,7 @@ def test_a_layer_s_outputs_are_nearer_than_with_the_nearest_centroids():
 
 def last_stage(speaker_model, features):
     variables = quant.dequantize_params(speaker_model.variables, speaker_model.bits)
-    return speaker_model.network().apply(variables, features, return_stages=True)[1][-1]
+    return stages_of(speaker_model.network(), variables, features)[-1]
 
 
 @pytest.mark.parametrize("settings", [{"symmetric": True}, {"pinned_zero": True}])

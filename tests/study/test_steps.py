@@ -1,6 +1,9 @@
+import os
+
 import pytest
 
-from kmq_jax.study.steps import Steps
+import kmq_jax
+from kmq_jax.study.steps import Steps, stamp
 
 
 class Job:
@@ -65,3 +68,53 @@ def test_an_interrupted_step_finds_what_it_had_and_a_changed_one_does_not(job):
         job.run(second=5, fail=True)
     (job.directory / "b" / "stale").write_text("")
     assert job.run(second=6) == "16" and not (job.directory / "b" / "stale").exists()
+
+
+@pytest.fixture
+def counted(tmp_path):
+    """Runs one step with what it depends on; returns how often it has been done."""
+    done = []
+
+    def run(**depends):
+        Steps(tmp_path / "job").run(
+            "embed", {}, (), "out", lambda path: (done.append(1), path.write_text("")), **depends
+        )
+        return len(done)
+
+    return run
+
+
+def test_a_step_is_done_again_when_the_code_has_changed(counted, monkeypatch):
+    assert counted() == counted() == 1
+    assert counted(recipe=2) == 2
+    monkeypatch.setattr(kmq_jax, "__version__", "9.9.9")
+    assert counted(recipe=2) == counted(recipe=2) == 3
+
+
+def test_a_step_is_done_again_when_its_data_has_changed(counted, tmp_path):
+    data, trials = tmp_path / "voices", tmp_path / "trials.txt"
+    (data / "alice").mkdir(parents=True)
+    recording = data / "alice" / "1.wav"
+    recording.write_bytes(b"123")
+    trials.write_text("1 a b\n")
+    places = {"data": [str(data), str(trials), "synthetic:dev"]}
+    assert counted(**places) == counted(**places) == 1
+    recording.write_bytes(b"1234")
+    assert counted(**places) == 2
+    os.utime(recording, (1, 1))
+    assert counted(**places) == 3
+    trials.write_text("0 a b\n")
+    assert counted(**places) == counted(**places) == 4
+    os.utime(trials, (1, 1))  # a list is known by its content
+    assert counted(**places) == 4
+
+
+def test_a_kaldi_directory_is_known_by_its_lists(tmp_path):
+    (tmp_path / "wav.scp").write_text("u a.wav\n")
+    (tmp_path / "audio").mkdir()
+    before = stamp(str(tmp_path))
+    (tmp_path / "audio" / "a.wav").write_bytes(b"1")
+    assert stamp(str(tmp_path)) == before
+    (tmp_path / "utt2spk").write_text("u s\n")
+    assert stamp(str(tmp_path)) != before
+    assert stamp(f"{tmp_path},synthetic:dev") == f"{stamp(str(tmp_path))},synthetic:dev"

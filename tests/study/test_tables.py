@@ -6,7 +6,7 @@ import pytest
 from kmq_jax.core.errors import UserError
 from kmq_jax.study import tables
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROWS = [
     {"bits": 32, "method": "full", "bytes": 2048000, "sets": {"a": {"eer": 2.517, "eer_ci95": [1.0, 3.456]}}},
     {"bits": 2, "method": "trained", "bytes": 1536, "sets": {"a": {"eer": 30.0, "eer_ci95": None}}},
@@ -15,11 +15,11 @@ ROWS = [
 
 def test_a_table_is_written_between_its_marks(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps({"rows": ROWS}))
-    text = "before\n<!-- table: r.json widths -->\nold\n<!-- end -->\nafter\n"
+    text = "before\n<!-- table: r.json bits -->\nold\n<!-- end -->\nafter\n"
     filled = tables.fill(text, tmp_path)
     assert filled.splitlines() == [
         "before",
-        "<!-- table: r.json widths -->",
+        "<!-- table: r.json bits -->",
         "| bits | weights | KiB | a, EER % |",
         "|---|---|---|---|",
         "| 32 | full | 2,000 | 2.52 [1.00, 3.46] |",
@@ -44,20 +44,20 @@ def test_cascades_have_a_row_for_each_set(tmp_path):
         "incremental_bits": 2.1,
         "resolved": {"2": 0.954, "4": 0.046}, "each_width_alone": {"4": {"harmful_flip_rate": 0.0057}},
     }  # fmt: skip
-    cascade = {"name": "2>4", "family": "kmqat-nested", "widths": [2, 4], "sets": {"a": figures}}
+    cascade = {"name": "2>4", "family": "kmqat-nested", "bits": [2, 4], "sets": {"a": figures}}
     (tmp_path / "r.json").write_text(json.dumps({"cascades": [cascade]}))
     filled = tables.fill("<!-- table: r.json cascades -->\n<!-- end -->", tmp_path)
     assert filled.splitlines()[3] == "| 2>4, nested | a | 2.76 | 2.50 | 0.123 % | 0.570 % | 95.4 % | 2.21 | 2.10 |"
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(UserError, match="'colours' of r.json must be one of widths, trained, cascades"):
+    with pytest.raises(UserError, match="'colours' of r.json must be one of bits, trained, cascades"):
         tables.fill("<!-- table: r.json colours -->\n<!-- end -->", tmp_path)
     with pytest.raises(UserError, match=r"absent\.json"):
-        tables.fill("<!-- table: absent.json widths -->\n<!-- end -->", tmp_path)
+        tables.fill("<!-- table: absent.json bits -->\n<!-- end -->", tmp_path)
     (tmp_path / "r.json").write_text("{}")
     with pytest.raises(UserError, match="not a study's results: it lacks 'rows'"):
-        tables.fill("<!-- table: r.json widths -->\n<!-- end -->", tmp_path)
+        tables.fill("<!-- table: r.json bits -->\n<!-- end -->", tmp_path)
 
 
 def test_the_readme_shows_what_was_measured():

@@ -1,0 +1,295 @@
+"""A cascade over a trial list: decisions, errors, flips and costs."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kmq_jax.cascade.options import CascadeOptions
+from kmq_jax.cascade.policy import CascadePolicy, read_policy
+from kmq_jax.cascade.run import Outcome, map_scores, run
+from kmq_jax.cascade.verifier import load_cascade
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import atomic_write
+from kmq_jax.data import source
+from kmq_jax.data.trials import Trials
+from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
+from kmq_jax.metrics.calibration import cllr
+from kmq_jax.metrics.detection import eer, min_dcf
+from kmq_jax.metrics.operating import error_rates
+from kmq_jax.scoring.join import join
+from kmq_jax.scoring.levels import LevelScores, score_levels
+from kmq_jax.scoring.table import EmbeddingTable
+
+Place = str | os.PathLike[str]
+
+_LINES = 1 << 16  # lines written at a time
+BANDS = (0, 1, 2, 5, 10, 20, 50, 100)
+"""Percent of the trials, those nearest the threshold at full precision first: where flips are looked for."""
+
+
+class Evaluation(NamedTuple):
+    """A cascade's run over a trial list: the policy, the scores it saw, what it did, and its figures."""
+
+    policy: CascadePolicy
+    joined: LevelScores
+    outcome: Outcome
+    figures: dict[str, Any]
+
+
+def evaluate_embeddings(
+    policy_file: Place,
+    levels: Sequence[tuple[int, str]],
+    trials: str,
+    options: CascadeOptions | None = None,
+    reference: str | None = None,
+    enrol_models: str | None = None,
+) -> Evaluation:
+    """Runs a cascade over a trial list from the embedding files of its levels.
+
+    Args:
+        policy_file: what `CascadePolicy.save` wrote.
+        levels: bits and embedding file of each level, ascending.
+        trials: the list, or `synthetic:SPLIT`.
+        options: how it is evaluated; the defaults where left out.
+        reference: embedding file of the full-precision model, to count flips against.
+        enrol_models: list of enrolment models, where the trials enrol models.
+
+    Raises:
+        UserError: the levels are not those of the policy, or a file is at fault.
+    """
+    policy = read_policy(policy_file)
+    if tuple(bits for bits, _ in levels) != policy.bits:
+        given = ", ".join(str(bits) for bits, _ in levels)
+        raise UserError(f"--stage: {policy_file} is for {', '.join(map(str, policy.bits))} bits, but {given} are given")
+    joined = score_levels(levels, reference, trials, policy.enrolment, enrol_models)
+    for i, (bits, path) in enumerate(levels):
+        policy.check(bits, i, joined.tables[i].embeddings.shape[1], joined.tables[i].model, path)
+    return _evaluated(policy, joined, options or CascadeOptions())
+
+
+def evaluate_recordings(
+    directory: Place,
+    data: Place,
+    trials: str,
+    options: CascadeOptions | None = None,
+    reference: str | None = None,
+    compute: str = "float32",
+) -> Evaluation:
+    """Runs a cascade over a trial list lazily: each level embeds only the recordings of trials still in doubt.
+
+    Args:
+        directory: of the cascade, as `verifier.save_cascade` wrote it.
+        data: DATA that the trials compare.
+        trials: the list, or `synthetic:SPLIT`.
+        options: how it is evaluated; the defaults where left out.
+        reference: embedding file of the full-precision model, to count flips against.
+        compute: arithmetic of the levels below the last, "float32" or "bfloat16".
+
+    Returns:
+        The run. Its figures also tell `seconds`, `embedded`, `resident_bytes`, `macs` and `sequential_macs`.
+
+    Raises:
+        UserError: a file or a recording is at fault.
+    """
+    cascade, utterances = load_cascade(directory, compute), source.open_source(data)
+    names = tuple(utterances.ids), tuple(utterances.paths), tuple(utterances.speakers)
+    table = EmbeddingTable(*names, np.ones((len(utterances), 1), np.float32), str(data))
+    listed, sides = join(trials, table, table)
+    own = score_levels([(32, reference)], None, trials).scores[0] if reference else None
+    lazy = cascade.score(utterances, listed)
+    joined = LevelScores(listed, sides, (), lazy.scores, own)
+    found = _evaluated(cascade.policy, joined, options or CascadeOptions())
+    embedded = {str(bits): count for bits, count in lazy.embedded.items()}
+    found.figures.update({"seconds": sum(lazy.seconds.values()), "embedded": embedded} | cascade.costs())
+    # Levels may be different networks, whose bits say little of what they compute.
+    reached = [float(np.mean(found.outcome.level >= level)) for level in range(len(cascade.policy.bits))]
+    macs = found.figures["macs"].values()
+    found.figures["sequential_macs"] = sum(share * count for share, count in zip(reached, macs))
+    return found
+
+
+def _evaluated(policy: CascadePolicy, joined: LevelScores, options: CascadeOptions) -> Evaluation:
+    outcome = run(policy, joined.scores, joined.sides.enrol, joined.sides.test, joined.one_table)
+    return Evaluation(policy, joined, outcome, figures_of(policy, outcome, joined, options))
+
+
+def figures_of(policy: CascadePolicy, outcome: Outcome, joined: LevelScores, options: CascadeOptions) -> dict[str, Any]:
+    """All figures of a cascade on a trial list; what cannot be told is None.
+
+    A lazy run has no embedding tables, and so tells nothing of a level alone.
+    """
+    labels, reference, p_target = joined.trials.label, joined.reference, options.p_target
+    both = bool(labels.any() and not labels.all())
+    far, frr = error_rates(outcome.score, labels, policy.threshold)
+    llrs = log_ratios(policy, outcome)
+    result: dict[str, Any] = {
+        "eer": equal_error(outcome.score, labels),
+        "eer_ci95": None,
+        "min_dcf": min_dcf(outcome.score, labels, p_target) if both else None,
+        "min_dcf_ci95": None,
+        "cllr": cllr(llrs, labels) if llrs is not None and both else None,
+        "threshold": policy.threshold,
+        "false_accept_rate": far,
+        "false_reject_rate": frr,
+        **outcome.costs(),
+        "top_bits": policy.bits[-1],
+        "harmful_flip_rate": None,
+        "beneficial_flip_rate": None,
+        "reference_eer": None,
+        "reference_min_dcf": None,
+        "p_target": p_target,
+        "trials": len(labels),
+        "targets": int(labels.sum()),
+        "remaining_flips": None,
+        "each_width_alone": each_alone(policy, joined) if joined.tables else None,
+    }
+    if reference is not None:
+        result |= flip_rates(outcome.score, policy.threshold, reference, labels)
+        result["remaining_flips"] = remaining_flips(policy, outcome, reference, labels)
+        result["reference_eer"] = equal_error(reference, labels)
+        result["reference_min_dcf"] = min_dcf(reference, labels, p_target) if both else None
+    return result | (_intervals(outcome, joined, options) if options.replicates and both else {})
+
+
+def _intervals(outcome: Outcome, joined: LevelScores, options: CascadeOptions) -> dict[str, list[float]]:
+    """95 % intervals over draws of speakers; nothing where the speakers are too few to draw."""
+    speakers = joined.sides.enrol_speaker, joined.sides.test_speaker
+    draws = speaker_bootstrap(
+        outcome.score, joined.trials.label, *speakers, options.replicates, options.seed, options.p_target
+    )
+    if len(draws.eer) < 0.9 * options.replicates:
+        return {}
+    return {
+        "eer_ci95": [100 * side for side in percentile_interval(draws.eer)],
+        "min_dcf_ci95": list(percentile_interval(draws.min_dcf)),
+    }
+
+
+def equal_error(scores: Any, labels: Any) -> float | None:
+    """EER in percent, or None where a class has no trials."""
+    return None if labels.all() or not labels.any() else 100 * eer(scores, labels)[0]
+
+
+def flip_rates(scores: Any, threshold: float, reference: Any, labels: Any) -> dict[str, float]:
+    """Shares of trials that the reference decides right and the scores wrong, and the reverse.
+
+    >>> labels, reference = np.array([True, True, False]), np.array([0.9, 0.4, 0.1])
+    >>> found = flip_rates(np.array([0.3, 0.6, 0.2]), 0.5, reference, labels)
+    >>> {name: round(rate, 3) for name, rate in found.items()}
+    {'harmful_flip_rate': 0.333, 'beneficial_flip_rate': 0.333}
+    """
+    ours, theirs = (scores >= threshold) == labels, (reference >= threshold) == labels
+    return {
+        "harmful_flip_rate": float(np.mean(theirs & ~ours)),
+        "beneficial_flip_rate": float(np.mean(ours & ~theirs)),
+    }
+
+
+def each_alone(policy: CascadePolicy, joined: LevelScores) -> dict[str, dict[str, Any]]:
+    """Every level alone, by its bits: EER, harmful flips, beneficial flips."""
+    labels, mapped = joined.trials.label, map_scores(policy, joined.scores)
+    result = {}
+    for bits, row in zip(policy.bits, mapped):
+        figures: dict[str, Any] = {"eer": equal_error(row, labels)}
+        if joined.reference is not None:
+            figures |= flip_rates(row, policy.threshold, joined.reference, labels)
+        result[str(bits)] = figures
+    return result
+
+
+def remaining_flips(
+    policy: CascadePolicy, outcome: Outcome, reference: np.ndarray, labels: np.ndarray
+) -> list[dict[str, Any]]:
+    """Where harmful flips remain: how near full precision was to the threshold, and which level decided.
+
+    Args:
+        policy: the cascade.
+        outcome: what it did.
+        reference: full precision's scores `[trials]`.
+        labels: `[trials]` bool.
+
+    Returns:
+        A row for each of `BANDS`: `nearest`, from and to which percent of the trials; `margin`, how far from the
+        threshold the last of them is; `harmful_flip_rate`, by bits of the deciding level, in shares of all trials.
+    """
+    margin = np.abs(reference - policy.threshold)
+    order = np.argsort(margin, kind="stable")
+    ours, theirs = (outcome.score >= policy.threshold) == labels, (reference >= policy.threshold) == labels
+    harmful, ends = (theirs & ~ours)[order], np.round(np.array(BANDS) / 100 * len(order)).astype(int)
+    level, rows = outcome.level[order], []
+    for low, high, begin, end in zip(BANDS, BANDS[1:], ends, ends[1:]):
+        counts = np.bincount(level[begin:end][harmful[begin:end]], minlength=len(policy.bits)) / len(order)
+        rates = {str(bits): float(rate) for bits, rate in zip(policy.bits, counts)}
+        far = float(margin[order[end - 1]]) if end else 0.0
+        rows.append({"nearest": [low, high], "margin": far, "harmful_flip_rate": rates})
+    return rows
+
+
+def log_ratios(policy: CascadePolicy, outcome: Outcome) -> np.ndarray | None:
+    """Natural log likelihood ratio of each trial `[trials]`, by the map of the level that decided."""
+    if policy.llr_maps is None:
+        return None
+    scale, offset = np.array([[fitted.scale, fitted.offset] for fitted in policy.llr_maps]).T
+    return scale[outcome.level] * outcome.score + offset[outcome.level]
+
+
+def write_decisions(path: Place, trials: Trials, outcome: Outcome, llrs: np.ndarray | None = None) -> None:
+    """Writes `enrol,test,score,decision,bits[,llr]`, one CSV row a trial, with names as in the list.
+
+    Nine digits give every float32 back exactly.
+    """
+    names = np.array([_quoted(name) for name in trials.names], object)
+    with atomic_write(Path(path)) as temporary, temporary.open("w") as file:
+        file.write("enrol,test,score,decision,bits" + (",llr\n" if llrs is not None else "\n"))
+        for start in range(0, len(trials), _LINES):
+            part = slice(start, start + _LINES)
+            columns = [
+                names[trials.enrol_name[part]],
+                names[trials.test_name[part]],
+                outcome.score[part].tolist(),
+                outcome.accept[part].astype(int).tolist(),
+                outcome.bits[part].tolist(),
+            ]
+            if llrs is None:
+                file.write("".join([f"{e},{t},{s:.9g},{d},{b}\n" for e, t, s, d, b in zip(*columns)]))
+            else:
+                rows = zip(*columns, llrs[part].tolist())
+                file.write("".join([f"{e},{t},{s:.9g},{d},{b},{r:.6g}\n" for e, t, s, d, b, r in rows]))
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"' if set(name) & set(',"\n\r') else name
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """The figures as a short table."""
+
+    def number(value: float | None, digits: int, factor: float = 1.0) -> str:
+        return "-" if value is None else f"{factor * value:.{digits}f}"
+
+    lines = [f"{figures['trials']:,} trials, {figures['targets']:,} of them targets"]
+    lines.append(f"{'':14}{'EER %':>9}{'harmful flips %':>18}{'decides %':>12}")
+    for bits, resolved in figures["resolved"].items():
+        alone = (figures["each_width_alone"] or {}).get(bits, {})
+        flips, share = number(alone.get("harmful_flip_rate"), 4, 100), number(resolved, 2, 100)
+        lines.append(f"{bits + ' bits':14}{number(alone.get('eer'), 3):>9}{flips:>18}{share:>12}")
+    lines.append(f"{'cascade':14}{number(figures['eer'], 3):>9}{number(figures['harmful_flip_rate'], 4, 100):>18}")
+    lines.append(f"{'reference':14}{number(figures['reference_eer'], 3):>9}")
+    lines.append(
+        f"bits a trial: {figures['sequential_bits']:.3f} sequential, {figures['incremental_bits']:.3f} incremental; "
+        f"an utterance: {figures['utterance_bits']:.3f} ({figures['utterance_incremental_bits']:.3f} incremental)"
+    )
+    return "\n".join([*lines, *(_lazily(figures) if "embedded" in figures else ())])
+
+
+def _lazily(figures: dict[str, Any]) -> list[str]:
+    """What a lazy run took."""
+    embedded = ", ".join(f"{count:,} at {bits} bits" for bits, count in figures["embedded"].items())
+    macs = ", ".join(f"{count / 1e9:.2f} G at {bits} bits" for bits, count in figures["macs"].items())
+    return [
+        f"recordings embedded: {embedded}; {figures['seconds']:.1f} s; models of {figures['resident_bytes']:,} bytes",
+        f"multiplications for 300 frames: {macs}; a trial: {figures['sequential_macs'] / 1e9:.2f} G",
+    ]

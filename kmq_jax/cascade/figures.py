@@ -1,0 +1,52 @@
+"""The picture of a calibration: which gates there were, which were chosen, and each level alone."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kmq_jax import html
+from kmq_jax.cascade.policy import CascadePolicy
+from kmq_jax.core.files import atomic_write
+
+PANELS = {"harmful_flip_rate": (100, "Harmful flips (%)"), "eer": (1, "EER (%)")}
+
+
+def draw_front(path: str | os.PathLike[str], policy: CascadePolicy) -> None:
+    """Draws harmful flips and EER against bits: the front, each level alone, and the point chosen.
+
+    Args:
+        path: .png, .pdf or .svg.
+        policy: from `calibrate`, whose notes hold all of them.
+    """
+    figure = Figure(figsize=(html.WIDTH, 6.4), layout="constrained", dpi=160)
+    for axes, key in zip(figure.subplots(2, 1), PANELS):
+        if any(row[key] is None for row in policy.notes["front"]):
+            axes.set_axis_off()
+        else:
+            _panel(axes, key, policy.notes)
+    with atomic_write(Path(path)) as temporary:
+        figure.savefig(temporary)
+
+
+def _panel(axes: Axes, key: str, notes: Mapping[str, Any]) -> None:
+    rows, alone = notes["front"], notes["each_width_alone"]
+    scale, label = PANELS[key]
+    bits = [row[f"{notes['cost']}_bits"] for row in rows]
+    values = [scale * row[key] for row in rows]
+    axes.plot(bits, values, ".-", color="tab:blue", linewidth=1, markersize=4, label="cascade, the front")
+    shown = [int(own) for own in alone if int(own) <= max(8, 1.5 * max(bits))]
+    heights = [scale * alone[str(own)][key] for own in shown]
+    axes.plot(shown, heights, "s", color="tab:gray", label="one level alone")
+    for own, height in zip(shown, heights):
+        axes.annotate(f"{own} bits", (own, height), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    chosen = notes.get("chosen")
+    if chosen is not None:
+        axes.plot(bits[chosen], values[chosen], "o", color="tab:red", markersize=8, fillstyle="none", label="chosen")
+    axes.set(xlabel=f"mean {notes['cost']} bits a trial", ylabel=label)
+    axes.grid(color="0.9", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper right", frameon=False, fontsize=8)

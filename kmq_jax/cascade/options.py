@@ -1,0 +1,46 @@
+"""Options of calibrating and running a cascade."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kmq_jax.core.options import Options, option
+
+MAPS = ("isotonic", "affine", "logistic")
+ENROLMENTS = ("each", "top")
+OBJECTIVES = ("flips", "balanced", "eer")
+COSTS = ("sequential", "incremental")
+BOUNDS = ("survey", "hoeffding-bentkus", "conformal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions(Options):
+    """How a cascade's maps, threshold and gates are found."""
+
+    enrolment: str = option(
+        "each: both sides of a trial at the level's bits; top: the enrolled side at the last level's",
+        "each",
+        choices=ENROLMENTS,
+    )
+    map: str = option("map to the reference's scores", "isotonic", choices=MAPS)
+    operating_point: str = option(
+        "what the threshold is for: eer, far=RATE, frr=RATE or dcf=P_TARGET", "eer", metavar="POINT"
+    )
+    rule: Literal["pareto", "risk"] = option("how gates are chosen", "pareto")
+    alpha: float = option("harmful flips a trial that are allowed", 0.001, above=0, below=1)
+    delta: float = option("one minus the confidence that new speakers keep to it", 0.05, above=0, below=1)
+    bound: str = option("risk: bound on the rate", "survey", choices=BOUNDS)
+    certify_share: float = option("risk: share of the speakers kept to test gates on", 0.5, above=0, below=1)
+    objective: str = option("pareto: what is kept low", "flips", choices=OBJECTIVES)
+    cost: str = option("bits that count as cost", "sequential", choices=COSTS)
+    symmetric: bool = option("gates that reach equally far on both sides of the threshold, as in the paper", False)
+    replicates: int = option("bootstrap draws for the threshold's interval; 0: none", 200, at_least=0)
+    seed: int = option("of the bootstrap and of the deal of speakers", 0, at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeOptions(Options):
+    """How a cascade's decisions are evaluated."""
+
+    p_target: float = option("prior of a target, for minDCF", 0.01, above=0, below=1)
+    replicates: int = option("bootstrap draws; 0: no intervals", 1000, at_least=0)
+    seed: int = option("of the bootstrap", 0, at_least=0)

@@ -1,0 +1,61 @@
+"""Tab completion: a shell script of all commands and flags, made from the flags themselves."""
+
+import importlib
+
+from kmq_jax.cli.config_flags import BOTH, FLAGS, configurations
+from kmq_jax.cli.main import COMMANDS
+from kmq_jax.core.errors import UserError
+
+# Words of COMP_LINE, not COMP_WORDS: bash breaks those at "=", which our flags hold.
+BASH = """_kmq_jax() {{
+  local line=${{COMP_LINE:0:COMP_POINT}} words
+  local current=${{line##* }}
+  read -ra words <<< "$line"
+  if (( ${{#words[@]}} < 2 )) || [[ ${{#words[@]}} -eq 2 && $line != *" " ]]; then
+    COMPREPLY=($(compgen -W "{commands}" -- "$current"))
+    return
+  fi
+  local flags=""
+  case ${{words[1]}} in
+{cases}
+  esac
+  case $current in
+    --*=*) COMPREPLY=($(compgen -W "$flags" -- "$current"))
+      (( ${{#COMPREPLY[@]}} )) || COMPREPLY=($(compgen -f -- "${{current#*=}}"))
+      COMPREPLY=("${{COMPREPLY[@]#"${{current%%=*}}="}}") ;;
+    *) COMPREPLY=($(compgen -W "$flags" -- "$current"))
+      [[ ${{COMPREPLY-}} == *= ]] && compopt -o nospace ;;
+  esac
+}}
+complete -o default -F _kmq_jax kmq-jax"""
+
+
+def script(shell: str) -> str:
+    """The script that teaches a shell to complete `kmq-jax`.
+
+    Args:
+        shell: "bash".
+
+    Raises:
+        UserError: the shell is another.
+    """
+    if shell != "bash":
+        raise UserError(f"--completion (={shell}) must be bash")
+    cases = [f'    {name}) flags="{" ".join(flags_of(name))}" ;;' for name in COMMANDS]
+    return BASH.format(commands=" ".join(COMMANDS), cases="\n".join(cases))
+
+
+def flags_of(name: str) -> list[str]:
+    """The words that may follow a command: flags, with "=" where a value follows, and values that are choices."""
+    if name in FLAGS:
+        return [*BOTH, *FLAGS[name], *(f"--config={known}" for known in configurations())]
+    module = importlib.import_module(f"kmq_jax.cli.{name}")
+    if name == "bench":
+        return list(module.benchmarks())
+    words = ["--help"]
+    for action in module.COMMAND.parser()._actions[1:]:
+        flag, listed = action.option_strings[-1], str(action.metavar or "")
+        words.append(flag if action.nargs == 0 else f"{flag}=")
+        if listed.startswith("{"):
+            words += [f"{flag}={choice}" for choice in listed.strip("{}").split(",")]
+    return words

@@ -1,0 +1,110 @@
+"""The flags of `train` and `study`: a configuration, changes of its settings, and a working directory."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kmq_jax.core.errors import UserError
+
+if TYPE_CHECKING:
+    import ml_collections
+    from absl import flags as absl_flags
+
+BOTH = ("--help", "--config=", "--workdir=")
+FLAGS = {"train": ("--tensorboard",), "study": ()}
+"""The flags of each command that takes a configuration, for tab completion."""
+
+PLACES = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
+"""Where configurations lie: in an installed package, and beside the package in a source tree."""
+
+
+def asks_for_help() -> bool:
+    """Whether the command line has one of the flags for help."""
+    return bool({"--help", "-h", "--helpfull"} & set(sys.argv[1:]))
+
+
+def configurations() -> dict[str, Path]:
+    """The configurations that come with the package, by name."""
+    for place in PLACES:
+        if place.is_dir():
+            return {path.stem: path for path in sorted(place.glob("*.py")) if path.stem != "__init__"}
+    return {}
+
+
+def find_config(value: str) -> str:
+    """The file that `--config=NAME[:ARG]` or `--config=FILE.py[:ARG]` names, with `:ARG` as it was.
+
+    Raises:
+        UserError: a bare name is none of the configurations that come with the package; the message lists them.
+
+    >>> find_config("some/where/mine.py:smoke")
+    'some/where/mine.py:smoke'
+    >>> find_config("quickstart:smoke").endswith("configs/quickstart.py:smoke")
+    True
+    """
+    name, colon, arg = value.partition(":")
+    if not name or name.endswith(".py") or "/" in name:
+        return value
+    known = configurations()
+    if name not in known:
+        raise UserError(f"--config (={name}) must be a file, or one of {', '.join(known)}")
+    return f"{known[name]}{colon}{arg}"
+
+
+def parse_flags(
+    argv: list[str], more: "absl_flags.FlagValues | None" = None
+) -> tuple["ml_collections.ConfigDict", Path]:
+    """Reads `--config`, changes of its settings, and `--workdir`.
+
+    Args:
+        argv: the command line.
+        more: further flags, whose values are set.
+
+    Raises:
+        UserError: a flag or a configuration key is unknown or has a value of the wrong type.
+    """
+    from absl import flags as absl_flags
+    from ml_collections import config_flags
+
+    values = absl_flags.FlagValues() if more is None else more
+    words = _with_files(argv)
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
+    absl_flags.DEFINE_string("workdir", None, "", flag_values=values)
+    try:
+        rest = values(words)
+        config, workdir = values["config"].value, values["workdir"].value
+        if config is not None:
+            config.to_dict()  # a file that cannot be loaded is told only when its configuration is used
+    except OSError as error:
+        raise UserError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error
+    except (absl_flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(_told(str(error))) from error
+    if rest[1:]:
+        raise UserError(f"argument {rest[1]!r} is not a flag (see --help)")
+    if config is None or workdir is None:
+        raise UserError("--config and --workdir are both needed (see --help)")
+    if "://" in workdir:
+        raise UserError(f"--workdir={workdir} is no directory: mount the bucket (launch/README.md)")
+    return config, Path(workdir)
+
+
+def _with_files(argv: list[str]) -> list[str]:
+    """The command line with the configuration's name replaced by its file."""
+    words, before = [], ""
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if flag in ("--config", "-config") and equals:
+            word = f"{flag}={find_config(value)}"
+        elif before in ("--config", "-config"):
+            word = find_config(word)
+        words.append(word)
+        before = word
+    return words
+
+
+def _told(message: str) -> str:
+    """An error of absl's, without the traceback of a configuration file that it may hold."""
+    if "Traceback" not in message:
+        return message
+    last = message.strip().splitlines()[-1]
+    return "--config: " + last.removeprefix(f"{UserError.__module__}.UserError: ")

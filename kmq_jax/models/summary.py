@@ -1,0 +1,74 @@
+"""What a model is made of, tensor by tensor, and what it weighs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kmq_jax import quant
+from kmq_jax.core.tree import named_leaves
+from kmq_jax.models import registry
+from kmq_jax.models.speaker_model import SpeakerModel
+
+FRAMES = 300
+"""Frames of the recording that multiplications are counted for."""
+
+
+def rows_of(variables: Any) -> list[dict[str, Any]]:
+    """One row a tensor: `name`, `shape`, `bits`, `used` (mean entries in use a codebook), and bytes by kind."""
+    rows = []
+    for name, leaf in named_leaves(variables, is_leaf=quant.is_codebook_tensor):
+        size = quant.size_bytes(leaf)
+        packed = quant.is_codebook_tensor(leaf)
+        rows.append(
+            {
+                "name": name,
+                "shape": "x".join(map(str, leaf.shape)),
+                "bits": leaf.bits if packed else leaf.dtype.itemsize * 8,
+                "used": entries_used(leaf) if packed else None,
+                "indices": size.indices,
+                "codebooks": size.codebooks,
+                "other": size.other,
+            }
+        )
+    return rows
+
+
+def entries_used(tensor: quant.CodebookTensor) -> float:
+    """How many of a codebook's entries some weight points to, averaged over the codebooks."""
+    groups = tensor.groups
+    indices = np.asarray(quant.indices_of(tensor))
+    rows = indices.reshape(1, -1) if tensor.axis is None else np.moveaxis(indices, tensor.axis, 0).reshape(groups, -1)
+    entries = 1 << tensor.bits
+    counts = np.bincount((rows + entries * np.arange(groups)[:, None]).ravel(), minlength=groups * entries)
+    return float((counts > 0).sum() / groups)
+
+
+def totals_of(model: SpeakerModel) -> dict[str, int]:
+    """A model's parameters, bytes by kind, and multiplications for 300 frames."""
+    size = quant.size_bytes(model.variables)
+    leaves = [leaf for _, leaf in named_leaves(model.variables["params"], is_leaf=quant.is_codebook_tensor)]
+    return {
+        "parameters": sum(leaf.size for leaf in leaves),
+        "quantized_weights": sum(leaf.size for leaf in leaves if quant.is_codebook_tensor(leaf)),
+        "index_bytes": size.indices,
+        "codebook_bytes": size.codebooks,
+        "other_bytes": size.other,
+        "total_bytes": size.total,
+        "macs_per_300_frames": registry.macs(model.network(), FRAMES),
+    }
+
+
+def describe(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, int]) -> str:
+    """The rows as a table, and the totals below it."""
+    longest = max(len(row["name"]) for row in rows)
+    lines = [
+        f"{'name':{longest}}  {'shape':>16} {'bits':>4} {'used':>6} {'indices':>10} {'codebooks':>9} {'other':>10}"
+    ]
+    for row in rows:
+        used = f"{row['used']:.2f}" if row["used"] is not None else ""
+        lines.append(
+            f"{row['name']:{longest}}  {row['shape']:>16} {row['bits']:>4} {used:>6} {row['indices']:>10,} "
+            f"{row['codebooks']:>9,} {row['other']:>10,}"
+        )
+    return "\n".join([*lines, "", *(f"{name.replace('_', ' ')}: {value:,}" for name, value in totals.items())])

@@ -1,0 +1,29 @@
+"""Options of quantization without training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.options import Options, option, shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions(Options):
+    """Which tensors are quantized, and to how many bits."""
+
+    bits: int = option("bits an index", at_least=1, at_most=8)
+    granularity: Literal["channel", "tensor"] = option("what has a codebook of its own", "channel")
+    nested: tuple[int, ...] = option("fewer bits at which the same file can be read, such as 2,3", (), at_least=1)
+    skip: tuple[str, ...] = option("parameters to keep in full precision; repeatable", (), metavar="REGEX")
+    rules: Path | None = option('JSON: [{"pattern": REGEX, "bits": B or null}, ...], first match wins', None)
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            UserError: "`name` (=value) must be ...".
+        """
+        super().__post_init__()
+        if any(bits >= self.bits for bits in self.nested):
+            raise UserError(f"`nested` (={shown(self.nested)}) must be below `bits` (={self.bits})")

@@ -1,0 +1,64 @@
+"""A packed low-bit model from a full-precision one, without training."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from kmq_jax import quant
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import read_json
+from kmq_jax.data import source
+from kmq_jax.models.speaker_model import SpeakerModel
+from kmq_jax.ptq.fit import fit_on
+from kmq_jax.ptq.options import QuantizeOptions
+
+CROPS = 100
+"""Crops of speech that layers are fitted on."""
+
+
+def quantize_model(
+    model: SpeakerModel, rules: Sequence[quant.QuantRule], data: str | None = None, crops: int = CROPS
+) -> SpeakerModel:
+    """Replaces a model's tensors by codebooks and packed indices.
+
+    Args:
+        model: in full precision.
+        rules: which tensors, and how.
+        data: one DATA or several separated by commas: layers are fitted on crops of these recordings. Without it
+            weights are quantized as they are.
+        crops: how many crops.
+
+    Raises:
+        UserError: the model is quantized already, a rule names no tensor, or the data cannot be read.
+    """
+    leaves = jax.tree.leaves(model.variables, is_leaf=quant.is_codebook_tensor)
+    if any(quant.is_codebook_tensor(leaf) for leaf in leaves):
+        raise UserError("the model is quantized already: quantize the model it was made from")
+    params = quant.quantize_params(model.variables["params"], rules)
+    packed = dataclasses.replace(model, variables={**model.variables, "params": params})
+    return fit_on(model, packed, source.open_sources(data), crops) if data else packed
+
+
+def rules_of(options: QuantizeOptions) -> list[quant.QuantRule]:
+    """The rules that options describe: `skip` first, then `rules`, then `bits` for every other kernel.
+
+    Raises:
+        UserError: the file of rules cannot be read, or a rule has another form.
+    """
+    spec = quant.QuantSpec(options.bits, granularity=options.granularity, coarse=options.nested)
+    rules = [quant.QuantRule(pattern, None) for pattern in options.skip]
+    rules += [_rule(entry, spec, str(options.rules)) for entry in _listed(options)]
+    return [*rules, quant.QuantRule(r"/kernel$", spec)]
+
+
+def _listed(options: QuantizeOptions) -> Any:
+    return read_json(options.rules) if options.rules else []
+
+
+def _rule(entry: Any, spec: quant.QuantSpec, file: str) -> quant.QuantRule:
+    if not isinstance(entry, dict) or set(entry) != {"pattern", "bits"}:
+        raise UserError(f"{file}: {entry!r} must have `pattern` and `bits`")
+    bits = entry["bits"]
+    return quant.QuantRule(entry["pattern"], None if bits is None else dataclasses.replace(spec, bits=bits, coarse=()))

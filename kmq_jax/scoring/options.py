@@ -1,0 +1,30 @@
+"""Options of extraction and scoring."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kmq_jax.core.options import Options, option
+
+Compute = Literal["float32", "bfloat16"]
+"""The arithmetic of a network, as `models.speaker_model.COMPUTE` lists it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionOptions(Options):
+    """How recordings are embedded."""
+
+    bits: int | None = option("bits at which a nested model is read; left out: the most it has", None, at_least=1)
+    compute: Compute = option("the network's arithmetic", "float32")
+    max_seconds: float = option("only so much of each recording; 0: all of it", 0.0, at_least=0)
+    batch_size: int = option("recordings in one batch", 16, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions(Options):
+    """How a trial list is scored and evaluated."""
+
+    cohort_speaker_means: bool = option("S-norm: one cohort member a speaker, the mean of its embeddings", False)
+    top_n: int | None = option("S-norm: nearest cohort members that count; left out: 300, or all if fewer", None)
+    p_target: float = option("prior of a target, for minDCF and actDCF", 0.01, above=0, below=1)
+    replicates: int = option("bootstrap draws; 0: no intervals", 1000, at_least=0)
+    seed: int = option("of the bootstrap and of the calibration folds", 0, at_least=0)

@@ -1,0 +1,189 @@
+"""A trial list scored from embedding files and evaluated, as `kmq-jax score` does it."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import atomic_write, read_json, write_json
+from kmq_jax.data.trials import Trials
+from kmq_jax.metrics.calibration import AffineMap, IsotonicMap, fit_logistic, map_from_dict
+from kmq_jax.metrics.evaluate import evaluate
+from kmq_jax.scoring.cosine import average, cosine_scores
+from kmq_jax.scoring.join import Sides, join
+from kmq_jax.scoring.options import ScoringOptions
+from kmq_jax.scoring.snorm import adaptive_snorm
+from kmq_jax.scoring.table import EmbeddingTable, read_embeddings
+
+Place = str | os.PathLike[str]
+
+_TOP_N = 300
+_LINES = 1 << 16  # lines written at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A scored trial list.
+
+    Attributes:
+        trials: the list.
+        scores: `[trials]` float32, in its order.
+        kind: "cosine" or "snorm".
+        metrics: what `metrics.evaluate` tells of them, with `speakers_source` and `snorm` (what was done, or None).
+    """
+
+    trials: Trials
+    scores: np.ndarray
+    kind: str
+    metrics: dict[str, Any]
+
+
+def score(
+    embeddings: Place,
+    trials: str,
+    options: ScoringOptions | None = None,
+    *,
+    enrol_embeddings: Place | None = None,
+    enrol_models: str | None = None,
+    cohort: Place | None = None,
+    calibration: Place | None = None,
+) -> Scored:
+    """Scores a trial list by cosine, with adaptive S-norm if a cohort is given, and evaluates it.
+
+    Args:
+        embeddings: embedding file of the test utterances.
+        trials: the list, or `synthetic:SPLIT`.
+        options: how; the defaults where left out.
+        enrol_embeddings: embedding file of the enrolment utterances; `embeddings` where left out.
+        enrol_models: list of enrolment models (`data.trials.read_models`), where the trials enrol models.
+        cohort: embedding file of other speakers, for adaptive S-norm.
+        calibration: what `save_calibration` wrote; in place of a cross-validated one.
+
+    Raises:
+        UserError: a file cannot be read or does not fit the others, or options need a cohort that is not there.
+    """
+    how = options or ScoringOptions()
+    if not cohort and (how.top_n is not None or how.cohort_speaker_means):
+        raise UserError("`top_n` and `cohort_speaker_means` need a cohort (`snorm_cohort`)")
+    kind = "snorm" if cohort else "cosine"
+    fitted = read_calibration(calibration, kind) if calibration else None
+    test_table = read_embeddings(embeddings)
+    enrol_table = read_embeddings(enrol_embeddings) if enrol_embeddings else test_table
+    listed, sides = join(trials, enrol_table, test_table, enrol_models)
+    scores = cosine_scores(sides.enrol_embeddings, sides.test_embeddings, sides.enrol, sides.test)
+    notes = None
+    if cohort:
+        scores, notes = normalise(scores, sides, read_embeddings(cohort), how.top_n, how.cohort_speaker_means)
+    speakers = sides.enrol_speaker, sides.test_speaker
+    try:
+        metrics = evaluate(scores, listed.label, *speakers, how.p_target, fitted, how.replicates, how.seed)
+    except UserError as error:
+        raise UserError(f"{trials}: {error}") from error
+    if calibration:
+        metrics["calibration"] = f"given by {calibration}"
+    return Scored(listed, scores, kind, metrics | {"speakers_source": sides.speakers_source, "snorm": notes})
+
+
+def normalise(
+    scores: np.ndarray, sides: Sides, cohort: EmbeddingTable, top_n: int | None, means: bool
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Applies adaptive S-norm.
+
+    Args:
+        scores: `[trials]`, cosine scores.
+        sides: what the trials compare.
+        cohort: embeddings of other speakers.
+        top_n: nearest cohort members that count; 300, or all if fewer, where left out.
+        means: whether a cohort member is the mean of a speaker's embeddings.
+
+    Returns:
+        The new scores `[trials]`, and what was done.
+
+    Raises:
+        UserError: the cohort does not name its speakers, or is smaller than `top_n`.
+    """
+    members = cohort.embeddings
+    if means:
+        if cohort.speakers is None:
+            raise UserError(f"`cohort_speaker_means`: {cohort.source} has no `speakers`")
+        _, label = np.unique(np.array(cohort.speakers), return_inverse=True)
+        order = np.argsort(label, kind="stable")
+        members = average(members, np.split(order, np.flatnonzero(np.diff(label[order])) + 1))
+    if top_n is not None and not 2 <= top_n <= len(members):
+        raise UserError(f"`top_n` (={top_n}) must lie between 2 and the cohort's size, {len(members)}")
+    top_n = min(_TOP_N, len(members)) if top_n is None else top_n
+    shared = len(sides.speaker_names & set(cohort.speakers or ()))
+    if shared:
+        print(f"warning: {shared} speakers of the trials are also in the cohort {cohort.source}", file=sys.stderr)
+    scores = adaptive_snorm(
+        scores, sides.enrol_embeddings, sides.test_embeddings, sides.enrol, sides.test, members, top_n
+    )
+    return scores, {"cohort": cohort.source, "members": len(members), "top_n": top_n, "shared_speakers": shared}
+
+
+def read_calibration(path: Place, kind: str) -> AffineMap | IsotonicMap:
+    """Reads what `save_calibration` wrote, for scores of the same kind, "cosine" or "snorm"."""
+    value = read_json(path)
+    try:
+        calibration = map_from_dict(value)
+    except UserError as error:
+        raise UserError(f"--calibration={path}: {error}") from error
+    if value.get("scores", kind) != kind:
+        raise UserError(f"--calibration={path} is for {value['scores']} scores, but these are {kind} scores")
+    return calibration
+
+
+def save_calibration(path: Place, scored: Scored) -> None:
+    """Writes the logistic calibration fitted on all trials, as JSON."""
+    write_json(path, fit_logistic(scored.scores, scored.trials.label).to_dict() | {"scores": scored.kind})
+
+
+def write_scores(path: Place, trials: Trials, scores: np.ndarray) -> None:
+    """Writes `enrol test score` lines, with names as in the list. Nine digits give every float32 back exactly."""
+    names = np.array(trials.names, object)
+    with atomic_write(path) as temporary, temporary.open("w") as file:
+        for start in range(0, len(scores), _LINES):
+            part = slice(start, start + _LINES)
+            rows = zip(names[trials.enrol_name[part]], names[trials.test_name[part]], scores[part].tolist())
+            file.write("".join([f"{enrol} {test} {score:.9g}\n" for enrol, test, score in rows]))
+
+
+def draw_det(path: Place, scored: Scored) -> None:
+    """Draws the DET curve.
+
+    Raises:
+        UserError: the file's name does not end in .png, .pdf or .svg.
+    """
+    from kmq_jax.metrics.det_plot import save_det  # matplotlib takes a second to import
+
+    with atomic_write(Path(path)) as temporary:
+        save_det(temporary, {scored.kind: (scored.scores, scored.trials.label)})
+
+
+def describe(metrics: dict[str, Any]) -> str:
+    """The figures as a short table."""
+
+    def line(name: str, value: float | None, interval: list[float] | None, digits: int) -> str:
+        if value is None:
+            return f"{name:10}{'-':>9}"
+        span = f"   [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""
+        return f"{name:10}{value:9.{digits}f}{span}"
+
+    return "\n".join(
+        [
+            f"{metrics['trials']:,} trials, {metrics['targets']:,} of them targets, {metrics['speakers']:,} speakers "
+            f"({metrics['speakers_source']})",
+            line("EER %", metrics["eer"], metrics["eer_ci95"], 3),
+            line("minDCF", metrics["min_dcf"], metrics["min_dcf_ci95"], 4),
+            line("actDCF", metrics["act_dcf"], None, 4),
+            line("Cllr", metrics["cllr"], None, 4),
+            line("minCllr", metrics["min_cllr"], None, 4),
+            line("threshold", metrics["threshold"], None, 5),
+            f"target prior {metrics['p_target']:g}; intervals: {metrics['intervals']}",
+            f"calibration: {metrics['calibration']}",
+        ]
+    )

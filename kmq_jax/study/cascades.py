@@ -1,0 +1,190 @@
+"""The cascades of a study: calibrated on one evaluation set, run on all."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kmq_jax.cascade.calibrate import calibrate
+from kmq_jax.cascade.evaluate import evaluate_embeddings
+from kmq_jax.cascade.figures import draw_front
+from kmq_jax.cascade.verifier import save_cascade
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import atomic_write, read_json, write_json
+from kmq_jax.data import source, trials
+from kmq_jax.study.networks import Network
+from kmq_jax.study.options import FULL, NESTED, CascadePlan, EvaluationSet, StudyOptions
+from kmq_jax.study.steps import Steps
+
+RECIPES = {"halves": 1, "calibrate": 1, "cascade": 1}
+"""To be raised when a change of the code changes what a step computes: studies then repeat it (see `study.steps`)."""
+
+HALVES = ("a", "b")
+MEANT = (
+    "eer", "reference_eer", "harmful_flip_rate", "beneficial_flip_rate", "sequential_bits", "incremental_bits",
+    "utterance_bits", "utterance_incremental_bits", "resolved", "remaining_flips", "each_width_alone",
+)  # fmt: skip
+"""Figures of two halves that are averaged: those that the report shows."""
+
+
+def family_steps(family: str, all_bits: Sequence[int]) -> set[str]:
+    """The steps that make the networks of a family, such as "kmqat" or "ptq-nested".
+
+    >>> sorted(family_steps("kmqat", (2, 3)))
+    ['kmqat-2', 'kmqat-3']
+    """
+    return {family} if family.endswith(NESTED) else {f"{family}-{bits}" for bits in all_bits}
+
+
+@dataclasses.dataclass(frozen=True)
+class StudiedCascade:
+    """A cascade within a study: its networks, and the steps that calibrate and run it.
+
+    Attributes:
+        steps: of the study.
+        options: of the study.
+        plan: what is asked for.
+        reference: the full-precision network.
+        levels: the networks of its levels, ascending in bits.
+    """
+
+    steps: Steps
+    options: StudyOptions
+    plan: CascadePlan
+    reference: Network
+    levels: tuple[Network, ...]
+
+    @property
+    def name(self) -> str:
+        """Names its steps and its directory."""
+        return f"{self.plan.family}-{'-'.join(map(str, self.plan.bits))}"
+
+    @property
+    def about(self) -> list[Any]:
+        """What all of its steps depend on."""
+        return [list(self.plan.bits), dataclasses.asdict(self.options.calibration)]
+
+    def file(self, network: Network, evaluated: EvaluationSet) -> str:
+        """The embedding file of a network on a set."""
+        return f"{self.steps.directory}/embeddings/{network.name}-{evaluated.name}.npz"
+
+    def files(self, evaluated: EvaluationSet) -> list[tuple[int, str]]:
+        """Bits and embedding file of each level on a set."""
+        return [(one.bits, self.file(one, evaluated)) for one in self.levels]
+
+    def needs(self, evaluated: EvaluationSet) -> list[str]:
+        """The steps that make the embeddings of a set."""
+        return [f"embed-{one.name}-{evaluated.name}" for one in (self.reference, *self.levels)]
+
+    def calibrate(self, listed: str, suffix: str, needs: Sequence[str], data: Sequence[str] = ()) -> None:
+        """Calibrates on the trial list `listed` of the calibration set; without a suffix it also keeps the models."""
+        base = self.options.sets[self.options.calibrate]
+
+        def action(out: Path) -> None:
+            policy = calibrate(self.files(base), self.file(self.reference, base), listed, self.options.calibration)
+            policy.save(out)
+            draw_front(out.with_suffix(".png"), policy)
+            if not suffix:
+                save_cascade(out.parent, policy, {one.bits: str(one.path) for one in self.levels})
+
+        name, out = f"calibrate-{self.name}{suffix}", f"cascades/{self.name}{suffix}/policy.json"
+        self.steps.run(name, [self.about, listed], needs, out, action, data=data, recipe=RECIPES["calibrate"])
+
+    def evaluate(
+        self, policy: str, listed: str, evaluated: EvaluationSet, suffix: str, data: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """The figures on a set of the policy with the suffix `policy`."""
+        directory = f"cascades/{self.name}{policy}"
+
+        def action(out: Path) -> None:
+            file, reference = self.steps.directory / directory / "policy.json", self.file(self.reference, evaluated)
+            found = evaluate_embeddings(file, self.files(evaluated), listed, reference=reference)
+            write_json(out, found.figures)
+
+        step = f"cascade-{self.name}-{evaluated.name}{suffix}"
+        needs = [f"calibrate-{self.name}{policy}", *self.needs(evaluated)]
+        made = self.steps.run(
+            step, [self.about, listed], needs, f"{directory}/{step}.json", action, data=data, recipe=RECIPES["cascade"]
+        )
+        found: dict[str, Any] = read_json(made)
+        return found
+
+
+def run_cascade(steps: Steps, options: StudyOptions, networks: Sequence[Network], plan: CascadePlan) -> dict[str, Any]:
+    """Calibrates a cascade on one set and runs it on all.
+
+    The calibration set itself is evaluated crosswise: its speakers are halved, and each half is decided by a policy
+    from the other half.
+
+    Args:
+        steps: of the study.
+        options: of the study.
+        networks: all there are, full precision first.
+        plan: the cascade.
+
+    Raises:
+        UserError: the plan names bits that its family does not have.
+    """
+    known = {one.bits: one for one in networks if one.step in family_steps(plan.family, options.bits)}
+    known[FULL] = networks[0]
+    if missing := [bits for bits in plan.bits if bits not in known]:
+        raise UserError(f"study.cascades: there is no network of {missing[0]} bits in {plan.family!r}")
+    cascade = StudiedCascade(steps, options, plan, networks[0], tuple(known[bits] for bits in plan.bits))
+    base = options.sets[options.calibrate]
+    cascade.calibrate(base.trials, "", cascade.needs(base), data=[base.trials])
+    results = {base.name: crosswise(cascade, base)}
+    for evaluated in options.sets.values():
+        if evaluated is not base:
+            results[evaluated.name] = cascade.evaluate("", evaluated.trials, evaluated, "", data=[evaluated.trials])
+    groups = {group: [results[one]["eer"] for one in members] for group, members in options.groups.items()}
+    return {
+        "name": ">".join("FP32" if bits == FULL else str(bits) for bits in plan.bits),
+        "family": plan.family,
+        "bits": list(plan.bits),
+        "directory": f"cascades/{cascade.name}",
+        "sets": results,
+        "groups": {group: float(np.mean(eers)) for group, eers in groups.items()},
+    }
+
+
+def crosswise(cascade: StudiedCascade, base: EvaluationSet) -> dict[str, Any]:
+    """The figures on the calibration set: each half of its speakers is decided by a policy from the other half."""
+    lists = halve(cascade.steps, base)
+    crossed = []
+    for half, other in zip(HALVES, reversed(HALVES)):
+        cascade.calibrate(str(lists / f"{half}.txt"), f"-{half}", [*cascade.needs(base), f"halves-{base.name}"])
+        crossed.append(cascade.evaluate(f"-{half}", str(lists / f"{other}.txt"), base, f"-{other}"))
+    return {"halves": crossed, **mean_of(crossed)}
+
+
+def halve(steps: Steps, evaluated: EvaluationSet) -> Path:
+    """Trial lists `a.txt` and `b.txt` of each half of a set's speakers, dealt at random; trials across are left out."""
+    places = [evaluated.data, evaluated.trials]
+    action = functools.partial(_write_halves, evaluated)
+    name = f"halves-{evaluated.name}"
+    return steps.run(name, places, (), f"halves/{evaluated.name}", action, data=places, recipe=RECIPES["halves"])
+
+
+def _write_halves(evaluated: EvaluationSet, out: Path) -> None:
+    table = source.open_source(evaluated.data)
+    pairs = trials.open_trials(evaluated.trials, table)
+    speakers, speaker = np.unique(np.array(table.speakers), return_inverse=True)
+    half = np.random.default_rng(0).permutation(len(speakers)) % 2
+    sides = half[speaker[pairs.enrol]], half[speaker[pairs.test]]
+    names = np.array(table.ids)
+    for number, name in enumerate(HALVES):
+        rows = np.flatnonzero((sides[0] == number) & (sides[1] == number))
+        columns = pairs.label[rows].astype(int), names[pairs.enrol[rows]], names[pairs.test[rows]]
+        with atomic_write(out / f"{name}.txt") as temporary:
+            temporary.write_text("".join(f"{y} {a} {b}\n" for y, a, b in zip(*columns)))
+
+
+def mean_of(halves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of two halves' figures, of those in `MEANT`."""
+    shown = [{key: half[key] for key in MEANT} for half in halves]
+    mean: dict[str, Any] = jax.tree.map(lambda *values: float(np.mean(values)), *shown)
+    return mean

@@ -1,0 +1,183 @@
+"""The networks of a study: full precision first, then every number of bits, without and with training."""
+
+import copy
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import file_hash, write_json
+from kmq_jax.interop import pretrained
+from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model, save_model
+from kmq_jax.ptq.quantize import quantize_model
+from kmq_jax.study.options import FULL, NESTED, StudyOptions
+from kmq_jax.study.steps import Steps
+from kmq_jax.training import loop, qat
+from kmq_jax.training.config import quantized
+
+RECIPES = {"fp32": 1, "ptq": 1, "kmqat": 1}
+"""To be raised when a change of the code changes what a step computes: studies then repeat it (see `study.steps`)."""
+
+CHECKPOINTS = (".onnx", ".pt", ".pth", ".ckpt", ".safetensors")
+"""Suffixes of other toolkits' files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A model of the study, read at one number of bits.
+
+    Attributes:
+        step: that made it, such as "kmqat-2" or "ptq-nested".
+        method: for people.
+        bits: its bits.
+        path: the MODEL.
+        read_at: the bits at which a nested model is read; None for any other.
+    """
+
+    step: str
+    method: str
+    bits: int
+    path: Path
+    read_at: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Names its embeddings and scores."""
+        return f"{self.step}-{self.bits}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A quantization of the study: at one number of bits, or of all in one file.
+
+    Attributes:
+        name: "2", "3", ... or "nested".
+        bits: the most it has.
+        coarse: the fewer bits of nested codebooks, descending.
+    """
+
+    name: str
+    bits: int
+    coarse: tuple[int, ...] = ()
+
+    @property
+    def grow_from(self) -> str:
+        """The step whose trained network nested codebooks grow from; empty for any other."""
+        return f"kmqat-{min(self.coarse)}" if self.coarse else ""
+
+
+def runs_of(options: StudyOptions) -> list[Run]:
+    """The quantizations that a study is asked for, most bits first, nested ones last."""
+    ordered = sorted(options.bits, reverse=True)
+    runs = [Run(str(bits), bits) for bits in ordered]
+    return [*runs, Run(NESTED, ordered[0], tuple(ordered[1:]))] if options.nested else runs
+
+
+def make_networks(config: ml_collections.ConfigDict, options: StudyOptions, steps: Steps) -> list[Network]:
+    """Trains, imports and quantizes.
+
+    Args:
+        config: of the full-precision training.
+        options: of the study.
+        steps: of the study.
+
+    Returns:
+        The full-precision network, then those of each quantization: without training, and trained.
+
+    Raises:
+        UserError: a setting, file or value is at fault.
+    """
+    reference = full_precision(config, steps)
+    networks = [Network("fp32", "full precision", FULL, reference)]
+    for run in runs_of(options):
+        networks += quantized_networks(config, options, steps, run, reference)
+    return networks
+
+
+def full_precision(config: ml_collections.ConfigDict, steps: Steps) -> Path:
+    """Trains the full-precision network, or takes the one that `init_from` names."""
+    given, recipe = Path(config.init_from), RECIPES["fp32"]
+    if given.suffix in CHECKPOINTS:
+        if not given.is_file():
+            raise UserError(f"init_from={given}: there is no such file")
+        about = file_hash(given)
+        return steps.run("fp32", about, (), "fp32.kmq", functools.partial(_import, given), recipe=recipe)
+    if config.init_from:
+        about = fingerprint(load_model(given))
+        steps.run("fp32", about, (), "fp32.json", lambda path: write_json(path, str(given)), recipe=recipe)
+        return given
+    train = functools.partial(_train, config)
+    return steps.run("fp32", settings_of(config), (), "fp32", train, data=data_of(config), recipe=recipe)
+
+
+def quantized_networks(
+    config: ml_collections.ConfigDict, options: StudyOptions, steps: Steps, run: Run, reference: Path
+) -> list[Network]:
+    """Quantizes without training and, where the run has epochs, with it; a network for each of the run's bits."""
+    grow_from = str(steps.directory / run.grow_from) if run.grow_from else ""
+    own = kmqat_config(config, options, run, str(reference), grow_from)
+    heard = data_of(own)
+    rules = [settings_of(own)["quant"], own.data.train]
+    untrained = functools.partial(quantize, own, reference)
+    step, recipe = f"ptq-{run.name}", RECIPES["ptq"]
+    path = steps.run(step, rules, ("fp32",), f"{step}.kmq", untrained, data=heard, recipe=recipe)
+    made = [(step, "without training", path)]
+    if own.epochs:
+        step, recipe = f"kmqat-{run.name}", RECIPES["kmqat"]
+        needs, train = ("fp32", *filter(None, [run.grow_from])), functools.partial(_train, own)
+        path = steps.run(step, settings_of(own), needs, step, train, data=heard, recipe=recipe)
+        made.append((step, "trained", path))
+    nested = ", nested" if run.coarse else ""
+    return [
+        Network(step, method + nested, bits, path, bits if run.coarse else None)
+        for step, method, path in made
+        for bits in (run.bits, *run.coarse)
+    ]
+
+
+def kmqat_config(
+    config: ml_collections.ConfigDict, options: StudyOptions, run: Run, reference: str, grow_from: str = ""
+) -> ml_collections.ConfigDict:
+    """The configuration of a quantized training: that of the full-precision one, with the study's changes."""
+    rules = tuple(tuple(rule) for rule in options.rules)
+    own = quantized(copy.deepcopy(config), run.bits, coarse=run.coarse, grow_from=grow_from, rules=rules)
+    own.init_from = reference
+    own.average_last = 0
+    own.loss.weight = options.label_weight
+    own.epochs = options.epochs.get(run.name, 0.0)
+    if run.coarse and not options.epochs.get(str(min(run.coarse))):
+        own.epochs = 0.0
+    if options.learning_rate:
+        own.learning_rate.peak = options.learning_rate
+    own.validation.data = ""
+    return own
+
+
+def quantize(config: ml_collections.ConfigDict, reference: Path, out: Path) -> None:
+    """Quantizes a model by the rules of a configuration, without training, fitted on training crops."""
+    crops = config.quant.recalibrate
+    data = config.data.train if crops else None
+    save_model(out, quantize_model(load_model(reference), qat.rules_of(config.quant), data, crops))
+
+
+def settings_of(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What a training run depends on."""
+    return {key: value for key, value in json.loads(config.to_json()).items() if key != "study"}
+
+
+def data_of(config: ml_collections.ConfigDict) -> list[str]:
+    """The DATA and TRIALS that a training run reads."""
+    return [config.data.train, config.data.noise, config.data.music, config.validation.data, config.validation.trials]
+
+
+def _import(given: Path, out: Path) -> None:
+    save_model(out, SpeakerModel(*pretrained.read(given, None, None)))
+
+
+def _train(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    if not loop.train(config, workdir)["finished"]:
+        raise UserError(f"{workdir}: training was stopped; the same command goes on from there")

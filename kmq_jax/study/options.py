@@ -1,0 +1,105 @@
+"""Options of a study: what the section `study` of a configuration holds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from kmq_jax.cascade.options import CalibrationOptions
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.options import Options, option, shown
+from kmq_jax.diagnosis.options import DiagnosisOptions
+from kmq_jax.scoring.options import Compute
+
+NESTED = "nested"
+FULL = 32
+"""Bits that stand for full precision."""
+FAMILIES = ("kmqat", "ptq", f"kmqat-{NESTED}", f"ptq-{NESTED}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSet(Options):
+    """Recordings and the trials that compare them."""
+
+    name: str = option("for people")
+    data: str = option("DATA", metavar="DATA")
+    trials: str = option("TRIALS", metavar="TRIALS")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadePlan(Options):
+    """A cascade to calibrate and to run."""
+
+    family: str = option("of networks: trained or not, nested or not", choices=FAMILIES)
+    bits: tuple[int, ...] = option("of its levels, ascending; 32 is full precision", at_least=1)
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            UserError: the bits do not ascend.
+        """
+        super().__post_init__()
+        if not self.bits or any(a >= b for a, b in zip(self.bits, self.bits[1:])):
+            raise UserError(f"`bits` (={shown(self.bits)}) must ascend")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions(Options):
+    """What a study makes of a full-precision network, and what it measures."""
+
+    sets: dict[str, EvaluationSet] = option("evaluation sets, by name")
+    bits: tuple[int, ...] = option("at which the network is quantized", (4, 3, 2), at_least=1, at_most=8)
+    nested: bool = option("also all of these bits in one file", True)
+    rules: tuple[Any, ...] = option("(pattern, bits) before that, first match wins; 0 keeps full precision", ())
+    epochs: dict[str, float] = option("of training by bits or `nested`; what is left out is not trained")
+    learning_rate: float = option("of quantization-aware training; 0: by bits, see `quantized`", 0.0, at_least=0)
+    label_weight: float = option("of margin softmax of the labels beside the teacher", 0.0, at_least=0)
+    compute: Compute = option("arithmetic of extraction", "float32")
+    quick_compile: bool = option("no optimizations, for networks so tiny that compiling is all they cost", False)
+    diagnose: tuple[str, ...] = option("names of the evaluation sets that are diagnosed", ())
+    diagnosis: DiagnosisOptions = option("how", DiagnosisOptions())
+    calibrate: str = option("name of the evaluation set that cascades are calibrated on", "")
+    calibration: CalibrationOptions = option("how", CalibrationOptions())
+    cascades: tuple[CascadePlan, ...] = option("cascades to calibrate and to run", ())
+    groups: dict[str, tuple[str, ...]] = option("evaluation sets whose mean EER is shown, by the group's name")
+    published: dict[str, dict[str, float]] = option("EER in percent, by group and bits (or `cascade`), to compare with")
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            UserError: there is no evaluation set, or one is named that there is not.
+        """
+        super().__post_init__()
+        if not self.sets:
+            raise UserError("`evaluate` names no evaluation set")
+        grouped = [name for members in self.groups.values() for name in members]
+        for name in (*self.diagnose, *([self.calibrate] if self.cascades else ()), *grouped):
+            if name not in self.sets:
+                raise UserError(f"{name!r} is none of the evaluation sets {', '.join(self.sets)}")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: str = "study") -> Self:
+        """Reads the section `study` of a configuration.
+
+        Args:
+            values: the section, as a plain mapping. `evaluate` has `data` and `trials` by name; `cascades` has
+                (family, bits); `diagnosis` and `calibration` have fields of their options.
+            where: stands before names in errors.
+
+        Raises:
+            UserError: a setting is unknown or has a value that cannot be used.
+        """
+        given = dict(values)
+        given.pop("root", None)  # the directory that places of evaluation sets refer to
+        sets = given.pop("evaluate", {})
+        given["sets"] = {
+            name: EvaluationSet.of({"name": name, **place}, f"{where}.evaluate.{name}") for name, place in sets.items()
+        }
+        plans = given.pop("cascades", ())
+        given["cascades"] = tuple(
+            CascadePlan.of({"family": family, "bits": bits}, f"{where}.cascades") for family, bits in plans
+        )
+        given["diagnosis"] = DiagnosisOptions.of(given.pop("diagnosis", {}), f"{where}.diagnosis")
+        given["calibration"] = CalibrationOptions.of(given.pop("calibration", {}), f"{where}.calibration")
+        return super().of({"epochs": {}, "groups": {}, "published": {}, **given}, where)

@@ -1,0 +1,128 @@
+"""The command line as a whole: help without JAX, completion, quiet ends, configurations by name."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kmq_jax.cli import completion, config_flags, main
+from kmq_jax.core.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+PYTHON = [sys.executable, "-m", "kmq_jax"]
+
+
+def test_every_help_comes_without_jax_or_numpy():
+    code = """if True:
+        import contextlib, io, json, sys
+        from kmq_jax.cli import main
+        found = {}
+        for words in [["--help"], *([name, "--help"] for name in main.COMMANDS)]:
+            sys.argv, out = ["kmq-jax", *words], io.StringIO()
+            with contextlib.redirect_stdout(out):
+                try:
+                    main.main()
+                except SystemExit as done:
+                    assert not done.code, words
+            found[words[0]] = out.getvalue()
+        print(json.dumps([found, [name for name in ("jax", "numpy", "ml_collections") if name in sys.modules]]))
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown, imported = json.loads(done.stdout)
+    assert not imported
+    for name, text in shown.items():
+        assert "usage:" in text or name == "bench"
+        assert "example:" in text or name in ("--help", "bench")
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("kmq-jax ver", ["verify"]),
+        ("kmq-jax verify --en", ["--enrol="]),
+        ("kmq-jax quantize --granularity=", ["channel", "tensor"]),
+        ("kmq-jax train --config=quick", ["quickstart"]),
+        ("kmq-jax study --wo", ["--workdir="]),
+        ("kmq-jax bench fro", ["frontend"]),
+    ],
+)
+def test_bash_completes_commands_flags_and_choices(line, expected):
+    script = completion.script("bash")
+    lines = [
+        script,
+        f"COMP_LINE='{line}' COMP_POINT={len(line)}",
+        "_kmq_jax 2>/dev/null",
+        'printf "%s\\n" "${COMPREPLY[@]}"',
+    ]
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert done.stdout.split() == expected
+
+
+def test_completion_knows_every_flag_of_every_command():
+    for name in main.COMMANDS:
+        assert completion.flags_of(name), name
+    with pytest.raises(UserError, match=r"--completion \(=fish\) must be bash"):
+        completion.script("fish")
+
+
+def test_a_reader_who_has_gone_is_no_error():
+    # More than a pipe holds, so that writing goes on after the reader's end.
+    code = "from kmq_jax.cli import command; command.run('x', lambda: [print('y' * 100) for _ in range(10_000)])"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    ) as running:
+        running.stdout.readline()
+        running.stdout.close()
+        error = running.stderr.read()
+    assert (running.returncode, error) == (141, b"")
+
+
+def test_an_interrupt_is_status_130():
+    code = "from kmq_jax.cli import command\ndef stop(): raise KeyboardInterrupt\ncommand.run('x', stop)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_unknown_commands_are_told_with_the_nearest(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kmq-jax", "scor"])
+    with pytest.raises(SystemExit) as stopped:
+        main.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "kmq-jax: unknown command 'scor'; did you mean score? (see kmq-jax --help)\n"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ml_collections' way to load a file
+def test_a_configuration_is_found_by_its_name_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, workdir = config_flags.parse_flags(
+        ["train", "--config=quickstart:smoke", "--workdir=w", "--config.epochs=3.0"]
+    )
+    assert (config.epochs, config.batch_size, workdir) == (3.0, 8, Path("w"))
+    config, _ = config_flags.parse_flags(["train", "--config", "quickstart", "--workdir=w"])
+    assert config.batch_size == 32
+    with pytest.raises(
+        UserError, match=r"--config \(=quickstar\) must be a file, or one of paper_resnet200, .*quickstart"
+    ):
+        config_flags.parse_flags(["train", "--config=quickstar", "--workdir=w"])
+
+
+def test_a_wheel_and_a_source_tree_hold_the_same_configurations():
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == set(config_flags.configurations())
+
+
+def test_python_m_runs_the_commands():
+    environment = {**os.environ, "COLUMNS": "100"}
+    done = subprocess.run([*PYTHON, "--version"], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.stdout.startswith("kmq-jax ") and done.returncode == 0
+
+
+def test_a_command_is_a_thin_layer():
+    for name in main.COMMANDS:
+        lines = (ROOT / "kmq_jax" / "cli" / f"{name}.py").read_text().splitlines()
+        assert len(lines) <= 80, name
