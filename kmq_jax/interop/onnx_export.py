@@ -50,14 +50,14 @@ def export(
         network: the module that the variables are of.
         variables: `{"params": tree, "batch_stats": tree}`; leaves of `params` may be `CodebookTensor`s.
         metadata: properties to write into the file.
-        bits: read nested codebooks at this width; None takes the widest.
-        opset: operator set; None takes the oldest in which every width has a type of its own.
+        bits: read nested codebooks at these; None takes the most.
+        opset: operator set; None takes the oldest that has a type for all bits in use.
 
     Returns:
         The operator set of the file.
 
     Raises:
-        UserError: onnx is not installed, the operator set is too old or unknown, a nested tensor lacks the width, or
+        UserError: onnx is not installed, the operator set is too old or unknown, a nested tensor lacks these bits, or
             the file cannot be written.
     """
     model = build(network, variables, metadata, bits, opset)
@@ -91,21 +91,21 @@ def _opset(onnx: Any, leaves: Mapping[str, Any], bits: int | None, opset: int | 
         if not OLDEST_OPSET <= opset <= newest:
             raise UserError(f"opset (={opset}) must be {OLDEST_OPSET} to {newest}")
         return opset
-    widths = {_width(leaf, bits) for leaf in leaves.values() if is_codebook_tensor(leaf)}
-    needed = [since for width, (since, _) in _NATIVE.items() if width in widths and since <= newest]
+    used = {_bits_of(leaf, bits) for leaf in leaves.values() if is_codebook_tensor(leaf)}
+    needed = [since for native, (since, _) in _NATIVE.items() if native in used and since <= newest]
     return max(needed, default=OLDEST_OPSET)
 
 
-def _width(tensor: CodebookTensor, bits: int | None) -> int:
-    """The width at which a tensor is read; those without nested codebooks have one only."""
+def _bits_of(tensor: CodebookTensor, bits: int | None) -> int:
+    """The bits at which a tensor is read; those without nested codebooks leave no choice."""
     return bits if bits is not None and tensor.coarse else tensor.bits
 
 
-def _indices(tensor: CodebookTensor, width: int) -> np.ndarray:
+def _indices(tensor: CodebookTensor, bits: int) -> np.ndarray:
     """The indices of a tensor in its shape, by numpy: jax would compile for every shape."""
     stream = np.unpackbits(np.asarray(tensor.packed), axis=1, bitorder="little")[:, : tensor.group_size * tensor.bits]
-    bits = stream.reshape(tensor.groups, tensor.group_size, tensor.bits)[..., tensor.bits - width :]
-    rows: Any = np.bitwise_or.reduce(bits << np.arange(width, dtype=np.uint8), axis=-1)
+    digits = stream.reshape(tensor.groups, tensor.group_size, tensor.bits)[..., tensor.bits - bits :]
+    rows: Any = np.bitwise_or.reduce(digits << np.arange(bits, dtype=np.uint8), axis=-1)
     return np.asarray(from_groups(rows, tensor.shape, tensor.axis))
 
 
@@ -187,13 +187,13 @@ class _Graph:
 
     def dequantize(self, name: str, tensor: CodebookTensor, axes: tuple[int, ...]) -> str:
         """Looks the indices of a tensor, transposed by `axes`, up in its codebooks."""
-        width = _width(tensor, self._bits)
-        codebook = np.asarray(tensor.codebook_of(width))
-        indices = _indices(tensor, width).transpose(axes)
+        bits = _bits_of(tensor, self._bits)
+        codebook = np.asarray(tensor.codebook_of(bits))
+        indices = _indices(tensor, bits).transpose(axes)
         # Groups first; a tensor whose groups lie along its inputs is turned back afterwards.
         place = 0 if tensor.axis is None else axes.index(tensor.axis)
         grouped = np.moveaxis(indices, place, 0)
-        rows = self.indices(f"{name}.indices", grouped.reshape(tensor.groups, -1), width)
+        rows = self.indices(f"{name}.indices", grouped.reshape(tensor.groups, -1), bits)
         table = self.array(f"{name}.codebook", codebook)
         if codebook.dtype != np.float32:
             table = self.cast(table, "FLOAT")
@@ -205,27 +205,27 @@ class _Graph:
             values = self.node("Transpose", values, perm=back)
         return values
 
-    def indices(self, name: str, rows: np.ndarray, width: int) -> str:
-        """Stores indices `[groups, n]` in `width` bits each; gives them as integers."""
-        since, dtype = _NATIVE.get(width, (None, ""))
+    def indices(self, name: str, rows: np.ndarray, bits: int) -> str:
+        """Stores indices `[groups, n]` in `bits` bits each; gives them as integers."""
+        since, dtype = _NATIVE.get(bits, (None, ""))
         if since is not None and since <= self._opset:
-            per_byte = 8 // width
+            per_byte = 8 // bits
             flat = np.pad(rows.ravel(), (0, -rows.size % per_byte)).reshape(-1, per_byte)
-            packed = np.bitwise_or.reduce(flat << (width * np.arange(per_byte, dtype=np.uint8)), axis=1)
+            packed = np.bitwise_or.reduce(flat << (bits * np.arange(per_byte, dtype=np.uint8)), axis=1)
             kind = getattr(self._onnx.TensorProto, dtype)
             data = packed.astype(np.uint8).tobytes()
             self._tensors[name] = self._onnx.helper.make_tensor(name, kind, rows.shape, data, raw=True)
             return self.cast(name, "INT32")
-        # Eight indices fill exactly `width` bytes: an integer of at most 48 bits, taken apart by division. (With 56
+        # Eight indices fill exactly `bits` bytes: an integer of at most 48 bits, taken apart by division. (With 56
         # bits ONNX Runtime's sum of integers is not exact.)
         groups, n = rows.shape
         padded = np.pad(rows, ((0, 0), (0, -n % 8)))
-        stream = np.packbits((padded[..., None] >> np.arange(width)) & 1, axis=None, bitorder="little")
-        stored = self.array(name, stream.reshape(groups, -1, width))
-        parts = self.node("Mul", self.cast(stored, "INT64"), self.integers(*(1 << 8 * i for i in range(width))))
+        stream = np.packbits((padded[..., None] >> np.arange(bits)) & 1, axis=None, bitorder="little")
+        stored = self.array(name, stream.reshape(groups, -1, bits))
+        parts = self.node("Mul", self.cast(stored, "INT64"), self.integers(*(1 << 8 * i for i in range(bits))))
         whole = self.node("ReduceSum", parts, self.integers(2), keepdims=1)
-        eights = self.node("Div", whole, self.integers(*(1 << width * i for i in range(8))))
-        unpacked = self.node("Mod", eights, self.integers(1 << width))
+        eights = self.node("Div", whole, self.integers(*(1 << bits * i for i in range(8))))
+        unpacked = self.node("Mod", eights, self.integers(1 << bits))
         unpacked = self.node("Reshape", unpacked, self.integers(groups, padded.shape[1]))
         if n == padded.shape[1]:
             return unpacked

@@ -14,7 +14,7 @@ convolution and linear layer holds `kernel`, every batch normalisation `scale` a
 
     stem/conv, stem/bn
     stage{1..4}/block{n}/conv1, bn1, conv2, bn2[, conv3, bn3]
-    stage{1..4}/block{n}/shortcut/conv, shortcut/bn      where stride or width changes
+    stage{1..4}/block{n}/shortcut/conv, shortcut/bn      where stride or channels change
     stage{1..4}/block{n}/se/fc1, se/fc2                  with a bias; stages 1 and 2 of Kiwano's
     pool/attention1, pool/attention2                     with a bias; Kiwano's
     head/linear                                          with a bias

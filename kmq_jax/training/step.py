@@ -199,7 +199,7 @@ def total_loss(
     loss = weight * metrics["loss"]
     if distill.weight:
         taught, wanted, _ = jax.lax.stop_gradient(recipe.network.taps(teacher, features, names=parts))
-        stages, taught_stages = list(outputs.values()), list(wanted.values())
+        stages, taught_stages = ([found[name] for name in parts] for found in (outputs, wanted))
         distance = losses.distillation(
             embeddings, stages, taught, taught_stages, distill.cosine, distill.embedding, distill.stage
         )
