@@ -4,13 +4,14 @@
         --config.data.train=/data/voxceleb2/dev --config.data.noise=/data/musan/noise \
         --config.data.music=/data/musan/music --config.study.root=/data
 
-Sets and steps: `kmq_jax.train_config.paper_study`. Not run in full by this project: neither the corpora nor such
+Sets and steps: `kmq_jax.study.config.paper_study`. Not run in full by this project: neither the corpora nor such
 hardware was at hand. `:smoke` runs every step on synthetic voices.
 """
 
 import ml_collections
 
-from kmq_jax.training.config import paper_config, paper_study, smoke
+from kmq_jax.study.config import paper_study, smoke_study
+from kmq_jax.training.config import paper_config
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -18,4 +19,4 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = paper_study(paper_config("resnet200"))
     config.model.remat = True
     config.study.published = {"in domain": {"32": 0.984, "4": 1.076, "3": 1.081, "2": 1.127}}
-    return smoke(config) if arg == "smoke" else config
+    return smoke_study(config) if arg == "smoke" else config

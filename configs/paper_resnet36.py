@@ -4,13 +4,14 @@
         --config.data.train=/data/voxceleb2/dev --config.data.noise=/data/musan/noise \
         --config.data.music=/data/musan/music --config.study.root=/data
 
-Sets and steps: `kmq_jax.train_config.paper_study`. Not run in full by this project: neither the corpora nor such
+Sets and steps: `kmq_jax.study.config.paper_study`. Not run in full by this project: neither the corpora nor such
 hardware was at hand. `:smoke` runs every step on synthetic voices.
 """
 
 import ml_collections
 
-from kmq_jax.training.config import paper_config, paper_study, smoke
+from kmq_jax.study.config import paper_study, smoke_study
+from kmq_jax.training.config import paper_config
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -21,4 +22,4 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         "out of domain": {"32": 7.923, "2": 8.538, "cascade": 7.952},
         "overall": {"32": 3.910, "2": 4.293, "cascade": 3.947},
     }
-    return smoke(config) if arg == "smoke" else config
+    return smoke_study(config) if arg == "smoke" else config

@@ -21,7 +21,8 @@ diagnosis, cascades. On the same machine it took 9 min 52 s, installation includ
 
 import ml_collections
 
-from kmq_jax.training.config import default_config, smoke
+from kmq_jax.study.config import smoke_study, study_config
+from kmq_jax.training.config import default_config
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -34,13 +35,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.learning_rate.update(kind="cosine", peak=4e-3, warmup_epochs=0.25)
     config.validation.update(data="synthetic:dev", trials="synthetic:dev", epochs=3.0)
     config.update(batch_size=32, epochs=6.0, dtype="bfloat16")
-    for name in ("dev", "test"):
-        config.study.evaluate[name] = {"data": f"synthetic:{name}", "trials": f"synthetic:{name}"}
-    config.study.epochs = {"2": 1.5, "nested": 2.0}
-    config.study.update(
+    study_config(
+        config,
+        evaluate={name: {"data": f"synthetic:{name}", "trials": f"synthetic:{name}"} for name in ("dev", "test")},
+        epochs={"2": 1.5, "nested": 2.0},
         diagnose=("test",),
         diagnose_flags=("--retention_utterances=120", "--hessian_draws=4", "--replicates=200"),
         calibrate="dev",
         cascades=(("kmqat-nested", (2, 3, 4)), ("kmqat", (2, 32))),
     )
-    return smoke(config) if arg == "smoke" else config
+    return smoke_study(config) if arg == "smoke" else config

@@ -39,6 +39,7 @@ machine, where sums round otherwise, 2.65 and 2.57, 2.66 and 2.45, 4.03 and 3.19
 import ml_collections
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.study.config import EPOCHS
 from kmq_jax.training.config import default_config, quantized, smoke
 
 
@@ -46,7 +47,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the configuration; `arg` is the width, "nested" or "smoke"."""
     width = arg if arg and arg != "smoke" else "2"
     config = default_config("wespeaker_resnet34", norm="bias")
-    epochs = config.study.epochs.get(width)
+    epochs = EPOCHS.get(width)
     if not epochs:
         raise UserError(f"configs/wespeaker34_kmqat.py:{arg} must be 2, 3, 4, nested or smoke")
     config.frontend = "wespeaker"

@@ -15,7 +15,8 @@ the nested network out.
 
 import ml_collections
 
-from kmq_jax.training.config import default_config, smoke
+from kmq_jax.study.config import smoke_study, study_config
+from kmq_jax.training.config import default_config
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -26,11 +27,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.root = root
     config.data.update(train=root + "/so762/train," + root + "/words/train", crop_seconds=2.0)
     config.update(batch_size=16, checkpoint_epochs=1.0, dtype="bfloat16")
-    config.study.rules = (("^stem/", 0),)
+    study_config(
+        config,
+        rules=(("^stem/", 0),),
+        diagnose=("so762", "words"),
+        diagnose_flags=("--retention_utterances=120", "--layer_utterances=24", "--hessian_draws=6"),
+        calibrate="so762",
+        cascades=(("kmqat", (2, 3, 4)), ("kmqat", (2, 32)), ("kmqat-nested", (2, 3, 4))),
+    )
     for name in ("so762", "words"):
         config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
-    config.study.diagnose = ("so762", "words")
-    config.study.diagnose_flags = ("--retention_utterances=120", "--layer_utterances=24", "--hessian_draws=6")
-    config.study.calibrate = "so762"
-    config.study.cascades = (("kmqat", (2, 3, 4)), ("kmqat", (2, 32)), ("kmqat-nested", (2, 3, 4)))
-    return smoke(config) if arg == "smoke" else config
+    return smoke_study(config) if arg == "smoke" else config

@@ -5,6 +5,7 @@ import sys
 import jax
 
 from kmq_jax.cli.train import parse_flags
+from kmq_jax.core.errors import UserError
 from kmq_jax.core.memory import keep_freed_memory
 from kmq_jax.study.pipeline import study
 from kmq_jax.study.tables import study_table
@@ -30,6 +31,8 @@ def main() -> None:
         return
     keep_freed_memory()
     config, workdir = parse_flags(sys.argv)
+    if "study" not in config:
+        raise UserError("--config names a configuration without a `study` section: that is for `kmq-jax train`")
     if config.study.quick_compile:
         jax.config.update("jax_disable_most_optimizations", True)
     print(study_table(study(config, workdir)), end="")

@@ -366,8 +366,5 @@ def _import(given: Path, out: Path) -> None:
 
 
 def _finish(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    config = copy.deepcopy(config)
-    with config.unlocked():  # a run may go on though what the study does with it has changed
-        del config.study
     if not loop.train(config, workdir)["finished"]:
         raise UserError(f"{workdir}: training was stopped; the same command goes on from there")

@@ -113,27 +113,6 @@ def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
                 "every": 10.0,
                 "factor": 2.0,
             },
-            # What `kmq_jax.study` does with the network; training alone does not look at it.
-            "study": {
-                "evaluate": {},  # name: {"data": DATA, "trials": TRIALS} of each evaluation set
-                "bits": (4, 3, 2),
-                "nested": True,  # also all widths in one file
-                "rules": (),  # as quant.rules
-                # Of quantization-aware training, for a few thousand utterances; a width that is left out is quantized
-                # without training alone. Nested codebooks are trained where the smallest width is.
-                "epochs": {"4": 1.0, "3": 1.5, "2": 7.5, "nested": 3.0},
-                "learning_rate": 0.0,  # of quantization-aware training; 0: by width, see `quantized`
-                "label_weight": 0.0,  # its `loss.weight`: of margin softmax beside the teacher
-                "compute": "float32",  # the arithmetic of extraction
-                "quick_compile": False,  # without optimizations, for networks so tiny that compiling is all they cost
-                "diagnose": (),  # names of evaluation sets
-                "diagnose_flags": (),  # further flags of `kmq-jax diagnose`
-                "calibrate": "",  # name of the evaluation set that cascades are calibrated on
-                "calibrate_flags": (),
-                "cascades": (),  # (family, widths) as ("kmqat", (2, 3, 4)), ("ptq-nested", (2, 32)); 32: unquantized
-                "groups": {},  # name: names of the evaluation sets whose mean EER is shown
-                "published": {},  # group: {width or "cascade": EER %}, to stand beside what is measured
-            },
             "batch_size": 128,  # over all devices
             "epochs": 10.0,
             "epoch_steps": 0,
@@ -207,28 +186,6 @@ def paper_config(model: str) -> ml_collections.ConfigDict:
     return config
 
 
-def paper_study(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The paper's evaluation of a network: its sets, KMQAT for 40 epochs at each width, one cascade 2>3>4.
-
-    Every weight matrix is quantized. VoxTube's trials alone calibrate the cascade; VoxCeleb1-O/E/H, CN-Celeb and
-    CommonBench evaluate. A set lies below `study.root` as `NAME/` with `NAME/trials.txt`, or where
-    `--config.study.evaluate.NAME.data=` and `.trials=` say.
-    """
-    root = ml_collections.FieldReference("data")
-    config.study.root = root
-    for name in ("vox1_o", "vox1_e", "vox1_h", "cnceleb", "commonbench", "voxtube"):
-        config.study.evaluate[name] = {"data": root + f"/{name}", "trials": root + f"/{name}/trials.txt"}
-    inside, outside = ("vox1_o", "vox1_e", "vox1_h"), ("cnceleb", "commonbench")
-    config.study.groups = {"in domain": inside, "out of domain": outside, "overall": inside + outside}
-    config.study.update(
-        epochs={"4": 40.0, "3": 40.0, "2": 40.0, "nested": 40.0},
-        diagnose=("vox1_o", "vox1_h"),
-        calibrate="voxtube",
-        cascades=(("kmqat", (2, 3, 4)), ("kmqat", (2, 32)), ("kmqat-nested", (2, 3, 4))),
-    )
-    return config
-
-
 def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Shrinks a run so that all of it passes in seconds: a narrow, shallow network, four steps, synthetic voices."""
     config.model.update(width=8, blocks=(1, 1, 1, 1), embedding_size=32)
@@ -238,24 +195,6 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     if config.distill.weight and not config.distill.teacher:  # no model is at hand to start and to learn from
         config.distill.weight, config.loss.weight = 0.0, 1.0
     config.quant.recalibrate = min(config.quant.recalibrate, 8)
-    config.study.quick_compile = True
-    config.study.bits, config.study.epochs = (4, 2), {"2": 1.0, "nested": 1.0}
-    voices = {"data": speakers.format("dev"), "trials": speakers.format("dev")}
-    config.study.evaluate = ml_collections.ConfigDict({"voices": voices})
-    config.study.update(
-        calibrate="voices",
-        calibrate_flags=("--replicates=20",),
-        cascades=(("kmqat-nested", (2, 4)), ("kmqat", (2, 32))),
-    )
-    config.study.diagnose = ("voices",)
-    config.study.diagnose_flags = tuple(
-        f"--{name}={value}"
-        for name, value in {
-            "retention_utterances": 16, "layer_utterances": 16, "hessian_draws": 2, "hessian_utterances": 2,
-            "hessian_seconds": 1.0, "replicates": 40,
-        }.items()
-    )  # fmt: skip
-    config.study.groups = dict.fromkeys(config.study.groups, ("voices",))
     config.update(init_from="", batch_size=8, epochs=2.0, epoch_steps=2, log_every=1)
     config.average_last = 0 if config.quant.bits else 2
     return config

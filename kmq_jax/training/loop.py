@@ -200,6 +200,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path, tensorboard: bool = 
     Raises:
         UserError: a setting, file or value is at fault, or the loss became NaN; what was saved before stays.
     """
+    config = config.copy_and_resolve_references()
+    if "study" in config:  # a run may go on though what a study does with the network has changed
+        with config.unlocked():
+            del config.study
     with contextlib.ExitStack() as closing:
         return _train(config, workdir, tensorboard, closing)
 

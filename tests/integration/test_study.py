@@ -13,19 +13,20 @@ import kmq_jax
 from kmq_jax.core.errors import UserError
 from kmq_jax.data.source import open_source
 from kmq_jax.study import pipeline, tables
+from kmq_jax.study.config import smoke_study, study_config
 from kmq_jax.study.steps import Steps
-from kmq_jax.training.config import default_config, smoke
+from kmq_jax.training.config import default_config
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_a_study_without_evaluation_sets_is_a_mistake(tmp_path):
     with pytest.raises(UserError, match=r"study\.evaluate"):
-        pipeline.study(default_config("resnet18"), tmp_path)
+        pipeline.study(study_config(default_config("resnet18")), tmp_path)
 
 
 def test_speaker_labels_are_asked_for_beside_the_teacher():
-    config = default_config("resnet18")
+    config = study_config(default_config("resnet18"))
     assert pipeline.kmqat_config(config, "2", 2, (), "fp32.kmq", "").loss.weight == 0
     config.study.label_weight = 0.1
     own = pipeline.kmqat_config(config, "2", 2, (), "fp32.kmq", "")
@@ -34,7 +35,7 @@ def test_speaker_labels_are_asked_for_beside_the_teacher():
 
 @pytest.mark.slow
 def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
-    config = smoke(default_config("resnet18"))
+    config = smoke_study(study_config(default_config("resnet18")))
     config.validation.data = ""
     config.average_last = 0
     config.study.update(widths=(2,), nested=False, cascades=(("kmqat", (2, 32)),), groups={"all": ("voices",)})
@@ -95,7 +96,7 @@ def test_halves_share_no_speaker_and_keep_every_trial_within(tmp_path):
 
 
 def test_a_study_of_a_set_that_is_not_there(tmp_path):
-    config = smoke(default_config("resnet18"))
+    config = smoke_study(study_config(default_config("resnet18")))
     config.study.calibrate = "elsewhere"
     with pytest.raises(UserError, match="'elsewhere' is none of the evaluation sets voices"):
         pipeline.study(config, tmp_path)

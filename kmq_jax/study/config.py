@@ -1,0 +1,95 @@
+"""Settings of a study with their defaults. A configuration file adds them to those of the full-precision training."""
+
+from typing import Any
+
+import ml_collections
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.training.config import smoke
+
+EPOCHS = {"4": 1.0, "3": 1.5, "2": 7.5, "nested": 3.0}
+"""Epochs of quantization-aware training by bits, for a few thousand utterances."""
+
+
+def study_config(config: ml_collections.ConfigDict, **settings: Any) -> ml_collections.ConfigDict:
+    """Adds the section `study`, which says what `kmq_jax.study` does with the network. Training does not look at it.
+
+    Args:
+        config: of the full-precision training; changed in place.
+        **settings: of the section, in place of the defaults.
+
+    Raises:
+        UserError: the section has no such setting.
+    """
+    config.study = {
+        "evaluate": {},  # name: {"data": DATA, "trials": TRIALS} of each evaluation set
+        "bits": (4, 3, 2),
+        "nested": True,  # also all bits in one file
+        "rules": (),  # as quant.rules
+        # By bits. What is left out is quantized without training alone. Nested codebooks are trained where the
+        # smallest number of bits is.
+        "epochs": EPOCHS,
+        "learning_rate": 0.0,  # of quantization-aware training; 0: by bits, see `quantized`
+        "label_weight": 0.0,  # its `loss.weight`: of margin softmax beside the teacher
+        "compute": "float32",  # the arithmetic of extraction
+        "quick_compile": False,  # without optimizations, for networks so tiny that compiling is all they cost
+        "diagnose": (),  # names of evaluation sets
+        "diagnose_flags": (),  # further flags of `kmq-jax diagnose`
+        "calibrate": "",  # name of the evaluation set that cascades are calibrated on
+        "calibrate_flags": (),
+        "cascades": (),  # (family, bits) as ("kmqat", (2, 3, 4)), ("ptq-nested", (2, 32)); 32: unquantized
+        "groups": {},  # name: names of the evaluation sets whose mean EER is shown
+        "published": {},  # group: {bits or "cascade": EER %}, to stand beside what is measured
+    }
+    for name, value in settings.items():
+        if name not in config.study:
+            raise UserError(f"study has no setting {name!r}; it has {', '.join(sorted(config.study))}")
+        config.study[name] = value
+    return config
+
+
+def paper_study(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Adds the paper's evaluation of a network: its sets, KMQAT for 40 epochs at 4, 3, 2 bits, one cascade 2>3>4.
+
+    Every weight matrix is quantized. VoxTube's trials alone calibrate the cascade; VoxCeleb1-O/E/H, CN-Celeb and
+    CommonBench evaluate. A set lies below `study.root` as `NAME/` with `NAME/trials.txt`, or where
+    `--config.study.evaluate.NAME.data=` and `.trials=` say.
+    """
+    study_config(
+        config,
+        epochs={"4": 40.0, "3": 40.0, "2": 40.0, "nested": 40.0},
+        diagnose=("vox1_o", "vox1_h"),
+        calibrate="voxtube",
+        cascades=(("kmqat", (2, 3, 4)), ("kmqat", (2, 32)), ("kmqat-nested", (2, 3, 4))),
+    )
+    root = ml_collections.FieldReference("data")
+    config.study.root = root
+    for name in ("vox1_o", "vox1_e", "vox1_h", "cnceleb", "commonbench", "voxtube"):
+        config.study.evaluate[name] = {"data": root + f"/{name}", "trials": root + f"/{name}/trials.txt"}
+    inside, outside = ("vox1_o", "vox1_e", "vox1_h"), ("cnceleb", "commonbench")
+    config.study.groups = {"in domain": inside, "out of domain": outside, "overall": inside + outside}
+    return config
+
+
+def smoke_study(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Shrinks a study so that all of it passes in seconds: training as `smoke` does, then everything after it."""
+    smoke(config)
+    voices = {"data": config.validation.data, "trials": config.validation.trials}
+    config.study.quick_compile = True
+    config.study.bits, config.study.epochs = (4, 2), {"2": 1.0, "nested": 1.0}
+    config.study.evaluate = ml_collections.ConfigDict({"voices": voices})
+    config.study.update(
+        calibrate="voices",
+        calibrate_flags=("--replicates=20",),
+        cascades=(("kmqat-nested", (2, 4)), ("kmqat", (2, 32))),
+    )
+    config.study.diagnose = ("voices",)
+    config.study.diagnose_flags = tuple(
+        f"--{name}={value}"
+        for name, value in {
+            "retention_utterances": 16, "layer_utterances": 16, "hessian_draws": 2, "hessian_utterances": 2,
+            "hessian_seconds": 1.0, "replicates": 40,
+        }.items()
+    )  # fmt: skip
+    config.study.groups = dict.fromkeys(config.study.groups, ("voices",))
+    return config
