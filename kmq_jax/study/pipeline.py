@@ -30,6 +30,7 @@ from kmq_jax.study import report
 from kmq_jax.study.steps import Steps
 from kmq_jax.training import loop, qat
 from kmq_jax.training.config import quantized
+from kmq_jax.training.options import QatOptions
 
 NESTED = "nested"
 FULL = 32  # bits that stand for full precision
@@ -164,10 +165,10 @@ def kmqat_config(
 def quantize(config: ml_collections.ConfigDict, reference: Path, out: Path) -> None:
     """Quantizes a model by the rules of a configuration, without training, fitted on training crops."""
     full = load_model(reference)
-    params = quant.quantize_params(full.variables["params"], qat.rules_of(config.quant))
+    params = quant.quantize_params(full.variables["params"], qat.rules_of(QatOptions.of(config.quant.to_dict())))
     packed = SpeakerModel(full.architecture, full.settings, full.frontend, {**full.variables, "params": params})
-    if config.quant.recalibrate:
-        packed = fit_on(full, packed, source.open_sources(config.data.train), config.quant.recalibrate)
+    if config.quant.fit_crops:
+        packed = fit_on(full, packed, source.open_sources(config.data.train), config.quant.fit_crops)
     save_model(out, packed)
 
 

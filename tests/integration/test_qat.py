@@ -37,7 +37,7 @@ def full(tmp_path_factory):
 
 
 def kmqat_config(full, bits, **settings):
-    config = quantized(tiny(init_from=str(full)), bits, recalibrate=8, **settings)
+    config = quantized(tiny(init_from=str(full)), bits, fit_crops=8, **settings)
     config.optimizer.groups = (("raw_scale|centroids", 0.2, 0.0), ("/(bias|scale)$|classifier", 0.1, 0.0))
     return config
 

@@ -1,0 +1,215 @@
+"""Options: frozen dataclasses whose fields carry their help text and the values they take.
+
+A group of options derives from `Options` and describes each field by `option`. Values are checked once, when the
+dataclass is made, whoever makes it: a command line, a configuration file or a program.
+
+>>> @dataclasses.dataclass(frozen=True, kw_only=True)
+... class Example(Options):
+...     bits: int = option("bits a weight", at_least=1, at_most=8)
+...     method: str = option("how centroids are found", "lloyd", choices=("lloyd", "quantile"))
+>>> Example(bits=2)
+Example(bits=2, method='lloyd')
+>>> Example(bits=9)
+Traceback (most recent call last):
+kmq_jax.core.errors.UserError: `bits` (=9) must be at most 8
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from kmq_jax.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What `option` was told of a field. For a tuple, ranges and choices are those of each of its items."""
+
+    help: str
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    choices: tuple[Any, ...] = ()
+    suffixes: tuple[str, ...] = ()
+    metavar: str | None = None
+    flag: str | None = None
+    repeat: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with one value, as "must be ...", or None."""
+        if self.choices and value not in self.choices:
+            return f"must be one of {', '.join(map(str, self.choices))}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return "must be a finite number"
+        if self.suffixes and not str(value).endswith(self.suffixes):
+            return f"must end in {' or '.join(', '.join(self.suffixes).rsplit(', ', 1))}"
+        for name, words, kept in (
+            ("at_least", "at least", lambda limit: value >= limit),
+            ("above", "above", lambda limit: value > limit),
+            ("at_most", "at most", lambda limit: value <= limit),
+            ("below", "below", lambda limit: value < limit),
+        ):
+            limit = getattr(self, name)
+            if limit is not None and not kept(limit):
+                return f"must be {words} {limit}"
+        return None
+
+
+def option(
+    help: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    choices: Sequence[Any] = (),
+    suffixes: Sequence[str] = (),
+    metavar: str | None = None,
+    flag: str | None = None,
+    repeat: bool = False,
+) -> Any:
+    """A field of an `Options` dataclass.
+
+    Args:
+        help: what the field is; the documentation of the field and the help of its flag. It does not name the default.
+        default: the field is required where it is left out.
+        at_least: the least value.
+        above: the value must be greater than this.
+        at_most: the greatest value.
+        below: the value must be less than this.
+        choices: the only values. A field annotated with `Literal` needs none.
+        suffixes: what a file's name may end in.
+        metavar: stands for the value in the flag's help, such as "BITS:MODEL".
+        flag: the flag's name, where it is not the field's.
+        repeat: a tuple of numbers is given by repeating the flag, not separated by commas.
+    """
+    limits = Limits(help, at_least, above, at_most, below, tuple(choices), tuple(suffixes), metavar, flag, repeat)
+    return dataclasses.field(default=default, metadata={"option": limits})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base class of all groups of options: turns values into the annotated types and checks them."""
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            UserError: "`name` (=value) must be ...".
+        """
+        for field in dataclasses.fields(self):
+            value = self._converted(field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+            limits = limits_of(field)
+            if value is None:
+                continue
+            kind = kind_of(type(self), field.name)
+            if kind.choices:
+                limits = dataclasses.replace(limits, choices=kind.choices)
+            for one in value if kind.many else (value,):
+                if what := limits.problem(one):
+                    raise UserError(f"`{field.name}` (={shown(value)}) {what}")
+
+    def _converted(self, name: str, value: Any) -> Any:
+        kind = kind_of(type(self), name)
+        if value is None and kind.optional:
+            return None
+        try:
+            if not kind.many:
+                return _cast(value, kind.type)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise ValueError("a list")
+            return tuple(_cast(one, kind.type) for one in value)
+        except ValueError as error:
+            raise UserError(f"`{name}` (={shown(value)}) must be {error}") from None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """Makes the options from a mapping, such as a section of a configuration file.
+
+        Args:
+            values: by name of the field.
+            where: stands before names in errors: "study.calibration".
+
+        Raises:
+            UserError: a name is unknown or missing, or a value is out of range.
+        """
+        prefix = f"{where}: " if where else ""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(names)}"
+                raise UserError(f"{prefix}there is no option `{name}`; {hint}")
+        for field in dataclasses.fields(cls):
+            if field.name not in values and field.default is dataclasses.MISSING:
+                raise UserError(f"{prefix}`{field.name}` must be given")
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise UserError(f"{prefix}{error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A field's annotation, read: `type` (of each item, where there are `many`), `choices` of a Literal, `| None`."""
+
+    type: type
+    many: bool
+    optional: bool
+    choices: tuple[Any, ...]
+
+
+def kind_of(options: type[Options], name: str) -> Kind:
+    """Reads the annotation of a field of an `Options` class."""
+    hint: Any = typing.get_type_hints(options)[name]
+    optional, many = False, False
+    choices: tuple[Any, ...] = ()
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        (hint,) = (one for one in typing.get_args(hint) if one is not types.NoneType)
+        optional = True
+    if typing.get_origin(hint) is tuple:
+        hint, many = typing.get_args(hint)[0], True
+    if typing.get_origin(hint) is typing.Literal:
+        choices = typing.get_args(hint)
+        hint = type(choices[0])
+    return Kind(hint, many, optional, choices)
+
+
+def limits_of(field: "dataclasses.Field[Any]") -> Limits:
+    """The `option` that a field was made by."""
+    return field.metadata.get("option") or Limits("")
+
+
+def shown(value: Any) -> str:
+    """A value as messages and help show it: a tuple's items are separated by commas."""
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(shown, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+
+
+def _cast(value: Any, kind: type) -> Any:
+    """The value as the annotated type, where nothing is lost.
+
+    Raises:
+        ValueError: it is of another type; the message is what it must be.
+    """
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hasattr(value, "item") and not isinstance(value, (str, bool)):
+        value = value.item()  # a scalar of numpy
+    if kind in NAMES and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+        raise ValueError(NAMES[kind])
+    return value
