@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import SpeakerModel, at_bits, embed_all, load_model
 from kmq_jax.scoring import cosine
 from kmq_jax.training.options import TrainOptions
-from kmq_jax.training.state import Params, Trainable, load_classifier
+from kmq_jax.training.state import Params, Trainable, Variables, load_classifier
 
 
 def describe(options: TrainOptions) -> SpeakerModel:
@@ -69,7 +68,7 @@ def speaker_means(
     return sums / np.bincount(few.labels)[:, None]
 
 
-def load_teacher(options: TrainOptions, network: Params, batch_stats: Params) -> dict[str, Any] | None:
+def load_teacher(options: TrainOptions, network: Params, batch_stats: Params) -> Variables | None:
     """The variables of the network to distil from, or None where there is none.
 
     Raises:
@@ -87,7 +86,7 @@ def load_parent(options: TrainOptions) -> Params | None:
     return load_model(options.quant.grow_from).variables["params"] if options.quant.grow_from else None
 
 
-def load_like(setting: str, path: str, params: Params, batch_stats: Params) -> dict[str, Any]:
+def load_like(setting: str, path: str, params: Params, batch_stats: Params) -> Variables:
     """The variables of the MODEL `path`, in full precision, which must have the shapes of `params` and `batch_stats`.
 
     Raises:

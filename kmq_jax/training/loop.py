@@ -6,7 +6,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,8 +29,11 @@ from kmq_jax.training.runlog import RunLog
 from kmq_jax.training.validation import in_words
 from kmq_jax.training.workdir import record_start
 
+Summary = dict[str, Any]
+"""What `summary.json` holds."""
 
-def train(config: ml_collections.ConfigDict, workdir: Path, tensorboard: bool = False) -> dict[str, Any]:
+
+def train(config: ml_collections.ConfigDict, workdir: Path, tensorboard: bool = False) -> Summary:
     """Trains, or takes up training where it stopped.
 
     Args:
@@ -50,7 +53,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, tensorboard: bool = 
         run = prepare(options, settings, workdir, closing)
         step = int(run.state.step)
         if step == run.total_steps and (workdir / "summary.json").exists():
-            summary: dict[str, Any] = read_json(workdir / "summary.json")
+            summary: Summary = read_json(workdir / "summary.json")
             return summary
         (workdir / "averaged.kmq").unlink(missing_ok=True)
         log = RunLog(workdir / "metrics.jsonl", step, workdir / "tensorboard" if tensorboard else None)
@@ -113,7 +116,7 @@ class Loop:
     def _phase(self, step: int) -> int:
         return phase_of(step, self._run.total_steps, len(self._phases))
 
-    def _compile(self, phase: int) -> Callable[..., Any]:
+    def _compile(self, phase: int) -> steps.Step:
         return steps.jit_train_step(self._run.recipe, self._run.shardings, self._phases[phase])
 
     def _enter_phase(self) -> None:
@@ -177,7 +180,7 @@ class Loop:
         self._rate.since_last(self.step)  # the next rate does not count the time of validation
 
 
-def finish(run: Run, loop: Loop, bar: Bar) -> dict[str, Any]:
+def finish(run: Run, loop: Loop, bar: Bar) -> Summary:
     """Makes the final model, where the run was not stopped, and writes the summary."""
     finished, figures = loop.step == run.total_steps, loop.figures
     if loop.stopped_by:

@@ -1,7 +1,6 @@
 """Learning-rate schedules and the optimizer, with groups of parameters by name."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import optax
 
 from kmq_jax.core.tree import map_named, match_rules, named_leaves
 from kmq_jax.training.options import OptimizerOptions, ScheduleOptions
+from kmq_jax.training.state import Params, Trainable
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -57,7 +57,7 @@ def make_schedule(options: ScheduleOptions, epoch_steps: int, total_steps: int) 
     return schedule
 
 
-def make_optimizer(options: OptimizerOptions, schedule: Schedule, params: Any) -> optax.GradientTransformation:
+def make_optimizer(options: OptimizerOptions, schedule: Schedule, params: Trainable) -> optax.GradientTransformation:
     """Makes SGD with momentum and L2 decay, or AdamW with decoupled decay.
 
     Args:
@@ -87,7 +87,7 @@ def _by_group(
 ) -> list[optax.GradientTransformation]:
     """A transformation `make(value)` for the parameters of each value, by name; none where it would do nothing."""
 
-    def of(value: float) -> Callable[[Any], Any]:
+    def of(value: float) -> Callable[[Params], Params]:
         return lambda tree: map_named(lambda name, _: values[name] == value, tree)
 
     return [optax.masked(make(value), of(value)) for value in sorted(set(values.values()) - {neutral})]

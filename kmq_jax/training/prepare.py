@@ -5,8 +5,8 @@ import dataclasses
 import functools
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +22,7 @@ from kmq_jax.training import qat
 from kmq_jax.training import step as steps
 from kmq_jax.training.from_models import describe, load_parent, load_start, load_teacher
 from kmq_jax.training.options import TrainOptions
-from kmq_jax.training.state import Params, Trainable, TrainState, checkpoint_parts, from_checkpoint
+from kmq_jax.training.state import Params, Trainable, TrainState, Variables, checkpoint_parts, from_checkpoint
 from kmq_jax.training.tasks import Quantized
 from kmq_jax.training.validation import Validation, open_validation
 from kmq_jax.training.workdir import Settings, check_same_run
@@ -44,7 +44,7 @@ class Data:
     classes: int
     epoch_steps: int
     failures: MutableMapping[str, str]
-    batches: Any
+    batches: grain.DatasetIterator
 
 
 @dataclasses.dataclass
@@ -73,7 +73,7 @@ class Run:
     data: Data
     validation: Validation | None
     checkpoints: Checkpoints
-    teacher: Params | None
+    teacher: Variables | None
     shardings: TrainState
     state: TrainState
 
@@ -173,7 +173,7 @@ def random_crops(options: TrainOptions, utterances: source.Utterances) -> jax.Ar
 
 def _start(
     objective: steps.Objective, model: SpeakerModel, data: Data, checkpoints: Checkpoints, workdir: Path
-) -> tuple[steps.Recipe, Trainable, Params, Params | None]:
+) -> tuple[steps.Recipe, Trainable, Params, Variables | None]:
     """The recipe, and what training starts with: parameters, running statistics and teacher.
 
     Where a checkpoint holds the parameters, those of the network are shapes only.
@@ -199,7 +199,9 @@ def _start(
     return recipe, dataclasses.replace(params, network=network), batch_stats, teacher
 
 
-def _restore(checkpoints: Checkpoints, shapes: TrainState, shardings: TrainState, batches: Any) -> TrainState:
+def _restore(
+    checkpoints: Checkpoints, shapes: TrainState, shardings: TrainState, batches: grain.DatasetIterator
+) -> TrainState:
     """Restores the newest state onto the mesh, and moves the data to the same position."""
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     newest = checkpoints.steps()[-1]
@@ -211,8 +213,8 @@ def allocate(
     workdir: Path,
     params: Trainable,
     batch_stats: Params,
-    teacher: Params | None,
-    batches: Any,
+    teacher: Variables | None,
+    batches: grain.DatasetIterator,
 ) -> dict[str, int]:
     """The bits of mixed precision: those in `workdir/bits.json`, else chosen by the loss's curvature on one batch."""
     path = workdir / "bits.json"

@@ -12,7 +12,6 @@ quantization, 2024.
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from kmq_jax.models.speaker_model import NARROW, SpeakerModel
 from kmq_jax.ptq import fit, moments
 from kmq_jax.quant.codes import along
 from kmq_jax.training.options import QatOptions
-from kmq_jax.training.state import Params, QatParams
+from kmq_jax.training.state import Params, QatParams, Variables
 
 Codebooks = Mapping[str, quant.Codebook]
 Indices = Mapping[str, jax.Array]
@@ -107,7 +106,7 @@ def _grow(network: Params, parent: Params, rules: list[quant.QuantRule]) -> QatP
 
 def _biases(network: Params) -> Params:
     """Copies of the biases of a network: what each number of bits of nested codebooks has to itself."""
-    found: dict[str, Any] = {}
+    found: dict[str, Params] = {}
     for key, value in network.items():
         if isinstance(value, Mapping):
             below = _biases(value)
@@ -208,7 +207,7 @@ def match_moments(reference: SpeakerModel, params: QatParams, features: jax.Arra
     repair = moments.measure(reference, dataclasses.replace(reference, variables=quantized), features)
     scaled_books = {}
 
-    def scaled(name: str, leaf: Any, slope: jax.Array) -> Any:
+    def scaled(name: str, leaf: jax.Array, slope: jax.Array) -> jax.Array:
         book = params.codebooks.get(name)
         if book is None:
             return leaf * along(slope, leaf.ndim, leaf.ndim - 1)
@@ -397,7 +396,7 @@ def keep_parent(before: QatParams, after: QatParams) -> QatParams:
     )
 
 
-def packed_variables(params: QatParams, indices: Indices) -> dict[str, Any]:
+def packed_variables(params: QatParams, indices: Indices) -> Variables:
     """The variables that are shipped: packed tensors in place of latents, and the biases of fewer bits."""
     books = {name: dataclasses.replace(book, indices=indices.get(name)) for name, book in params.codebooks.items()}
     per_bits = {

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from kmq_jax import quant
@@ -13,6 +14,12 @@ from kmq_jax.models.checkpoint import Checkpoints
 
 Params = Any
 """A tree of arrays by layer, as Flax makes it."""
+
+Variables = dict[str, Any]
+"""A network's `{"params": tree, "batch_stats": tree}`."""
+
+Parts = dict[str, Any]
+"""The parts of a checkpoint by name; each is a tree of arrays."""
 
 
 # The fields are leaves in the order of their names: norms over all leaves are sums in this order.
@@ -72,7 +79,7 @@ class TrainState:
     indices: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
-def checkpoint_parts(state: TrainState) -> dict[str, Any]:
+def checkpoint_parts(state: TrainState) -> Parts:
     """A state as the parts of a checkpoint, so that a network is read without its classifier and optimizer."""
     network, codebooks, per_bits = state.params.network, {}, {}
     if isinstance(network, QatParams):
@@ -91,7 +98,7 @@ def checkpoint_parts(state: TrainState) -> dict[str, Any]:
     }
 
 
-def from_checkpoint(parts: Mapping[str, Any]) -> TrainState:
+def from_checkpoint(parts: Parts) -> TrainState:
     """The inverse of `checkpoint_parts`."""
     network, training = parts["network"]["params"], parts["training"]
     if training["codebooks"]:
@@ -105,11 +112,13 @@ def from_checkpoint(parts: Mapping[str, Any]) -> TrainState:
     )
 
 
-def load_classifier(checkpoints: Checkpoints) -> Any:
+def load_classifier(checkpoints: Checkpoints) -> np.ndarray:
     """The centres of the newest checkpoint's classifier `[classes, sub-centres, dim]`."""
-    return checkpoints.load(checkpoints.steps()[-1], "classifier")["centres"]
+    centres: np.ndarray = checkpoints.load(checkpoints.steps()[-1], "classifier")["centres"]
+    return centres
 
 
-def load_network(checkpoints: Checkpoints, step: int) -> Any:
-    """The variables `{"params", "batch_stats"}` of a checkpoint's network."""
-    return checkpoints.load(step, "network")
+def load_network(checkpoints: Checkpoints, step: int) -> Variables:
+    """The variables of a checkpoint's network."""
+    variables: Variables = checkpoints.load(step, "network")
+    return variables

@@ -16,11 +16,12 @@ from kmq_jax.models import registry
 from kmq_jax.models.resnet import ResNet
 from kmq_jax.training.optim import Schedule, make_optimizer, make_schedule
 from kmq_jax.training.options import TrainOptions, steps_of
-from kmq_jax.training.state import Params, Trainable, TrainState
+from kmq_jax.training.state import Params, Trainable, TrainState, Variables
 from kmq_jax.training.tasks import FullPrecision, Phase, Quantized, Task
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, Batch, Variables | None], tuple[TrainState, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +165,7 @@ def total_loss(
     features: jax.Array,
     labels: jax.Array,
     step: jax.Array,
-    teacher: Params | None = None,
+    teacher: Variables | None = None,
 ) -> tuple[jax.Array, tuple[Metrics, Params]]:
     """The weighted sum of classification loss and distillation.
 
@@ -198,7 +199,7 @@ def total_loss(
 
 
 def train_step(
-    recipe: Recipe, state: TrainState, batch: Batch, teacher: Params | None = None, phase: Phase | None = None
+    recipe: Recipe, state: TrainState, batch: Batch, teacher: Variables | None = None, phase: Phase | None = None
 ) -> tuple[TrainState, Metrics]:
     """One step of stochastic gradient descent.
 
@@ -239,9 +240,7 @@ def train_step(
     return TrainState(state.step + 1, params, batch_stats, opt_state, indices), metrics
 
 
-def jit_train_step(
-    recipe: Recipe, shardings: TrainState, phase: Phase | None = None
-) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
+def jit_train_step(recipe: Recipe, shardings: TrainState, phase: Phase | None = None) -> Step:
     """Compiles the step for a mesh: the state is donated and keeps its shardings."""
     step = functools.partial(train_step, recipe, phase=phase)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

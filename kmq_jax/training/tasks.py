@@ -6,7 +6,7 @@ what changes is in the `TrainState`.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 
@@ -15,7 +15,7 @@ from kmq_jax.models.speaker_model import SpeakerModel
 from kmq_jax.ptq import moments
 from kmq_jax.training import qat
 from kmq_jax.training.options import QatOptions
-from kmq_jax.training.state import Network, Params, QatParams, TrainState, load_network
+from kmq_jax.training.state import Network, Params, QatParams, TrainState, Variables, load_network
 
 Phase = tuple[str, ...]
 """Names of the tensors that are quantized in a part of the run."""
@@ -73,7 +73,7 @@ class Task(Protocol):
     ) -> tuple[Network, qat.Indices]:
         """What follows the optimizer's update of `before` to `after`; `step` counts that update."""
 
-    def variables(self, state: TrainState) -> dict[str, Any]:
+    def variables(self, state: TrainState) -> Variables:
         """The variables that are shipped."""
 
     def finish(self, trained: SpeakerModel, checkpoints: Checkpoints, crops: Crops) -> Final | None:
@@ -122,7 +122,7 @@ class FullPrecision:
         """See `Task`."""
         return after, indices
 
-    def variables(self, state: TrainState) -> dict[str, Any]:
+    def variables(self, state: TrainState) -> Variables:
         """See `Task`."""
         return {"params": state.params.network, "batch_stats": state.batch_stats}
 
@@ -200,7 +200,7 @@ class Quantized:
         indices = qat.reassign(self.options, after, indices, step)
         return (qat.keep_parent(before, after) if self.options.grow_from else after), indices
 
-    def variables(self, state: TrainState) -> dict[str, Any]:
+    def variables(self, state: TrainState) -> Variables:
         """See `Task`."""
         assert isinstance(state.params.network, QatParams)
         return {**qat.packed_variables(state.params.network, state.indices), "batch_stats": state.batch_stats}
