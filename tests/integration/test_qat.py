@@ -18,6 +18,7 @@ from kmq_jax.data import pipeline, source
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import at_bits, frontend_of, load_model
 from kmq_jax.training import loop
+from kmq_jax.training import step as steps
 from kmq_jax.training.config import default_config, quantized, smoke
 from kmq_jax.training.from_models import describe
 from kmq_jax.training.options import TrainOptions
@@ -141,7 +142,7 @@ def test_mixed_precision_in_phases(full, tmp_path):
     assert summary["finished"] and "accuracy" in read_runlog(tmp_path / "metrics.jsonl")[-1]
 
 
-def losses_on(devices, full, steps=3):
+def losses_on(devices, full, count=3):
     options = TrainOptions.from_config(kmqat_config(full, 2, fit_crops=0))
     utterances = source.open_sources(options.data.train)
     network = describe(options).network()
@@ -159,7 +160,7 @@ def losses_on(devices, full, steps=3):
     step = steps.jit_train_step(recipe, shardings)
     batches = pipeline.training_batches(utterances, batch_size=8, crop_samples=16000, seed=0, threads=0)
     losses = []
-    for _, batch in zip(range(steps), batches):
+    for _, batch in zip(range(count), batches):
         state, metrics = step(state, mesh.shard_batch(batch, places), teacher)
         losses.append(float(metrics["loss"]))
     return losses

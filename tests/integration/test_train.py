@@ -21,6 +21,7 @@ from kmq_jax.data import pipeline, source
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import frontend_of, load_model, save_model
 from kmq_jax.training import loop
+from kmq_jax.training import step as steps
 from kmq_jax.training.config import default_config, smoke
 from kmq_jax.training.from_models import describe
 from kmq_jax.training.options import TrainOptions
@@ -126,7 +127,7 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_last_good_checkpoint(tmp
     assert all(np.isfinite(leaf).all() for leaf in leaves(tmp_path))
 
 
-def losses_on(devices, steps=3):
+def losses_on(devices, count=3):
     """Losses of a few steps of the same run on a mesh of these devices."""
     options = TrainOptions.from_config(tiny())
     utterances = source.open_sources(options.data.train)
@@ -141,7 +142,7 @@ def losses_on(devices, steps=3):
     step = steps.jit_train_step(recipe, shardings)
     batches = pipeline.training_batches(utterances, batch_size=8, crop_samples=16000, seed=0, threads=0)
     losses = []
-    for _, batch in zip(range(steps), batches):
+    for _, batch in zip(range(count), batches):
         state, metrics = step(state, mesh.shard_batch(batch, places))
         losses.append(float(metrics["loss"]))
     return losses
