@@ -1,71 +1,18 @@
-"""The whole diagnosis: what is computed for a reference and its quantized versions, as tables of rows."""
+"""A diagnosis: tables of rows about a reference and its quantized versions; and what scores alone tell."""
 
-import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from kmq_jax import quant
-from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import named_leaves
-from kmq_jax.data import source
-from kmq_jax.data.trials import Trials
-from kmq_jax.diagnosis import layers, people, scores, variants
+from kmq_jax.diagnosis import people, scores
+from kmq_jax.diagnosis.options import DiagnosisOptions
 from kmq_jax.diagnosis.resample import SpeakerDraws
-from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
-from kmq_jax.metrics.detection import Array, check_trials, eer
-from kmq_jax.models import registry
-from kmq_jax.models.speaker_model import SpeakerModel, frontend_of
-from kmq_jax.scoring.cosine import cosine_scores
 
 Row = dict[str, Any]
 
 GROUP_DRAWS = 4
 """Of the draws of speakers, one in so many serves the intervals of groups, which are many."""
-COMPONENT_DRAWS = 5
-"""And those of components' EER."""
-
-
-_CAPTURED = 4  # recordings in a batch while every block's output of two networks is held
-
-
-@dataclass(frozen=True)
-class Options:
-    """How much is computed.
-
-    Attributes:
-        thresholds: further thresholds at which flips are counted.
-        margin_bins: bins of equally many trials.
-        margin_edges: inner edges of the fixed bins of margin.
-        worst: trials to list for each width.
-        replicates: draws of speakers; 0 leaves intervals out.
-        seed: of every draw.
-        retention_utterances: on which components are tried, all pairs of them; 0 takes the whole trial list.
-        retention_bits: widths at which components are tried; empty is the narrowest.
-        layer_utterances: on which single layers are tried, all pairs of them; 0 leaves that out.
-        hessian_draws: random vectors for Hessian traces; 0 leaves them out.
-        hessian_utterances: crops they are measured on.
-        hessian_seconds: length of each.
-        compute: the networks' arithmetic.
-        max_seconds: only so much of each recording; 0 takes all.
-    """
-
-    thresholds: tuple[float, ...] = ()
-    margin_bins: int = scores.EQUAL_MASS_BINS
-    margin_edges: tuple[float, ...] = scores.FIXED_EDGES
-    worst: int = 20
-    replicates: int = 1000
-    seed: int = 0
-    retention_utterances: int = 240
-    retention_bits: tuple[int, ...] = ()
-    layer_utterances: int = 32
-    hessian_draws: int = 10
-    hessian_utterances: int = 8
-    hessian_seconds: float = 2.0
-    compute: str = "float32"
-    max_seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +33,7 @@ class Diagnosis:
     notes: Row = field(default_factory=dict)
 
 
-def diagnose_scores(trials: scores.ScoredTrials, recordings: people.Recordings, options: Options) -> Diagnosis:
+def diagnose_scores(trials: scores.ScoredTrials, recordings: people.Recordings, options: DiagnosisOptions) -> Diagnosis:
     """Everything that scores alone tell."""
     replicates, seed = options.replicates, options.seed
     draws = few = None
@@ -111,7 +58,7 @@ def diagnose_scores(trials: scores.ScoredTrials, recordings: people.Recordings, 
         "worst_trials": people.worst_trials(trials, flips[0], recordings, options.worst),
     }
     notes = {
-        "widths": list(trials.bits),
+        "bits": list(trials.bits),
         "trials": len(trials.labels),
         "targets": int(trials.labels.sum()),
         "speakers": len(np.union1d(trials.enrol_speaker, trials.test_speaker)),
@@ -121,271 +68,3 @@ def diagnose_scores(trials: scores.ScoredTrials, recordings: people.Recordings, 
         "replicates": replicates,
     }
     return Diagnosis(trials, flips, tables, notes)
-
-
-def check_same_network(reference: SpeakerModel, quantized: SpeakerModel, name: str) -> None:
-    """Raises `UserError` where two models cannot exchange layers."""
-    for what in ("architecture", "frontend"):
-        one, two = getattr(reference, what), getattr(quantized, what)
-        if one != two:
-            raise UserError(f"{name}: its {what} is {two}, the reference's {one}")
-    shapes = [
-        {leaf_name: tuple(leaf.shape) for leaf_name, leaf in named_leaves(m.variables, quant.is_codebook_tensor)}
-        for m in (reference, quantized)
-    ]
-    for leaf_name in sorted(set(shapes[0]) | set(shapes[1])):
-        if shapes[0].get(leaf_name) != shapes[1].get(leaf_name):
-            raise UserError(
-                f"{name}: {leaf_name} has shape {shapes[1].get(leaf_name, 'none')}, "
-                f"in the reference {shapes[0].get(leaf_name, 'none')}"
-            )
-
-
-class Networks:
-    """A reference network and its quantized versions, with everything that is tried on them."""
-
-    def __init__(
-        self,
-        reference: SpeakerModel,
-        quantized: Mapping[int, SpeakerModel],
-        utterances: source.Utterances,
-        options: Options,
-    ):
-        """Puts the weights on the devices.
-
-        Args:
-            reference: the full-precision model.
-            quantized: by width; the same network.
-            utterances: those that trials compare.
-            options: how much is computed.
-
-        Raises:
-            UserError: the networks differ; or a width of the options is not among the models.
-        """
-        for bits, other in quantized.items():
-            check_same_network(reference, other, f"{bits} bits")
-        self.models = dict(sorted(quantized.items(), reverse=True))
-        self.retention_bits = options.retention_bits or (min(quantized),)
-        if missing := set(self.retention_bits) - set(quantized):
-            raise UserError(f"retention at {min(missing)} bits: there is no quantized model of that width")
-        self.reference, self.utterances, self.options = reference, utterances, options
-        self.network = reference.network(options.compute)
-        self.fbank = frontend_of(reference.frontend)
-        self.base = variants.on_devices(reference.variables)
-        self.low = {bits: variants.on_devices(m.variables, m.bits) for bits, m in self.models.items()}
-        self.snr = np.full(len(utterances), np.nan)
-        self.seconds: dict[str, float] = {}
-
-    def _embed(
-        self, rows: Array | None, trees: Sequence[Any], desc: str, seen: Callable[[int, Array], None] | None = None
-    ) -> Array:
-        """float32 `[variants, rows, dim]`, with the networks' time noted under `desc`."""
-        start = time.perf_counter()
-        table = self.utterances if rows is None else self.utterances.select(rows)
-        batches = variants.feature_batches(
-            self.fbank, table, max_seconds=self.options.max_seconds, seen=seen, desc=f"{desc}, {len(trees)} networks"
-        )
-        found = variants.embed_variants(self.network, batches, trees, len(table))
-        self.seconds[desc] = time.perf_counter() - start
-        return found
-
-    def score(self, trials: Trials) -> scores.ScoredTrials:
-        """Scores the trials, whose rows are of `utterances`, with every network; notes each utterance's SNR."""
-
-        def measure(i: int, wave: Array) -> None:
-            self.snr[i] = people.snr_db(wave)
-
-        check_trials(np.zeros(len(trials)), trials.label)  # before minutes of embedding
-        own, *others = self._embed(None, [self.base, *self.low.values()], "scores", measure)
-        full = {bits: cosine_scores(rows, rows, trials.enrol, trials.test) for bits, rows in zip(self.models, others)}
-        test_only = {
-            bits: cosine_scores(own, rows, trials.enrol, trials.test) for bits, rows in zip(self.models, others)
-        }
-        base = cosine_scores(own, own, trials.enrol, trials.test)
-        speaker = self.utterances.labels
-        return scores.scored_trials(base, full, test_only, trials.label, speaker[trials.enrol], speaker[trials.test])
-
-    def subset(self, count: int) -> tuple[Array, Array, Array, Array]:
-        """A subset that `spread_over_speakers` chose, and all pairs of it: `(rows, one, two, labels)`."""
-        rows = variants.spread_over_speakers(self.utterances, count, seed=self.options.seed)
-        one, two = np.triu_indices(len(rows), 1)
-        labels = self.utterances.labels[rows]
-        same = labels[one] == labels[two]
-        if not same.any() or same.all():
-            raise UserError(f"{len(rows)} utterances have no pairs of both one speaker and two: take more")
-        return rows, one, two, same
-
-    def retention(self, trials: Trials) -> list[Row]:
-        """Stage-wise retention and its mirror.
-
-        Returns:
-            `bits, experiment` ("reference", "low", "retention", "mirror"), `component, parameters` (share), `eer` in
-            percent with `eer_ci95, mean_abs_drift` (against the reference), `recovery` and `recovery_ci95` in percent
-            of the EER's rise (of mirror: the share of the rise that the component causes alone), None where it does
-            not rise in nine of ten draws of speakers, `drift_recovery` in percent of mean |drift| (of mirror: the
-            share).
-        """
-        count = self.options.retention_utterances
-        if 0 < count < len(self.utterances):
-            rows, one, two, labels = self.subset(count)
-        else:
-            rows, one, two, labels = np.arange(len(self.utterances)), trials.enrol, trials.test, trials.label
-        tried: list[tuple[int, str, str, Any]] = [(32, "reference", "", self.base)]
-        for bits in sorted(self.retention_bits, reverse=True):
-            tried.append((bits, "low", "", self.low[bits]))
-            tried += [(bits, *mixed) for mixed in variants.component_mixes(self.base, self.low[bits])]
-        embeddings = self._embed(rows, [tree for *_, tree in tried], "retention")
-        speaker = self.utterances.labels[rows]
-        start = time.perf_counter()
-        found = [
-            _Rates.of(cosine_scores(e, e, one, two), labels, speaker[one], speaker[two], self.options)
-            for e in embeddings
-        ]
-        self.seconds["retention intervals"] = time.perf_counter() - start
-        shares = component_shares(self.reference.variables)
-        result = []
-        lows = {bits: rates for (bits, kind, *_), rates in zip(tried, found) if kind == "low"}
-        for (bits, kind, component, _), rates in zip(tried, found):
-            row: Row = {"bits": bits, "experiment": kind, "component": component}
-            row |= {"parameters": shares.get(component), "trials": len(labels), "eer": 100 * rates.eer}
-            row["eer_ci95"] = None if rates.draws is None else [100 * x for x in percentile_interval(rates.draws)]
-            row["mean_abs_drift"] = float(np.abs(rates.scores - found[0].scores).mean())
-            row |= {"recovery": None, "recovery_ci95": None, "drift_recovery": None}
-            if component:
-                row |= _recovery(kind, found[0], lows[bits], rates)
-            result.append(row)
-        return result
-
-    def layers(self) -> tuple[list[Row], list[Row]]:
-        """Distortion of every kernel, and what it does alone; and activation SQNR of every block.
-
-        Returns:
-            Rows of layers: `layer, component, block, weights, bits`, those of `layers.weight_row`, `hessian_trace,
-            predicted_loss` (trace over weights x squared error), `activation_sqnr_db` of its block in the quantized
-            network, `damage` (mean |drift| on all pairs of the subset when this layer alone is quantized) and
-            `damage_cosine` (mean of 1 - cos between an utterance's embeddings). And of blocks: `bits, block, depth,
-            sqnr_db, step_db`.
-        """
-        order = list(registry.layer_macs(self.network))
-        kernels = layers.kernels_of(self.reference.variables)
-        kernels.sort(key=lambda name: order.index(name) if name in order else len(order))
-        rows: list[Row] = []
-        base = dict(named_leaves(self.reference.variables["params"]))
-        for bits, quantized in self.models.items():
-            leaves = dict(named_leaves(quantized.variables["params"], quant.is_codebook_tensor))
-            for name in kernels:
-                row: Row = {"layer": name.removesuffix("/kernel"), "component": registry.component(name)}
-                row |= {"block": block_of(name), "weights": int(np.size(base[name])), "bits": bits}
-                row |= layers.weight_row(base[name], leaves[name], quantized.bits)
-                row |= {"hessian_trace": None, "predicted_loss": None, "activation_sqnr_db": None}
-                rows.append(row | {"damage": None, "damage_cosine": None})
-        blocks = self._fill_damage(kernels, rows) if self.options.layer_utterances else []
-        if self.options.hessian_draws:
-            self._fill_traces(kernels, rows)
-        return rows, blocks
-
-    def _fill_damage(self, kernels: list[str], rows: list[Row]) -> list[Row]:
-        subset, one, two, _ = self.subset(self.options.layer_utterances)
-        tried = [self.base]
-        for tree in self.low.values():
-            tried += variants.layer_mixes(self.base, tree, kernels)
-        own, *others = self._embed(subset, tried, "single layers")
-        base = cosine_scores(own, own, one, two)
-        each = np.arange(len(own))
-        for row, rows_of in zip(rows, others):  # both go by width, then by layer
-            row["damage"] = float(np.abs(cosine_scores(rows_of, rows_of, one, two) - base).mean(dtype=np.float64))
-            row["damage_cosine"] = float(1 - cosine_scores(own, rows_of, each, each).mean(dtype=np.float64))
-        start = time.perf_counter()
-        batches = variants.feature_batches(
-            self.fbank, self.utterances.select(subset), max_seconds=self.options.max_seconds, desc="activations",
-            batch_size=_CAPTURED,
-        )  # fmt: skip
-        sqnr = variants.activation_sqnr(self.network, batches, self.base, list(self.low.values()))
-        self.seconds["activations"] = time.perf_counter() - start
-        blocks: list[Row] = []
-        for bits, found in zip(self.low, sqnr):
-            values = list(found.values())
-            for depth, (name, value) in enumerate(found.items()):
-                step = value - values[depth - 1] if depth and np.isfinite(value) else None
-                blocks.append({"bits": bits, "block": name, "depth": depth, "sqnr_db": value, "step_db": step})
-        place = {(row["bits"], row["block"]): row["sqnr_db"] for row in blocks}
-        for row in rows:
-            row["activation_sqnr_db"] = place[row["bits"], row["block"]]
-        return blocks
-
-    def _fill_traces(self, kernels: list[str], rows: list[Row]) -> None:
-        start = time.perf_counter()
-        options = self.options
-        samples = int(options.hessian_seconds * source.SAMPLE_RATE)
-        long = np.flatnonzero(self.utterances.lengths() >= samples)
-        if not len(long):
-            raise UserError(f"no utterance is {options.hessian_seconds:g} s long: give a shorter --hessian_seconds")
-        table = self.utterances.select(long)
-        chosen = variants.spread_over_speakers(table, options.hessian_utterances, least=1, seed=options.seed)
-        batches = variants.feature_batches(
-            self.fbank, table.select(chosen), max_seconds=options.hessian_seconds, batch_size=len(chosen)
-        )
-        features = next(iter(batches)).features[: len(chosen)]
-        traces = layers.hessian_traces(
-            self.reference.network(), self.base, features, kernels, options.hessian_draws, options.seed
-        )
-        for row in rows:
-            trace = traces[f"{row['layer']}/kernel"]
-            row |= {"hessian_trace": trace, "predicted_loss": trace / row["weights"] * row["squared_error"]}
-        self.seconds["Hessian traces"] = time.perf_counter() - start
-
-
-def block_of(name: str) -> str:
-    """The measured block that a parameter belongs to: `stage1/block0`, `stem`, `pool` or `head`."""
-    parts = name.split("/")
-    return "/".join(parts[:2]) if parts[0].startswith("stage") else parts[0]
-
-
-def component_shares(variables: Any) -> dict[str, float]:
-    """The share of all parameters that each component has."""
-    sizes: dict[str, int] = {}
-    for name, leaf in named_leaves(variables["params"], quant.is_codebook_tensor):
-        part = registry.component(name)
-        sizes[part] = sizes.get(part, 0) + int(leaf.size)
-    total = sum(sizes.values())
-    return {part: size / total for part, size in sizes.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class _Rates:
-    """Scores of one variant, its EER, and the EER's draws over speakers."""
-
-    scores: Array
-    eer: float
-    draws: Array | None
-
-    @classmethod
-    def of(cls, values: Array, labels: Array, enrol: Array, test: Array, options: Options) -> "_Rates":
-        draws = None
-        if options.replicates:
-            some = max(options.replicates // COMPONENT_DRAWS, 1)
-            found = speaker_bootstrap(values, labels, enrol, test, some, options.seed)
-            draws = found.eer
-        return cls(values, eer(values, labels)[0], draws)
-
-
-def _recovery(kind: str, base: _Rates, low: _Rates, here: _Rates) -> Row:
-    """Recovery of the EER and of drift; of the mirror experiment, the share of the damage."""
-
-    def share(full: Any, few: Any, mixed: Any) -> Any:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return 100 * ((few - mixed) if kind == "retention" else (mixed - full)) / (few - full)
-
-    row: Row = {"recovery": None, "recovery_ci95": None, "drift_recovery": None}
-    shares, risen = None, low.eer > base.eer
-    if risen and base.draws is not None and low.draws is not None and here.draws is not None:
-        fine = low.draws > base.draws
-        risen = fine.mean() >= 0.9  # else it is chance, and a share of it means nothing
-        shares = share(base.draws[fine], low.draws[fine], here.draws[fine])
-    if risen:
-        row["recovery"] = float(share(base.eer, low.eer, here.eer))
-        row["recovery_ci95"] = None if shares is None else list(percentile_interval(shares))
-    worst = float(np.abs(low.scores - base.scores).mean())
-    if worst > 0:
-        row["drift_recovery"] = float(share(0.0, worst, float(np.abs(here.scores - base.scores).mean())))
-    return row

@@ -1,5 +1,6 @@
-"""The report's figures. Each takes what was found and gives one matplotlib figure, legible at a phone's width."""
+"""The report's figures. Each takes what was found and gives one matplotlib figure, legible on a phone."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,9 +39,9 @@ _STYLE: Any = {
 }
 
 
-def colour(bits: int, widths: Sequence[int]) -> str:
-    """A width's colour, the same in every figure: from blue for the widest to red."""
-    place = sorted(widths, reverse=True).index(bits)
+def colour(bits: int, all_bits: Sequence[int]) -> str:
+    """The colour of a number of bits, the same in every figure: from blue for the most to red."""
+    place = sorted(all_bits, reverse=True).index(bits)
     return _LADDER[place % len(_LADDER)]
 
 
@@ -54,7 +55,7 @@ def _percent(digits: int = 0) -> FuncFormatter:
 
 
 def histograms(found: Diagnosis) -> Figure:
-    """Scores of both classes at every width above the reference's outline, with the thresholds."""
+    """Scores of both classes at all bits above the reference's outline, with the thresholds."""
     trials = found.trials
     figure, axes = _new(1.1 + 1.45 * len(trials.bits), len(trials.bits), sharex=True, squeeze=False)
     everything = np.concatenate([trials.reference, trials.full.ravel()])
@@ -80,7 +81,7 @@ def histograms(found: Diagnosis) -> Figure:
 
 
 def det(found: Diagnosis) -> Figure:
-    """DET curves of the reference and every width."""
+    """DET curves of the reference and all quantized models."""
     trials = found.trials
     systems = {"reference": (trials.reference, trials.labels)}
     systems |= {f"{bits} bits": (row, trials.labels) for bits, row in zip(trials.bits, trials.full)}
@@ -137,14 +138,14 @@ def flip_rates(found: Diagnosis) -> Figure:
     ):
         some = [row for row in rows if row["binning"] == binning and row["trials"]]
         bins = sorted({row["bin"] for row in some})
-        widths = found.trials.bits
-        step = 0.8 / len(widths)
-        for i, bits in enumerate(widths):
+        all_bits = found.trials.bits
+        step = 0.8 / len(all_bits)
+        for i, bits in enumerate(all_bits):
             for row in (r for r in some if r["bits"] == bits):
-                x = bins.index(row["bin"]) + (i - (len(widths) - 1) / 2) * step
+                x = bins.index(row["bin"]) + (i - (len(all_bits) - 1) / 2) * step
                 rate = 100 * row["harmful_rate"]
                 label = f"{bits} bits" if row["bin"] == bins[0] else None
-                ax.bar(x, rate, 0.92 * step, color=colour(bits, widths), label=label)
+                ax.bar(x, rate, 0.92 * step, color=colour(bits, all_bits), label=label)
                 top = rate
                 if row["harmful_rate_ci95"]:
                     low, high = (100 * v for v in row["harmful_rate_ci95"])
@@ -177,21 +178,21 @@ def _span(row: Row) -> str:
 def retention(found: Diagnosis) -> Figure:
     """Recovery by keeping one component at full precision, and damage by quantizing it alone."""
     rows = found.tables["retention"]
-    widths = sorted({row["bits"] for row in rows if row["component"]}, reverse=True)
-    names = [row["component"] for row in rows if row["experiment"] == "retention" and row["bits"] == widths[0]]
-    figure, axes = _new(1.0 + 2 * 0.34 * len(names) * (0.5 + 0.5 * len(widths)) + 1.2, 2, 1, squeeze=False)
+    all_bits = sorted({row["bits"] for row in rows if row["component"]}, reverse=True)
+    names = [row["component"] for row in rows if row["experiment"] == "retention" and row["bits"] == all_bits[0]]
+    figure, axes = _new(1.0 + 2 * 0.34 * len(names) * (0.5 + 0.5 * len(all_bits)) + 1.2, 2, 1, squeeze=False)
     titles = {
         "retention": "recovered by keeping this part at full precision",
         "mirror": "damage done by quantizing this part alone",
     }
     for ax, (experiment, title) in zip(axes[:, 0], titles.items()):
         bars = []
-        for i, bits in enumerate(widths):
+        for i, bits in enumerate(all_bits):
             some = [row for row in rows if row["experiment"] == experiment and row["bits"] == bits]
             shade = colour(bits, found.trials.bits)
-            step = 0.8 / (2 * len(widths))
+            step = 0.8 / (2 * len(all_bits))
             for row in some:
-                y = names.index(row["component"]) + (2 * i - len(widths) + 0.5) * step
+                y = names.index(row["component"]) + (2 * i - len(all_bits) + 0.5) * step
                 for key, place, alpha in (("recovery", y, 1.0), ("drift_recovery", y + step, 0.45)):
                     if row[key] is not None:
                         bars.append(row[key])
@@ -206,10 +207,10 @@ def retention(found: Diagnosis) -> Figure:
         ax.axvline(0, color="#9aa1a9", linewidth=0.8)
         ax.xaxis.set_major_formatter(_percent())
         ax.set_title(title, loc="left")
-    shades = [(colour(bits, found.trials.bits), f"{bits} bits: ") for bits in widths]
+    shades = [(colour(bits, found.trials.bits), f"{bits} bits: ") for bits in all_bits]
     parts = [("recovery", 1.0, "of the EER's rise"), ("drift_recovery", 0.45, "of mean |drift|")]
     handles = [
-        Patch(color=shade, alpha=alpha, linewidth=0, label=f"{name if len(widths) > 1 else ''}{what}")
+        Patch(color=shade, alpha=alpha, linewidth=0, label=f"{name if len(all_bits) > 1 else ''}{what}")
         for shade, name in shades
         for key, alpha, what in parts
         if any(row.get(key) is not None for row in rows)
@@ -219,9 +220,9 @@ def retention(found: Diagnosis) -> Figure:
 
 
 def layer_map(found: Diagnosis) -> Figure:
-    """Weight SQNR and damage of every layer at every width."""
+    """Weight SQNR and damage of every layer at all bits."""
     rows = found.tables["layers"]
-    widths = found.trials.bits
+    all_bits = found.trials.bits
     names = list(dict.fromkeys(row["layer"] for row in rows))
     place = {(row["layer"], row["bits"]): row for row in rows}
     keys = [("sqnr_db", "weight SQNR, dB", "viridis", 1.0)]
@@ -230,13 +231,13 @@ def layer_map(found: Diagnosis) -> Figure:
     height = 1.2 + max(0.155 * len(names), 1.2) if len(names) <= 80 else 9.0
     figure, axes = _new(height, 1, len(keys), sharey=True, squeeze=False)
     for ax, (key, title, palette, scale) in zip(axes[0], keys):
-        values = np.array([[place[n, b][key] for b in widths] for n in names], float) * scale
+        values = np.array([[place[n, b][key] for b in all_bits] for n in names], float) * scale
         shown = np.where(np.isfinite(values), values, np.nan)
         # Damage spans decades, decibels are logarithms already.
         positive = shown[shown > 0]
         norm = LogNorm(positive.min(), positive.max()) if key == "damage" and len(set(positive)) > 1 else None
         image = ax.imshow(shown, aspect="auto", cmap=palette, interpolation="nearest", norm=norm)
-        ax.set_xticks(range(len(widths)), [f"{b} bits" for b in widths])
+        ax.set_xticks(range(len(all_bits)), [f"{b} bits" for b in all_bits])
         ax.set_title(title)
         ax.spines[:].set_visible(False)
         ax.tick_params(length=0)
@@ -249,22 +250,23 @@ def layer_map(found: Diagnosis) -> Figure:
 
 
 def _brief(layer: str) -> str:
-    return layer.replace("stage", "s").replace("block", "b").replace("/shortcut/conv", "/shortcut")
+    """A layer's path with numbered folders cut short: "stage2/block0/conv1" becomes "s2/b0/conv1"."""
+    return re.sub(r"([a-z])[a-z]*(\d+)/", r"\1\2/", layer)
 
 
 def activations(found: Diagnosis) -> Figure:
     """Activation SQNR with depth."""
     rows = found.tables["blocks"]
     figure, ax = _new(3.6)
-    blocks = [row["block"] for row in rows if row["bits"] == found.trials.bits[0]]
+    parts = [row["component"] for row in rows if row["bits"] == found.trials.bits[0]]
     for bits in found.trials.bits:
         values = [row["sqnr_db"] for row in rows if row["bits"] == bits]
         ax.plot(range(len(values)), values, "o-", color=colour(bits, found.trials.bits), markersize=3.5,
                 linewidth=1.5, label=f"{bits} bits")  # fmt: skip
-    starts = [i for i, name in enumerate(blocks) if name in ("stem", "pool", "head") or name.endswith("/block0")]
+    starts = [i for i, name in enumerate(parts) if i == 0 or name != parts[i - 1]]
     for i in starts:
         ax.axvline(i, color=_FAINT, linewidth=0.8, zorder=0)
-    ax.set_xticks(starts, [blocks[i].split("/")[0] for i in starts], rotation=40, ha="right", rotation_mode="anchor")
+    ax.set_xticks(starts, [parts[i] for i in starts], rotation=40, ha="right", rotation_mode="anchor")
     ax.set_ylabel("activation SQNR, dB")
     ax.legend(loc="best")
     return figure

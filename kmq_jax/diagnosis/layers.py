@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import rankdata
 
 from kmq_jax import quant
 from kmq_jax.core.tree import named_leaves
+from kmq_jax.diagnosis.correlation import spearman
 from kmq_jax.metrics.bootstrap import percentile_interval
 from kmq_jax.metrics.detection import Array
-from kmq_jax.models.resnet import ResNet
+from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.quant.codes import to_groups
 
 OUTLIER = 3.0
@@ -40,7 +40,7 @@ def weight_row(reference: Array, leaf: Any, bits: int | None = None) -> dict[str
     Args:
         reference: the full-precision tensor.
         leaf: the `CodebookTensor` in its place, or an array.
-        bits: the width at which a nested tensor is read.
+        bits: at which a nested tensor is read.
 
     Returns:
         `relative_error` ||Q - W|| / ||W||; `sqnr_db` 10 lg(||W||^2 / ||Q - W||^2), infinite for a copy; `cosine` of the
@@ -49,9 +49,9 @@ def weight_row(reference: Array, leaf: Any, bits: int | None = None) -> dict[str
         codebooks of the indices' entropy in bits; `effective_bits`, bytes of indices and codebooks in bits a weight.
     """
     packed = quant.is_codebook_tensor(leaf)
-    width = bits if packed and leaf.coarse and bits in leaf.all_bits else None
+    read_at = bits if packed and leaf.coarse and bits in leaf.all_bits else None
     full: Any = np.asarray(reference, np.float64)  # also what `to_groups` gives back for one
-    values = np.asarray(quant.dequantize_params({"x": leaf}, width)["x"], np.float64)
+    values = np.asarray(quant.dequantize_params({"x": leaf}, read_at)["x"], np.float64)
     error, power = float(np.sum((values - full) ** 2)), float(np.sum(full**2))
     groups = to_groups(full, leaf.axis if packed else full.ndim - 1)
     spread = np.abs(groups - groups.mean(1, keepdims=True)) > OUTLIER * groups.std(1, keepdims=True)
@@ -67,19 +67,22 @@ def weight_row(reference: Array, leaf: Any, bits: int | None = None) -> dict[str
         "entropy": None,
         "effective_bits": None,
     }
-    if packed:
-        here = width or leaf.bits
-        shares = index_shares(np.asarray(to_groups(quant.indices_of(leaf, width), leaf.axis)), 1 << here)
-        logs = np.log2(shares, out=np.zeros_like(shares), where=shares > 0)
-        codebook = leaf.codebook_of(width)
-        stored = leaf.size * here + 8 * codebook.size * codebook.dtype.itemsize
-        row |= {
-            "tensor_bits": here,
-            "codebook_use": float(np.mean(shares > 0)),
-            "entropy": float(np.mean(-np.sum(shares * logs, axis=1))) + 0.0,
-            "effective_bits": stored / leaf.size,
-        }
-    return row
+    return row | _codebook_row(leaf, read_at) if packed else row
+
+
+def _codebook_row(leaf: quant.CodebookTensor, bits: int | None) -> dict[str, Any]:
+    """What only a codebook tensor has; see `weight_row`."""
+    here = bits or leaf.bits
+    shares = index_shares(np.asarray(to_groups(quant.indices_of(leaf, bits), leaf.axis)), 1 << here)
+    logs = np.log2(shares, out=np.zeros_like(shares), where=shares > 0)
+    codebook = leaf.codebook_of(bits)
+    stored = leaf.size * here + 8 * codebook.size * codebook.dtype.itemsize
+    return {
+        "tensor_bits": here,
+        "codebook_use": float(np.mean(shares > 0)),
+        "entropy": float(np.mean(-np.sum(shares * logs, axis=1))) + 0.0,
+        "effective_bits": stored / leaf.size,
+    }
 
 
 def index_shares(indices: Array, entries: int) -> Array:
@@ -90,7 +93,7 @@ def index_shares(indices: Array, entries: int) -> Array:
 
 
 def hessian_traces(
-    network: ResNet, variables: Any, features: jax.Array, names: Sequence[str], draws: int = 10, seed: int = 0
+    network: SpeakerNetwork, variables: Any, features: jax.Array, names: Sequence[str], draws: int = 10, seed: int = 0
 ) -> dict[str, float]:
     """Hessian trace of each tensor, for the loss that quantization is about: how far embeddings turn.
 
@@ -120,18 +123,10 @@ def hessian_traces(
     )
 
 
-def rank_correlations(x: Array, y: Array) -> Array:
-    """Spearman's correlation along the last axis, NaN where one side does not vary."""
-    a, b = (rankdata(side, axis=-1) for side in (x, y))
-    a, b = (side - side.mean(-1, keepdims=True) for side in (a, b))
-    scale = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
-    return np.divide((a * b).sum(-1), scale, out=np.full(scale.shape, np.nan), where=scale > 0)
-
-
 def correlation_rows(
     rows: Sequence[Mapping[str, Any]], damage: str = "damage", replicates: int = 1000, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """How well each predictor ranks the layers by the damage each does alone, at every width.
+    """How well each predictor ranks the layers by the damage that each does alone, at all bits.
 
     Args:
         rows: layers, with `bits`, the predictors and the damage; a row without damage does not count.
@@ -148,20 +143,24 @@ def correlation_rows(
         here = [row for row in rows if row["bits"] == bits and row.get(damage) is not None]
         for predictor, title in PREDICTORS.items():
             some = [row for row in here if row.get(predictor) is not None]
-            row: dict[str, Any] = {"bits": bits, "predictor": predictor, "title": title, "layers": len(some)}
-            row |= {"spearman": None, "spearman_ci95": None, "explained": None}
-            if len(some) >= 4:
-                x = np.array([entry[predictor] for entry in some]) * (-1 if predictor in _NEGATED else 1)
-                y = np.array([entry[damage] for entry in some])
-                value = float(rank_correlations(x, y))
-                if not np.isnan(value):
-                    drawn = np.random.default_rng(seed).integers(len(some), size=(replicates, len(some)))
-                    found = rank_correlations(x[drawn], y[drawn])
-                    found = found[~np.isnan(found)]
-                    row |= {"spearman": value, "explained": value**2}
-                    row["spearman_ci95"] = list(percentile_interval(found)) if len(found) > replicates / 2 else None
-            result.append(row)
+            x = np.array([row[predictor] for row in some]) * (-1 if predictor in _NEGATED else 1)
+            y = np.array([row[damage] for row in some])
+            about = {"bits": bits, "predictor": predictor, "title": title, "layers": len(some)}
+            result.append(about | _correlation(x, y, replicates, seed))
     return result
+
+
+def _correlation(x: Array, y: Array, replicates: int, seed: int) -> dict[str, Any]:
+    """Spearman's correlation of two columns with its interval; None for fewer than four layers, or all alike."""
+    nothing = {"spearman": None, "spearman_ci95": None, "explained": None}
+    value = float(spearman(x, y)) if len(x) >= 4 else float("nan")
+    if np.isnan(value):
+        return nothing
+    drawn = np.random.default_rng(seed).integers(len(x), size=(replicates, len(x)))
+    found = spearman(x[drawn], y[drawn])
+    found = found[~np.isnan(found)]
+    interval = list(percentile_interval(found)) if len(found) > replicates / 2 else None
+    return {"spearman": value, "spearman_ci95": interval, "explained": value**2}
 
 
 def kernels_of(variables: Any) -> list[str]:

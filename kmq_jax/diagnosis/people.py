@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
 
+from kmq_jax.diagnosis.correlation import spearman
 from kmq_jax.diagnosis.resample import SpeakerDraws, in_threads, interval_of_ratio
 from kmq_jax.diagnosis.scores import Flips, ScoredTrials
 from kmq_jax.metrics.detection import Array
@@ -197,14 +197,14 @@ def group_rows(
 
 
 def drift_causes(utterances: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Spearman's correlation of an utterance's mean |drift| with its duration and its SNR, by width."""
+    """Spearman's correlation of an utterance's mean |drift| with its duration and its SNR, by bits."""
     rows = []
     for bits in sorted({row["bits"] for row in utterances}, reverse=True):
         for key in ("seconds", "snr_db"):
             pairs = [(row[key], row["mean_abs_drift"]) for row in utterances if row["bits"] == bits and row[key]]
             x, y = np.array(pairs, float).reshape(-1, 2).T
             if len(x) > 3 and np.ptp(x) and np.ptp(y):
-                rows.append({"bits": bits, "with": key, "utterances": len(x), "spearman": float(spearmanr(x, y)[0])})
+                rows.append({"bits": bits, "with": key, "utterances": len(x), "spearman": float(spearman(x, y))})
     return rows
 
 

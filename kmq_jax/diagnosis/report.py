@@ -9,7 +9,8 @@ from typing import Any
 from kmq_jax import html
 from kmq_jax.core.files import atomic_write, write_json
 from kmq_jax.diagnosis import figures, scores
-from kmq_jax.diagnosis.diagnosis import COMPONENT_DRAWS, GROUP_DRAWS, Diagnosis
+from kmq_jax.diagnosis.diagnosis import GROUP_DRAWS, Diagnosis
+from kmq_jax.diagnosis.networks import COMPONENT_DRAWS
 
 Row = Mapping[str, Any]
 _FIGURE_PREFIX = "figure-"
@@ -74,7 +75,7 @@ def finite(value: Any) -> Any:
 
 
 def summary_of(found: Diagnosis) -> list[dict[str, Any]]:
-    """For each width the figures that matter, widest first."""
+    """The figures that matter for each model, that of the most bits first."""
     drift = {(r["bits"], r["kind"]): r for r in found.tables["drift"] if r["class"] == "all"}
     rates = {
         (r["bits"], r["threshold_name"]): r
@@ -127,7 +128,7 @@ def describe(found: Diagnosis) -> str:
 
 
 def headline(found: Diagnosis) -> dict[str, Any]:
-    """What the first paragraph says: the narrowest width's figures."""
+    """What the first paragraph says: the figures at the fewest bits."""
     last = summary_of(found)[-1]
     flips = last["flips"]
     everywhere = max(flips["harmful"], 1)
@@ -146,11 +147,11 @@ def knees_in_words(found: Diagnosis) -> list[tuple[str, str]]:
     joined = {
         place: " and ".join([", ".join(some[:-1]), some[-1]] if some[1:] else some) for place, some in places.items()
     }
-    return [(f"{place} bits" if place else "no width", names) for place, names in joined.items()]
+    return [(f"{place} bits" if place else "no number of bits", names) for place, names in joined.items()]
 
 
 def best_predictors(found: Diagnosis) -> list[dict[str, Any]]:
-    """For each width, the relative error's correlation and the best predictor's."""
+    """At all bits, the relative error's correlation and the best predictor's."""
     rows = [row for row in found.tables.get("correlations", []) if row["spearman"] is not None]
     result = []
     for bits in dict.fromkeys(row["bits"] for row in rows):
@@ -162,7 +163,7 @@ def best_predictors(found: Diagnosis) -> list[dict[str, Any]]:
 
 
 def top_components(found: Diagnosis) -> dict[str, Any] | None:
-    """At the narrowest width that was tried, the components in order of what they recover of the drift."""
+    """At the fewest bits that were tried, the components in order of what they recover of the drift."""
     rows = [row for row in found.tables.get("retention", []) if row["component"]]
     rows = [row for row in rows if row["drift_recovery"] is not None]
     if not rows:

@@ -1,4 +1,4 @@
-"""What quantization does to scores and decisions: drift, flips, margins, and where over the widths it begins to hurt.
+"""What quantization does to scores and decisions: drift, flips, margins, and at how few bits it begins to hurt.
 
 Arrays are `[models, trials]`, and each statistic is computed for all models at once; nothing steps through trials.
 """
@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.diagnosis.correlation import known, pearson, ranks
 from kmq_jax.diagnosis.resample import SpeakerDraws, in_threads, interval_of_ratio
 from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
 from kmq_jax.metrics.detection import Array, check_trials, eer, min_dcf
@@ -21,9 +22,9 @@ CLASSES = ("all", "target", "nontarget")
 FIXED_EDGES = (0.05, 0.1, 0.2)
 EQUAL_MASS_BINS = 3
 KNEE_RULE = (
-    "Kneedle (Satopaa et al. 2011): both axes scaled to 0..1, the knee is the width whose damage lies farthest below "
-    "the straight line from the widest to the narrowest width, if by at least 0.1; it needs three widths and damage "
-    "that is greatest at the narrowest"
+    "Kneedle (Satopaa et al. 2011): both axes are scaled to 0..1; the knee is where damage lies farthest below the "
+    "straight line from the most to the fewest bits, if by at least 0.1; it needs models at three numbers of bits and "
+    "damage that is greatest at the fewest"
 )
 
 
@@ -62,19 +63,19 @@ def scored_trials(
     enrol_speaker: ArrayLike,
     test_speaker: ArrayLike,
 ) -> ScoredTrials:
-    """Checks and stacks the scores of one trial list, widest model first.
+    """Checks and stacks the scores of one trial list, the model of the most bits first.
 
     Args:
         reference: `[trials]`.
-        full: by width, `[trials]`.
-        test_only: by width, `[trials]`, or None.
+        full: by bits, `[trials]`.
+        test_only: by bits, `[trials]`, or None.
         labels: `[trials]`.
         enrol_speaker: `[trials]`.
         test_speaker: `[trials]`.
 
     Raises:
         UserError: the lists differ in length, a score is not finite, there is one class only, there is no quantized
-            model, or a width of one mapping is missing in the other.
+            model, or one mapping has bits that the other lacks.
     """
     try:
         base, target = check_trials(reference, labels)
@@ -84,12 +85,12 @@ def scored_trials(
         raise UserError("there is no quantized model to compare with the reference")
     if test_only is not None and set(test_only) != set(full):
         missing = sorted(set(full) ^ set(test_only))
-        raise UserError(f"widths {missing} have scores of one kind of drift only")
-    widths = tuple(sorted(full, reverse=True))
+        raise UserError(f"{missing} bits: there are scores of one kind of drift only")
+    all_bits = tuple(sorted(full, reverse=True))
 
     def stack(scores: Mapping[int, ArrayLike]) -> Array:
         rows = []
-        for bits in widths:
+        for bits in all_bits:
             row = np.asarray(scores[bits], np.float64)
             if row.shape != base.shape:
                 raise UserError(f"{bits} bits: {row.size} scores for {len(base)} trials: not the same trial list")
@@ -105,7 +106,7 @@ def scored_trials(
     speakers = [np.asarray(side) for side in (enrol_speaker, test_speaker)]
     if any(side.shape != base.shape for side in speakers):
         raise UserError(f"{speakers[0].size} and {speakers[1].size} speakers for {len(base)} trials")
-    return ScoredTrials(widths, base, stack(full), None if test_only is None else stack(test_only), target, *speakers)
+    return ScoredTrials(all_bits, base, stack(full), None if test_only is None else stack(test_only), target, *speakers)
 
 
 def system_rows(trials: ScoredTrials, replicates: int = 1000, seed: int = 0) -> list[dict[str, Any]]:
@@ -135,43 +136,6 @@ def system_rows(trials: ScoredTrials, replicates: int = 1000, seed: int = 0) -> 
     return rows
 
 
-def average_ranks(values: Array, order: Array) -> Array:
-    """Ranks from 0, tied values sharing their mean rank, in the order of sorting.
-
-    Args:
-        values: `[all]`.
-        order: `[n]`, the indices that sort those that are ranked.
-
-    Returns:
-        `[n]`, the rank of `values[order]`.
-    """
-    ordered = values[order]
-    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
-    if len(starts) == len(order):
-        return np.arange(len(order), dtype=np.float64)
-    sizes = np.diff(np.append(starts, len(order)))
-    return np.repeat(starts + (sizes - 1) / 2, sizes)
-
-
-def correlation(a: Array, b: Array) -> float | None:
-    """Pearson's correlation of `[n]` and `[n]`; None where one of them does not vary."""
-    a, b = a - a.mean(), b - b.mean()
-    scale = np.sqrt((a @ a) * (b @ b))
-    return float(np.clip(a @ b / scale, -1, 1)) if scale > 0 else None
-
-
-def _ranks(values: Array, masks: Mapping[str, Array]) -> dict[str, Array]:
-    """Ranks within each mask `[trials]`, from one sort."""
-    order = np.argsort(values)
-    found = {}
-    for name, mask in masks.items():
-        part = order[mask[order]]
-        full = np.empty(len(values))
-        full[part] = average_ranks(values, part)
-        found[name] = full[mask]
-    return found
-
-
 def drift_rows(trials: ScoredTrials, draws: SpeakerDraws | None = None) -> list[dict[str, Any]]:
     """Score drift by model, kind and class.
 
@@ -187,7 +151,7 @@ def drift_rows(trials: ScoredTrials, draws: SpeakerDraws | None = None) -> list[
     """
     labels, base = trials.labels, trials.reference
     masks = {"all": np.ones(len(labels), bool), "target": labels, "nontarget": ~labels}
-    own = _ranks(base, masks)
+    own = {name: ranks(base[mask]) for name, mask in masks.items()}
 
     def by_class(values: Array) -> dict[str, Array]:
         assert draws is not None
@@ -199,7 +163,7 @@ def drift_rows(trials: ScoredTrials, draws: SpeakerDraws | None = None) -> list[
     def of_model(job: tuple[str, int]) -> list[dict[str, Any]]:
         kind, m = job
         scores = trials.kinds()[kind][m]
-        drift, ranks = scores - base, _ranks(scores, masks)
+        drift = scores - base
         size = np.abs(drift)
         sums = {"mean": by_class(drift), "mean_abs": by_class(size)} if draws else {}
         rows = []
@@ -211,7 +175,8 @@ def drift_rows(trials: ScoredTrials, draws: SpeakerDraws | None = None) -> list[
                 row[f"{key}_ci95"] = interval_of_ratio(sums[key][name], weights[name]) if draws else None
             row |= {"std": float(part.std()), "min": float(part.min()), "max": float(part.max())}
             row |= {f"q{round(100 * q):02d}": float(x) for q, x in zip(QUANTILES, np.quantile(part, QUANTILES))}
-            row |= {"pearson": correlation(base[mask], scores[mask]), "spearman": correlation(own[name], ranks[name])}
+            row["pearson"] = known(pearson(base[mask], scores[mask]))
+            row["spearman"] = known(pearson(own[name], ranks(scores[mask])))
             rows.append(row)
         return rows
 
@@ -340,10 +305,14 @@ def flip_rows(
     return [row for rows in in_threads(of_part, parts) for row in rows]
 
 
-def knee(widths: Sequence[int], damage: Sequence[float]) -> int | None:
-    """The width below which damage rises steeply, by `KNEE_RULE`; None where there is none."""
-    order = np.argsort(widths)[::-1]
-    x, y = np.asarray(widths, float)[order], np.asarray(damage, float)[order]
+def knee(all_bits: Sequence[int], damage: Sequence[float]) -> int | None:
+    """The bits below which damage rises steeply, by `KNEE_RULE`; None where there is no such place.
+
+    >>> knee([8, 4, 3, 2], [0.0, 0.1, 0.2, 1.0])
+    3
+    """
+    order = np.argsort(all_bits)[::-1]
+    x, y = np.asarray(all_bits, float)[order], np.asarray(damage, float)[order]
     if len(x) < 3 or len(np.unique(x)) < len(x) or not y[-1] > y[0] or y.max() > y[-1]:
         return None
     below = (x[0] - x) / (x[0] - x[-1]) - (y - y[0]) / (y[-1] - y[0])
@@ -354,7 +323,7 @@ def knee(widths: Sequence[int], damage: Sequence[float]) -> int | None:
 def knees(
     systems: Sequence[Mapping[str, Any]], drift: Sequence[Mapping[str, Any]], flips: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The knee of EER, mean |drift| and harmful flips over the widths, and the rule."""
+    """The knee of EER, mean |drift| and harmful flips, and the rule."""
 
     def curve(rows: Iterator[tuple[int, float]]) -> int | None:
         points = list(rows)

@@ -1,34 +1,28 @@
-"""Many variants of one network over the same recordings, with their weights partly full, partly low precision.
+"""Many variants of one network over the same recordings: some of their weights quantized, the others in full precision.
 
-A variant is a tree of the same arrays as the networks it is mixed from, so a hundred of them take no more memory than
-two; and since weights are arguments of one compiled program, none of them is compiled anew. Features are computed
-once a batch and shown to every variant before the next batch is read.
+A variant is a tree of arrays that it shares with the networks it is mixed from, so a hundred variants take no more
+memory than two. Weights are arguments of one compiled program, so no variant is compiled anew. Features are computed
+once a batch, and every variant embeds them before the next batch is read.
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kmq_jax import frontend, quant
 from kmq_jax.core import mesh
-from kmq_jax.core.errors import UserError
 from kmq_jax.core.progress import progress
 from kmq_jax.core.tree import map_named, named_leaves
 from kmq_jax.data import buckets, source
-from kmq_jax.models import registry
-from kmq_jax.models.resnet import STRIDES, ResNet
+from kmq_jax.models.batches import padded_batches, usable_lengths
+from kmq_jax.models.protocol import Part, SpeakerNetwork
 from kmq_jax.models.speaker_model import BATCH_SIZE
-from kmq_jax.nn.layers import Block, ConvNorm, expand_mask
-
-_STEM, _POOL, _HEAD = "stem", "pool", "head"
-_STRIDE = math.prod(STRIDES)
+from kmq_jax.nn.layers import expand_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,25 +68,12 @@ def feature_batches(
     Raises:
         UserError: a recording cannot be read or is too short; the message names it.
     """
-    lengths = utterances.lengths()
-    if max_seconds:
-        lengths = np.minimum(lengths, int(max_seconds * source.SAMPLE_RATE))
-    short = np.flatnonzero(frontend.num_frames(lengths, fbank) < 1)
-    if short.size:
-        raise UserError(f"{utterances.where(short[0])}: shorter than one analysis frame")
+    lengths = usable_lengths(utterances, fbank, max_seconds)
     devices = mesh.make_mesh(jax.local_devices())
     plan = buckets.length_buckets(lengths, min(batch_size, len(lengths)), max_shapes=4)
-    for batch in progress(plan, desc=desc, unit="batch"):
-        members = batch.indices[batch.indices >= 0]
-        rows = -(-len(batch.indices) // devices.size) * devices.size
-        wave, samples = np.zeros((rows, batch.size), np.float32), np.full(rows, batch.size, np.int32)
-        for row, i in enumerate(members):
-            recording = utterances.load(int(i))[: lengths[i]]
-            wave[row, : len(recording)], samples[row] = recording, len(recording)
-            if seen is not None:
-                seen(int(i), recording)
-        on_devices = mesh.shard_batch({"wave": wave, "samples": samples}, devices)
-        yield FeatureBatch(members, *_features(fbank, **on_devices))
+    shown = progress(plan, desc=desc, unit="batch")
+    for batch in padded_batches(shown, lengths, utterances.load, devices, seen=seen):
+        yield FeatureBatch(batch.members, *_features(fbank, batch.wave, batch.samples))
 
 
 def on_devices(variables: Any, bits: int | None = None) -> Any:
@@ -108,28 +89,33 @@ def mix(reference: Any, quantized: Any, low: Callable[[str], bool]) -> Any:
     Args:
         reference: variables of the reference network, `{"params": tree, "batch_stats": tree}`.
         quantized: those of the quantized one, the same tree.
-        low: decides on the name below `params` or `batch_stats`, such as `stage1/block0/conv1/kernel`.
+        low: decides on the name below `params` or `batch_stats`.
     """
-    return map_named(lambda name, full, few: few if low(name.split("/", 1)[1]) else full, reference, quantized)
+    return map_named(lambda name, full, few: few if low(_below(name)) else full, reference, quantized)
 
 
-def component_mixes(reference: Any, quantized: Any) -> Iterator[tuple[str, str, Any]]:
+def component_mixes(network: SpeakerNetwork, reference: Any, quantized: Any) -> Iterator[tuple[str, str, Any]]:
     """The variants of stage-wise retention and of its mirror: `(experiment, component, variables)`.
 
-    "retention" keeps one component at full precision in the quantized network; "mirror" makes one component low in the
+    "retention" keeps one component at full precision in the quantized network; "mirror" quantizes one component of the
     full-precision network. Components without parameters, such as plain statistics pooling, make no variant.
     """
-    names = [name.split("/", 1)[1] for name, _ in named_leaves(reference)]
-    present = set(registry.components(names).values())
-    for component in registry.COMPONENTS:
+    component_of = {name: network.component_of(name) for name in (_below(n) for n, _ in named_leaves(reference))}
+    present = set(component_of.values())
+    for component in network.components():
         if component not in present:
             continue
 
         def inside(name: str, component: str = component) -> bool:
-            return registry.component(name) == component
+            return component_of[name] == component
 
         yield "retention", component, mix(quantized, reference, inside)
         yield "mirror", component, mix(reference, quantized, inside)
+
+
+def _below(name: str) -> str:
+    """A variable's name without its collection."""
+    return name.split("/", 1)[1]
 
 
 def layer_mixes(reference: Any, quantized: Any, kernels: Iterable[str]) -> Iterator[Any]:
@@ -144,12 +130,14 @@ def layer_mixes(reference: Any, quantized: Any, kernels: Iterable[str]) -> Itera
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(network: ResNet, variables: Any, features: jax.Array, frames: jax.Array) -> jax.Array:
+def _embed(network: SpeakerNetwork, variables: Any, features: jax.Array, frames: jax.Array) -> jax.Array:
     embeddings: Any = network.apply(variables, features, frames, train=False)
     return embeddings
 
 
-def embed_variants(network: ResNet, batches: Iterable[FeatureBatch], variants: Sequence[Any], count: int) -> np.ndarray:
+def embed_variants(
+    network: SpeakerNetwork, batches: Iterable[FeatureBatch], variants: Sequence[Any], count: int
+) -> np.ndarray:
     """Embeds the same recordings with every variant.
 
     Args:
@@ -170,70 +158,66 @@ def embed_variants(network: ResNet, batches: Iterable[FeatureBatch], variants: S
     return embeddings
 
 
-def _is_measured(module: nn.Module, method: str) -> bool:
-    if method != "__call__":
-        return False
-    return isinstance(module, Block) or (module.name == _STEM and isinstance(module, ConvNorm)) or module.name == _POOL
+@functools.partial(jax.jit, static_argnums=0)
+def _activations(
+    network: SpeakerNetwork, variables: Any, features: jax.Array, frames: jax.Array
+) -> dict[str, jax.Array]:
+    """Outputs of all parts. A program of its own, so that equal weights give equal outputs."""
+    return network.taps(variables, features, frames)[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _activations(network: ResNet, variables: Any, features: jax.Array, frames: jax.Array) -> dict[str, jax.Array]:
-    """Outputs of stem, blocks, pooling and head. A program of its own, so that equal weights give equal outputs."""
-    embedding, state = network.apply(
-        variables, features, frames, train=False, capture_intermediates=_is_measured, mutable=["intermediates"]
-    )
-    captured = {name.removesuffix("/__call__/0"): leaf for name, leaf in named_leaves(state["intermediates"])}
-    return captured | {_HEAD: embedding}
+def _powers(
+    parts: tuple[Part, ...], own: dict[str, jax.Array], other: dict[str, jax.Array] | None, frames: jax.Array
+) -> dict[str, jax.Array]:
+    """Sums of squares of `own`, or of its difference from `other`, over real frames.
 
+    Args:
+        parts: the network's.
+        own: outputs by part, `[batch, time, ...]` or `[batch, values]`.
+        other: the same, or None.
+        frames: `[batch]` real frames of the features; 0 of rows that do not count.
+    """
 
-@jax.jit
-def _powers(own: dict[str, jax.Array], other: dict[str, jax.Array] | None, mask: jax.Array) -> dict[str, jax.Array]:
-    """Sums of squares of `own`, or of its difference from `other`, over the real frames of `mask` `[batch, time]`."""
-
-    def power(x: jax.Array, y: jax.Array | None) -> jax.Array:
+    def power(part: Part, x: jax.Array, y: jax.Array | None) -> jax.Array:
         squares = jnp.square(x.astype(jnp.float32) - (0 if y is None else y.astype(jnp.float32)))
-        step = 1 if x.ndim == 2 else mask.shape[1] // x.shape[1]
-        real = mask[:, :1] if x.ndim == 2 else expand_mask(mask[:, ::step], squares)
+        if x.ndim == 2:
+            real = (frames > 0)[:, None]
+        else:
+            real = expand_mask(jnp.arange(x.shape[1])[None] < part.frames(frames)[:, None], squares)
         return jnp.sum(jnp.where(real, squares, 0))
 
-    return {name: power(x, None if other is None else other[name]) for name, x in own.items()}
+    return {
+        part.name: power(part, own[part.name], None if other is None else other[part.name])
+        for part in parts
+        if part.name in own
+    }
 
 
 def activation_sqnr(
-    network: ResNet, batches: Iterable[FeatureBatch], reference: Any, variants: Sequence[Any]
+    network: SpeakerNetwork, batches: Iterable[FeatureBatch], reference: Any, variants: Sequence[Any]
 ) -> list[dict[str, float]]:
-    """Signal-to-quantization-noise ratio (dB) of the outputs of stem, blocks, pooling and head.
+    """Signal-to-quantization-noise ratio (dB) of the outputs of the network's parts.
 
     The signal is the reference network's output, the noise the variant's difference from it; both powers are summed
     over all recordings, real frames, frequencies and channels.
 
     Returns:
-        For each variant `{name: dB}` in network order; infinite where nothing differs.
+        For each variant `{name of the part: dB}` in running order; infinite where nothing differs.
     """
+    parts = network.parts()
     signal: dict[str, float] = {}
     noise: list[dict[str, float]] = [{} for _ in variants]
     for batch in batches:
-        # Whole numbers of the network's stride, so that every stride-th frame of the mask is an output's frame.
-        features = jnp.pad(batch.features, ((0, 0), (0, -batch.features.shape[1] % _STRIDE), (0, 0)))
-        real = jnp.arange(len(features)) < len(batch.members)
-        mask = jnp.arange(features.shape[1])[None, :] < jnp.where(real, batch.frames, 0)[:, None]
-        own = _activations(network, reference, features, batch.frames)
+        frames = jnp.where(jnp.arange(len(batch.features)) < len(batch.members), batch.frames, 0)
+        own = _activations(network, reference, batch.features, batch.frames)
         for total, other in zip((signal, *noise), (None, *variants)):
-            others = None if other is None else _activations(network, other, features, batch.frames)
-            for name, value in jax.device_get(_powers(own, others, mask)).items():
+            others = None if other is None else _activations(network, other, batch.features, batch.frames)
+            for name, value in jax.device_get(_powers(parts, own, others, frames)).items():
                 total[name] = total.get(name, 0.0) + float(value)
-    order = sorted(signal, key=depth_order)
+    order = [part.name for part in parts if part.name in signal]
     with np.errstate(divide="ignore"):
         return [{n: float(10 * np.log10(np.float64(signal[n]) / np.float64(one[n]))) for n in order} for one in noise]
-
-
-def depth_order(name: str) -> tuple[int, int]:
-    """Sorts stem, blocks, pooling and head as they run."""
-    first, _, rest = name.partition("/")
-    place = {_STEM: 0, _POOL: 98, _HEAD: 99}.get(first)
-    if place is not None:
-        return place, 0
-    return int(first.removeprefix("stage")), int(rest.removeprefix("block"))
 
 
 def spread_over_speakers(utterances: source.Utterances, count: int, least: int = 4, seed: int = 0) -> np.ndarray:

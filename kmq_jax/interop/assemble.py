@@ -10,6 +10,7 @@ import numpy as np
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import map_named
 from kmq_jax.models import registry
+from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.resnet import ResNet
 from kmq_jax.nn.pooling import flatten_order
 
@@ -87,7 +88,7 @@ def shape_of(tensors: Mapping[str, np.ndarray], name: str, axes: int, where: str
 
 
 def assemble(
-    network: ResNet,
+    network: SpeakerNetwork,
     tensors: Mapping[str, np.ndarray],
     name_of: Callable[[str], str],
     kernel_axes: tuple[int, int, int, int],
@@ -96,7 +97,7 @@ def assemble(
     """Fills the variables of `network`.
 
     Args:
-        network: what the tensors are of.
+        network: what the tensors are of, one of the residual networks.
         tensors: theirs by name; each must be used once.
         name_of: their name of a parameter or statistic of ours.
         kernel_axes: the transposition from their convolution kernels to `[time, freq, in, out]`.
@@ -108,6 +109,7 @@ def assemble(
     Raises:
         UserError: a tensor is missing, has the wrong shape or type, is not finite, or is left over; it is named.
     """
+    assert isinstance(network, ResNet)
     freqs = math.ceil(network.features / 8)
     channels = network.channels[-1] * network.block.expansion
     used = set()

@@ -85,7 +85,7 @@ def convert(checkpoint: Checkpoint, where: str, activation: str | None = None) -
 
 
 def _architecture(blocks: list[int]) -> str:
-    names = [name for name in registry.names() if registry.build(name).block is PreActivationBlock]
+    names = [name for name in registry.names() if getattr(registry.build(name), "block", None) is PreActivationBlock]
     return next((n for n in names if registry.default_settings(n)["blocks"] == blocks), names[0])
 
 

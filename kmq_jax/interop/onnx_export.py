@@ -1,42 +1,43 @@
 """Networks as ONNX files: float weights as they are, quantized ones as packed indices and codebooks.
 
-The graph is built from the parameters: `feats` `[batch, frames, features]`, mean-normalised, to `embs`
-`[batch, size]`, the names that WeSpeaker's files have. Batch normalisation is folded into the convolution or linear
-layer before it; where none is, it stays as scale and shift. Quantized weights are looked up in the graph, which a
-runtime does once, when it loads the file.
+The graph goes from `feats` `[batch, frames, features]`, mean-normalised, to `embs` `[batch, size]`, the names that
+WeSpeaker's files have. A network says by `to_onnx` which layers it has; here is what each of them becomes. Batch
+normalisation is folded into the convolution or linear layer before it; where none is, it stays as scale and shift.
+Quantized weights are looked up in the graph, which a runtime does once, when it loads the file.
 
-How indices are stored: 4 bits as uint4 (operator set 21), 2 bits as uint2 (operator set 25), 7 and 8 bits as bytes.
-Other widths, and these in files of an older operator set, are a stream of bits in bytes, which plain integer arithmetic
-unpacks: they take no more room than their bits.
+How indices are stored: at 4 bits as uint4 (operator set 21), at 2 bits as uint2 (operator set 25), at 7 and 8 bits as
+bytes. Other bits, and these in files of an older operator set, are a stream of bits in bytes, which plain integer
+arithmetic unpacks: they take no more room than their bits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import atomic_write
 from kmq_jax.core.tree import named_leaves
 from kmq_jax.interop.onnx_graph import require_onnx
-from kmq_jax.models.resnet import STRIDES, ResNet
-from kmq_jax.nn.layers import BatchNorm, Bottleneck, PreActivationBlock
-from kmq_jax.nn.pooling import AttentiveStatisticsPooling, StatisticsPooling
+from kmq_jax.models.protocol import SpeakerNetwork
+from kmq_jax.nn.conv import Window, window
+from kmq_jax.nn.layers import BatchNorm
 from kmq_jax.quant.codes import from_groups
 from kmq_jax.quant.types import CodebookTensor, is_codebook_tensor
 
 OLDEST_OPSET = 18
 _NATIVE = {4: (21, "UINT4"), 2: (25, "UINT2"), 7: (OLDEST_OPSET, "UINT8"), 8: (OLDEST_OPSET, "UINT8")}
-_CONV_AXES = (3, 2, 0, 1)  # from [time, freq, in, out] to [out, in, time, freq]
+_CONV_AXES = {3: (2, 1, 0), 4: (3, 2, 0, 1)}  # from [time, (freq,) in, out] to [out, in, time, (freq)]
 _LINEAR_AXES = (1, 0)
 Affine = tuple[np.ndarray, np.ndarray]
 
 
 def export(
     path: Path,
-    network: ResNet,
+    network: SpeakerNetwork,
     variables: Mapping[str, Any],
     metadata: Mapping[str, str] | None = None,
     bits: int | None = None,
@@ -49,14 +50,14 @@ def export(
         network: the module that the variables are of.
         variables: `{"params": tree, "batch_stats": tree}`; leaves of `params` may be `CodebookTensor`s.
         metadata: properties to write into the file.
-        bits: read nested codebooks at this width; None takes the widest.
-        opset: operator set; None takes the oldest in which every width has a type of its own.
+        bits: read nested codebooks at these; None takes the most.
+        opset: operator set; None takes the oldest that has a type for all bits in use.
 
     Returns:
         The operator set of the file.
 
     Raises:
-        UserError: onnx is not installed, the operator set is too old or unknown, a nested tensor lacks the width, or
+        UserError: onnx is not installed, the operator set is too old or unknown, a nested tensor lacks these bits, or
             the file cannot be written.
     """
     model = build(network, variables, metadata, bits, opset)
@@ -66,7 +67,7 @@ def export(
 
 
 def build(
-    network: ResNet,
+    network: SpeakerNetwork,
     variables: Mapping[str, Any],
     metadata: Mapping[str, str] | None = None,
     bits: int | None = None,
@@ -80,7 +81,7 @@ def build(
     }
     statistics = {name: np.asarray(leaf) for name, leaf in named_leaves(variables.get("batch_stats", {}))}
     graph = _Graph(onnx, leaves, statistics, bits, _opset(onnx, leaves, bits, opset))
-    graph.node("Identity", _network(graph, network, "feats"), output="embs")
+    graph.node("Identity", network.to_onnx(graph, "feats"), output="embs")
     return graph.model(network, metadata or {})
 
 
@@ -90,21 +91,21 @@ def _opset(onnx: Any, leaves: Mapping[str, Any], bits: int | None, opset: int | 
         if not OLDEST_OPSET <= opset <= newest:
             raise UserError(f"opset (={opset}) must be {OLDEST_OPSET} to {newest}")
         return opset
-    widths = {_width(leaf, bits) for leaf in leaves.values() if is_codebook_tensor(leaf)}
-    needed = [since for width, (since, _) in _NATIVE.items() if width in widths and since <= newest]
+    used = {_bits_of(leaf, bits) for leaf in leaves.values() if is_codebook_tensor(leaf)}
+    needed = [since for native, (since, _) in _NATIVE.items() if native in used and since <= newest]
     return max(needed, default=OLDEST_OPSET)
 
 
-def _width(tensor: CodebookTensor, bits: int | None) -> int:
-    """The width at which a tensor is read; those without nested codebooks have one only."""
+def _bits_of(tensor: CodebookTensor, bits: int | None) -> int:
+    """The bits at which a tensor is read; those without nested codebooks leave no choice."""
     return bits if bits is not None and tensor.coarse else tensor.bits
 
 
-def _indices(tensor: CodebookTensor, width: int) -> np.ndarray:
+def _indices(tensor: CodebookTensor, bits: int) -> np.ndarray:
     """The indices of a tensor in its shape, by numpy: jax would compile for every shape."""
     stream = np.unpackbits(np.asarray(tensor.packed), axis=1, bitorder="little")[:, : tensor.group_size * tensor.bits]
-    bits = stream.reshape(tensor.groups, tensor.group_size, tensor.bits)[..., tensor.bits - width :]
-    rows: Any = np.bitwise_or.reduce(bits << np.arange(width, dtype=np.uint8), axis=-1)
+    digits = stream.reshape(tensor.groups, tensor.group_size, tensor.bits)[..., tensor.bits - bits :]
+    rows: Any = np.bitwise_or.reduce(digits << np.arange(bits, dtype=np.uint8), axis=-1)
     return np.asarray(from_groups(rows, tensor.shape, tensor.axis))
 
 
@@ -147,11 +148,15 @@ class _Graph:
 
     def affine(self, name: str) -> Affine | None:
         """Slope and shift of the batch normalisation `name` in evaluation; None where the network has none there."""
-        if f"{name}/scale" not in self._leaves:
+        measured = f"{name}/mean" in self._statistics
+        if f"{name}/scale" in self._leaves:
+            slope = self._leaves[f"{name}/scale"].astype(np.float64)
+            shift = self._leaves[f"{name}/bias"].astype(np.float64)
+        elif measured:
+            slope, shift = 1.0, 0.0
+        else:
             return None
-        slope = self._leaves[f"{name}/scale"].astype(np.float64)
-        shift = self._leaves[f"{name}/bias"].astype(np.float64)
-        if f"{name}/mean" in self._statistics:
+        if measured:
             slope = slope / np.sqrt(self._statistics[f"{name}/var"].astype(np.float64) + BatchNorm.epsilon)
             shift = shift - self._statistics[f"{name}/mean"] * slope
         return slope, shift
@@ -182,13 +187,13 @@ class _Graph:
 
     def dequantize(self, name: str, tensor: CodebookTensor, axes: tuple[int, ...]) -> str:
         """Looks the indices of a tensor, transposed by `axes`, up in its codebooks."""
-        width = _width(tensor, self._bits)
-        codebook = np.asarray(tensor.codebook_of(width))
-        indices = _indices(tensor, width).transpose(axes)
+        bits = _bits_of(tensor, self._bits)
+        codebook = np.asarray(tensor.codebook_of(bits))
+        indices = _indices(tensor, bits).transpose(axes)
         # Groups first; a tensor whose groups lie along its inputs is turned back afterwards.
         place = 0 if tensor.axis is None else axes.index(tensor.axis)
         grouped = np.moveaxis(indices, place, 0)
-        rows = self.indices(f"{name}.indices", grouped.reshape(tensor.groups, -1), width)
+        rows = self.indices(f"{name}.indices", grouped.reshape(tensor.groups, -1), bits)
         table = self.array(f"{name}.codebook", codebook)
         if codebook.dtype != np.float32:
             table = self.cast(table, "FLOAT")
@@ -200,42 +205,53 @@ class _Graph:
             values = self.node("Transpose", values, perm=back)
         return values
 
-    def indices(self, name: str, rows: np.ndarray, width: int) -> str:
-        """Stores indices `[groups, n]` in `width` bits each; gives them as integers."""
-        since, dtype = _NATIVE.get(width, (None, ""))
+    def indices(self, name: str, rows: np.ndarray, bits: int) -> str:
+        """Stores indices `[groups, n]` in `bits` bits each; gives them as integers."""
+        since, dtype = _NATIVE.get(bits, (None, ""))
         if since is not None and since <= self._opset:
-            per_byte = 8 // width
+            per_byte = 8 // bits
             flat = np.pad(rows.ravel(), (0, -rows.size % per_byte)).reshape(-1, per_byte)
-            packed = np.bitwise_or.reduce(flat << (width * np.arange(per_byte, dtype=np.uint8)), axis=1)
+            packed = np.bitwise_or.reduce(flat << (bits * np.arange(per_byte, dtype=np.uint8)), axis=1)
             kind = getattr(self._onnx.TensorProto, dtype)
             data = packed.astype(np.uint8).tobytes()
             self._tensors[name] = self._onnx.helper.make_tensor(name, kind, rows.shape, data, raw=True)
             return self.cast(name, "INT32")
-        # Eight indices fill exactly `width` bytes: an integer of at most 48 bits, taken apart by division. (With 56
+        # Eight indices fill exactly `bits` bytes: an integer of at most 48 bits, taken apart by division. (With 56
         # bits ONNX Runtime's sum of integers is not exact.)
         groups, n = rows.shape
         padded = np.pad(rows, ((0, 0), (0, -n % 8)))
-        stream = np.packbits((padded[..., None] >> np.arange(width)) & 1, axis=None, bitorder="little")
-        stored = self.array(name, stream.reshape(groups, -1, width))
-        parts = self.node("Mul", self.cast(stored, "INT64"), self.integers(*(1 << 8 * i for i in range(width))))
+        stream = np.packbits((padded[..., None] >> np.arange(bits)) & 1, axis=None, bitorder="little")
+        stored = self.array(name, stream.reshape(groups, -1, bits))
+        parts = self.node("Mul", self.cast(stored, "INT64"), self.integers(*(1 << 8 * i for i in range(bits))))
         whole = self.node("ReduceSum", parts, self.integers(2), keepdims=1)
-        eights = self.node("Div", whole, self.integers(*(1 << width * i for i in range(8))))
-        unpacked = self.node("Mod", eights, self.integers(1 << width))
+        eights = self.node("Div", whole, self.integers(*(1 << bits * i for i in range(8))))
+        unpacked = self.node("Mod", eights, self.integers(1 << bits))
         unpacked = self.node("Reshape", unpacked, self.integers(groups, padded.shape[1]))
         if n == padded.shape[1]:
             return unpacked
         return self.node("Slice", unpacked, self.integers(0), self.integers(n), self.integers(1))
 
-    def conv(self, x: str, layer: str, stride: int = 1, norm: str | None = None) -> str:
-        """Convolves `[batch, channel, time, freq]`; the normalisation `norm` after it is folded in."""
-        taps = self._leaves[f"{layer}/kernel"].shape[0]
-        inputs = [x, self.kernel(layer, norm, _CONV_AXES), self.bias(layer, norm)]
+    def conv(self, x: str, layer: str, moves: Window | None = None, norm: str | None = None) -> str:
+        """Convolves `[batch, channel, time, (freq)]`; the normalisation `norm` after it is folded in.
+
+        Args:
+            x: the input.
+            layer: path of the layer.
+            moves: how the kernel moves; None takes step 1 and "same" padding.
+            norm: path of the normalisation that follows, if any.
+        """
+        shape = self._leaves[f"{layer}/kernel"].shape
+        moves = moves or window(len(shape) - 2, shape[:-2])
+        inputs = [x, self.kernel(layer, norm, _CONV_AXES[len(shape)]), self.bias(layer, norm)]
+        more: dict[str, Any] = {} if set(moves.dilations) == {1} else {"dilations": list(moves.dilations)}
+        more |= {} if moves.groups == 1 else {"group": moves.groups}
         return self.node(
             "Conv",
             *(name for name in inputs if name is not None),
-            kernel_shape=[taps, taps],
-            strides=[stride, stride],
-            pads=[taps // 2] * 4,
+            kernel_shape=list(moves.taps),
+            strides=list(moves.strides),
+            pads=[before for before, _ in moves.padding] + [after for _, after in moves.padding],
+            **more,
         )
 
     def linear(self, x: str, layer: str, norm: str | None = None) -> str:
@@ -259,19 +275,55 @@ class _Graph:
         x = self.node("Mul", x, self.array(f"{norm}/slope", slope, np.float32))
         return self.node("Add", x, self.array(f"{norm}/shift", shift, np.float32))
 
-    def activation(self, x: str, function: Any) -> str:
-        """ReLU or SiLU."""
-        if function is nn.relu:
-            return self.node("Relu", x)
+    def activation(self, x: str, function: Callable[[jax.Array], jax.Array]) -> str:
+        """ReLU, SiLU, sigmoid or hyperbolic tangent."""
         if function is nn.silu:
             return self.node("Mul", x, self.node("Sigmoid", x))
+        named: dict[Any, str] = {nn.relu: "Relu", nn.sigmoid: "Sigmoid", nn.tanh: "Tanh"}
+        if function in named:
+            return self.node(named[function], x)
         raise UserError(f"activation {function} has no ONNX form here")
+
+    def frames_of(self, x: str, size: int | None = None) -> str:
+        """Turns `[batch, channel, time]`, or with a `size` `[batch, channel, time, freq]`, to `[batch, time, size]`."""
+        if size is None:
+            return self.node("Transpose", x, perm=[0, 2, 1])
+        frames = self.node("Transpose", x, perm=[0, 2, 3, 1])
+        return self.node("Reshape", frames, self.integers(0, 0, size))
+
+    def channels_of(self, frames: str) -> str:
+        """Turns `[batch, time, channel]` to `[batch, channel, time]`."""
+        return self.node("Transpose", frames, perm=[0, 2, 1])
+
+    def statistics(self, frames: str, floor: float) -> str:
+        """Mean and unbiased deviation over time of `[batch, time, in]`, as `nn.pooling.StatisticsPooling`."""
+        mean = self.node("ReduceMean", frames, self.integers(1), keepdims=1)
+        centred = self.node("Sub", frames, mean)
+        squares = self.node("ReduceSum", self.node("Mul", centred, centred), self.integers(1), keepdims=0)
+        count = self.cast(self.node("Gather", self.node("Shape", frames), self.integers(1)), "FLOAT")
+        divisor = self.node("Max", self.node("Sub", count, self.number(1)), self.number(1))
+        variance = self.node("Add", self.node("Div", squares, divisor), self.number(floor))
+        return self._concatenate(mean, variance)
+
+    def attentive_statistics(self, frames: str, pooling: str, floor: float) -> str:
+        """Weighted mean and deviation over time, as `nn.pooling.AttentiveStatisticsPooling` of that name."""
+        hidden = self.node("Tanh", self.linear_frames(frames, f"{pooling}/attention1"))
+        weights = self.node("Softmax", self.linear_frames(hidden, f"{pooling}/attention2"), axis=1)
+        mean = self.node("ReduceSum", self.node("Mul", weights, frames), self.integers(1), keepdims=1)
+        centred = self.node("Sub", frames, mean)
+        squares = self.node("Mul", weights, self.node("Mul", centred, centred))
+        variance = self.node("ReduceSum", squares, self.integers(1), keepdims=0)
+        return self._concatenate(mean, self.node("Max", variance, self.number(floor)))
+
+    def _concatenate(self, mean: str, variance: str) -> str:
+        mean = self.node("Squeeze", mean, self.integers(1))
+        return self.node("Concat", mean, self.node("Sqrt", variance), axis=1)
 
     def has(self, module: str) -> bool:
         """Whether the network has parameters below `module`."""
         return any(name.startswith(f"{module}/") for name in self._leaves)
 
-    def model(self, network: ResNet, metadata: Mapping[str, str]) -> Any:
+    def model(self, network: SpeakerNetwork, metadata: Mapping[str, str]) -> Any:
         """The finished model, checked."""
         helper, kind = self._onnx.helper, self._onnx.TensorProto.FLOAT
         graph = helper.make_graph(
@@ -287,74 +339,3 @@ class _Graph:
         helper.set_model_props(model, dict(metadata))
         self._onnx.checker.check_model(model)
         return model
-
-
-def _network(graph: _Graph, network: ResNet, feats: str) -> str:
-    x = graph.node("Unsqueeze", feats, graph.integers(1))  # [batch, channel, time, freq]
-    stem = nn.silu if network.stem_activation == "silu" else nn.relu
-    x = graph.activation(graph.conv(x, "stem/conv", norm="stem/bn"), stem)
-    for i, (count, stride) in enumerate(zip(network.blocks, STRIDES)):
-        for n in range(count):
-            x = _block(graph, network, x, f"stage{i + 1}/block{n}", stride if n == 0 else 1)
-    size = -(-network.features // 8) * network.channels[-1] * network.block.expansion
-    # The channel runs fastest, as in nn.pooling, so that the weights that follow need no permutation.
-    frames = graph.node("Transpose", x, perm=[0, 2, 3, 1])
-    frames = graph.node("Reshape", frames, graph.integers(0, 0, size))
-    pooled = _attentive_statistics(graph, frames) if network.attentive else _statistics(graph, frames)
-    if network.normalize_head:
-        pooled = graph.scale_and_shift(pooled, "head/bn_in", 2)
-    return graph.linear(pooled, "head/linear", "head/bn" if network.normalize_head else None)
-
-
-def _block(graph: _Graph, network: ResNet, x: str, at: str, stride: int) -> str:
-    if network.block is PreActivationBlock:
-        act = dict(network.block_options)["activation"]
-        y = graph.activation(graph.scale_and_shift(x, f"{at}/bn1", 4), act)
-        y = graph.activation(graph.conv(y, f"{at}/conv1", stride, norm=f"{at}/bn2"), act)
-        y = graph.activation(graph.conv(y, f"{at}/conv2", norm=f"{at}/bn3"), act)
-        return _finish(graph, x, graph.conv(y, f"{at}/conv3"), at, stride)
-    if network.block is Bottleneck:
-        y = graph.activation(graph.conv(x, f"{at}/conv1", norm=f"{at}/bn1"), nn.relu)
-        y = graph.activation(graph.conv(y, f"{at}/conv2", stride, norm=f"{at}/bn2"), nn.relu)
-        y = graph.conv(y, f"{at}/conv3", norm=f"{at}/bn3")
-    else:
-        y = graph.activation(graph.conv(x, f"{at}/conv1", stride, norm=f"{at}/bn1"), nn.relu)
-        y = graph.conv(y, f"{at}/conv2", norm=f"{at}/bn2")
-    return graph.activation(_finish(graph, x, y, at, stride), nn.relu)
-
-
-def _finish(graph: _Graph, x: str, y: str, at: str, stride: int) -> str:
-    if graph.has(f"{at}/se"):
-        squeezed = graph.node("ReduceMean", y, graph.integers(2, 3), keepdims=0)
-        gate = graph.linear(graph.activation(graph.linear(squeezed, f"{at}/se/fc1"), nn.silu), f"{at}/se/fc2")
-        gate = graph.node("Unsqueeze", graph.node("Sigmoid", gate), graph.integers(2, 3))
-        y = graph.node("Mul", y, gate)
-    if graph.has(f"{at}/shortcut"):
-        x = graph.conv(x, f"{at}/shortcut/conv", stride, norm=f"{at}/shortcut/bn")
-    return graph.node("Add", y, x)
-
-
-def _statistics(graph: _Graph, frames: str) -> str:
-    mean = graph.node("ReduceMean", frames, graph.integers(1), keepdims=1)
-    centred = graph.node("Sub", frames, mean)
-    squares = graph.node("ReduceSum", graph.node("Mul", centred, centred), graph.integers(1), keepdims=0)
-    count = graph.cast(graph.node("Gather", graph.node("Shape", frames), graph.integers(1)), "FLOAT")
-    divisor = graph.node("Max", graph.node("Sub", count, graph.number(1)), graph.number(1))
-    variance = graph.node("Add", graph.node("Div", squares, divisor), graph.number(StatisticsPooling.floor))
-    return _concatenate(graph, mean, variance)
-
-
-def _attentive_statistics(graph: _Graph, frames: str) -> str:
-    hidden = graph.node("Tanh", graph.linear_frames(frames, "pool/attention1"))
-    weights = graph.node("Softmax", graph.linear_frames(hidden, "pool/attention2"), axis=1)
-    mean = graph.node("ReduceSum", graph.node("Mul", weights, frames), graph.integers(1), keepdims=1)
-    centred = graph.node("Sub", frames, mean)
-    squares = graph.node("Mul", weights, graph.node("Mul", centred, centred))
-    variance = graph.node("ReduceSum", squares, graph.integers(1), keepdims=0)
-    floored = graph.node("Max", variance, graph.number(AttentiveStatisticsPooling.floor))
-    return _concatenate(graph, mean, floored)
-
-
-def _concatenate(graph: _Graph, mean: str, variance: str) -> str:
-    mean = graph.node("Squeeze", mean, graph.integers(1))
-    return graph.node("Concat", mean, graph.node("Sqrt", variance), axis=1)

@@ -1,44 +1,71 @@
-"""Every network by name, and what can be said of one without running it: parameters, arithmetic, components."""
+"""Every network by name, and what can be said of one without running it: parameters, arithmetic, first weights."""
 
-import functools
+import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.nn.initializers import zeros
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import map_named, named_leaves
-from kmq_jax.models.resnet import ResNet, kiwano, wespeaker
-from kmq_jax.nn.layers import KAIMING_NORMAL
+from kmq_jax.models import walk
+from kmq_jax.models.protocol import SpeakerNetwork
+from kmq_jax.models.resnet import SMOKE, kiwano, wespeaker
+from kmq_jax.nn.layers import KAIMING_NORMAL, TORCH_DEFAULT, BatchNorm
 
-_NETWORKS: dict[str, Callable[..., ResNet]] = {
-    "resnet18": functools.partial(kiwano, blocks=(2, 2, 2, 2), preactivation=False),
-    "resnet36": functools.partial(kiwano, blocks=(3, 4, 6, 3), preactivation=False),
-    "resnet50": functools.partial(kiwano, blocks=(3, 4, 6, 3), preactivation=True),
-    "resnet101": functools.partial(kiwano, blocks=(3, 4, 23, 3), preactivation=True),
-    "resnet200": functools.partial(kiwano, blocks=(3, 24, 36, 3), preactivation=True),
-    "wespeaker_resnet18": functools.partial(wespeaker, blocks=(2, 2, 2, 2), bottleneck=False),
-    "wespeaker_resnet34": functools.partial(wespeaker, blocks=(3, 4, 6, 3), bottleneck=False),
-    "wespeaker_resnet50": functools.partial(wespeaker, blocks=(3, 4, 6, 3), bottleneck=True),
-    "wespeaker_resnet101": functools.partial(wespeaker, blocks=(3, 4, 23, 3), bottleneck=True),
-    "wespeaker_resnet152": functools.partial(wespeaker, blocks=(3, 8, 36, 3), bottleneck=True),
-    "wespeaker_resnet221": functools.partial(wespeaker, blocks=(6, 16, 48, 3), bottleneck=True),
-    "wespeaker_resnet293": functools.partial(wespeaker, blocks=(10, 20, 64, 3), bottleneck=True),
-}
+Factory = Callable[..., SpeakerNetwork]
 
-_COMPONENT_OF = {
-    "stem": "stem",
-    **{f"stage{i}": f"stage{i}" for i in range(1, 5)},
-    "pool": "pooling",
-    "head": "embedding",
-}
-COMPONENTS = tuple(_COMPONENT_OF.values())
-"""The parts of a network that diagnosis tells apart, from input to output."""
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """What a name stands for.
+
+    Attributes:
+        factory: makes the network from keyword arguments.
+        fixed: arguments that the name decides; they are no settings.
+        defaults: values of settings in place of the factory's own.
+        smoke: settings of a network so small that a run passes in seconds.
+    """
+
+    factory: Factory
+    fixed: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    smoke: Mapping[str, Any]
+
+
+_NETWORKS: dict[str, _Entry] = {}
+
+
+def register(
+    name: str,
+    factory: Factory,
+    *,
+    fixed: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    smoke: Mapping[str, Any] | None = None,
+) -> None:
+    """Names a network, so that configurations, models on disk and commands know it.
+
+    Args:
+        name: a new name.
+        factory: makes the network from keyword arguments, such as its class. Each has a default that JSON can hold
+            and is a setting, among them `features`, `embedding_size` and `dtype` (the compute dtype, by name).
+        fixed: arguments of the factory that the name decides.
+        defaults: values of settings in place of the factory's own.
+        smoke: settings of a network so small that a run passes in seconds, for `:smoke` configurations.
+
+    Raises:
+        UserError: the name is taken by another factory.
+    """
+    entry = _Entry(factory, dict(fixed or {}), dict(defaults or {}), dict(smoke or {}))
+    if _NETWORKS.get(name, entry).factory is not factory:
+        raise UserError(f"there is a model {name!r} already: a network needs a name of its own")
+    _NETWORKS[name] = entry
 
 
 def names() -> tuple[str, ...]:
@@ -46,27 +73,44 @@ def names() -> tuple[str, ...]:
     return tuple(_NETWORKS)
 
 
+def _entry(name: str) -> _Entry:
+    if name not in _NETWORKS:
+        raise UserError(f"unknown model {name!r}: it must be one of {', '.join(_NETWORKS)}")
+    return _NETWORKS[name]
+
+
 def default_settings(name: str) -> dict[str, Any]:
     """The settings of network `name` with their defaults, as values that JSON can hold.
+
+    >>> default_settings("resnet18")["blocks"]
+    [2, 2, 2, 2]
 
     Raises:
         UserError: no network has this name.
     """
-    if name not in _NETWORKS:
-        raise UserError(f"unknown model {name!r}: it must be one of {', '.join(_NETWORKS)}")
-    parameters = inspect.signature(_NETWORKS[name]).parameters
-    kind = ("preactivation", "bottleneck")  # what the name stands for, not a setting
-    settings = {key: parameter.default for key, parameter in parameters.items() if key not in kind}
-    return {**settings, "blocks": list(settings["blocks"])}
+    entry = _entry(name)
+    parameters = inspect.signature(entry.factory).parameters
+    no_settings = {*entry.fixed, "name", "parent"}  # the last two are Linen's own
+    settings = {key: parameter.default for key, parameter in parameters.items() if key not in no_settings}
+    settings |= entry.defaults
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
-def build(name: str, **settings: Any) -> ResNet:
+def smoke_settings(name: str) -> dict[str, Any]:
+    """The settings by which network `name` is so small that a run passes in seconds.
+
+    Raises:
+        UserError: no network has this name.
+    """
+    return dict(_entry(name).smoke)
+
+
+def build(name: str, **settings: Any) -> SpeakerNetwork:
     """Makes a network.
 
     Args:
         name: one of `names()`.
-        **settings: `width`, `blocks` (in each stage), `features`, `embedding_size`, `norm`, `dtype`, `remat`, and for
-            Kiwano's pre-activation networks `activation` and `last_taps`; see `models.resnet`.
+        **settings: those of `default_settings(name)`; see `models.resnet` for what they mean there.
 
     Returns:
         A Linen module: `model.init(key, features)`, `model.apply(variables, features, lengths, train=...)`.
@@ -78,59 +122,86 @@ def build(name: str, **settings: Any) -> ResNet:
     for setting in settings:
         if setting not in known:
             raise UserError(f"model {name} has no setting {setting!r}; it has {', '.join(sorted(known))}")
-    return _NETWORKS[name](**settings)
+    entry = _entry(name)
+    return entry.factory(**{**entry.fixed, **entry.defaults, **settings})
 
 
-def initialize(model: ResNet, key: jax.Array) -> dict[str, Any]:
+shapes = walk.shapes
+
+
+def initialize(model: SpeakerNetwork, key: jax.Array) -> dict[str, Any]:
     """Draws the variables `{"params", "batch_stats"}` of a network, from the distributions that `model.init` uses.
 
     Much faster than `model.init`, which compiles a random generator for every parameter and runs every layer: here
-    one long vector of each distribution is drawn and cut into kernels.
+    one long vector of each distribution is drawn and cut into kernels. A network with parameters that start in
+    other ways than those of `nn.layers` is left to `model.init`.
     """
-    tree = shapes(model)
-    kernels = {name: leaf.shape for name, leaf in named_leaves(tree) if name.endswith("kernel")}
-    normal = {n: shape for n, shape in kernels.items() if len(shape) == 4 and model.kernel_init is KAIMING_NORMAL}
-    uniform = {name: shape for name, shape in kernels.items() if name not in normal}
-
-    def cut(flat: jax.Array, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
-        ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
-        for (name, shape), part in zip(shapes.items(), np.split(np.asarray(flat), ends[:-1])):
-            yield name, part.reshape(shape)
-
-    def count(shapes: dict[str, tuple[int, ...]]) -> tuple[int]:
-        return (sum(map(math.prod, shapes.values())),)
-
+    tree, starts = _starts(model)
+    leaves = dict(named_leaves(tree))
+    if any(start is None for start in starts.values()):
+        return jax.jit(model.init)(key, jnp.zeros((1, 7 + model.least_frames(), model.features)))
+    normal = {name: leaves[name].shape for name in leaves if starts[name] == "normal"}
+    uniform = {name: leaves[name].shape for name in leaves if starts[name] == "uniform"}
     normal_key, uniform_key = jax.random.split(key)
     drawn = {}
-    for name, x in cut(jax.random.normal(normal_key, count(normal)), normal):
+    for name, x in _cut(jax.random.normal(normal_key, _count(normal)), normal):
         drawn[name] = x * math.sqrt(2 / (x.size / x.shape[-2]))  # variance 2 / fan out
-    for name, x in cut(jax.random.uniform(uniform_key, count(uniform), minval=-1, maxval=1), uniform):
+    for name, x in _cut(jax.random.uniform(uniform_key, _count(uniform), minval=-1, maxval=1), uniform):
         drawn[name] = x / math.sqrt(x.size / x.shape[-1])  # variance 1 / (3 fan in)
 
     def start(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if name in drawn:
             return jnp.asarray(drawn[name], leaf.dtype)
-        return (jnp.ones if name.endswith(("/scale", "/var")) else jnp.zeros)(leaf.shape, leaf.dtype)
+        return (jnp.ones if starts[name] == "ones" else jnp.zeros)(leaf.shape, leaf.dtype)
 
     return map_named(start, tree)
 
 
-def shapes(model: ResNet) -> dict[str, Any]:
-    """The variables of a network as `jax.ShapeDtypeStruct`, without drawing any."""
-    features = jax.ShapeDtypeStruct((1, 8, model.features), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), features)
+def _starts(model: SpeakerNetwork) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """The shapes of a network's variables, and how each starts: "normal", "uniform", "ones", "zeros" or None (else)."""
+    known: dict[str, str | None] = {}
+
+    def note(layer: walk.Layer, x: jax.Array, run: walk.Run) -> jax.Array:
+        module: Any = layer.module
+        if isinstance(module, BatchNorm):
+            ones = ("params/{}/scale", "batch_stats/{}/var")
+            known.update({name.format(layer.name): "ones" for name in ones})
+            known.update({name.format(layer.name): "zeros" for name in ("params/{}/bias", "batch_stats/{}/mean")})
+        elif layer.kind in (walk.CONVOLUTION, walk.LINEAR):
+            kinds = {id(KAIMING_NORMAL): "normal", id(TORCH_DEFAULT): "uniform"}
+            known[f"params/{layer.name}/kernel"] = kinds.get(id(module.kernel_init))
+            known[f"params/{layer.name}/bias"] = "zeros" if getattr(module, "bias_init", zeros) is zeros else None
+        return run(x)
+
+    with walk.visiting(note):
+        tree = shapes(model)
+    return tree, {name: known.get(name) for name, _ in named_leaves(tree)}
 
 
-def parameter_count(model: ResNet) -> int:
-    """How many trained numbers a network has: weights, biases, and scale and bias of batch normalisations."""
+def _count(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int]:
+    return (sum(map(math.prod, shapes.values())),)
+
+
+def _cut(flat: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Cuts a vector into arrays of these shapes, in order."""
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+    for (name, shape), part in zip(shapes.items(), np.split(np.asarray(flat), ends[:-1])):
+        yield name, part.reshape(shape)
+
+
+def parameter_count(model: SpeakerNetwork) -> int:
+    """How many trained numbers a network has: weights, biases, and scale and bias of batch normalisations.
+
+    >>> parameter_count(build("wespeaker_resnet34"))
+    6634336
+    """
     return sum(leaf.size for leaf in jax.tree.leaves(shapes(model)["params"]))
 
 
-def layer_macs(model: ResNet, frames: int = 300) -> dict[str, int]:
+def layer_macs(model: SpeakerNetwork, frames: int = 300) -> dict[str, int]:
     """Multiply-accumulates of each convolution and linear layer for one utterance.
 
-    The layers are found by intercepting calls while shapes are propagated, so no arithmetic runs. Zero padding counts
-    as input, as is usual; biases, normalisations and activations do not count.
+    Zero padding counts as input, as is usual; biases, normalisations and activations do not count.
 
     Args:
         model: the network.
@@ -140,49 +211,41 @@ def layer_macs(model: ResNet, frames: int = 300) -> dict[str, int]:
         `{name of the kernel: count}` in the order in which layers run.
     """
     counts: dict[str, int] = {}
-
-    def record(run: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        y = run(*args, **kwargs)
-        layer = context.module
-        if context.method_name == "__call__" and layer.has_variable("params", "kernel"):
-            positions = y.size // y.shape[-1]
-            name = "/".join((*layer.path, "kernel"))
-            counts[name] = layer.get_variable("params", "kernel").size * positions
-        return y
-
-    variables = shapes(model)
-    features = jax.ShapeDtypeStruct((1, frames, model.features), jnp.float32)
-    with nn.intercept_methods(record):
-        jax.eval_shape(model.apply, variables, features)
+    for layer in walk.layers(model, frames):
+        if layer.kernel is not None:
+            name = f"{layer.name}/kernel"
+            counts[name] = counts.get(name, 0) + layer.macs
     return counts
 
 
-def macs(model: ResNet, frames: int = 300) -> int:
+def macs(model: SpeakerNetwork, frames: int = 300) -> int:
     """Multiply-accumulates to embed one utterance of this many frames."""
     return sum(layer_macs(model, frames).values())
 
 
-def component(name: str) -> str:
-    """The component, one of `COMPONENTS`, that the parameter called `name` belongs to.
+def _register_resnets() -> None:
+    kiwanos = {
+        "resnet18": ((2, 2, 2, 2), False),
+        "resnet36": ((3, 4, 6, 3), False),
+        "resnet50": ((3, 4, 6, 3), True),
+        "resnet101": ((3, 4, 23, 3), True),
+        "resnet200": ((3, 24, 36, 3), True),
+    }
+    for name, (blocks, preactivation) in kiwanos.items():
+        fixed, defaults = {"preactivation": preactivation}, {"blocks": blocks}
+        register(name, kiwano, fixed=fixed, defaults=defaults, smoke=SMOKE)
+    wespeakers = {
+        "wespeaker_resnet18": ((2, 2, 2, 2), False),
+        "wespeaker_resnet34": ((3, 4, 6, 3), False),
+        "wespeaker_resnet50": ((3, 4, 6, 3), True),
+        "wespeaker_resnet101": ((3, 4, 23, 3), True),
+        "wespeaker_resnet152": ((3, 8, 36, 3), True),
+        "wespeaker_resnet221": ((6, 16, 48, 3), True),
+        "wespeaker_resnet293": ((10, 20, 64, 3), True),
+    }
+    for name, (blocks, bottleneck) in wespeakers.items():
+        fixed, defaults = {"bottleneck": bottleneck}, {"blocks": blocks}
+        register(name, wespeaker, fixed=fixed, defaults=defaults, smoke=SMOKE)
 
-    Raises:
-        UserError: the name does not begin as those of the networks here do.
-    """
-    try:
-        return _COMPONENT_OF[name.split("/", 1)[0]]
-    except KeyError:
-        raise UserError(f"parameter {name!r} belongs to no component ({', '.join(COMPONENTS)})") from None
 
-
-def components(names_or_model: Iterable[str] | ResNet) -> dict[str, str]:
-    """The component of every parameter.
-
-    Args:
-        names_or_model: parameter names, or the network that has them.
-
-    Returns:
-        `{name: component}`.
-    """
-    if isinstance(names_or_model, ResNet):
-        return components(name for name, _ in named_leaves(shapes(names_or_model)["params"]))
-    return {name: component(name) for name in cast(Iterable[str], names_or_model)}
+_register_resnets()

@@ -14,7 +14,7 @@ convolution and linear layer holds `kernel`, every batch normalisation `scale` a
 
     stem/conv, stem/bn
     stage{1..4}/block{n}/conv1, bn1, conv2, bn2[, conv3, bn3]
-    stage{1..4}/block{n}/shortcut/conv, shortcut/bn      where stride or width changes
+    stage{1..4}/block{n}/shortcut/conv, shortcut/bn      where stride or channels change
     stage{1..4}/block{n}/se/fc1, se/fc2                  with a bias; stages 1 and 2 of Kiwano's
     pool/attention1, pool/attention2                     with a bias; Kiwano's
     head/linear                                          with a bias
@@ -42,6 +42,8 @@ import jax
 import jax.numpy as jnp
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.models import resnet_onnx
+from kmq_jax.models.protocol import GraphBuilder, Part, SpeakerNetwork
 from kmq_jax.nn.layers import (
     KAIMING_NORMAL,
     TORCH_DEFAULT,
@@ -59,6 +61,8 @@ from kmq_jax.nn.layers import (
 from kmq_jax.nn.pooling import AttentiveStatisticsPooling, StatisticsPooling
 
 STRIDES = (1, 2, 2, 2)
+SMOKE = {"width": 8, "blocks": (1, 1, 1, 1), "embedding_size": 32}
+"""Settings of a network that passes through a whole run in seconds."""
 ACTIVATIONS = {"silu": nn.silu, "relu": nn.relu}
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -123,10 +127,12 @@ class Head(nn.Module):
         return x
 
 
-class ResNet(nn.Module):
+class ResNet(SpeakerNetwork):
     """A residual speaker-embedding network; build one by `kmq_jax.models.registry.build`.
 
     Attributes:
+        features: features a frame, the last axis of the input.
+        embedding_size: dimension of the embedding.
         block: kind of residual block.
         blocks: how many of them in each stage.
         channels: inner channels of each stage.
@@ -136,8 +142,6 @@ class ResNet(nn.Module):
         attentive: attentive statistics pooling, else plain.
         normalize_head: whether the head has batch normalisations.
         kernel_init: how convolution kernels start.
-        features: features a frame, the last axis of the input.
-        embedding_size: dimension of the embedding.
         norm: "batch", or "bias" for folded batch normalisation.
         dtype: compute dtype. Parameters, batch statistics, pooling and the head are float32.
         remat: recompute each block in the backward pass; less memory, about a third more arithmetic.
@@ -152,31 +156,21 @@ class ResNet(nn.Module):
     attentive: bool
     normalize_head: bool
     kernel_init: Any
-    features: int
-    embedding_size: int
     norm: str = "batch"
     dtype: Any = jnp.float32
     remat: bool = False
 
     @nn.compact
-    def __call__(
-        self,
-        features: jax.Array,
-        lengths: jax.Array | None = None,
-        train: bool = False,
-        return_stages: bool = False,
-    ) -> jax.Array | tuple[jax.Array, tuple[jax.Array, ...]]:
+    def __call__(self, features: jax.Array, lengths: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Embeds a batch of utterances.
 
         Args:
             features: `[batch, time, features]`, any float dtype.
             lengths: int `[batch]`, real frames of each utterance; what lies beyond is ignored. None: all are real.
             train: normalise by the batch's statistics, and update the running ones (`mutable=["batch_stats"]`).
-            return_stages: also return the four stages' outputs.
 
         Returns:
-            Float32 `[batch, embedding_size]`; with `return_stages` a pair of it and a tuple of four
-            `[batch, ceil(time / s), ceil(features / s), channels]`, s = 1, 2, 4, 8, zero on padded frames.
+            Float32 `[batch, embedding_size]`.
 
         Raises:
             UserError: the input has not the network's number of features.
@@ -190,28 +184,35 @@ class ResNet(nn.Module):
         x = mask_frames(features.astype(self.dtype)[..., None], mask)
         x = ConvNorm(self.channels[0], 3, 1, style, name="stem")(x, mask, train)
         x = mask_frames(ACTIVATIONS[self.stem_activation](x), mask)
-        outputs = []
         for i, (count, channels, stride) in enumerate(zip(self.blocks, self.channels, STRIDES)):
-            x, mask = Stage(
-                self.block,
-                count,
-                channels,
-                stride,
-                i < self.squeeze_stages,
-                style,
-                self.block_options,
-                self.remat,
-                name=f"stage{i + 1}",
-            )(x, mask, train)
-            if return_stages:
-                outputs.append(mask_frames(x, mask))
+            options = (i < self.squeeze_stages, style, self.block_options, self.remat)
+            stage = Stage(self.block, count, channels, stride, *options, name=f"stage{i + 1}")
+            x, mask = stage(x, mask, train)
         if self.attentive:
             pooled = AttentiveStatisticsPooling(self.channels[-1] // 2, dtype=self.dtype, name="pool")(x, mask)
         else:
             pooled = StatisticsPooling(name="pool")(x, mask)
         head_style = LayerStyle(self.norm, jnp.float32, self.kernel_init)
-        embedding = Head(self.embedding_size, head_style, self.normalize_head, name="head")(pooled, train)
-        return (embedding, tuple(outputs)) if return_stages else embedding
+        return Head(self.embedding_size, head_style, self.normalize_head, name="head")(pooled, train)
+
+    @nn.nowrap
+    def parts(self) -> tuple[Part, ...]:
+        """The stem, every block, the pooling and the head. Distillation compares the outputs of the four stages."""
+        parts, stride = [Part("stem", "stem")], 1
+        for i, count in enumerate(self.blocks):
+            stage, stride = f"stage{i + 1}", stride * STRIDES[i]
+            parts += [Part(f"{stage}/block{n}", stage, stride, distilled=n == count - 1) for n in range(count)]
+        return (*parts, Part("pool", "pooling"), Part("head", "embedding"))
+
+    @nn.nowrap
+    def without_remat(self) -> "ResNet":
+        """The same network that keeps all activations."""
+        return self.clone(remat=False)
+
+    @nn.nowrap
+    def to_onnx(self, graph: GraphBuilder, feats: str) -> str:
+        """Adds the network to a graph."""
+        return resnet_onnx.network(graph, self, feats)
 
 
 def kiwano(

@@ -1,7 +1,7 @@
 """Sums over all positions of each channel, and the per-channel affine map whose gradient needs them.
 
 Batch normalisation consists of the two. XLA's reductions on a CPU go through float32 copies of bfloat16 activations; on
-a single CPU device a kernel of conv.cc reads the activations as they are, once for both sums. Elsewhere XLA sums, over
+a single CPU device a kernel of nn/cpu reads the activations as they are, once for both sums. Elsewhere XLA sums, over
 the whole batch where that is sharded. Both functions differentiate backwards, to any order.
 """
 

@@ -1,11 +1,11 @@
-"""Two-dimensional convolution in the `[batch, time, freq, channel]` layout.
+"""Convolution over time, `[batch, time, channel]`, and over time and frequency, `[batch, time, freq, channel]`.
 
 On a GPU, a TPU, or several devices this is XLA's convolution with XLA's gradients. On a single CPU device XLA's weight
-gradient is many times slower than the machine allows, and the kernels of conv.cc take its place. The choice is made
-when a function is traced, from `jax.default_backend()`.
+gradient is many times slower than the machine allows; there the kernels of nn/cpu compute plain 2-D convolutions. The
+choice is made when a function is traced, from `jax.default_backend()`.
 
-A convolution and its two gradients form a closed family: each is bilinear, and each one's transposes are the two
-others. So three primitives with these rules differentiate to any order, forwards and backwards:
+A convolution is bilinear, and so are its two gradients. The transposes of each are the other two, so three primitives
+with these rules differentiate to any order, forwards and backwards:
 
     y  = convolution(x, k)          x' = input_gradient(y', k)      k' = kernel_gradient(x, y')
     dx = input_gradient(dy, k)      dy' = convolution(dx', k)       k' = kernel_gradient(dx', dy)
@@ -14,7 +14,7 @@ others. So three primitives with these rules differentiate to any order, forward
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,90 @@ from jax.interpreters import ad, batching, mlir
 from kmq_jax.nn.cpu import library
 
 Pair = tuple[int, int]
+_LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
+
+
+class Window(NamedTuple):
+    """How a convolution moves over its input: one entry for time, and in two dimensions one for frequency.
+
+    Attributes:
+        taps: kernel size.
+        strides: steps between outputs.
+        padding: zeros `(before, after)` the input.
+        dilations: distances between taps.
+        groups: parts of the channels that do not see each other; as many as channels is a depthwise convolution.
+    """
+
+    taps: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[Pair, ...]
+    dilations: tuple[int, ...]
+    groups: int = 1
+
+    def sizes(self, inputs: tuple[int, ...]) -> tuple[int, ...]:
+        """How many outputs there are for so many inputs.
+
+        >>> window(1, 3, stride=2).sizes((9,))
+        (5,)
+        >>> window(2, (5, 3), padding="valid").sizes((100, 80))
+        (96, 78)
+        """
+        return tuple(
+            (size + sum(padding) - dilation * (taps - 1) - 1) // stride + 1
+            for size, taps, stride, padding, dilation in zip(
+                inputs, self.taps, self.strides, self.padding, self.dilations, strict=True
+            )
+        )
+
+
+def window(
+    rank: int,
+    taps: int | tuple[int, ...],
+    stride: int | tuple[int, ...] = 1,
+    padding: str = "same",
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> Window:
+    """Makes a `Window`; one number stands for all axes.
+
+    Args:
+        rank: 1, over time, or 2, over time and frequency.
+        taps: kernel size.
+        stride: step between outputs.
+        padding: "same", half the kernel on each side as `padding=k//2` in PyTorch, or "valid", none.
+        dilation: distance between taps.
+        groups: parts of the channels that do not see each other.
+    """
+    sizes, strides, dilations = (
+        (value,) * rank if isinstance(value, int) else tuple(value) for value in (taps, stride, dilation)
+    )
+    half = [size // 2 * step if padding == "same" else 0 for size, step in zip(sizes, dilations)]
+    return Window(sizes, strides, tuple((n, n) for n in half), dilations, groups)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    """Convolves over one or two axes.
+
+    Args:
+        x: `[batch, time, in channels]` or `[batch, time, freq, in channels]`.
+        kernel: `[*taps, in channels / groups, out channels]`, of the dtype of `x`.
+        window: how the kernel moves.
+
+    Returns:
+        `[batch, *window.sizes(...), out channels]`, of the dtype of `x`.
+    """
+    plain = window.groups == 1 and set(window.dilations) == {1}
+    if len(window.taps) == 2 and plain and window.padding == tuple((taps // 2, taps // 2) for taps in window.taps):
+        return conv2d(x, kernel, (window.strides[0], window.strides[1]))
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window.strides,
+        window.padding,
+        rhs_dilation=window.dilations,
+        dimension_numbers=_LAYOUTS[len(window.taps)],
+        feature_group_count=window.groups,
+    )
 
 
 def conv2d(x: jax.Array, kernel: jax.Array, strides: Pair = (1, 1)) -> jax.Array:
@@ -79,7 +163,7 @@ def _kernel_gradient_shape(x: Any, gradient: Any, *, strides: Pair, taps: Pair) 
 
 
 def _primitive(name: str, target: str, shape: Callable, batched: tuple[bool, bool], **attributes: Any) -> Primitive:
-    """Makes a primitive that calls a kernel of conv.cc.
+    """Makes a primitive that calls a kernel of nn/cpu.
 
     Args:
         name: of the primitive.

@@ -1,9 +1,9 @@
 """Convolution, batch normalisation, squeeze-and-excitation and the residual blocks, exact for padded batches.
 
-Activations are `[batch, time, freq, channel]`. A mask `[batch, time]` says which frames are real; None means all, and
-costs nothing. An utterance alone sees zeros beyond its end, so every block sets padded frames to zero wherever a 3x3
-convolution is going to read them: after each activation. A stride of 2 keeps frames 0, 2, 4, ..., hence
-`mask[:, ::2]` is the mask after it, and a length of L becomes ceil(L / 2).
+Activations are `[batch, time, channel]` or `[batch, time, freq, channel]`. A mask `[batch, time]` says which frames are
+real; None means all, and costs nothing. An utterance alone sees zeros beyond its end. So whoever convolves with padding
+sets padded frames to zero before: the blocks here do it after each activation. A stride of 2 keeps frames 0, 2, 4, ...:
+the mask after it is `mask[:, ::2]`, and a length of L becomes ceil(L / 2).
 
 Linen names a parameter after the `name=` given here; models/resnet.py lists the names.
 """
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer, ones, variance_scaling, zeros
 
 from kmq_jax.nn.channels import channel_sums, scale_and_shift
-from kmq_jax.nn.conv import conv2d
+from kmq_jax.nn.conv import Window, convolve, window
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -43,9 +43,15 @@ def mask_frames(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return x if mask is None else jnp.where(expand_mask(mask, x), x, 0)
 
 
-def stride_mask(mask: jax.Array | None, stride: int) -> jax.Array | None:
-    """The mask after a convolution with this stride in time."""
-    return None if mask is None else mask[:, ::stride]
+def stride_mask(mask: jax.Array | None, stride: int, lost: int = 0) -> jax.Array | None:
+    """The mask after a convolution.
+
+    Args:
+        mask: `[batch, time]`.
+        stride: of the convolution, in time.
+        lost: frames that it has fewer for want of padding: `dilation * (taps - 1)` where it is "valid", else 0.
+    """
+    return None if mask is None else mask[:, lost::stride]
 
 
 def mean_frames(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
@@ -68,32 +74,46 @@ def dense(features: int, name: str, dtype: Any = jnp.float32) -> nn.Dense:
 
 
 class Conv(nn.Module):
-    """Square 2-D convolution; parameters `kernel` `[taps, taps, in, out]` and, where asked for, `bias` `[out]`.
+    """Convolution over time, or over time and frequency, by the axes of its input.
+
+    Parameters: `kernel` `[*taps, in / groups, out]` and, where asked for, `bias` `[out]`.
 
     Attributes:
         channels: output channels.
-        taps: kernel size in time and in frequency.
-        stride: step in time and in frequency.
+        taps: kernel size; here and below one number stands for all axes.
+        stride: step between outputs.
         use_bias: whether to add a bias.
         dtype: the compute dtype; parameters are float32.
         kernel_init: how the kernel starts.
+        padding: "same" or "valid"; see `nn.conv.window`.
+        dilation: distance between taps.
+        groups: parts of the channels that do not see each other.
     """
 
     channels: int
-    taps: int = 3
-    stride: int = 1
+    taps: int | tuple[int, ...] = 3
+    stride: int | tuple[int, ...] = 1
     use_bias: bool = False
     dtype: Any = jnp.float32
     kernel_init: Initializer = KAIMING_NORMAL
+    padding: str = "same"
+    dilation: int | tuple[int, ...] = 1
+    groups: int = 1
+
+    @nn.nowrap
+    def window(self, x: jax.Array) -> Window:
+        """How the kernel moves over `x`."""
+        return window(x.ndim - 2, self.taps, self.stride, self.padding, self.dilation, self.groups)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[batch, time, freq, in]` to `[batch, ceil(time / stride), ceil(freq / stride), out]`."""
-        kernel = self.param("kernel", self.kernel_init, (self.taps, self.taps, x.shape[-1], self.channels))
-        y = conv2d(x.astype(self.dtype), kernel.astype(self.dtype), (self.stride, self.stride))
+        """Maps `[batch, time, (freq,) in]` to `[batch, time', (freq',) out]`, with "same" ceil(size / stride) each."""
+        moves = self.window(x)
+        kernel = self.param("kernel", self.kernel_init, (*moves.taps, x.shape[-1] // self.groups, self.channels))
+        y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), moves)
         if self.use_bias:
             bias = self.param("bias", zeros, (self.channels,))
-            y = y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+            y = y + bias.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         return y
 
 
@@ -101,20 +121,22 @@ class BatchNorm(nn.Module):
     """Batch normalisation over real frames, with PyTorch's settings and float32 statistics.
 
     Parameters `scale` and `bias`, statistics `mean` and `var`, all `[channels]`. In a jit-compiled step on a sharded
-    batch the statistics are those of the global batch. The running variance is the biased one, as in the
-    normalisation itself (PyTorch's is unbiased).
+    batch the statistics are those of the global batch. The running variance is biased, as is the one that a training
+    batch is normalised by (PyTorch's running variance is unbiased).
 
     Attributes:
         dtype: dtype of the output.
         momentum: share of the old running statistics that one training step keeps (1 - 0.1 of PyTorch).
         epsilon: added to the variance.
-        use_statistics: False leaves only the scale and the bias of a normalisation that is already folded into them.
+        use_statistics: False leaves only the scale and the bias, into which the statistics are folded.
+        affine: whether there are a learned scale and bias.
     """
 
     dtype: Any = jnp.float32
     momentum: float = 0.9
     epsilon: float = 1e-5
     use_statistics: bool = True
+    affine: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
@@ -126,7 +148,10 @@ class BatchNorm(nn.Module):
             train: normalise by the batch's statistics and update the running ones, else by the running ones.
         """
         channels = x.shape[-1:]
-        slope, shift = self.param("scale", ones, channels), self.param("bias", zeros, channels)
+        if self.affine:
+            slope, shift = self.param("scale", ones, channels), self.param("bias", zeros, channels)
+        else:
+            slope, shift = jnp.ones(channels), jnp.zeros(channels)
         if self.use_statistics:
             running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
             running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)

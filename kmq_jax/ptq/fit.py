@@ -1,18 +1,19 @@
-"""Quantization with a few crops of speech and no training: every layer's outputs stay as near as they can.
+"""Quantization without training: on a few crops of speech, every layer's outputs are kept near the reference's.
 
-The full-precision and the quantized network run side by side on the same crops, layer by layer. A convolution's
-weights are rounded with error feedback for the inputs that it is given by the layers quantized before it (see
-`quant.feedback`); its channels are then given the mean and deviation of the reference's, which folds into codebook and
-bias, or into the statistics of the batch normalisation that follows (see `moments`). The model keeps its size.
+The full-precision and the quantized network run side by side on the same crops, layer by layer. A convolution's weights
+are rounded by GPTQ, for the inputs that the layers quantized before it give (see `quant.gptq`). Its channels then get
+the mean and deviation that they have in the reference: that map folds into codebook and bias, or into the statistics of
+the batch normalisation that follows (see `moments`). The model keeps its size.
+
+Symbols are GPTQ's: W weights `[out, n]`, Q what they are rounded to, H second moments of the inputs `[n, n]`.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,17 +23,17 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.progress import progress
 from kmq_jax.core.tree import named_leaves, replace_named
 from kmq_jax.data import source
-from kmq_jax.models.speaker_model import NARROW, SpeakerModel, frontend_of
+from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, frontend_of
+from kmq_jax.models.walk import CONVOLUTION, LINEAR, OTHER, Layer, Run, walk
 from kmq_jax.nn.channels import scale_and_shift
-from kmq_jax.nn.conv import conv2d
-from kmq_jax.nn.layers import BatchNorm, Conv
-from kmq_jax.ptq.moments import matching, moments, narrow_widths, random_features, small_leaves
+from kmq_jax.nn.conv import Window, convolve
+from kmq_jax.ptq.moments import coarse_bits, matching, moments, per_bits_leaves, random_features
 from kmq_jax.quant import gptq
 from kmq_jax.quant.codes import along, from_groups, lookup, to_groups
 from kmq_jax.quant.nested import split_kmeans
 from kmq_jax.quant.types import CodebookTensor
 
-_PATCHES = 1 << 14  # places of an input whose second moments are taken
+_PLACES = 1 << 14  # of an input, from which H is estimated
 
 
 def fit_on(
@@ -55,93 +56,99 @@ def fit_on(
         The fitted model, of the same size.
 
     Raises:
-        UserError: a quantized tensor shares one codebook among channels.
+        UserError: a tensor cannot be fitted; see `fit`.
     """
     features = random_features(frontend_of(reference.frontend), utterances, crops, seconds)
     return fit(reference, quantized, features)
 
 
 def fit(
-    reference: SpeakerModel, quantized: SpeakerModel, features: jax.Array, keep_narrowest: bool = False
+    reference: SpeakerModel, quantized: SpeakerModel, features: jax.Array, keep_coarsest: bool = False
 ) -> SpeakerModel:
     """Fits a quantized model to the reference's activations on given features.
 
-    Linear layers keep their weights: they have one input a crop, which is too few to tell correlations.
+    Convolutions of any rank are fitted. Linear layers keep their weights: most have one input a crop, which is too few
+    for second moments.
 
     Args:
         reference: the full-precision model.
         quantized: the same network from `quant.quantize_params`, one codebook for each output channel. Codebooks that
-            are symmetric or hold a zero are scaled, but otherwise kept. Nested tensors are fitted at one width after
-            the other, the wider inside the cells of the narrower. Each width has biases and statistics of its own;
-            what is not nested is the same for all and stays as it is.
+            are symmetric or hold a zero are scaled, but otherwise kept. Nested tensors are fitted at the fewest bits
+            first, then at more bits inside the cells of fewer. Each number of bits has biases and statistics of its
+            own; what is not nested is the same for all and stays as it is.
         features: `[batch, time, mel]`.
-        keep_narrowest: the smallest of nested widths is a trained network and stays as it is; inside its cells the
-            centroids of wider widths ascend, so that training can go on with them.
+        keep_coarsest: at its fewest bits a nested model is a trained network and stays as it is. Inside its cells the
+            centroids of more bits ascend, so that training can go on with them.
 
     Returns:
         The fitted model, of the same size.
 
     Raises:
-        UserError: a quantized tensor shares one codebook among channels.
+        UserError: a quantized tensor shares one codebook among channels, or belongs to a layer of an unknown kind.
     """
     tensors = dict(named_leaves(quantized.variables["params"], quant.is_codebook_tensor))
     for name, tensor in tensors.items():
         if quant.is_codebook_tensor(tensor) and tensor.axis != tensor.ndim - 1:
-            raise UserError(f"{name}: recalibration needs one codebook for each output channel")
-    widths = narrow_widths(quantized.variables)
-    walks: list[_Walk] = []
-    for bits in (*widths, None):
-        walk = _Walk(quantized.variables["params"], bits, bool(widths), tuple(walks), ascending=keep_narrowest)
-        if keep_narrowest and not walks:
-            walk.keep(quantized.variables[NARROW][str(bits)])
+            raise UserError(f"{name}: fitting needs one codebook for each output channel")
+    nested = coarse_bits(quantized.variables)
+    found: list[_Fit] = []
+    for bits in (*nested, None):
+        one = _Fit(quantized.variables["params"], bits, bool(nested), tuple(found), ascending=keep_coarsest)
+        if keep_coarsest and not found:
+            one.keep(quantized.variables[PER_BITS][str(bits)])
         else:
-            walk.run(reference, features)
-        walks.append(walk)
-
-    fitted = dict(walks[-1].leaves)
-    for name, indices in walks[-1].indices.items():
-        books = [np.asarray(walk.scaled[name], tensors[name].codebook.dtype) for walk in walks]
-        packed = np.asarray(quant.pack(indices, tensors[name].bits))
-        fitted[f"params/{name}"] = dataclasses.replace(
-            tensors[name], codebook=books[-1], coarse=tuple(books[:-1]), packed=packed
-        )
-    shared = {part: tree for part, tree in quantized.variables.items() if part != NARROW}
-    variables = replace_named(shared, fitted, quant.is_codebook_tensor)
-    if widths:
-        narrow = {str(w): small_leaves(replace_named(shared, walk.leaves)) for w, walk in zip(widths, walks)}
-        variables = {**variables, NARROW: narrow}
+            one.run(reference, features)
+        found.append(one)
+    shared = {part: tree for part, tree in quantized.variables.items() if part != PER_BITS}
+    variables = replace_named(shared, _leaves(tensors, found), quant.is_codebook_tensor)
+    if nested:
+        per_bits = {str(b): per_bits_leaves(replace_named(shared, one.leaves)) for b, one in zip(nested, found)}
+        variables = {**variables, PER_BITS: per_bits}
     return dataclasses.replace(quantized, variables=variables)
 
 
-class _Walk:
-    """A pass through the reference's layers that fits the quantized network's at one width.
+def _leaves(tensors: Mapping[str, Any], found: "list[_Fit]") -> dict[str, Any]:
+    """What was fitted, by variable name: tensors with the codebooks of all bits and the indices of the most."""
+    most = found[-1]
+    leaves: dict[str, Any] = dict(most.leaves)
+    for name, indices in most.indices.items():
+        books = [np.asarray(one.scaled[name], tensors[name].codebook.dtype) for one in found]
+        packed = np.asarray(quant.pack(indices, tensors[name].bits))
+        leaves[f"params/{name}"] = dataclasses.replace(
+            tensors[name], codebook=books[-1], coarse=tuple(books[:-1]), packed=packed
+        )
+    return leaves
+
+
+class _Fit:
+    """A walk through the reference's layers that fits the quantized network's at one number of bits.
 
     Both networks' activations share a batch, the reference's first, so that each layer is at hand with what both give
     it. Nothing is traced: a layer's outputs are there before the next layer is fitted.
 
     Attributes:
-        scaled: by parameter name, the codebooks `[groups, K]` of convolutions in use: their channels have the
+        scaled: by parameter name, the codebooks `[out, K]` of convolutions as they are stored: their channels have the
             reference's moments.
-        books: the same before the scaling, in which wider widths are sought.
-        indices: by parameter name, uint8 `[groups, group_size]`.
+        books: the same before the scaling; in their cells more bits are sought.
+        indices: by parameter name, uint8 `[out, n]`.
         leaves: by variable name, what else was fitted: biases, statistics, kernels that are not quantized.
     """
 
-    def __init__(self, params: Any, bits: int | None, nested: bool, narrower: "tuple[_Walk, ...]", ascending: bool):
-        """Takes the quantized network's parameters, the width to fit (None: the widest) and the walks before."""
-        self._bits, self._nested, self._narrower, self._ascending = bits, nested, narrower, ascending
+    def __init__(self, params: Any, bits: int | None, nested: bool, coarser: "tuple[_Fit, ...]", ascending: bool):
+        """Takes the quantized network's parameters, the bits to fit (None: the most) and the fits at fewer bits."""
+        self._bits, self._nested, self._coarser, self._ascending = bits, nested, coarser, ascending
         self._tensors = tensors = dict(named_leaves(params, quant.is_codebook_tensor))
         self._values = dict(named_leaves(quant.dequantize_params(params, bits)))
         self.scaled: dict[str, jax.Array] = {}
         self.books: dict[str, jax.Array] = {}
         self.indices: dict[str, jax.Array] = {}
         self.leaves: dict[str, np.ndarray] = {}
-        convolutions = sum(quant.is_codebook_tensor(leaf) and leaf.ndim == 4 for leaf in tensors.values())
+        convolutions = sum(quant.is_codebook_tensor(leaf) and leaf.ndim > 2 for leaf in tensors.values())
         at = f" at {bits} bits" if bits else ""
         self._progress = progress(range(convolutions), desc=f"fitting{at}", unit="layer")
 
-    def keep(self, leaves: dict[str, np.ndarray]) -> None:
-        """Takes the width as it is, with biases and statistics of its own, in place of fitting it."""
+    def keep(self, leaves: Mapping[str, np.ndarray]) -> None:
+        """Takes the network at these bits as it is, with its own biases and statistics, in place of fitting it."""
         self.leaves = dict(leaves)
         for name, tensor in self._tensors.items():
             if quant.is_codebook_tensor(tensor) and tensor.coarse:
@@ -150,87 +157,120 @@ class _Walk:
 
     def run(self, reference: SpeakerModel, features: jax.Array) -> None:
         """Fits all layers on features `[batch, time, mel]`."""
-        # Without rematerialization, which traces the blocks.
-        network = reference.network().clone(remat=False)
-        with nn.intercept_methods(self._intercept):
-            network.apply(reference.variables, jnp.concatenate([features, features]), train=False)
+        walk(reference.network(), reference.variables, jnp.concatenate([features, features]), self._visit)
         next(self._progress, None)
 
-    def _intercept(self, run: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        layer, name = context.module, "/".join(context.module.path)
-        if context.method_name != "__call__":
-            return run(*args, **kwargs)
-        if isinstance(layer, Conv):
-            return jnp.concatenate(self._convolution(layer, name, *jnp.split(args[0], 2)))
-        if isinstance(layer, BatchNorm) and layer.use_statistics:
-            reference, own = jnp.split(args[0], 2)
-            return jnp.concatenate([run(reference, *args[1:], **kwargs), self._normalization(layer, name, own)])
-        if isinstance(layer, nn.Dense) and quant.is_codebook_tensor(self._tensors[f"{name}/kernel"]):
-            reference, own = jnp.split(args[0], 2)
-            y = own @ self._values[f"{name}/kernel"]
-            return jnp.concatenate([run(reference), y + along(self._values[f"{name}/bias"], y.ndim, y.ndim - 1)])
-        return run(*args, **kwargs)
+    def _visit(self, layer: Layer, x: jax.Array, run: Run) -> jax.Array:
+        quantized = quant.is_codebook_tensor(self._tensors.get(f"{layer.name}/kernel"))
+        if layer.kind == CONVOLUTION:
+            return jnp.concatenate(self._convolution(layer, *jnp.split(x, 2)))
+        if layer.measures:
+            reference, own = jnp.split(x, 2)
+            return jnp.concatenate([run(reference), self._normalisation(layer, own)])
+        if layer.kind == LINEAR and quantized:
+            reference, own = jnp.split(x, 2)
+            return jnp.concatenate([run(reference), self._with_bias(layer, own @ self._values[f"{layer.name}/kernel"])])
+        if layer.kind == OTHER and quantized:
+            raise UserError(f"{layer.name}: a {type(layer.module).__name__} cannot be fitted; leave it unquantized")
+        return run(x)
 
-    def _convolution(self, layer: Conv, name: str, x: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
-        kernel: jax.Array = layer.get_variable("params", "kernel")
-        key, strides = f"{name}/kernel", (layer.stride, layer.stride)
+    def _with_bias(self, layer: Layer, y: jax.Array) -> jax.Array:
+        """Adds the quantized network's bias, where there is any."""
+        return y + along(self._values[f"{layer.name}/bias"], y.ndim, y.ndim - 1) if layer.has("bias") else y
+
+    def _convolution(self, layer: Layer, x: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Fits a convolution; gives its outputs in the reference, on `x`, and in the quantized network, on `own`."""
+        assert layer.window is not None
+        kernel, key = layer.get("kernel"), f"{layer.name}/kernel"
         tensor, value = self._tensors[key], self._values[key]
         shared = self._nested and not (quant.is_codebook_tensor(tensor) and tensor.coarse)
         if quant.is_codebook_tensor(tensor):
             next(self._progress)
             if not shared:
-                second, cross = _second_moments(x, own, layer.taps, layer.stride)
-                self._round(key, gptq.corrected(to_groups(kernel, 3), second, cross), second)
+                self._fit_kernel(key, kernel, x, own, layer.window)
                 self.scaled[key] = self.books[key]
-                value = from_groups(lookup(self.indices[key], self.books[key], 0), tensor.shape, 3)
-        wanted, y = conv2d(x, kernel, strides), conv2d(own, value, strides)
-        if not layer.use_bias:
+                last = kernel.ndim - 1
+                value = from_groups(lookup(self.indices[key], self.books[key], 0), tensor.shape, last)
+        wanted, y = convolve(x, kernel, layer.window), convolve(own, value, layer.window)
+        if not layer.has("bias"):
             return wanted, y
-        bias: jax.Array = layer.get_variable("params", "bias")
-        wanted, y = (z + along(b, 4, 3) for z, b in ((wanted, bias), (y, self._values[f"{name}/bias"])))
-        if shared:
-            return wanted, y
+        wanted, y = wanted + along(layer.get("bias"), y.ndim, y.ndim - 1), self._with_bias(layer, y)
+        return (wanted, y) if shared else (wanted, self._matched(layer, wanted, y))
+
+    def _matched(self, layer: Layer, wanted: jax.Array, y: jax.Array) -> jax.Array:
+        """Gives the channels of `y` the moments of those of `wanted`, by codebook (or kernel) and bias."""
+        key, tensor = f"{layer.name}/kernel", self._tensors[f"{layer.name}/kernel"]
         slope, shift = matching(moments(y), moments(wanted))
-        own_bias = self._values[f"{name}/bias"] * slope + shift
-        self.leaves[f"params/{name}/bias"] = np.asarray(own_bias, self._tensors[f"{name}/bias"].dtype)
+        bias = self._values[f"{layer.name}/bias"] * slope + shift
+        self.leaves[f"params/{layer.name}/bias"] = np.asarray(bias, self._tensors[f"{layer.name}/bias"].dtype)
         if quant.is_codebook_tensor(tensor):
             self.scaled[key] = self.books[key] * slope[:, None]
         else:
-            self.leaves[f"params/{key}"] = np.asarray(value * along(slope, 4, 3), tensor.dtype)
-        return wanted, scale_and_shift(y, slope, shift)
+            value = self._values[key] * along(slope, tensor.ndim, tensor.ndim - 1)
+            self.leaves[f"params/{key}"] = np.asarray(value, tensor.dtype)
+        return scale_and_shift(y, slope, shift)
 
-    def _round(self, name: str, rows: jax.Array, second: jax.Array) -> None:
-        tensor: CodebookTensor = self._tensors[name]
-        if not self._narrower:
-            given = jnp.asarray(tensor.codebook_of(self._bits or tensor.bits), jnp.float32)
+    def _fit_kernel(self, key: str, kernel: jax.Array, x: jax.Array, own: jax.Array, window: Window) -> None:
+        """Rounds a kernel by GPTQ. The groups of a grouped convolution have inputs, and so an H, of their own."""
+        fits = []
+        for kernels, inputs, owns, rows in _groups(kernel, x, own, window.groups):
+            H, cross = _second_moments(inputs, owns, window)
+            W = gptq.corrected(to_groups(kernels, kernel.ndim - 1), H, cross)
+            fits.append(self._round(key, W, H, rows))
+        books, indices = zip(*fits)
+        self.books[key] = books[0] if len(fits) == 1 else jnp.concatenate(books)
+        self.indices[key] = indices[0] if len(fits) == 1 else jnp.concatenate(indices)
+
+    def _round(self, key: str, W: jax.Array, H: jax.Array, rows: slice) -> tuple[jax.Array, jax.Array]:
+        """The codebooks `[out, K]` and indices `[out, n]` of the channels `rows` of a kernel."""
+        tensor: CodebookTensor = self._tensors[key]
+        bits = self._bits or tensor.bits
+        if not self._coarser:
+            given = jnp.asarray(tensor.codebook_of(bits), jnp.float32)
             pinned = jnp.all(jnp.any(given == 0, axis=1)) | jnp.all(given == -given[:, ::-1])
-            book, parents, free = given[:, None], None, not pinned
+            book, parents, free = given[rows, None], None, not pinned
         else:
-            parents, cells = self._narrower[-1].indices[name], self._narrower[-1].books[name]
-            (book,) = split_kmeans(rows, parents, cells, (self._bits or tensor.bits,))
+            coarser = self._coarser[-1]
+            parents, cells = coarser.indices[key][rows], coarser.books[key][rows]
+            (book,) = split_kmeans(W, parents, cells, (bits,))
             book, free = book.reshape(*cells.shape, -1), True
-        book, self.indices[name] = gptq.fit(rows, book, second, parents, free=free)
-        if self._ascending and len(self._narrower) > 1:
-            book = _between(book, cells, self._narrower[0].books[name].shape[1])
-            book, self.indices[name] = gptq.fit(rows, book, second, parents, free=False)
-        stored = book.reshape(len(rows), -1).astype(tensor.codebook.dtype)
-        self.books[name] = stored.astype(jnp.float32)
+        book, indices = gptq.fit(W, book, H, parents, free=free)
+        if self._ascending and len(self._coarser) > 1:
+            book = _between(book, cells, self._coarser[0].books[key].shape[1])
+            book, indices = gptq.fit(W, book, H, parents, free=False)
+        stored = book.reshape(len(W), -1).astype(tensor.codebook.dtype)
+        return stored.astype(jnp.float32), indices
 
-    def _normalization(self, layer: BatchNorm, name: str, x: jax.Array) -> jax.Array:
+    def _normalisation(self, layer: Layer, x: jax.Array) -> jax.Array:
+        """Normalises by the mean and deviation that the inputs have, and notes these as the layer's statistics."""
         mean, deviation = moments(x)
-        self.leaves[f"batch_stats/{name}/mean"] = np.asarray(mean)
-        self.leaves[f"batch_stats/{name}/var"] = np.asarray(deviation**2)
-        slope = self._values[f"{name}/scale"] / jnp.sqrt(deviation**2 + layer.epsilon)
-        return scale_and_shift(x, slope, self._values[f"{name}/bias"] - mean * slope)
+        self.leaves[f"batch_stats/{layer.name}/mean"] = np.asarray(mean)
+        self.leaves[f"batch_stats/{layer.name}/var"] = np.asarray(deviation**2)
+        scale, bias = (self._values.get(f"{layer.name}/{leaf}") for leaf in ("scale", "bias"))
+        root = jnp.sqrt(deviation**2 + layer.epsilon)
+        slope = 1 / root if scale is None else scale / root
+        return scale_and_shift(x, slope, (0 if bias is None else bias) - mean * slope)
+
+
+def _groups(
+    kernel: jax.Array, x: jax.Array, own: jax.Array, groups: int
+) -> list[tuple[jax.Array, jax.Array, jax.Array, slice]]:
+    """The kernel, inputs and output channels of each group of a convolution."""
+    if groups == 1:
+        return [(kernel, x, own, slice(None))]
+    ends = np.arange(groups + 1) * (kernel.shape[-1] // groups)
+    slices = [slice(int(low), int(high)) for low, high in zip(ends, ends[1:])]
+    inputs = zip(jnp.split(x, groups, axis=-1), jnp.split(own, groups, axis=-1))
+    return [(kernel[..., rows], *both, rows) for rows, both in zip(slices, inputs)]
 
 
 def _between(book: jax.Array, cells: jax.Array, roots: int) -> jax.Array:
     """Keeps the parts of each cell between the midpoints to its neighbours that split the same one of `roots` cells.
 
     Args:
-        book: `[groups, cells, parts]`.
-        cells: their centroids `[groups, cells]`, ascending inside each root.
-        roots: how many cells the narrowest width has.
+        book: `[out, cells, parts]`.
+        cells: their centroids `[out, cells]`, ascending inside each root.
+        roots: how many cells there are at the fewest bits.
     """
     split = cells.reshape(len(cells), roots, -1)
     borders, ends = 0.5 * (split[..., 1:] + split[..., :-1]), jnp.full((len(cells), roots, 1), jnp.inf)
@@ -239,39 +279,41 @@ def _between(book: jax.Array, cells: jax.Array, roots: int) -> jax.Array:
     return jnp.clip(book, low, high)
 
 
-def _second_moments(x: jax.Array, own: jax.Array, taps: int, stride: int) -> tuple[jax.Array, jax.Array]:
-    """Second moments over random places of a convolution's inputs, as `gptq.corrected` takes them.
+def _second_moments(x: jax.Array, own: jax.Array, window: Window) -> tuple[jax.Array, jax.Array]:
+    """Second moments of a convolution's inputs over random places, as `gptq.corrected` takes them.
 
     Args:
-        x: the reference's activations `[batch, time, freq, channels]`.
-        own: the quantized network's.
-        taps: of the kernel, in time and in frequency.
-        stride: of the convolution.
+        x: the reference's activations `[batch, time, (freq,) channels]`.
+        own: the quantized network's, x'.
+        window: how the convolution moves.
 
     Returns:
-        Mean of x' x'^T and of x' (x - x')^T, both `[taps * taps * channels] * 2`.
+        H, the mean of x' x'^T, and the mean of x' (x - x')^T, both `[n, n]` with n = taps x channels.
     """
-    places = (x.shape[0], -(-x.shape[1] // stride), -(-x.shape[2] // stride))
-    return _moments_at(_random_places(*places), x, own, taps, stride)
+    return _moments_at(_random_places(x.shape[0], *window.sizes(x.shape[1:-1])), x, own, window)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _random_places(*shape: int) -> tuple[jax.Array, ...]:
-    """Different places of an array `[batch, time, freq]`: an index for each axis, `[places]` each."""
+    """Different places of an array `[batch, time, (freq)]`: an index for each axis, `[places]` each."""
     count = math.prod(shape)
-    return jnp.unravel_index(jax.random.choice(jax.random.key(0), count, (min(_PATCHES, count),), replace=False), shape)
+    return jnp.unravel_index(jax.random.choice(jax.random.key(0), count, (min(_PLACES, count),), replace=False), shape)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=3)
 def _moments_at(
-    places: tuple[jax.Array, ...], x: jax.Array, own: jax.Array, taps: int, stride: int
+    places: tuple[jax.Array, ...], x: jax.Array, own: jax.Array, window: Window
 ) -> tuple[jax.Array, jax.Array]:
-    batch, time, freq = (place[:, None, None] for place in places)
-    tap = jnp.arange(taps)
+    rank = len(window.taps)
+    batch, *starts = (place.reshape(-1, *[1] * rank) for place in places)
+    index = [batch]
+    for axis, (start, taps) in enumerate(zip(starts, window.taps)):
+        tap = jnp.arange(taps).reshape([1, *(-1 if a == axis else 1 for a in range(rank))])
+        index.append(start * window.strides[axis] + tap * window.dilations[axis])
 
     def patches(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (taps // 2, taps // 2), (taps // 2, taps // 2), (0, 0)))
-        return x[batch, time * stride + tap[None, :, None], freq * stride + tap[None, None]].reshape(len(batch), -1)
+        x = jnp.pad(x, ((0, 0), *window.padding, (0, 0)))
+        return x[tuple(index)].reshape(len(batch), -1)
 
     x, own = patches(x), patches(own)
     return own.T @ own / len(batch), own.T @ (x - own) / len(batch)

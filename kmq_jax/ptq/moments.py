@@ -1,9 +1,9 @@
 """The moments of a network's activations, channel by channel, and giving a quantized network the reference's.
 
-Rounding weights shifts and stretches every channel, and the errors add up with depth. Walking the layers in network
-order, each on inputs that are already quantized and repaired, a convolution's channel is given the mean and the
-deviation it has in the reference network. The map folds into codebook and bias, or into the statistics of the
-batch normalisation that follows, so the repaired network costs nothing more.
+Rounding weights shifts and stretches every channel, and the errors add up with depth. Repair walks through the layers
+in running order. Each layer gets inputs that come from quantized and repaired layers, and each channel of a convolution
+gets the mean and deviation that it has in the reference. The map folds into codebook and bias, or into the statistics
+of the batch normalisation that follows, so the repaired network costs nothing more.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +18,9 @@ import numpy as np
 from kmq_jax import frontend, quant
 from kmq_jax.core.tree import map_named, named_leaves
 from kmq_jax.data import pipeline, source
-from kmq_jax.models.resnet import ResNet
-from kmq_jax.models.speaker_model import NARROW, SpeakerModel, at_bits
-from kmq_jax.nn.layers import BatchNorm, Conv
+from kmq_jax.models.protocol import SpeakerNetwork
+from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, at_bits
+from kmq_jax.models.walk import CONVOLUTION, Layer, Run, walk
 
 Moments = tuple[jax.Array, jax.Array]
 
@@ -36,14 +35,14 @@ def random_features(
     return frontend.mean_normalize(frontend.fbank(jnp.asarray(next(iter(batches))["wave"]), fbank), None)
 
 
-def narrow_widths(variables: Any) -> tuple[int, ...]:
-    """The smaller widths that nested tensors of a tree can be read at."""
+def coarse_bits(variables: Any) -> tuple[int, ...]:
+    """The fewer bits at which nested tensors of a tree can also be read, ascending."""
     leaves = jax.tree.leaves(variables, is_leaf=quant.is_codebook_tensor)
     return tuple(sorted({bits for leaf in leaves if quant.is_codebook_tensor(leaf) for bits in leaf.all_bits[:-1]}))
 
 
-def small_leaves(variables: Any) -> dict[str, Any]:
-    """The biases and statistics of a tree, by name within it: what one width of a nested model has to itself."""
+def per_bits_leaves(variables: Any) -> dict[str, Any]:
+    """The biases and statistics of a tree, by name: what each number of bits of a nested model has to itself."""
     leaves = named_leaves(variables, is_leaf=quant.is_codebook_tensor)
     return {name: np.asarray(leaf) for name, leaf in leaves if leaf.ndim < 2 and not name.endswith("/scale")}
 
@@ -66,25 +65,25 @@ def measure(reference: SpeakerModel, quantized: SpeakerModel, features: jax.Arra
 
     Args:
         reference: the full-precision model.
-        quantized: the other, read at its `bits`.
+        quantized: the quantized model, read at its `bits`.
         features: `[batch, time, mel]`.
     """
-    wanted, _ = _walk(reference.network(), None, reference.variables, features, {})
-    seen, statistics = _walk(quantized.network(), quantized.bits, quantized.variables, features, wanted)
+    wanted, _ = _moments_of(reference.network(), None, reference.variables, features, {})
+    seen, statistics = _moments_of(quantized.network(), quantized.bits, quantized.variables, features, wanted)
     return Repair({name: matching(seen[name], wanted[name]) for name in wanted}, statistics)
 
 
 def own_statistics(quantized: SpeakerModel, features: jax.Array) -> SpeakerModel:
-    """Measures a network's own batch normalisations afresh, at each of its widths; convolutions stay as they are."""
-    narrow = {}
-    for bits in (*narrow_widths(quantized.variables), None):
+    """Measures the statistics of a network's batch normalisations, at all its bits; convolutions stay as they are."""
+    per_bits = {}
+    for bits in (*coarse_bits(quantized.variables), None):
         at = at_bits(quantized, bits)
-        _, statistics = _walk(at.network(), at.bits, at.variables, features, {})
+        _, statistics = _moments_of(at.network(), at.bits, at.variables, features, {})
         measured = apply(Repair({}, statistics), at.variables, lambda name, leaf, slope: leaf)
         if bits is not None:
-            own = quantized.variables.get(NARROW, {}).get(str(bits), {})
-            narrow[str(bits)] = {**own, **small_leaves({"batch_stats": measured["batch_stats"]})}
-    return dataclasses.replace(quantized, variables={**measured, **({NARROW: narrow} if narrow else {})})
+            own = quantized.variables.get(PER_BITS, {}).get(str(bits), {})
+            per_bits[str(bits)] = {**own, **per_bits_leaves({"batch_stats": measured["batch_stats"]})}
+    return dataclasses.replace(quantized, variables={**measured, **({PER_BITS: per_bits} if per_bits else {})})
 
 
 def apply(repair: Repair, variables: Any, scaled: Callable[[str, Any, jax.Array], Any]) -> dict[str, Any]:
@@ -120,44 +119,46 @@ def matching(seen: Moments, wanted: Moments) -> Moments:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _walk(
-    network: ResNet, bits: int | None, variables: Any, features: jax.Array, wanted: dict[str, Moments]
+def _moments_of(
+    network: SpeakerNetwork, bits: int | None, variables: Any, features: jax.Array, wanted: dict[str, Moments]
 ) -> tuple[dict[str, Moments], dict[str, Moments]]:
     """Runs a network whose layers are repaired one after the other, each on what the repaired ones before it give.
 
     Args:
         network: to run.
-        bits: the width at which nested tensors are read.
+        bits: at which nested tensors are read; None is the most.
         variables: with packed tensors, or without.
         features: `[batch, time, mel]`.
-        wanted: the moments that convolutions are given, by name; others are left as they are.
+        wanted: the moments that convolutions get, by name; others are left as they are.
 
     Returns:
-        By convolution that no normalisation follows: the moments of its outputs before they are repaired. By batch
-        normalisation, which uses the moments of what it is given: those (mean and variance).
+        By convolution with a bias: the moments of its outputs before they are repaired. By batch normalisation: mean
+        and variance of its inputs, by which it normalises.
     """
     seen: dict[str, Moments] = {}
     statistics: dict[str, Moments] = {}
 
-    def intercept(run: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        layer, name = context.module, "/".join(context.module.path)
-        if context.method_name == "__call__" and isinstance(layer, Conv) and layer.use_bias:
-            y = run(*args, **kwargs)
-            seen[name] = moments(y)
-            if name not in wanted:
+    def visit(layer: Layer, x: jax.Array, run: Run) -> jax.Array:
+        if layer.kind == CONVOLUTION and layer.has("bias"):
+            y = run(x)
+            seen[layer.name] = moments(y)
+            if layer.name not in wanted:
                 return y
-            slope, shift = matching(seen[name], wanted[name])
-            return y * slope.reshape(1, 1, 1, -1) + shift.reshape(1, 1, 1, -1)
-        if context.method_name == "__call__" and isinstance(layer, BatchNorm) and layer.use_statistics:
-            mean, deviation = moments(args[0].astype(jnp.float32))
-            statistics[name] = mean, deviation**2
-            slope = layer.get_variable("params", "scale") / jnp.sqrt(deviation**2 + layer.epsilon)
-            shape = (1,) * (args[0].ndim - 1) + (-1,)
-            y = (args[0] - mean.reshape(shape)) * slope.reshape(shape)
-            return y + layer.get_variable("params", "bias").reshape(shape)
-        return run(*args, **kwargs)
+            slope, shift = matching(seen[layer.name], wanted[layer.name])
+            return y * _last(slope, y) + _last(shift, y)
+        if layer.measures:
+            mean, deviation = moments(x.astype(jnp.float32))
+            statistics[layer.name] = mean, deviation**2
+            root = jnp.sqrt(deviation**2 + layer.epsilon)
+            slope = layer.get("scale") / root if layer.has("scale") else 1 / root
+            y = (x - _last(mean, x)) * _last(slope, x)
+            return y + _last(layer.get("bias"), x) if layer.has("bias") else y
+        return run(x)
 
-    with nn.intercept_methods(intercept):
-        # Without rematerialization, which runs a block in a trace of its own that nothing may be taken out of.
-        network.clone(remat=False).apply(quant.dequantize_params(variables, bits), features, train=False)
+    walk(network, quant.dequantize_params(variables, bits), features, visit)
     return seen, statistics
+
+
+def _last(values: jax.Array, x: jax.Array) -> jax.Array:
+    """Lays values `[channels]` along the last axis of `x`."""
+    return values.reshape((1,) * (x.ndim - 1) + (-1,))

@@ -77,7 +77,7 @@ def paper_config(model: str) -> ml_collections.ConfigDict:
 
 def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Shrinks a run so that all of it passes in seconds: a tiny network, four steps, synthetic voices."""
-    config.model.update(_tiny(config.model.name))
+    config.model.update(registry.smoke_settings(config.model.name))
     speakers = "synthetic:{}?speakers=8&utterances=4"
     config.data.update(train=speakers.format("train"), noise="synthetic:noise", music="", crop_seconds=1.0)
     config.validation.update(data=speakers.format("dev"), trials=speakers.format("dev"))
@@ -87,9 +87,3 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.update(init_from="", batch_size=8, epochs=2.0, epoch_steps=2, log_every=1)
     config.average_last = 0 if config.quant.bits else 2
     return config
-
-
-def _tiny(model: str) -> dict[str, Any]:
-    """Settings that make a network tiny."""
-    del model  # all networks are ResNets
-    return {"width": 8, "blocks": (1, 1, 1, 1), "embedding_size": 32}

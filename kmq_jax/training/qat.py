@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from kmq_jax import quant
 from kmq_jax.core.tree import map_named, named_leaves
-from kmq_jax.models.speaker_model import NARROW, SpeakerModel
+from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel
 from kmq_jax.ptq import fit, moments
 from kmq_jax.quant.codes import along
 from kmq_jax.training.options import QatOptions
@@ -173,8 +173,8 @@ def _fit(
         grown = init_params(options, network, allocation, parent)
         packed = packed_variables(grown, parent_indices(grown, parent))
     quantized = dataclasses.replace(reference, variables={**reference.variables, **packed})
-    fitted = fit.fit(reference, quantized, features, keep_narrowest=parent is not None).variables
-    own = {bits: _by_name(leaves) for bits, leaves in fitted.get(NARROW, {}).items()} if parent is not None else {}
+    fitted = fit.fit(reference, quantized, features, keep_coarsest=parent is not None).variables
+    own = {bits: _by_name(leaves) for bits, leaves in fitted.get(PER_BITS, {}).items()} if parent is not None else {}
     per_bits = {bits: _biases_of(grown.per_bits[bits], own[bits]) for bits in own}
     params = QatParams(*quant.adopt_codebooks(network, fitted["params"], rules), per_bits)
     return params, jax.tree.map(jnp.asarray, fitted.get("batch_stats", {}))
@@ -403,4 +403,4 @@ def packed_variables(params: QatParams, indices: Indices) -> Variables:
         bits: {f"params/{name}": leaf for name, leaf in named_leaves(biases)}
         for bits, biases in params.per_bits.items()
     }
-    return {"params": quant.export(params.latents, books), **({NARROW: per_bits} if per_bits else {})}
+    return {"params": quant.export(params.latents, books), **({PER_BITS: per_bits} if per_bits else {})}

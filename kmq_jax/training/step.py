@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 from kmq_jax import frontend, losses
 from kmq_jax.core.errors import UserError
 from kmq_jax.models import registry
-from kmq_jax.models.resnet import ResNet
+from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.training.optim import Schedule, make_optimizer, make_schedule
 from kmq_jax.training.options import TrainOptions, steps_of
 from kmq_jax.training.state import Params, Trainable, TrainState, Variables
@@ -37,7 +36,7 @@ class Objective:
         epoch_steps: steps an epoch.
     """
 
-    network: ResNet
+    network: SpeakerNetwork
     fbank: frontend.FbankConfig
     margin: losses.MarginSchedule
     mesh: Mesh
@@ -67,7 +66,7 @@ class Recipe:
     learning_rate: Schedule
 
 
-def init_params(network: ResNet, options: TrainOptions, classes: int) -> tuple[Trainable, Params]:
+def init_params(network: SpeakerNetwork, options: TrainOptions, classes: int) -> tuple[Trainable, Params]:
     """Draws parameters and running statistics from the options' seed."""
     key_network, key_classifier = jax.random.split(jax.random.key(options.seed))
     variables = registry.initialize(network, key_network)
@@ -89,7 +88,7 @@ def check_features(options: TrainOptions, fbank: frontend.FbankConfig) -> None:
 
 
 def make_objective(
-    network: ResNet, fbank: frontend.FbankConfig, options: TrainOptions, mesh: Mesh, epoch_steps: int
+    network: SpeakerNetwork, fbank: frontend.FbankConfig, options: TrainOptions, mesh: Mesh, epoch_steps: int
 ) -> Objective:
     """Gathers network, front end and margin."""
     loss = options.loss
@@ -184,17 +183,18 @@ def total_loss(
     """
     distill, weight = objective.options.distill.weight, objective.options.loss.weight
     variables = {"params": network, "batch_stats": batch_stats}
-    run: Callable[..., Any] = functools.partial(objective.network.apply, return_stages=bool(distill))
-    outputs, updates = run(variables, features, train=True, mutable=["batch_stats"])
-    embeddings = outputs[0] if distill else outputs
+    parts = objective.network.distilled_parts() if distill else ()
+    embeddings, outputs, updates = objective.network.taps(
+        variables, features, train=True, names=parts, mutable=["batch_stats"]
+    )
     metrics: Metrics = {"loss": jnp.zeros(())}
     if weight:
         metrics = classification(objective, classifier, embeddings, labels, step)
     loss = weight * metrics["loss"]
     if distill:
-        taught, stages = jax.lax.stop_gradient(run(teacher, features, train=False))
+        taught, taught_outputs, _ = jax.lax.stop_gradient(objective.network.taps(teacher, features, names=parts))
         metrics["teacher_cosine"] = 1 - losses.cosine_distance(embeddings, taught)
-        loss += distill * losses.distillation(embeddings, outputs[1], taught, stages)
+        loss += distill * losses.distillation(embeddings, list(outputs.values()), taught, list(taught_outputs.values()))
     return loss, ({**metrics, "loss": loss}, updates.get("batch_stats", {}))
 
 

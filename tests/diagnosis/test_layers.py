@@ -10,6 +10,7 @@ from scipy import stats
 
 from kmq_jax import quant
 from kmq_jax.diagnosis import layers
+from kmq_jax.diagnosis.correlation import spearman
 from kmq_jax.models import registry
 
 
@@ -89,12 +90,12 @@ def test_hessian_traces_are_near_the_exact_ones(small):
     assert trace > 0 and found[name] == pytest.approx(trace, rel=0.4)
 
 
-def test_rank_correlations_are_scipys():
+def test_spearman_s_correlation_is_scipy_s():
     rng = np.random.default_rng(2)
     x, y = np.round(rng.standard_normal((5, 30)), 1), np.round(rng.standard_normal((5, 30)), 1)
     wanted = [stats.spearmanr(a, b)[0] for a, b in zip(x, y)]
-    np.testing.assert_allclose(layers.rank_correlations(x, y), wanted)
-    assert np.isnan(layers.rank_correlations(np.ones(5), np.arange(5.0)))
+    np.testing.assert_allclose(spearman(x, y), wanted)
+    assert np.isnan(spearman(np.ones(5), np.arange(5.0)))
 
 
 def test_correlation_rows_have_the_sign_of_what_should_foretell():

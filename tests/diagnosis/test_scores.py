@@ -108,7 +108,7 @@ def test_a_perfect_copy_neither_drifts_nor_flips():
     assert [row["eer_change"] for row in scores.system_rows(trials, 0)] == [0, 0, 0]
 
 
-def test_widths_come_widest_first_whatever_their_order():
+def test_the_most_bits_come_first_whatever_their_order():
     trials = made({2: LOW, 4: REFERENCE, 3: LOW + 1})
     assert trials.bits == (4, 3, 2)
     np.testing.assert_array_equal(trials.full, [REFERENCE, LOW + 1, LOW])
@@ -157,7 +157,7 @@ def test_knee(damage, wanted):
     assert scores.knee((2, 3, 4), damage[::-1]) == wanted
 
 
-def test_a_knee_needs_three_widths_and_finds_the_sharpest():
+def test_a_knee_needs_three_numbers_of_bits_and_finds_the_sharpest():
     assert scores.knee((4, 2), (0.0, 1.0)) is None
     assert scores.knee((8, 6, 4, 3, 2), (0.0, 0.01, 0.02, 0.1, 1.0)) == 3
 
@@ -170,7 +170,7 @@ def test_a_knee_needs_three_widths_and_finds_the_sharpest():
         ({"reference": np.full(6, np.nan)}, "reference: 6 of 6 scores are not finite"),
         ({"labels": np.ones(6, bool)}, "reference: no nontarget trials"),
         ({"full": {}}, "no quantized model"),
-        ({"full": {2: LOW, 3: LOW}, "test_only": {2: LOW}}, r"widths \[3\] have scores of one kind"),
+        ({"full": {2: LOW, 3: LOW}, "test_only": {2: LOW}}, r"\[3\] bits: there are scores of one kind"),
         ({"speakers": (SPEAKERS[0][:-1], SPEAKERS[1])}, "5 and 6 speakers for 6 trials"),
     ],
 )

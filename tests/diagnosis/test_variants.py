@@ -39,14 +39,15 @@ def shaken(variables, amount=0.1):
 def test_mixes_share_arrays_and_differ_in_one_component_only(speaker_model):
     base = variants.on_devices(speaker_model.variables)
     low = jax.tree.map(lambda leaf: leaf + 1, base)
-    mixes = list(variants.component_mixes(base, low))
-    present = dict.fromkeys(registry.components(speaker_model.network()).values())
+    network = speaker_model.network()
+    mixes = list(variants.component_mixes(network, base, low))
+    present = {network.component_of(name.split("/", 1)[1]) for name, _ in named_leaves(base)}
     assert [(kind, name) for kind, name, _ in mixes] == [
-        (kind, name) for name in registry.COMPONENTS if name in present for kind in ("retention", "mirror")
+        (kind, name) for name in network.components() if name in present for kind in ("retention", "mirror")
     ]
     for kind, component, mixed in mixes:
         for (name, leaf), (_, full), (_, few) in zip(named_leaves(mixed), named_leaves(base), named_leaves(low)):
-            inside = registry.component(name.split("/", 1)[1]) == component
+            inside = network.component_of(name.split("/", 1)[1]) == component
             assert leaf is (full if inside == (kind == "retention") else few)
 
 
@@ -87,11 +88,9 @@ def test_activation_sqnr_against_arithmetic_on_single_utterances(speaker_model, 
     signal = noise = head_signal = head_noise = 0.0
     for batch in variants.feature_batches(fbank, utterances, batch_size=1):
         features = batch.features[:1, : int(batch.frames[0])]
-        (one, stages), (two, others) = (
-            network.apply(tree, features, train=False, return_stages=True) for tree in (base, low)
-        )
-        signal += float(jnp.sum(stages[3] ** 2))
-        noise += float(jnp.sum((stages[3] - others[3]) ** 2))
+        (one, parts, _), (two, others, _) = (network.taps(tree, features) for tree in (base, low))
+        signal += float(jnp.sum(parts["stage4/block0"] ** 2))
+        noise += float(jnp.sum((parts["stage4/block0"] - others["stage4/block0"]) ** 2))
         head_signal, head_noise = head_signal + float(jnp.sum(one**2)), head_noise + float(jnp.sum((one - two) ** 2))
     assert found["stage4/block0"] == pytest.approx(10 * np.log10(signal / noise), abs=0.02)
     assert found["head"] == pytest.approx(10 * np.log10(head_signal / head_noise), abs=0.02)

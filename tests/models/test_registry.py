@@ -8,7 +8,8 @@ import pytest
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import named_leaves
-from kmq_jax.models import registry
+from kmq_jax.models import registry, walk
+from kmq_jax.nn.conv import window
 from kmq_jax.nn.layers import KAIMING_NORMAL, TORCH_DEFAULT
 
 NARROW = {"width": 4, "features": 16, "embedding_size": 8, "blocks": [1, 1, 1, 1]}
@@ -82,8 +83,9 @@ def resnet36_macs_by_hand(time: int, freq: int) -> dict[str, int]:
 @pytest.mark.parametrize("frames", [1, 300, 301])
 def test_macs_of_resnet36_equal_those_added_up_by_hand(frames):
     by_component: dict[str, int] = {}
-    for name, count in registry.layer_macs(registry.build("resnet36"), frames).items():
-        part = registry.component(name)
+    model = registry.build("resnet36")
+    for name, count in registry.layer_macs(model, frames).items():
+        part = model.component_of(name)
         by_component[part] = by_component.get(part, 0) + count
     assert by_component == resnet36_macs_by_hand(frames, 81)
 
@@ -94,10 +96,10 @@ def test_published_shares_of_resnet36():
     parameters = {name: leaf.size for name, leaf in named_leaves(registry.shapes(model)["params"])}
 
     def shares(counts: dict[str, int]) -> list[float]:
-        parts = dict.fromkeys(registry.COMPONENTS, 0)
+        parts = dict.fromkeys(model.components(), 0)
         for name, count in counts.items():
-            parts[registry.component(name)] += count
-        return [round(100 * parts[part] / sum(parts.values()), 1) for part in registry.COMPONENTS]
+            parts[model.component_of(name)] += count
+        return [round(100 * parts[part] / sum(parts.values()), 1) for part in model.components()]
 
     assert macs.keys() == weights(model).keys()
     assert shares(parameters)[1:] == [6.6, 8.9, 45.7, 24.2, 4.8, 9.7]
@@ -250,13 +252,42 @@ def test_initializers_are_those_of_the_originals(initializer, variance, kurtosis
 
 def test_components():
     model = registry.build("resnet36")
-    found = registry.components(model)
-    assert tuple(dict.fromkeys(sorted(found.values(), key=registry.COMPONENTS.index))) == registry.COMPONENTS
-    assert found["stem/conv/kernel"] == "stem"
-    assert found["stage3/block5/conv2/kernel"] == "stage3"
-    assert found["pool/attention1/bias"] == "pooling"
-    assert found["head/bn_in/scale"] == "embedding"
-    assert registry.components(list(found)) == found
+    assert model.components() == ("stem", "stage1", "stage2", "stage3", "stage4", "pooling", "embedding")
+    for name, component in {
+        "stem/conv/kernel": "stem",
+        "stage3/block5/conv2/kernel": "stage3",
+        "pool/attention1/bias": "pooling",
+        "head/bn_in/scale": "embedding",
+    }.items():
+        assert model.component_of(name) == component
+    names = [name for name, _ in named_leaves(registry.shapes(model)["params"])]
+    assert {model.component_of(name) for name in names} == set(model.components())
+    depths = [model.depth_of(name) for name in registry.layer_macs(model)]
+    assert depths == sorted(depths) and depths[0] == 0 and depths[-1] == len(model.parts()) - 1
     for name in ("encoder/kernel", "params/stem/conv/kernel", "pooling/kernel"):
         with pytest.raises(UserError, match=name):
-            registry.component(name)
+            model.component_of(name)
+
+
+def test_layers_say_what_they_follow():
+    plain = {layer.name: layer for layer in walk.layers(registry.build("resnet36", **NARROW), 16)}
+    assert plain["stem/bn"].follows == "stem/conv" and plain["stem/conv"].follows is None
+    assert plain["stage1/block0/conv2"].follows is None  # an activation lies between
+    assert plain["stage2/block0/shortcut/bn"].follows == "stage2/block0/shortcut/conv"
+    assert plain["head/linear"].follows == "head/bn_in" and plain["head/bn"].follows == "head/linear"
+    assert plain["stage2/block0/conv1"].window == window(2, 3, 2)
+    assert plain["stage2/block0/conv1"].outputs == (1, 8, 8, 4)
+    before = {layer.name: layer for layer in walk.layers(registry.build("resnet50", **NARROW), 16)}
+    assert before["stage1/block0/bn1"].follows is None and before["stage1/block0/bn2"].follows == "stage1/block0/conv1"
+    assert before["pool/attention1"].kind == walk.LINEAR and before["stem/bn"].kind == walk.NORMALISATION
+
+
+def test_smoke_settings_make_a_small_network_of_the_same_kind():
+    for name in registry.names():
+        small = registry.build(name, **registry.smoke_settings(name))
+        assert registry.parameter_count(small) < 150_000
+
+
+def test_a_name_stands_for_one_network():
+    with pytest.raises(UserError, match="resnet18"):
+        registry.register("resnet18", lambda: None)

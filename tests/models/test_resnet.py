@@ -10,6 +10,7 @@ import pytest
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import map_named, named_leaves
 from kmq_jax.models import registry
+from kmq_jax.nn.layers import frame_mask, mask_frames
 
 SMALL = {"width": 8, "features": 20, "embedding_size": 16}
 NETWORKS = {
@@ -31,7 +32,12 @@ QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile; not
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def embed(model, variables, features, lengths=None):
-    return model.apply(variables, features, lengths, return_stages=True)
+    embedding, stages, _ = model.taps(variables, features, lengths, names=model.distilled_parts())
+    if lengths is not None:
+        parts = [model.part_of(name) for name in stages]
+        masks = [frame_mask(part.frames(lengths), x.shape[1]) for part, x in zip(parts, stages.values())]
+        return embedding, [mask_frames(x, mask) for x, mask in zip(stages.values(), masks)]
+    return embedding, list(stages.values())
 
 
 def varied(model, seed: int = 0):

@@ -190,3 +190,24 @@ def test_falls_back_and_says_why(fault, tmp_path):
     assert result.stdout.split() == ["False", "400.0"]
     assert "XLA's own" in result.stderr
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.parametrize(
+    ("rank", "taps", "stride", "padding", "dilation", "groups"),
+    [(1, 5, 1, "valid", 1, 1), (1, 3, 2, "same", 2, 4), (1, 7, 1, "same", 1, 8), (2, (5, 3), (2, 1), "valid", 1, 2)],
+)
+def test_convolutions_of_any_rank_equal_a_plain_sum(rank, taps, stride, padding, dilation, groups):
+    moves = conv.window(rank, taps, stride, padding, dilation, groups)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *(13, 9)[:rank], 8))
+    kernel = rng.normal(size=(*moves.taps, 8 // groups, 16))
+    found = conv.convolve(jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32), moves)
+    padded = np.pad(x, ((0, 0), *moves.padding, (0, 0)))
+    wanted = np.zeros((2, *moves.sizes(x.shape[1:-1]), 16))
+    for place in np.ndindex(*wanted.shape[1:-1]):
+        for tap in np.ndindex(*moves.taps):
+            at = [p * s + t * d for p, s, t, d in zip(place, moves.strides, tap, moves.dilations)]
+            inputs = padded[(slice(None), *at)].reshape(2, groups, -1)
+            weights = kernel[tap].reshape(8 // groups, groups, -1)
+            wanted[(slice(None), *place)] += np.einsum("bgi,igo->bgo", inputs, weights).reshape(2, 16)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)

@@ -1,5 +1,6 @@
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,10 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import map_named, named_leaves, replace_named
 from kmq_jax.data import source
 from kmq_jax.models import registry
+from kmq_jax.models.protocol import Part, SpeakerNetwork
 from kmq_jax.models.speaker_model import SpeakerModel, at_bits, embed_all, frontend_of, load_model, save_model
+from kmq_jax.nn.conv import window
+from kmq_jax.nn.layers import Conv, dense
 from kmq_jax.ptq import fit, moments
 from kmq_jax.training import qat
 from kmq_jax.training.options import QatOptions
@@ -45,8 +49,12 @@ def cosine(a, b):
 def stage_moments(speaker_model, features):
     """Mean and deviation of each stage's output `[stages, 2]`."""
     variables = quant.dequantize_params(speaker_model.variables, speaker_model.bits)
-    stages = speaker_model.network().apply(variables, features, return_stages=True)[1]
-    return np.array([(jnp.mean(s), jnp.std(s)) for s in stages])
+    return np.array([(jnp.mean(s), jnp.std(s)) for s in stages_of(speaker_model.network(), variables, features)])
+
+
+def stages_of(network, variables, features):
+    """Outputs of the stages."""
+    return list(network.taps(variables, features, names=network.distilled_parts())[1].values())
 
 
 def test_folded_biases_bring_embeddings_nearer_and_match_the_moments():
@@ -113,8 +121,7 @@ def test_wider_widths_begin_fitted_inside_the_cells_of_a_narrow_network_that_sta
         """To the reference, of the last stage's outputs."""
         at = at_bits(dataclasses.replace(reference, variables=packed), bits)
         exact, own = (
-            m.network().apply(quant.dequantize_params(m.variables, m.bits), features, return_stages=True)[1][-1]
-            for m in (reference, at)
+            stages_of(m.network(), quant.dequantize_params(m.variables, m.bits), features)[-1] for m in (reference, at)
         )
         return float(jnp.mean((own - exact) ** 2))
 
@@ -214,7 +221,7 @@ def test_a_layer_s_outputs_are_nearer_than_with_the_nearest_centroids():
 
 def last_stage(speaker_model, features):
     variables = quant.dequantize_params(speaker_model.variables, speaker_model.bits)
-    return speaker_model.network().apply(variables, features, return_stages=True)[1][-1]
+    return stages_of(speaker_model.network(), variables, features)[-1]
 
 
 @pytest.mark.parametrize("settings", [{"symmetric": True}, {"pinned_zero": True}])
@@ -264,3 +271,53 @@ def test_statistics_of_a_trained_nested_model_are_measured_at_each_width():
         np.testing.assert_allclose(at.network().apply(variables, features), trained, rtol=1e-2, atol=2e-3)
     with pytest.raises(UserError, match="cannot be read at 3 bits"):
         at_bits(measured, 3)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_second_moments_of_a_convolution_s_inputs_are_those_of_its_patches(rank):
+    moves = window(rank, 3, 2, "valid" if rank == 1 else "same", 2 if rank == 1 else 1)
+    rng = np.random.default_rng(0)
+    x, own = (rng.normal(size=(2, *(11, 6)[:rank], 3)).astype(np.float32) for _ in range(2))
+    H, cross = fit._second_moments(jnp.asarray(x), jnp.asarray(own), moves)  # so few places that all are taken
+
+    def patches(x):
+        x = np.pad(x, ((0, 0), *moves.padding, (0, 0)))
+        rows = []
+        for place in np.ndindex(*moves.sizes((11, 6)[:rank])):
+            index = [p * s + d * np.arange(3) for p, s, d in zip(place, moves.strides, moves.dilations)]
+            rows.append(x[(slice(None), *np.ix_(*index))].reshape(2, -1))
+        return np.concatenate(rows)
+
+    a, b = patches(x), patches(own)
+    np.testing.assert_allclose(H, b.T @ b / len(b), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(cross, b.T @ (a - b) / len(b), rtol=1e-4, atol=1e-4)
+
+
+class Grouped(SpeakerNetwork):
+    """A grouped and a depthwise convolution."""
+
+    features: int = 81
+    embedding_size: int = 8
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, features, lengths=None, train=False):
+        x = Conv(16, 3, use_bias=True, name="in")(features)
+        x = Conv(16, 3, groups=4, use_bias=True, name="grouped")(nn.relu(x))
+        x = Conv(16, 3, groups=16, use_bias=True, name="depthwise")(nn.relu(x))
+        return dense(self.embedding_size, "head")(x.mean(1))
+
+    @nn.nowrap
+    def parts(self):
+        return tuple(Part(name, name) for name in ("in", "grouped", "depthwise", "head"))
+
+
+def test_grouped_and_depthwise_convolutions_are_fitted():
+    registry.register("fit_grouped", Grouped)
+    variables = registry.initialize(registry.build("fit_grouped"), jax.random.key(0))
+    reference = SpeakerModel("fit_grouped", {}, "kiwano", jax.device_get(variables))
+    quantized = quantized_of(reference)
+    fitted = fit.fit_on(reference, quantized, DATA, crops=16, seconds=1.0)
+    exact, before, after = (embed_all(m, DATA) for m in (reference, quantized, fitted))
+    assert np.mean((after - exact) ** 2) < 0.5 * np.mean((before - exact) ** 2)
+    assert quant.size_bytes(fitted.variables) == quant.size_bytes(quantized.variables)

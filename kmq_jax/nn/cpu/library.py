@@ -1,8 +1,10 @@
-"""Builds conv.cc for this machine's processor, once, and gives its kernels to XLA.
+"""Builds the kernels of this directory for this machine's processor, once, and gives them to XLA.
 
 The first use of a convolution on a CPU compiles (some ten seconds) and keeps the library under the user's cache
 directory. Nothing depends on it: without a compiler, or with `KMQ_JAX_NATIVE=0` in the environment, `library` says no,
 a line of the log says why, and nn/conv.py and nn/channels.py stay with XLA.
+
+`KMQ_JAX_NATIVE_FLAGS` adds compiler flags, such as those of sanitizers (tests/nn/sanitize.sh).
 """
 
 import ctypes
@@ -25,8 +27,8 @@ from kmq_jax.core.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("conv.cc")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
+DIRECTORY = Path(__file__).parent
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-Wall", "-Wextra")
 TARGETS = {
     "kmq_convolution": "Convolution",
     "kmq_kernel_gradient": "KernelGradient",
@@ -79,15 +81,18 @@ def _build(directory: Path) -> Path:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
     if compiler is None:
         raise Unavailable("there is no C++ compiler")
+    sources = sorted(DIRECTORY.glob("*.cc"))
+    flags = [*FLAGS, *os.environ.get("KMQ_JAX_NATIVE_FLAGS", "").split()]
+    texts = [path.read_bytes() for path in (*sources, *sorted(DIRECTORY.glob("*.h")))]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     identity = b"\0".join(
-        [SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), jaxlib.__version__.encode(), _processor().encode()]
+        [*texts, version, " ".join(flags).encode(), jaxlib.__version__.encode(), _processor().encode()]
     )
-    path = directory / f"conv-{hashlib.sha256(identity).hexdigest()[:20]}.so"
+    path = directory / f"kernels-{hashlib.sha256(identity).hexdigest()[:20]}.so"
     if not path.exists():
-        logger.info("compiling %s for this machine, once", SOURCE.name)
+        logger.info("compiling %s for this machine, once", ", ".join(source.name for source in sources))
         with atomic_write(path) as output:
-            command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(output)]
+            command = [compiler, *flags, "-isystem", jax.ffi.include_dir(), *map(str, sources), "-o", str(output)]
             result = subprocess.run(command, capture_output=True, text=True, timeout=600)
             if result.returncode:
                 raise Unavailable(f"{compiler} failed: {(result.stderr.strip().splitlines() or ['?'])[-1]}")

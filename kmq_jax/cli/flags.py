@@ -1,0 +1,119 @@
+"""Flags of the command line, made from `Options` dataclasses: the one place where fields become flags."""
+
+import argparse
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.options import NAMES, Options, kind_of, limits_of, shown
+
+T = TypeVar("T", bound=Options)
+
+RENAMED: dict[str, dict[str, str]] = {
+    "quantize": {"--recalibrate": "--data"},
+}
+"""Old flag -> new flag, by command: for one release an error names the new one."""
+
+METAVARS = {int: "N", float: "X", Path: "FILE", str: "TEXT"}
+
+
+def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
+    """Adds a flag for each field of an `Options` class.
+
+    A flag's help is the field's text and its default. A bool is a switch. A tuple of texts is given by repeating the
+    flag, a tuple of numbers is separated by commas.
+
+    >>> from dataclasses import dataclass
+    >>> from kmq_jax.core.options import option
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Example(Options):
+    ...     sizes: tuple[int, ...] = option("sizes to try", (1, 2), at_least=1)
+    >>> parser = argparse.ArgumentParser()
+    >>> add_flags(parser, Example)
+    >>> options_of(Example, parser.parse_args(["--sizes=3,4"]))
+    Example(sizes=(3, 4))
+    """
+    for field in dataclasses.fields(options):
+        limits, kind = limits_of(field), kind_of(options, field.name)
+        required = field.default is dataclasses.MISSING
+        default = None if required else field.default
+        words: dict[str, Any] = {
+            "dest": field.name,
+            "help": _help(limits.help, None if required else default),
+            "default": default,
+        }
+        if kind.type is bool:
+            parser.add_argument(_flag(field), action="store_true", **words)
+            continue
+        choices = limits.choices or kind.choices
+        listed = "{" + ",".join(map(str, choices)) + "}" if choices else METAVARS.get(kind.type, "TEXT")
+        words |= {"required": required, "metavar": limits.metavar or listed}
+        if kind.many and (kind.type in (str, Path) or limits.repeat):
+            parser.add_argument(_flag(field), action=_Append, **words)
+        else:
+            if kind.many and not limits.metavar:
+                words["metavar"] = f"{listed},..."
+            parser.add_argument(_flag(field), **words)
+
+
+def options_of(options: type[T], args: argparse.Namespace) -> T:
+    """Makes the options from what a parser with their flags has parsed.
+
+    Raises:
+        UserError: a value cannot be read or is out of range; the message names the flag.
+    """
+    values = {}
+    for field in dataclasses.fields(options):
+        value, kind = getattr(args, field.name), kind_of(options, field.name)
+        if isinstance(value, str):
+            parts = [part for part in value.split(",") if part] if kind.many else [value]
+            read = [_read(part, kind.type, _flag(field), value, kind.many) for part in parts]
+            value = tuple(read) if kind.many else read[0]
+        elif isinstance(value, list):
+            value = tuple(_read(part, kind.type, _flag(field), part, False) for part in value)
+        values[field.name] = value
+    try:
+        return options(**values)
+    except UserError as error:
+        raise UserError(name_flags(str(error), options)) from error
+
+
+def name_flags(message: str, *options: type[Options]) -> str:
+    """A message that names fields of options, with their flags in place of the names.
+
+    >>> from kmq_jax.core.options import Options
+    >>> name_flags("`bits` (=9) must be at most 8", Options)
+    '`bits` (=9) must be at most 8'
+    """
+    known = {field.name: _flag(field) for group in options for field in dataclasses.fields(group)}
+    return re.sub(r"`(\w+)`", lambda found: known.get(found[1], found[0]), message)
+
+
+def _flag(field: "dataclasses.Field[Any]") -> str:
+    return f"--{limits_of(field).flag or field.name}"
+
+
+def _help(text: str, default: Any) -> str:
+    """The text of a field and its default, if there is one to tell."""
+    if not (default is None or default is False or default in ("", ())):
+        text = f"{text} (default: {shown(default)})"
+    return text.replace("%", "%%")
+
+
+def _read(text: str, kind: type, flag: str, whole: str, many: bool) -> Any:
+    """One value of a flag, from its text."""
+    try:
+        return kind(text)
+    except ValueError:
+        what = f"{NAMES[kind].removeprefix('a ')}s separated by commas" if many else NAMES[kind]
+        raise UserError(f"{flag} (={whole}) must be {what}") from None
+
+
+class _Append(argparse.Action):
+    """Collects the values of a repeated flag; the first of them replaces the default."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(before if isinstance(before, list) else ()), values])

@@ -1,0 +1,70 @@
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from kmq_jax.cli import command
+from kmq_jax.cli.flags import add_flags, options_of
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.options import Options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(Options):
+    bits: int = option("bits a weight", at_least=1, at_most=8)
+    levels: tuple[str, ...] = option("one a level", (), flag="stage", metavar="BITS:FILE")
+    rule: Literal["pareto", "risk"] = option("100 % of gates", "pareto")
+    edges: tuple[float, ...] = option("of bins", (0.1, 0.2), above=0)
+    thresholds: tuple[float, ...] = option("here too", (), flag="threshold", repeat=True)
+    out: Path | None = option("file to write", None)
+    quick: bool = option("hurry", False)
+    seed: int = option("of draws", 0)
+
+
+def parsed(*words):
+    parser = command.parser("example", "Does.", "kmq-jax example")
+    add_flags(parser, Example)
+    return options_of(Example, parser.parse_args(words))
+
+
+def test_flags_become_options():
+    assert parsed("--bits=2") == Example(bits=2)
+    words = "--bits=2 --stage=2:a --stage=3:b --rule=risk --edges=1,2.5 --threshold=.5 --threshold=-1 --out=x --quick"
+    expected = Example(
+        bits=2, levels=("2:a", "3:b"), rule="risk", edges=(1, 2.5), thresholds=(0.5, -1), out=Path("x"), quick=True
+    )
+    assert parsed(*words.split()) == expected
+
+
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        ("--bits=9", "--bits (=9) must be at most 8"),
+        ("--bits=two", "--bits (=two) must be a whole number"),
+        ("--edges=1,x", "--edges (=1,x) must be numbers separated by commas"),
+        ("--edges=nan", "--edges (=nan) must be a finite number"),
+        ("--threshold=inf", "--threshold (=inf) must be a finite number"),
+        ("--rule=best", "--rule (=best) must be one of pareto, risk"),
+    ],
+)
+def test_errors_name_the_flag(word, message):
+    with pytest.raises(UserError) as error:
+        parsed("--bits=2", word)
+    assert str(error.value) == message
+
+
+def test_help_is_the_fields_text_and_a_computed_default():
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Example)
+    text = " ".join(parser.format_help().split())
+    for shown in (
+        "--bits N bits a weight",
+        "--stage BITS:FILE one a level",
+        "{pareto,risk} 100 % of gates (default: pareto)",
+        "--edges X,... of bins (default: 0.1,0.2)",
+        "--quick hurry --seed N of draws (default: 0)",
+        "--out FILE file to write --",
+    ):
+        assert shown in text
