@@ -104,11 +104,8 @@ def measure(root: Path) -> dict[str, int]:
     text = {path: path.read_text() for path in (root / "kmq_jax").rglob("*.py")}
     lines = [line for source in text.values() for line in source.splitlines()]
     commands = [path for path in text if path.parent.name == "cli"]
-    old = [
-        path
-        for path in text
-        if path.parent.name == "kmq_jax" and re.search(r"^def main\(", text[path], re.M) and not path.name.startswith("_")
-    ]
+    top = [path for path in text if path.parent.name == "kmq_jax" and not path.name.startswith("_")]
+    old = [path for path in top if re.search(r"^def main\(", text[path], re.M)]
     command_modules = {name for name in trees if name.startswith("kmq_jax.cli.")} or {f"kmq_jax.{p.stem}" for p in old}
     plumbing = {"kmq_jax.cli.main", "kmq_jax.cli.command", "kmq_jax.cli.flags", "kmq_jax.cli.config_flags"}
     among = sum(len(graph[name] & command_modules - plumbing) for name in command_modules - plumbing)

@@ -13,8 +13,8 @@ Runs that differ by a seed, or by the rounding of another version's kernels, gav
     kmq-jax extract --model=runs/quickstart --data=synthetic:test --out=test.npz
     kmq-jax score --embeddings=test.npz --trials=synthetic:test --out=scores.txt --json=metrics.json
 
-The README's main job is the study of that network: every width without training, 2 bits and a nested network trained,
-diagnosis, cascades. On the same machine it took 9 min 52 s, installation included; README shows its table.
+The README's main job is the study of that network: 4, 3 and 2 bits without training, 2 bits and a nested network
+trained, diagnosis, cascades. On the same machine it took 9 min 52 s, installation included; README shows its table.
 
     python -m kmq_jax.study --config=configs/quickstart.py --workdir=runs/study
 """

@@ -9,7 +9,7 @@ Batches of 16 crops of 2 s of 3,465 utterances of 166 speakers; the stem stays i
 EPYC (AVX-512), Python 3.11, jax 0.10; EER in percent, full precision 2.52 and 2.60; minutes with the fit that training
 begins with. With labels, at 9 examples a second, and without (`--config.loss.weight=0`), on a host of up to 14:
 
-    width   steps   minutes   so762/dev   words/dev   without: minutes   so762/dev   words/dev
+    bits    steps   minutes   so762/dev   words/dev   without: minutes   so762/dev   words/dev
     4         216         9        2.12        2.43                  6        2.53        2.67
     3         324        11        2.25        2.20                  7        2.50        2.40
     2       1,620        47        2.55        2.49                 31        2.73        2.48
@@ -23,9 +23,9 @@ and without; beside the nested one without labels another job ran. The nested ne
 
 With labels, EER is below full precision's on so762 by 0.40 at 4 bits (0.18 to 0.57 in 95 % of draws of speakers) and by
 0.27 at 3 (0.07 to 0.53), and the same at 2 (-0.29 to 0.37); on words, 11 speakers, no difference is beyond chance. Full
-precision was not trained on those labels: they are what gains, not the fewer bits. Their weight was chosen at 4 bits,
-on 33 training speakers left out for that, where EER was 1.01 and 1.65 with 0.1, 1.08 and 1.71 with 0.01, 1.10 and 1.68
-at full precision.
+precision was not trained on those labels: the gain is theirs, not that of fewer bits. Their weight was chosen at 4
+bits, on 33 training speakers left out for that, where EER was 1.01 and 1.65 with 0.1, 1.08 and 1.71 with 0.01, 1.10
+and 1.68 at full precision.
 
 Without labels more steps at 4 bits bring the network nearer to its teacher, but its errors no lower: the cosine of
 their embeddings of training crops is .993 after one epoch, .995 with `--config.epochs=3` and .996 with 7.5; EER 2.53
@@ -44,10 +44,10 @@ from kmq_jax.training.config import default_config, quantized, smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Returns the configuration; `arg` is the width, "nested" or "smoke"."""
-    width = arg if arg and arg != "smoke" else "2"
+    """Returns the configuration; `arg` is the bits (4, 3, 2), "nested" or "smoke"."""
+    bits = arg if arg and arg != "smoke" else "2"
     config = default_config("wespeaker_resnet34", norm="bias")
-    epochs = EPOCHS.get(width)
+    epochs = EPOCHS.get(bits)
     if not epochs:
         raise UserError(f"configs/wespeaker34_kmqat.py:{arg} must be 2, 3, 4, nested or smoke")
     config.frontend = "wespeaker"
@@ -55,8 +55,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.root = root
     config.data.update(train=root + "/so762/train," + root + "/words/train", crop_seconds=2.0)
     config.validation.update(data=root + "/so762/dev", trials=root + "/so762/dev/trials.txt", epochs=epochs)
-    nested = {"coarse": (2, 3), "grow_from": "runs/r34-2bit"} if width == "nested" else {}
-    quantized(config, 4 if nested else int(width), rules=(("^stem/", 0),), **nested)
+    nested = {"coarse": (2, 3), "grow_from": "runs/r34-2bit"} if bits == "nested" else {}
+    quantized(config, 4 if nested else int(bits), rules=(("^stem/", 0),), **nested)
     config.loss.weight = 0.1
     config.update(batch_size=16, epochs=epochs, checkpoint_epochs=1.0, dtype="bfloat16")
     return smoke(config) if arg == "smoke" else config

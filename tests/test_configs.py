@@ -9,6 +9,8 @@ import pytest
 from kmq_jax.cli.train import parse_flags
 from kmq_jax.core.errors import UserError
 from kmq_jax.training import loop
+from kmq_jax.training.from_models import describe
+from kmq_jax.training.options import TrainOptions
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -24,7 +26,8 @@ def get_config(path, arg):
 def test_a_config_says_how_to_run_it_and_fits_the_registry(path):
     module, config = get_config(path, None)
     assert f"--config=configs/{path.name}" in module.__doc__
-    loop.describe(config).network(config.dtype)
+    config.init_from = config.init_from or "a model"
+    describe(TrainOptions.from_config(config)).network(config.dtype)
     json.loads(config.to_json())
 
 

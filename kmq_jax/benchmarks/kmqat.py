@@ -1,6 +1,7 @@
 """What quantization adds to a training step: the same step in full precision and with codebooks, in turns."""
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -32,19 +33,25 @@ def make_step(args: argparse.Namespace, bits: int) -> Callable[[], float]:
 
     from kmq_jax import frontend
     from kmq_jax.core import mesh
-    from kmq_jax.training import loop, qat
+    from kmq_jax.models.speaker_model import SpeakerModel
     from kmq_jax.training import step as steps
     from kmq_jax.training.config import default_config
+    from kmq_jax.training.from_models import describe
+    from kmq_jax.training.options import TrainOptions
 
     config = default_config(args.model)
     config.update(batch_size=args.batch, dtype=args.dtype)
-    config.data.augment, config.quant.bits = False, bits
+    config.data.augment, config.quant.bits, config.quant.fit_crops = False, bits, 0
     devices = mesh.make_mesh()
-    network = loop.describe(config).network(config.dtype)
+    options = TrainOptions.from_config(config)
+    network = describe(options).network(options.dtype)
     fbank = frontend.KIWANO if config.model.features == frontend.KIWANO.num_features else frontend.WESPEAKER
-    params, batch_stats = steps.init_params(network, config, CLASSES)
-    params = qat.start(config.quant, params)
-    recipe = steps.make_recipe(network, fbank, config, devices, params, 100)
+    params, batch_stats = steps.init_params(network, options, CLASSES)
+    objective, task = steps.make_objective(network, fbank, options, devices, 100), steps.make_task(options, 100)
+    reference = SpeakerModel("", {}, "", {"params": params.network, "batch_stats": batch_stats})
+    own, batch_stats = task.init(reference, lambda: jnp.zeros(0))
+    params = dataclasses.replace(params, network=own)
+    recipe = steps.make_recipe(objective, task, params)
     state = steps.init_state(recipe, params, batch_stats)
     shardings = mesh.tree_shardings(state, devices, [])
     step = steps.jit_train_step(recipe, shardings)

@@ -17,7 +17,7 @@ with warnings.catch_warnings():
 class Checkpoints:
     """The numbered checkpoints below one directory, the newest few of them kept.
 
-    A checkpoint takes its final name only when it is whole, so whatever is listed can be restored.
+    A checkpoint gets its final name only when it is complete, so every one that is listed can be restored.
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 1):
@@ -66,7 +66,7 @@ class Checkpoints:
             raise UserError(f"cannot restore {self.directory}/{step}: {_first_line(error)}") from error
 
     def load(self, step: int, part: str) -> Any:
-        """Loads one tree of checkpoint `step` as nested dictionaries of numpy arrays, on whatever devices it was saved.
+        """Loads one tree of checkpoint `step` as nested dictionaries of numpy arrays, wherever it was saved.
 
         Raises:
             UserError: the checkpoint is damaged or lacks the part.
@@ -86,7 +86,7 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        """Waits for what is under way and lets go of the directory."""
+        """Waits for writes under way, then releases the directory."""
         self._checkpointer.close()
 
 

@@ -1,327 +1,315 @@
-"""Quantization-aware training: what a configuration's `quant` section does to the parameters and to a training step.
+"""Quantization-aware training: from full-precision parameters to latents with codebooks, and back to packed tensors.
 
-While it lasts the network's quantized kernels are full-precision latents, `params["network"]`, with a codebook each,
-`params["codebooks"]`. A step computes with the codebooks' values (`weights`) and moves latents, scales,
-centroids and biases; `after_step` is what happens now and then instead of at every step; `packed` is the network that
-is shipped.
+A step computes with the codebooks' values (`effective_weights`), and its gradients move latents, scales, centroids and
+biases. `move_centroids` and `reassign` are due now and then. `packed_variables` is the network that is shipped.
 
-Nested codebooks are grown from a network of the smallest width, trained before (`quant.grow_from`), which stays bit for
-bit as it is: steps train wider widths in turns, inside its cells. Each width has biases of its own; the widest's are in
-`params["network"]`, the others' in `params["narrow"]`.
+Nested codebooks grow from a network of the fewest bits that was trained before (`quant.grow_from`, here `parent`). It
+stays bit for bit as it is: steps train more bits in turns, inside its cells.
 
-References: KMQAT by Liu, Wang and Qian, Towards lightweight speaker verification via adaptive neural network
-quantization, 2024; its settings in the study reproduced here are `quant.recipe = "kmqat"`.
+Reference: KMQAT is due to Liu, Wang and Qian, Towards lightweight speaker verification via adaptive neural network
+quantization, 2024.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 
 from kmq_jax import quant
-from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import map_named, named_leaves
 from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel
 from kmq_jax.ptq import fit, moments
 from kmq_jax.quant.codes import along
+from kmq_jax.training.options import QatOptions
+from kmq_jax.training.state import Params, QatParams, Variables
 
-Codebooks = dict[str, quant.Codebook]
-CENTROIDS = ("gradient", "lloyd", "fixed")
-PARTS = ("codebooks", "narrow")
-
-
-def is_on(section: ml_collections.ConfigDict) -> bool:
-    """Whether the `quant` section asks for quantization."""
-    return bool(section.bits or section.rules or section.budget)
+Codebooks = Mapping[str, quant.Codebook]
+Indices = Mapping[str, jax.Array]
+Allocation = Mapping[str, int]
+"""Bits by name of a tensor, in mixed precision."""
 
 
-def check(section: ml_collections.ConfigDict) -> None:
-    """Checks the values that no other function checks.
-
-    Raises:
-        UserError: one cannot be used; the message names it.
-    """
-    if section.centroids not in CENTROIDS:
-        raise UserError(f"quant.centroids (={section.centroids!r}) must be one of {', '.join(CENTROIDS)}")
-    if section.centroids == "lloyd" and section.lloyd_every < 1:
-        raise UserError(f"quant.lloyd_every (={section.lloyd_every}) must be at least 1 step")
-    if section.reassign_every < 0:
-        raise UserError(f"quant.reassign_every (={section.reassign_every}) must not be negative")
-    if bool(section.coarse) != bool(section.grow_from):
-        raise UserError("quant.coarse and quant.grow_from, a trained MODEL of the smallest width, go together")
-    if section.grow_from and section.reassign_every:
-        raise UserError("quant.reassign_every cannot be used with quant.grow_from, whose cells stay as they are")
-    if section.budget and (section.bits or section.coarse or section.rules):
-        raise UserError("quant.budget chooses widths itself: it cannot be used with quant.bits, coarse or rules")
-
-
-def spec_of(section: ml_collections.ConfigDict, bits: int) -> quant.QuantSpec:
-    """How kernels are quantized, at a width."""
+def spec_of(options: QatOptions, bits: int) -> quant.QuantSpec:
+    """How a kernel is quantized to so many bits."""
     return quant.QuantSpec(
         bits,
-        granularity=section.granularity,
-        coarse=tuple(section.coarse),
-        init=section.init,
-        retention=section.retention,
-        symmetric=section.symmetric,
-        pinned_zero=section.pinned_zero,
+        granularity=options.granularity,
+        coarse=options.coarse,
+        init=options.init,
+        retention=options.retention,
+        symmetric=options.symmetric,
     )
 
 
-def rules_of(section: ml_collections.ConfigDict) -> list[quant.QuantRule]:
-    """The rules that the section describes.
+def rules_of(options: QatOptions, allocation: Allocation | None = None) -> list[quant.QuantRule]:
+    """The rules that say which tensors are quantized and how.
+
+    >>> [rule.pattern for rule in rules_of(QatOptions(bits=2, rules=(("^stem/", 0),)))]
+    ['^stem/', '/kernel$']
+
+    Args:
+        options: the `quant` section.
+        allocation: these tensors and no others, in place of the section's rules.
 
     Raises:
         UserError: a value cannot be used.
     """
+    if allocation:
+        return quant.rules_of(allocation, spec_of(options, 8))
     rules = []
-    for rule in section.rules:
-        if len(rule) != 2:
-            raise UserError(f"quant.rules: {rule!r} must be (pattern, bits)")
-        own = dataclasses.replace(spec_of(section, int(rule[1])), coarse=()) if rule[1] else None
-        rules.append(quant.QuantRule(rule[0], own))
-    if section.bits or section.budget:
-        rules.append(quant.QuantRule(r"/kernel$", spec_of(section, section.bits or max(section.budget_bits))))
+    for pattern, bits in options.rules:
+        spec = dataclasses.replace(spec_of(options, bits), coarse=()) if bits else None
+        rules.append(quant.QuantRule(pattern, spec))
+    if options.bits or options.budget:
+        rules.append(quant.QuantRule(r"/kernel$", spec_of(options, options.bits or max(options.budget_bits))))
     return rules
 
 
-def begin(
-    section: ml_collections.ConfigDict,
-    reference: SpeakerModel,
-    params: Any,
-    features: jax.Array | None,
-    widths: Mapping[str, int] | None = None,
-    narrow: Any = None,
-) -> tuple[Any, Any]:
-    """What training begins from: `start`, brought near to the full-precision network on some crops of speech.
-
-    Where it can be, that is the network fitted without training (see `recalibrate`), which is worth hundreds of steps.
-    KMQAT's own recipe, codebooks that channels share, and stages, whose tensors wait in full precision, are given the
-    reference's moments in place of it, or begin as they are where codebooks nest.
+def init_params(
+    options: QatOptions, network: Params, allocation: Allocation | None = None, parent: Params | None = None
+) -> QatParams:
+    """Makes latents and codebooks of full-precision parameters, by k-means. Works on shapes in `jax.eval_shape`.
 
     Args:
-        section: the `quant` section.
+        options: the `quant` section.
+        network: full-precision parameters.
+        allocation: see `rules_of`.
+        parent: parameters of the packed network to grow from. What it does not quantize, all bits share.
+
+    Raises:
+        UserError: a value of the section cannot be used, a weight is not finite, or `parent` is another network.
+    """
+    rules = rules_of(options, allocation)
+    if parent is not None:
+        return _grow(network, parent, rules)
+    return QatParams(*quant.init_codebooks(network, rules, recipe=options.recipe))
+
+
+def _grow(network: Params, parent: Params, rules: list[quant.QuantRule]) -> QatParams:
+    """As `init_params`, of nested codebooks."""
+    latents, books = quant.grow_codebooks(network, parent, rules)
+    quantized_layers = {name.rpartition("/")[0] for name in books}
+    shared = {name: leaf for name, leaf in named_leaves(parent, quant.is_codebook_tensor) if name not in books}
+
+    def take(name: str, latent: jax.Array) -> jax.Array:
+        return latent if name.rpartition("/")[0] in quantized_layers else jnp.asarray(shared[name])
+
+    latents = map_named(take, latents)
+    fewest, *more = next(iter(books.values())).all_bits[:-1]
+    return QatParams(
+        latents,
+        {name: dataclasses.replace(book, indices=None) for name, book in books.items()},
+        {str(fewest): _biases(parent)} | {str(bits): _biases(latents) for bits in more},
+    )
+
+
+def _biases(network: Params) -> Params:
+    """Copies of the biases of a network: what each number of bits of nested codebooks has to itself."""
+    found: dict[str, Params] = {}
+    for key, value in network.items():
+        if isinstance(value, Mapping):
+            below = _biases(value)
+            found |= {key: below} if below else {}
+        elif key == "bias":
+            found[key] = jnp.array(value)
+    return found
+
+
+def parent_indices(params: QatParams, parent: Params) -> dict[str, jax.Array]:
+    """The indices of the network that nested codebooks grow from, by name: the `TrainState.indices` of all the run."""
+    tensors = dict(named_leaves(parent, is_leaf=quant.is_codebook_tensor))
+    return {name: quant.indices_of(tensors[name]) for name in params.codebooks}
+
+
+def init_fitted(
+    options: QatOptions,
+    reference: SpeakerModel,
+    features: jax.Array | None,
+    allocation: Allocation | None = None,
+    parent: Params | None = None,
+) -> tuple[QatParams, Params]:
+    """As `init_params`, then brings the network near to the full-precision one on some crops of speech.
+
+    Training begins with the network fitted without training (`ptq.fit`) where it can: that saves hundreds of steps. It
+    cannot where the recipe is "kmqat", where channels share a codebook, and where phases leave tensors in full
+    precision. There each layer is only given the reference's moments (`match_moments`); nested codebooks stay as
+    k-means makes them.
+
+    Args:
+        options: the `quant` section.
         reference: the full-precision network.
-        params: its parameters, as `start` takes them.
-        features: `[batch, time, mel]`, as training gives them; None begins from k-means as it is.
-        widths: see `start`.
-        narrow: see `start`.
+        features: `[batch, time, mel]`, as training gives them; None leaves the network as k-means makes it.
+        allocation: see `rules_of`.
+        parent: see `init_params`.
 
     Returns:
-        `(params, batch_stats)`.
+        Parameters and running statistics.
 
     Raises:
-        UserError: as `start`.
+        UserError: as `init_params`.
     """
-    batch_stats = reference.variables.get("batch_stats", {})
-    per_channel = section.granularity == "channel" and section.recipe == "normalized"
-    if features is not None and per_channel and not section.multi_stage:
-        return _fitted(section, reference, params, features, widths, narrow)
-    params = start(section, params, widths, narrow)
-    return (params, batch_stats) if features is None or narrow is not None else repaired(reference, params, features)
+    network, batch_stats = reference.variables["params"], reference.variables.get("batch_stats", {})
+    can_fit = options.granularity == "channel" and options.recipe == "normalized" and not options.multi_stage
+    if features is not None and can_fit:
+        return _fit(options, reference, features, allocation, parent)
+    params = init_params(options, network, allocation, parent)
+    if features is None or parent is not None:
+        return params, batch_stats
+    return match_moments(reference, params, features)
 
 
-def _fitted(
-    section: ml_collections.ConfigDict,
+def _fit(
+    options: QatOptions,
     reference: SpeakerModel,
-    params: Any,
     features: jax.Array,
-    widths: Mapping[str, int] | None,
-    narrow: Any,
-) -> tuple[Any, Any]:
-    rules = _rules(section, widths)
-    grown = {} if narrow is None else start(section, params, widths, narrow)
-    packs = (
-        packed(grown, cells(grown, narrow)) if grown else {"params": quant.quantize_params(params["network"], rules)}
-    )
-    quantized = dataclasses.replace(reference, variables={**reference.variables, **packs})
-    fitted = fit.fit(reference, quantized, features, keep_coarsest=bool(grown)).variables
-    latents, books = quant.adopt_codebooks(params["network"], fitted["params"], rules)
-    begun = {**params, "network": latents, "codebooks": books}
-    if grown:
-        own = fitted[PER_BITS]
-        begun["narrow"] = {
-            bits: {name: jnp.asarray(own[bits][f"params/{name}"]) for name in biases}
-            for bits, biases in grown["narrow"].items()
-        }
-    return begun, jax.tree.map(jnp.asarray, fitted.get("batch_stats", {}))
+    allocation: Allocation | None,
+    parent: Params | None,
+) -> tuple[QatParams, Params]:
+    network, rules = reference.variables["params"], rules_of(options, allocation)
+    if parent is None:
+        packed = {"params": quant.quantize_params(network, rules)}
+    else:
+        grown = init_params(options, network, allocation, parent)
+        packed = packed_variables(grown, parent_indices(grown, parent))
+    quantized = dataclasses.replace(reference, variables={**reference.variables, **packed})
+    fitted = fit.fit(reference, quantized, features, keep_coarsest=parent is not None).variables
+    own = {bits: _by_name(leaves) for bits, leaves in fitted.get(PER_BITS, {}).items()} if parent is not None else {}
+    per_bits = {bits: _biases_of(grown.per_bits[bits], own[bits]) for bits in own}
+    params = QatParams(*quant.adopt_codebooks(network, fitted["params"], rules), per_bits)
+    return params, jax.tree.map(jnp.asarray, fitted.get("batch_stats", {}))
 
 
-def start(
-    section: ml_collections.ConfigDict, params: Any, widths: Mapping[str, int] | None = None, narrow: Any = None
-) -> Any:
-    """Turns the kernels of `params["network"]` into latents, and adds their codebooks and the smaller widths' biases.
-
-    Works on shapes too, inside `jax.eval_shape`. Without quantization `params` comes back as it is.
-
-    Args:
-        section: the `quant` section.
-        params: full-precision parameters.
-        widths: by name, in place of the section's rules: these tensors and no others.
-        narrow: parameters of the packed network to grow from. What it does not quantize is shared by all widths.
-
-    Raises:
-        UserError: a value of the section cannot be used, a weight is not finite, or `narrow` is another network.
-    """
-    if not is_on(section):
-        return params
-    rules = _rules(section, widths)
-    if narrow is not None:
-        return _grown(params, narrow, rules)
-    latents, books = quant.init_codebooks(params["network"], rules, recipe=section.recipe)
-    return {**params, "network": latents, "codebooks": {**params.get("codebooks", {}), **books}}
+def _biases_of(biases: Params, leaves: Mapping[str, jax.Array]) -> Params:
+    """The tree of `biases` with the values that variables of those names have."""
+    return map_named(lambda name, _: jnp.asarray(leaves[f"params/{name}"]), biases)
 
 
-def _rules(section: ml_collections.ConfigDict, widths: Mapping[str, int] | None) -> list[quant.QuantRule]:
-    return quant.rules_of(widths, spec_of(section, 8)) if widths else rules_of(section)
+def _by_name(tree: Params) -> dict[str, jax.Array]:
+    return dict(named_leaves(tree))
 
 
-def _grown(params: Any, narrow: Any, rules: list[quant.QuantRule]) -> Any:
-    """As `start`, of nested codebooks."""
-    latents, books = quant.grow_codebooks(params["network"], narrow, rules)
-    quantized = {name.rpartition("/")[0] for name in books}
-    own = {name: leaf for name, leaf in named_leaves(narrow, is_leaf=quant.is_codebook_tensor) if name not in books}
-    network = map_named(lambda n, leaf: leaf if n.rpartition("/")[0] in quantized else jnp.asarray(own[n]), latents)
-    smallest, *wider = next(iter(books.values())).all_bits[:-1]
-    return {
-        **params,
-        "network": network,
-        "codebooks": {name: dataclasses.replace(book, indices=None) for name, book in books.items()},
-        "narrow": {str(smallest): _biases(narrow)} | {str(bits): _biases(network) for bits in wider},
-    }
+def match_moments(reference: SpeakerModel, params: QatParams, features: jax.Array) -> tuple[QatParams, Params]:
+    """Gives each layer's outputs the mean and deviation they have in the reference (`ptq.moments`).
 
-
-def _biases(network: Any) -> dict[str, jax.Array]:
-    """Copies of what each width of nested codebooks has to itself, by name."""
-    leaves = named_leaves(network, is_leaf=quant.is_codebook_tensor)
-    return {name: jnp.array(leaf) for name, leaf in leaves if name.endswith("/bias")}
-
-
-def cells(params: Any, narrow: Any) -> dict[str, jax.Array]:
-    """The indices of the network that nested codebooks were grown from, by name: what `indices` holds all along."""
-    tensors = dict(named_leaves(narrow, is_leaf=quant.is_codebook_tensor))
-    return {name: quant.indices_of(tensors[name]) for name in params["codebooks"]}
-
-
-def repaired(reference: SpeakerModel, params: Any, features: jax.Array) -> tuple[Any, Any]:
-    """Gives the layers of what `start` made the reference's moments (see `moments`); not where codebooks nest.
+    Not for nested codebooks.
 
     Args:
         reference: the full-precision network.
-        params: from `start`, made of it.
+        params: made of it by `init_params`.
         features: `[batch, time, mel]`, as training gives them.
 
     Returns:
-        `(params, batch_stats)`.
+        Parameters and running statistics.
     """
-    books = params["codebooks"]
     batch_stats = reference.variables.get("batch_stats", {})
-    variables = {"params": quant.export(params["network"], books), "batch_stats": batch_stats}
-    repair = moments.measure(reference, dataclasses.replace(reference, variables=variables), features)
-    scales = {}
+    quantized = {"params": quant.export(params.latents, params.codebooks), "batch_stats": batch_stats}
+    repair = moments.measure(reference, dataclasses.replace(reference, variables=quantized), features)
+    scaled_books = {}
 
-    def scaled(name: str, leaf: Any, slope: jax.Array) -> Any:
-        book = books.get(name)
+    def scaled(name: str, leaf: jax.Array, slope: jax.Array) -> jax.Array:
+        book = params.codebooks.get(name)
         if book is None:
             return leaf * along(slope, leaf.ndim, leaf.ndim - 1)
         if book.axis is None:
             return leaf  # one scale for all channels cannot follow; the bias still does
         slope = jnp.maximum(slope, 1e-6)
-        scales[name] = book.with_scale(book.scale * slope)
+        scaled_books[name] = book.with_scale(book.scale * slope)
         return leaf if book.normalized else leaf * along(slope, leaf.ndim, book.axis)
 
-    variables = {"params": params["network"], "batch_stats": batch_stats}
-    variables = jax.tree.map(jnp.asarray, moments.apply(repair, variables, scaled))
-    return {**params, "network": variables["params"], "codebooks": {**books, **scales}}, variables["batch_stats"]
+    variables = moments.apply(repair, {"params": params.latents, "batch_stats": batch_stats}, scaled)
+    variables = jax.tree.map(jnp.asarray, variables)
+    matched = QatParams(variables["params"], {**params.codebooks, **scaled_books}, params.per_bits)
+    return matched, variables["batch_stats"]
 
 
-def weights(
-    section: ml_collections.ConfigDict,
-    params: Any,
-    indices: Mapping[str, jax.Array],
+def effective_weights(
+    options: QatOptions,
+    params: QatParams,
+    indices: Indices,
     step: jax.Array,
-    thaw: float,
-    names: Iterable[str] | None = None,
-) -> Any:
-    """The network's parameters as a training step uses them: exactly what its packed form would hold.
+    thaw: float = 0.0,
+    names: Collection[str] | None = None,
+) -> Params:
+    """The weights that a training step computes with: exactly what the packed network would hold.
 
     Args:
-        section: the `quant` section.
-        params: from `start`, to be differentiated.
-        indices: cached ones by name; empty: each latent takes its nearest centroid afresh. See `cells`, too.
+        options: the `quant` section.
+        params: to be differentiated.
+        indices: see `TrainState`.
         step: of the run.
         thaw: step from which scales are trained.
-        names: tensors that are quantized already; None is all of them. The others are used in full precision.
+        names: tensors that are quantized already; None is all. The others are used in full precision.
     """
-    names = set(params["codebooks"]) if names is None else set(names)
-    waiting = {name: book for name, book in params["codebooks"].items() if name not in names}
-    latents = unquantized(params["network"], jax.lax.stop_gradient(waiting))
-    books = {}
-    for name, book in params["codebooks"].items():
-        if name not in names:
-            continue
-        held = jax.lax.stop_gradient(book)
-        if section.centroids == "gradient":
-            held = dataclasses.replace(held, centroids=book.centroids, coarse=book.coarse)
-        if section.learn_scale:
-            # The same value whether frozen or not; only its gradient is switched.
-            frozen = jax.lax.stop_gradient(book.raw_scale)
-            held = dataclasses.replace(held, raw_scale=jnp.where(step >= thaw, book.raw_scale, frozen))
-        books[name] = dataclasses.replace(held, indices=indices.get(name))
-    bits = None
-    if section.coarse:
-        trained = jnp.array((*sorted(section.coarse)[1:], section.bits))
-        bits = trained[step % len(trained)]
-        latents = _own_biases(latents, params["narrow"], bits)
-    clip = section.clip or None
-    return quant.fake_quantize(latents, books, bits=bits, clip=clip, reduction=section.reduction)
+    names = set(params.codebooks) if names is None else set(names)
+    waiting = {name: book for name, book in params.codebooks.items() if name not in names}
+    latents = weights_of_latents(params.latents, jax.lax.stop_gradient(waiting))
+    books = {
+        name: dataclasses.replace(_trained_parts(options, book, step >= thaw), indices=indices.get(name))
+        for name, book in params.codebooks.items()
+        if name in names
+    }
+    if not options.coarse:
+        return quant.fake_quantize(latents, books)
+    # One program serves all bits: which are trained in this step is known only when it runs.
+    bits = jnp.array(options.trained_bits)[step % len(options.trained_bits)]
+    return quant.fake_quantize(_with_biases(latents, params.per_bits, bits), books, bits=bits)
 
 
-def _own_biases(network: Any, narrow: Mapping[str, Mapping[str, jax.Array]], bits: jax.Array) -> Any:
-    """The network with the biases of a width that is known only when running."""
-    widths = jnp.array([int(width) for width in narrow])
-
-    def chosen(name: str, leaf: jax.Array) -> jax.Array:
-        smaller = [own[name] for own in narrow.values() if name in own]
-        return jnp.stack([*smaller, leaf])[jnp.sum(widths < bits)] if smaller else leaf
-
-    return map_named(chosen, network)
+def _trained_parts(options: QatOptions, book: quant.Codebook, thawed: jax.Array) -> quant.Codebook:
+    """A codebook with gradients only of what is trained."""
+    held = jax.lax.stop_gradient(book)
+    if options.centroids == "gradient":
+        held = dataclasses.replace(held, centroids=book.centroids, coarse=book.coarse)
+    # The same value whether frozen or not; only its gradient is switched.
+    return dataclasses.replace(held, raw_scale=jnp.where(thawed, book.raw_scale, held.raw_scale))
 
 
-def unquantized(latents: Any, books: Mapping[str, quant.Codebook]) -> Any:
-    """Latents in units of the weights, for those that have a codebook in `books`."""
+def _with_biases(network: Params, per_bits: Mapping[str, Params], bits: jax.Array) -> Params:
+    """The network with the biases of a number of bits that is known only when running."""
+    smaller = jnp.array([int(own) for own in per_bits])
+    biases = [_by_name(own) for own in per_bits.values()]
 
-    def restore(name: str, latent: jax.Array) -> jax.Array:
-        book = books.get(name)
+    def choose(name: str, leaf: jax.Array) -> jax.Array:
+        own = [tree[name] for tree in biases if name in tree]
+        return jnp.stack([*own, leaf])[jnp.sum(smaller < bits)] if own else leaf
+
+    return map_named(choose, network)
+
+
+def weights_of_latents(latents: Params, codebooks: Codebooks) -> Params:
+    """The full-precision weights of latents: those that have a codebook are taken out of the units of its scale."""
+
+    def weights(name: str, latent: jax.Array) -> jax.Array:
+        book = codebooks.get(name)
         return latent if book is None or not book.normalized else latent * along(book.scale, latent.ndim, book.axis)
 
-    return map_named(restore, latents)
+    return map_named(weights, latents)
 
 
-def stages_of(section: ml_collections.ConfigDict, params: Any) -> list[tuple[str, ...]]:
-    """The names that are quantized in each stage of training: all in one, or the smallest widths first."""
-    widths = {name: book.bits for name, book in params.get("codebooks", {}).items()}
-    return [tuple(sorted(stage)) for stage in quant.stages(widths)] if section.multi_stage else [tuple(sorted(widths))]
+def phases_of(options: QatOptions, codebooks: Codebooks) -> list[tuple[str, ...]]:
+    """The names that are quantized in each phase: all in one, or the fewest bits first (multi-stage fine-tuning)."""
+    bits = {name: book.bits for name, book in codebooks.items()}
+    return [tuple(sorted(phase)) for phase in quant.stages(bits)] if options.multi_stage else [tuple(sorted(bits))]
 
 
-def enter_stage(section: ml_collections.ConfigDict, params: Any, now: Iterable[str], before: Iterable[str]) -> Any:
-    """Makes the codebooks afresh of the tensors that are quantized from `now` on and were not `before`."""
-    fresh = {name: params["codebooks"][name] for name in sorted(set(now) - set(before))}
-    full = {**params, "network": unquantized(params["network"], fresh)}
-    return start(section, full, {name: book.bits for name, book in fresh.items()}) if fresh else params
+def enter_phase(options: QatOptions, params: QatParams, names: Collection[str], before: Collection[str]) -> QatParams:
+    """Makes new codebooks of the tensors that are quantized from now on: `names` but those of the phase `before`."""
+    fresh = {name: params.codebooks[name] for name in sorted(set(names) - set(before))}
+    if not fresh:
+        return params
+    weights = weights_of_latents(params.latents, fresh)
+    made = init_params(options, weights, {name: book.bits for name, book in fresh.items()})
+    return QatParams(made.latents, {**params.codebooks, **made.codebooks}, params.per_bits)
 
 
 def allocate(
-    section: ml_collections.ConfigDict, network: Any, loss: Callable[[Any], jax.Array], key: jax.Array
+    options: QatOptions, network: Params, loss: Callable[[Params], jax.Array], key: jax.Array
 ) -> dict[str, int]:
-    """Chooses a width for each kernel within `quant.budget`, by the traces of the loss's Hessian.
+    """Chooses the bits of each kernel within `quant.budget`, by the traces of the loss's Hessian.
 
     Args:
-        section: the `quant` section: `budget` is a share of the kernels' bytes in float32; `widths` to choose from;
-            `sections` of like sensitivity that share a width, 0 for a width of each tensor's own; `hessian_draws`.
+        options: the `quant` section.
         network: full-precision parameters.
         loss: of such parameters, a scalar.
         key: random key.
@@ -330,75 +318,89 @@ def allocate(
         `{name: bits}`.
 
     Raises:
-        UserError: even the smallest widths exceed the budget.
+        UserError: even the fewest bits exceed the budget.
     """
-    rules = rules_of(section)
+    rules = rules_of(options)
     names = list(quant.decide(network, rules))
     leaves = dict(named_leaves(network))
-    budget = section.budget * sum(4 * leaves[name].size for name in names)
-    errors, sizes = quant.distortions(network, rules, tuple(section.budget_bits))
-    traces = quant.hessian_traces(loss, network, key, draws=section.hessian_draws, names=names)
-    if section.sections:
-        return quant.allocate_sections(traces, errors, sizes, budget, section.sections)
+    budget = options.budget * sum(4 * leaves[name].size for name in names)
+    errors, sizes = quant.distortions(network, rules, options.budget_bits)
+    traces = quant.hessian_traces(loss, network, key, draws=options.hessian_draws, names=names)
+    if options.sections:
+        return quant.allocate_sections(traces, errors, sizes, budget, options.sections)
     return quant.allocate(traces, errors, sizes, budget)
 
 
-def after_step(
-    section: ml_collections.ConfigDict,
-    params: Any,
-    indices: Mapping[str, jax.Array],
-    step: jax.Array,
-    lloyd_until: float,
-) -> tuple[Any, Mapping[str, jax.Array]]:
-    """Lloyd updates of the centroids and new assignments, when they are due.
+def move_centroids(
+    options: QatOptions, params: QatParams, indices: Indices, step: jax.Array, last_step: float
+) -> QatParams:
+    """Moves centroids towards the mean of their members, as Lloyd's algorithm does, where it is due.
 
     Args:
-        section: the `quant` section.
+        options: the `quant` section.
         params: after the optimizer's step.
-        indices: cached ones.
+        indices: see `TrainState`.
         step: steps done.
-        lloyd_until: no Lloyd updates after this step, so that the end of training is quiet.
+        last_step: centroids rest after it, so that the end of training is quiet.
     """
-    latents, books = params["network"], params["codebooks"]
+    if options.centroids != "lloyd":
+        return params
 
-    if section.centroids == "lloyd":
+    def move(books: Codebooks) -> Codebooks:
+        held = {name: dataclasses.replace(book, indices=indices.get(name)) for name, book in books.items()}
+        moved = quant.lloyd_update(
+            params.latents, held, rate=options.lloyd_rate, unused_rate=options.lloyd_unused_rate or None
+        )
+        return {name: dataclasses.replace(book, indices=None) for name, book in moved.items()}
 
-        def lloyd(books: Codebooks) -> Codebooks:
-            held = {n: dataclasses.replace(b, indices=indices.get(n)) for n, b in books.items()}
-            moved = quant.lloyd_update(
-                latents, held, rate=section.lloyd_rate, unused_rate=section.lloyd_unused_rate or None
-            )
-            return {n: dataclasses.replace(b, indices=None) for n, b in moved.items()}
-
-        due = (step % section.lloyd_every == 0) & (step <= lloyd_until)
-        books = jax.lax.cond(due, lloyd, lambda same: same, books)
-    if section.reassign_every:
-        due = step % section.reassign_every == 0
-        indices = jax.lax.cond(due, lambda _: assigned(latents, books), lambda same: dict(same), indices)
-    return {**params, "codebooks": books}, indices
+    due = (step % options.lloyd_every == 0) & (step <= last_step)
+    return dataclasses.replace(params, codebooks=jax.lax.cond(due, move, lambda same: same, params.codebooks))
 
 
-def kept(before: Any, after: Any) -> Any:
-    """The parameters after a step, with all that the network grown from has a share in as it was before."""
-    books = {}
-    for name, book in after["codebooks"].items():
-        old = before["codebooks"][name]
-        books[name] = dataclasses.replace(book, raw_scale=old.raw_scale, coarse=(old.coarse[0], *book.coarse[1:]))
-    shared = {n: leaf for n, leaf in named_leaves(before["network"]) if n not in books and not n.endswith("/bias")}
-    network = map_named(lambda name, leaf: shared.get(name, leaf), after["network"])
-    smallest = min(before["narrow"], key=int)
-    narrow = {**after["narrow"], smallest: before["narrow"][smallest]}
-    return {**after, "network": network, "codebooks": books, "narrow": narrow}
+def reassign(options: QatOptions, params: QatParams, indices: Indices, step: jax.Array) -> Indices:
+    """Assigns latents to centroids anew, where it is due.
+
+    Args:
+        options: the `quant` section.
+        params: after `move_centroids`.
+        indices: cached ones, by name.
+        step: steps done.
+    """
+    if not options.reassign_every:
+        return indices
+    due = step % options.reassign_every == 0
+    return jax.lax.cond(due, lambda _: nearest_indices(params), lambda same: dict(same), indices)
 
 
-def assigned(latents: Any, books: Mapping[str, quant.Codebook]) -> dict[str, jax.Array]:
+def nearest_indices(params: QatParams) -> dict[str, jax.Array]:
     """The index of every latent's nearest centroid, by name."""
-    kept = quant.reassign(latents, books)
-    return {name: book.indices for name, book in kept.items() if book.indices is not None}
+    books = quant.reassign(params.latents, params.codebooks)
+    return {name: book.indices for name, book in books.items() if book.indices is not None}
 
 
-def packed(params: Any, indices: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """The variables that are shipped: packed tensors in place of latents, and the smaller widths' biases."""
-    books = {n: dataclasses.replace(b, indices=indices.get(n)) for n, b in params["codebooks"].items()}
-    narrow = {bits: {f"params/{n}": leaf for n, leaf in own.items()} for bits, own in params.get("narrow", {}).items()}
-    return {"params": quant.export(params["network"], books), **({PER_BITS: narrow} if narrow else {})}
+def keep_parent(before: QatParams, after: QatParams) -> QatParams:
+    """The parameters `after` a step, with what the network of the fewest bits is made of as it was `before`.
+
+    That is the scales, its own centroids and biases, and whatever is in full precision.
+    """
+    books = {}
+    for name, book in after.codebooks.items():
+        old = before.codebooks[name]
+        books[name] = dataclasses.replace(book, raw_scale=old.raw_scale, coarse=(old.coarse[0], *book.coarse[1:]))
+    shared = {n: leaf for n, leaf in named_leaves(before.latents) if n not in books and not n.endswith("/bias")}
+    fewest = min(before.per_bits, key=int)
+    return QatParams(
+        map_named(lambda name, leaf: shared.get(name, leaf), after.latents),
+        books,
+        {**after.per_bits, fewest: before.per_bits[fewest]},
+    )
+
+
+def packed_variables(params: QatParams, indices: Indices) -> Variables:
+    """The variables that are shipped: packed tensors in place of latents, and the biases of fewer bits."""
+    books = {name: dataclasses.replace(book, indices=indices.get(name)) for name, book in params.codebooks.items()}
+    per_bits = {
+        bits: {f"params/{name}": leaf for name, leaf in named_leaves(biases)}
+        for bits, biases in params.per_bits.items()
+    }
+    return {"params": quant.export(params.latents, books), **({PER_BITS: per_bits} if per_bits else {})}

@@ -1,5 +1,6 @@
 """Quantization-aware training as users start it, on a tiny network and synthetic voices."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,8 +17,11 @@ from kmq_jax.core.tree import named_leaves
 from kmq_jax.data import pipeline, source
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import at_bits, frontend_of, load_model
-from kmq_jax.training import loop, qat
+from kmq_jax.training import loop
+from kmq_jax.training import step as steps
 from kmq_jax.training.config import default_config, quantized, smoke
+from kmq_jax.training.from_models import describe
+from kmq_jax.training.options import TrainOptions
 from kmq_jax.training.runlog import read_runlog
 
 
@@ -37,7 +41,7 @@ def full(tmp_path_factory):
 
 
 def kmqat_config(full, bits, **settings):
-    config = quantized(tiny(init_from=str(full)), bits, recalibrate=8, **settings)
+    config = quantized(tiny(init_from=str(full)), bits, **{"fit_crops": 8, **settings})
     config.optimizer.groups = (("raw_scale|centroids", 0.2, 0.0), ("/(bias|scale)$|classifier", 0.1, 0.0))
     return config
 
@@ -123,37 +127,40 @@ def test_a_stopped_run_goes_on_bit_exactly(run, full, tmp_path, monkeypatch):
     assert losses[0] == losses[1]
 
 
-def test_mixed_precision_in_stages(full, tmp_path):
-    config = kmqat_config(full, 0, budget=0.1, widths=(2, 3, 4), sections=4, hessian_draws=2, multi_stage=True)
+def test_mixed_precision_in_phases(full, tmp_path):
+    config = kmqat_config(full, 0, budget=0.1, budget_bits=(2, 3, 4), sections=4, hessian_draws=2, multi_stage=True)
     config.optimizer.groups = (("raw_scale|centroids", 0.2, 0.0), ("/(bias|scale)$|classifier", 0.1, 0.0))
     config.loss.weight = 1.0  # speaker labels beside the teacher
     summary = loop.train(config, tmp_path)
-    widths = json.loads((tmp_path / "widths.json").read_text())
+    bits = json.loads((tmp_path / "bits.json").read_text())
     params = load_model(tmp_path).variables["params"]
     tensors = dict(named_leaves(params, is_leaf=quant.is_codebook_tensor))
-    assert {name: tensors[name].bits for name in widths} == widths
-    kernels = {name: tensors[name] for name in widths}
+    assert {name: tensors[name].bits for name in bits} == bits
+    kernels = {name: tensors[name] for name in bits}
     size = quant.size_bytes(kernels).total
     assert size <= 0.1 * sum(4 * t.size for t in kernels.values())
     assert summary["finished"] and "accuracy" in read_runlog(tmp_path / "metrics.jsonl")[-1]
 
 
-def losses_on(devices, full, steps=3):
-    config = kmqat_config(full, 2)
-    utterances = source.open_sources(config.data.train)
-    network = loop.describe(config).network()
+def losses_on(devices, full, count=3):
+    options = TrainOptions.from_config(kmqat_config(full, 2, fit_crops=0))
+    utterances = source.open_sources(options.data.train)
+    network = describe(options).network()
     places = mesh.make_mesh(devices)
-    given = load_model(full).variables
-    params, _ = steps.init_params(network, config, len(utterances.speaker_names))
-    params = qat.start(config.quant, {**params, "network": given["params"]})
-    recipe = steps.make_recipe(network, frontend_of("kiwano"), config, places, params, epoch_steps=4)
+    reference = load_model(full)
+    given = reference.variables
+    params, _ = steps.init_params(network, options, len(utterances.speaker_names))
+    task = steps.make_task(options, epoch_steps=4)
+    params = dataclasses.replace(params, network=task.init(reference, None)[0])
+    objective = steps.make_objective(network, frontend_of("kiwano"), options, places, epoch_steps=4)
+    recipe = steps.make_recipe(objective, task, params)
     state = steps.init_state(recipe, params, given["batch_stats"])
     shardings = mesh.tree_shardings(state, places, [])
     state, teacher = jax.device_put(state, shardings), jax.device_put(given, mesh.replicated(places))
     step = steps.jit_train_step(recipe, shardings)
     batches = pipeline.training_batches(utterances, batch_size=8, crop_samples=16000, seed=0, threads=0)
     losses = []
-    for _, batch in zip(range(steps), batches):
+    for _, batch in zip(range(count), batches):
         state, metrics = step(state, mesh.shard_batch(batch, places), teacher)
         losses.append(float(metrics["loss"]))
     return losses

@@ -21,7 +21,10 @@ from kmq_jax.data import pipeline, source
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import frontend_of, load_model, save_model
 from kmq_jax.training import loop
+from kmq_jax.training import step as steps
 from kmq_jax.training.config import default_config, smoke
+from kmq_jax.training.from_models import describe
+from kmq_jax.training.options import TrainOptions
 from kmq_jax.training.runlog import read_runlog
 
 ROOT = Path(__file__).parents[2]
@@ -124,21 +127,22 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_last_good_checkpoint(tmp
     assert all(np.isfinite(leaf).all() for leaf in leaves(tmp_path))
 
 
-def losses_on(devices, steps=3):
+def losses_on(devices, count=3):
     """Losses of a few steps of the same run on a mesh of these devices."""
-    config = tiny()
-    utterances = source.open_sources(config.data.train)
-    network = loop.describe(config).network()
+    options = TrainOptions.from_config(tiny())
+    utterances = source.open_sources(options.data.train)
+    network = describe(options).network()
     places = mesh.make_mesh(devices)
-    params, stats = steps.init_params(network, config, len(utterances.speaker_names))
-    recipe = steps.make_recipe(network, frontend_of("kiwano"), config, places, params, epoch_steps=4)
+    params, stats = steps.init_params(network, options, len(utterances.speaker_names))
+    objective = steps.make_objective(network, frontend_of("kiwano"), options, places, epoch_steps=4)
+    recipe = steps.make_recipe(objective, steps.make_task(options, 4), params)
     state = steps.init_state(recipe, params, stats)
     shardings = mesh.tree_shardings(state, places, [("classifier", 0)])
     state = jax.device_put(state, shardings)
     step = steps.jit_train_step(recipe, shardings)
     batches = pipeline.training_batches(utterances, batch_size=8, crop_samples=16000, seed=0, threads=0)
     losses = []
-    for _, batch in zip(range(steps), batches):
+    for _, batch in zip(range(count), batches):
         state, metrics = step(state, mesh.shard_batch(batch, places))
         losses.append(float(metrics["loss"]))
     return losses
@@ -190,9 +194,9 @@ def test_the_average_of_checkpoints_is_their_mean(tmp_path):
 MISTAKES = {
     "model.features (=80)": lambda c: c.model.update(features=80),
     "batch_size (=6)": lambda c: c.update(batch_size=6),
-    "loss.kind 'arc'": lambda c: c.loss.update(kind="arc"),
-    "optimizer.name 'lion'": lambda c: c.optimizer.update(name="lion"),
-    "learning_rate.kind 'flat'": lambda c: c.learning_rate.update(kind="flat"),
+    "`loss.kind` (=arc)": lambda c: c.loss.update(kind="arc"),
+    "`optimizer.name` (=lion)": lambda c: c.optimizer.update(name="lion"),
+    "`learning_rate.kind` (=flat)": lambda c: c.learning_rate.update(kind="flat"),
     "frontend 'mfcc'": lambda c: c.update(frontend="mfcc"),
     "no data at": lambda c: c.data.update(train="nowhere"),
     "fewer than batch_size": lambda c: c.update(batch_size=64, epoch_steps=0),

@@ -17,8 +17,7 @@ from kmq_jax.nn.conv import window
 from kmq_jax.nn.layers import Conv, dense
 from kmq_jax.ptq import fit, moments
 from kmq_jax.training import qat
-from kmq_jax.training.config import default_config
-from kmq_jax.training.config import quantized as quantized_config
+from kmq_jax.training.options import QatOptions
 
 DATA = source.open_source("synthetic:train?speakers=4&utterances=4")
 
@@ -83,16 +82,16 @@ def test_running_statistics_are_those_of_the_quantized_network():
 @pytest.mark.parametrize("recipe", ["normalized", "kmqat"])
 def test_training_can_start_from_the_reference_s_moments(recipe):
     reference = reference_of("bias")
-    section = quantized_config(default_config("resnet18"), 2, recipe=recipe).quant
+    section = QatOptions(bits=2, recipe=recipe)
     features = moments.random_features(frontend_of("kiwano"), DATA, 16, 1.0)
-    begun = qat.start(section, {"network": reference.variables["params"]})
+    begun = qat.init_params(section, reference.variables["params"])
     # Of so small a network they are near as it is.
-    off = map_named(lambda name, leaf: leaf + 0.3 if name.endswith("/bias") else leaf, begun["network"])
-    begun = {**begun, "network": off}
-    repaired, _ = qat.repaired(reference, begun, features)
+    off = map_named(lambda name, leaf: leaf + 0.3 if name.endswith("/bias") else leaf, begun.latents)
+    begun = dataclasses.replace(begun, latents=off)
+    repaired, _ = qat.match_moments(reference, begun, features)
     assert jax.tree.structure(repaired) == jax.tree.structure(begun)
     expected = stage_moments(reference, features)
-    shipped = [dataclasses.replace(reference, variables=qat.packed(p, {})) for p in (begun, repaired)]
+    shipped = [dataclasses.replace(reference, variables=qat.packed_variables(p, {})) for p in (begun, repaired)]
     before, after = (np.abs(stage_moments(m, features) / expected - 1) for m in shipped)
     assert np.max(after) < 0.1
     assert np.max(before) > 0.3
@@ -101,22 +100,19 @@ def test_training_can_start_from_the_reference_s_moments(recipe):
 def test_wider_widths_begin_fitted_inside_the_cells_of_a_narrow_network_that_stays_as_it_is():
     reference = reference_of("bias")
     kept = "^(stage4|pool)/"  # in full precision: fewer shapes to compile for
-    section = quantized_config(
-        default_config("resnet18"), 4, coarse=(2, 3), grow_from="narrow", rules=((kept, 0),)
-    ).quant
+    section = QatOptions(bits=4, coarse=(2, 3), grow_from="narrow", rules=((kept, 0),))
     features = moments.random_features(frontend_of("kiwano"), DATA, 8, 1.0)
     narrow = fit.fit(reference, quantized_of(reference, [quant.QuantRule(kept, None)]), features)
     narrow = map_named(
         lambda name, leaf: leaf + 0.01 if name.endswith("/bias") else leaf,  # as training moves them
         narrow.variables["params"], is_leaf=quant.is_codebook_tensor,
     )  # fmt: skip
-    start = {"network": reference.variables["params"]}
-    begun, batch_stats = qat.begin(section, reference, start, features, narrow=narrow)
-    shapes = jax.eval_shape(lambda p: qat.start(section, p, narrow=narrow), start)
+    begun, batch_stats = qat.init_fitted(section, reference, features, parent=narrow)
+    shapes = jax.eval_shape(lambda p: qat.init_params(section, p, parent=narrow), reference.variables["params"])
     assert jax.tree.map(lambda x: (x.shape, x.dtype), begun) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
 
-    cells = qat.cells(begun, narrow)
-    variables = {**qat.packed(begun, cells), "batch_stats": batch_stats}
+    cells = qat.parent_indices(begun, narrow)
+    variables = {**qat.packed_variables(begun, cells), "batch_stats": batch_stats}
     shipped = dataclasses.replace(reference, variables=variables)
     here, there = quant.dequantize_params(at_bits(shipped, 2).variables["params"], 2), quant.dequantize_params(narrow)
     jax.tree.map(np.testing.assert_array_equal, here, there)
@@ -129,7 +125,7 @@ def test_wider_widths_begin_fitted_inside_the_cells_of_a_narrow_network_that_sta
         )
         return float(jnp.mean((own - exact) ** 2))
 
-    plain = qat.packed(qat.start(section, start, narrow=narrow), cells)
+    plain = qat.packed_variables(qat.init_params(section, reference.variables["params"], parent=narrow), cells)
     for bits in (3, 4):
         assert nearness(variables, bits) < nearness(plain, bits)
     assert nearness(variables, 4) < nearness(variables, 3) < nearness(variables, 2)
@@ -138,13 +134,14 @@ def test_wider_widths_begin_fitted_inside_the_cells_of_a_narrow_network_that_sta
 @pytest.mark.parametrize("norm", ["bias", "batch"])
 def test_training_begins_with_the_network_fitted_without_training(norm):
     reference = reference_of(norm)
-    section = quantized_config(default_config("resnet18"), 2).quant
+    section = QatOptions(bits=2)
     features = moments.random_features(frontend_of("kiwano"), DATA, 8, 1.0)
-    start = {"network": reference.variables["params"]}
-    params, batch_stats = qat.begin(section, reference, start, features)
-    assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(lambda p: qat.start(section, p), start))
+    params, batch_stats = qat.init_fitted(section, reference, features)
+    assert jax.tree.structure(params) == jax.tree.structure(
+        jax.eval_shape(lambda p: qat.init_params(section, p), reference.variables["params"])
+    )
     expected = fit.fit(reference, quantized_of(reference), features).variables
-    shipped = {**qat.packed(params, {}), "batch_stats": batch_stats}
+    shipped = {**qat.packed_variables(params, {}), "batch_stats": batch_stats}
     for name, leaf in named_leaves(expected):
         np.testing.assert_array_equal(dict(named_leaves(shipped))[name], leaf, err_msg=name)
 
@@ -152,14 +149,13 @@ def test_training_begins_with_the_network_fitted_without_training(norm):
 @pytest.mark.parametrize("change", [{"recipe": "kmqat"}, {"granularity": "tensor"}, {"multi_stage": True}])
 def test_what_cannot_be_fitted_begins_with_the_reference_s_moments(change):
     reference = reference_of("bias")
-    section = quantized_config(default_config("resnet18"), 2, **change).quant
+    section = QatOptions(bits=2, **change)
     features = moments.random_features(frontend_of("kiwano"), DATA, 8, 1.0)
-    start = {"network": reference.variables["params"]}
-    begun = qat.begin(section, reference, start, features)
-    expected = qat.repaired(reference, qat.start(section, start), features)
+    begun = qat.init_fitted(section, reference, features)
+    expected = qat.match_moments(reference, qat.init_params(section, reference.variables["params"]), features)
     jax.tree.map(np.testing.assert_array_equal, begun, expected)
-    plain, _ = qat.begin(section, reference, start, None)
-    jax.tree.map(np.testing.assert_array_equal, plain, qat.start(section, start))
+    plain, _ = qat.init_fitted(section, reference, None)
+    jax.tree.map(np.testing.assert_array_equal, plain, qat.init_params(section, reference.variables["params"]))
 
 
 def test_a_network_that_recomputes_its_blocks_is_repaired_alike():

@@ -4,16 +4,12 @@ import optax
 import pytest
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.training.config import default_config, steps_of
 from kmq_jax.training.optim import make_optimizer, make_schedule
-
-CONFIG = default_config("resnet36")
+from kmq_jax.training.options import OptimizerOptions, ScheduleOptions, steps_of
 
 
 def rates(steps, **settings):
-    section = CONFIG.learning_rate.copy_and_resolve_references()
-    section.update(settings)
-    schedule = make_schedule(section, epoch_steps=10, total_steps=100)
+    schedule = make_schedule(ScheduleOptions(**settings), epoch_steps=10, total_steps=100)
     return [float(schedule(jnp.int32(s))) for s in steps]
 
 
@@ -35,19 +31,8 @@ def test_steps_as_in_the_paper():
     np.testing.assert_allclose(got, [1e-5, 0.2, 0.2, 0.04, 0.04, 0.008], rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"kind": "flat"}, {"peak": 0.0}, {"kind": "exponential", "final": 0.0}, {"kind": "step", "factor": 1.0}],
-)
-def test_a_schedule_that_cannot_be(settings):
-    with pytest.raises(UserError, match="learning_rate"):
-        rates((0,), **settings)
-
-
 def updates(params, gradients, steps=1, **settings):
-    section = CONFIG.optimizer.copy_and_resolve_references()
-    section.update(settings)
-    optimizer = make_optimizer(section, lambda step: jnp.float32(0.1), params)
+    optimizer = make_optimizer(OptimizerOptions(**settings), lambda step: jnp.float32(0.1), params)
     state = optimizer.init(params)
     for _ in range(steps):
         update, state = optimizer.update(gradients, state, params)
@@ -88,10 +73,16 @@ def test_clipping_bounds_the_global_norm():
     assert float(new["conv"]["kernel"][0]) == pytest.approx(1 - 0.1 * 3.0)
 
 
-@pytest.mark.parametrize("settings", [{"name": "lion"}, {"groups": (("nothing", 1.0, 1.0),)}, {"groups": (("a",),)}])
-def test_an_optimizer_that_cannot_be(settings):
-    with pytest.raises(UserError):
-        updates(PARAMS, ONES, **settings)
+def test_groups_decay_apart_and_what_is_in_none_by_the_whole_rate():
+    groups = (("kernel", 1.0, 0.5), ("bias", 1.0, 0.0))
+    new = updates(PARAMS, ONES, name="sgd", momentum=0.0, weight_decay=0.5, groups=groups)
+    expected = {"kernel": 1 - 0.1 * 1.25, "bias": 0.9, "classifier": 1 - 0.1 * 1.5}
+    assert {**new["conv"], "classifier": new["classifier"]} == {k: pytest.approx(v) for k, v in expected.items()}
+
+
+def test_a_group_of_nothing_is_a_mistake():
+    with pytest.raises(UserError, match="first match of no name"):
+        updates(PARAMS, ONES, groups=(("nothing", 1.0, 1.0),))
 
 
 def test_epochs_become_whole_steps():

@@ -1,0 +1,289 @@
+"""The options of a training run, one dataclass a section of the configuration file. Values are checked once, here.
+
+>>> LossOptions(kind="am", margin=0.3).margin
+0.3
+>>> LossOptions(scale=float("nan"))
+Traceback (most recent call last):
+kmq_jax.core.errors.UserError: `scale` (=nan) must be a finite number
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.options import Options, option
+
+Section = TypeVar("Section", bound=Options)
+
+INITS = ("optimal", "companding", "equal-mass", "quantile", "kmeans++")
+HALF = 16  # bits that stand for half-precision floating point
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
+    """What training hears."""
+
+    root: str = option("a directory that a configuration's own places start from", "")
+    train: str = option("DATA to train on, or several separated by commas", "")
+    crop_seconds: float = option("length of a crop", 2.0, above=0)
+    speeds: tuple[float, ...] = option(
+        "speed perturbation: each speed other than 1 makes new speakers", (1.0,), above=0
+    )
+    augment: bool = option(
+        "add one of noise, music, babble, reverberation or nothing to each crop, uniformly among those at hand", True
+    )
+    noise: str = option("DATA of noise", "")
+    music: str = option("DATA of music", "")
+    threads: int = option("threads that read recordings", 2, at_least=0)
+
+    def __post_init__(self) -> None:
+        """See `Options`."""
+        super().__post_init__()
+        if not self.speeds:
+            raise UserError("`speeds` (=) must hold at least one speed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossOptions(Options):
+    """Classification of the training speakers."""
+
+    weight: float = option("of this loss; 0 trains by distillation alone, without speaker labels", 1.0, at_least=0)
+    kind: Literal["softmax", "am", "aam"] = option("margin softmax: none, on the cosine, or on the angle", "aam")
+    scale: float = option("what cosines are multiplied by", 30.0, above=0)
+    margin: float = option("the margin that is reached", 0.2, at_least=0)
+    margin_start: float = option("epoch at which the margin begins to rise from 0, linearly", 0.0, at_least=0)
+    margin_end: float = option("epoch at which it is reached", 0.0, at_least=0)
+    sub_centres: int = option("centres of each speaker", 1, at_least=1)
+    jeffreys: bool = option("the Jeffreys loss in place of cross entropy", False)
+    smoothing: float = option("its c1: the share of the target given to the other speakers", 0.1, at_least=0, below=1)
+    spread: float = option("its c2: the weight of their own evenness", 0.025, at_least=0, below=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillOptions(Options):
+    """Distillation: the network learns to answer as a full-precision one does."""
+
+    weight: float = option("of this loss; 0: no teacher", 0.0, at_least=0)
+    teacher: str = option("a MODEL; empty: the one in init_from", "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QatOptions(Options):
+    """Quantization-aware training, where `bits`, `rules` or `budget` are given."""
+
+    bits: int = option("of every kernel; 0: as `rules` and `budget` say", 0, at_least=0, at_most=8)
+    rules: tuple[tuple[str, int], ...] = option(
+        "(regular expression, bits) before `bits`, first match wins; 0 keeps full precision", ()
+    )
+    granularity: Literal["channel", "tensor"] = option("what shares a codebook", "channel")
+    coarse: tuple[int, ...] = option("nested codebooks: the fewer bits that the same indices serve", (), at_least=1)
+    grow_from: str = option(
+        "MODEL trained at the fewest of them: it stays as it is, and more bits are trained inside its cells", ""
+    )
+    recipe: Literal["normalized", "kmqat"] = option(
+        "unit of the latents: a channel's standard deviation, or as in KMQAT that of the weights", "normalized"
+    )
+    init: str = option("of the centroids, see quant.kmeans", "optimal", choices=INITS)
+    retention: float = option("share of a channel's weights that place its first centroids", 0.9, above=0, at_most=1)
+    symmetric: bool = option("centroids come in pairs of opposite sign", False)
+    fit_crops: int = option(
+        "crops that weights are fitted on before training, and batch normalisation measured on after it; 0: neither",
+        100,
+        at_least=0,
+    )
+    thaw_epochs: float = option("the scales stay as they are until then", 0.0, at_least=0)
+    centroids: Literal["gradient", "lloyd", "fixed"] = option("how centroids move", "gradient")
+    lloyd_every: int = option("steps between moves towards the mean of the members", 100, at_least=1)
+    lloyd_rate: float = option("share of the way that centroids move", 0.1, at_least=0, at_most=1)
+    lloyd_unused_rate: float = option("the same where many centroids have no members", 0.2, at_least=0, at_most=1)
+    lloyd_until: float = option("share of the run after which centroids rest", 0.67, at_least=0, at_most=1)
+    reassign_every: int = option("steps between assignments of latents to centroids; 0: every step", 0, at_least=0)
+    budget: float = option(
+        "mixed precision within this share of the kernels' float32 bytes; 0: bits as above", 0.0, at_least=0, at_most=1
+    )
+    budget_bits: tuple[int, ...] = option("bits that the budget is spent on", (2, 3, 4), at_least=1, at_most=8)
+    sections: int = option("groups of tensors of like sensitivity that share their bits; 0: none do", 4, at_least=0)
+    hessian_draws: int = option("random vectors that sensitivity is estimated by", 10, at_least=1)
+    multi_stage: bool = option("in phases: tensors of the fewest bits are quantized first, the others later", False)
+
+    def __post_init__(self) -> None:
+        """See `Options`; also checks what goes together."""
+        super().__post_init__()
+        for rule in self.rules:
+            if len(rule) != 2 or not isinstance(rule[1], int) or not (0 <= rule[1] <= 8 or rule[1] == HALF):
+                raise UserError(f"`rules`: {rule!r} must be (regular expression, bits)")
+        object.__setattr__(self, "rules", tuple((str(pattern), bits) for pattern, bits in self.rules))
+        if self.bits and any(bits >= self.bits for bits in self.coarse):
+            raise UserError(f"`coarse` (={self.coarse}) must be below `bits` (={self.bits})")
+        if bool(self.coarse) != bool(self.grow_from):
+            raise UserError("`coarse` and `grow_from`, a MODEL trained at the fewest bits, go together")
+        if self.grow_from and self.reassign_every:
+            raise UserError("`reassign_every` cannot be used with grow_from, whose cells stay as they are")
+        if self.budget and (self.bits or self.coarse or self.rules):
+            raise UserError("`budget` chooses bits itself: it cannot be used with bits, coarse or rules")
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is quantized."""
+        return bool(self.bits or self.rules or self.budget)
+
+    @property
+    def trained_bits(self) -> tuple[int, ...]:
+        """The bits that are trained: all but those of the network that nested codebooks are grown from.
+
+        >>> QatOptions(bits=4, coarse=(2, 3), grow_from="runs/2bit").trained_bits
+        (3, 4)
+        """
+        return (*sorted(self.coarse)[1:], self.bits)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerOptions(Options):
+    """How gradients move parameters."""
+
+    name: Literal["sgd", "adamw"] = option("momentum with L2 decay, or Adam with decoupled decay", "sgd")
+    momentum: float = option("of sgd", 0.9, at_least=0, below=1)
+    weight_decay: float = option("of every parameter, times the factor of its group", 1e-4, at_least=0)
+    clip: float = option("largest norm of the whole gradient; 0: any", 0.0, at_least=0)
+    groups: tuple[tuple[str, float, float], ...] = option(
+        "(regular expression, learning-rate factor, weight-decay factor) on names of parameters, first match wins",
+        ((r"/(bias|scale)$|classifier", 1.0, 0.0),),  # no decay of normalisation, biases and classifier
+    )
+
+    def __post_init__(self) -> None:
+        """See `Options`."""
+        super().__post_init__()
+        for group in self.groups:
+            if len(group) != 3 or not all(isinstance(factor, int | float) and factor >= 0 for factor in group[1:]):
+                raise UserError(f"`groups`: {group!r} must be (pattern, rate factor, decay factor)")
+        groups = tuple((str(pattern), float(rate), float(decay)) for pattern, rate, decay in self.groups)
+        object.__setattr__(self, "groups", groups)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleOptions(Options):
+    """The learning rate by step."""
+
+    kind: Literal["cosine", "exponential", "step"] = option("how it falls after the warm-up", "cosine")
+    start: float = option("at the first step", 0.0, at_least=0)
+    peak: float = option("after the warm-up", 0.1, above=0)
+    final: float = option("at the end, of cosine and exponential", 0.0, at_least=0)
+    warmup_epochs: float = option("over which it rises from `start` to `peak`, linearly", 1.0, at_least=0)
+    flat_until: float = option("epoch of the first drop, of step", 0.0, at_least=0)
+    every: float = option("epochs between drops, of step", 10.0, above=0)
+    factor: float = option("that each drop divides by, of step", 2.0, above=1)
+
+    def __post_init__(self) -> None:
+        """See `Options`."""
+        super().__post_init__()
+        if self.kind == "exponential" and self.final == 0:
+            raise UserError("`final` (=0) must be above 0 for the exponential schedule")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidationOptions(Options):
+    """Trials that are scored as training goes."""
+
+    data: str = option("DATA; empty: no validation", "")
+    trials: str = option("TRIALS", "")
+    epochs: float = option("between two validations; 0: only at the end", 1.0, at_least=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions(Options):
+    """All options of a run. Times are in epochs.
+
+    An epoch is `epoch_steps` steps; 0 means one crop of every training utterance (at every speed).
+    """
+
+    seed: int = option("of everything that is drawn", 0, at_least=0)
+    init_from: str = option(
+        "a MODEL to start from: its network, and its classifier where that has at least as many classes", ""
+    )
+    model: Mapping[str, Any] = option("the network's `name` and its settings, see models.registry")
+    frontend: str = option("filterbank setting: kiwano or wespeaker", "kiwano")
+    dtype: Literal["float32", "bfloat16"] = option(
+        "of the network's arithmetic; parameters and statistics stay float32", "float32"
+    )
+    data: DataOptions = option("what training hears", DataOptions())
+    spec_augment: float = option(
+        "probability that one band and one stretch of time are masked", 0.6, at_least=0, at_most=1
+    )
+    loss: LossOptions = option("classification of speakers", LossOptions())
+    distill: DistillOptions = option("distillation", DistillOptions())
+    quant: QatOptions = option("quantization-aware training", QatOptions())
+    optimizer: OptimizerOptions = option("how gradients move parameters", OptimizerOptions())
+    learning_rate: ScheduleOptions = option("by step", ScheduleOptions())
+    batch_size: int = option("over all devices", 128, at_least=1)
+    epochs: float = option("length of the run", 10.0, above=0)
+    epoch_steps: int = option("steps an epoch; 0: one pass over the data", 0, at_least=0)
+    sharding: tuple[tuple[str, int], ...] = option(
+        "(regular expression, axis) of parameters split over the devices; the rest is replicated", ()
+    )
+    log_every: int = option("steps between lines of metrics.jsonl", 10, at_least=1)
+    checkpoint_epochs: float = option("between checkpoints; 0: only at the end", 1.0, at_least=0)
+    keep_checkpoints: int = option("the newest so many", 2, at_least=1)
+    average_last: int = option("checkpoints that are averaged into the final model; 0: none", 0, at_least=0)
+    validation: ValidationOptions = option("trials scored as training goes", ValidationOptions())
+
+    def __post_init__(self) -> None:
+        """See `Options`; also checks what goes together."""
+        super().__post_init__()
+        if self.quant.on and self.average_last > 1:
+            raise UserError(f"`average_last` (={self.average_last}) cannot be used with quant: indices have no average")
+        if self.distill.weight and not (self.distill.teacher or self.init_from):
+            raise UserError("`distill.weight` is above zero, so distill.teacher or init_from must name a MODEL")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "TrainOptions":
+        """Turns a configuration (an `ml_collections.ConfigDict`, or plain mappings) into options.
+
+        A section `study`, which says what a study does with the network, is left out.
+
+        Raises:
+            UserError: a setting is unknown, or has a value that cannot be used; the message names it.
+        """
+        tree = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        tree.pop("study", None)
+        sections = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+        for name, kind in sections.items():
+            if issubclass(kind, Options) and name in tree:
+                tree[name] = section(kind, tree[name], f"{name}.")
+        return section(cls, tree, "")
+
+
+def section(kind: type[Section], values: Mapping[str, Any], prefix: str) -> Section:
+    """Makes the options of one section of a configuration; errors name settings as flags do.
+
+    >>> section(LossOptions, {"kind": "arc"}, "loss.")
+    Traceback (most recent call last):
+    kmq_jax.core.errors.UserError: `loss.kind` (=arc) must be one of softmax, am, aam
+    """
+    try:
+        return kind.of(values)
+    except UserError as error:
+        raise UserError(str(error).replace("`", f"`{prefix}", 1)) from error
+
+
+def steps_of(epochs: float, epoch_steps: int) -> int:
+    """Turns epochs into whole steps; at least one where epochs is above zero.
+
+    >>> [steps_of(epochs, epoch_steps=10) for epochs in (0.0, 0.01, 0.5, 2.0)]
+    [0, 1, 5, 20]
+
+    Raises:
+        UserError: negative.
+    """
+    if epochs < 0:
+        raise UserError(f"epochs (={epochs}) must not be negative")
+    return max(1, round(epochs * epoch_steps)) if epochs else 0
+
+
+def phase_of(step: int, total_steps: int, phases: int) -> int:
+    """The phase that a step belongs to: phases have the same number of steps, the last one at most that many.
+
+    >>> [phase_of(step, total_steps=5, phases=2) for step in range(5)]
+    [0, 0, 0, 1, 1]
+    """
+    return step // -(-total_steps // phases)

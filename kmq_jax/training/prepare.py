@@ -1,0 +1,239 @@
+"""What there is before the first step: data, network, task, optimizer, and the state, new or from a checkpoint."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import MutableMapping
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kmq_jax.core import distributed, mesh
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import read_json, write_json
+from kmq_jax.data import pipeline, source
+from kmq_jax.models.checkpoint import Checkpoints
+from kmq_jax.models.speaker_model import SpeakerModel, frontend_of
+from kmq_jax.ptq import moments
+from kmq_jax.training import qat
+from kmq_jax.training import step as steps
+from kmq_jax.training.from_models import describe, load_parent, load_start, load_teacher
+from kmq_jax.training.options import TrainOptions
+from kmq_jax.training.state import Params, Trainable, TrainState, Variables, checkpoint_parts, from_checkpoint
+from kmq_jax.training.tasks import Quantized
+from kmq_jax.training.validation import Validation, open_validation
+from kmq_jax.training.workdir import Settings, check_same_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The training data.
+
+    Attributes:
+        utterances: the recordings.
+        classes: speakers, those that other speeds make included.
+        epoch_steps: steps an epoch.
+        failures: the reason by the place of each recording that could not be read; filled as they are read.
+        batches: an endless grain iterator of this process's part of each batch.
+    """
+
+    utterances: source.Utterances
+    classes: int
+    epoch_steps: int
+    failures: MutableMapping[str, str]
+    batches: grain.DatasetIterator
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that is ready to take steps. Only `state` changes.
+
+    Attributes:
+        options: the run's.
+        settings: the configuration as `config.json` holds it.
+        workdir: the run's directory.
+        model: the model without weights.
+        recipe: what a step is made of.
+        data: the training data.
+        validation: trials that are scored as training goes.
+        checkpoints: of the workdir.
+        teacher: variables of the network to distil from, on the devices.
+        shardings: how the state lies on the devices.
+        state: the newest.
+    """
+
+    options: TrainOptions
+    settings: Settings
+    workdir: Path
+    model: SpeakerModel
+    recipe: steps.Recipe
+    data: Data
+    validation: Validation | None
+    checkpoints: Checkpoints
+    teacher: Variables | None
+    shardings: TrainState
+    state: TrainState
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.recipe.objective.total_steps
+
+    def crops(self) -> jax.Array:
+        """Features of `quant.fit_crops` random crops of the training data."""
+        return random_crops(self.options, self.data.utterances)
+
+    def trained(self) -> SpeakerModel:
+        """The model of the newest state as it is shipped, whole in every process. All processes must call it."""
+        # Taken to the host, so that nothing is compiled anew for arrays that lie on a mesh.
+        state = jax.device_get(distributed.local(dataclasses.replace(self.state, opt_state=())))
+        return dataclasses.replace(self.model, variables=self.recipe.task.variables(state))
+
+    def save(self, step: int) -> None:
+        """Writes a checkpoint."""
+        self.checkpoints.save(step, **checkpoint_parts(self.state), data=self.data.batches)
+
+
+def prepare(options: TrainOptions, settings: Settings, workdir: Path, closing: contextlib.ExitStack) -> Run:
+    """Prepares a run: at the newest checkpoint, else from `init_from`, else from random weights.
+
+    Args:
+        options: the run's.
+        settings: the same as JSON values.
+        workdir: the run's directory.
+        closing: closes what is opened here.
+
+    Raises:
+        UserError: an option, file or value is at fault.
+    """
+    devices = mesh.make_mesh()
+    if options.batch_size % devices.size:
+        raise UserError(f"batch_size (={options.batch_size}) must divide over {devices.size} devices")
+    model, fbank = describe(options), frontend_of(options.frontend)
+    network = model.network(options.dtype)
+    steps.check_features(options, fbank)
+    data, validation = open_data(options), open_validation(options.validation)
+    objective = steps.make_objective(network, fbank, options, devices, data.epoch_steps)
+    workdir.mkdir(parents=True, exist_ok=True)
+    check_same_run(settings, workdir)
+    checkpoints = Checkpoints(workdir / "checkpoints", max(options.keep_checkpoints, options.average_last))
+    closing.callback(checkpoints.close)
+    recipe, params, batch_stats, teacher = _start(objective, model, data, checkpoints, workdir)
+    indices = recipe.task.init_indices
+    resumes = bool(checkpoints.steps())
+    held = jax.eval_shape(indices, params.network) if resumes else indices(params.network)
+    init_state = functools.partial(steps.init_state, recipe)
+    shapes = jax.eval_shape(init_state, params, batch_stats, held)
+    shardings = mesh.tree_shardings(shapes, devices, options.sharding)
+    teacher = jax.device_put(teacher, mesh.replicated(devices))
+    if resumes:
+        state = _restore(checkpoints, shapes, shardings, data.batches)
+    else:
+        state = jax.jit(init_state, out_shardings=shardings)(params, batch_stats, held)
+    return Run(options, settings, workdir, model, recipe, data, validation, checkpoints, teacher, shardings, state)
+
+
+def open_data(options: TrainOptions) -> Data:
+    """Opens the training data.
+
+    Raises:
+        UserError: it cannot be read, or is less than a batch.
+    """
+    utterances, speeds = source.open_sources(options.data.train), options.data.speeds
+    examples = len(utterances) * len(speeds)
+    if not options.epoch_steps and examples < options.batch_size:
+        raise UserError(f"data.train has {len(utterances)} utterances, fewer than batch_size (={options.batch_size})")
+    failures: dict[str, str] = {}
+    batches = pipeline.training_batches(
+        utterances,
+        batch_size=options.batch_size // jax.process_count(),
+        crop_samples=int(options.data.crop_seconds * source.SAMPLE_RATE),
+        seed=options.seed,
+        speeds=speeds,
+        augment=options.data.augment,
+        noise=source.open_sources(options.data.noise) if options.data.noise else None,
+        music=source.open_sources(options.data.music) if options.data.music else None,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=options.data.threads,
+        failures=failures,
+    )
+    epoch_steps = options.epoch_steps or examples // options.batch_size
+    return Data(utterances, pipeline.num_speakers(utterances, speeds), epoch_steps, failures, iter(batches))
+
+
+def random_crops(options: TrainOptions, utterances: source.Utterances) -> jax.Array:
+    """Features `[batch, time, mel]` of `quant.fit_crops` random clean crops."""
+    fbank = frontend_of(options.frontend)
+    return moments.random_features(fbank, utterances, options.quant.fit_crops, options.data.crop_seconds)
+
+
+def _start(
+    objective: steps.Objective, model: SpeakerModel, data: Data, checkpoints: Checkpoints, workdir: Path
+) -> tuple[steps.Recipe, Trainable, Params, Variables | None]:
+    """The recipe, and what training starts with: parameters, running statistics and teacher.
+
+    Where a checkpoint holds the parameters, those of the network are shapes only.
+    """
+    options, resumes = objective.options, bool(checkpoints.steps())
+    params, batch_stats = steps.init_params(objective.network, options, data.classes)
+    if options.init_from and not resumes:
+        params, batch_stats = load_start(options, params, batch_stats, data.utterances)
+    teacher = load_teacher(options, params.network, batch_stats)
+    task = steps.make_task(options, data.epoch_steps, load_parent(options))
+    named = dataclasses.replace(params, network=task.shapes(params.network))
+    recipe = steps.make_recipe(objective, task, named)
+    if isinstance(task, Quantized) and options.quant.budget:
+        task = dataclasses.replace(
+            task, allocation=allocate(objective, workdir, params, batch_stats, teacher, data.batches)
+        )
+        recipe = dataclasses.replace(recipe, task=task)
+    if resumes:
+        network = task.shapes(params.network)
+    else:
+        reference = dataclasses.replace(model, variables={"params": params.network, "batch_stats": batch_stats})
+        network, batch_stats = task.init(reference, lambda: random_crops(options, data.utterances))
+    return recipe, dataclasses.replace(params, network=network), batch_stats, teacher
+
+
+def _restore(
+    checkpoints: Checkpoints, shapes: TrainState, shardings: TrainState, batches: grain.DatasetIterator
+) -> TrainState:
+    """Restores the newest state onto the mesh, and moves the data to the same position."""
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    newest = checkpoints.steps()[-1]
+    return from_checkpoint(checkpoints.restore(newest, **checkpoint_parts(target), data=batches))
+
+
+def allocate(
+    objective: steps.Objective,
+    workdir: Path,
+    params: Trainable,
+    batch_stats: Params,
+    teacher: Variables | None,
+    batches: grain.DatasetIterator,
+) -> dict[str, int]:
+    """The bits of mixed precision: those in `workdir/bits.json`, else chosen by the loss's curvature on one batch."""
+    path = workdir / "bits.json"
+    if path.exists():
+        return {name: int(bits) for name, bits in read_json(path).items()}
+    key = jax.random.key(objective.options.seed)
+    position = batches.get_state()
+    batch = jax.tree.map(jnp.asarray, next(batches))
+    batches.set_state(position)
+    features = steps.features_of(objective, key, batch)
+
+    def loss(network: Params) -> jax.Array:
+        start = jnp.zeros((), jnp.int32)
+        labels = batch["speaker"]
+        return steps.total_loss(objective, params.classifier, network, batch_stats, features, labels, start, teacher)[0]
+
+    allocation = qat.allocate(objective.options.quant, params.network, loss, key)
+    bits = distributed.of_first(np.array(list(allocation.values()), np.int32))  # each process saw another batch
+    allocation = {name: int(chosen) for name, chosen in zip(allocation, bits)}
+    if jax.process_index() == 0:
+        write_json(path, allocation)
+    return allocation

@@ -1,0 +1,124 @@
+"""All that changes during training, and the parts of a checkpoint that it is saved as."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from kmq_jax import quant
+from kmq_jax.models.checkpoint import Checkpoints
+
+Params = Any
+"""A tree of arrays by layer, as Flax makes it."""
+
+Variables = dict[str, Any]
+"""A network's `{"params": tree, "batch_stats": tree}`."""
+
+Parts = dict[str, Any]
+"""The parts of a checkpoint by name; each is a tree of arrays."""
+
+
+# The fields are leaves in the order of their names: norms over all leaves are sums in this order.
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["codebooks", "per_bits", "latents"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class QatParams:
+    """A network's parameters in quantization-aware training.
+
+    Attributes:
+        latents: the tree of the network's parameters. Quantized tensors are full-precision latents there, of which a
+            step takes the nearest centroids; the others are as they are. Where codebooks nest, biases are those at the
+            most bits.
+        codebooks: by name of a quantized tensor.
+        per_bits: where codebooks nest, what each smaller number of bits has to itself, `{"2": tree}`: the biases.
+    """
+
+    latents: Params
+    codebooks: Mapping[str, quant.Codebook]
+    per_bits: Mapping[str, Params] = dataclasses.field(default_factory=dict)
+
+
+Network = Params | QatParams
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+    """What the optimizer moves; float32.
+
+    Attributes:
+        classifier: centres of the speakers `[classes, sub-centres, dim]`.
+        network: its parameters, or in quantization-aware training a `QatParams`.
+    """
+
+    classifier: jax.Array
+    network: Network
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes during training. Margin, learning rate and random keys derive from `step`.
+
+    Attributes:
+        step: steps done, int32 scalar.
+        params: what the optimizer moves.
+        batch_stats: running statistics of the network's normalisation.
+        opt_state: the optimizer's.
+        indices: cached assignments of latents to centroids, by name; empty where each step assigns afresh. Where
+            codebooks nest, those at the fewest bits.
+    """
+
+    step: jax.Array
+    params: Trainable
+    batch_stats: Params
+    opt_state: optax.OptState
+    indices: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+def checkpoint_parts(state: TrainState) -> Parts:
+    """A state as the parts of a checkpoint, so that a network is read without its classifier and optimizer."""
+    network, codebooks, per_bits = state.params.network, {}, {}
+    if isinstance(network, QatParams):
+        network, codebooks, per_bits = network.latents, network.codebooks, network.per_bits
+    training = {
+        "step": state.step,
+        "opt_state": state.opt_state,
+        "codebooks": codebooks,
+        "per_bits": per_bits,
+        "indices": state.indices,
+    }
+    return {
+        "network": {"params": network, "batch_stats": state.batch_stats},
+        "classifier": {"centres": state.params.classifier},
+        "training": training,
+    }
+
+
+def from_checkpoint(parts: Parts) -> TrainState:
+    """The inverse of `checkpoint_parts`."""
+    network, training = parts["network"]["params"], parts["training"]
+    if training["codebooks"]:
+        network = QatParams(network, training["codebooks"], training["per_bits"])
+    return TrainState(
+        step=training["step"],
+        params=Trainable(parts["classifier"]["centres"], network),
+        batch_stats=parts["network"]["batch_stats"],
+        opt_state=training["opt_state"],
+        indices=training["indices"],
+    )
+
+
+def load_classifier(checkpoints: Checkpoints) -> np.ndarray:
+    """The centres of the newest checkpoint's classifier `[classes, sub-centres, dim]`."""
+    centres: np.ndarray = checkpoints.load(checkpoints.steps()[-1], "classifier")["centres"]
+    return centres
+
+
+def load_network(checkpoints: Checkpoints, step: int) -> Variables:
+    """The variables of a checkpoint's network."""
+    variables: Variables = checkpoints.load(step, "network")
+    return variables

@@ -1,0 +1,222 @@
+"""The two things training does to a network: it trains it as it is, or with quantized weights.
+
+`FullPrecision` and `Quantized` are the same to the training step and the loop: a `Task`. A task is fixed during a run;
+what changes is in the `TrainState`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+
+from kmq_jax.models.checkpoint import Checkpoints
+from kmq_jax.models.speaker_model import SpeakerModel
+from kmq_jax.ptq import moments
+from kmq_jax.training import qat
+from kmq_jax.training.options import QatOptions
+from kmq_jax.training.state import Network, Params, QatParams, TrainState, Variables, load_network
+
+Phase = tuple[str, ...]
+"""Names of the tensors that are quantized in a part of the run."""
+
+Crops = Callable[[], jax.Array]
+"""Features `[batch, time, mel]` of random crops of the training data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Final:
+    """The model that training ends with, where that is not what the last checkpoint holds.
+
+    Attributes:
+        model: the model.
+        file: its name in the workdir.
+        how: it was made, in words.
+    """
+
+    model: SpeakerModel
+    file: str
+    how: str
+
+
+class Task(Protocol):
+    """What training does to a network."""
+
+    @property
+    def smaller_bits(self) -> tuple[int, ...]:
+        """The fewer bits that the model is also validated at."""
+
+    @property
+    def saved_as(self) -> str | None:
+        """The file of the workdir that holds the network of each checkpoint as it is shipped."""
+
+    def shapes(self, network: Params) -> Network:
+        """The shapes of what `init` makes of full-precision parameters."""
+
+    def init(self, reference: SpeakerModel, crops: Crops) -> tuple[Network, Params]:
+        """Parameters and running statistics before the first step, from a full-precision model."""
+
+    def init_indices(self, network: Network) -> qat.Indices:
+        """`TrainState.indices` before the first step."""
+
+    def phases(self, network: Network) -> list[Phase]:
+        """The parts of the run, equally long."""
+
+    def enter_phase(self, network: Network, phase: Phase, before: Phase) -> Network:
+        """The parameters that a phase after the first begins with."""
+
+    def weights(self, network: Network, indices: qat.Indices, step: jax.Array, phase: Phase | None) -> Params:
+        """The weights a step computes with; differentiable in `network`."""
+
+    def after_update(
+        self, before: Network, after: Network, indices: qat.Indices, step: jax.Array
+    ) -> tuple[Network, qat.Indices]:
+        """What follows the optimizer's update of `before` to `after`; `step` counts that update."""
+
+    def variables(self, state: TrainState) -> Variables:
+        """The variables that are shipped."""
+
+    def finish(self, trained: SpeakerModel, checkpoints: Checkpoints, crops: Crops) -> Final | None:
+        """What follows the last step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FullPrecision:
+    """Training without quantization.
+
+    Attributes:
+        average_last: checkpoints that are averaged into the final model; fewer than two: none.
+    """
+
+    average_last: int = 0
+    smaller_bits: tuple[int, ...] = ()
+    saved_as: str | None = None
+
+    def shapes(self, network: Params) -> Network:
+        """See `Task`."""
+        return network
+
+    def init(self, reference: SpeakerModel, crops: Crops) -> tuple[Network, Params]:
+        """See `Task`."""
+        return reference.variables["params"], reference.variables["batch_stats"]
+
+    def init_indices(self, network: Network) -> qat.Indices:
+        """See `Task`."""
+        return {}
+
+    def phases(self, network: Network) -> list[Phase]:
+        """See `Task`."""
+        return [()]
+
+    def enter_phase(self, network: Network, phase: Phase, before: Phase) -> Network:
+        """See `Task`."""
+        return network
+
+    def weights(self, network: Network, indices: qat.Indices, step: jax.Array, phase: Phase | None) -> Params:
+        """See `Task`."""
+        return network
+
+    def after_update(
+        self, before: Network, after: Network, indices: qat.Indices, step: jax.Array
+    ) -> tuple[Network, qat.Indices]:
+        """See `Task`."""
+        return after, indices
+
+    def variables(self, state: TrainState) -> Variables:
+        """See `Task`."""
+        return {"params": state.params.network, "batch_stats": state.batch_stats}
+
+    def finish(self, trained: SpeakerModel, checkpoints: Checkpoints, crops: Crops) -> Final | None:
+        """Averages the last checkpoints, running statistics included."""
+        if self.average_last < 2:
+            return None
+        mean = average([load_network(checkpoints, step) for step in checkpoints.steps()[-self.average_last :]])
+        model = dataclasses.replace(trained, variables=mean)
+        return Final(model, "averaged.kmq", f"average of the last {self.average_last} checkpoints")
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """Quantization-aware training, see `qat`.
+
+    Attributes:
+        options: the `quant` section.
+        thaw: step from which scales are trained.
+        last_move: centroids rest after this step.
+        allocation: bits by name, in mixed precision.
+        parent: parameters of the packed network that nested codebooks grow from.
+    """
+
+    options: QatOptions
+    thaw: float = 0.0
+    last_move: float = 0.0
+    allocation: qat.Allocation | None = None
+    parent: Params | None = None
+    saved_as: str | None = "model.kmq"
+
+    @property
+    def smaller_bits(self) -> tuple[int, ...]:
+        """See `Task`."""
+        return self.options.coarse
+
+    def shapes(self, network: Params) -> QatParams:
+        """See `Task`."""
+        return jax.eval_shape(lambda n: qat.init_params(self.options, n, self.allocation, self.parent), network)
+
+    def init(self, reference: SpeakerModel, crops: Crops) -> tuple[QatParams, Params]:
+        """See `Task`."""
+        features = crops() if self.options.fit_crops else None
+        return qat.init_fitted(self.options, reference, features, self.allocation, self.parent)
+
+    def init_indices(self, network: Network) -> qat.Indices:
+        """See `Task`."""
+        assert isinstance(network, QatParams)
+        if self.parent is not None:
+            return qat.parent_indices(network, self.parent)
+        # Compiled, as in a training step: else a latent on a border may fall on its other side.
+        return jax.jit(qat.nearest_indices)(network) if self.options.reassign_every else {}
+
+    def phases(self, network: Network) -> list[Phase]:
+        """See `Task`."""
+        assert isinstance(network, QatParams)
+        return qat.phases_of(self.options, network.codebooks)
+
+    def enter_phase(self, network: Network, phase: Phase, before: Phase) -> QatParams:
+        """See `Task`."""
+        assert isinstance(network, QatParams)
+        return qat.enter_phase(self.options, network, phase, before)
+
+    def weights(self, network: Network, indices: qat.Indices, step: jax.Array, phase: Phase | None) -> Params:
+        """See `Task`."""
+        assert isinstance(network, QatParams)
+        return qat.effective_weights(self.options, network, indices, step, self.thaw, phase)
+
+    def after_update(
+        self, before: Network, after: Network, indices: qat.Indices, step: jax.Array
+    ) -> tuple[QatParams, qat.Indices]:
+        """See `Task`."""
+        assert isinstance(before, QatParams) and isinstance(after, QatParams)
+        after = qat.move_centroids(self.options, after, indices, step, self.last_move)
+        indices = qat.reassign(self.options, after, indices, step)
+        return (qat.keep_parent(before, after) if self.options.grow_from else after), indices
+
+    def variables(self, state: TrainState) -> Variables:
+        """See `Task`."""
+        assert isinstance(state.params.network, QatParams)
+        return {**qat.packed_variables(state.params.network, state.indices), "batch_stats": state.batch_stats}
+
+    def finish(self, trained: SpeakerModel, checkpoints: Checkpoints, crops: Crops) -> Final | None:
+        """Measures batch normalisation afresh."""
+        if not self.options.fit_crops or not trained.variables["batch_stats"]:
+            return None
+        model = moments.own_statistics(trained, crops())
+        return Final(model, "model.kmq", "with batch normalisation measured afresh")
+
+
+def average(trees: list[Params]) -> Params:
+    """The mean of trees of arrays, leaf by leaf, in float32.
+
+    >>> average([{"w": 1.0}, {"w": 2.0}])
+    {'w': 1.5}
+    """
+    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]) / len(leaves), *trees)

@@ -1,0 +1,52 @@
+"""The files of a run's directory that say which run it is and what it was computed with."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import read_json, write_json
+from kmq_jax.core.provenance import provenance
+
+Settings = dict[str, Any]
+"""A configuration as JSON values, as `config.json` holds it."""
+
+# What may differ when a run is taken up again: it changes what is seen of the run, not the run.
+_MAY_CHANGE = ("log_every", "checkpoint_epochs", "keep_checkpoints", "average_last", "validation", "data.threads")
+
+
+def check_same_run(settings: Settings, workdir: Path) -> None:
+    """Checks that the run which `config.json` describes, if there is one, is the same.
+
+    Raises:
+        UserError: the workdir holds a run with other settings; the message names the first that differs.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    before, after = _flat(read_json(path)), _flat(settings)
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key) and not key.startswith(_MAY_CHANGE):
+            raise UserError(
+                f"--workdir={workdir} holds a run with {key}={before.get(key)!r}, not {after.get(key)!r}: "
+                "use another directory"
+            )
+
+
+def record_start(settings: Settings, workdir: Path, step: int) -> None:
+    """Writes `config.json`, and adds to `starts.json` what the run is computed with from `step` on.
+
+    To be called once a step has run, so that a mistake in the settings leaves nothing to be undone.
+    """
+    if jax.process_index() == 0:
+        write_json(workdir / "config.json", settings)
+        path = workdir / "starts.json"
+        write_json(path, [*(read_json(path) if path.exists() else ()), {"step": step, **provenance()}])
+
+
+def _flat(tree: Settings, prefix: str = "") -> Settings:
+    flat: Settings = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
