@@ -20,13 +20,14 @@ from kmq_jax.core.progress import progress
 from kmq_jax.core.tree import named_leaves, replace_named
 from kmq_jax.data import audio, buckets, source
 from kmq_jax.models import artifact, registry
+from kmq_jax.models.batches import padded_batches, usable_lengths
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.resnet import ResNet
 
 FRONTENDS = {"kiwano": frontend.KIWANO, "wespeaker": frontend.WESPEAKER}
 COMPUTE = ("float32", "bfloat16")
 BATCH_SIZE = 16
-NARROW = "narrow"
+PER_BITS = "narrow"  # the part of the variables, named as in the file, that holds what each number of bits has to itself
 
 
 def frontend_of(name: str) -> frontend.FbankConfig:
@@ -101,11 +102,11 @@ def at_bits(model: SpeakerModel, bits: int | None) -> SpeakerModel:
     Raises:
         UserError: no tensor can be read at this width.
     """
-    whole = {part: tree for part, tree in model.variables.items() if part != NARROW}
+    whole = {part: tree for part, tree in model.variables.items() if part != PER_BITS}
     leaves = [leaf for leaf in jax.tree.leaves(whole, quant.is_codebook_tensor) if quant.is_codebook_tensor(leaf)]
     if bits is not None and not any(bits in leaf.all_bits for leaf in leaves):
         raise UserError(f"the model cannot be read at {bits} bits")
-    own = dict(named_leaves(model.variables.get(NARROW, {}).get(str(bits), {})))
+    own = dict(named_leaves(model.variables.get(PER_BITS, {}).get(str(bits), {})))
     return dataclasses.replace(model, variables=replace_named(whole, own, quant.is_codebook_tensor), bits=bits)
 
 
@@ -142,12 +143,7 @@ def embed_all(
     Raises:
         UserError: a recording cannot be read or is too short; the message names it.
     """
-    lengths = utterances.lengths()
-    if max_seconds:
-        lengths = np.minimum(lengths, int(max_seconds * source.SAMPLE_RATE))
-    short = np.flatnonzero(frontend.num_frames(lengths, frontend_of(model.frontend)) < 1)
-    if short.size:
-        raise UserError(f"{utterances.where(short[0])}: shorter than one analysis frame")
+    lengths = usable_lengths(utterances, frontend_of(model.frontend), max_seconds)
     plan = progress(buckets.length_buckets(lengths, min(batch_size, len(lengths))), desc="embedding", unit="batch")
     return _embed(model, plan, lengths, utterances.load, dtype)
 
@@ -169,15 +165,8 @@ def _embed(
         members, values = under_way.popleft()
         embeddings[members] = np.asarray(values)[: len(members)]
 
-    for batch in plan:
-        members = batch.indices[batch.indices >= 0]
-        rows = -(-len(batch.indices) // devices.size) * devices.size
-        wave, samples = np.zeros((rows, batch.size), np.float32), np.full(rows, batch.size, np.int32)
-        for row, i in enumerate(members):
-            recording = load(i)[: lengths[i]]
-            wave[row, : len(recording)], samples[row] = recording, len(recording)
-        on_devices = mesh.shard_batch({"wave": wave, "samples": samples}, devices)
-        under_way.append((members, embed_batch(network, fbank, variables, **on_devices)))
+    for batch in padded_batches(plan, lengths, load, devices):
+        under_way.append((batch.members, embed_batch(network, fbank, variables, batch.wave, batch.samples)))
         if len(under_way) > 2:  # recordings are decoded while the devices work, but not without bound
             collect()
     while under_way:

@@ -22,7 +22,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.progress import progress
 from kmq_jax.core.tree import named_leaves, replace_named
 from kmq_jax.data import source
-from kmq_jax.models.speaker_model import NARROW, SpeakerModel, frontend_of
+from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, frontend_of
 from kmq_jax.nn.channels import scale_and_shift
 from kmq_jax.nn.conv import conv2d
 from kmq_jax.nn.layers import BatchNorm, Conv
@@ -93,7 +93,7 @@ def fit(
     for bits in (*widths, None):
         walk = _Walk(quantized.variables["params"], bits, bool(widths), tuple(walks), ascending=keep_narrowest)
         if keep_narrowest and not walks:
-            walk.keep(quantized.variables[NARROW][str(bits)])
+            walk.keep(quantized.variables[PER_BITS][str(bits)])
         else:
             walk.run(reference, features)
         walks.append(walk)
@@ -105,11 +105,11 @@ def fit(
         fitted[f"params/{name}"] = dataclasses.replace(
             tensors[name], codebook=books[-1], coarse=tuple(books[:-1]), packed=packed
         )
-    shared = {part: tree for part, tree in quantized.variables.items() if part != NARROW}
+    shared = {part: tree for part, tree in quantized.variables.items() if part != PER_BITS}
     variables = replace_named(shared, fitted, quant.is_codebook_tensor)
     if widths:
         narrow = {str(w): small_leaves(replace_named(shared, walk.leaves)) for w, walk in zip(widths, walks)}
-        variables = {**variables, NARROW: narrow}
+        variables = {**variables, PER_BITS: narrow}
     return dataclasses.replace(quantized, variables=variables)
 
 

@@ -20,7 +20,7 @@ from kmq_jax import frontend, quant
 from kmq_jax.core.tree import map_named, named_leaves
 from kmq_jax.data import pipeline, source
 from kmq_jax.models.resnet import ResNet
-from kmq_jax.models.speaker_model import NARROW, SpeakerModel, at_bits
+from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, at_bits
 from kmq_jax.nn.layers import BatchNorm, Conv
 
 Moments = tuple[jax.Array, jax.Array]
@@ -82,9 +82,9 @@ def own_statistics(quantized: SpeakerModel, features: jax.Array) -> SpeakerModel
         _, statistics = _walk(at.network(), at.bits, at.variables, features, {})
         measured = apply(Repair({}, statistics), at.variables, lambda name, leaf, slope: leaf)
         if bits is not None:
-            own = quantized.variables.get(NARROW, {}).get(str(bits), {})
+            own = quantized.variables.get(PER_BITS, {}).get(str(bits), {})
             narrow[str(bits)] = {**own, **small_leaves({"batch_stats": measured["batch_stats"]})}
-    return dataclasses.replace(quantized, variables={**measured, **({NARROW: narrow} if narrow else {})})
+    return dataclasses.replace(quantized, variables={**measured, **({PER_BITS: narrow} if narrow else {})})
 
 
 def apply(repair: Repair, variables: Any, scaled: Callable[[str, Any, jax.Array], Any]) -> dict[str, Any]:

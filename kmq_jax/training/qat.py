@@ -24,7 +24,7 @@ import ml_collections
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import map_named, named_leaves
-from kmq_jax.models.speaker_model import NARROW, SpeakerModel
+from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel
 from kmq_jax.ptq import fit, moments
 from kmq_jax.quant.codes import along
 
@@ -142,7 +142,7 @@ def _fitted(
     latents, books = quant.adopt_codebooks(params["network"], fitted["params"], rules)
     begun = {**params, "network": latents, "codebooks": books}
     if grown:
-        own = fitted[NARROW]
+        own = fitted[PER_BITS]
         begun["narrow"] = {
             bits: {name: jnp.asarray(own[bits][f"params/{name}"]) for name in biases}
             for bits, biases in grown["narrow"].items()
@@ -401,4 +401,4 @@ def packed(params: Any, indices: Mapping[str, jax.Array]) -> dict[str, Any]:
     """The variables that are shipped: packed tensors in place of latents, and the smaller widths' biases."""
     books = {n: dataclasses.replace(b, indices=indices.get(n)) for n, b in params["codebooks"].items()}
     narrow = {bits: {f"params/{n}": leaf for n, leaf in own.items()} for bits, own in params.get("narrow", {}).items()}
-    return {"params": quant.export(params["network"], books), **({NARROW: narrow} if narrow else {})}
+    return {"params": quant.export(params["network"], books), **({PER_BITS: narrow} if narrow else {})}
