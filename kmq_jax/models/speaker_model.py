@@ -27,7 +27,7 @@ from kmq_jax.models.resnet import ResNet
 FRONTENDS = {"kiwano": frontend.KIWANO, "wespeaker": frontend.WESPEAKER}
 COMPUTE = ("float32", "bfloat16")
 BATCH_SIZE = 16
-PER_BITS = "narrow"  # the part of the variables, named as in the file, that holds what each number of bits has to itself
+PER_BITS = "narrow"  # the key in `variables` and in the file of what each smaller number of bits has to itself
 
 
 def frontend_of(name: str) -> frontend.FbankConfig:
