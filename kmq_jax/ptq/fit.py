@@ -101,7 +101,7 @@ def fit(
     fitted = dict(walks[-1].leaves)
     for name, indices in walks[-1].indices.items():
         books = [np.asarray(walk.scaled[name], tensors[name].codebook.dtype) for walk in walks]
-        packed = np.asarray(quant.pack(indices, tensors[name].bits))
+        packed = np.asarray(quant.pack_bits(indices, tensors[name].bits))
         fitted[f"params/{name}"] = dataclasses.replace(
             tensors[name], codebook=books[-1], coarse=tuple(books[:-1]), packed=packed
         )

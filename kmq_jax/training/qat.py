@@ -219,7 +219,7 @@ def repaired(reference: SpeakerModel, params: Any, features: jax.Array) -> tuple
     """
     books = params["codebooks"]
     batch_stats = reference.variables.get("batch_stats", {})
-    variables = {"params": quant.export(params["network"], books), "batch_stats": batch_stats}
+    variables = {"params": quant.pack(params["network"], books), "batch_stats": batch_stats}
     repair = moments.measure(reference, dataclasses.replace(reference, variables=variables), features)
     scales = {}
 
@@ -304,7 +304,7 @@ def unquantized(latents: Any, books: Mapping[str, quant.Codebook]) -> Any:
 def stages_of(section: ml_collections.ConfigDict, params: Any) -> list[tuple[str, ...]]:
     """The names that are quantized in each stage of training: all in one, or the smallest widths first."""
     widths = {name: book.bits for name, book in params.get("codebooks", {}).items()}
-    return [tuple(sorted(stage)) for stage in quant.stages(widths)] if section.multi_stage else [tuple(sorted(widths))]
+    return [tuple(sorted(stage)) for stage in quant.phases(widths)] if section.multi_stage else [tuple(sorted(widths))]
 
 
 def enter_stage(section: ml_collections.ConfigDict, params: Any, now: Iterable[str], before: Iterable[str]) -> Any:
@@ -401,4 +401,4 @@ def packed(params: Any, indices: Mapping[str, jax.Array]) -> dict[str, Any]:
     """The variables that are shipped: packed tensors in place of latents, and the smaller widths' biases."""
     books = {n: dataclasses.replace(b, indices=indices.get(n)) for n, b in params["codebooks"].items()}
     narrow = {bits: {f"params/{n}": leaf for n, leaf in own.items()} for bits, own in params.get("narrow", {}).items()}
-    return {"params": quant.export(params["network"], books), **({PER_BITS: narrow} if narrow else {})}
+    return {"params": quant.pack(params["network"], books), **({PER_BITS: narrow} if narrow else {})}
