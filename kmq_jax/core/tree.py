@@ -18,7 +18,7 @@ Leaf: TypeAlias = Any
 Params: TypeAlias = Any
 """A tree of arrays: nested dicts as Linen has them, an NNX state, lists, dataclasses."""
 
-Variables: TypeAlias = Mapping[str, Any]
+Variables: TypeAlias = Any
 """What a network is applied with: `{"params": tree, "batch_stats": tree}`."""
 
 IsLeaf: TypeAlias = Callable[[Any], bool] | None

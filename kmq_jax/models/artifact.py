@@ -22,7 +22,7 @@ from kmq_jax.core.tree import named_leaves
 from kmq_jax.quant.types import CodebookTensor, is_codebook_tensor
 
 VERSION = 1
-_DTYPES = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
+_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 _LONGEST_MANIFEST = 16 << 20
 
 
@@ -38,7 +38,7 @@ def save(path: str | os.PathLike[str], manifest: Mapping[str, Any], tree: Any) -
 
     Raises:
         UserError: the file cannot be written, or two leaves would have the same name in it.
-        TypeError, ValueError: the manifest is not JSON, or an array's type has no place in the file (bfloat16).
+        TypeError, ValueError: the manifest is not JSON, or an array's type has no place in the file (complex, float8).
     """
     if clash := {"version", "tensors"} & set(manifest):
         raise ValueError(f"the manifest's key {sorted(clash)[0]!r} is the file's own")
@@ -49,6 +49,8 @@ def save(path: str | os.PathLike[str], manifest: Mapping[str, Any], tree: Any) -
         if is_codebook_tensor(leaf):
             leaf.validate()
             quantized[name] = {"shape": leaf.shape, "bits": leaf.bits, "axis": leaf.axis, "coarse": len(leaf.coarse)}
+            if leaf.dtype_name != "float32":
+                quantized[name]["dtype"] = leaf.dtype_name
             parts = {f"{name}#packed": leaf.packed, f"{name}#codebook": leaf.codebook}
             parts |= {f"{name}#coarse{i}": codebook for i, codebook in enumerate(leaf.coarse)}
         elif "#" in name:
@@ -151,6 +153,7 @@ def _assemble(arrays: Mapping[str, Any], quantized: Mapping[str, Any]) -> dict[s
             shape=tuple(about["shape"]),
             bits=about["bits"],
             axis=about["axis"],
+            dtype_name=about.get("dtype", "float32"),
         )
         try:
             tensor.validate()

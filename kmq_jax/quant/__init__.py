@@ -1,5 +1,6 @@
-"""k-means quantization of any parameter tree. Knows neither audio nor Flax modules."""
+"""k-means quantization of any parameter tree. Knows neither audio nor networks."""
 
+import kmq_jax.quant.serialization  # noqa: F401  (registers the types)
 from kmq_jax.quant.kmeans import inertia, kmeans
 from kmq_jax.quant.nested import nested_kmeans
 from kmq_jax.quant.packing import pack_bits, unpack_bits
