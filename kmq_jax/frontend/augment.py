@@ -151,7 +151,7 @@ def room_response(key: jax.Array, room: Room, config: RoomConfig) -> jax.Array:
 
     def axis(i: int) -> tuple[jax.Array, jax.Array]:
         """Squared distance along one axis and walls crossed, of each image."""
-        n = jnp.arange(-config.images[i], config.images[i] + 1)
+        n = jnp.arange(-config.images[i], config.images[i] + 1, dtype=jnp.float32)
         image = n * room.size[i] + jnp.where(n % 2 == 0, room.source[i], room.size[i] - room.source[i])
         return (image - room.microphone[i]) ** 2, jnp.abs(n)
 
@@ -162,7 +162,7 @@ def room_response(key: jax.Array, room: Room, config: RoomConfig) -> jax.Array:
     distance = jnp.maximum(jnp.sqrt(lattice(*squares)), 0.01)
     crossed = lattice(*walls)
     direct = jnp.maximum(jnp.linalg.norm(room.source - room.microphone), 0.01)
-    horizon = jnp.min(jnp.array(config.images) * room.size)
+    horizon = jnp.min(jnp.array(config.images, jnp.float32) * room.size)
 
     # Each wall also turns the sound's sign: with all images positive they add up to a 17 dB boost below 20 Hz.
     sign = 1 - 2 * (crossed % 2)

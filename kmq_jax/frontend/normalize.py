@@ -30,5 +30,5 @@ def mean_normalize(features: jax.Array, lengths: jax.Array | None = None) -> jax
     real = (jnp.arange(features.shape[1])[None] < lengths[:, None])[:, :, None]
     # Not a product with the mask: padding that holds NaN or infinity must not leak into the mean.
     total = jnp.where(real, features, 0).sum(1, keepdims=True)
-    mean = total / jnp.maximum(real.sum(1, keepdims=True), 1)
+    mean = total / jnp.maximum(real.sum(1, keepdims=True).astype(features.dtype), 1)
     return jnp.where(real, features - mean, 0)

@@ -138,7 +138,7 @@ def _equal_mass(
     low, high = (_quantile(values, n, weights, q) for q in ((1 - retention) / 2, (1 + retention) / 2))
     group = make_group(jnp.clip(values, low, high), n, weights)
     if weights is None:
-        edges = jnp.minimum(jnp.round(jnp.arange(k + 1) * (n / k)).astype(jnp.int32), n)
+        edges = jnp.minimum(jnp.round(jnp.arange(k + 1, dtype=jnp.float32) * (n / k)).astype(jnp.int32), n)
     else:
         edges = jnp.searchsorted(jnp.cumsum(weights) / jnp.sum(weights), jnp.arange(k + 1) / k).astype(jnp.int32)
         edges = jnp.minimum(edges.at[-1].set(n), n)
@@ -152,7 +152,7 @@ def _quantile(values: jax.Array, n: jax.Array | int, weights: jax.Array | None, 
         place = jnp.asarray(q, jnp.float32) * (n - 1)
         below = jnp.clip(place.astype(jnp.int32), 0, jnp.maximum(n - 2, 0))
         a, b = _take(values, below), _take(values, jnp.minimum(below + 1, n - 1))
-        return a + (place - below) * (b - a)
+        return a + (place - below.astype(jnp.float32)) * (b - a)
     cumulative = jnp.cumsum(weights)
     return _take(values, jnp.minimum(jnp.searchsorted(cumulative, jnp.asarray(q) * cumulative[-1]), n - 1))
 
@@ -172,7 +172,7 @@ def _companding(values: jax.Array, n: jax.Array | int, weights: jax.Array | None
     Reference: Panter and Dite, Quantization distortion in pulse-count modulation, 1951.
     """
     bounds, share = _shares(values, n, weights, 4 * k)
-    return jnp.interp((jnp.arange(k) + 0.5) / k * share[-1], share, bounds)
+    return jnp.interp((jnp.arange(k, dtype=jnp.float32) + 0.5) / k * share[-1], share, bounds)
 
 
 def split_cells(
@@ -252,7 +252,7 @@ def _optimal(group: Group, weights: jax.Array | None, k: int) -> jax.Array:
         low = jnp.maximum(jnp.minimum(at[:-1], borders - _PLACES // 2), 0)
         high = jnp.minimum(jnp.maximum(at[1:], borders + _PLACES // 2), n)
         share = jnp.arange(_PLACES)[None, :] / (_PLACES - 1)
-        places = low + jnp.round(share * (high - low)).astype(jnp.int32)
+        places = low + jnp.round(share * (high - low).astype(jnp.float32)).astype(jnp.int32)
         places = jnp.concatenate([borders, places], axis=1)  # what there is already comes first
         return _best_borders(group, _framed(places, n))
 
@@ -380,7 +380,7 @@ def one_group(
     if init == "equal-mass":
         centroids = _equal_mass(values, n, weights, k, retention)
     elif init == "quantile":
-        centroids = _quantile(values, n, weights, (jnp.arange(k) + 0.5) / k)
+        centroids = _quantile(values, n, weights, (jnp.arange(k, dtype=jnp.float32) + 0.5) / k)
     elif init == "kmeans++":
         assert key is not None
         centroids = _plus_plus(values, n, weights, k, key)

@@ -107,7 +107,7 @@ def split_kmeans(values: Array, indices: Array, coarse: Array, all_bits: tuple[i
     """
     xp: Any = jnp if isinstance(values, jax.core.Tracer) else np
     groups, cells = coarse.shape
-    member = xp.asarray(indices)[:, None] == xp.arange(cells)[None, :, None]
+    member = xp.asarray(indices).astype(xp.int32)[:, None] == xp.arange(cells, dtype=xp.int32)[None, :, None]
     empty = ~member.any(-1, keepdims=True)
     weights = (member | empty).astype(xp.float32).reshape(groups * cells, -1)
     values = xp.broadcast_to(xp.asarray(values)[:, None], member.shape).reshape(groups * cells, -1)

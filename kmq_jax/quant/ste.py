@@ -278,7 +278,8 @@ def fake_quantize(
         slope = along(held.scale, latent.ndim, book.axis) if book.normalized else jnp.ones([1] * latent.ndim)
         if clip is not None:
             edge = clip * jnp.max(jnp.abs(held.centroids), axis=-1)
-            slope = slope * (jnp.abs(held.units(fixed)) <= along(edge, latent.ndim, book.axis))
+            inside = jnp.abs(held.units(fixed)) <= along(edge, latent.ndim, book.axis)
+            slope = jnp.where(inside, slope, 0.0)
         return straight_through(latent, values, indices, slope, book.axis, reduction)
 
     return map_named(quantized, params)

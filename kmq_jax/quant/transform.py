@@ -1,5 +1,6 @@
 """Rewriting a tree of parameters: quantized tensors in place of some leaves, and back."""
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Array, Leaf, Params, map_named
 from kmq_jax.quant import nested
 from kmq_jax.quant.codes import assign, to_groups, where_sorted
-from kmq_jax.quant.kmeans import kmeans
+from kmq_jax.quant.kmeans import kmeans, scaled
 from kmq_jax.quant.packing import pack_bits
 from kmq_jax.quant.rules import Rules, decide, group_axis
 from kmq_jax.quant.types import HALF, CodebookTensor, QuantSpec, is_codebook_tensor, is_floating, stored
@@ -97,7 +98,12 @@ def quantize_tensor(tensor: Array, spec: QuantSpec, axis: int | None, importance
         )
         codebooks = (codebook,)
     books = tuple(stored(book, spec.codebook_dtype, bits) for bits, book in zip(spec.all_bits, codebooks))
-    return encode_tensor(rows, books, tuple(tensor.shape), axis, dtype)
+    _, scale = scaled(codebooks[-1])
+    if scale is None:
+        return encode_tensor(rows, books, tuple(tensor.shape), axis, dtype)
+    near = tuple(book.astype(jnp.float32) * scale for book in books)
+    encoded = encode_tensor(rows * scale, near, tuple(tensor.shape), axis, dtype)
+    return dataclasses.replace(encoded, codebook=books[-1], coarse=books[:-1])
 
 
 @partial(jax.jit, static_argnames=("shape", "axis", "dtype"))
