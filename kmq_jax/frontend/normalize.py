@@ -22,6 +22,9 @@ def mean_normalize(features: jax.Array, lengths: jax.Array | None = None) -> jax
 
     Raises:
         UserError: the features are not [batch, time, mel].
+
+    >>> mean_normalize(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([2])).tolist()  # the third frame is padding
+    [[[-1.0], [1.0], [0.0]]]
     """
     if features.ndim != 3:
         raise UserError(f"features (of shape {features.shape}) must be [batch, time, mel]")
