@@ -1,32 +1,55 @@
 """k-means low-bit quantization for speaker verification in JAX/Flax.
 
-qtree = kmq_jax.quantize_params(params, rules)     # any tree of parameters: codebooks and packed indices
+qtree = kmq_jax.quantize_params(params, bits=4)          # any tree of parameters: codebooks and packed indices
 params = kmq_jax.dequantize_params(qtree)
-model = kmq_jax.load("runs/quickstart-2bit.kmq")   # a speaker model
-embedding = model.embed(wave, sample_rate)         # numpy in, numpy out
-cascade = kmq_jax.load_cascade("runs/cascade")     # several widths, each trial at the least that suffices
-result = cascade.verify("a.wav", "b.wav")          # decision, score, width used
+
+latents, books = kmq_jax.init_codebooks(params, bits=4)  # to train through codebooks
+weights = kmq_jax.fake_quantize(latents, books)          # what the network computes with; differentiable
+qtree = kmq_jax.pack(latents, books)                     # exactly these weights, packed
+
+model = kmq_jax.load("runs/quickstart-2bit.kmq")         # a speaker model
+embedding = model.embed("a.wav")                         # or an array and its sample rate, or a list of either
+cascade = kmq_jax.load_cascade("runs/cascade")           # several bits, each trial at the fewest that suffice
+result = cascade.verify("a.wav", "b.wav")                # decision, score, bits used
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what editors and type checkers see; `_HOMES` says the same to Python
+    from kmq_jax.cascade.verifier import load_cascade as load_cascade
+    from kmq_jax.models.speaker_model import SpeakerModel as SpeakerModel
+    from kmq_jax.models.speaker_model import load_model as load  # noqa: F401
+    from kmq_jax.quant import CodebookTensor as CodebookTensor
+    from kmq_jax.quant import QuantRule as QuantRule
+    from kmq_jax.quant import QuantSpec as QuantSpec
+    from kmq_jax.quant import combine as combine
+    from kmq_jax.quant import dequantize_params as dequantize_params
+    from kmq_jax.quant import fake_quantize as fake_quantize
+    from kmq_jax.quant import init_codebooks as init_codebooks
+    from kmq_jax.quant import pack as pack
+    from kmq_jax.quant import partition as partition
+    from kmq_jax.quant import quantize_params as quantize_params
+    from kmq_jax.quant import size_bytes as size_bytes
 
 __version__ = "0.1.0"
 
-# Loaded when first asked for: quantization needs neither Flax nor audio, and commands start sooner.
+# Loaded when first asked for: `import kmq_jax` needs not even jax, and quantization needs no audio.
 _HOMES = {
     "CodebookTensor": ("kmq_jax.quant", "CodebookTensor"),
     "QuantRule": ("kmq_jax.quant", "QuantRule"),
     "QuantSpec": ("kmq_jax.quant", "QuantSpec"),
+    "SpeakerModel": ("kmq_jax.models.speaker_model", "SpeakerModel"),
+    "combine": ("kmq_jax.quant", "combine"),
     "dequantize_params": ("kmq_jax.quant", "dequantize_params"),
     "fake_quantize": ("kmq_jax.quant", "fake_quantize"),
     "init_codebooks": ("kmq_jax.quant", "init_codebooks"),
+    "load": ("kmq_jax.models.speaker_model", "load_model"),
+    "load_cascade": ("kmq_jax.cascade.verifier", "load_cascade"),
+    "pack": ("kmq_jax.quant", "pack"),
     "partition": ("kmq_jax.quant", "partition"),
     "quantize_params": ("kmq_jax.quant", "quantize_params"),
     "size_bytes": ("kmq_jax.quant", "size_bytes"),
-    "SpeakerModel": ("kmq_jax.models.speaker_model", "SpeakerModel"),
-    "load": ("kmq_jax.models.speaker_model", "load_model"),
-    "load_cascade": ("kmq_jax.cascade.verifier", "load_cascade"),
 }
 
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
@@ -42,4 +65,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

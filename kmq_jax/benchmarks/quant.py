@@ -101,7 +101,7 @@ def throughput(weights: dict[str, np.ndarray], bits: int, repeats: int) -> dict[
     # A start without iterations: only the speed afterwards counts here.
     spec = quant.QuantSpec(bits, init="companding", iterations=0)
     latents, books = quant.init_codebooks(params, spec)
-    packed = quant.export(latents, books)
+    packed = quant.pack(latents, books)
     held = quant.reassign(latents, books)
 
     def loss(state: Any) -> jax.Array:

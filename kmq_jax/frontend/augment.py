@@ -1,8 +1,8 @@
 """Augmentation: added noise, simulated room reverberation and SpecAugment, as pure functions with explicit keys.
 
-A speaker network hears few microphones and rooms in training and many in use. Each training crop is therefore
-disturbed at random: noise, music or other people's voices at a random level, or a room simulated for the occasion;
-then, on the features, a strip of time and a strip of frequency is wiped out so that no single cue suffices.
+A speaker network hears few microphones and rooms in training, and many in use. So training disturbs each crop at
+random: by noise, music or other voices at a random level, by a simulated room, or both. Then SpecAugment wipes out a
+strip of time and a strip of frequency of the features, so that no single cue suffices.
 
 All of it runs inside the jitted training step, in static shapes: it compiles once for a batch shape. The host only
 chooses (which noise, which level, which examples get a room).
@@ -39,6 +39,9 @@ def add_noise(wave: jax.Array, noise: jax.Array, snr_db: jax.Array) -> jax.Array
 
     Returns:
         The mixture [..., samples]; it may exceed [-1, 1), and is not clipped.
+
+    >>> add_noise(jnp.array([1.0, -1.0]), jnp.array([2.0, 2.0]), jnp.array(0.0)).tolist()  # equal powers
+    [2.0, 0.0]
     """
     speech_power = jnp.mean(wave**2, -1)
     noise_power = jnp.mean(noise**2, -1)
@@ -151,7 +154,7 @@ def room_response(key: jax.Array, room: Room, config: RoomConfig) -> jax.Array:
 
     def axis(i: int) -> tuple[jax.Array, jax.Array]:
         """Squared distance along one axis and walls crossed, of each image."""
-        n = jnp.arange(-config.images[i], config.images[i] + 1)
+        n = jnp.arange(-config.images[i], config.images[i] + 1, dtype=jnp.float32)
         image = n * room.size[i] + jnp.where(n % 2 == 0, room.source[i], room.size[i] - room.source[i])
         return (image - room.microphone[i]) ** 2, jnp.abs(n)
 
@@ -162,7 +165,7 @@ def room_response(key: jax.Array, room: Room, config: RoomConfig) -> jax.Array:
     distance = jnp.maximum(jnp.sqrt(lattice(*squares)), 0.01)
     crossed = lattice(*walls)
     direct = jnp.maximum(jnp.linalg.norm(room.source - room.microphone), 0.01)
-    horizon = jnp.min(jnp.array(config.images) * room.size)
+    horizon = jnp.min(jnp.array(config.images, jnp.float32) * room.size)
 
     # Each wall also turns the sound's sign: with all images positive they add up to a 17 dB boost below 20 Hz.
     sign = 1 - 2 * (crossed % 2)
@@ -179,7 +182,11 @@ def room_response(key: jax.Array, room: Room, config: RoomConfig) -> jax.Array:
 
 
 def simulate_rir(key: jax.Array, config: RoomConfig) -> jax.Array:
-    """Draws a room and returns its impulse response [taps]; see `draw_room` and `room_response`."""
+    """Draws a room and returns its impulse response [taps]; see `draw_room` and `room_response`.
+
+    >>> simulate_rir(jax.random.key(0), RoomConfig(seconds=0.1)).shape
+    (1600,)
+    """
     room_key, tail_key = jax.random.split(key)
     return room_response(tail_key, draw_room(room_key, config), config)
 
@@ -194,6 +201,10 @@ def reverberate(wave: jax.Array, rir: jax.Array) -> jax.Array:
     Returns:
         [..., samples]: as long as the wave (the tail after its end is dropped), aligned with it and with its mean
         power. A silent wave stays silent.
+
+    >>> wave = jnp.array([1.0, -1.0, 0.5, 0.0])
+    >>> bool(jnp.allclose(reverberate(wave, jnp.array([1.0, 0.0])), wave, atol=1e-6))  # the direct sound alone
+    True
     """
     samples = wave.shape[-1]
     size = next_fast_len(samples + rir.shape[-1] - 1, real=True)
@@ -219,6 +230,13 @@ def augment_batch(
 
     Returns:
         Waveforms [batch, samples], in the batch's order.
+
+    >>> speech = jax.random.normal(jax.random.key(0), (2, 1600))
+    >>> snr_db, reverb = jnp.array([jnp.inf, 0.0]), jnp.zeros(2, bool)
+    >>> batch = {"wave": speech, "interference": speech, "snr_db": snr_db, "reverb": reverb}
+    >>> mixed = augment_batch(jax.random.key(1), batch, RoomConfig(seconds=0.05))
+    >>> bool(jnp.allclose(mixed, speech * jnp.array([[1.0], [2.0]])))
+    True
     """
 
     def disturb(
@@ -278,6 +296,10 @@ def spec_augment(key: jax.Array, features: jax.Array, config: SpecAugmentConfig)
     References:
         Park et al., "SpecAugment: A simple data augmentation method for ASR", Interspeech 2019 (without its time
         warping; few and narrow strips, as speaker recipes have them).
+
+    >>> masked = spec_augment(jax.random.key(0), jnp.ones((1, 50, 20)), SpecAugmentConfig(probability=1.0))
+    >>> 0 < float(jnp.sum(masked == 0)) <= 10 * 20 + 8 * 50
+    True
     """
     batch, time, bands = features.shape
     chosen_key, time_key, frequency_key = jax.random.split(key, 3)

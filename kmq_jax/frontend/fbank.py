@@ -151,6 +151,9 @@ def num_frames(samples: Any, config: FbankConfig) -> Any:
 
     Returns:
         Frames, in the form that `samples` came in; 0 for anything shorter than one frame.
+
+    >>> num_frames(16000, WESPEAKER), num_frames(399, WESPEAKER)
+    (98, 0)
     """
     frames = (samples - config.length) // config.shift + 1
     if isinstance(frames, int):
@@ -237,6 +240,9 @@ def fbank(wave: jax.Array, config: FbankConfig) -> jax.Array:
 
     Raises:
         UserError: the waveform is a scalar, or not floating point (16-bit integers would be off by 32768).
+
+    >>> fbank(jnp.zeros((2, 16000)), KIWANO).shape
+    (2, 98, 81)
     """
     if wave.ndim == 0 or not jnp.issubdtype(wave.dtype, jnp.floating):
         raise UserError(f"wave (of {wave.dtype}, shape {wave.shape}) must be [..., samples], floating point")

@@ -22,6 +22,9 @@ def mean_normalize(features: jax.Array, lengths: jax.Array | None = None) -> jax
 
     Raises:
         UserError: the features are not [batch, time, mel].
+
+    >>> mean_normalize(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([2])).tolist()  # the third frame is padding
+    [[[-1.0], [1.0], [0.0]]]
     """
     if features.ndim != 3:
         raise UserError(f"features (of shape {features.shape}) must be [batch, time, mel]")
@@ -30,5 +33,5 @@ def mean_normalize(features: jax.Array, lengths: jax.Array | None = None) -> jax
     real = (jnp.arange(features.shape[1])[None] < lengths[:, None])[:, :, None]
     # Not a product with the mask: padding that holds NaN or infinity must not leak into the mean.
     total = jnp.where(real, features, 0).sum(1, keepdims=True)
-    mean = total / jnp.maximum(real.sum(1, keepdims=True), 1)
+    mean = total / jnp.maximum(real.sum(1, keepdims=True).astype(features.dtype), 1)
     return jnp.where(real, features - mean, 0)

@@ -20,6 +20,10 @@ class MarginSchedule:
         final: the margin reached (AM: subtracted from the cosine; AAM: added to the angle, radians).
         start: step at which it begins to rise.
         end: step at which `final` is reached; `start` and `end` equal: constant from `start` on.
+
+    >>> margin = MarginSchedule(0.2, start=100, end=200)
+    >>> [round(float(margin(step)), 3) for step in (50, 150, 300)]
+    [0.0, 0.1, 0.2]
     """
 
     final: float
@@ -42,6 +46,9 @@ def class_cosines(embeddings: jax.Array, centres: jax.Array) -> jax.Array:
 
     Returns:
         `[batch, classes]`, float32.
+
+    >>> class_cosines(jnp.array([[2.0, 0.0]]), jnp.array([[[1.0, 0.0]], [[0.0, 5.0]]])).tolist()
+    [[1.0, 0.0]]
     """
     embeddings = _unit(embeddings.astype(jnp.float32))
     cosines = jnp.einsum("bd,ckd->bck", embeddings, _unit(centres.astype(jnp.float32)))
@@ -66,6 +73,9 @@ def margin_logits(
 
     Raises:
         UserError: `kind` is not one of these.
+
+    >>> margin_logits(jnp.array([[0.75, 0.5]]), jnp.array([0]), margin=0.25, scale=8.0, kind="am").tolist()
+    [[4.0, 4.0]]
     """
     if kind not in KINDS:
         raise UserError(f"loss.kind {kind!r} must be one of {', '.join(KINDS)}")
@@ -84,12 +94,20 @@ def margin_logits(
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross entropy of each example, `[batch]`, in nats."""
+    """Cross entropy of each example, `[batch]`, in nats.
+
+    >>> bool(jnp.allclose(cross_entropy(jnp.zeros((1, 4)), jnp.array([2])), jnp.log(4.0)))
+    True
+    """
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
 def init_centres(key: jax.Array, classes: int, sub_centres: int, dim: int) -> jax.Array:
-    """Glorot-uniform class centres `[classes, sub-centres, dim]`."""
+    """Glorot-uniform class centres `[classes, sub-centres, dim]`.
+
+    >>> init_centres(jax.random.key(0), classes=10, sub_centres=3, dim=16).shape
+    (10, 3, 16)
+    """
     limit = math.sqrt(6.0 / (classes * sub_centres + dim))
     return jax.random.uniform(key, (classes, sub_centres, dim), minval=-limit, maxval=limit)
 

@@ -72,6 +72,12 @@ def speaker_bootstrap(
 
     Raises:
         UserError: as `eer`, or the speakers do not fit the trials.
+
+    >>> scores = [0.9, 0.8, 0.7, 0.1, 0.2, 0.3]
+    >>> enrol, test = [0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2]
+    >>> draws = speaker_bootstrap(scores, [1, 1, 1, 0, 0, 0], enrol, test, replicates=50)
+    >>> float(draws.eer.max())  # separable whoever is drawn
+    0.0
     """
     scores, labels = check_trials(scores, labels)
     enrol, test, speakers = number_speakers(enrol_speaker, test_speaker, len(scores))
@@ -90,7 +96,11 @@ def speaker_bootstrap(
 
 
 def percentile_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
-    """The central interval that holds the share `confidence` of bootstrap replicates `[replicates]`."""
+    """The central interval that holds the share `confidence` of bootstrap replicates `[replicates]`.
+
+    >>> percentile_interval(range(101), confidence=0.9)
+    (5.0, 95.0)
+    """
     low, high = np.quantile(np.asarray(values), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
@@ -108,6 +118,9 @@ def speakers_from_targets(enrol: ArrayLike, test: ArrayLike, labels: ArrayLike, 
 
     Returns:
         A speaker number for each utterance `[utterances]`.
+
+    >>> speakers_from_targets([0, 1, 2], [1, 2, 3], [1, 0, 1], utterances=4).tolist()
+    [0, 0, 1, 1]
     """
     labels = np.asarray(labels, bool)
     pairs = np.asarray(enrol)[labels], np.asarray(test)[labels]

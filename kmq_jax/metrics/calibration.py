@@ -29,6 +29,9 @@ def cllr(llrs: ArrayLike, labels: ArrayLike) -> float:
 
     References:
         Brummer and du Preez, "Application-independent evaluation of speaker detection", CSL 2006.
+
+    >>> round(cllr([0.0, 0.0], [0, 1]), 6), round(cllr([-20.0, 20.0], [0, 1]), 6)  # no evidence, perfect evidence
+    (1.0, 0.0)
     """
     llrs, labels = check_trials(llrs, labels, finite=False)
     costs = [np.logaddexp(0, -llrs[labels]).mean(), np.logaddexp(0, llrs[~labels]).mean()]
@@ -43,6 +46,9 @@ def min_cllr(scores: ArrayLike, labels: ArrayLike) -> float:
     Args:
         scores: `[trials]`.
         labels: `[trials]`, true for target trials.
+
+    >>> min_cllr([0.1, 0.4, 0.6, 0.9], [0, 0, 1, 1])
+    0.0
     """
     scores, labels = check_trials(scores, labels)
     order = np.argsort(scores)
@@ -62,7 +68,11 @@ def min_cllr(scores: ArrayLike, labels: ArrayLike) -> float:
 
 @dataclass(frozen=True)
 class AffineMap:
-    """`scale * score + offset`: what logistic calibration fits."""
+    """`scale * score + offset`: what logistic calibration fits.
+
+    >>> AffineMap(2.0, -1.0)([0.0, 1.0]).tolist()
+    [-1.0, 1.0]
+    """
 
     scale: float
     offset: float
@@ -83,6 +93,9 @@ class IsotonicMap:
     Attributes:
         x: `[knots]`, strictly ascending.
         y: `[knots]`, nondecreasing.
+
+    >>> IsotonicMap(np.array([0.0, 1.0]), np.array([0.0, 10.0]))([-1.0, 0.5, 2.0]).tolist()
+    [0.0, 5.0, 10.0]
     """
 
     x: Array
@@ -102,6 +115,9 @@ def map_from_dict(value: Any) -> AffineMap | IsotonicMap:
 
     Raises:
         UserError: the value is not such a map.
+
+    >>> map_from_dict(AffineMap(2.0, -1.0).to_dict())
+    AffineMap(scale=2.0, offset=-1.0)
     """
     try:
         if value["kind"] == "affine":
@@ -127,9 +143,9 @@ def map_from_dict(value: Any) -> AffineMap | IsotonicMap:
 def fit_logistic(scores: ArrayLike, labels: ArrayLike, p_target: float = 0.5) -> AffineMap:
     """Prior-weighted logistic regression from scores to log likelihood ratios.
 
-    Both classes are weighted to the prior `p_target`, whose log odds are then taken off, so the result does not depend
-    on the shares of the classes in the list. A trace of ridge penalty keeps the slope finite where the scores separate
-    the classes perfectly; elsewhere it is too small to see.
+    Both classes are weighted to the prior `p_target`, and its log odds are taken off afterwards. So the result does not
+    depend on the shares of the classes in the list. A small ridge penalty keeps the slope finite where the scores
+    separate the classes perfectly; elsewhere it does not show.
 
     Args:
         scores: `[trials]`.
@@ -138,6 +154,10 @@ def fit_logistic(scores: ArrayLike, labels: ArrayLike, p_target: float = 0.5) ->
 
     References:
         Brummer and du Preez 2006.
+
+    >>> fitted = fit_logistic([0.0, 1.0, 2.0, 1.0, 2.0, 3.0], [0, 0, 0, 1, 1, 1])
+    >>> round(-fitted.offset / fitted.scale, 3)  # the score that is no evidence either way
+    1.5
     """
     scores, labels = check_trials(scores, labels)
     return _fit_logistic(scores, labels.astype(np.float64), (~labels).astype(np.float64), p_target)
@@ -180,6 +200,9 @@ def fit_isotonic(scores: ArrayLike, values: ArrayLike, weights: ArrayLike | None
         scores: `[trials]`, finite.
         values: `[trials]`, finite.
         weights: `[trials]`, positive; all one where left out.
+
+    >>> fit_isotonic([0.0, 1.0, 2.0], [0.0, 3.0, 1.0])([0.0, 2.0]).tolist()
+    [0.0, 2.0]
     """
     from sklearn.isotonic import IsotonicRegression
 
@@ -221,6 +244,12 @@ def cross_calibrate(
 
     Raises:
         UserError: some fit is left without target or nontarget trials: there are too few speakers.
+
+    >>> scores = [0.9, 0.8, 0.7, 0.9, 0.1, 0.2, 0.3, 0.2, 0.1, 0.3]
+    >>> enrol, test = [0, 1, 2, 3, 0, 0, 0, 1, 1, 2], [0, 1, 2, 3, 1, 2, 3, 2, 3, 3]
+    >>> llrs = cross_calibrate(scores, np.equal(enrol, test), enrol, test)
+    >>> bool((llrs[:4] > 0).all() and (llrs[4:] < 0).all())
+    True
     """
     scores, labels = check_trials(scores, labels)
     enrol, test, speakers = number_speakers(enrol_speaker, test_speaker, len(scores))

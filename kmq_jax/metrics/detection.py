@@ -1,8 +1,8 @@
 """Detection metrics of trial scores: EER, minDCF, actDCF and the DET curve.
 
 A trial is accepted when `score >= threshold`. An operating point is what one threshold gives: the miss rate (targets
-rejected) and the false-alarm rate (nontargets accepted). Tied scores cannot be told apart by any threshold, so they
-make one operating point, whatever their order in the list.
+rejected) and the false-alarm rate (nontargets accepted). No threshold separates tied scores, so they make one operating
+point, whatever their order in the list.
 """
 
 from typing import Any
@@ -27,6 +27,9 @@ def check_trials(scores: ArrayLike, labels: ArrayLike, finite: bool = True) -> t
     Raises:
         UserError: lengths differ, a label is neither 0 nor 1, a score is not a number, or one of the two classes has
             no trial.
+
+    >>> check_trials([0.5, 2], [1, 0])
+    (array([0.5, 2. ]), array([ True, False]))
     """
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
     if scores.ndim != 1 or scores.shape != labels.shape:
@@ -58,6 +61,9 @@ def number_speakers(enrol: ArrayLike, test: ArrayLike, trials: int) -> tuple[Arr
 
     Raises:
         UserError: the numbers do not fit the trials.
+
+    >>> number_speakers([7, 3], [3, 9], 2)
+    (array([1, 0]), array([0, 2]), 3)
     """
     sides = [np.asarray(side) for side in (enrol, test)]
     for side in sides:
@@ -79,6 +85,10 @@ def operating_points(scores: ArrayLike, labels: ArrayLike) -> tuple[Array, Array
 
     Returns:
         `thresholds, p_miss, p_fa`, each `[points]`. Thresholds ascend; the last is infinite.
+
+    >>> thresholds, p_miss, p_fa = operating_points([0.2, 0.5, 0.8], [0, 1, 1])
+    >>> thresholds.tolist(), p_miss.tolist(), p_fa.tolist()
+    ([0.2, 0.5, 0.8, inf], [0.0, 0.0, 0.5, 1.0], [1.0, 0.0, 0.0, 0.0])
     """
     scores, labels = check_trials(scores, labels)
     order = np.argsort(scores)
@@ -104,6 +114,10 @@ def equal_error_point(p_miss: Array, p_fa: Array) -> tuple[Array, Array]:
     Returns:
         The EER `[...]` and the index `[...]` of the operating point at which the rates are nearest each other (never
         the last, which rejects all).
+
+    >>> rate, point = equal_error_point(np.array([0.0, 0.1, 0.3, 1.0]), np.array([1.0, 0.3, 0.1, 0.0]))
+    >>> round(float(rate), 6), int(point)
+    (0.2, 2)
     """
     above = np.sum(p_miss < p_fa, axis=-1, keepdims=True)  # the first point at which misses prevail
     miss0, miss1 = (np.take_along_axis(p_miss, above - i, -1)[..., 0] for i in (1, 0))
@@ -128,6 +142,11 @@ def eer(scores: ArrayLike, labels: ArrayLike) -> tuple[float, float]:
 
     Raises:
         UserError: there are no target or no nontarget trials, or a score is not finite.
+
+    >>> eer([0.1, 0.4, 0.6, 0.9], [0, 0, 1, 1])  # separable: no errors at 0.6
+    (0.0, 0.6)
+    >>> eer([0.1, 0.6, 0.4, 0.9], [0, 0, 1, 1])[0]  # one of two targets is below one of two nontargets
+    0.5
     """
     thresholds, p_miss, p_fa = operating_points(scores, labels)
     rate, point = equal_error_point(p_miss, p_fa)
@@ -148,6 +167,9 @@ def normalised_dcf(
 
     References:
         NIST Speaker Recognition Evaluation plans, 1998 onwards.
+
+    >>> normalised_dcf([0.0, 1.0, 0.1], [1.0, 0.0, 0.1], p_target=0.5).tolist()  # accept all, reject all, in between
+    [1.0, 1.0, 0.2]
     """
     if not 0 < p_target < 1 or c_miss <= 0 or c_fa <= 0:
         raise UserError(
@@ -163,6 +185,9 @@ def min_dcf(
     """Normalised detection cost at the best threshold, between 0 and 1.
 
     Args and errors as `eer` and `normalised_dcf`.
+
+    >>> min_dcf([0.1, 0.6, 0.4, 0.9], [0, 0, 1, 1], p_target=0.5)
+    0.5
     """
     _, p_miss, p_fa = operating_points(scores, labels)
     return float(normalised_dcf(p_miss, p_fa, p_target, c_miss, c_fa).min())
@@ -179,6 +204,9 @@ def act_dcf(
         p_target: prior probability of a target trial.
         c_miss: cost of a miss.
         c_fa: cost of a false alarm.
+
+    >>> act_dcf([-3.0, -2.0, 1.0, -1.0], [0, 0, 1, 1], p_target=0.5)  # one of two targets is below 0
+    0.5
     """
     llrs, labels = check_trials(llrs, labels, finite=False)
     accepted = llrs >= bayes_threshold(p_target, c_miss, c_fa)
@@ -186,7 +214,11 @@ def act_dcf(
 
 
 def bayes_threshold(p_target: float = 0.01, c_miss: float = 1.0, c_fa: float = 1.0) -> float:
-    """The log likelihood ratio above which accepting costs less than rejecting."""
+    """The log likelihood ratio above which accepting costs less than rejecting.
+
+    >>> bayes_threshold(p_target=0.5)
+    0.0
+    """
     return float(np.log(c_fa * (1 - p_target)) - np.log(c_miss * p_target))
 
 
@@ -203,6 +235,10 @@ def det_curve(scores: ArrayLike, labels: ArrayLike, max_points: int = 1000) -> t
 
     References:
         Martin et al., "The DET curve in assessment of detection task performance", Eurospeech 1997.
+
+    >>> p_fa, p_miss, thresholds = det_curve([0.2, 0.5, 0.8], [0, 1, 1])
+    >>> p_fa.tolist(), p_miss.tolist()
+    ([1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.5, 1.0])
     """
     thresholds, p_miss, p_fa = operating_points(scores, labels)
     keep = thin(p_miss, p_fa, max_points)
@@ -219,6 +255,9 @@ def thin(p_miss: Array, p_fa: Array, max_points: int) -> Array:
 
     Returns:
         Indices of the points to keep, ascending; the first and the last are among them.
+
+    >>> thin(np.linspace(0, 1, 5), np.linspace(1, 0, 5), max_points=10).tolist()
+    [0, 1, 2, 3, 4]
     """
     if len(p_miss) <= max_points:
         return np.arange(len(p_miss))

@@ -40,6 +40,12 @@ def evaluate(
         `eer` (percent), `eer_ci95`, `threshold` (at the EER), `min_dcf`, `min_dcf_ci95`, `act_dcf`, `cllr`, `min_cllr`,
         `p_target`, `trials`, `targets`, `speakers`, and how it was done: `calibration`, `intervals`. What there are too
         few speakers for is None.
+
+    >>> scores = [0.9, 0.8, 0.7, 0.1, 0.2, 0.3]
+    >>> enrol, test = [0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2]
+    >>> figures = evaluate(scores, [1, 1, 1, 0, 0, 0], enrol, test, replicates=0)
+    >>> figures["eer"], figures["min_dcf"], figures["trials"], figures["speakers"]
+    (0.0, 0.0, 6, 3)
     """
     scores, labels = check_trials(scores, labels)
     enrol, test, speakers = number_speakers(enrol_speaker, test_speaker, len(scores))

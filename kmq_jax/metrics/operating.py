@@ -34,6 +34,9 @@ def parse_point(text: str) -> OperatingPoint:
 
     Raises:
         UserError: it is none of them, or the number does not lie between 0 and 1.
+
+    >>> parse_point("far=0.01")
+    OperatingPoint(kind='far', value=0.01)
     """
     kind, _, number = text.partition("=")
     if text == "eer":
@@ -60,6 +63,10 @@ def threshold_at(scores: ArrayLike, labels: ArrayLike, point: OperatingPoint) ->
 
     Raises:
         UserError: the trials it needs are missing, or no threshold short of rejecting everything gets there.
+
+    >>> scores, labels = [0.1, 0.3, 0.5, 0.4, 0.8], [0, 0, 0, 1, 1]
+    >>> [threshold_at(scores, labels, parse_point(text)) for text in ("eer", "far=0.2", "frr=0.2")]
+    [0.5, 0.8, 0.4]
     """
     if point.kind == "eer":
         return eer(scores, labels)[1]
@@ -85,7 +92,11 @@ def threshold_at(scores: ArrayLike, labels: ArrayLike, point: OperatingPoint) ->
 
 
 def error_rates(scores: ArrayLike, labels: ArrayLike, threshold: float) -> tuple[float | None, float | None]:
-    """False-accept and false-reject rates at a threshold, as fractions; None for a class without trials."""
+    """False-accept and false-reject rates at a threshold, as fractions; None for a class without trials.
+
+    >>> error_rates([0.1, 0.6, 0.4, 0.9], [0, 0, 1, 1], threshold=0.5)
+    (0.5, 0.5)
+    """
     accept, target = np.asarray(scores) >= threshold, np.asarray(labels, bool)
     far = float(accept[~target].mean()) if (~target).any() else None
     return far, float(1 - accept[target].mean()) if target.any() else None
@@ -113,6 +124,12 @@ def threshold_interval(
 
     Returns:
         `(low, high)`, or None where too few draws have both classes of trials.
+
+    >>> scores = [0.9, 0.8, 0.7, 0.1, 0.2, 0.3]
+    >>> enrol, test = [0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2]
+    >>> low, high = threshold_interval(scores, np.equal(enrol, test), enrol, test, OperatingPoint("eer")) or (0, 0)
+    >>> low <= high
+    True
     """
     scores, labels = check_trials(scores, labels)
     enrol, test, speakers = number_speakers(enrol_speaker, test_speaker, len(scores))

@@ -22,7 +22,9 @@ from kmq_jax.core.tree import named_leaves
 from kmq_jax.quant.types import CodebookTensor, is_codebook_tensor
 
 VERSION = 1
-_DTYPES = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
+_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
+_TYPES = {"bool", "bfloat16", "float16", "float32", "float64"}
+_TYPES |= {f"{kind}{size}" for kind in ("int", "uint") for size in (8, 16, 32, 64)}
 _LONGEST_MANIFEST = 16 << 20
 
 
@@ -37,8 +39,9 @@ def save(path: str | os.PathLike[str], manifest: Mapping[str, Any], tree: Any) -
             containers are saved by their leaves' names, and come back as dicts.
 
     Raises:
-        UserError: the file cannot be written, or two leaves would have the same name in it.
-        TypeError, ValueError: the manifest is not JSON, or an array's type has no place in the file (bfloat16).
+        UserError: the file cannot be written, two leaves would have the same name in it, or an array's type has no
+            place in it (complex, float8).
+        TypeError, ValueError: the manifest is not JSON.
     """
     if clash := {"version", "tensors"} & set(manifest):
         raise ValueError(f"the manifest's key {sorted(clash)[0]!r} is the file's own")
@@ -49,6 +52,8 @@ def save(path: str | os.PathLike[str], manifest: Mapping[str, Any], tree: Any) -
         if is_codebook_tensor(leaf):
             leaf.validate()
             quantized[name] = {"shape": leaf.shape, "bits": leaf.bits, "axis": leaf.axis, "coarse": len(leaf.coarse)}
+            if leaf.dtype_name != "float32":
+                quantized[name]["dtype"] = leaf.dtype_name
             parts = {f"{name}#packed": leaf.packed, f"{name}#codebook": leaf.codebook}
             parts |= {f"{name}#coarse{i}": codebook for i, codebook in enumerate(leaf.coarse)}
         elif "#" in name:
@@ -56,6 +61,8 @@ def save(path: str | os.PathLike[str], manifest: Mapping[str, Any], tree: Any) -
         if twice := set(parts) & set(arrays):
             raise UserError(f"two leaves are named {sorted(twice)[0]!r}")
         arrays |= {key: np.ascontiguousarray(np.asarray(value)) for key, value in parts.items()}
+        if arrays[next(iter(parts))].dtype.name not in _TYPES:
+            raise UserError(f"{name} is {arrays[name].dtype}, which .kmq files do not hold")
     text = json.dumps({**manifest, "version": VERSION, "tensors": quantized}, allow_nan=False, sort_keys=True)
     with atomic_write(path) as temporary:
         temporary.write_bytes(
@@ -151,6 +158,7 @@ def _assemble(arrays: Mapping[str, Any], quantized: Mapping[str, Any]) -> dict[s
             shape=tuple(about["shape"]),
             bits=about["bits"],
             axis=about["axis"],
+            dtype_name=about.get("dtype", "float32"),
         )
         try:
             tensor.validate()

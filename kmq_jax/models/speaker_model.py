@@ -1,23 +1,25 @@
-"""A speaker model as users hold it: network, front end and weights; recordings in, embeddings out."""
+"""A speaker model: network, front end and weights; recordings in, embeddings out."""
 
 import collections
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax.tree_util import GetAttrKey
 
 from kmq_jax import frontend, quant
 from kmq_jax.core import mesh
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_json
 from kmq_jax.core.progress import progress
-from kmq_jax.core.tree import named_leaves, replace_named
+from kmq_jax.core.tree import Array, Variables, named_leaves, replace_named
 from kmq_jax.data import audio, buckets, source
 from kmq_jax.models import artifact, registry
 from kmq_jax.models.batches import padded_batches, usable_lengths
@@ -27,6 +29,7 @@ from kmq_jax.models.protocol import SpeakerNetwork
 FRONTENDS = {"kiwano": frontend.KIWANO, "wespeaker": frontend.WESPEAKER}
 COMPUTE = ("float32", "bfloat16")
 BATCH_SIZE = 16
+Recording: TypeAlias = str | os.PathLike[str] | Array
 PER_BITS = "narrow"  # the key in `variables` and in the file of what each smaller number of bits has to itself
 
 
@@ -43,64 +46,123 @@ def frontend_of(name: str) -> frontend.FbankConfig:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def embed_batch(
-    network: SpeakerNetwork, fbank: frontend.FbankConfig, variables: Any, wave: jax.Array, samples: jax.Array
+    network: SpeakerNetwork, fbank: frontend.FbankConfig, variables: Variables, wave: jax.Array, samples: jax.Array
 ) -> jax.Array:
     """Embeds recordings `wave` `[batch, longest]` of `samples` `[batch]` real samples each, to `[batch, dim]`."""
     frames = frontend.num_frames(samples, fbank)
     features = frontend.mean_normalize(frontend.fbank(wave, fbank), frames)
-    embeddings: Any = network.apply(variables, features, frames, train=False)
+    embeddings: Array = network.apply(variables, features, frames, train=False)
     return embeddings
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class SpeakerModel:
-    """A network with its front end and weights.
+    """A network with its front end and weights. A pytree: `variables` are its leaves, the rest is static.
 
     Attributes:
         architecture: a name of `models.registry`.
-        settings: the network's settings.
+        settings: the network's settings, as JSON values.
         frontend: name of the filterbank setting.
         variables: `{"params": tree, "batch_stats": tree}`; quantized tensors are `quant.CodebookTensor`s. Nested models
-            may have `"narrow"` beside them: for each smaller width, such as "2", the biases and statistics that differ
-            at that width, by their names in the rest.
-        bits: the width at which nested tensors are read; None is the widest.
+            may have `PER_BITS` beside them: for each smaller number of bits, such as "2", the biases and statistics
+            that differ at these bits, by their names in the rest.
+        bits: at how many bits nested tensors are read; None is the most.
     """
 
     architecture: str
     settings: Mapping[str, Any]
     frontend: str
-    variables: Any
+    variables: Variables
     bits: int | None = None
+
+    def __repr__(self) -> str:
+        leaves = [x for x in jax.tree.leaves(self.variables, quant.is_codebook_tensor) if quant.is_codebook_tensor(x)]
+        have = sorted({bits for leaf in leaves for bits in leaf.all_bits}) or [32]
+        read = "" if self.bits is None else f", read at {self.bits}"
+        size = quant.size_bytes(self.variables).total
+        bits = f"{'/'.join(map(str, have))} bits{read}"
+        return f"SpeakerModel({self.architecture}, {self.frontend} features, {bits}, {size / 1e6:.2f} MB)"
 
     def network(self, dtype: str = "float32") -> SpeakerNetwork:
         """The Linen module, computing in `dtype`."""
         return registry.build(self.architecture, **self.settings, dtype=dtype)
 
-    def embed(self, wave: np.ndarray, sample_rate: int) -> np.ndarray:
-        """Embeds one recording.
+    def embed(self, recording: Recording | Sequence[Recording], sample_rate: int | None = None) -> np.ndarray:
+        """Embeds one recording, or a list of them.
 
         Args:
-            wave: float `[samples]` or `[samples, channels]`, full scale 1.
-            sample_rate: Hz; resampled to 16 kHz where it differs.
+            recording: a file's path; or an array `[samples]`, `[samples, channels]` or `[channels, samples]`, floating
+                point with full scale 1 or signed integers; or a list of either.
+            sample_rate: of arrays, in Hz; they are resampled to 16 kHz where it differs. Files have their own.
 
         Returns:
-            float32 `[dim]`, not length-normalised.
+            float32 `[dim]`, or `[recordings, dim]` for a list; not length-normalised.
 
         Raises:
-            UserError: shorter than one analysis frame, or not finite.
+            UserError: a recording cannot be read, is shorter than one analysis frame or not finite; or the shape of
+                an array does not tell channels from samples.
         """
-        wave = np.asarray(wave, np.float32)
-        mono = audio.resample(wave if wave.ndim == 1 else wave.mean(axis=1), sample_rate)
-        if not np.isfinite(mono).all() or frontend.num_frames(len(mono), frontend_of(self.frontend)) < 1:
+        if isinstance(recording, (list, tuple)) and not all(isinstance(x, (int, float)) for x in recording):
+            if not recording:
+                raise UserError("there is no recording to embed in an empty list")
+            return embed_waves(self, [self._wave(one, sample_rate) for one in recording])
+        return embed_waves(self, [self._wave(recording, sample_rate)])[0]
+
+    def _wave(self, recording: Any, sample_rate: int | None) -> np.ndarray:
+        if isinstance(recording, (str, os.PathLike)):
+            return audio.read_audio(recording)
+        if sample_rate is None:
+            raise UserError("sample_rate (in Hz) must be given with an array of samples")
+        wave = audio.resample(mono(np.asarray(recording)), sample_rate)
+        if not np.isfinite(wave).all() or frontend.num_frames(len(wave), frontend_of(self.frontend)) < 1:
             raise UserError("the recording is shorter than one analysis frame, or holds values that are not finite")
-        return embed_waves(self, [mono])[0]
+        return wave
+
+
+def _flatten(model: SpeakerModel) -> tuple[tuple[tuple[GetAttrKey, Variables]], Hashable]:
+    settings = json.dumps(dict(model.settings), sort_keys=True)  # hashable, as static parts of a tree must be
+    return ((GetAttrKey("variables"), model.variables),), (model.architecture, settings, model.frontend, model.bits)
+
+
+def _unflatten(static: Any, children: Iterable[Variables]) -> SpeakerModel:
+    architecture, settings, fbank, bits = static
+    (variables,) = children
+    return SpeakerModel(architecture, json.loads(settings), fbank, variables, bits)
+
+
+jax.tree_util.register_pytree_with_keys(SpeakerModel, _flatten, _unflatten)
+
+
+def mono(wave: np.ndarray) -> np.ndarray:
+    """The mean of a recording's channels, float32 `[samples]`, full scale 1.
+
+    Args:
+        wave: `[samples]`, or with at most 32 channels on either side, `[samples, channels]` or `[channels, samples]`:
+            the longer axis is that of samples. Floating point, or signed integers, whose full scale becomes 1.
+
+    Raises:
+        UserError: the shape or the type is another.
+
+    >>> mono(np.array([[0.0, 0.5, 1.0], [1.0, 0.5, 0.0]])).tolist()
+    [0.5, 0.5, 0.5]
+    >>> mono(np.int16([16384, -32768])).tolist()
+    [0.5, -1.0]
+    """
+    if wave.ndim not in (1, 2) or (wave.ndim == 2 and (min(wave.shape) > 32 or wave.shape[0] == wave.shape[1])):
+        raise UserError(f"wave (of shape {wave.shape}) must be [samples], [samples, channels] or [channels, samples]")
+    if np.issubdtype(wave.dtype, np.signedinteger):
+        wave = wave / -float(np.iinfo(wave.dtype).min)
+    elif wave.dtype.kind not in "f" and wave.dtype.name != "bfloat16":
+        raise UserError(f"wave (of {wave.dtype}) must be floating point with full scale 1, or signed integers")
+    wave = np.asarray(wave, np.float32)
+    return wave if wave.ndim == 1 else wave.mean(axis=int(np.argmin(wave.shape)))
 
 
 def at_bits(model: SpeakerModel, bits: int | None) -> SpeakerModel:
-    """The model read at a width (None: the widest), with that width's own biases and statistics.
+    """The model read at `bits` (None: the most), with the biases and statistics that these bits have to themselves.
 
     Raises:
-        UserError: no tensor can be read at this width.
+        UserError: no tensor can be read at these bits.
     """
     whole = {part: tree for part, tree in model.variables.items() if part != PER_BITS}
     leaves = [leaf for leaf in jax.tree.leaves(whole, quant.is_codebook_tensor) if quant.is_codebook_tensor(leaf)]
@@ -157,7 +219,9 @@ def _embed(
 ) -> np.ndarray:
     network, fbank = model.network(dtype), frontend_of(model.frontend)
     devices = mesh.make_mesh(jax.local_devices())
-    variables = jax.device_put(quant.dequantize_params(model.variables, model.bits), mesh.replicated(devices))
+    variables = jax.device_put(
+        quant.dequantize_params(model.variables, model.bits, np.float32), mesh.replicated(devices)
+    )
     embeddings = np.zeros((len(lengths), network.embedding_size), np.float32)
     under_way: collections.deque[tuple[np.ndarray, jax.Array]] = collections.deque()
 
@@ -203,10 +267,10 @@ def load_model(path: str | Path, bits: int | None = None) -> SpeakerModel:
 
     Args:
         path: the model.
-        bits: the width at which a nested model is read; None is its widest.
+        bits: at how many bits a nested model is read; None is the most.
 
     Raises:
-        UserError: there is no model at `path`, it is damaged, or it cannot be read at this width.
+        UserError: there is no model at `path`, it is damaged, or it cannot be read at these bits.
     """
     path = Path(path)
     for file in (path, path / "averaged.kmq", path / "model.kmq"):

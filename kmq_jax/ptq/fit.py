@@ -113,7 +113,7 @@ def _leaves(tensors: Mapping[str, Any], found: "list[_Fit]") -> dict[str, Any]:
     leaves: dict[str, Any] = dict(most.leaves)
     for name, indices in most.indices.items():
         books = [np.asarray(one.scaled[name], tensors[name].codebook.dtype) for one in found]
-        packed = np.asarray(quant.pack(indices, tensors[name].bits))
+        packed = np.asarray(quant.pack_bits(indices, tensors[name].bits))
         leaves[f"params/{name}"] = dataclasses.replace(
             tensors[name], codebook=books[-1], coarse=tuple(books[:-1]), packed=packed
         )

@@ -1,25 +1,26 @@
-"""k-means quantization of any parameter tree. Knows neither audio nor Flax modules."""
+"""k-means quantization of any parameter tree. Knows neither audio nor networks."""
 
+import kmq_jax.quant.serialization  # noqa: F401  (registers the types)
 from kmq_jax.quant.kmeans import inertia, kmeans
 from kmq_jax.quant.nested import nested_kmeans
-from kmq_jax.quant.packing import pack, unpack
-from kmq_jax.quant.sensitivity import allocate, allocate_sections, distortions, hessian_traces, rules_of, stages
+from kmq_jax.quant.packing import pack_bits, unpack_bits
+from kmq_jax.quant.rules import Rules, as_rules, decide
+from kmq_jax.quant.sensitivity import allocate, allocate_sections, distortions, hessian_traces, phases, rules_of
 from kmq_jax.quant.ste import (
     Codebook,
     adopt_codebooks,
-    export,
     fake_quantize,
     grow_codebooks,
     init_codebooks,
     kmqat_codebook,
     lloyd_update,
+    pack,
     reassign,
     straight_through,
 )
 from kmq_jax.quant.transform import (
     Size,
     combine,
-    decide,
     dequantize_params,
     indices_of,
     partition,
@@ -33,15 +34,16 @@ __all__ = [
     "CodebookTensor",
     "QuantRule",
     "QuantSpec",
+    "Rules",
     "Size",
     "adopt_codebooks",
     "allocate",
     "allocate_sections",
+    "as_rules",
     "combine",
     "decide",
     "dequantize_params",
     "distortions",
-    "export",
     "fake_quantize",
     "grow_codebooks",
     "hessian_traces",
@@ -54,12 +56,13 @@ __all__ = [
     "lloyd_update",
     "nested_kmeans",
     "pack",
+    "pack_bits",
     "partition",
+    "phases",
     "quantize_params",
     "reassign",
     "rules_of",
     "size_bytes",
-    "stages",
     "straight_through",
-    "unpack",
+    "unpack_bits",
 ]

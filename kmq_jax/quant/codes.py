@@ -1,15 +1,15 @@
 """Values to indices and indices to values, on tensors in their own layout: groups lie along one axis."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kmq_jax.core.tree import Array
+
 _CHAIN = 16  # up to so many centroids a chain of comparisons or selections is faster than gathers
 
 
-def where_sorted(tensor: Any) -> Any:
+def where_sorted(tensor: Array) -> Array:
     """The tensor as float32 where k-means sorts it: on a CPU outside jit that is numpy, which also transposes."""
     if isinstance(tensor, jax.core.Tracer) or jax.default_backend() != "cpu":
         return jnp.asarray(tensor, jnp.float32)
@@ -17,7 +17,11 @@ def where_sorted(tensor: Any) -> Any:
 
 
 def to_groups(tensor: jax.Array, axis: int | None) -> jax.Array:
-    """Brings a tensor into rows `[groups, group_size]`; takes numpy arrays too, and gives back the same kind."""
+    """Brings a tensor into rows `[groups, group_size]`; takes numpy arrays too, and gives back the same kind.
+
+    >>> to_groups(np.arange(6).reshape(3, 2), 1).tolist()
+    [[0, 2, 4], [1, 3, 5]]
+    """
     if axis is None:
         return tensor.reshape(1, -1)
     order = (axis, *(i for i in range(tensor.ndim) if i != axis))

@@ -1,10 +1,11 @@
 """k-means in one dimension: one sort, then Lloyd iterations that are a few binary searches on prefix sums.
 
-In one dimension every cell of a codebook is a run of the sorted values, so a Lloyd iteration needs the K-1 places
-where the midpoints fall and K differences of prefix sums; it never passes over the values again. Lloyd's local
-optima are left by exchanges: the cell that gains most from being split takes the centroid of the pair that loses
-least by being merged. Both changes of inertia are known exactly from the prefix sums, so every exchange lowers the
-inertia; an empty cell costs nothing to merge, which is how empty cells and repeated values are dealt with.
+In one dimension every cell of a codebook is a run of the sorted values. A Lloyd iteration needs only the K - 1 places
+where the midpoints fall, and K differences of prefix sums; it never passes over the values again.
+
+Lloyd iterations end in local optima. Exchanges lead out of them: one cell is split, and two neighbours are merged,
+where the split gains more inertia than the merge loses. Prefix sums give both exactly. An empty cell costs nothing to
+merge, so empty cells and repeated values need no care of their own.
 """
 
 import os
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.tree import Array
 
 INITS = ("optimal", "companding", "equal-mass", "quantile", "kmeans++")
 _BLOCK = 128
@@ -112,7 +114,11 @@ def make_group(values: jax.Array, n: jax.Array | int, weights: jax.Array | None)
 
 
 def midpoints(centroids: jax.Array) -> jax.Array:
-    """The K-1 thresholds `[..., K-1]` between ordered centroids `[..., K]`; a value on one belongs below it."""
+    """The K-1 thresholds `[..., K-1]` between ordered centroids `[..., K]`; a value on one belongs below it.
+
+    >>> midpoints(jnp.array([0.0, 1.0, 4.0])).tolist()
+    [0.5, 2.5]
+    """
     return 0.5 * (centroids[..., 1:] + centroids[..., :-1])
 
 
@@ -122,7 +128,7 @@ def _edges(group: Group, centroids: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.zeros(1, jnp.int32), inner, jnp.full(1, group.n, jnp.int32)])
 
 
-# --- starts ---------------------------------------------------------------------------------------------------
+# --- inits ----------------------------------------------------------------------------------------------------
 
 
 def _equal_mass(
@@ -132,7 +138,7 @@ def _equal_mass(
     low, high = (_quantile(values, n, weights, q) for q in ((1 - retention) / 2, (1 + retention) / 2))
     group = make_group(jnp.clip(values, low, high), n, weights)
     if weights is None:
-        edges = jnp.minimum(jnp.round(jnp.arange(k + 1) * (n / k)).astype(jnp.int32), n)
+        edges = jnp.minimum(jnp.round(jnp.arange(k + 1, dtype=jnp.float32) * (n / k)).astype(jnp.int32), n)
     else:
         edges = jnp.searchsorted(jnp.cumsum(weights) / jnp.sum(weights), jnp.arange(k + 1) / k).astype(jnp.int32)
         edges = jnp.minimum(edges.at[-1].set(n), n)
@@ -146,7 +152,7 @@ def _quantile(values: jax.Array, n: jax.Array | int, weights: jax.Array | None, 
         place = jnp.asarray(q, jnp.float32) * (n - 1)
         below = jnp.clip(place.astype(jnp.int32), 0, jnp.maximum(n - 2, 0))
         a, b = _take(values, below), _take(values, jnp.minimum(below + 1, n - 1))
-        return a + (place - below) * (b - a)
+        return a + (place - below.astype(jnp.float32)) * (b - a)
     cumulative = jnp.cumsum(weights)
     return _take(values, jnp.minimum(jnp.searchsorted(cumulative, jnp.asarray(q) * cumulative[-1]), n - 1))
 
@@ -156,7 +162,7 @@ def _shares(
 ) -> tuple[jax.Array, jax.Array]:
     """Quantiles of the values, and up to each the integral of the cube root of their density (to a factor)."""
     bounds = _quantile(values, n, weights, jnp.arange(slices + 1) / slices)
-    share = jnp.cumsum(jnp.cbrt(jnp.square(bounds[1:] - bounds[:-1])))  # width * (mass / width)^(1/3), equal masses
+    share = jnp.cumsum(jnp.cbrt(jnp.square(bounds[1:] - bounds[:-1])))  # span * (mass / span)^(1/3), equal masses
     return bounds, jnp.pad(share, (1, 0))
 
 
@@ -166,7 +172,7 @@ def _companding(values: jax.Array, n: jax.Array | int, weights: jax.Array | None
     Reference: Panter and Dite, Quantization distortion in pulse-count modulation, 1951.
     """
     bounds, share = _shares(values, n, weights, 4 * k)
-    return jnp.interp((jnp.arange(k) + 0.5) / k * share[-1], share, bounds)
+    return jnp.interp((jnp.arange(k, dtype=jnp.float32) + 0.5) / k * share[-1], share, bounds)
 
 
 def split_cells(
@@ -228,7 +234,7 @@ def _framed(inner: jax.Array, n: jax.Array | int) -> jax.Array:
 def _optimal(group: Group, weights: jax.Array | None, k: int) -> jax.Array:
     """The optimum over borders on one coarse grid, then over many places of each border near where it was.
 
-    Beyond `_GRID / 4` centroids, for which the grid is too coarse, the companding start takes its place.
+    Beyond `_GRID / 4` centroids, for which the grid is too coarse, the companding init takes its place.
     """
     values, n = group.values, group.n
     few = values.shape[0] <= _GRID  # then the grid is every place there is
@@ -246,7 +252,7 @@ def _optimal(group: Group, weights: jax.Array | None, k: int) -> jax.Array:
         low = jnp.maximum(jnp.minimum(at[:-1], borders - _PLACES // 2), 0)
         high = jnp.minimum(jnp.maximum(at[1:], borders + _PLACES // 2), n)
         share = jnp.arange(_PLACES)[None, :] / (_PLACES - 1)
-        places = low + jnp.round(share * (high - low)).astype(jnp.int32)
+        places = low + jnp.round(share * (high - low).astype(jnp.float32)).astype(jnp.int32)
         places = jnp.concatenate([borders, places], axis=1)  # what there is already comes first
         return _best_borders(group, _framed(places, n))
 
@@ -334,8 +340,8 @@ def _solve(group: Group, centroids: jax.Array, iterations: int, pinned: bool, ex
             after, moved = jnp.where(swap, swapped, after), moved | better
         return after, moved, count + 1
 
-    start = _pin(centroids, pin_of(centroids))
-    return jax.lax.while_loop(going, step, (start, jnp.array(True), jnp.array(0)))[0]
+    pinned_init = _pin(centroids, pin_of(centroids))
+    return jax.lax.while_loop(going, step, (pinned_init, jnp.array(True), jnp.array(0)))[0]
 
 
 def _best_pair(group: Group) -> jax.Array:
@@ -374,7 +380,7 @@ def one_group(
     if init == "equal-mass":
         centroids = _equal_mass(values, n, weights, k, retention)
     elif init == "quantile":
-        centroids = _quantile(values, n, weights, (jnp.arange(k) + 0.5) / k)
+        centroids = _quantile(values, n, weights, (jnp.arange(k, dtype=jnp.float32) + 0.5) / k)
     elif init == "kmeans++":
         assert key is not None
         centroids = _plus_plus(values, n, weights, k, key)
@@ -420,6 +426,25 @@ def order(values: Any, weights: Any) -> tuple[Any, Any]:
     return ordered, mass
 
 
+def scaled(ordered: Any) -> tuple[Any, np.ndarray | None]:
+    """Brings groups near magnitude 1 whose squares would not fit float32; the others keep their values.
+
+    Args:
+        ordered: `[groups, n]`, each row ascending. Traced values stay as they are.
+
+    Returns:
+        The values times `scale` `[groups, 1]`, powers of two, which is exact; and `scale`, None where all are 1.
+    """
+    if isinstance(ordered, jax.core.Tracer):
+        return ordered, None
+    largest = np.max(np.abs(np.asarray(ordered[:, np.array([0, -1])])), axis=1, keepdims=True)
+    far = (largest > 0) & ((largest < 1e-15) | (largest > 1e15))
+    if not far.any():
+        return ordered, None
+    scale = np.where(far, np.ldexp(np.float32(1), np.clip(-np.frexp(largest)[1], -126, 126)), np.float32(1))
+    return ordered * scale, scale
+
+
 @partial(jax.jit, static_argnames=("function", "settings"))
 def _mapped(function: Any, values: Any, weights: Any, keys: Any, n: Any, settings: tuple[tuple[str, Any], ...]) -> Any:
     return jax.vmap(partial(function, **dict(settings)), in_axes=(0, 0, 0, None))(values, weights, keys, n)
@@ -435,15 +460,15 @@ def over_groups(function: Any, values: Any, weights: Any, keys: Any, **settings:
     groups, n = values.shape
     if not isinstance(values, np.ndarray):
         return run(values, weights, keys, n)
-    width = _SMALLEST
-    while width < n:
-        width *= _SMALLEST
-    rows = max(1, min(_CHUNK_ROWS, _CHUNK_VALUES // width))
+    padded = _SMALLEST
+    while padded < n:
+        padded *= _SMALLEST
+    rows = max(1, min(_CHUNK_ROWS, _CHUNK_VALUES // padded))
 
     def chunk(begin: int) -> Any:
         some = np.minimum(np.arange(begin, begin + rows), groups - 1)
-        part = np.pad(values[some], ((0, 0), (0, width - n)), mode="edge")
-        mass = None if weights is None else np.pad(weights[some], ((0, 0), (0, width - n)))
+        part = np.pad(values[some], ((0, 0), (0, padded - n)), mode="edge")
+        mass = None if weights is None else np.pad(weights[some], ((0, 0), (0, padded - n)))
         result = run(part, mass, None if keys is None else keys[some], n)
         return jax.tree.map(lambda x: np.asarray(x)[: groups - begin], result)
 
@@ -454,9 +479,9 @@ def over_groups(function: Any, values: Any, weights: Any, keys: Any, **settings:
 
 
 def kmeans(
-    values: Any,
+    values: Array,
     k: int,
-    weights: Any = None,
+    weights: Array | None = None,
     *,
     init: str = "optimal",
     retention: float = 0.9,
@@ -468,6 +493,10 @@ def kmeans(
     """Clusters numbers into K cells of least (weighted) squared error, each group on its own.
 
     May be called inside jit. Called outside it on a CPU, numpy sorts, and groups are taken a cache-full at a time.
+    Values of any magnitude will do outside jit; inside it their squares must fit float32.
+
+    >>> kmeans(np.float32([[0, 1, 10, 11, 12]]), 2).tolist()
+    [[0.5, 11.0]]
 
     Args:
         values: numbers `[..., n]`; every leading index is a group of its own.
@@ -475,10 +504,10 @@ def kmeans(
         weights: importance of each value `[..., n]`, zero or more, such as the diagonal of a Hessian or Fisher matrix.
         init: "optimal" (dynamic programming over a choice of borders),
             "companding" (density of centroids as the cube root of the values' density), "equal-mass" (means of
-            equal-mass bins of the values clamped to their central `retention`, the start of KMQAT), "quantile", or
+            equal-mass bins of the values clamped to their central `retention`, the init of KMQAT), "quantile", or
             "kmeans++".
         retention: share of the values that "equal-mass" does not clamp.
-        iterations: most Lloyd iterations; it stops as soon as nothing moves. 0 returns the start itself.
+        iterations: most Lloyd iterations; it stops as soon as nothing moves. 0 returns the init itself.
         symmetric: the codebook is the same with its sign turned; `k` must be even.
         pinned_zero: one centroid is exactly 0 (with `symmetric`, both middle ones are).
         key: random key of "kmeans++"; a fixed one where left out.
@@ -508,6 +537,7 @@ def kmeans(
     keys = None
     if init == "kmeans++":
         keys = jax.random.split(jax.random.key(0) if key is None else key, ordered.shape[0])
+    ordered, scale = scaled(ordered)
     codebook = over_groups(
         one_group,
         ordered,
@@ -519,19 +549,29 @@ def kmeans(
         iterations=iterations,
         pinned_zero=pinned_zero,
     )
+    if scale is not None:
+        codebook = codebook / scale
     if symmetric:
         codebook = jnp.concatenate([-jnp.flip(codebook, -1), codebook], axis=-1)
     return codebook.reshape(*lead, k)
 
 
-def inertia(values: Any, codebook: jax.Array, weights: Any = None) -> jax.Array:
-    """The (weighted) sum of squared distances of `values [..., n]` to the nearest centroid of `[..., k]`: `[...]`."""
+def inertia(values: Array, codebook: Array, weights: Array | None = None) -> jax.Array:
+    """The (weighted) sum of squared distances of `values [..., n]` to the nearest centroid of `[..., k]`: `[...]`.
+
+    >>> float(inertia(jnp.array([0.0, 1.0, 10.0]), jnp.array([0.5, 10.0])))
+    0.5
+    """
     error = jnp.square(values - jnp.take_along_axis(codebook, nearest(values, codebook).astype(jnp.int32), axis=-1))
     return jnp.sum(error if weights is None else error * weights, axis=-1)
 
 
-def nearest(values: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Index `[..., n]` uint8 of the centroid nearest to each value `[..., n]` in an ascending codebook `[..., k]`."""
+def nearest(values: Array, codebook: Array) -> jax.Array:
+    """Index `[..., n]` uint8 of the centroid nearest to each value `[..., n]` in an ascending codebook `[..., k]`.
+
+    >>> nearest(jnp.array([0.2, 0.8, 4.0]), jnp.array([0.0, 1.0])).tolist()
+    [0, 1, 1]
+    """
     # "compare_all": the default binary search is a scan of gathers, tens of times slower for so few centroids.
     search = partial(jnp.searchsorted, side="left", method="compare_all")
     for _ in range(values.ndim - 1):

@@ -1,15 +1,15 @@
-"""How much each tensor minds being quantized, and the widths that a byte budget then allows.
+"""How sensitive each tensor is to quantization, and how many bits each then gets within a byte budget.
 
-Reference: Dong et al., HAWQ-V2: Hessian aware trace-weighted quantization of neural networks, 2020; the sections and
-the stages are those of Liu, Wang and Qian, Towards lightweight speaker verification via adaptive neural network
-quantization, 2024.
+References:
+    Dong et al., HAWQ-V2: Hessian aware trace-weighted quantization of neural networks, 2020. Sections and phases are
+    those of Liu, Wang and Qian, Towards lightweight speaker verification via adaptive neural network quantization,
+    2024.
 """
 
 import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,18 @@ import numpy as np
 from scipy import optimize
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import map_named, named_leaves
-from kmq_jax.quant.transform import Rules, decide, dequantize_tensor, quantize_params, size_bytes
+from kmq_jax.core.tree import Params, map_named, named_leaves
+from kmq_jax.quant.rules import Rules, decide
+from kmq_jax.quant.transform import quantize_params, size_bytes
 from kmq_jax.quant.types import HALF, QuantRule, QuantSpec
 
 Table = Mapping[str, Mapping[int, float]]
+"""`{name: {bits: number}}`."""
 
 
 def hessian_traces(
-    loss: Callable[[Any], jax.Array],
-    params: Any,
+    loss: Callable[[Params], jax.Array],
+    params: Params,
     key: jax.Array,
     draws: int = 10,
     names: Iterable[str] | None = None,
@@ -34,8 +36,13 @@ def hessian_traces(
 ) -> dict[str, float]:
     """Estimates the trace of the loss's Hessian in each tensor, by Hutchinson's method with Rademacher draws.
 
-    One Hessian-vector product a draw serves every tensor. It is a gradient of a gradient, so that functions with only
-    a reverse rule (`jax.custom_vjp`) may be part of the loss.
+    Each draw costs one Hessian-vector product for all tensors. The product is a gradient of a gradient, so the loss
+    may hold functions that have only a reverse rule (`jax.custom_vjp`).
+
+    >>> def loss(params):
+    ...     return jnp.sum(params["a"] ** 2) + 5 * jnp.sum(params["b"] ** 2)
+    >>> hessian_traces(loss, {"a": jnp.ones((2, 3)), "b": jnp.ones(4)}, jax.random.key(0), draws=1)
+    {'a': 12.0, 'b': 40.0}
 
     Args:
         loss: maps the parameters to a scalar.
@@ -81,13 +88,13 @@ def hessian_traces(
     return {n: float(np.mean([estimate[n] for estimate in estimates])) for n in chosen}
 
 
-def distortions(params: Any, rules: Rules, widths: Sequence[int] = (2, 3, 4)) -> tuple[Table, Table]:
-    """Quantizes every tensor that the rules choose at each width.
+def distortions(params: Params, rules: Rules, all_bits: Sequence[int] = (2, 3, 4)) -> tuple[Table, Table]:
+    """Quantizes every tensor that the rules choose, at each number of bits.
 
     Args:
         params: tree of arrays.
-        rules: see `transform.decide`; the widths in them do not matter.
-        widths: the widths to try.
+        rules: see `rules.decide`; the bits in them do not matter.
+        all_bits: the numbers of bits to try.
 
     Returns:
         `(errors, sizes)`, both `{name: {bits: number}}`: the squared error ||W - Q||^2, and the bytes of indices and
@@ -100,30 +107,35 @@ def distortions(params: Any, rules: Rules, widths: Sequence[int] = (2, 3, 4)) ->
         if spec.bits == HALF:
             continue
         errors[name], sizes[name] = {}, {}
-        for bits in widths:
-            spec_of_width = dataclasses.replace(spec, bits=bits, coarse=())
-            quantized = quantize_params({name: leaves[name]}, spec_of_width)[name]
-            errors[name][bits] = float(jnp.sum(jnp.square(leaves[name] - dequantize_tensor(quantized))))
+        for bits in all_bits:
+            own = dataclasses.replace(spec, bits=bits, coarse=(), minimum_size=0, only_smaller=False)
+            quantized = quantize_params({name: leaves[name]}, own)[name]
+            exact = jnp.asarray(leaves[name], jnp.float32)
+            errors[name][bits] = float(jnp.sum(jnp.square(exact - quantized.dequantize(dtype=jnp.float32))))
             sizes[name][bits] = size_bytes(quantized).total
     return errors, sizes
 
 
 def allocate(traces: Mapping[str, float], errors: Table, sizes: Table, budget: float) -> dict[str, int]:
-    """Gives each tensor the width that minimises sum Tr(H_i) ||W_i - Q_i||^2 within a byte budget, exactly.
+    """Gives each tensor the bits that minimise sum Tr(H_i) ||W_i - Q_i||^2 within a byte budget, exactly.
 
-    A multiple-choice knapsack, solved as an integer program.
+    This is a multiple-choice knapsack, solved as an integer program.
+
+    >>> errors, sizes = {"a": {2: 9.0, 4: 1.0}, "b": {2: 9.0, 4: 1.0}}, {"a": {2: 10, 4: 20}, "b": {2: 10, 4: 20}}
+    >>> allocate({"a": 5.0, "b": 1.0}, errors, sizes, budget=30)
+    {'a': 4, 'b': 2}
 
     Args:
         traces: Hessian trace by name; one below zero, which is noise of the estimate, counts as zero.
-        errors: squared error by name and width, from `distortions`.
-        sizes: bytes by name and width.
+        errors: squared error by name and bits, from `distortions`.
+        sizes: bytes by name and bits.
         budget: bytes that the sizes may sum to.
 
     Returns:
         `{name: bits}`.
 
     Raises:
-        UserError: even the smallest widths exceed the budget.
+        UserError: even the fewest bits exceed the budget.
     """
     names = list(errors)
     _check_budget(sizes, names, budget)
@@ -143,17 +155,20 @@ def allocate(traces: Mapping[str, float], errors: Table, sizes: Table, budget: f
         options={"mip_rel_gap": 0.0},
     )
     if solution.x is None:
-        raise UserError(f"no widths were found within {budget:.0f} bytes: {solution.message}")
+        raise UserError(f"no allocation was found within {budget:.0f} bytes: {solution.message}")
     return {name: bits for (name, bits), x in zip(choices, solution.x) if x > 0.5}
 
 
 def allocate_sections(
     traces: Mapping[str, float], errors: Table, sizes: Table, budget: float, sections: int = 4
 ) -> dict[str, int]:
-    """As `allocate`, but with one width for each of a few sections of tensors, as in the paper.
+    """As `allocate`, but all tensors of a section get the same bits, as in the paper.
 
-    The tensors are sorted by trace and cut into `sections` of as equal a number as can be; every combination of
-    widths is tried.
+    The tensors are sorted by trace and cut into `sections` of about equal number. Every combination is tried.
+
+    >>> errors, sizes = {"a": {2: 9.0, 4: 1.0}, "b": {2: 9.0, 4: 1.0}}, {"a": {2: 10, 4: 20}, "b": {2: 10, 4: 20}}
+    >>> allocate_sections({"a": 5.0, "b": 1.0}, errors, sizes, budget=30, sections=1)
+    {'a': 2, 'b': 2}
     """
     names = sorted(errors, key=lambda name: -traces[name])
     _check_budget(sizes, names, budget)
@@ -166,7 +181,7 @@ def allocate_sections(
         cost = sum(_cost(traces, errors, name, bits) for name, bits in pairs)
         if best is None or cost < best[0]:
             best = cost, combination
-    assert best is not None  # the smallest width everywhere is within the budget
+    assert best is not None  # the fewest bits everywhere are within the budget
     return {name: bits for part, bits in zip(parts, best[1]) for name in part}
 
 
@@ -177,18 +192,26 @@ def _cost(traces: Mapping[str, float], errors: Table, name: str, bits: int) -> f
 def _check_budget(sizes: Table, names: Sequence[str], budget: float) -> None:
     least = sum(min(sizes[name].values()) for name in names)
     if least > budget:
-        raise UserError(f"a budget of {budget:.0f} bytes is too small: the smallest widths take {least:.0f}")
+        raise UserError(f"a budget of {budget:.0f} bytes is too small: the fewest bits take {least:.0f}")
 
 
-def rules_of(widths: Mapping[str, int], spec: QuantSpec) -> list[QuantRule]:
-    """Makes the rules that give each tensor of `widths` its own width, and everything else as in `spec`."""
-    return [QuantRule(f"^{re.escape(name)}$", dataclasses.replace(spec, bits=bits)) for name, bits in widths.items()]
+def rules_of(bits_of: Mapping[str, int], spec: QuantSpec) -> list[QuantRule]:
+    """Makes the rules that give each tensor its own bits, and everything else as in `spec`.
 
-
-def stages(widths: Mapping[str, int]) -> list[dict[str, int]]:
-    """Splits an allocation into the stages of multi-stage fine-tuning, of ascending width.
-
-    The first stage quantizes the tensors of the smallest width only, each next one those of the next width too; the
-    rest stay in floating point until their turn.
+    >>> rule, = rules_of({"conv1/kernel": 3}, QuantSpec(8, "tensor"))
+    >>> rule.pattern, rule.spec.bits, rule.spec.granularity
+    ('^conv1/kernel$', 3, 'tensor')
     """
-    return [{n: b for n, b in widths.items() if b <= most} for most in sorted(set(widths.values()))]
+    return [QuantRule(f"^{re.escape(name)}$", dataclasses.replace(spec, bits=bits)) for name, bits in bits_of.items()]
+
+
+def phases(bits_of: Mapping[str, int]) -> list[dict[str, int]]:
+    """Splits an allocation into the phases of multi-stage fine-tuning, of ascending bits.
+
+    The first phase quantizes only the tensors of the fewest bits. Each next one adds those of the next number of bits;
+    the rest stay in floating point until their turn.
+
+    >>> phases({"a": 4, "b": 2})
+    [{'b': 2}, {'a': 4, 'b': 2}]
+    """
+    return [{n: b for n, b in bits_of.items() if b <= most} for most in sorted(set(bits_of.values()))]

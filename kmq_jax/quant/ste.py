@@ -1,47 +1,48 @@
-"""Training through a codebook: exact centroid values forward, straight-through gradients backward.
+"""Quantization-aware training: exact centroid values forward, straight-through gradients backward.
 
-While training, a quantized tensor is a full-precision latent in the parameter tree and a `Codebook` beside it, by the
-leaf's name. `init_codebooks` makes both, `fake_quantize` gives the weights the network computes with, and `export`
-turns them into the packed tensors of `transform.quantize_params` with exactly the same values.
+In training a quantized tensor has two parts: a full-precision latent in the parameter tree, and a `Codebook` by the
+leaf's name. `init_codebooks` makes both. `fake_quantize` gives the weights that the network computes with. `pack` turns
+both into the packed tensors of `transform.quantize_params`, with exactly the same values.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import map_named, named_leaves
+from kmq_jax.core.tree import Leaf, Params, map_named, named_leaves
 from kmq_jax.quant.codes import along, assign, from_groups, lookup, to_groups, where_sorted
 from kmq_jax.quant.kmeans import kmeans, midpoints
 from kmq_jax.quant.nested import nested_kmeans, split_kmeans, thresholds
-from kmq_jax.quant.packing import pack
-from kmq_jax.quant.transform import Rules, decide, group_axis, indices_of
-from kmq_jax.quant.types import HALF, CodebookTensor, QuantSpec, is_codebook_tensor
+from kmq_jax.quant.packing import pack_bits
+from kmq_jax.quant.rules import Rules, decide, group_axis
+from kmq_jax.quant.types import HALF, CodebookTensor, QuantSpec, is_codebook_tensor, stored
 
 RECIPES = ("kmqat", "normalized")
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Codebook:
     """What turns a latent tensor into quantized weights: weight = scale * nearest centroid.
 
     Attributes:
         raw_scale: `[groups]`; softplus of it is the scale, which stays positive however it is trained.
         centroids: `[groups, 2^bits]`, in units of the scale.
-        coarse: centroids of smaller, nested widths `[groups, 2^b]`, ascending in b.
+        coarse: nested centroids of fewer bits `[groups, 2^b]`, ascending in b.
         indices: uint8 in the latent's shape, to be used until the next `reassign`; None assigns afresh each time.
-        kept: where above zero, `indices` are those of this, the smallest width, and stay: at wider widths a latent is
-            assigned afresh each time to one of the centroids inside its cell. See `grow_codebooks`.
+        kept: 0, or the fewest bits of nested codebooks whose `indices` stay as they are. At more bits a latent is then
+            assigned afresh each time, to one of the centroids inside its cell. See `grow_codebooks`.
         axis: the latent's axis that groups lie along; None is one group.
         normalized: the latent is in units of the scale too (its gradient is then scaled likewise); otherwise it is in
             units of the weights, as in KMQAT.
         symmetric, pinned_zero: constraints that hold throughout training.
-        dtype: the type centroids times scale are rounded to, so that training sees what `export` stores.
+        dtype: the type centroids times scale are rounded to, so that training sees what `pack` stores.
+        latent_dtype: the type of the parameters before, which `pack` notes.
     """
 
     raw_scale: jax.Array
@@ -54,6 +55,11 @@ class Codebook:
     symmetric: bool = dataclasses.field(default=False, metadata={"static": True})
     pinned_zero: bool = dataclasses.field(default=False, metadata={"static": True})
     dtype: str = dataclasses.field(default="float16", metadata={"static": True})
+    latent_dtype: str = dataclasses.field(default="float32", metadata={"static": True})
+
+    def __repr__(self) -> str:
+        nested = f", coarse={self.all_bits[:-1]}" if self.coarse else ""
+        return f"Codebook(groups={self.centroids.shape[0]}, bits={self.bits}{nested}, axis={self.axis}, {self.dtype})"
 
     @property
     def scale(self) -> jax.Array:
@@ -62,12 +68,12 @@ class Codebook:
 
     @property
     def bits(self) -> int:
-        """The widest width."""
+        """The most bits."""
         return self.centroids.shape[-1].bit_length() - 1
 
     @property
     def all_bits(self) -> tuple[int, ...]:
-        """Every width, ascending."""
+        """Every number of bits, ascending."""
         return (*(c.shape[-1].bit_length() - 1 for c in self.coarse), self.bits)
 
     def with_scale(self, scale: jax.Array) -> "Codebook":
@@ -76,7 +82,7 @@ class Codebook:
         return dataclasses.replace(self, raw_scale=scale + jnp.log(-jnp.expm1(-scale)))
 
     def constrained(self) -> tuple[jax.Array, ...]:
-        """The centroids of every width as they are used: in order, and with the constraints met."""
+        """The centroids at all bits as they are used: in order, and with the constraints met."""
         books = []
         for centroids in (*self.coarse, self.centroids):
             cells = centroids.reshape(centroids.shape[0], 1 << self.kept, -1)
@@ -90,15 +96,15 @@ class Codebook:
         return tuple(books)
 
     def values(self, bits: int | None = None) -> jax.Array:
-        """The values weights can take at a width (default: the widest): `[groups, 2^bits]`, as `export` stores them."""
+        """The values that weights can take at `bits` (default: the most): `[groups, 2^bits]`, as `pack` stores them."""
         if bits is not None and bits not in self.all_bits:
             raise UserError(f"no codebook of {bits} bits: there is {', '.join(map(str, self.all_bits))}")
         book = self.constrained()[-1 if bits is None else self.all_bits.index(bits)]
         return _rounded(self.scale[:, None] * book, self.dtype)
 
     def table(self, bits: jax.Array) -> jax.Array:
-        """As `values`, but at a width that is known only when running, and by the full index: `[groups, 2^widest]`."""
-        tables = [jnp.repeat(self.values(width), 1 << (self.bits - width), axis=1) for width in self.all_bits]
+        """As `values`, but for traced `bits`, and to be looked up with the full index: `[groups, 2^self.bits]`."""
+        tables = [jnp.repeat(self.values(b), 1 << (self.bits - b), axis=1) for b in self.all_bits]
         return jnp.stack(tables)[jnp.searchsorted(jnp.array(self.all_bits), bits, method="compare_all")]
 
     def units(self, latent: jax.Array) -> jax.Array:
@@ -125,15 +131,15 @@ Codebooks = Mapping[str, Codebook]
 
 
 def inner_borders(books: tuple[jax.Array, ...], kept: int) -> jax.Array:
-    """Borders inside the cells of a width that is kept: `[groups, 2^kept, parts - 1]`; 0 is one cell.
+    """Borders inside the cells at `kept` bits: `[groups, 2^kept, parts - 1]`; 0 is one cell.
 
     Args:
-        books: centroids `[groups, 2^b]`, ascending in width, the kept one's first.
-        kept: bits of that width.
+        books: centroids `[groups, 2^b]`, in ascending bits, those of `kept` first.
+        kept: bits of the cells.
     """
     cells = 1 << kept
-    wider = tuple(book.reshape(len(book) * cells, -1) for book in (books[1:] if kept else books))
-    return thresholds(wider).reshape(len(books[0]), cells, -1)
+    finer = tuple(book.reshape(len(book) * cells, -1) for book in (books[1:] if kept else books))
+    return thresholds(finer).reshape(len(books[0]), cells, -1)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -157,7 +163,14 @@ def straight_through(
 ) -> jax.Array:
     """The codebook's values forward, exactly; backward as though the latent had passed through.
 
-    The common `q + stop_gradient(...)` forms either run on unquantized weights or miss the centroids by rounding.
+    The common form `w + stop_gradient(q - w)` misses the centroids by rounding.
+
+    >>> def total(latent):
+    ...     weights = straight_through(latent, jnp.array([[0.0, 1.0]]), jnp.uint8([0, 1]), jnp.ones(1), None, "sum")
+    ...     return jnp.sum(weights * jnp.array([3.0, 5.0]))
+    >>> value, gradient = jax.value_and_grad(total)(jnp.array([0.1, 0.8]))
+    >>> float(value), gradient.tolist()
+    (5.0, [3.0, 5.0])
 
     Args:
         latent: any shape.
@@ -187,7 +200,12 @@ straight_through.defvjp(_forward, _backward)
 def cell_sums(
     tensor: jax.Array, indices: jax.Array, k: int, axis: int | None, counted: bool = True
 ) -> tuple[jax.Array, jax.Array]:
-    """The number of members of each cell (zeros unless `counted`) and their sum, both `[groups, k]`."""
+    """The number of members of each cell (zeros unless `counted`) and their sum, both `[groups, k]`.
+
+    >>> count, total = cell_sums(jnp.array([1.0, 2.0, 4.0]), jnp.uint8([0, 1, 1]), 2, None)
+    >>> count.tolist(), total.tolist()
+    ([[1.0, 2.0]], [[1.0, 6.0]])
+    """
     groups = 1 if axis is None else tensor.shape[axis]
     if jax.default_backend() == "cpu":
         # One pass, in a fixed order; elsewhere a scatter adds in any order, and k masked sums are as fast.
@@ -206,24 +224,28 @@ def cell_sums(
 
 
 def fake_quantize(
-    params: Any,
+    params: Params,
     codebooks: Codebooks,
     *,
     bits: int | jax.Array | None = None,
     clip: float | None = None,
     reduction: str = "sum",
-) -> Any:
+) -> Params:
     """Gives the weights to compute with: every tensor that has a codebook takes its centroids' values, exactly.
 
     Differentiable in the parameters (straight-through), and in the codebooks' `raw_scale` and centroids; hold one
     fixed with `jax.lax.stop_gradient` or an optimizer's mask. With cached indices the codebooks hold integers: take
     gradients of `transform.partition(codebooks)[0]`.
 
+    >>> latents, books = init_codebooks({"kernel": jnp.float32([[1, 2, 3, 4]])}, {"kernel": QuantSpec(1, "tensor")})
+    >>> fake_quantize(latents, books)["kernel"].tolist()
+    [[1.5, 1.5, 3.5, 3.5]]
+
     Args:
         params: the tree of latents, from `init_codebooks`.
         codebooks: by leaf name.
-        bits: the width of nested codebooks; those that are not nested are used at their own. An array (a scalar, one
-            of the widths) makes one program that serves every width.
+        bits: at how many bits nested codebooks are used; those that are not nested are used at their own. A scalar
+            array makes one program that serves all bits.
         clip: the latent's gradient passes only up to `clip` times the outermost centroid; None lets all of it pass.
         reduction: of the centroids' gradients, "sum" or "mean"; see `straight_through`.
 
@@ -231,7 +253,7 @@ def fake_quantize(
         The tree of `params`; leaves without a codebook are as they were.
 
     Raises:
-        UserError: a codebook's name is not in the tree, or no codebook has the width `bits`.
+        UserError: a codebook's name is not in the tree, or no codebook has `bits`.
     """
     if missing := set(codebooks) - {name for name, _ in named_leaves(params)}:
         raise UserError(f"a codebook is given for {sorted(missing)[0]}, which is not in the tree")
@@ -256,14 +278,15 @@ def fake_quantize(
         slope = along(held.scale, latent.ndim, book.axis) if book.normalized else jnp.ones([1] * latent.ndim)
         if clip is not None:
             edge = clip * jnp.max(jnp.abs(held.centroids), axis=-1)
-            slope = slope * (jnp.abs(held.units(fixed)) <= along(edge, latent.ndim, book.axis))
+            inside = jnp.abs(held.units(fixed)) <= along(edge, latent.ndim, book.axis)
+            slope = jnp.where(inside, slope, 0.0)
         return straight_through(latent, values, indices, slope, book.axis, reduction)
 
     return map_named(quantized, params)
 
 
 def kmqat_codebook(rows: jax.Array, bits: int, retention: float = 0.9) -> tuple[jax.Array, jax.Array]:
-    """The start of KMQAT: centroids of the central weights, and the scale that fits them best.
+    """The init of KMQAT: centroids of the central weights, and the scale that fits them best.
 
     The weights are clamped to their central `retention` quantiles and cut into 2^bits bins of equal mass, whose means,
     divided by the largest magnitude, are the centroids c. With q the centroid nearest to each weight over the largest
@@ -271,11 +294,15 @@ def kmqat_codebook(rows: jax.Array, bits: int, retention: float = 0.9) -> tuple[
 
     Args:
         rows: weights `[groups, n]`.
-        bits: the width.
+        bits: bits of an index.
         retention: share of the weights that are not clamped.
 
     Returns:
         `(centroids [groups, 2^bits], scale [groups])`.
+
+    >>> centroids, scale = kmqat_codebook(jnp.float32([[-2, -1, 1, 2]]), 1, retention=1.0)
+    >>> centroids.tolist(), scale.tolist()
+    ([[-1.0, 1.0]], [1.5])
     """
     rows = jnp.asarray(rows, jnp.float32)
     centroids = kmeans(rows, 1 << bits, init="equal-mass", retention=retention, iterations=0)
@@ -291,27 +318,38 @@ def kmqat_codebook(rows: jax.Array, bits: int, retention: float = 0.9) -> tuple[
 
 
 def init_codebooks(
-    params: Any, rules: Rules, *, recipe: str = "normalized", cached: bool = False
-) -> tuple[Any, dict[str, Codebook]]:
+    params: Params,
+    rules: Rules | None = None,
+    *,
+    bits: int | None = None,
+    recipe: str = "normalized",
+    cached: bool = False,
+) -> tuple[Params, dict[str, Codebook]]:
     """Makes latents and codebooks to train from full-precision parameters.
+
+    >>> latents, books = init_codebooks({"kernel": jnp.eye(4), "bias": jnp.zeros(4)}, bits=2)
+    >>> books
+    {'kernel': Codebook(groups=4, bits=2, axis=1, float16)}
 
     Args:
         params: tree of arrays.
-        rules: see `transform.decide`; tensors of width 16 are left alone.
+        rules: see `transform.quantize_params`; tensors at 16 bits are left alone.
+        bits: in place of rules: this many for every leaf.
         recipe: "normalized", latents and centroids in units of the group's standard deviation, centroids by k-means;
-            or "kmqat", latents in units of the weights, see `kmqat_codebook`. Constrained and nested codebooks always
-            start by k-means.
+            or "kmqat", latents in units of the weights, see `kmqat_codebook`. The init of constrained and nested
+            codebooks is always k-means.
         cached: hold the indices until `reassign`, in place of assigning at every step.
 
     Returns:
         `(latents, codebooks)`: the tree of `params`, and `{name: Codebook}`.
 
     Raises:
-        UserError: as `transform.decide`; a weight is not finite (the message names the tensor); an unknown recipe.
+        UserError: as `rules.decide`; a weight is not finite, or codebooks of its type cannot hold it (the message
+            names the tensor); an unknown recipe.
     """
     if recipe not in RECIPES:
         raise UserError(f"recipe (={recipe!r}) must be one of {', '.join(RECIPES)}")
-    specs = {name: spec for name, spec in decide(params, rules).items() if spec.bits != HALF}
+    specs = {name: spec for name, spec in decide(params, rules, bits=bits).items() if spec.bits != HALF}
     leaves = dict(named_leaves(params))
     latents, codebooks = {}, {}
     for name, spec in specs.items():
@@ -325,9 +363,9 @@ def init_codebooks(
     return map_named(lambda name, leaf: latents.get(name, leaf), params), codebooks
 
 
-def _begin(tensor: Any, spec: QuantSpec, axis: int | None, recipe: str) -> tuple[jax.Array, Codebook]:
+def _begin(leaf: Leaf, spec: QuantSpec, axis: int | None, recipe: str) -> tuple[jax.Array, Codebook]:
     """The latent and the codebook of one tensor."""
-    tensor = where_sorted(tensor)
+    tensor = where_sorted(leaf)
     rows = to_groups(tensor, axis)
     scale = None
     if spec.coarse:
@@ -342,7 +380,14 @@ def _begin(tensor: Any, spec: QuantSpec, axis: int | None, recipe: str) -> tuple
             "pinned_zero": spec.pinned_zero,
         }
         books = (kmeans(rows, 1 << spec.bits, init=spec.init, retention=spec.retention, **settings),)
-    return _in_units(tensor, books, scale, spec, axis, recipe == "normalized")
+    for bits, book in zip(spec.all_bits, books):
+        stored(book, spec.codebook_dtype, bits)  # raises where the type cannot hold it
+    latent, codebook = _in_units(tensor, books, scale, spec, axis, recipe == "normalized")
+    return latent, dataclasses.replace(codebook, latent_dtype=_type_of(leaf))
+
+
+def _type_of(leaf: Leaf) -> str:
+    return str(jax.dtypes.canonicalize_dtype(leaf.dtype).name)
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5))
@@ -375,23 +420,31 @@ def _in_units(
     return (tensor / along(book.scale, tensor.ndim, axis) if normalized else tensor), book
 
 
-def adopt_codebooks(params: Any, packed: Any, rules: Rules, *, margin: float = 0.1) -> tuple[Any, dict[str, Codebook]]:
+def adopt_codebooks(
+    params: Params, packed: Params, rules: Rules, *, margin: float = 0.1
+) -> tuple[Params, dict[str, Codebook]]:
     """Makes latents and codebooks that compute what a packed network does, to be trained from there.
 
-    A latent is the full-precision weight, stretched channel by channel to the size of the packed values. Rounded with
-    error feedback, many a weight has another index than that of its nearest centroid; its latent is moved just over
-    the border of that index's cell, since there the least force sends it back.
+    A latent is the full-precision weight, scaled channel by channel to the size of the packed values. Error feedback
+    gives many weights another index than that of the nearest centroid. Their latents are moved just over the border of
+    that index's cell, where the least gradient can send them back.
+
+    >>> from kmq_jax.quant import dequantize_params, quantize_params
+    >>> params = {"kernel": jnp.arange(32.0).reshape(16, 2)}
+    >>> latents, books = adopt_codebooks(params, quantize_params(params, bits=2), {"kernel": 2})
+    >>> bool(jnp.all(fake_quantize(latents, books)["kernel"] == dequantize_params(pack(latents, books))["kernel"]))
+    True
 
     Args:
         params: the tree in full precision.
-        packed: the tree of the same network quantized by the same rules. Of nested widths the smallest is kept, as in
-            `grow_codebooks`, and inside its cells the centroids of wider ones ascend.
-        rules: see `transform.decide`.
+        packed: the tree of the same network, quantized by the same rules. Where codebooks nest, the indices of the
+            fewest bits are kept, as in `grow_codebooks`, and inside their cells the centroids of more bits ascend.
+        rules: see `transform.quantize_params`.
         margin: how far from its border into the cell a moved latent lies, as a share of the way to the centroid.
 
     Returns:
         `(latents, codebooks)` as `init_codebooks`, in units of each group's standard deviation; what `packed` does not
-        quantize is as there. Where widths nest, `indices` are to be given to the codebooks.
+        quantize is as there. Where codebooks nest, the caller gives them their `indices`.
 
     Raises:
         UserError: a tensor is not quantized alike in `packed` (the message names it).
@@ -403,23 +456,30 @@ def adopt_codebooks(params: Any, packed: Any, rules: Rules, *, margin: float = 0
     for name, spec in decide(params, rules).items():
         if spec.bits == HALF:
             continue
-        axis, tensor = group_axis(name, leaves[name].ndim, spec), cast(CodebookTensor, given.get(name))
-        alike = is_codebook_tensor(tensor) and (tensor.shape, tensor.axis) == (leaves[name].shape, axis)
-        if not alike or tensor.all_bits != spec.all_bits:
+        axis = group_axis(name, leaves[name].ndim, spec)
+        tensor = _alike(given.get(name), leaves[name].shape, axis)
+        if tensor is None or tensor.all_bits != spec.all_bits:
             raise UserError(f"{name}: the packed network must hold it at {', '.join(map(str, spec.all_bits))} bits")
         kept = spec.all_bits[0] if spec.coarse else 0
-        books = tuple(jnp.asarray(tensor.codebook_of(width), jnp.float32) for width in spec.all_bits)
-        latent = _into_cells(jnp.asarray(leaves[name], jnp.float32), indices_of(tensor), books, kept, axis, margin)
+        books = tuple(jnp.asarray(tensor.codebook_of(b), jnp.float32) for b in spec.all_bits)
+        latent = _into_cells(jnp.asarray(leaves[name], jnp.float32), tensor.indices(), books, kept, axis, margin)
         latents[name], own = _in_units(latent, books, None, spec, axis, True)
-        codebooks[name] = dataclasses.replace(own, kept=kept, dtype=str(tensor.codebook.dtype))
+        codebooks[name] = dataclasses.replace(
+            own, kept=kept, dtype=str(tensor.codebook.dtype), latent_dtype=_type_of(leaves[name])
+        )
     return map_named(lambda name, leaf: jnp.asarray(latents[name]), params), codebooks
+
+
+def _alike(leaf: Leaf, shape: tuple[int, ...], axis: int | None) -> CodebookTensor | None:
+    """The leaf, where it is quantized in this shape along this axis."""
+    return leaf if is_codebook_tensor(leaf) and (leaf.shape, leaf.axis) == (tuple(shape), axis) else None
 
 
 @partial(jax.jit, static_argnums=(3, 4))
 def _into_cells(
     tensor: jax.Array, indices: jax.Array, books: tuple[jax.Array, ...], kept: int, axis: int | None, margin: float
 ) -> jax.Array:
-    """Stretches a tensor to the values that its indices take in the widest book, and moves strays into their cells."""
+    """Scales a tensor to the values of its indices in the finest codebook, and moves strays into their cells."""
     rows, index = to_groups(tensor, axis), to_groups(indices, axis)
     values = lookup(index, books[-1], 0)
     power = jnp.sum(rows * rows, axis=1)
@@ -428,7 +488,7 @@ def _into_cells(
     ends = jnp.full((*borders.shape[:2], 1), jnp.inf)
     low = lookup(index, jnp.concatenate([-ends, borders], axis=-1).reshape(books[-1].shape), 0)
     high = lookup(index, jnp.concatenate([borders, ends], axis=-1).reshape(books[-1].shape), 0)
-    # A border that several widths share need not have the centroid on its own side.
+    # A border that several codebooks share need not have the centroid on its own side.
     gap = 0.05 * jnp.minimum(jnp.std(rows, axis=1, keepdims=True), high - low)
     inside = jnp.clip(values, low + gap, high - gap)
     low = jnp.where(jnp.isfinite(low), low + margin * (inside - low), low)
@@ -436,76 +496,93 @@ def _into_cells(
     return from_groups(jnp.clip(rows, low, high), tensor.shape, axis)
 
 
-def grow_codebooks(params: Any, narrow: Any, rules: Rules) -> tuple[Any, dict[str, Codebook]]:
-    """Makes latents and nested codebooks whose smallest width is a network that is there already, and stays as it is.
+def grow_codebooks(params: Params, coarse: Params, rules: Rules) -> tuple[Params, dict[str, Codebook]]:
+    """Makes latents and nested codebooks around a quantized network, which stays as it is at the fewest bits.
 
-    Each weight keeps its index at that width. What wider widths add to the index is clustered and trained within its
-    cell, so that the narrow network is not worse for them.
+    Each weight keeps its index at the fewest bits. What more bits add to the index is clustered and trained within its
+    cell, so the coarse network loses nothing by them.
+
+    >>> from kmq_jax.quant import quantize_params
+    >>> params = {"kernel": jnp.arange(32.0).reshape(16, 2)}
+    >>> latents, books = grow_codebooks(params, quantize_params(params, bits=2), {"kernel": QuantSpec(4, coarse=(2,))})
+    >>> books["kernel"], books["kernel"].kept
+    (Codebook(groups=2, bits=4, coarse=(2,), axis=1, float16), 2)
 
     Args:
         params: the tree in full precision.
-        narrow: the tree of a network quantized at one width.
-        rules: see `transform.decide`; the smallest width of each must be the narrow network's.
+        coarse: the tree of a network quantized at one number of bits.
+        rules: see `transform.quantize_params`; the fewest bits of each must be those of the coarse network.
 
     Returns:
         `(latents, codebooks)` as `init_codebooks`, in units of each group's standard deviation, `indices` kept.
 
     Raises:
-        UserError: as `init_codebooks`; a tensor is not quantized alike in `narrow` (the message names it).
+        UserError: as `init_codebooks`; a tensor is not quantized alike in `coarse` (the message names it).
     """
     leaves = dict(named_leaves(params))
-    given = dict(named_leaves(narrow, is_leaf=is_codebook_tensor))
+    given = dict(named_leaves(coarse, is_leaf=is_codebook_tensor))
     latents, codebooks = {}, {}
     for name, spec in decide(params, rules).items():
-        axis, kept = group_axis(name, leaves[name].ndim, spec), cast(CodebookTensor, given.get(name))
-        alike = is_codebook_tensor(kept) and (kept.shape, kept.axis) == (leaves[name].shape, axis)
-        if not alike or not spec.coarse or kept.all_bits != spec.coarse[:1]:
-            raise UserError(f"{name}: the narrow network must hold it at the smallest of widths {spec.all_bits} alone")
-        tensor, indices = where_sorted(leaves[name]), indices_of(kept)
-        stored = jnp.asarray(kept.codebook, jnp.float32)
-        wider = split_kmeans(to_groups(tensor, axis), to_groups(indices, axis), stored, spec.all_bits[1:])
-        latents[name], book = _in_units(tensor, (stored, *wider), None, spec, axis, True)
-        codebooks[name] = dataclasses.replace(book, indices=indices, kept=kept.bits, dtype=str(kept.codebook.dtype))
+        axis = group_axis(name, leaves[name].ndim, spec)
+        kept = _alike(given.get(name), leaves[name].shape, axis)
+        if kept is None or not spec.coarse or kept.all_bits != spec.coarse[:1]:
+            raise UserError(f"{name}: the coarse network must hold it at the fewest of {spec.all_bits} bits alone")
+        tensor, indices = where_sorted(leaves[name]), kept.indices()
+        book = jnp.asarray(kept.codebook, jnp.float32)
+        finer = split_kmeans(to_groups(tensor, axis), to_groups(indices, axis), book, spec.all_bits[1:])
+        latents[name], own = _in_units(tensor, (book, *finer), None, spec, axis, True)
+        codebooks[name] = dataclasses.replace(
+            own, indices=indices, kept=kept.bits, dtype=str(kept.codebook.dtype), latent_dtype=_type_of(leaves[name])
+        )
     return map_named(lambda name, leaf: latents.get(name, leaf), params), codebooks
 
 
-def _leaves(params: Any, codebooks: Codebooks) -> dict[str, jax.Array]:
+def _latents_of(params: Params, codebooks: Codebooks) -> dict[str, jax.Array]:
     return {name: leaf for name, leaf in named_leaves(params) if name in codebooks}
 
 
-def reassign(params: Any, codebooks: Codebooks) -> dict[str, Codebook]:
-    """Stores each latent's nearest centroid in the codebooks, for `fake_quantize` to use until the next call."""
-    latents = _leaves(params, codebooks)
+def reassign(params: Params, codebooks: Codebooks) -> dict[str, Codebook]:
+    """Stores each latent's nearest centroid in the codebooks, for `fake_quantize` to use until the next call.
+
+    >>> latents, books = init_codebooks({"kernel": jnp.float32([[1, 2, 3, 4]])}, {"kernel": QuantSpec(1, "tensor")})
+    >>> reassign(latents, books)["kernel"].indices.tolist()
+    [[0, 0, 1, 1]]
+    """
+    latents = _latents_of(params, codebooks)
     return {name: dataclasses.replace(book, indices=book.assigned(latents[name])) for name, book in codebooks.items()}
 
 
 def lloyd_update(
-    params: Any, codebooks: Codebooks, *, rate: float = 0.1, unused_rate: float | None = None, many: float = 0.25
+    params: Params, codebooks: Codebooks, *, rate: float = 0.1, unused_rate: float | None = None, many: float = 0.25
 ) -> dict[str, Codebook]:
     """Moves centroids towards the mean of their members: c <- (1 - rate) c + rate * mean. May be called inside jit.
 
-    Called at every step with rate 1 on a symmetric 1-bit codebook it keeps the weights at plus and minus the mean
-    magnitude of the latents, which is the static binary quantizer.
+    On a symmetric 1-bit codebook, called at every step with rate 1, this is the static binary quantizer: weights are
+    plus and minus the mean magnitude of the latents.
+
+    >>> latents, books = init_codebooks({"kernel": jnp.float32([[0, 2, 10, 12]])}, QuantSpec(1, "tensor"))
+    >>> latents = {"kernel": 2 * latents["kernel"]}
+    >>> fake_quantize(latents, lloyd_update(latents, books, rate=1.0))["kernel"].tolist()
+    [[2.0, 2.0, 22.0, 22.0]]
 
     Args:
         params: the tree of latents.
         codebooks: by leaf name; cached indices decide membership where there are any.
         rate: 1 is a full Lloyd iteration; KMQAT takes 0.1 once an epoch.
-        unused_rate: the rate of tensors of which more than the share `many` of centroids have no members (KMQAT 0.2).
+        unused_rate: the rate of tensors where more than the share `many` of centroids have no members (KMQAT: 0.2).
         many: see `unused_rate`.
 
     Returns:
         The codebooks; centroids without members stay where they are.
     """
-    latents = _leaves(params, codebooks)
+    latents = _latents_of(params, codebooks)
     moved = {}
     for name, book in codebooks.items():
         units = book.units(latents[name])
         indices = book.index_of(latents[name])
         fresh = []
-        for width, centroids in zip(book.all_bits, book.constrained()):
-            k = 1 << width
-            count, total = cell_sums(units, indices >> (book.bits - width), k, book.axis)
+        for bits, centroids in zip(book.all_bits, book.constrained()):
+            count, total = cell_sums(units, indices >> (book.bits - bits), 1 << bits, book.axis)
             if book.symmetric:  # a cell and its mirror image are one
                 count, total = count + jnp.flip(count, -1), total - jnp.flip(total, -1)
             step: Any = rate
@@ -519,13 +596,17 @@ def lloyd_update(
     return moved
 
 
-def export(params: Any, codebooks: Codebooks) -> Any:
+def pack(params: Params, codebooks: Codebooks) -> Params:
     """Turns latents and codebooks into packed tensors with exactly the values that `fake_quantize` gives.
 
     The scale is folded into the codebook. Leaves without a codebook are left as they are.
+
+    >>> latents, books = init_codebooks({"kernel": jnp.eye(4), "bias": jnp.zeros(4)}, bits=2)
+    >>> pack(latents, books)["kernel"]
+    CodebookTensor(shape=(4, 4), bits=2, axis=1, float32)
     """
 
-    def packed(name: str, latent: jax.Array) -> Any:
+    def packed(name: str, latent: jax.Array) -> Leaf:
         book = codebooks.get(name)
         return latent if book is None else _packed(latent, book)
 
@@ -535,12 +616,13 @@ def export(params: Any, codebooks: Codebooks) -> Any:
 @jax.jit
 def _packed(latent: jax.Array, book: Codebook) -> CodebookTensor:
     indices = book.index_of(latent)
-    stored = tuple(book.values(width).astype(book.dtype) for width in book.all_bits)
+    books = tuple(book.values(bits).astype(book.dtype) for bits in book.all_bits)
     return CodebookTensor(
-        codebook=stored[-1],
-        packed=pack(to_groups(indices, book.axis), book.bits),
-        coarse=stored[:-1],
+        codebook=books[-1],
+        packed=pack_bits(to_groups(indices, book.axis), book.bits),
+        coarse=books[:-1],
         shape=tuple(latent.shape),
         bits=book.bits,
         axis=book.axis,
+        dtype_name=book.latent_dtype,
     )

@@ -1,89 +1,64 @@
 """Rewriting a tree of parameters: quantized tensors in place of some leaves, and back."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import map_named, match_rules, named_leaves
+from kmq_jax.core.tree import Array, Leaf, Params, map_named
 from kmq_jax.quant import nested
-from kmq_jax.quant.codes import assign, from_groups, lookup, to_groups, where_sorted
-from kmq_jax.quant.kmeans import kmeans
-from kmq_jax.quant.packing import pack, unpack
-from kmq_jax.quant.types import HALF, CodebookTensor, QuantRule, QuantSpec, is_codebook_tensor
-
-Rules = QuantSpec | Sequence[QuantRule]
-
-
-def decide(params: Any, rules: Rules) -> dict[str, QuantSpec]:
-    """Decides which leaves are quantized, and how.
-
-    The first rule that matches a name decides. Leaves are kept as they are where no rule matches, where the rule says
-    None, where they are smaller than the rule's minimum, where they are not floating point, and where they have fewer
-    than two axes (biases and normalisation), unless the rule's width is 16.
-
-    Args:
-        params: tree of arrays or of their shapes.
-        rules: rules, or one spec for every leaf.
-
-    Returns:
-        `{name: spec}` of the quantized leaves, in the tree's order.
-
-    Raises:
-        UserError: a rule is the first match of no leaf, or names an axis that a leaf lacks.
-    """
-    if isinstance(rules, QuantSpec):
-        rules = [QuantRule("", rules)]
-    leaves = named_leaves(params, is_leaf=is_codebook_tensor)
-    specs = match_rules([(rule.pattern, rule.spec) for rule in rules], [name for name, _ in leaves])
-    chosen = {}
-    for name, leaf in leaves:
-        spec = specs[name]
-        if spec is None or not jnp.issubdtype(getattr(leaf, "dtype", np.int32), jnp.floating):
-            continue
-        if leaf.size < max(spec.minimum_size, 1) or (leaf.ndim < 2 and spec.bits != HALF):
-            continue
-        group_axis(name, leaf.ndim, spec)
-        chosen[name] = spec
-    return chosen
+from kmq_jax.quant.codes import assign, to_groups, where_sorted
+from kmq_jax.quant.kmeans import kmeans, scaled
+from kmq_jax.quant.packing import pack_bits
+from kmq_jax.quant.rules import Rules, decide, group_axis
+from kmq_jax.quant.types import HALF, CodebookTensor, QuantSpec, is_codebook_tensor, is_floating, stored
 
 
-def group_axis(name: str, ndim: int, spec: QuantSpec) -> int | None:
-    """The axis that a tensor's groups lie along, not negative; None where there is one group."""
-    if spec.granularity == "tensor" or spec.bits == HALF:
-        return None
-    if not -ndim <= spec.axis < ndim:
-        raise UserError(f"{name} has {ndim} axes, so axis (={spec.axis}) is outside it")
-    return spec.axis % ndim
-
-
-def quantize_params(params: Any, rules: Rules, importance: Mapping[str, Any] | None = None) -> Any:
+def quantize_params(
+    params: Params,
+    rules: Rules | None = None,
+    *,
+    bits: int | None = None,
+    importance: Mapping[str, Array] | None = None,
+) -> Params:
     """Replaces weights by `CodebookTensor`s: k-means codebooks and packed indices. No training.
 
     Args:
         params: any tree of arrays: a Linen dict, an NNX state, lists, dataclasses. Inside jit and for
             `jax.ShapeDtypeStruct` leaves (which give the quantized tree's shapes, without arithmetic) too.
-        rules: see `decide`.
+        rules: a `QuantSpec` for every leaf, or `QuantRule`s, or `{"regular expression": bits, spec or None}`. What is
+            kept whatever they say: see `rules.decide`.
+        bits: in place of rules: this many for every leaf.
         importance: by leaf name, weights of the squared error in the leaf's shape, such as the diagonal of a Fisher
             or Hessian matrix.
 
     Returns:
-        The same tree with `CodebookTensor` leaves, and with float16 leaves where the width is 16.
+        The same tree with `CodebookTensor` leaves, and with float16 leaves where a rule says 16 bits.
 
     Raises:
-        UserError: as `decide`; or a weight is NaN or infinite, or does not fit the codebook's type (the message names
-            the tensor).
+        UserError: as `decide`; or a weight is NaN or infinite, or codebooks of its type cannot hold it (the message
+            names the tensor).
+
+    >>> params = {"kernel": jnp.arange(128.0).reshape(64, 2), "bias": jnp.zeros(2)}
+    >>> quantized = quantize_params(params, bits=4)
+    >>> quantized["kernel"]
+    CodebookTensor(shape=(64, 2), bits=4, axis=1, float32)
+    >>> mixed = quantize_params({"in": params, "out": params}, {"^in/": 2, "kernel$": 4})
+    >>> mixed["in"]["kernel"].bits, mixed["out"]["kernel"].bits
+    (2, 4)
     """
-    specs = decide(params, rules)
+    specs = decide(params, rules, bits=bits)
     importance = importance or {}
     if unknown := set(importance) - set(specs):
         raise UserError(f"importance is given for {sorted(unknown)[0]}, which no rule quantizes")
 
-    def rewrite(name: str, leaf: Any) -> Any:
+    def rewrite(name: str, leaf: Leaf) -> Leaf:
         if name not in specs:
             return leaf
         spec = specs[name]
@@ -98,11 +73,12 @@ def quantize_params(params: Any, rules: Rules, importance: Mapping[str, Any] | N
     return map_named(rewrite, params, is_leaf=is_codebook_tensor)
 
 
-def quantize_tensor(tensor: Any, spec: QuantSpec, axis: int | None, importance: Any = None) -> Any:
+def quantize_tensor(tensor: Array, spec: QuantSpec, axis: int | None, importance: jax.Array | None = None) -> Leaf:
     """Quantizes one tensor, its groups along `axis` (None: one group)."""
-    tensor = where_sorted(tensor)
+    dtype = jax.dtypes.canonicalize_dtype(tensor.dtype).name
     if spec.bits == HALF:
-        return _store(tensor, "float16")
+        return tensor if dtype == "bfloat16" else stored(tensor, "float16", bits=4)
+    tensor = where_sorted(tensor)
     rows = to_groups(tensor, axis)
     if importance is not None and importance.shape != tensor.shape:
         raise UserError(f"importance has shape {importance.shape}, the tensor {tensor.shape}")
@@ -121,96 +97,106 @@ def quantize_tensor(tensor: Any, spec: QuantSpec, axis: int | None, importance: 
             pinned_zero=spec.pinned_zero,
         )
         codebooks = (codebook,)
-    stored = tuple(_store(c, spec.codebook_dtype) for c in codebooks)
-    return encode_tensor(rows, stored, tuple(tensor.shape), axis)
+    books = tuple(stored(book, spec.codebook_dtype, bits) for bits, book in zip(spec.all_bits, codebooks))
+    _, scale = scaled(codebooks[-1])
+    if scale is None:
+        return encode_tensor(rows, books, tuple(tensor.shape), axis, dtype)
+    near = tuple(book.astype(jnp.float32) * scale for book in books)
+    encoded = encode_tensor(rows * scale, near, tuple(tensor.shape), axis, dtype)
+    return dataclasses.replace(encoded, codebook=books[-1], coarse=books[:-1])
 
 
-def _store(values: Any, dtype: str) -> jax.Array:
-    stored = jnp.asarray(values).astype(dtype)
-    if not isinstance(stored, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(stored))):
-        raise UserError(f"some values are NaN, infinite or too large for {dtype}")
-    return stored
-
-
-@partial(jax.jit, static_argnames=("shape", "axis"))
-def encode_tensor(rows: Any, codebooks: tuple[jax.Array, ...], shape: tuple[int, ...], axis: int | None) -> Any:
-    """Gives each value of `rows` `[groups, n]` its index in given codebooks, ascending in width, and packs it."""
+@partial(jax.jit, static_argnames=("shape", "axis", "dtype"))
+def encode_tensor(
+    rows: jax.Array, codebooks: tuple[jax.Array, ...], shape: tuple[int, ...], axis: int | None, dtype: str = "float32"
+) -> CodebookTensor:
+    """Gives each value of `rows` `[groups, n]` its index in given codebooks, in ascending bits, and packs it."""
     exact = tuple(c.astype(jnp.float32) for c in codebooks)
     limits = nested.thresholds(exact)
     bits = codebooks[-1].shape[-1].bit_length() - 1
     return CodebookTensor(
         codebook=codebooks[-1],
-        packed=pack(assign(rows, limits, 0), bits),
+        packed=pack_bits(assign(rows, limits, 0), bits),
         coarse=codebooks[:-1],
         shape=shape,
         bits=bits,
         axis=axis,
+        dtype_name=dtype,
     )
 
 
-@partial(jax.jit, static_argnames=("bits",))
 def indices_of(tensor: CodebookTensor, bits: int | None = None) -> jax.Array:
-    """The indices of a quantized tensor, uint8 in the tensor's shape; `bits` takes the prefix of that width."""
-    rows = unpack(tensor.packed, tensor.bits, tensor.group_size)
-    if bits is not None:
-        rows = rows >> (tensor.bits - bits)
-    return from_groups(rows, tensor.shape, tensor.axis)
+    """The indices of a quantized tensor, uint8 in the tensor's shape; `bits` takes their prefixes of so many bits.
+
+    >>> indices_of(quantize_params(jnp.array([[1.0, 5.0, 5.0, 9.0, 13.0]]), QuantSpec(2, "tensor"))).tolist()
+    [[0, 1, 1, 2, 3]]
+    """
+    return tensor.indices(bits)
 
 
-@partial(jax.jit, static_argnames=("bits", "dtype"))
-def dequantize_tensor(tensor: CodebookTensor, bits: int | None = None, dtype: Any = jnp.float32) -> jax.Array:
-    """The values of one quantized tensor."""
-    codebook = tensor.codebook_of(bits).astype(dtype)
-    rows = unpack(tensor.packed, tensor.bits, tensor.group_size)
-    if bits is not None:
-        rows = rows >> (tensor.bits - bits)
-    return from_groups(lookup(rows, codebook, 0), tensor.shape, tensor.axis)
+def dequantize_tensor(tensor: CodebookTensor, bits: int | None = None, dtype: DTypeLike | None = None) -> jax.Array:
+    """The values of one quantized tensor; see `CodebookTensor.dequantize`."""
+    return tensor.dequantize(bits, dtype)
 
 
-def dequantize_params(tree: Any, bits: int | None = None, dtype: Any = jnp.float32) -> Any:
+def dequantize_params(tree: Params, bits: int | None = None, dtype: DTypeLike | None = None) -> Params:
     """Turns every `CodebookTensor` back into an array. May be called inside jit.
 
     Args:
-        tree: from `quantize_params`.
-        bits: read nested tensors at this width. Tensors without nested codebooks are read at their own.
-        dtype: of every floating-point leaf of the result, those stored in half precision among them.
+        tree: from `quantize_params`. A batch of trees, as `jax.vmap` or `flax.jax_utils.replicate` makes them, gives a
+            batch of parameters.
+        bits: read nested tensors at this many bits. Tensors without nested codebooks are read at their own.
+        dtype: of every floating-point leaf of the result; None is that of the parameters before. Leaves in float16
+            are then taken for those stored at 16 bits, and come back as float32, unless tensors beside them say that
+            the parameters were float16 throughout.
 
     Raises:
         UserError: `bits` is given and no tensor has it, or a nested tensor lacks it.
+        ValueError: a tensor's arrays do not fit its shape.
+
+    >>> params = {"kernel": jnp.arange(128.0).reshape(64, 2), "bias": jnp.zeros(2)}
+    >>> restored = dequantize_params(quantize_params(params, bits=4))
+    >>> bool(jnp.max(jnp.abs(restored["kernel"] - params["kernel"])) <= 4.0)  # 16 centroids for 64 steps of 2
+    True
     """
     tensors = [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_codebook_tensor) if is_codebook_tensor(leaf)]
     if bits is not None and not any(bits in tensor.all_bits for tensor in tensors):
-        have = sorted({width for tensor in tensors for width in tensor.all_bits})
+        have = sorted({other for tensor in tensors for other in tensor.all_bits})
         raise UserError(f"no tensor can be read at {bits} bits: there is {', '.join(map(str, have)) or 'none'}")
+    all_half = any(tensor.dtype == jnp.float16 for tensor in tensors)
 
-    def restore(leaf: Any) -> Any:
+    def restore(leaf: Leaf) -> Leaf:
         if is_codebook_tensor(leaf):
-            return dequantize_tensor(leaf, bits if leaf.coarse else None, dtype)
-        if jnp.issubdtype(getattr(leaf, "dtype", np.int32), jnp.floating):
-            return leaf.astype(dtype)
-        return leaf
+            return leaf.dequantize(bits if leaf.coarse else None, dtype)
+        if not is_floating(leaf):
+            return leaf
+        own = jnp.float32 if leaf.dtype == jnp.float16 and not all_half else leaf.dtype
+        return leaf.astype(jax.dtypes.canonicalize_dtype(own if dtype is None else dtype))
 
     return jax.tree.map(restore, tree, is_leaf=is_codebook_tensor)
 
 
-def partition(tree: Any) -> tuple[Any, Any]:
+def partition(tree: Params) -> tuple[Params, Params]:
     """Splits a tree into its floating-point arrays, which can be differentiated, and the rest, such as indices.
 
     Returns:
         `(floating, rest)`, both the tree's shape with None where the other has the leaf. See `combine`.
+
+    >>> partition({"index": np.arange(2), "step": np.float32(0.5)})
+    ({'index': None, 'step': np.float32(0.5)}, {'index': array([0, 1]), 'step': None})
     """
-
-    def floating(leaf: Any) -> bool:
-        return jnp.issubdtype(getattr(leaf, "dtype", np.int32), jnp.floating)
-
     return (
-        jax.tree.map(lambda leaf: leaf if floating(leaf) else None, tree),
-        jax.tree.map(lambda leaf: None if floating(leaf) else leaf, tree),
+        jax.tree.map(lambda leaf: leaf if is_floating(leaf) else None, tree),
+        jax.tree.map(lambda leaf: None if is_floating(leaf) else leaf, tree),
     )
 
 
-def combine(floating: Any, rest: Any) -> Any:
-    """Undoes `partition`."""
+def combine(floating: Params, rest: Params) -> Params:
+    """Undoes `partition`.
+
+    >>> combine({"a": 1.5, "b": None}, {"a": None, "b": 2})
+    {'a': 1.5, 'b': 2}
+    """
     return jax.tree.map(lambda a, b: b if a is None else a, floating, rest, is_leaf=lambda leaf: leaf is None)
 
 
@@ -227,20 +213,24 @@ class Size(NamedTuple):
         return self.indices + self.codebooks + self.other
 
 
-def size_bytes(tree: Any) -> Size:
+def size_bytes(tree: Params) -> Size:
     """Counts the bytes that a tree's arrays take, quantized or not; shapes (`jax.ShapeDtypeStruct`) do as well.
 
     Nothing else is stored but names and shapes: a `.kmq` file is this and its header.
+
+    >>> shapes = {"kernel": jax.ShapeDtypeStruct((1000, 64), "float32"), "bias": jax.ShapeDtypeStruct((64,), "float32")}
+    >>> size_bytes(shapes).total, size_bytes(quantize_params(shapes, bits=4))
+    (256256, Size(indices=32000, codebooks=2048, other=256))
     """
     indices = codebooks = other = 0
     for leaf in jax.tree.leaves(tree, is_leaf=is_codebook_tensor):
         if is_codebook_tensor(leaf):
             indices += _bytes(leaf.packed)
-            codebooks += sum(_bytes(c) for c in (leaf.codebook, *leaf.coarse))
+            codebooks += leaf.nbytes - _bytes(leaf.packed)
         else:
             other += _bytes(leaf)
     return Size(indices, codebooks, other)
 
 
-def _bytes(array: Any) -> int:
+def _bytes(array: Leaf) -> int:
     return array.size * array.dtype.itemsize if hasattr(array, "dtype") else np.asarray(array).nbytes

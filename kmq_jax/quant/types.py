@@ -2,35 +2,42 @@
 
 import dataclasses
 import math
-from typing import Any
+from functools import partial
+from typing import Any, TypeGuard
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.tree import Array, Leaf
+from kmq_jax.quant.codes import from_groups, lookup
+from kmq_jax.quant.packing import packed_bytes, unpack_bits
 
 GRANULARITIES = ("channel", "tensor")
 HALF = 16
-"""The width that stands for half-precision floating point, without a codebook."""
-
-
-def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that `count` indices of `bits` bits each take."""
-    return (count * bits + 7) // 8
+"""The number of bits that stands for half-precision floating point, without a codebook."""
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
     """How a tensor is quantized.
 
+    >>> QuantSpec(4, coarse=(3, 2)).all_bits
+    (2, 3, 4)
+
     Attributes:
-        bits: width of an index, 1 to 8: 2^bits centroids. 16 stores the tensor in half precision, without a codebook.
+        bits: bits of an index, 1 to 8: 2^bits centroids. 16 stores the tensor in half precision, without a codebook.
         granularity: "channel", one codebook for each index of `axis`, or "tensor", one for all.
         axis: the output-channel axis; the last one for `[..., in, out]` and `[height, width, in, out]` kernels.
         minimum_size: tensors with fewer elements stay as they are.
         codebook_dtype: how centroids are stored, "float16" or "float32".
-        coarse: further, smaller widths, such as (2, 3) beside `bits=4`, whose index is a prefix of the stored one.
+        coarse: fewer bits at which the tensor can be read too, such as (2, 3) beside `bits=4`. Their index is a prefix
+            of the stored one, and each has a codebook of its own.
         init, retention, iterations, symmetric, pinned_zero: see `kmeans.kmeans`. At 1 bit, `symmetric` is the static
             binary quantizer (plus and minus the mean magnitude); without it both centroids are free.
+        only_smaller: tensors that would grow stay as they are. A small tensor grows where its codebooks take more than
+            its indices save: at 8 bits, 512 bytes of codebook a channel.
     """
 
     bits: int
@@ -44,6 +51,7 @@ class QuantSpec:
     iterations: int = 60
     symmetric: bool = False
     pinned_zero: bool = False
+    only_smaller: bool = False
 
     def __post_init__(self):
         """Checks every field.
@@ -59,15 +67,15 @@ class QuantSpec:
             raise UserError(f"codebook_dtype (={self.codebook_dtype!r}) must be float16 or float32")
         object.__setattr__(self, "coarse", tuple(sorted(self.coarse)))
         if self.coarse and (self.bits == HALF or not 1 <= self.coarse[0] <= self.coarse[-1] < self.bits):
-            raise UserError(f"coarse widths (={self.coarse}) must be 1 or more and below bits (={self.bits})")
+            raise UserError(f"coarse bits (={self.coarse}) must be 1 or more and below bits (={self.bits})")
         if len(set(self.coarse)) != len(self.coarse):
-            raise UserError(f"coarse widths (={self.coarse}) must differ")
+            raise UserError(f"coarse bits (={self.coarse}) must differ")
         if self.coarse and (self.symmetric or self.pinned_zero):
             raise UserError("nested codebooks cannot be symmetric or have a pinned zero")
 
     @property
     def all_bits(self) -> tuple[int, ...]:
-        """Every width the tensor can be read at, ascending."""
+        """Every number of bits the tensor can be read at, ascending."""
         return (*self.coarse, self.bits)
 
 
@@ -80,19 +88,32 @@ class QuantRule:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class CodebookTensor:
     """A tensor as packed indices into codebooks.
 
-    Invariants, which `validate` checks (nothing is checked on construction, as jax constructs trees with any leaves):
+    Nothing is checked on construction, as jax constructs trees with any leaves. Reading checks the arrays' shapes, and
+    `validate` every invariant:
     - a group is one index of `axis`, its elements in the row-major order of the other axes; with `axis` None the
       whole tensor is one group. There are `groups` groups of `group_size` elements.
     - `codebook` is floating point `[groups, 2^bits]`.
     - `packed` is uint8 `[groups, ceil(group_size * bits / 8)]`: a little-endian stream of bits, element i of a group
       in bits `i * bits` to `(i + 1) * bits - 1`, unused bits zero.
-    - each array of `coarse` is the codebook `[groups, 2^b]` of a smaller width b, ascending; the b-bit index is the
-      b highest bits of the stored one.
+    - each array of `coarse` is the codebook `[groups, 2^b]` of fewer bits b, ascending; the b-bit index is the b
+      highest bits of the stored one.
     - `axis`, where not None, is not negative.
+
+    A batch of tensors has the same axes in front of each of its arrays, as `jax.vmap` and `flax.jax_utils.replicate`
+    make them. `shape`, `size` and `ndim` are then of one tensor, and `dequantize` gives `[..., *shape]`.
+
+    Attributes:
+        codebook: see above.
+        packed: see above.
+        coarse: see above.
+        shape: of the tensor.
+        bits: bits of an index.
+        axis: where groups lie.
+        dtype_name: the type of the tensor that was quantized, and of what `dequantize` gives.
     """
 
     codebook: jax.Array
@@ -101,10 +122,21 @@ class CodebookTensor:
     shape: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     bits: int = dataclasses.field(default=8, metadata={"static": True})
     axis: int | None = dataclasses.field(default=None, metadata={"static": True})
+    dtype_name: str = dataclasses.field(default="float32", metadata={"static": True})
+
+    def __repr__(self) -> str:
+        nested = f", coarse={self.all_bits[:-1]}" if self.coarse else ""
+        return f"CodebookTensor(shape={self.shape}, bits={self.bits}{nested}, axis={self.axis}, {self.dtype_name})"
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The dequantized tensor, for numpy."""
+        if copy is False:
+            raise ValueError("a CodebookTensor becomes an array only by dequantization, which copies")
+        return np.asarray(self.dequantize(), dtype)
 
     @property
     def groups(self) -> int:
-        """Number of codebooks of each width."""
+        """Number of codebooks for each number of bits."""
         return 1 if self.axis is None else self.shape[self.axis]
 
     @property
@@ -123,15 +155,25 @@ class CodebookTensor:
         return len(self.shape)
 
     @property
+    def dtype(self) -> np.dtype:
+        """The type of the tensor that was quantized, and of what `dequantize` gives."""
+        return jnp.dtype(self.dtype_name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that indices and codebooks take."""
+        return sum(x.size * x.dtype.itemsize for x in (self.packed, self.codebook, *self.coarse))
+
+    @property
     def all_bits(self) -> tuple[int, ...]:
-        """Every width it can be read at, ascending."""
+        """Every number of bits it can be read at, ascending."""
         return (*(c.shape[-1].bit_length() - 1 for c in self.coarse), self.bits)
 
     def codebook_of(self, bits: int | None = None) -> jax.Array:
-        """The codebook of one width, the widest where `bits` is None.
+        """The codebook for a number of bits; the most where `bits` is None.
 
         Raises:
-            UserError: there is no codebook of that width.
+            UserError: there is no such codebook.
         """
         if bits is None or bits == self.bits:
             return self.codebook
@@ -139,8 +181,48 @@ class CodebookTensor:
             raise UserError(f"no codebook of {bits} bits: there is {', '.join(map(str, self.all_bits))}")
         return self.coarse[self.all_bits.index(bits)]
 
+    def indices(self, bits: int | None = None) -> jax.Array:
+        """The indices, uint8 in the tensor's shape; those of fewer `bits` are the prefixes of the stored ones.
+
+        Raises:
+            ValueError: the arrays do not fit `shape`.
+        """
+        self.codebook_of(bits)
+        return _over_batch(partial(_indices, bits=bits), self)
+
+    def dequantize(self, bits: int | None = None, dtype: Any = None) -> jax.Array:
+        """The values of the tensor. May be called inside jit.
+
+        Args:
+            bits: which of nested codebooks; None is that of the most bits.
+            dtype: of the result; None is the type of the tensor that was quantized.
+
+        Raises:
+            UserError: there is no codebook of `bits`.
+            ValueError: the arrays do not fit `shape`: a piece of the tensor, say, as `shard_map` cuts it.
+        """
+        self.codebook_of(bits)
+        return _over_batch(partial(_dequantized, bits=bits, dtype=self.dtype if dtype is None else dtype), self)
+
+    def batch_shape(self) -> tuple[int, ...]:
+        """The axes in front of a batch of tensors; () for one.
+
+        Raises:
+            ValueError: the arrays do not fit `shape`.
+        """
+        lead = tuple(self.packed.shape[:-2])
+        row = packed_bytes(self.group_size, self.bits)
+        if tuple(self.packed.shape) != (*lead, self.groups, row):
+            raise ValueError(f"packed has shape {self.packed.shape}, not {(self.groups, row)}, in {self!r}")
+        for codebook in (*self.coarse, self.codebook):
+            if tuple(codebook.shape[:-1]) != (*lead, self.groups):
+                raise ValueError(f"a codebook has shape {codebook.shape}, not {(*lead, self.groups)} rows, in {self!r}")
+        if self.codebook.shape[-1] != 1 << self.bits:
+            raise ValueError(f"the codebook has {self.codebook.shape[-1]} columns, not {1 << self.bits}, in {self!r}")
+        return lead
+
     def validate(self) -> None:
-        """Checks the invariants against the arrays' shapes and types.
+        """Checks the invariants of one tensor against the arrays' shapes and types.
 
         Raises:
             ValueError: one does not hold; the message names it.
@@ -154,16 +236,74 @@ class CodebookTensor:
         row = packed_bytes(self.group_size, self.bits)
         if str(self.packed.dtype) != "uint8" or tuple(self.packed.shape) != (self.groups, row):
             raise ValueError(f"packed is {self.packed.dtype} {self.packed.shape}, not uint8 {(self.groups, row)}")
-        widths = self.all_bits
-        if list(widths) != sorted(set(widths)):
-            raise ValueError(f"widths (={widths}) must ascend")
-        for bits, codebook in zip(widths, (*self.coarse, self.codebook)):
+        if list(self.all_bits) != sorted(set(self.all_bits)):
+            raise ValueError(f"bits (={self.all_bits}) must ascend")
+        for bits, codebook in zip(self.all_bits, (*self.coarse, self.codebook)):
             if str(codebook.dtype) not in ("float16", "float32", "bfloat16"):
                 raise ValueError(f"the {bits}-bit codebook is {codebook.dtype}, not floating point")
             if tuple(codebook.shape) != (self.groups, 1 << bits):
                 raise ValueError(f"the {bits}-bit codebook has shape {codebook.shape}, not {(self.groups, 1 << bits)}")
+        if self.dtype_name not in ("float16", "float32", "float64", "bfloat16"):
+            raise ValueError(f"dtype (={self.dtype_name!r}) must be floating point")
 
 
-def is_codebook_tensor(leaf: Any) -> bool:
+def _over_batch(read: Any, tensor: CodebookTensor) -> jax.Array:
+    """Reads a tensor, or each of a batch of them."""
+    for _ in tensor.batch_shape():
+        read = jax.vmap(read)
+    return read(tensor)
+
+
+@partial(jax.jit, static_argnames="bits")
+def _indices(tensor: CodebookTensor, bits: int | None) -> jax.Array:
+    return from_groups(_rows(tensor, bits), tensor.shape, tensor.axis)
+
+
+@partial(jax.jit, static_argnames=("bits", "dtype"))
+def _dequantized(tensor: CodebookTensor, bits: int | None, dtype: Any) -> jax.Array:
+    values = lookup(_rows(tensor, bits), tensor.codebook_of(bits).astype(dtype), 0)
+    return from_groups(values, tensor.shape, tensor.axis)
+
+
+def _rows(tensor: CodebookTensor, bits: int | None) -> jax.Array:
+    rows = unpack_bits(tensor.packed, tensor.bits, tensor.group_size)
+    return rows if bits is None else rows >> (tensor.bits - bits)
+
+
+def is_codebook_tensor(leaf: Leaf) -> TypeGuard[CodebookTensor]:
     """Whether a leaf is a `CodebookTensor`, for the `is_leaf` of jax's tree functions."""
     return isinstance(leaf, CodebookTensor)
+
+
+def is_floating(leaf: Leaf) -> bool:
+    """Whether a leaf is an array of floating-point numbers, or the shape of one, and not quantized."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and not is_codebook_tensor(leaf) and jnp.issubdtype(dtype, jnp.floating)
+
+
+def stored(values: Array, dtype: str, bits: int = 8) -> jax.Array:
+    """Values in the type they are stored in.
+
+    Args:
+        values: floating point; centroids, say.
+        dtype: "float16", for example.
+        bits: of the index, which says how much rounding matters.
+
+    Raises:
+        UserError: some are NaN, infinite or too large for the type; or so small that the type loses much of them
+            (not seen inside jit).
+    """
+    exact = jnp.asarray(values)
+    rounded = exact.astype(dtype)
+    if isinstance(rounded, jax.core.Tracer):
+        return rounded
+    if not bool(jnp.all(jnp.isfinite(rounded))):
+        raise UserError(f"some values are NaN, infinite or too large for {dtype}")
+    # k-means of b bits leaves a relative error of about 2^-b, beside which that of the type should be small.
+    found, wanted = np.float64(rounded), np.float64(exact)
+    if np.sqrt(np.sum((found - wanted) ** 2)) > 0.5 ** (bits + 1) * np.sqrt(np.sum(wanted**2)):
+        raise UserError(
+            f"values of up to {np.max(np.abs(wanted)):.2g} are too small for {dtype}: "
+            "scale them, or store them in float32 (codebook_dtype)"
+        )
+    return rounded

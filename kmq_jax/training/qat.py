@@ -203,7 +203,7 @@ def match_moments(reference: SpeakerModel, params: QatParams, features: jax.Arra
         Parameters and running statistics.
     """
     batch_stats = reference.variables.get("batch_stats", {})
-    quantized = {"params": quant.export(params.latents, params.codebooks), "batch_stats": batch_stats}
+    quantized = {"params": quant.pack(params.latents, params.codebooks), "batch_stats": batch_stats}
     repair = moments.measure(reference, dataclasses.replace(reference, variables=quantized), features)
     scaled_books = {}
 
@@ -290,7 +290,7 @@ def weights_of_latents(latents: Params, codebooks: Codebooks) -> Params:
 def phases_of(options: QatOptions, codebooks: Codebooks) -> list[tuple[str, ...]]:
     """The names that are quantized in each phase: all in one, or the fewest bits first (multi-stage fine-tuning)."""
     bits = {name: book.bits for name, book in codebooks.items()}
-    return [tuple(sorted(phase)) for phase in quant.stages(bits)] if options.multi_stage else [tuple(sorted(bits))]
+    return [tuple(sorted(phase)) for phase in quant.phases(bits)] if options.multi_stage else [tuple(sorted(bits))]
 
 
 def enter_phase(options: QatOptions, params: QatParams, names: Collection[str], before: Collection[str]) -> QatParams:
@@ -403,4 +403,4 @@ def packed_variables(params: QatParams, indices: Indices) -> Variables:
         bits: {f"params/{name}": leaf for name, leaf in named_leaves(biases)}
         for bits, biases in params.per_bits.items()
     }
-    return {"params": quant.export(params.latents, books), **({PER_BITS: per_bits} if per_bits else {})}
+    return {"params": quant.pack(params.latents, books), **({PER_BITS: per_bits} if per_bits else {})}

@@ -16,7 +16,7 @@ from kmq_jax.models import registry
 
 def tensor(indices, codebook, bits=1, shape=(4, 2)):
     """A tensor of two output channels; `indices` and `codebook` by channel."""
-    packed = quant.pack(jnp.asarray(indices, jnp.uint8), bits)
+    packed = quant.pack_bits(jnp.asarray(indices, jnp.uint8), bits)
     return quant.CodebookTensor(jnp.asarray(codebook, jnp.float32), packed, (), shape, bits, 1)
 
 

@@ -252,7 +252,7 @@ def read_at(tensor, bits):
     """A nested tensor as one of a single width."""
     indices = np.asarray(quant.indices_of(tensor, bits)).reshape(-1, tensor.groups).T
     return dataclasses.replace(
-        tensor, codebook=tensor.codebook_of(bits), packed=quant.pack(indices, bits), coarse=(), bits=bits
+        tensor, codebook=tensor.codebook_of(bits), packed=quant.pack_bits(indices, bits), coarse=(), bits=bits
     )
 
 

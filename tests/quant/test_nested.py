@@ -59,7 +59,7 @@ def test_unknown_width():
 
 def test_training_shares_latents_between_widths():
     latents, books = quant.init_codebooks(PARAMS, NESTED)
-    stored = quant.export(latents, books)
+    stored = quant.pack(latents, books)
     for bits in (2, 3, 4):
         found = jax.jit(lambda p, b, bits=bits: quant.fake_quantize(p, b, bits=bits))(latents, books)
         jax.tree.map(np.testing.assert_array_equal, found, quant.dequantize_params(stored, bits=bits))
@@ -98,7 +98,7 @@ def grown(dtype="float16"):
 def test_growing_keeps_the_narrow_network_however_latents_move(dtype):
     narrow, latents, books = grown(dtype)
     for shift in (0.0, 0.7):
-        stored = quant.export(jax.tree.map(lambda x, s=shift: x + s, latents), books)
+        stored = quant.pack(jax.tree.map(lambda x, s=shift: x + s, latents), books)
         for name, tensor in stored.items():
             np.testing.assert_array_equal(quant.indices_of(tensor, 2), quant.indices_of(narrow[name]))
             # In half precision exactly; in single, a value divided by the scale and multiplied again may round.
@@ -108,7 +108,7 @@ def test_growing_keeps_the_narrow_network_however_latents_move(dtype):
 
 def test_wider_widths_are_nearest_within_the_cell():
     narrow, latents, books = grown()
-    stored = quant.export(latents, books)
+    stored = quant.pack(latents, books)
     for name, tensor in stored.items():
         cell = np.asarray(quant.indices_of(narrow[name]))
         for bits, slack in ((3, 1.12), (4, 1.02)):  # 4 bits decide borders that both share
@@ -134,8 +134,8 @@ def test_centroids_of_a_cell_stay_in_it():
 
 def test_growing_from_another_network():
     narrow = quant.quantize_params(PARAMS, QuantSpec(3))
-    with pytest.raises(UserError, match=r"v: the narrow network must hold it at the smallest of widths \(2, 3, 4\)"):
+    with pytest.raises(UserError, match=r"v: the coarse network must hold it at the fewest of \(2, 3, 4\) bits"):
         quant.grow_codebooks(PARAMS, narrow, NESTED)
     for bad in ({"v": narrow["v"]}, PARAMS, {**PARAMS, "v": quant.quantize_params(PARAMS, QuantSpec(2))["w"]}):
-        with pytest.raises(UserError, match="narrow network"):
+        with pytest.raises(UserError, match="coarse network"):
             quant.grow_codebooks(PARAMS, bad, NESTED)

@@ -1,6 +1,5 @@
 """The README's five lines, on models that are not speaker networks."""
 
-import importlib
 import re
 from pathlib import Path
 
@@ -20,12 +19,6 @@ def test_the_five_lines_run(capsys):
     assert np.linalg.norm(names["y"] - exact) < 0.25 * np.linalg.norm(exact)
     before, after = (int(number) for number in re.findall(r"\d+", capsys.readouterr().out))
     assert after < before / 1.5  # tiny layers: codebooks are as large as indices
-
-
-def test_the_command_does_not_hide_the_function():
-    command = importlib.import_module("kmq_jax.quantize")
-    assert callable(command.main)
-    assert kmq_jax.quantize is kmq_jax.quant.quantize_params
 
 
 def test_plain_tree():

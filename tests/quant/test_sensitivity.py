@@ -80,7 +80,7 @@ def test_sections_share_a_width_and_follow_the_traces():
 def test_distortions_rules_and_stages():
     params = {"a": {"w": RNG.standard_normal((30, 4)).astype(np.float32)}, "b": RNG.standard_normal((30, 4))}
     params["b"] = params["b"].astype(np.float32)
-    errors, sizes = quant.distortions(params, QuantSpec(2), widths=(2, 3))
+    errors, sizes = quant.distortions(params, QuantSpec(2), all_bits=(2, 3))
     whole = quant.quantize_params(params, QuantSpec(3))
     error = np.sum((quant.dequantize_params(whole)["a"]["w"] - params["a"]["w"]) ** 2)
     assert errors["a/w"][3] == pytest.approx(float(error), rel=1e-5)
@@ -88,4 +88,4 @@ def test_distortions_rules_and_stages():
     widths = {"a/w": 3, "b": 2}
     mixed = quant.quantize_params(params, quant.rules_of(widths, QuantSpec(4)))
     assert (mixed["a"]["w"].bits, mixed["b"].bits) == (3, 2)
-    assert quant.stages({"a": 4, "b": 2, "c": 3}) == [{"b": 2}, {"b": 2, "c": 3}, {"a": 4, "b": 2, "c": 3}]
+    assert quant.phases({"a": 4, "b": 2, "c": 3}) == [{"b": 2}, {"b": 2, "c": 3}, {"a": 4, "b": 2, "c": 3}]

@@ -30,7 +30,7 @@ def test_forward_is_exactly_the_centroids(recipe, spec):
         for channel in range(3):
             assert 2 <= len(np.unique(weights[:, channel])) <= 2**spec.bits
             assert set(np.unique(weights[:, channel])) <= set(values[channel])
-    stored = quant.dequantize_params(quant.export(latents, books))
+    stored = quant.dequantize_params(quant.pack(latents, books))
     np.testing.assert_array_equal(stored["w"], weights)
     np.testing.assert_array_equal(stored["bias"], PARAMS["bias"])
 
@@ -40,7 +40,7 @@ def test_forward_is_exactly_the_centroids(recipe, spec):
 def test_gradients(recipe, reduction):
     latents, books = quant.init_codebooks(PARAMS, QuantSpec(2, codebook_dtype="float32"), recipe=recipe)
     book = books["w"]
-    indices = quant.indices_of(quant.export(latents, books)["w"])
+    indices = quant.indices_of(quant.pack(latents, books)["w"])
     members = jax.nn.one_hot(indices, 4)  # [40, 3, 4]
 
     def dense(raw_scale, centroids):
@@ -210,14 +210,14 @@ def scrambled(bits):
     packed = quant.quantize_params(PARAMS, QuantSpec(bits))
     tensor = packed["w"]
     indices = np.random.default_rng(1).integers(0, 1 << bits, (tensor.groups, tensor.group_size)).astype(np.uint8)
-    return {**packed, "w": dataclasses.replace(tensor, packed=quant.pack(indices, bits))}
+    return {**packed, "w": dataclasses.replace(tensor, packed=quant.pack_bits(indices, bits))}
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 6])
 def test_what_is_adopted_is_the_packed_network(bits):
     packed = scrambled(bits)
     latents, books = quant.adopt_codebooks(PARAMS, packed, QuantSpec(bits))
-    stored = quant.export(latents, books)
+    stored = quant.pack(latents, books)
     np.testing.assert_array_equal(stored["w"].codebook, packed["w"].codebook)
     if bits < 6:  # with more centroids than weights some are equal, and any index of theirs will do
         np.testing.assert_array_equal(stored["w"].packed, packed["w"].packed)
@@ -230,7 +230,7 @@ def test_latents_stay_where_the_index_is_the_nearest_and_else_go_just_over_the_b
     book = jnp.array([[-4.0, -2.0, 2.0, 4.0]], jnp.float16)
     packed = quant.quantize_params(weights, QuantSpec(2))
     indices = np.array([[1, 1, 2, 3]], np.uint8)
-    tensor = dataclasses.replace(packed["w"], codebook=book, packed=quant.pack(indices, 2))
+    tensor = dataclasses.replace(packed["w"], codebook=book, packed=quant.pack_bits(indices, 2))
     latents, books = quant.adopt_codebooks(weights, {"w": tensor}, QuantSpec(2), margin=0.1)
     ratio = (-3 * -2 + 2 + 2 + 12) / (9 + 1 + 1 + 9)
     found = np.asarray(latents["w"])[:, 0] * float(books["w"].scale[0])

@@ -172,10 +172,12 @@ def test_importance_moves_the_centroids():
     values = RNG.standard_normal((200, 2)).astype(np.float32)
     importance = np.where(values > 1, 100, 1).astype(np.float32)
     plain = quant.dequantize_params(quant.quantize_params({"w": values}, QuantSpec(2)))["w"]
-    found = quant.dequantize_params(quant.quantize_params({"w": values}, QuantSpec(2), {"w": importance}))["w"]
+    found = quant.dequantize_params(quant.quantize_params({"w": values}, QuantSpec(2), importance={"w": importance}))[
+        "w"
+    ]
     assert np.sum(importance * (found - values) ** 2) < 0.8 * np.sum(importance * (plain - values) ** 2)
     with pytest.raises(UserError, match="elsewhere"):
-        quant.quantize_params({"w": values}, QuantSpec(2), {"elsewhere": importance})
+        quant.quantize_params({"w": values}, QuantSpec(2), importance={"elsewhere": importance})
 
 
 def test_partition_lets_a_packed_model_be_differentiated():

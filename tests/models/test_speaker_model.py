@@ -1,0 +1,91 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import soundfile
+
+from kmq_jax import quant
+from kmq_jax.core.errors import UserError
+from kmq_jax.models import registry
+from kmq_jax.models.speaker_model import SpeakerModel, load_model, mono, save_model
+
+WAVE = (0.1 * np.random.default_rng(0).standard_normal(16000)).astype(np.float32)
+SETTINGS = {"width": 4, "features": 81, "embedding_size": 8, "blocks": [1, 1, 1, 1]}
+
+
+@pytest.fixture(scope="module")
+def model():
+    network = registry.build("resnet18", **SETTINGS)
+    variables = jax.jit(lambda key: network.init(key, jnp.ones((1, 50, 81)), jnp.array([50]), train=False))(
+        jax.random.key(0)
+    )
+    return SpeakerModel("resnet18", SETTINGS, "kiwano", variables)
+
+
+def test_it_is_a_tree(model):
+    leaves, structure = jax.tree.flatten(model)
+    assert len(leaves) == len(jax.tree.leaves(model.variables)) and hash(structure) is not None
+    doubled = jax.jit(lambda m: jax.tree.map(lambda x: 2 * x, m))(model)
+    assert isinstance(doubled, SpeakerModel) and doubled.settings == model.settings
+    kernel = model.variables["params"]["stem"]["kernel"]
+    np.testing.assert_array_equal(doubled.variables["params"]["stem"]["kernel"], 2 * kernel)
+    assert jax.tree_util.tree_leaves_with_path(model)[0][0][0].name == "variables"
+
+
+def test_its_name_is_short(model):
+    assert repr(model).startswith("SpeakerModel(resnet18, kiwano features, 32 bits, ")
+    packed = quant.quantize_params(model.variables, {"kernel$": quant.QuantSpec(4, coarse=(2,))})
+    shown = repr(SpeakerModel("resnet18", SETTINGS, "kiwano", packed, 2))
+    assert "2/4 bits, read at 2, " in shown and len(shown) < 100
+
+
+def test_paths_arrays_and_lists(model, tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, WAVE, 16000, subtype="FLOAT")
+    one = model.embed(WAVE, 16000)
+    assert one.shape == (8,)
+    for other in (model.embed(path), model.embed(str(path)), model.embed(jnp.asarray(WAVE), 16000)):
+        np.testing.assert_allclose(other, one, atol=1e-5)
+    many = model.embed([WAVE, path, WAVE[:8000]], 16000)
+    assert many.shape == (3, 8)
+    np.testing.assert_allclose(many[:2], [one, one], atol=1e-5)
+    for bad, message in (((WAVE,), "sample_rate"), (([],), "empty list"), ((WAVE[:100], 16000), "shorter")):
+        with pytest.raises(UserError, match=message):
+            model.embed(*bad)
+
+
+def test_channels_are_told_from_samples():
+    stereo = np.stack([WAVE, 3 * WAVE])
+    for wave in (stereo, stereo.T):
+        np.testing.assert_allclose(mono(wave), 2 * WAVE, rtol=1e-6)
+    np.testing.assert_array_equal(mono(WAVE[None]), WAVE)
+    for bad in (np.zeros((100, 100)), np.zeros((64, 16000)), np.zeros((1, 2, 16000)), np.float32(0)):
+        with pytest.raises(UserError, match=r"\[samples\], \[samples, channels\] or \[channels, samples\]"):
+            mono(bad)
+    with pytest.raises(UserError, match="complex64"):
+        mono(WAVE.astype(np.complex64))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_bfloat16_model_is_saved_and_loaded(model, tmp_path, packed):
+    variables = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.variables)
+    if packed:
+        variables = quant.quantize_params(variables, {"kernel$": 4})
+    low = SpeakerModel("resnet18", SETTINGS, "kiwano", variables)
+    save_model(tmp_path / "low.kmq", low)
+    loaded = load_model(tmp_path / "low.kmq")
+    found, wanted = quant.dequantize_params(loaded.variables), quant.dequantize_params(variables)
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("bfloat16")}
+    jax.tree.map(np.testing.assert_array_equal, found, dict(wanted))
+    assert np.isfinite(loaded.embed(WAVE, 16000)).all()
+
+
+def test_strict_types(model):
+    with jax.numpy_dtype_promotion("strict"):
+        assert model.embed(WAVE, 16000).dtype == np.float32
+
+
+def test_types_without_a_place_in_the_file(model, tmp_path):
+    odd = SpeakerModel("resnet18", SETTINGS, "kiwano", {"params": {"w": np.zeros(3, np.complex64)}})
+    with pytest.raises(UserError, match="w is complex64"):
+        save_model(tmp_path / "odd.kmq", odd)
