@@ -18,7 +18,7 @@ from kmq_jax.study.options import FULL, NESTED, StudyOptions
 from kmq_jax.study.steps import Steps
 from kmq_jax.training import loop, qat
 from kmq_jax.training.config import quantized
-from kmq_jax.training.options import TrainOptions
+from kmq_jax.training.options import QatOptions, section
 
 RECIPES = {"fp32": 1, "ptq": 1, "kmqat": 1}
 """To be raised when a change of the code changes what a step computes: studies then repeat it (see `study.steps`)."""
@@ -160,7 +160,7 @@ def kmqat_config(
 
 def quantize(config: ml_collections.ConfigDict, reference: Path, out: Path) -> None:
     """Quantizes a model by the rules of a configuration, without training, fitted on training crops."""
-    options = TrainOptions.from_config(config).quant
+    options = section(QatOptions, config.quant.to_dict(), "quant.")
     data = config.data.train if options.fit_crops else None
     save_model(out, quantize_model(load_model(reference), qat.rules_of(options), data, options.fit_crops))
 
