@@ -297,10 +297,10 @@ class Bottleneck(Block):
 class PreActivationBlock(Block):
     """Pre-activation: three times BN, activation, convolution (3x3, 3x3 and `last_taps`), (SE), add.
 
-    The sum is passed on as it is: padded frames of the output are not zero, and the next block masks what it reads.
+    The sum is not masked: padded frames of the output are not zero, and the next block masks what it reads.
 
     Attributes:
-        activation: SiLU in PAPER's networks; some of Kiwano's use ReLU.
+        activation: SiLU in the networks of the paper; some of Kiwano's have ReLU.
         last_taps: kernel size of the third convolution, 1 or 3.
     """
 

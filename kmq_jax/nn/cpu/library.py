@@ -4,7 +4,7 @@ The first use of a convolution on a CPU compiles (some ten seconds) and keeps th
 directory. Nothing depends on it: without a compiler, or with `KMQ_JAX_NATIVE=0` in the environment, `library` says no,
 a line of the log says why, and nn/conv.py and nn/channels.py stay with XLA.
 
-`KMQ_JAX_NATIVE_FLAGS` adds compiler flags, such as those of sanitizers (tests/nn/sanitize.sh).
+`KMQ_JAX_NATIVE_FLAGS` adds compiler flags, such as those of sanitizers (launch/sanitize_kernels.sh).
 """
 
 import ctypes
