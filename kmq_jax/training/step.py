@@ -193,8 +193,9 @@ def total_loss(
     loss = weight * metrics["loss"]
     if distill:
         taught, taught_outputs, _ = jax.lax.stop_gradient(objective.network.taps(teacher, features, names=parts))
+        stages, taught_stages = ([found[name] for name in parts] for found in (outputs, taught_outputs))
         metrics["teacher_cosine"] = 1 - losses.cosine_distance(embeddings, taught)
-        loss += distill * losses.distillation(embeddings, list(outputs.values()), taught, list(taught_outputs.values()))
+        loss += distill * losses.distillation(embeddings, stages, taught, taught_stages)
     return loss, ({**metrics, "loss": loss}, updates.get("batch_stats", {}))
 
 
