@@ -2,9 +2,17 @@
 
 import ctypes
 import os
+from pathlib import Path
 
 # From glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
+
+
+def accelerator_at_hand() -> bool:
+    """Whether this machine has a GPU or TPU that JAX is not told to leave alone, as its device files tell."""
+    if os.environ.get("JAX_PLATFORMS", "").lower() == "cpu":
+        return False
+    return any(any(Path("/dev").glob(pattern)) for pattern in ("nvidia[0-9]*", "kfd", "accel[0-9]*", "vfio/[0-9]*"))
 
 
 def keep_freed_memory() -> None:
@@ -17,10 +25,13 @@ def keep_freed_memory() -> None:
     The price is memory: the process stays as large as it has ever been. It first grows to a few times the working
     memory, since a freed block next to a fragment that a thread holds is just too small for the next step's.
 
+    Where an accelerator is at hand nothing is changed: the working memory lies there, and the many threads that compile
+    for it would wait for one another at the single arena.
+
     To be called before JAX starts its threads: an allocation arena that a thread already has keeps its ways. Other C
     libraries than glibc have no such settings; there nothing happens.
     """
-    if os.name != "posix":
+    if os.name != "posix" or accelerator_at_hand():
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

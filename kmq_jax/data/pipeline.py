@@ -106,7 +106,7 @@ class Crops:
             if length > WHOLE_SECONDS * audio.SAMPLE_RATE or audio.is_exact(table.location(i)):
                 self._parts[i] = length
                 return None, length
-        wave = audio.to_int16(table.load(i))
+        wave = table.load_int16(i)
         with self._lock:
             if i not in self._waves and wave.nbytes <= self._room:
                 self._waves[i] = wave

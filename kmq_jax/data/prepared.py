@@ -6,6 +6,7 @@ that a table opens without touching audio. TensorFlow is never needed.
 
 import csv
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -33,11 +34,17 @@ def features() -> Any:
     return tfds.features.FeaturesDict({"audio": samples, "id": text, "path": text, "speaker": text})
 
 
-def serialize(features: Any, record: Mapping[str, Any]) -> bytes:
-    """Makes the bytes of a record, the same in every process: tfds alone leaves the order of the fields to chance."""
+@functools.cache
+def _example() -> Any:
+    """The protocol buffer of a record."""
     from tensorflow_datasets.proto import tf_example_pb2
 
-    return tf_example_pb2.Example.FromString(features.serialize_example(record)).SerializeToString(deterministic=True)
+    return tf_example_pb2.Example
+
+
+def serialize(features: Any, record: Mapping[str, Any]) -> bytes:
+    """Makes the bytes of a record, the same in every process: tfds alone leaves the order of the fields to chance."""
+    return _example().FromString(features.serialize_example(record)).SerializeToString(deterministic=True)
 
 
 def write_listing(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -110,14 +117,30 @@ class _Records:
 
         return tfds.builder_from_directory(self.root).as_data_source(split=self.split)
 
+    @cached_property
+    def _plain(self) -> bool:
+        """Whether audio is stored as `features` has it: the bytes of the samples."""
+        return self._source.dataset_info.features["audio"].to_json() == features()["audio"].to_json()
+
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "split": self.split, "rows": self.rows}  # open files stay in their process
 
     def __call__(self, name: str) -> np.ndarray:
+        """The recording of that id, float32 `[samples]`."""
+        return audio.from_int16(self.int16(name))
+
+    def int16(self, name: str) -> np.ndarray:
+        """The recording of that id as it is stored, int16 `[samples]`."""
         try:
-            record = self._source[self.rows[name]]
+            if self._plain:  # several times faster than by way of tfds
+                fields = _example().FromString(self._source.data_source[self.rows[name]]).features.feature
+                found, stored = fields["id"].bytes_list.value[0], fields["audio"].bytes_list.value[0]
+                wave = np.frombuffer(stored, "<i2")
+            else:
+                record = self._source[self.rows[name]]
+                found, wave = record["id"], record["audio"]
         except Exception as error:  # a damaged shard shows as whatever the C++ reader or the parser raises
             raise audio.AudioError(name, f"unreadable ({type(error).__name__}: {error})") from None
-        if record["id"].decode() != name:
-            raise audio.AudioError(name, f"unreadable (its record holds {record['id'].decode()})")
-        return audio.from_int16(record["audio"])
+        if found.decode() != name:
+            raise audio.AudioError(name, f"unreadable (its record holds {found.decode()})")
+        return wave

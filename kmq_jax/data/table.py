@@ -82,6 +82,23 @@ class Utterances:
         except audio.AudioError as error:
             raise audio.AudioError(self.where(i), error.reason) from None
 
+    def load_int16(self, i: int) -> np.ndarray:
+        """Reads utterance `i` as `[samples]` int16, mono, 16 kHz.
+
+        What a prepared dataset holds was checked when it was written, so it comes as it is stored: several times faster
+        than `load`, which looks at every sample.
+
+        Raises:
+            AudioError: as `load`.
+        """
+        stored = getattr(self.reader, "int16", None)
+        if stored is None:
+            return audio.to_int16(self.load(i))
+        try:
+            return stored(self.ids[i])
+        except audio.AudioError as error:
+            raise audio.AudioError(self.where(i), error.reason) from None
+
     def num_samples(self, i: int) -> int:
         """The length of utterance `i` at 16 kHz, without decoding where the source or the header tells it."""
         if self.samples is not None:
@@ -196,6 +213,11 @@ class _Joined:
     def __call__(self, name: str) -> np.ndarray:
         table, i = self.rows[name]
         return self.tables[table].load(i)
+
+    def int16(self, name: str) -> np.ndarray:
+        """The same as int16."""
+        table, i = self.rows[name]
+        return self.tables[table].load_int16(i)
 
 
 def require_unique(ids: Sequence[str], listing: Path, lines: Sequence[int]) -> None:

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from kmq_jax.core import memory
+
 STEPS = """
 import resource, statistics
 from kmq_jax.core.memory import keep_freed_memory
@@ -40,3 +42,20 @@ HAS_MALLOPT = sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "m
 @pytest.mark.skipif(not HAS_MALLOPT, reason="the C library has no mallopt")
 def test_steps_take_no_fresh_pages():
     assert page_faults(True) * 10 < page_faults(False)
+
+
+def test_nothing_is_changed_where_an_accelerator_is_at_hand(monkeypatch):
+    def no_library(name):
+        raise AssertionError("malloc's settings were changed")
+
+    monkeypatch.setattr(memory, "accelerator_at_hand", lambda: True)
+    monkeypatch.setattr(memory.ctypes, "CDLL", no_library)
+    memory.keep_freed_memory()
+
+
+def test_an_accelerator_is_known_by_its_device_file(monkeypatch):
+    monkeypatch.setattr(memory.Path, "glob", lambda self, pattern: [self / "nvidia0"] if "nvidia" in pattern else [])
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    assert memory.accelerator_at_hand()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert not memory.accelerator_at_hand()

@@ -12,7 +12,7 @@ import recordings
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_json
 from kmq_jax.data import audio, writer
-from kmq_jax.data.source import Utterances, open_source
+from kmq_jax.data.source import Utterances, concatenate, open_source
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -79,6 +79,14 @@ def test_a_prepared_set_opens_as_data(tmp_path, fast):
     np.testing.assert_array_equal(opened.lengths(), table.lengths())
     for i in (3, 8):
         np.testing.assert_array_equal(opened.load(i), table.load(i))
+        stored = opened.load_int16(i)
+        assert stored.dtype == np.int16
+        np.testing.assert_array_equal(stored, audio.to_int16(opened.load(i)))
+        np.testing.assert_array_equal(stored, table.load_int16(i))
+    opened.reader.__dict__["_plain"] = False  # as for a dataset of other features, which tfds decodes
+    np.testing.assert_array_equal(opened.load_int16(8), stored)
+    both = concatenate([opened, table])
+    np.testing.assert_array_equal(both.load_int16(8), stored)
 
 
 def test_bad_files_are_listed_with_their_reasons_and_left_out(tmp_path, fast):
