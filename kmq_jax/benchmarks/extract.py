@@ -1,15 +1,6 @@
-"""Embedding extraction beside ONNX Runtime on the same recordings, in turns in one run: seconds and their ratio.
+"""Extraction of embeddings beside ONNX Runtime on the same recordings, in turns in one run: seconds and their ratio."""
 
-Both sides start from the audio files and end with embeddings. Ours: batches of like length, front end and network in
-one program; compilation is not counted. ONNX Runtime: one utterance after another, as WeSpeaker's own script runs it,
-with `--threads` threads. With `--features=ours` our front end computes the features of both in batches beforehand, so
-that the networks alone are timed; with `--features=own` ONNX Runtime's come from kaldi-native-fbank, and decoding and
-features are timed on both sides.
-"""
-
-import argparse
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,23 +9,12 @@ import numpy as np
 
 from kmq_jax import frontend, quant
 from kmq_jax.benchmarks.frontend import kaldi_fbank
+from kmq_jax.benchmarks.options import ExtractBench
+from kmq_jax.benchmarks.timing import in_turns, medians
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import write_json
 from kmq_jax.data import buckets, source
-from kmq_jax.models.speaker_model import BATCH_SIZE, COMPUTE, SpeakerModel, embed_all, frontend_of, load_model
-
-
-def add_flags(flags: argparse.ArgumentParser) -> None:
-    """Adds the flags of this benchmark."""
-    flags.add_argument("--model", required=True, help="MODEL, such as a directory made by import_model")
-    flags.add_argument("--onnx", required=True, type=Path, help="the same model as ONNX, `feats` to `embs`")
-    flags.add_argument("--data", required=True, help="recordings: any DATA form")
-    flags.add_argument("--features", default="own", choices=("own", "ours"), help="see above")
-    flags.add_argument("--compute", default="float32", choices=COMPUTE, help="our network's arithmetic")
-    flags.add_argument("--threads", type=int, default=2, help="of ONNX Runtime")
-    flags.add_argument("--utterances", type=int, default=0, help="how many, evenly over the data (0: all)")
-    flags.add_argument("--repeats", type=int, default=3, help="timed rounds, each side in turn; the median counts")
-    flags.add_argument("--json", type=Path, help="also write the figures to this file")
+from kmq_jax.models.speaker_model import BATCH_SIZE, SpeakerModel, embed_all, frontend_of, load_model
 
 
 def session(path: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -54,7 +34,7 @@ def session(path: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
         opened = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base class of their own
         reason = str(error).split("\n")[0]
-        raise UserError(f"--onnx={path} cannot be opened by ONNX Runtime: {reason}") from error
+        raise UserError(f"`onnx` (={path}) cannot be opened by ONNX Runtime: {reason}") from error
     feed = opened.get_inputs()[0].name
     return lambda feats: opened.run(None, {feed: feats})[0]
 
@@ -112,16 +92,8 @@ def compare(
             return np.concatenate([onnx(own_features(utterances, fbank, i)) for i in range(len(utterances))])
     else:
         ours, theirs = _on_our_features(speaker_model, onnx, utterances, compute)
-    seconds: dict[str, list[float]] = {"ours": [], "onnx": []}
-    embeddings = {}
-    for counted in [False] + [True] * repeats:
-        for name, side in (("ours", ours), ("onnx", theirs)):
-            start = time.perf_counter()
-            embeddings[name] = side()
-            if counted:
-                seconds[name].append(time.perf_counter() - start)
-    median = {name: float(np.median(times)) for name, times in seconds.items()}
-    cosine = cosines(embeddings["ours"], embeddings["onnx"])
+    median = medians(in_turns({"ours": ours, "onnx": theirs}, repeats))
+    cosine = cosines(ours(), theirs())
     return {
         "ours_seconds": median["ours"],
         "onnx_seconds": median["onnx"],
@@ -167,25 +139,23 @@ def _on_our_features(
     return ours, lambda: np.concatenate([onnx(single[i]) for i in range(len(lengths))])
 
 
-def main(args: argparse.Namespace) -> None:
+def main(options: ExtractBench) -> None:
     """Prints the comparison."""
-    if args.repeats < 1 or args.threads < 1:
-        raise UserError(f"--repeats (={args.repeats}) and --threads (={args.threads}) must be at least 1")
-    if args.features == "own":
+    if options.features == "own":
         try:
             import kaldi_native_fbank  # noqa: F401
         except ImportError:
             raise UserError("kaldi-native-fbank is not installed: pip install 'kmq_jax[test]'") from None
-    onnx = session(args.onnx, args.threads)
-    utterances = subset(source.open_source(args.data), args.utterances)
-    figures = compare(load_model(args.model), onnx, utterances, args.features, args.compute, args.repeats)
-    figures = {"features": args.features, "compute": args.compute, "threads": args.threads, **figures}
+    onnx = session(options.onnx, options.threads)
+    utterances = subset(source.open_source(options.data), options.utterances)
+    found = compare(load_model(options.model), onnx, utterances, options.features, options.compute, options.repeats)
+    figures = {"features": options.features, "compute": options.compute, "threads": options.threads, **found}
     print(
-        f"{len(utterances)} utterances, {figures['audio_seconds']:.0f} s of audio, features: {args.features}\n"
-        f"ours ({args.compute}) {figures['ours_seconds']:.2f} s, "
-        f"ONNX Runtime ({args.threads} threads) {figures['onnx_seconds']:.2f} s: "
+        f"{len(utterances)} utterances, {figures['audio_seconds']:.0f} s of audio, features: {options.features}\n"
+        f"ours ({options.compute}) {figures['ours_seconds']:.2f} s, "
+        f"ONNX Runtime ({options.threads} threads) {figures['onnx_seconds']:.2f} s: "
         f"{figures['speedup']:.2f} times as fast\n"
         f"cosine between them: least {figures['min_cosine']:.7f}, mean {figures['mean_cosine']:.7f}"
     )
-    if args.json:
-        write_json(args.json, {"data": args.data, "utterances": len(utterances), **figures})
+    if options.json:
+        write_json(options.json, {"data": options.data, "utterances": len(utterances), **figures})

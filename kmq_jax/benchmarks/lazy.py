@@ -1,36 +1,17 @@
-"""A cascade from recordings beside full precision for all of them, in turns in one run: seconds and their ratio.
+"""A cascade from recordings beside full precision for all of them, in turns in one run: seconds and their ratio."""
 
-The cascade embeds every recording at its first level and only those in doubt at the next. Where a list uses each
-recording in many trials, as evaluation lists do, nearly all of them are in doubt somewhere; `--uses=1` thins the list
-to trials of fresh recordings, as a service sees them. Compilation is not counted.
-"""
-
-import argparse
 import time
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from kmq_jax.benchmarks.options import LazyBench
+from kmq_jax.benchmarks.timing import Figures
 from kmq_jax.cascade.run import run
 from kmq_jax.cascade.verifier import load_cascade
-from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import write_json
 from kmq_jax.data import source, trials
-from kmq_jax.models.speaker_model import COMPUTE, embed_all, load_model
+from kmq_jax.models.speaker_model import embed_all, load_model
 from kmq_jax.scoring.cosine import cosine_scores
-
-
-def add_flags(flags: argparse.ArgumentParser) -> None:
-    """Adds the flags of this benchmark."""
-    flags.add_argument("--cascade", required=True, help="directory of a policy and its models")
-    flags.add_argument("--reference", help="full-precision MODEL (default: the cascade's last)")
-    flags.add_argument("--data", required=True, help="recordings: any DATA form")
-    flags.add_argument("--trials", required=True, help="trial list, or synthetic:SPLIT")
-    flags.add_argument("--uses", type=int, default=1, help="trials that a recording takes part in at most (1); 0: all")
-    flags.add_argument("--compute", default="bfloat16", choices=COMPUTE, help="arithmetic below the last level")
-    flags.add_argument("--repeats", type=int, default=3, help="timed rounds, each side in turn; the median counts")
-    flags.add_argument("--json", type=Path, help="also write the figures to this file")
 
 
 def thin(enrol: np.ndarray, test: np.ndarray, uses: int, seed: int = 0) -> np.ndarray:
@@ -47,19 +28,19 @@ def thin(enrol: np.ndarray, test: np.ndarray, uses: int, seed: int = 0) -> np.nd
     return np.sort(np.array(kept))
 
 
-def compare(args: argparse.Namespace) -> dict[str, Any]:
+def compare(options: LazyBench) -> Figures:
     """Times both sides in turns, after one round that is not counted."""
-    cascade = load_cascade(args.cascade, args.compute)
-    reference = load_model(args.reference) if args.reference else cascade.model_at(len(cascade.policy.bits) - 1)
-    table = source.open_source(args.data)
-    whole = trials.open_trials(args.trials, table)
-    rows = thin(whole.enrol, whole.test, args.uses)
+    cascade = load_cascade(options.cascade, options.compute)
+    reference = load_model(options.reference) if options.reference else cascade.model_at(len(cascade.policy.bits) - 1)
+    table = source.open_source(options.data)
+    whole = trials.open_trials(options.trials, table)
+    rows = thin(whole.enrol, whole.test, options.uses)
     used = np.union1d(whole.enrol[rows], whole.test[rows])
     enrol, test = (np.searchsorted(used, side[rows]).astype(np.int32) for side in (whole.enrol, whole.test))
     utterances = table.select(used)
     pairs = trials.Trials(enrol, test, whole.label[rows], whole.names, whole.enrol_name[rows], whole.test_name[rows])
     seconds: dict[str, list[float]] = {"cascade": [], "full precision": []}
-    for counted in [False] + [True] * args.repeats:
+    for counted in [False] + [True] * options.repeats:
         start = time.perf_counter()
         lazy = cascade.score(utterances, pairs)
         outcome = run(cascade.policy, lazy.scores, enrol, test)
@@ -85,16 +66,14 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main(args: argparse.Namespace) -> None:
+def main(options: LazyBench) -> None:
     """Prints the comparison."""
-    if args.repeats < 1 or args.uses < 0:
-        raise UserError(f"--repeats (={args.repeats}) must be at least 1 and --uses (={args.uses}) at least 0")
-    found = compare(args)
+    found = compare(options)
     embedded = ", ".join(f"{count:,} at {bits} bits" for bits, count in found["embedded"].items())
     print(f"{found['trials']:,} trials of {found['recordings']:,} recordings; embedded: {embedded}")
     print(
-        f"cascade (below the last level {args.compute}) {found['cascade_seconds']:.1f} s, full precision for all "
+        f"cascade (below the last level {options.compute}) {found['cascade_seconds']:.1f} s, full precision for all "
         f"{found['full_precision_seconds']:.1f} s: {found['ratio']:.3f}; harmful flips: {found['harmful_flips']}"
     )
-    if args.json:
-        write_json(args.json, {"data": args.data, "uses": args.uses, "compute": args.compute, **found})
+    if options.json:
+        write_json(options.json, {"data": options.data, "uses": options.uses, "compute": options.compute, **found})

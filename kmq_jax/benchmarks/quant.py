@@ -1,56 +1,27 @@
-"""k-means of every layer of a network beside scikit-learn and beside a sort, and the speed of (fake) quantization."""
+"""k-means of every layer of a network beside scikit-learn and a sort, and the speed of (fake) quantization."""
 
-import argparse
-import statistics
 import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kmq_jax import quant
+from kmq_jax.benchmarks.options import QuantBench
+from kmq_jax.benchmarks.timing import in_turns, medians
 from kmq_jax.core.files import write_json
-from kmq_jax.core.tree import named_leaves
+from kmq_jax.core.tree import Params, named_leaves
 from kmq_jax.models import registry
-
-
-def add_flags(flags: argparse.ArgumentParser) -> None:
-    """Adds the flags of this benchmark."""
-    flags.add_argument("--network", default="resnet200", help="whose kernels' shapes are clustered")
-    flags.add_argument("--bits", type=int, default=4, help="width of the indices")
-    flags.add_argument("--channels", type=int, default=2, help="channels a layer that scikit-learn clusters")
-    flags.add_argument("--layers", type=int, default=0, help="take only so many layers; 0 is all of them")
-    flags.add_argument("--repeats", type=int, default=3, help="timed rounds, each side in turn; the median counts")
-    flags.add_argument("--step", action="store_true", help="also time a training step, quantized and not (minutes)")
-    flags.add_argument("--json", type=Path, help="also write the figures to this file")
 
 
 def kernels(network: str, layers: int = 0) -> dict[str, np.ndarray]:
     """Weights in the shapes of a network's kernels, with the heavy tails that trained ones have."""
-    model = registry.build(network)
-    shape = jax.ShapeDtypeStruct((1, 300, 81), jnp.float32)
-    params = jax.eval_shape(model.init, jax.random.key(0), shape)["params"]
+    params = registry.shapes(registry.build(network))["params"]
     rng = np.random.default_rng(0)
     shapes = [(name, leaf.shape) for name, leaf in named_leaves(params) if leaf.ndim >= 2]
     chosen = shapes[: layers or None]
     return {name: 0.02 * rng.standard_t(6, shape).astype(np.float32) for name, shape in chosen}
-
-
-def interleaved(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """The median seconds of each function, timed in turn after one warm-up call of each."""
-    for run in sides.values():
-        jax.block_until_ready(run())
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def clustering(weights: dict[str, np.ndarray], bits: int, channels: int, repeats: int) -> dict[str, float]:
@@ -60,14 +31,16 @@ def clustering(weights: dict[str, np.ndarray], bits: int, channels: int, repeats
     rows = [np.ascontiguousarray(w.reshape(-1, w.shape[-1]).T) for w in weights.values()]
     some = [r[:channels] for r in rows]
     sort = jax.jit(lambda x: jnp.sort(x, axis=-1))
-    seconds = interleaved(
-        {
-            "kmeans": lambda: [quant.kmeans(r, 1 << bits) for r in rows],
-            "jnp_sort": lambda: [sort(r) for r in rows],
-            "np_sort": lambda: [np.sort(r, axis=-1) for r in rows],
-            "subset_kmeans": lambda: [quant.kmeans(r, 1 << bits) for r in some],
-        },
-        repeats,
+    seconds = medians(
+        in_turns(
+            {
+                "kmeans": lambda: [quant.kmeans(r, 1 << bits) for r in rows],
+                "jnp_sort": lambda: [sort(r) for r in rows],
+                "np_sort": lambda: [np.sort(r, axis=-1) for r in rows],
+                "subset_kmeans": lambda: [quant.kmeans(r, 1 << bits) for r in some],
+            },
+            repeats,
+        )
     )
 
     def peer() -> list[float]:
@@ -104,43 +77,47 @@ def throughput(weights: dict[str, np.ndarray], bits: int, repeats: int) -> dict[
     packed = quant.pack(latents, books)
     held = quant.reassign(latents, books)
 
-    def loss(state: Any) -> jax.Array:
+    def loss(state: tuple[Params, dict[str, quant.Codebook]]) -> jax.Array:
         return sum((jnp.vdot(w, w) for w in quant.fake_quantize(*state).values()), jnp.array(0.0))
 
     copy = jax.jit(lambda tree: jax.tree.map(lambda x: -x, tree))  # reads and writes every weight once
     dequantize, fake = jax.jit(quant.dequantize_params), jax.jit(quant.fake_quantize)
     gradient = jax.jit(jax.grad(loss))
-    seconds = interleaved(
-        {
-            "copy": lambda: copy(params),
-            "dequantize": lambda: dequantize(packed),
-            "fake_quantize": lambda: fake(latents, books),
-            "fake_quantize_cached": lambda: fake(latents, held),
-            "fake_quantize_gradient": lambda: gradient((latents, books)),
-        },
-        repeats,
+    seconds = medians(
+        in_turns(
+            {
+                "copy": lambda: copy(params),
+                "dequantize": lambda: dequantize(packed),
+                "fake_quantize": lambda: fake(latents, books),
+                "fake_quantize_cached": lambda: fake(latents, held),
+                "fake_quantize_gradient": lambda: gradient((latents, books)),
+            },
+            repeats,
+        )
     )
     size = sum(w.nbytes for w in weights.values())
     return {f"{name}_gb_per_second": size / 1e9 / value for name, value in seconds.items()}
 
 
 def step(bits: int, repeats: int) -> dict[str, float]:
-    """Seconds of forward and backward of ResNet-36, 16 utterances of 200 frames, on plain and on quantized weights."""
+    """Seconds of forward and backward of resnet36, 16 utterances of 200 frames, on plain and on quantized weights."""
     model = registry.build("resnet36")
-    features = jnp.asarray(np.random.default_rng(0).standard_normal((16, 200, 81)).astype(np.float32))
-    variables = jax.jit(model.init)(jax.random.key(0), features[:1])
+    features = jnp.asarray(np.random.default_rng(0).standard_normal((16, 200, model.features)).astype(np.float32))
+    variables = registry.initialize(model, jax.random.key(0))
     params = variables["params"]
     rest = {name: value for name, value in variables.items() if name != "params"}
     spec = quant.QuantSpec(bits, init="companding", iterations=0)
     latents, books = quant.init_codebooks(params, spec)
 
-    def loss(params: Any) -> jax.Array:
+    def loss(params: Params) -> jax.Array:
         embedding, _ = model.apply({"params": params, **rest}, features, None, train=True, mutable=["batch_stats"])
         return jnp.mean(jnp.square(embedding))
 
     plain = jax.jit(jax.grad(loss))
     quantized = jax.jit(jax.grad(lambda state: loss(quant.fake_quantize(*state))))
-    seconds = interleaved({"plain": lambda: plain(params), "quantized": lambda: quantized((latents, books))}, repeats)
+    seconds = medians(
+        in_turns({"plain": lambda: plain(params), "quantized": lambda: quantized((latents, books))}, repeats)
+    )
     return {
         "step_plain": seconds["plain"],
         "step_quantized": seconds["quantized"],
@@ -148,28 +125,28 @@ def step(bits: int, repeats: int) -> dict[str, float]:
     }
 
 
-def main(args: argparse.Namespace) -> None:
+def main(options: QuantBench) -> None:
     """Runs the benchmark and prints its figures."""
-    weights = kernels(args.network, args.layers)
-    figures = clustering(weights, args.bits, args.channels, args.repeats)
+    weights = kernels(options.network, options.layers)
+    figures = clustering(weights, options.bits, options.channels, options.repeats)
     print(
-        f"k-means of {figures['weights'] / 1e6:.1f} M weights of {args.network}, {figures['channels']} channels,"
-        f" {args.bits} bits: {figures['kmeans']:.2f} s\n"
+        f"k-means of {figures['weights'] / 1e6:.1f} M weights of {options.network}, {figures['channels']} channels,"
+        f" {options.bits} bits: {figures['kmeans']:.2f} s\n"
         f"  one sort of them: jnp.sort {figures['jnp_sort']:.2f} s (k-means takes {figures['times_jnp_sort']:.2f}"
         f" times that), np.sort {figures['np_sort']:.2f} s ({figures['times_np_sort']:.1f} times)\n"
         f"  scikit-learn (n_init=10) on {figures['subset_channels']} of the channels:"
         f" {figures['subset_sklearn']:.1f} s, k-means {figures['subset_kmeans']:.2f} s on the same:"
         f" {figures['speedup_over_sklearn']:.0f} times faster, inertia {figures['inertia_over_sklearn']:.4f} of theirs"
     )
-    speed = throughput(kernels("resnet36"), args.bits, args.repeats)
+    speed = throughput(kernels("resnet36"), options.bits, options.repeats)
     listed = ", ".join(f"{name.removesuffix('_gb_per_second')} {value:.2f}" for name, value in speed.items())
     print(f"GB/s of float32 weights of resnet36: {listed}")
     figures |= speed
-    if args.step:
-        figures |= step(args.bits, args.repeats)
+    if options.step:
+        figures |= step(options.bits, options.repeats)
         print(
             f"training step of resnet36, 16 x 200 frames: {figures['step_plain']:.2f} s, quantized"
             f" {figures['step_quantized']:.2f} s: {100 * figures['step_overhead']:+.1f} %"
         )
-    if args.json:
-        write_json(args.json, figures)
+    if options.json:
+        write_json(options.json, figures)

@@ -1,61 +1,44 @@
-"""One training step of WeSpeaker's ResNet34 (forward and backward, batch statistics, AAM softmax) beside PyTorch.
+"""One training step of a network (batch statistics, AAM softmax, no optimizer) beside PyTorch."""
 
-Each side runs in a process of its own and takes turns with the others, so that a busy machine slows all alike. PyTorch
-is tried in both of its memory layouts, and compared by the faster one. Without PyTorch ours is measured alone.
-"""
-
-import argparse
 import importlib.util
 import math
 import multiprocessing
 import os
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any
 
+from kmq_jax.benchmarks.options import TrainBench
+from kmq_jax.benchmarks.timing import Figures, peak_memory_mb
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import write_json
 from kmq_jax.core.memory import keep_freed_memory
 
-BLOCKS, WIDTH, FEATURES, EMBEDDING, CLASSES, SCALE, MARGIN = (3, 4, 6, 3), 32, 80, 256, 1000, 32.0, 0.2
-DTYPES = ("float32", "bfloat16")
+NETWORK, CLASSES, SCALE, MARGIN = "wespeaker_resnet34", 1000, 32.0, 0.2
+BLOCKS, CHANNELS, FEATURES, EMBEDDING = (3, 4, 6, 3), 32, 80, 256  # of the same network in PyTorch
 
 
-def add_flags(flags: argparse.ArgumentParser) -> None:
-    """Adds the flags of this benchmark."""
-    flags.add_argument("--peer", choices=("torch", "none"), default="torch", help="what to run beside ours")
-    flags.add_argument("--dtype", choices=DTYPES, default="float32", help="compute dtype; parameters are float32")
-    flags.add_argument("--batch", type=int, default=16, help="utterances in a batch")
-    flags.add_argument("--frames", type=int, default=200, help="frames of an utterance")
-    flags.add_argument("--threads", type=int, default=2, help="CPU threads of each side")
-    flags.add_argument("--repeats", type=int, default=7, help="timed steps of each side")
-    flags.add_argument("--json", type=Path, help="also write the figures to this file")
-
-
-def our_step(args: argparse.Namespace) -> Callable[[], float]:
+def our_step(options: TrainBench) -> Callable[[], float]:
     """Makes our training step; a call runs it to its end and gives the loss."""
     keep_freed_memory()
     if hasattr(os, "sched_setaffinity"):  # XLA makes as many threads as it may use processors
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     import jax
     import jax.numpy as jnp
 
+    from kmq_jax.core.tree import Params
     from kmq_jax.losses.margin import class_cosines, cross_entropy, init_centres, margin_logits
     from kmq_jax.models import registry
 
-    model = registry.build("wespeaker_resnet34", dtype=jnp.dtype(args.dtype))
+    model = registry.build(NETWORK, dtype=jnp.dtype(options.dtype))
     keys = jax.random.split(jax.random.key(0), 3)
     variables = registry.initialize(model, keys[0])
-    centres = init_centres(keys[1], CLASSES, 1, EMBEDDING)
-    features = jax.random.normal(keys[2], (args.batch, args.frames, FEATURES))
-    labels = jnp.arange(args.batch) % CLASSES
+    centres = init_centres(keys[1], CLASSES, 1, model.embedding_size)
+    features = jax.random.normal(keys[2], (options.batch, options.frames, model.features))
+    labels = jnp.arange(options.batch) % CLASSES
 
-    def loss_of(trained: Any, features: jax.Array) -> jax.Array:
+    def loss_of(trained: tuple[Params, jax.Array], features: jax.Array) -> jax.Array:
         state = {"params": trained[0], "batch_stats": variables["batch_stats"]}
         embeddings, _ = model.apply(state, features, train=True, mutable=["batch_stats"])
         logits = margin_logits(class_cosines(embeddings, trained[1]), labels, MARGIN, SCALE, "aam")
@@ -65,13 +48,13 @@ def our_step(args: argparse.Namespace) -> Callable[[], float]:
     return lambda: float(jax.block_until_ready(step((variables["params"], centres), features))[0])
 
 
-def torch_step(args: argparse.Namespace, channels_last: bool) -> Callable[[], float]:
+def torch_step(options: TrainBench, channels_last: bool) -> Callable[[], float]:
     """Makes the same step in PyTorch: eager, bfloat16 by autocast, in one of its two memory layouts."""
     import torch
     import torch.nn.functional as F  # noqa: N812
     from torch import nn
 
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
 
     def convolution(cin: int, cout: int, taps: int, stride: int) -> nn.Module:
@@ -89,12 +72,12 @@ def torch_step(args: argparse.Namespace, channels_last: bool) -> Callable[[], fl
     class Network(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem = convolution(1, WIDTH, 3, 1)
-            layers, channels = [], WIDTH
+            self.stem = convolution(1, CHANNELS, 3, 1)
+            layers, channels = [], CHANNELS
             for stage, blocks in enumerate(BLOCKS):
                 for block in range(blocks):
-                    layers.append(Block(channels, WIDTH << stage, 2 if stage and not block else 1))
-                    channels = WIDTH << stage
+                    layers.append(Block(channels, CHANNELS << stage, 2 if stage and not block else 1))
+                    channels = CHANNELS << stage
             self.stages = nn.Sequential(*layers)
             self.head = nn.Linear(2 * channels * math.ceil(FEATURES / 8), EMBEDDING)
             self.centres = nn.Parameter(torch.randn(CLASSES, EMBEDDING))
@@ -110,12 +93,12 @@ def torch_step(args: argparse.Namespace, channels_last: bool) -> Callable[[], fl
     network = Network().train()
     if channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    features = torch.randn(args.batch, args.frames, FEATURES)
-    labels = torch.arange(args.batch) % CLASSES
+    features = torch.randn(options.batch, options.frames, FEATURES)
+    labels = torch.arange(options.batch) % CLASSES
 
     def step() -> float:
         network.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
             loss = network(features, labels)
         loss.backward()
         return float(loss.detach())
@@ -123,25 +106,24 @@ def torch_step(args: argparse.Namespace, channels_last: bool) -> Callable[[], fl
     return step
 
 
-SIDES: dict[str, Callable[[argparse.Namespace], Callable[[], float]]] = {
+SIDES: dict[str, Callable[[TrainBench], Callable[[], float]]] = {
     "ours": our_step,
-    "torch": lambda args: torch_step(args, False),
-    "torch, channels last": lambda args: torch_step(args, True),
+    "torch": lambda options: torch_step(options, False),
+    "torch, channels last": lambda options: torch_step(options, True),
 }
 
 
-def _serve(side: str, args: argparse.Namespace, pipe: Connection) -> None:
+def _serve(side: str, options: TrainBench, pipe: Connection) -> None:
     """Runs one step for each message: answers wall seconds, processor seconds, loss and peak memory in MB."""
-    step = SIDES[side](args)
-    unit = 2**20 if sys.platform == "darwin" else 2**10
+    step = SIDES[side](options)
     while pipe.recv():
         start, busy = time.perf_counter(), time.process_time()
         loss = step()
         seconds, busy = time.perf_counter() - start, time.process_time() - busy
-        pipe.send((seconds, busy, loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit))
+        pipe.send((seconds, busy, loss, peak_memory_mb()))
 
 
-def measure(sides: list[str], args: argparse.Namespace) -> dict[str, Any]:
+def measure(sides: list[str], options: TrainBench) -> Figures:
     """Lets the sides take turns, after two steps that are not counted.
 
     Returns:
@@ -152,12 +134,12 @@ def measure(sides: list[str], args: argparse.Namespace) -> dict[str, Any]:
     pipes, workers = {}, []
     for side in sides:
         pipes[side], end = context.Pipe()
-        workers.append(context.Process(target=_serve, args=(side, args, end), daemon=True))
+        workers.append(context.Process(target=_serve, args=(side, options, end), daemon=True))
         workers[-1].start()
         end.close()
     answers: dict[str, list[tuple[float, ...]]] = {side: [] for side in sides}
     try:
-        for turn in range(args.repeats + 2):
+        for turn in range(options.repeats + 2):
             for side in sides if turn % 2 else sides[::-1]:
                 pipes[side].send(True)
                 answers[side].append(pipes[side].recv())
@@ -167,7 +149,7 @@ def measure(sides: list[str], args: argparse.Namespace) -> dict[str, Any]:
         for worker in workers:
             worker.terminate()
             worker.join()
-    figures: dict[str, Any] = {}
+    figures: Figures = {}
     for side, rows in answers.items():
         seconds, busy, loss, memory = zip(*rows)
         figures[side] = {
@@ -184,27 +166,27 @@ def measure(sides: list[str], args: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def main(args: argparse.Namespace) -> None:
+def main(options: TrainBench) -> None:
     """Runs the benchmark."""
-    for name in ("batch", "frames", "threads", "repeats"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} (={getattr(args, name)}) must be at least 1")
     sides = ["ours"]
-    if args.peer == "torch" and importlib.util.find_spec("torch") is None:
+    if options.peer == "torch" and importlib.util.find_spec("torch") is None:
         print("PyTorch is not installed: ours is measured alone")
-    elif args.peer == "torch":
+    elif options.peer == "torch":
         sides = list(SIDES)
-    figures = measure(sides, args)
-    print(f"ResNet34, {args.batch} x {args.frames} frames, {args.dtype}, {args.threads} threads: one training step")
+    figures = measure(sides, options)
+    print(
+        f"{NETWORK}, {options.batch} x {options.frames} frames, {options.dtype}, "
+        f"{options.threads} threads: one training step"
+    )
     print(f"{'':22}{'median':>9}{'best':>9}{'processor':>11}{'memory':>10}{'ours / it':>11}")
     for side, row in figures.items():
         ratio = f"{row['ratio']:11.3f}" if "ratio" in row else ""
         times = f"{row['seconds']:8.3f}s{row['best_seconds']:8.3f}s{row['processor_seconds']:10.3f}s"
         print(f"{side:22}{times}{row['memory_mb']:7.0f} MB{ratio}")
-    result: dict[str, Any] = {key: getattr(args, key) for key in ("dtype", "batch", "frames", "threads", "repeats")}
+    result: Figures = {key: getattr(options, key) for key in ("dtype", "batch", "frames", "threads", "repeats")}
     result["sides"] = figures
     if len(sides) > 1:
         result["ratio"] = max(figures[side]["ratio"] for side in sides[1:])
         print(f"ours takes {result['ratio']:.3f} of the time of the faster PyTorch layout")
-    if args.json:
-        write_json(args.json, result)
+    if options.json:
+        write_json(options.json, result)

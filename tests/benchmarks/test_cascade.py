@@ -5,15 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from kmq_jax.benchmarks import cascade
-from kmq_jax.cli import command
+from kmq_jax.cli import bench
 from kmq_jax.core.errors import UserError
 
 
 def run(*words):
-    flags = command.parser("bench cascade", "", "")
-    cascade.add_flags(flags)
-    cascade.main(flags.parse_args(list(words)))
+    bench.run("cascade", words)
 
 
 def test_speed(tmp_path, capsys):

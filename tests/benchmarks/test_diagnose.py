@@ -4,15 +4,12 @@ import json
 
 import pytest
 
-from kmq_jax.benchmarks import diagnose
-from kmq_jax.cli import command
+from kmq_jax.cli import bench
 from kmq_jax.core.errors import UserError
 
 
 def run(*words):
-    flags = command.parser("bench diagnose", "", "")
-    diagnose.add_flags(flags)
-    diagnose.main(flags.parse_args(list(words)))
+    bench.run("diagnose", words)
 
 
 def test_small(tmp_path, capsys):

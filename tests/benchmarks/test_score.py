@@ -4,15 +4,12 @@ import json
 
 import pytest
 
-from kmq_jax.benchmarks import score
-from kmq_jax.cli import command
+from kmq_jax.cli import bench
 from kmq_jax.core.errors import UserError
 
 
 def run(*words):
-    flags = command.parser("bench score", "", "")
-    score.add_flags(flags)
-    score.main(flags.parse_args(list(words)))
+    bench.run("score", words)
 
 
 def test_small(tmp_path, capsys):

@@ -1,31 +1,19 @@
 """The benchmark of a training step: both sides compute the same thing, and say so when one is missing."""
 
-import argparse
 import json
 
 import numpy as np
 import pytest
 
 from kmq_jax.benchmarks import train
-from kmq_jax.core.errors import UserError
+from kmq_jax.benchmarks.options import TrainBench
 
-
-def arguments(*flags):
-    parser = argparse.ArgumentParser()
-    train.add_flags(parser)
-    return parser.parse_args([*flags, "--batch=2", "--frames=16", "--repeats=1", "--threads=1"])
-
-
-def test_bad_counts_are_named():
-    args = arguments()
-    args.repeats = 0
-    with pytest.raises(UserError, match="--repeats"):
-        train.main(args)
+SMALL = {"batch": 2, "frames": 16, "repeats": 1, "threads": 1}
 
 
 def test_torch_has_the_same_network():
     torch = pytest.importorskip("torch")
-    step = train.torch_step(arguments(), channels_last=False)
+    step = train.torch_step(TrainBench(**SMALL), channels_last=False)
     network = next(cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
     count = sum(p.numel() for name, p in network.named_parameters() if name != "centres")
     from kmq_jax.models import registry
@@ -37,8 +25,7 @@ def test_torch_has_the_same_network():
 @pytest.mark.slow
 def test_ours_alone_without_torch(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
-    args = arguments(f"--json={tmp_path}/figures.json")
-    train.main(args)
+    train.main(TrainBench(**SMALL, json=tmp_path / "figures.json"))
     assert "ours is measured alone" in capsys.readouterr().out
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert list(figures["sides"]) == ["ours"]

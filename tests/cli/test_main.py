@@ -19,16 +19,17 @@ PYTHON = [sys.executable, "-m", "kmq_jax"]
 def test_every_help_comes_without_jax_or_numpy():
     code = """if True:
         import contextlib, io, json, sys
-        from kmq_jax.cli import main
+        from kmq_jax.cli import bench, main
         found = {}
-        for words in [["--help"], *([name, "--help"] for name in main.COMMANDS)]:
+        helps = [["bench", name, "--help"] for name in bench.benchmarks()]
+        for words in [["--help"], *([name, "--help"] for name in main.COMMANDS), *helps]:
             sys.argv, out = ["kmq-jax", *words], io.StringIO()
             with contextlib.redirect_stdout(out):
                 try:
                     main.main()
                 except SystemExit as done:
                     assert not done.code, words
-            found[words[0]] = out.getvalue()
+            found[" ".join(words[:-1]) or "--help"] = out.getvalue()
         print(json.dumps([found, [name for name in ("jax", "numpy", "ml_collections") if name in sys.modules]]))
     """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

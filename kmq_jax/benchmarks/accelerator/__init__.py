@@ -1,0 +1,99 @@
+"""What is asked about speed on an accelerator, in one bounded run: one JSON line as soon as a figure is known.
+
+Each part runs in a process of its own, with a time limit of its own, and is killed where it takes longer: what it had
+found by then is kept.
+"""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from kmq_jax.benchmarks.accelerator import lines, report
+from kmq_jax.benchmarks.options import AcceleratorBench
+
+MODULES = {
+    "step": "steps",
+    "kmqat": "steps",
+    "extract": "extraction",
+    "input": "feeding",
+    "trials": "scores",
+    "torch": "peer",
+    "step200": "steps",
+    "kmeans": "scores",
+    "remat": "steps",
+}
+"""The module of this package that runs a part, as its `run_NAME`."""
+
+_LEAST = 5.0  # a part is not begun with fewer seconds left
+
+
+def environment() -> dict[str, str]:
+    """What the parts run under: they share what they compile, and may take nearly all of the device's memory."""
+    ours = {
+        "JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / "kmq_jax_accelerator"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94",
+        "JAX_TRACEBACK_FILTERING": "off",  # so that the last thing said is what went wrong
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+    return {**ours, **os.environ}
+
+
+def command_of(name: str, options: AcceleratorBench) -> list[str]:
+    """The command that runs one part in a process of its own."""
+    command = [sys.executable, "-m", "kmq_jax", "bench", "accelerator", f"--part={name}", f"--out={options.out}"]
+    command += [f"--batch={options.batch}", *(["--tiny"] if options.tiny else [])]
+    return command + ([f"--programs={options.programs}"] if options.programs else [])
+
+
+def run_part(name: str, seconds: float, options: AcceleratorBench) -> str:
+    """Runs a part in a process group of its own; returns what went wrong, or nothing."""
+    with options.out.with_suffix(".log").open("a+b") as log:
+        log.seek(0, os.SEEK_END)
+        start = log.tell()
+        child = subprocess.Popen(
+            command_of(name, options), stdout=log, stderr=log, env=environment(), start_new_session=True
+        )
+        try:
+            status = child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return f"stopped after {seconds:.0f} s"
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+        log.seek(start)
+        said = log.read().decode(errors="replace").strip().splitlines()
+    return f"ended with status {status}: {said[-1][:300] if said else 'nothing said'}" if status else ""
+
+
+def run_all(options: AcceleratorBench) -> None:
+    """Runs the parts in turn, as long as there is time, and prints the table of what they found."""
+    plan = options.plan
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    known = len(lines.read(options.out)) if options.out.exists() else 0
+    end = time.monotonic() + options.limit
+    for name, limit in plan:
+        begin = time.monotonic()
+        left = min(limit, end - begin)
+        error = run_part(name, left, options) if left >= min(_LEAST, limit) else "not begun: no time left"
+        if error:
+            lines.append(options.out, {"part": name, "error": error})
+        print(f"{name}: {time.monotonic() - begin:.0f} s{', ' + error if error else ''}", file=sys.stderr, flush=True)
+    print(report.table(lines.read(options.out)[known:]))
+
+
+def main(options: AcceleratorBench) -> None:
+    """Runs the benchmark, or one part of it, or prints a table."""
+    if options.table:
+        print(report.table(lines.read(options.table)))
+    elif options.part:
+        module = importlib.import_module(f"kmq_jax.benchmarks.accelerator.{MODULES[options.part]}")
+        getattr(module, f"run_{options.part}")(lines.Log(options.out, options.part), options)
+    else:
+        run_all(options)

@@ -1,0 +1,124 @@
+"""The input pipeline on shards: alone, and beside the training step that it feeds."""
+
+import dataclasses
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import grain
+import jax
+
+from kmq_jax.benchmarks.accelerator import device, steps
+from kmq_jax.benchmarks.accelerator.extraction import RATE, recordings
+from kmq_jax.benchmarks.accelerator.lines import Log
+from kmq_jax.benchmarks.options import AcceleratorBench
+from kmq_jax.core import mesh
+from kmq_jax.data import pipeline, source, writer
+from kmq_jax.data.table import Utterances
+
+_AHEAD = 10  # steps that are put on the device before it is waited for, as training does between its log lines
+
+
+def shards(directory: Path, count: int, speakers: int, workers: int) -> Utterances:
+    """Writes recordings of noise as a prepared dataset and opens it."""
+    table = recordings(count)
+    table = dataclasses.replace(table, speakers=tuple(f"speaker{i % speakers}" for i in range(count)))
+    writer.prepare(table, directory, workers=workers)
+    return source.open_source(directory)
+
+
+def batches_of(speech: Utterances, noise: Utterances, batch: int, samples: int, threads: int) -> grain.DatasetIterator:
+    """The pipeline's iterator; every crop reads its record afresh."""
+    return iter(
+        pipeline.training_batches(
+            speech,
+            noise=noise,
+            music=noise,
+            batch_size=batch,
+            crop_samples=samples,
+            seed=0,
+            threads=threads,
+            cache_bytes=0,
+        )
+    )
+
+
+def rate(batches: grain.DatasetIterator, batch: int, seconds: float) -> float:
+    """Examples a second of an iterator, over about `seconds` and at least two batches."""
+    start, count = time.perf_counter(), 0
+    while count < 2 or time.perf_counter() - start < seconds:
+        next(batches)
+        count += 1
+    return count * batch / (time.perf_counter() - start)
+
+
+def beside(run: steps.Run, batches: grain.DatasetIterator, count: int) -> tuple[float, float]:
+    """Trains from an iterator as `train` does; seconds a step, and of it the seconds spent in waiting for a batch."""
+    devices = mesh.make_mesh(jax.devices()[:1])
+    waited, start = 0.0, time.perf_counter()
+    for i in range(count):
+        begin = time.perf_counter()
+        made = next(batches)
+        waited += time.perf_counter() - begin
+        run.data = mesh.shard_batch(made, devices)
+        metrics = run()
+        if i % _AHEAD == _AHEAD - 1:
+            jax.block_until_ready(metrics)
+    jax.block_until_ready(metrics)
+    return (time.perf_counter() - start) / count, waited / count
+
+
+def run_input(log: Log, options: AcceleratorBench) -> None:
+    """Writes shards, reads them alone, and trains from them; every crop reads its record afresh."""
+    directory = Path(tempfile.mkdtemp())
+    try:
+        _measure(log, options, directory)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _measure(log: Log, options: AcceleratorBench, directory: Path) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = 1 if options.tiny else cores
+    start = time.perf_counter()
+    speech = shards(directory / "speech", 12 if options.tiny else 2048, 6 if options.tiny else 256, workers)
+    noise = shards(directory / "noise", 6 if options.tiny else 128, 1, workers)
+    log.write("written", recordings=len(speech), workers=workers, seconds=time.perf_counter() - start)
+
+    ways = (1, 2) if options.tiny else (4, cores)
+    samples = steps.samples_of(options.tiny)
+    rates = {}
+    for threads in ways:
+        small = 4 if options.tiny else 64
+        batches = batches_of(speech, noise, small, samples, threads)
+        for _ in range(2 if options.tiny else 2 * threads):  # what was made ahead meanwhile is not counted
+            next(batches)
+        rates[threads] = rate(batches, small, 0.1 if options.tiny else 4.0)
+        log.write(
+            f"alone, {threads} threads",
+            cores=cores,
+            crop_seconds=samples / RATE,
+            examples_per_second=rates[threads],
+        )
+        del batches
+    threads = max(rates, key=lambda way: rates[way])
+
+    batch = int(options.batch or log.known("step", "whole", "batch") or steps.batches_of(options)[0])
+    run = steps.make(steps.configure(steps.NETWORK, batch, options.tiny), options.tiny)
+    without = device.seconds_of(run, 0.1 if options.tiny else 3.0)
+    batches = batches_of(speech, noise, batch, samples, threads)
+    next(batches)
+    fed, waited = beside(run, batches, 2 if options.tiny else 60)
+    log.write(
+        "beside the step",
+        batch=batch,
+        threads=threads,
+        step_seconds=fed,
+        step_seconds_without_input=without,
+        waiting_seconds=waited,
+        slowdown_by_input=fed / without,
+        examples_per_second=batch / fed,
+        peak_memory_gb=device.peak_gb(),
+    )

@@ -1,0 +1,55 @@
+"""The figures as a table for the terminal, read back from their lines."""
+
+from kmq_jax.benchmarks.timing import Figures
+
+# What the table shows of a line, in order: key, unit or words around it, and what it is multiplied by.
+_SHOWN: tuple[tuple[str, str, float], ...] = (
+    ("batch", "batch {:.0f}", 1),
+    ("step_seconds", "{:.1f} ms a step", 1e3),
+    ("seconds", "{:.3f} s", 1),
+    ("examples_per_second", "{:,.0f} examples/s", 1),
+    ("share_of_peak", "{:.1f} % of peak", 100),
+    ("ratio", "{:.3f} of full precision", 1),
+    ("our_speed_over_it", "ours {:.3f} times as fast", 1),
+    ("times_real_time", "{:,.0f} x real time", 1),
+    ("slowdown_by_input", "{:.3f} of the step without input", 1),
+    ("waiting_seconds", "waited {:.1f} ms", 1e3),
+    ("times_one_sort", "{:.2f} times one sort", 1),
+    ("trials", "{:,.0f} trials", 1),
+    ("peak_memory_gb", "peak {:.1f} GB", 1),
+    ("compile_seconds", "compiled in {:.0f} s", 1),
+)
+
+# Goals of one H100: part, what, figure, least or most, and what is asked for.
+_GOALS = (
+    ("step", "whole", "share_of_peak", "least", 0.45),
+    ("torch", "compiled", "our_speed_over_it", "least", 1.0),
+    ("kmqat", "4 bits", "ratio", "most", 1.05),
+    ("kmqat", "2 bits", "ratio", "most", 1.05),
+    ("extract", "resnet36", "times_real_time", "least", 10_000),
+    ("input", "beside the step", "slowdown_by_input", "most", 1.02),
+)
+
+
+def describe(row: Figures) -> str:
+    """A line's figures in words."""
+    if "error" in row:
+        return str(row["error"])
+    shown = [form.format(row[key] * factor) for key, form, factor in _SHOWN if row.get(key) is not None]
+    if "milliseconds" in row:
+        parts = sorted(row["milliseconds"].items(), key=lambda item: -item[1])
+        shown.append(", ".join(f"{name} {value:.1f} ms" for name, value in parts) or "no kernels seen")
+    return ", ".join(shown)
+
+
+def table(rows: list[Figures]) -> str:
+    """The table: one line a figure, then each goal that something was measured for."""
+    cards = sorted({f"{row['card']}, jax {row['jax']}" for row in rows if "card" in row})
+    lines = [*cards, *(f"{row['part']:8} {row.get('what', 'ERROR')[:40]:40} {describe(row)}" for row in rows)]
+    for part, what, figure, kind, wanted in _GOALS if any("H100" in card for card in cards) else ():
+        found = [r[figure] for r in rows if r["part"] == part and r.get("what") == what and r.get(figure) is not None]
+        if found:
+            met = found[-1] >= wanted if kind == "least" else found[-1] <= wanted
+            verdict = "met" if met else "NOT met"
+            lines.append(f"goal     {part}, {what}: {figure} {found[-1]:,.3f}, at {kind} {wanted:,}: {verdict}")
+    return "\n".join(lines)

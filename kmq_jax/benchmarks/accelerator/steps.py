@@ -1,0 +1,269 @@
+"""Training steps as `train` runs them: whole, in parts, quantized, with recomputation."""
+
+import dataclasses
+import functools
+import gzip
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import optax
+from jax.stages import Compiled, Lowered
+
+from kmq_jax.benchmarks import steps as ready
+from kmq_jax.benchmarks.accelerator import device
+from kmq_jax.benchmarks.accelerator.lines import Log
+from kmq_jax.benchmarks.options import AcceleratorBench
+from kmq_jax.benchmarks.timing import Figures
+from kmq_jax.core import mesh
+from kmq_jax.frontend import KIWANO, num_frames
+from kmq_jax.models import registry
+from kmq_jax.training import step as steps
+from kmq_jax.training.config import paper_config
+from kmq_jax.training.options import TrainOptions
+from kmq_jax.training.state import Trainable, TrainState
+
+NETWORK, DEEPER = "resnet36", "resnet200"
+FRAMES, CLASSES, BATCHES = 350, 5994, (256, 128, 64)
+TINY_FRAMES, TINY_CLASSES, TINY_BATCH = 40, 10, 4
+
+
+@dataclasses.dataclass
+class Run:
+    """A compiled training step with its state and a batch that stays on the device.
+
+    Attributes:
+        recipe: what the step is made of.
+        state: of the training; every call takes it and leaves the next.
+        data: the batch.
+        step: the compiled program.
+        lowered: the program before compilation.
+        compile_seconds: what compiling took.
+    """
+
+    recipe: steps.Recipe
+    state: TrainState
+    data: steps.Batch
+    step: Compiled
+    lowered: Lowered
+    compile_seconds: float
+
+    def __call__(self) -> steps.Metrics:
+        """Puts one step on the device; returns its metrics."""
+        metrics: steps.Metrics
+        self.state, metrics = self.step(self.state, self.data)
+        return metrics
+
+    @property
+    def batch(self) -> int:
+        """Examples."""
+        return self.recipe.objective.options.batch_size
+
+    @property
+    def frames(self) -> int:
+        """Frames of an example."""
+        return int(num_frames(self.data["wave"].shape[1], self.recipe.objective.fbank))
+
+    def macs(self) -> int:
+        """Multiply-accumulates of the network's forward pass over the batch."""
+        return self.batch * registry.macs(self.recipe.objective.network, self.frames)
+
+
+def configure(name: str, batch: int, tiny: bool, remat: bool = False, bits: int = 0) -> TrainOptions:
+    """The paper's recipe for a network; with `tiny` of its smallest form."""
+    config = paper_config(name)
+    config.batch_size, config.model.remat, config.quant.bits = batch, remat, bits
+    if tiny:
+        config.model.update(registry.smoke_settings(name))
+    return TrainOptions.from_config(config)
+
+
+def samples_of(tiny: bool) -> int:
+    """Samples of a crop."""
+    return KIWANO.length + ((TINY_FRAMES if tiny else FRAMES) - 1) * KIWANO.shift
+
+
+def make(options: TrainOptions, tiny: bool, of_features: bool = False) -> Run:
+    """Makes and compiles a step; with `of_features` one that starts from features instead of waveforms."""
+    devices, classes = mesh.make_mesh(jax.devices()[:1]), TINY_CLASSES if tiny else CLASSES
+    begun = ready.start(options, classes, devices)
+    recipe, outputs = begun.recipe, (begun.shardings, None)
+    data = jax.device_put(ready.noise(options.batch_size, samples_of(tiny), classes), mesh.batch_sharding(devices))
+    if of_features:
+        features = jax.jit(functools.partial(steps.features_of, recipe.objective))
+        data["features"] = features(jax.random.key(0), data)
+        jitted = jax.jit(functools.partial(network_step, recipe), donate_argnums=0, out_shardings=outputs)
+    else:
+        whole = steps.jit_train_step(recipe, begun.shardings)
+        jitted = jax.jit(lambda state, data: whole(state, data, None), donate_argnums=0, out_shardings=outputs)
+    start = time.perf_counter()
+    lowered = jitted.lower(begun.state, data)
+    step = lowered.compile()
+    return Run(recipe, begun.state, data, step, lowered, time.perf_counter() - start)
+
+
+def network_step(recipe: steps.Recipe, state: TrainState, data: steps.Batch) -> tuple[TrainState, steps.Metrics]:
+    """The training step without augmentation and front end: from features to the next state."""
+
+    def loss_of(params: Trainable) -> tuple[jax.Array, tuple[steps.Metrics, object]]:
+        args = (params.classifier, params.network, state.batch_stats, data["features"], data["speaker"], state.step)
+        return steps.total_loss(recipe.objective, *args)
+
+    gradients, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
+    updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+
+def largest(make_one: Callable[[int], Run], batches: tuple[int, ...], log: Log) -> Run:
+    """Makes the step of the largest batch that fits the device's memory, and runs it once."""
+    for batch in batches:
+        try:
+            run = make_one(batch)
+            log.write("compiled", batch=batch, compile_seconds=run.compile_seconds)
+            jax.block_until_ready(run())
+            return run
+        except Exception as error:
+            if not device.out_of_memory(error) or batch == batches[-1]:
+                raise
+            log.write("too large", batch=batch, error=str(error)[:200])
+    raise ValueError("no batch is given")
+
+
+def batches_of(options: AcceleratorBench) -> tuple[int, ...]:
+    """Batch sizes to try, in turn."""
+    return (options.batch,) if options.batch else (TINY_BATCH,) if options.tiny else BATCHES
+
+
+def figures_of(run: Run, seconds: float) -> Figures:
+    """What is said of a step that takes `seconds`."""
+    peak, options = device.peak_flops(jax.devices()[0].device_kind), run.recipe.objective.options
+    flops = 6.0 * run.macs()  # two operations each; backward takes twice as many as forward
+    metrics = jax.device_get(run())
+    return {
+        "model": options.model["name"],
+        "remat": options.model["remat"],
+        "dtype": options.dtype,
+        "batch": run.batch,
+        "frames": run.frames,
+        "step_seconds": seconds,
+        "examples_per_second": run.batch / seconds,
+        "tflop_per_step": flops / 1e12,
+        "xla_tflop_per_step": _tera(device.flops_of(run.lowered)),
+        "tflop_per_second": flops / seconds / 1e12,
+        "share_of_peak": flops / seconds / peak if peak else None,
+        "peak_tflop_per_second": _tera(peak),
+        "peak_memory_gb": device.peak_gb(),
+        "compile_seconds": run.compile_seconds,
+        "loss": float(metrics["loss"]),
+    }
+
+
+def _tera(value: float | None) -> float | None:
+    return None if value is None else value / 1e12
+
+
+def _profile(run: Run, what: str, log: Log, options: AcceleratorBench) -> None:
+    times = device.kernels(run)
+    longest = sorted(times.items(), key=lambda item: -item[1][0])[:40]
+    rows = [[name[:90], round(ms, 3), count] for name, (ms, count) in longest]
+    log.write(f"{what} kernels", milliseconds=device.by_sort(times), longest_milliseconds_and_launches=rows)
+    if options.programs:
+        options.programs.mkdir(parents=True, exist_ok=True)
+        with gzip.open(options.programs / f"{what.replace(' ', '_')}.txt.gz", "wt") as file:
+            file.write(run.step.as_text() or "")
+
+
+def _budget(options: AcceleratorBench) -> float:
+    return 0.1 if options.tiny else 4.0
+
+
+def run_step(log: Log, options: AcceleratorBench) -> None:
+    """The whole step; then its front end, its network, and the network's forward pass, alone."""
+
+    def make_one(batch: int) -> Run:
+        return make(configure(NETWORK, batch, options.tiny), options.tiny)
+
+    run = largest(make_one, batches_of(options), log)
+    log.write("whole", **figures_of(run, device.seconds_of(run, _budget(options))))
+    _profile(run, "whole", log, options)
+
+    front = jax.jit(functools.partial(steps.features_of, run.recipe.objective))
+    seconds = device.seconds_of(lambda: front(jax.random.key(1), run.data), _budget(options) / 4)
+    log.write("augmentation and front end", batch=run.batch, seconds=seconds)
+
+    settings = run.recipe.objective.options
+    del run
+    run = make(settings, options.tiny, of_features=True)
+    log.write("network", **figures_of(run, device.seconds_of(run, _budget(options))))
+    _forward(run, log, options)
+
+
+def _forward(run: Run, log: Log, options: AcceleratorBench) -> None:
+    """The network's forward pass alone, by either kind of statistics."""
+    variables = {"params": run.state.params.network, "batch_stats": run.state.batch_stats}
+    apply = run.recipe.objective.network.apply
+    for train in (True, False):
+        forward = jax.jit(functools.partial(apply, train=train, mutable=["batch_stats"] if train else False))
+        seconds = device.seconds_of(functools.partial(forward, variables, run.data["features"]), _budget(options))
+        peak = device.peak_flops(jax.devices()[0].device_kind)
+        log.write(
+            "forward, batch statistics" if train else "forward, running statistics",
+            batch=run.batch,
+            seconds=seconds,
+            share_of_peak=2 * run.macs() / seconds / peak if peak else None,
+        )
+
+
+def _recomputed(name: str, log: Log, options: AcceleratorBench) -> None:
+    def make_one(batch: int) -> Run:
+        return make(configure(name, batch, options.tiny, remat=True), options.tiny)
+
+    run = largest(make_one, batches_of(options), log)
+    log.write("whole, recomputed", **figures_of(run, device.seconds_of(run, _budget(options))))
+    _profile(run, f"{name} whole, recomputed", log, options)
+
+
+def run_step200(log: Log, options: AcceleratorBench) -> None:
+    """The deeper network as its configuration has it: blocks recomputed."""
+    _recomputed(DEEPER, log, options)
+
+
+def run_remat(log: Log, options: AcceleratorBench) -> None:
+    """The network with its blocks recomputed: the price in time, the gain in memory."""
+    _recomputed(NETWORK, log, options)
+
+
+def run_kmqat(log: Log, options: AcceleratorBench) -> None:
+    """The step with codebooks of 4 and 2 bits beside full precision, in turns."""
+    batch = int(options.batch or log.known("step", "whole", "batch") or batches_of(options)[0])
+    runs: dict[int, Run] = {}
+    for bits in (0, 4, 2):
+        runs[bits] = make(configure(NETWORK, batch, options.tiny, bits=bits), options.tiny)
+        log.write("compiled", batch=batch, bits=bits, compile_seconds=runs[bits].compile_seconds)
+        jax.block_until_ready(runs[bits]())
+        if bits:
+            seconds = by_turns(runs, 1 if options.tiny else 5)
+            log.write(
+                f"{bits} bits",
+                batch=batch,
+                step_seconds=statistics.median(seconds[bits]),
+                full_precision_step_seconds=statistics.median(seconds[0]),
+                ratio=statistics.median(a / b for a, b in zip(seconds[bits], seconds[0])),
+                peak_memory_gb=device.peak_gb(),
+            )
+            _profile(runs[bits], f"{bits} bits", log, options)
+
+
+def by_turns(runs: dict[int, Run], calls: int, rounds: int = 7) -> dict[int, list[float]]:
+    """Seconds a step of each run, in rounds of some steps each; every second round runs backwards."""
+    seconds: dict[int, list[float]] = {bits: [] for bits in runs}
+    for turn in range(rounds):
+        for bits in list(runs) if turn % 2 else list(runs)[::-1]:
+            start = time.perf_counter()
+            for _ in range(calls):
+                metrics = runs[bits]()
+            jax.block_until_ready(metrics)
+            seconds[bits].append((time.perf_counter() - start) / calls)
+    return seconds

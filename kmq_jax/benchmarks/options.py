@@ -1,0 +1,274 @@
+"""The options of every benchmark. The first line of a class says what `kmq-jax bench --help` says of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kmq_jax.cascade.options import BOUNDS, OBJECTIVES
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.options import Options, option
+from kmq_jax.scoring.options import Compute
+
+PARTS = {
+    "step": 240.0,
+    "kmqat": 240.0,
+    "extract": 160.0,
+    "input": 160.0,
+    "trials": 60.0,
+    "torch": 110.0,
+    "step200": 240.0,
+    "kmeans": 120.0,
+    "remat": 160.0,
+}
+"""Seconds that each part of `accelerator` may take, the most wanted part first.
+
+Compiling a training step has taken one minute on one machine and over two on another, so a part that compiles one has
+at least 160 s. Later parts find in the cache what earlier ones compiled.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Options):
+    """What every benchmark writes."""
+
+    json: Path | None = option("also write the figures to this file", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds(Bench):
+    """What every benchmark of two sides has."""
+
+    repeats: int = option("timed rounds, each side in turn; the median counts", 3, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AcceleratorBench(Options):
+    """What an accelerator does: training steps, input, extraction, scores; beside PyTorch where it is installed.
+
+    One JSON line a figure, written as soon as it is known; then a table. Each part runs in a process of its own and is
+    stopped at its limit. Parts, the most wanted first:
+
+      step      training step of resnet36 (augmentation and front end on the device), and where its time goes
+      kmqat     the step with 4- and 2-bit codebooks beside the step in full precision
+      extract   embedding recordings of VoxCeleb's lengths
+      input     the input pipeline on shards, alone and beside the step
+      trials    cosine scores, AS-norm, a cascade
+      torch     the step of resnet36 in PyTorch
+      step200   training step of resnet200, its blocks recomputed in the backward pass
+      kmeans    k-means of every layer of resnet200
+      remat     training step of resnet36, its blocks recomputed
+    """
+
+    out: Path = option("file that lines are appended to", Path("accelerator.jsonl"))
+    limit: float = option("seconds in all", 580.0, above=0)
+    parts: str = option("which, in order; NAME:SECONDS sets a part's limit", ",".join(PARTS), metavar="NAME,...")
+    batch: int = option("examples a step; 0: as many as fit, of 256, 128, 64", 0, at_least=0)
+    tiny: bool = option("sizes that a CPU runs in seconds: a rehearsal", False)
+    programs: Path | None = option("directory to write the compiled programs of steps to, as text", None, metavar="DIR")
+    table: Path | None = option("only print the table of such a file", None)
+    part: str | None = option("run one part in this process, without a limit", None, choices=tuple(PARTS))
+
+    @property
+    def plan(self) -> list[tuple[str, float]]:
+        """The parts to run, and their limits in seconds.
+
+        >>> AcceleratorBench(parts="step:90,trials").plan
+        [('step', 90.0), ('trials', 60.0)]
+
+        Raises:
+            UserError: a part is unknown, or its limit is no number above zero.
+        """
+        chosen = []
+        for word in filter(None, (word.strip() for word in self.parts.split(","))):
+            name, _, limit = word.partition(":")
+            if name not in PARTS:
+                raise UserError(f"`parts`: {name!r} must be one of {', '.join(PARTS)}")
+            try:
+                seconds = float(limit or PARTS[name])
+            except ValueError:
+                seconds = 0.0
+            if not seconds > 0:
+                raise UserError(f"`parts`: {word!r} must be NAME:SECONDS")
+            chosen.append((name, seconds))
+        return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeBench(Rounds):
+    """A cascade: seconds and memory on a long trial list; with --stage how it does over random splits of speakers."""
+
+    trials: str = option("how many random trials, or with --stage a trial list", "1000000", metavar="N|TRIALS")
+    utterances: int = option("utterances of the random trials", 150_000, at_least=1)
+    policies: int = option("policies run at once", 32, at_least=1)
+    repeats: int = option("timed rounds, each side in turn; the median counts", 5, at_least=1)
+    levels: tuple[str, ...] = option(
+        "measure splits of speakers instead; once for each level", (), flag="stage", metavar="BITS:EMBEDDINGS.npz"
+    )
+    reference: str | None = option("embeddings of the reference, with --stage", None, metavar="FILE")
+    splits: int = option("random halvings of the speakers, with --stage", 20, at_least=1)
+    rule: Literal["pareto", "risk"] = option("with --stage", "pareto")
+    alpha: float = option("with --stage: as in `calibrate`", 0.001, above=0, below=1)
+    delta: float = option("with --stage: as in `calibrate`", 0.05, above=0, below=1)
+    bound: str = option("with --stage: as in `calibrate`", "survey", choices=BOUNDS)
+    objective: str = option("with --stage: as in `calibrate`", "flips", choices=OBJECTIVES)
+
+    def __post_init__(self) -> None:
+        """See `Options`; also checks what goes together."""
+        super().__post_init__()
+        if self.levels and not self.reference:
+            raise UserError("--stage needs --reference")
+        if not self.levels and not (self.trials.isdigit() and int(self.trials)):
+            raise UserError(f"`trials` (={self.trials}) must be a whole number of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataBench(Bench):
+    """The training pipeline's examples a second, beside a plain loop that decodes each file whole and cuts a crop.
+
+    The first epoch decodes; later ones find lossy and short recordings in memory. The loop has no augmentation.
+    """
+
+    data: str = option("recordings: any DATA form", "synthetic:dev", metavar="DATA")
+    noise: str = option("noise clips: any DATA form", "", metavar="DATA")
+    batch: int = option("examples in a batch", 64, at_least=1)
+    crop_seconds: float = option("length of a crop", 3.5, above=0)
+    threads: int = option("threads of the pipeline", 2, at_least=0)
+    utterances: int = option("how many, evenly over the data", 512, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSizes(Rounds):
+    """The size of a random trial list; the defaults are those of VoxCeleb1-E."""
+
+    trials: int = option("trials, half of them targets", 579_818, at_least=1)
+    utterances: int = option("utterances", 145_375, at_least=1)
+    speakers: int = option("speakers", 1_251, at_least=1)
+    replicates: int = option("bootstrap draws", 1000, at_least=1)
+
+    def __post_init__(self) -> None:
+        """See `Options`; also checks what goes together."""
+        super().__post_init__()
+        if self.utterances < self.speakers:
+            raise UserError(f"`utterances` (={self.utterances}) must be at least `speakers` (={self.speakers})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnoseBench(TrialSizes):
+    """Every statistic of scores in `diagnose`, on a list of VoxCeleb1-E's size and several quantized models: time."""
+
+    models: int = option("quantized models beside the reference", 4, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractBench(Rounds):
+    """Extraction of embeddings beside ONNX Runtime on the same recordings, in turns in one run.
+
+    Both sides start from the audio files and end with embeddings. Ours: batches of like length, front end and network
+    in one program; compilation is not counted. ONNX Runtime: one utterance after another, as WeSpeaker's own script
+    runs it. With --features=ours our front end computes the features of both in batches beforehand, so that the
+    networks alone are timed; with --features=own ONNX Runtime's come from kaldi-native-fbank, and decoding and features
+    are timed on both sides.
+    """
+
+    model: str = option("MODEL, such as a directory made by import_model", metavar="MODEL")
+    onnx: Path = option("the same model as ONNX, `feats` to `embs`")
+    data: str = option("recordings: any DATA form", metavar="DATA")
+    features: Literal["own", "ours"] = option("whose features ONNX Runtime starts from", "own")
+    compute: Compute = option("our network's arithmetic", "float32")
+    threads: int = option("of ONNX Runtime", 2, at_least=1)
+    utterances: int = option("how many, evenly over the data; 0: all", 0, at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontendBench(Rounds):
+    """Filterbank features beside kaldi-native-fbank: speed and greatest difference; and the cost of augmentation.
+
+    Ours runs in batches on all cores, compilation not counted; kaldi-native-fbank as it is called from Python, one
+    utterance after another on one core.
+    """
+
+    data: str = option("audio: any DATA form", "synthetic:dev", metavar="DATA")
+    utterances: int = option("how many, evenly over the data", 64, at_least=1)
+    batch: int = option("utterances in a batch", 16, at_least=1)
+    repeats: int = option("timed rounds, each side in turn; the median counts", 7, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KmqatBench(Rounds):
+    """What quantization adds to a training step: the step in full precision and with codebooks, in turns."""
+
+    model: str = option("network, by its registry name", "resnet36")
+    bits: tuple[int, ...] = option("bits to compare with full precision", (4, 2), at_least=1, at_most=8)
+    batch: int = option("utterances in a batch", 16, at_least=1)
+    frames: int = option("frames of an utterance", 200, at_least=1)
+    dtype: Compute = option("compute dtype; parameters are float32", "float32")
+    repeats: int = option("timed steps of each", 5, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LazyBench(Rounds):
+    """A cascade from recordings beside full precision for all of them, in turns in one run: seconds and their ratio.
+
+    The cascade embeds every recording at its first level and only those in doubt at the next. Where a list uses each
+    recording in many trials, as evaluation lists do, nearly all of them are in doubt somewhere; --uses=1 thins the list
+    to trials of fresh recordings, as a service sees them. Compilation is not counted.
+    """
+
+    cascade: str = option("directory of a policy and its models", metavar="DIR")
+    reference: str | None = option("full-precision MODEL; left out: the cascade's last", None, metavar="MODEL")
+    data: str = option("recordings: any DATA form", metavar="DATA")
+    trials: str = option("trial list, or synthetic:SPLIT", metavar="TRIALS")
+    uses: int = option("trials that a recording takes part in at most; 0: all", 1, at_least=0)
+    compute: Compute = option("arithmetic below the last level", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantBench(Rounds):
+    """k-means of every layer of a network beside scikit-learn and beside a sort, and the speed of quantization."""
+
+    network: str = option("whose kernels' shapes are clustered", "resnet200")
+    bits: int = option("bits of the indices", 4, at_least=1, at_most=8)
+    channels: int = option("channels a layer that scikit-learn clusters", 2, at_least=1)
+    layers: int = option("take only so many layers; 0: all", 0, at_least=0)
+    step: bool = option("also time a training step, quantized and not (minutes)", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreBench(TrialSizes):
+    """Scoring and evaluating a long trial list beside plain numpy and scikit-learn: time, memory, figures."""
+
+    dim: int = option("dimensions of an embedding", 256, at_least=1)
+    spread: float = option("of utterances about their speaker: sets the EER", 2.2, above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBench(Rounds):
+    """One training step of wespeaker_resnet34 (batch statistics, AAM softmax, no optimizer) beside PyTorch.
+
+    Each side runs in a process of its own and takes turns with the others, so that a busy machine slows all alike.
+    PyTorch is tried in both of its memory layouts, and compared by the faster one. Without PyTorch ours is measured
+    alone.
+    """
+
+    peer: Literal["torch", "none"] = option("what to run beside ours", "torch")
+    dtype: Compute = option("compute dtype; parameters are float32", "float32")
+    batch: int = option("utterances in a batch", 16, at_least=1)
+    frames: int = option("frames of an utterance", 200, at_least=1)
+    threads: int = option("CPU threads of each side", 2, at_least=1)
+    repeats: int = option("timed steps of each side", 7, at_least=1)
+
+
+BENCHMARKS: dict[str, type[Options]] = {
+    "accelerator": AcceleratorBench,
+    "cascade": CascadeBench,
+    "data": DataBench,
+    "diagnose": DiagnoseBench,
+    "extract": ExtractBench,
+    "frontend": FrontendBench,
+    "kmqat": KmqatBench,
+    "lazy": LazyBench,
+    "quant": QuantBench,
+    "score": ScoreBench,
+    "train": TrainBench,
+}
+"""Every benchmark's options; the benchmark itself is `main(options)` of the module of that name beside this one."""

@@ -1,0 +1,82 @@
+"""Training steps as `train` takes them, with random data: what several benchmarks time."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from kmq_jax.core import mesh
+from kmq_jax.core.tree import map_named
+from kmq_jax.models.speaker_model import frontend_of
+from kmq_jax.quant import Codebook
+from kmq_jax.training import step as steps
+from kmq_jax.training.from_models import describe
+from kmq_jax.training.options import TrainOptions
+from kmq_jax.training.state import Params, QatParams, TrainState
+from kmq_jax.training.tasks import FullPrecision, Task
+
+EPOCH_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Start:
+    """A training step with the state before it.
+
+    Attributes:
+        recipe: what the step is made of.
+        state: on the devices.
+        shardings: how it lies there.
+    """
+
+    recipe: steps.Recipe
+    state: TrainState
+    shardings: TrainState
+
+
+def start(options: TrainOptions, classes: int, devices: Mesh) -> Start:
+    """Prepares training as `train` does, but with random weights and evenly spaced codebooks."""
+    network = describe(options).network(options.dtype)
+    params, batch_stats = steps.init_params(network, options, classes)
+    objective = steps.make_objective(network, frontend_of(options.frontend), options, devices, EPOCH_STEPS)
+    task = steps.make_task(options, EPOCH_STEPS)
+    if not isinstance(task, FullPrecision):
+        params = dataclasses.replace(params, network=even_codebooks(task, params.network))
+    recipe = steps.make_recipe(objective, task, params)
+    state = steps.init_state(recipe, params, batch_stats, task.init_indices(params.network))
+    shardings = mesh.tree_shardings(state, devices, options.sharding)
+    return Start(recipe, jax.device_put(state, shardings), shardings)
+
+
+def even_codebooks(task: Task, network: Params) -> QatParams:
+    """What a quantized task starts from, with evenly spaced centroids.
+
+    A step is as fast with them, and k-means would be compiled for every shape of a kernel, which takes minutes.
+    """
+    shapes = task.shapes(network)
+
+    def even(book: Codebook) -> Codebook:
+        centroids = jnp.broadcast_to(jnp.linspace(-2, 2, book.centroids.shape[1]), book.centroids.shape)
+        return dataclasses.replace(book, raw_scale=jnp.full(book.raw_scale.shape, -3.5), centroids=centroids)
+
+    books = {name: even(book) for name, book in shapes.codebooks.items()}
+
+    def latent(name: str, leaf: jax.Array) -> jax.Array:
+        return leaf / jnp.maximum(jnp.std(leaf), 1e-6) if name in books else leaf
+
+    return QatParams(map_named(latent, network), books)
+
+
+def noise(batch: int, samples: int, classes: int) -> steps.Batch:
+    """A batch as the pipeline makes it: one example in five clean, one reverberant, the rest with interference."""
+    kind = jnp.arange(batch) % 5
+    disturbed = (kind > 0) & (kind < 4)
+    keys = jax.random.split(jax.random.key(0))
+    return {
+        "wave": 0.1 * jax.random.normal(keys[0], (batch, samples)),
+        "interference": 0.1 * jax.random.normal(keys[1], (batch, samples)) * disturbed[:, None],
+        "snr_db": jnp.where(disturbed, 10.0, jnp.inf),
+        "reverb": kind == 4,
+        "speaker": (jnp.arange(batch) % classes).astype(jnp.int32),
+    }

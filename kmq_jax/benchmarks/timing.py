@@ -1,0 +1,57 @@
+"""Seconds of functions that take turns, so that a busy machine slows all of them alike; and what is found."""
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+Figures: TypeAlias = dict[str, Any]
+"""What a benchmark finds, by name, as JSON holds it."""
+
+
+def in_turns(
+    sides: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warm_up: int = 1,
+    alternate: bool = False,
+    between: Callable[[str], None] = lambda name: None,
+) -> dict[str, list[float]]:
+    """Seconds of every call of each function.
+
+    >>> sorted(in_turns({"a": lambda: 1, "b": lambda: 2}, repeats=3))
+    ['a', 'b']
+
+    Args:
+        sides: the functions by name; what they return is waited for where it is on a device.
+        repeats: calls of each that count.
+        warm_up: calls of each before, which are left out.
+        alternate: whether every second round runs backwards.
+        between: called with the name after each call, outside of what is timed.
+    """
+    import jax  # here, so that a process that runs PyTorch alone does without
+
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(warm_up + repeats):
+        for name in list(sides)[::-1] if alternate and turn % 2 else sides:
+            start = time.perf_counter()
+            jax.block_until_ready(sides[name]())
+            seconds[name].append(time.perf_counter() - start)
+            between(name)
+    return {name: times[warm_up:] for name, times in seconds.items()}
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    """The median of each.
+
+    >>> medians({"a": [1.0, 9.0, 2.0]})
+    {'a': 2.0}
+    """
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held so far, in MB."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
