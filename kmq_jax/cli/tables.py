@@ -20,7 +20,8 @@ COMMAND = Command(
     "Writes the results tables of a Markdown file from the JSON files they come from.\n"
     "A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE is a study.json, its path\n"
     "relative to the Markdown file; KIND is `bits`, one row a model, `trained`, those of them that were, or\n"
-    "`cascades`, one row a cascade and evaluation set.",
+    "`cascades`, one row a cascade and evaluation set. Of the file that `bench accelerator` writes, KIND is\n"
+    "`accelerator`, one row a figure.",
     "kmq-jax tables --file=README.md",
     (Files,),
 )

@@ -2,10 +2,12 @@
 
 A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE is a `study.json`, its path relative to
 the Markdown file; KIND is `bits`, one row a model, `trained`, those of them that were, or `cascades`, one row a
-cascade and evaluation set.
+cascade and evaluation set. Of the file that `bench accelerator` writes, KIND is `accelerator`, one row a figure.
 """
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +58,47 @@ def cascade_table(summary: dict[str, Any]) -> str:
     return _markdown(rows)
 
 
+SPEEDS = {
+    "examples_per_second": "{:,.0f} examples/s",
+    "times_real_time": "{:,.0f} times real time",
+    "ratio": "{:.3f} of the time of the step in full precision",
+    "times_one_sort": "{:.2f} of the time of one sort",
+    "seconds": "{:.3f} s",
+}
+"""The figures of `bench accelerator` that a table shows; of a line that has several, the first."""
+
+
+def accelerator_table(lines: list[dict[str, Any]]) -> str:
+    """What an accelerator did: one row for each line of figures that holds a speed."""
+    rows = [["part", "what", "figure", "card"]]
+    for line in lines:
+        known = [form.format(line[name]) for name, form in SPEEDS.items() if name in line]
+        if known:
+            rows.append([line["part"], line["what"], known[0], line["card"]])
+    return _markdown(rows)
+
+
+def _read(path: Path) -> Any:
+    """A JSON file, or the list of the lines of one that ends in `.jsonl`."""
+    if path.suffix != ".jsonl":
+        return read_json(path)
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
 def _markdown(rows: list[list[str]]) -> str:
     lines = [f"| {' | '.join(cells)} |\n" for cells in rows]
     return "".join([lines[0], "|---" * len(rows[0]) + "|\n", *lines[1:]])
 
 
-TABLES = {"bits": study_table, "trained": trained_table, "cascades": cascade_table}
+TABLES: dict[str, Callable[[Any], str]] = {
+    "bits": study_table,
+    "trained": trained_table,
+    "cascades": cascade_table,
+    "accelerator": accelerator_table,
+}
 
 
 def fill(text: str, directory: Path) -> str:
@@ -75,7 +112,7 @@ def fill(text: str, directory: Path) -> str:
         if match[3] not in TABLES:
             raise UserError(f"the table {match[3]!r} of {match[2]} must be one of {', '.join(TABLES)}")
         try:
-            return match[1] + TABLES[match[3]](read_json(directory / match[2])) + match[4]
+            return match[1] + TABLES[match[3]](_read(directory / match[2])) + match[4]
         except (KeyError, TypeError, IndexError) as error:
             raise UserError(f"{directory / match[2]} is not a study's results: it lacks {error}") from error
 

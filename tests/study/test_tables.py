@@ -50,8 +50,19 @@ def test_cascades_have_a_row_for_each_set(tmp_path):
     assert filled.splitlines()[3] == "| 2>4, nested | a | 2.76 | 2.50 | 0.123 % | 0.570 % | 95.4 % | 2.21 | 2.10 |"
 
 
+def test_an_accelerator_has_a_row_for_each_speed(tmp_path):
+    lines = [
+        {"part": "step", "what": "whole", "card": "H200", "examples_per_second": 1386.8, "seconds": 0.2},
+        {"part": "step", "what": "whole kernels", "card": "H200", "milliseconds": {}},
+        {"part": "kmqat", "error": "stopped after 47 s"},
+    ]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    filled = tables.fill("<!-- table: r.jsonl accelerator -->\n<!-- end -->", tmp_path)
+    assert filled.splitlines()[3:-1] == ["| step | whole | 1,387 examples/s | H200 |"]
+
+
 def test_mistakes(tmp_path):
-    with pytest.raises(UserError, match="'colours' of r.json must be one of bits, trained, cascades"):
+    with pytest.raises(UserError, match="'colours' of r.json must be one of bits, trained, cascades, accelerator"):
         tables.fill("<!-- table: r.json colours -->\n<!-- end -->", tmp_path)
     with pytest.raises(UserError, match=r"absent\.json"):
         tables.fill("<!-- table: absent.json bits -->\n<!-- end -->", tmp_path)

@@ -1,0 +1,102 @@
+"""The run on an accelerator in tiny sizes: parts give their figures, and one that is cut off costs no other."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kmq_jax.benchmarks import accelerator
+from kmq_jax.benchmarks.accelerator import device, feeding, lines, report, steps
+from kmq_jax.benchmarks.options import PARTS, AcceleratorBench
+from kmq_jax.cli import bench
+from kmq_jax.core.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, compiled):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled))
+
+
+def run(out, *flags):
+    bench.run("accelerator", [f"--out={out}", "--tiny", *flags])
+    return lines.read(out)
+
+
+def test_every_part_has_a_module_and_a_limit():
+    assert list(accelerator.MODULES) == list(PARTS)
+    assert [name for name, _ in AcceleratorBench().plan] == list(PARTS)
+    assert AcceleratorBench().plan[0][1] >= 240  # the first part compiles with an empty cache
+
+
+@pytest.mark.slow
+def test_a_part_that_is_cut_off_leaves_a_line_and_the_rest_goes_on(tmp_path, capsys):
+    out = tmp_path / "new" / "figures.jsonl"
+    rows = run(out, "--parts=step:1,trials")
+    assert rows[0] == {"part": "step", "error": "stopped after 1 s"}
+    figures = {row["what"]: row for row in rows[1:]}
+    assert set(figures) == {"cosine", "as-norm", "cascade"}
+    assert figures["cosine"]["greatest_difference"] < 1e-6
+    assert figures["as-norm"]["greatest_difference_of_statistics"] < 1e-5
+    assert "stopped after 1 s" in capsys.readouterr().out
+    again = run(out, "--parts=trials,kmeans", "--limit=0.5")  # lines are added; what has no time left says so
+    assert again[: len(rows)] == rows
+    assert [row["error"] for row in again[len(rows) :]] == ["not begun: no time left"] * 2
+
+
+@pytest.mark.slow
+def test_a_step_is_fed_and_timed(tmp_path):
+    out = tmp_path / "figures.jsonl"
+    feeding.run_input(lines.Log(out, "input"), AcceleratorBench(out=out, tiny=True))
+    figures = {row["what"]: row for row in lines.read(out)}
+    assert figures["alone, 1 threads"]["examples_per_second"] > 0
+    assert figures["beside the step"]["waiting_seconds"] >= 0 and figures["beside the step"]["batch"] == 4
+    step = steps.make(steps.configure(steps.NETWORK, 4, tiny=True), tiny=True)  # compiled by the part before
+    whole = steps.figures_of(step, device.seconds_of(step, 0.1))
+    assert whole["share_of_peak"] is None and whole["examples_per_second"] > 0 and not whole["remat"]
+
+
+def test_a_part_that_fails_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "nonesuch")
+    (row,) = run(tmp_path / "figures.jsonl", "--parts=trials")
+    assert "ended with status" in row["error"] and "nonesuch" in row["error"]
+
+
+def test_the_table_is_read_back(tmp_path, capsys):
+    out = tmp_path / "figures.jsonl"
+    card = {"card": "NVIDIA H100 80GB HBM3", "jax": "0.11.2"}
+    lines.append(out, {"part": "step", "what": "whole", **card, "share_of_peak": 0.47, "step_seconds": 0.16})
+    lines.append(out, {"part": "kmqat", "what": "4 bits", **card, "ratio": 1.08})
+    lines.append(out, {"part": "torch", "error": "stopped after 110 s"})
+    run(out, f"--table={out}")
+    shown = capsys.readouterr().out
+    assert "NVIDIA H100 80GB HBM3, jax 0.11.2" in shown and "160.0 ms a step, 47.0 % of peak" in shown
+    assert "share_of_peak 0.470, at least 0.45: met" in shown and "ratio 1.080, at most 1.05: NOT met" in shown
+    assert "stopped after 110 s" in shown
+    other = [{**row, "card": "NVIDIA L4"} for row in lines.read(out) if "card" in row]
+    assert "goal" not in report.table(other)  # goals are one card's
+
+
+@pytest.mark.parametrize("parts", ["stepp", "step:0", "step:soon"])
+def test_a_wrong_part_is_named(parts, tmp_path):
+    with pytest.raises(UserError, match=f"--parts: '{parts}"):
+        run(tmp_path / "figures.jsonl", f"--parts={parts}")
+
+
+def test_peaks_are_found_by_the_names_of_cards():
+    assert device.peak_flops("NVIDIA H100 80GB HBM3") == device.peak_flops("NVIDIA H200") == 989e12
+    assert device.peak_flops("NVIDIA L4") == 121e12 and device.peak_flops("NVIDIA L40") is None
+    assert device.peak_flops("TPU v5 lite") == 197e12 and device.peak_flops("TPU v5p") == 459e12
+    assert device.peak_flops("cpu") is None
+
+
+def test_the_script_passes_its_flags_on(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path / "figures.jsonl"), "LIMIT": "60"}
+    command = ["bash", ROOT / "launch" / "gpu_check.sh", "--parts=nonesuch"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2 and "'nonesuch' must be one of step" in done.stderr
