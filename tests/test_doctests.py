@@ -6,7 +6,16 @@ import pkgutil
 
 import pytest
 
-PACKAGES = ("core.tree", "quant", "losses", "metrics", "frontend", "models.speaker_model", "models.batches")
+PACKAGES = (
+    "benchmarks",
+    "core.tree",
+    "quant",
+    "losses",
+    "metrics",
+    "frontend",
+    "models.speaker_model",
+    "models.batches",
+)
 
 
 def examples():

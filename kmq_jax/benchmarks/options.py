@@ -43,7 +43,7 @@ class Rounds(Bench):
 
 @dataclass(frozen=True, kw_only=True)
 class AcceleratorBench(Options):
-    """What an accelerator does: training steps, input, extraction, scores; beside PyTorch where it is installed.
+    """Speed on an accelerator: training steps, input, extraction, scores; beside PyTorch if installed.
 
     One JSON line a figure, written as soon as it is known; then a table. Each part runs in a process of its own and is
     stopped at its limit. Parts, the most wanted first:
@@ -95,7 +95,7 @@ class AcceleratorBench(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeBench(Rounds):
-    """A cascade: seconds and memory on a long trial list; with --stage how it does over random splits of speakers."""
+    """A cascade on a long trial list: seconds, memory; with --stage over random splits of speakers."""
 
     trials: str = option("how many random trials, or with --stage a trial list", "1000000", metavar="N|TRIALS")
     utterances: int = option("utterances of the random trials", 150_000, at_least=1)
@@ -123,9 +123,10 @@ class CascadeBench(Rounds):
 
 @dataclass(frozen=True, kw_only=True)
 class DataBench(Bench):
-    """The training pipeline's examples a second, beside a plain loop that decodes each file whole and cuts a crop.
+    """The training pipeline's examples a second, beside a plain loop.
 
-    The first epoch decodes; later ones find lossy and short recordings in memory. The loop has no augmentation.
+    The loop decodes each file whole, cuts a crop and has no augmentation. The first epoch decodes; later ones
+    find lossy and short recordings in memory.
     """
 
     data: str = option("recordings: any DATA form", "synthetic:dev", metavar="DATA")
@@ -154,7 +155,7 @@ class TrialSizes(Rounds):
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnoseBench(TrialSizes):
-    """Every statistic of scores in `diagnose`, on a list of VoxCeleb1-E's size and several quantized models: time."""
+    """Every statistic of scores in `diagnose`, on a list of VoxCeleb1-E's size: seconds."""
 
     models: int = option("quantized models beside the reference", 4, at_least=1)
 
@@ -181,7 +182,7 @@ class ExtractBench(Rounds):
 
 @dataclass(frozen=True, kw_only=True)
 class FrontendBench(Rounds):
-    """Filterbank features beside kaldi-native-fbank: speed and greatest difference; and the cost of augmentation.
+    """Filterbank features beside kaldi-native-fbank: speed and difference; cost of augmentation.
 
     Ours runs in batches on all cores, compilation not counted; kaldi-native-fbank as it is called from Python, one
     utterance after another on one core.
@@ -207,7 +208,7 @@ class KmqatBench(Rounds):
 
 @dataclass(frozen=True, kw_only=True)
 class LazyBench(Rounds):
-    """A cascade from recordings beside full precision for all of them, in turns in one run: seconds and their ratio.
+    """A cascade from recordings beside full precision for all of them: seconds and their ratio.
 
     The cascade embeds every recording at its first level and only those in doubt at the next. Where a list uses each
     recording in many trials, as evaluation lists do, nearly all of them are in doubt somewhere; --uses=1 thins the list
@@ -224,7 +225,7 @@ class LazyBench(Rounds):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantBench(Rounds):
-    """k-means of every layer of a network beside scikit-learn and beside a sort, and the speed of quantization."""
+    """k-means of every layer of a network beside scikit-learn and a sort; speed of quantization."""
 
     network: str = option("whose kernels' shapes are clustered", "resnet200")
     bits: int = option("bits of the indices", 4, at_least=1, at_most=8)
@@ -235,7 +236,7 @@ class QuantBench(Rounds):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreBench(TrialSizes):
-    """Scoring and evaluating a long trial list beside plain numpy and scikit-learn: time, memory, figures."""
+    """Scoring and evaluating a long trial list beside numpy and scikit-learn: time and memory."""
 
     dim: int = option("dimensions of an embedding", 256, at_least=1)
     spread: float = option("of utterances about their speaker: sets the EER", 2.2, above=0)
@@ -243,7 +244,7 @@ class ScoreBench(TrialSizes):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBench(Rounds):
-    """One training step of wespeaker_resnet34 (batch statistics, AAM softmax, no optimizer) beside PyTorch.
+    """One training step of wespeaker_resnet34 beside PyTorch: forward and backward with AAM softmax.
 
     Each side runs in a process of its own and takes turns with the others, so that a busy machine slows all alike.
     PyTorch is tried in both of its memory layouts, and compared by the faster one. Without PyTorch ours is measured

@@ -1,6 +1,7 @@
 """Training steps as `train` takes them, with random data: what several benchmarks time."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -44,9 +45,11 @@ def start(options: TrainOptions, classes: int, devices: Mesh) -> Start:
     if not isinstance(task, FullPrecision):
         params = dataclasses.replace(params, network=even_codebooks(task, params.network))
     recipe = steps.make_recipe(objective, task, params)
-    state = steps.init_state(recipe, params, batch_stats, task.init_indices(params.network))
-    shardings = mesh.tree_shardings(state, devices, options.sharding)
-    return Start(recipe, jax.device_put(state, shardings), shardings)
+    init_state, held = functools.partial(steps.init_state, recipe), task.init_indices(params.network)
+    shardings = mesh.tree_shardings(jax.eval_shape(init_state, params, batch_stats, held), devices, options.sharding)
+    # One program, not one for every shape of a tensor.
+    state = jax.jit(init_state, out_shardings=shardings)(params, batch_stats, held)
+    return Start(recipe, state, shardings)
 
 
 def even_codebooks(task: Task, network: Params) -> QatParams:
@@ -57,15 +60,17 @@ def even_codebooks(task: Task, network: Params) -> QatParams:
     shapes = task.shapes(network)
 
     def even(book: Codebook) -> Codebook:
-        centroids = jnp.broadcast_to(jnp.linspace(-2, 2, book.centroids.shape[1]), book.centroids.shape)
-        return dataclasses.replace(book, raw_scale=jnp.full(book.raw_scale.shape, -3.5), centroids=centroids)
+        # Types are given, since a number of Python's own makes arrays that a step turns into others and compiles anew.
+        line = jnp.linspace(-2, 2, book.centroids.shape[1], dtype=jnp.float32)
+        raw_scale = jnp.full(book.raw_scale.shape, -3.5, jnp.float32)
+        return dataclasses.replace(book, raw_scale=raw_scale, centroids=jnp.broadcast_to(line, book.centroids.shape))
 
     books = {name: even(book) for name, book in shapes.codebooks.items()}
 
     def latent(name: str, leaf: jax.Array) -> jax.Array:
         return leaf / jnp.maximum(jnp.std(leaf), 1e-6) if name in books else leaf
 
-    return QatParams(map_named(latent, network), books)
+    return QatParams(jax.jit(functools.partial(map_named, latent))(network), books)
 
 
 def noise(batch: int, samples: int, classes: int) -> steps.Batch:
