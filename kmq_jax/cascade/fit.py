@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -12,6 +11,7 @@ from kmq_jax.cascade.options import BOUNDS, COSTS, CalibrationOptions
 from kmq_jax.cascade.policy import CascadePolicy, fit_map
 from kmq_jax.cascade.run import map_scores, prices
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import Json
 from kmq_jax.metrics.calibration import AffineMap, fit_logistic
 from kmq_jax.metrics.detection import Array, eer
 from kmq_jax.metrics.operating import OperatingPoint, parse_point, threshold_at
@@ -87,7 +87,7 @@ def front_of(
 
 def pareto(
     data: Calibration, policy: CascadePolicy, options: CalibrationOptions
-) -> tuple[CascadePolicy, gates.Front, dict[str, Any]]:
+) -> tuple[CascadePolicy, gates.Front, Json]:
     """Takes the cheapest gates that flip no more decisions than the last level alone, or than `alpha` if that is more.
 
     The front was searched on the trials that it is judged by, so its best points owe part of their success to luck.
@@ -191,7 +191,7 @@ def flips_of(policy: CascadePolicy, mapped: Array, flips: Array, last_counts: bo
     return flips[level, np.arange(len(level))] & (last_counts | (level < len(mapped) - 1))
 
 
-def control_risk(data: Calibration, options: CalibrationOptions) -> tuple[CascadePolicy, dict[str, Any]]:
+def control_risk(data: Calibration, options: CalibrationOptions) -> tuple[CascadePolicy, Json]:
     """Finds the cheapest gates that keep a promise on harmful flips made by stopping early (see `cascade.risk`).
 
     Speakers are dealt into two groups. One group makes maps, threshold and a path of gates; the other tests the path.

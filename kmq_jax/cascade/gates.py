@@ -4,8 +4,8 @@ The search is exact, not sampled, and its cost hardly depends on the number of t
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -223,7 +223,7 @@ def search(
     return Front(gates.reshape(len(keep), gated, 2), cost.ravel()[keep], bits.ravel()[keep])
 
 
-def _grid_eer(sums: Any, mapped: Array, labels: Array, shape: tuple[int, ...]) -> Array:
+def _grid_eer(sums: Callable[[Array], Array], mapped: Array, labels: Array, shape: tuple[int, ...]) -> Array:
     """The EER of every combination, as the least over thresholds of the larger error rate."""
     targets, nontargets = mapped[:, labels], mapped[:, ~labels]
     if not targets.size or not nontargets.size:

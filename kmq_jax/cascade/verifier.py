@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +17,8 @@ from kmq_jax import quant
 from kmq_jax.cascade.policy import CascadePolicy, read_policy
 from kmq_jax.cascade.run import map_scores
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import read_json, write_json
+from kmq_jax.core.files import Json, read_json, write_json
+from kmq_jax.core.tree import Array
 from kmq_jax.data import audio, source
 from kmq_jax.data.trials import Trials
 from kmq_jax.models import registry
@@ -168,7 +168,7 @@ class Cascade:
             seconds[bits] = time.perf_counter() - start
         return LazyRun(scores, {bits: int(done[i].sum()) for i, bits in enumerate(policy.bits)}, seconds)
 
-    def costs(self, frames: int = 300) -> dict[str, Any]:
+    def costs(self, frames: int = 300) -> Json:
         """What the cascade holds and computes.
 
         Args:
@@ -288,7 +288,7 @@ def _read_at(whole: SpeakerModel, bits: int, known: str | None, place: str) -> S
     return found
 
 
-def _climbs(policy: CascadePolicy, level: int, score: Any) -> Any:
+def _climbs(policy: CascadePolicy, level: int, score: Array) -> Array:
     low, high = np.asarray(policy.gates[level], np.float32)
     return (low < score) & (score < high)
 

@@ -7,7 +7,7 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from kmq_jax.cli.flags import RENAMED, add_flags, name_flags
 from kmq_jax.core.errors import UserError
@@ -49,8 +49,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
     def parse_known_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: Any = None
-    ) -> tuple[Any, list[str]]:
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         # argparse looks for missing flags first; where a flag is missing for being misspelt, that hides the mistake.
         renamed = RENAMED.get(self.prog.removeprefix("kmq-jax "), {})
         for word in sys.argv[1:] if args is None else args:

@@ -1,13 +1,15 @@
 """Several processes that train together: joining them, and what they must agree on."""
 
+import functools
 import os
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.tree import Params
 
 HERE = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Variables of a process that is started by hand: `host:port` of process 0, how many there are, which this one is."""
@@ -30,19 +32,25 @@ def join() -> None:
     gke = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     if not (given or slurm or gke or os.environ.get(CLUSTER) == "1"):
         return
-    settings: dict[str, Any] = {}
+    initialize: Callable[[], None] = jax.distributed.initialize
     if given:
         if len(given) < len(HERE):
             raise UserError(f"{given[0]} is set, so {' and '.join(n for n in HERE if n not in given)} must be, too")
         address, count, number = (os.environ[name] for name in HERE)
         if not (count.isdigit() and number.isdigit() and int(number) < int(count)):
             raise UserError(f"{HERE[2]} (={number}) must be a whole number below {HERE[1]} (={count})")
-        settings = {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
-        settings["cluster_detection_method"] = "deactivate"
+        # What is given by hand is all there is: without "deactivate" JAX would also ask SLURM or the cloud.
+        initialize = functools.partial(
+            jax.distributed.initialize,
+            coordinator_address=address,
+            num_processes=int(count),
+            process_id=int(number),
+            cluster_detection_method="deactivate",
+        )
     # Training listens to SIGTERM itself; JAX's own listener would swallow it before training begins.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**settings)
+        initialize()
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}") from error
 
@@ -57,7 +65,7 @@ def of_first(values: np.ndarray) -> np.ndarray:
     return _from_all(values)[0]
 
 
-def local(tree: Any) -> Any:
+def local(tree: Params) -> Params:
     """Arrays over the devices of all processes as whole arrays of this one. All must call it."""
     if jax.process_count() == 1:
         return tree

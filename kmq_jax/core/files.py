@@ -5,11 +5,17 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from kmq_jax.core.errors import UserError
+
+Json: TypeAlias = dict[str, Any]
+"""A JSON object, read or to be written: values are numbers, texts, true and false, null, lists and objects."""
+
+Row: TypeAlias = Mapping[str, Any]
+"""One row of a table of results, by column; or any other JSON object that is only read."""
 
 
 @contextlib.contextmanager
@@ -55,7 +61,7 @@ def file_hash(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: object) -> None:
     """Writes `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with atomic_write(path) as temporary:

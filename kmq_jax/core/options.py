@@ -35,7 +35,7 @@ class Limits:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    choices: tuple[Any, ...] = ()
+    choices: tuple[object, ...] = ()
     suffixes: tuple[str, ...] = ()
     metavar: str | None = None
     flag: str | None = None
@@ -63,13 +63,13 @@ class Limits:
 
 def option(
     help: str,
-    default: Any = dataclasses.MISSING,
+    default: object = dataclasses.MISSING,
     *,
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
-    choices: Sequence[Any] = (),
+    choices: Sequence[object] = (),
     suffixes: Sequence[str] = (),
     metavar: str | None = None,
     flag: str | None = None,
@@ -105,8 +105,8 @@ class Options:
             UserError: "`name` (=value) must be ...".
         """
         for field in dataclasses.fields(self):
-            value = self._converted(field.name, getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
+            object.__setattr__(self, field.name, self._converted(field.name, getattr(self, field.name)))
+            value = getattr(self, field.name)
             limits = limits_of(field)
             if value is None:
                 continue
@@ -117,7 +117,7 @@ class Options:
                 if what := limits.problem(one):
                     raise UserError(f"`{field.name}` (={shown(value)}) {what}")
 
-    def _converted(self, name: str, value: Any) -> Any:
+    def _converted(self, name: str, value: object) -> object:
         kind = kind_of(type(self), name)
         if value is None and kind.optional:
             return None
@@ -131,7 +131,7 @@ class Options:
             raise UserError(f"`{name}` (={shown(value)}) must be {error}") from None
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], where: str = "") -> Self:
+    def of(cls, values: Mapping[str, object], where: str = "") -> Self:
         """Makes the options from a mapping, such as a section of a configuration file.
 
         Args:
@@ -164,14 +164,14 @@ class Kind:
     type: type
     many: bool
     optional: bool
-    choices: tuple[Any, ...]
+    choices: tuple[object, ...]
 
 
 def kind_of(options: type[Options], name: str) -> Kind:
     """Reads the annotation of a field of an `Options` class."""
     hint: Any = typing.get_type_hints(options)[name]
     optional, many = False, False
-    choices: tuple[Any, ...] = ()
+    choices: tuple[object, ...] = ()
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         (hint,) = (one for one in typing.get_args(hint) if one is not types.NoneType)
         optional = True
@@ -183,12 +183,12 @@ def kind_of(options: type[Options], name: str) -> Kind:
     return Kind(hint, many, optional, choices)
 
 
-def limits_of(field: "dataclasses.Field[Any]") -> Limits:
+def limits_of(field: "dataclasses.Field[object]") -> Limits:
     """The `option` that a field was made by."""
     return field.metadata.get("option") or Limits("")
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value as messages and help show it: a tuple's items are separated by commas."""
     if isinstance(value, (tuple, list)):
         return ",".join(map(shown, value))
@@ -198,7 +198,7 @@ def shown(value: Any) -> str:
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 
-def _cast(value: Any, kind: type) -> Any:
+def _cast(value: Any, kind: type) -> object:
     """The value as the annotated type, where nothing is lost.
 
     Raises:

@@ -6,22 +6,25 @@ that a table opens without touching audio. TensorFlow is never needed.
 
 import csv
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import atomic_write
+from kmq_jax.core.files import Row, atomic_write
 from kmq_jax.data import audio
 from kmq_jax.data.table import Utterances, concatenate
 
 COLUMNS = ("id", "path", "speaker", "samples", "gender", "age")
 
 
-def features() -> Any:
+def features() -> "tfds.features.FeaturesDict":
     """The tfds features of a record: `audio` int16 at 16 kHz, and `id`, `path`, `speaker` as text.
 
     Audio is stored as bytes: as tfds's default, a list of integers, it would take longer to read and more space.
@@ -33,14 +36,14 @@ def features() -> Any:
     return tfds.features.FeaturesDict({"audio": samples, "id": text, "path": text, "speaker": text})
 
 
-def serialize(features: Any, record: Mapping[str, Any]) -> bytes:
+def serialize(features: "tfds.features.FeaturesDict", record: Row) -> bytes:
     """Makes the bytes of a record, the same in every process: tfds alone leaves the order of the fields to chance."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     return tf_example_pb2.Example.FromString(features.serialize_example(record)).SerializeToString(deterministic=True)
 
 
-def write_listing(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_listing(path: Path, rows: Iterable[Row]) -> None:
     """Writes `utterances-SPLIT.csv`; each row maps `COLUMNS`, of which gender and age may be missing."""
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
@@ -105,12 +108,12 @@ class _Records:
     rows: Mapping[str, int]
 
     @cached_property
-    def _source(self) -> Any:
+    def _source(self) -> Sequence[Row]:
         import tensorflow_datasets as tfds
 
         return tfds.builder_from_directory(self.root).as_data_source(split=self.split)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"root": self.root, "split": self.split, "rows": self.rows}  # open files stay in their process
 
     def __call__(self, name: str) -> np.ndarray:

@@ -15,7 +15,6 @@ when it is loaded. The trials of a split are named like the split, `--trials=syn
 import functools
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -98,7 +97,7 @@ class Reader:
         self._made: dict[str, np.ndarray] = {}
         self._left = room
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type["Reader"], tuple[Corpus, int]]:
         return Reader, (self.corpus, self.room)
 
     def __call__(self, name: str) -> np.ndarray:

@@ -16,13 +16,13 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import atomic_write, read_json, write_json
+from kmq_jax.core.files import Json, atomic_write, read_json, write_json
 from kmq_jax.core.progress import progress
 from kmq_jax.data import audio, prepared
 from kmq_jax.data.table import Utterances
@@ -34,7 +34,7 @@ _MOST_SHARDS = 256  # readers keep a file open for each
 _LEAST_ROWS = 64  # utterances in a shard
 
 
-def prepare(utterances: Utterances, out: Path, *, workers: int = 1, min_seconds: float = 0.5) -> dict[str, Any]:
+def prepare(utterances: Utterances, out: Path, *, workers: int = 1, min_seconds: float = 0.5) -> Json:
     """Writes a dataset into the directory `out`, or finishes one that was interrupted.
 
     Args:
@@ -100,10 +100,10 @@ def _split(utterances: Utterances, work: Path, min_seconds: float) -> list[_Task
     return [_Task(utterances.select(p), work / f"{i:05d}.array_record", min_seconds) for i, p in enumerate(parts)]
 
 
-_written: Any = None  # in a worker process: the count it shares with the others
+_written: "Synchronized[int] | None" = None  # in a worker process: the count it shares with the others
 
 
-def _start_worker(written: Any) -> None:
+def _start_worker(written: "Synchronized[int]") -> None:
     global _written
     _written = written
     parent = multiprocessing.parent_process()
@@ -135,7 +135,7 @@ def _run(tasks: list[_Task], workers: int, total: int) -> None:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _ticks(written: Any, futures: list[Future[None]]) -> Iterator[None]:
+def _ticks(written: "Synchronized[int]", futures: list[Future[None]]) -> Iterator[None]:
     """Yields once for every utterance the workers are done with, until all are, or one worker fails."""
     seen = 0
     under_way: set[Future[None]] = set(futures)
@@ -152,6 +152,7 @@ def _write_shard(task: _Task) -> None:
     """Writes one shard and, once that is safe on disk, its report."""
     from array_record.python import array_record_module
 
+    assert _written is not None, "a shard is written by a process that `_start_worker` has begun"
     features = prepared.features()
     rows, rejected, size = [], [], 0
     table = task.utterances
@@ -197,7 +198,7 @@ def _plain(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _finish(utterances: Utterances, out: Path, tasks: list[_Task], fingerprint: str) -> dict[str, Any]:
+def _finish(utterances: Utterances, out: Path, tasks: list[_Task], fingerprint: str) -> Json:
     """Assembles the dataset beside the shards, then moves it into place, `dataset_info.json` last."""
     staged, assembled = out / _WORK / "finished", out / _WORK / "assembled.json"
     if not assembled.is_file():

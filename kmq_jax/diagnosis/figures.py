@@ -1,8 +1,8 @@
 """The report's figures. Each takes what was found and gives one matplotlib figure, legible on a phone."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import matplotlib
 import numpy as np
@@ -14,11 +14,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from kmq_jax import html
+from kmq_jax.core.files import Row
 from kmq_jax.diagnosis.diagnosis import Diagnosis
 from kmq_jax.metrics.det_plot import det_figure
 from kmq_jax.metrics.detection import Array
-
-Row = Mapping[str, Any]
 
 _INK, _FAINT, _REFERENCE = "#22262b", "#d5d9de", "#6b7280"
 _TARGET, _NONTARGET = "#1b7f79", "#b5562b"
@@ -39,15 +38,21 @@ _STYLE: Any = {
 }
 
 
+Panels: TypeAlias = Any
+"""What `Figure.subplots` gives: one panel, or an array of them."""
+
+
 def colour(bits: int, all_bits: Sequence[int]) -> str:
     """The colour of a number of bits, the same in every figure: from blue for the most to red."""
     place = sorted(all_bits, reverse=True).index(bits)
     return _LADDER[place % len(_LADDER)]
 
 
-def _new(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+def _new(
+    height: float, rows: int = 1, columns: int = 1, sharex: bool = False, sharey: bool = False, squeeze: bool = True
+) -> tuple[Figure, Panels]:
     figure = Figure(figsize=(html.WIDTH, height), dpi=160, layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.09))
-    return figure, figure.subplots(rows, columns, **options)
+    return figure, figure.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=squeeze)
 
 
 def _percent(digits: int = 0) -> FuncFormatter:

@@ -5,13 +5,13 @@ Arrays are `[models, trials]`, and each statistic is computed for all models at 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import Json, Row
 from kmq_jax.diagnosis.correlation import known, pearson, ranks
 from kmq_jax.diagnosis.resample import SpeakerDraws, in_threads, interval_of_ratio
 from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
@@ -109,18 +109,18 @@ def scored_trials(
     return ScoredTrials(all_bits, base, stack(full), None if test_only is None else stack(test_only), target, *speakers)
 
 
-def system_rows(trials: ScoredTrials, replicates: int = 1000, seed: int = 0) -> list[dict[str, Any]]:
+def system_rows(trials: ScoredTrials, replicates: int = 1000, seed: int = 0) -> list[Json]:
     """EER and minDCF of the reference (bits 32) and each model, with intervals, paired where differences.
 
     Returns:
         `bits, eer, eer_ci95, eer_change, eer_change_ci95, min_dcf, min_dcf_ci95, threshold`; rates in percent, the
         threshold that of the model's own EER.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     base: Array | None = None
     for bits, scores in zip((32, *trials.bits), (trials.reference, *trials.full)):
         rate, threshold = eer(scores, trials.labels)
-        row: dict[str, Any] = {"bits": bits, "eer": 100 * rate, "eer_ci95": None}
+        row: Json = {"bits": bits, "eer": 100 * rate, "eer_ci95": None}
         row |= {"eer_change": 100 * rate - (rows[0]["eer"] if rows else 100 * rate), "eer_change_ci95": None}
         row |= {"min_dcf": min_dcf(scores, trials.labels), "min_dcf_ci95": None, "threshold": threshold}
         if replicates:
@@ -136,7 +136,7 @@ def system_rows(trials: ScoredTrials, replicates: int = 1000, seed: int = 0) -> 
     return rows
 
 
-def drift_rows(trials: ScoredTrials, draws: SpeakerDraws | None = None) -> list[dict[str, Any]]:
+def drift_rows(trials: ScoredTrials, draws: SpeakerDraws | None = None) -> list[Json]:
     """Score drift by model, kind and class.
 
     Drift is the quantized score minus the reference's; "full" quantizes both sides, "test-only" the test side.
@@ -160,7 +160,7 @@ def drift_rows(trials: ScoredTrials, draws: SpeakerDraws | None = None) -> list[
 
     weights = by_class(np.ones(len(labels))) if draws else {}
 
-    def of_model(job: tuple[str, int]) -> list[dict[str, Any]]:
+    def of_model(job: tuple[str, int]) -> list[Json]:
         kind, m = job
         scores = trials.kinds()[kind][m]
         drift = scores - base
@@ -169,7 +169,7 @@ def drift_rows(trials: ScoredTrials, draws: SpeakerDraws | None = None) -> list[
         rows = []
         for name, mask in masks.items():
             part = drift[mask]
-            row: dict[str, Any] = {"bits": trials.bits[m], "kind": kind, "class": name, "trials": len(part)}
+            row: Json = {"bits": trials.bits[m], "kind": kind, "class": name, "trials": len(part)}
             for key, value in (("mean", part.mean()), ("mean_abs", size[mask].mean())):
                 row[key] = float(value)
                 row[f"{key}_ci95"] = interval_of_ratio(sums[key][name], weights[name]) if draws else None
@@ -245,7 +245,7 @@ def flip_rows(
     draws: SpeakerDraws | None = None,
     bins: int = EQUAL_MASS_BINS,
     edges: Sequence[float] = FIXED_EDGES,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Flip rates by model, of each class and of each bin of the reference's margin.
 
     Args:
@@ -268,7 +268,7 @@ def flip_rows(
     if bins < 1 or (np.diff(fixed, prepend=0.0) <= 0).any() or not np.isfinite(fixed).all():
         raise UserError(f"margin bins (={bins}) must be at least 1, edges (={list(edges)}) must ascend from above zero")
     margin = flips.margin
-    parts: list[tuple[dict[str, Any], Array]] = []
+    parts: list[tuple[Json, Array]] = []
     everything = np.ones(len(margin), bool)
     for name, mask in (("all", everything), ("target", trials.labels), ("nontarget", ~trials.labels)):
         parts.append(({"binning": "none", "bin": 0, "low": 0.0, "high": None, "class": name}, mask))
@@ -279,13 +279,13 @@ def flip_rows(
     kinds = {"harmful": flips.harmful, "beneficial": flips.beneficial}
     found = [{name: np.flatnonzero(which[m]) for name, which in kinds.items()} for m in range(len(trials.bits))]
 
-    def of_part(part: tuple[dict[str, Any], Array]) -> list[dict[str, Any]]:
+    def of_part(part: tuple[Json, Array]) -> list[Json]:
         about, mask = part
         count = int(mask.sum())
         weights = draws.sums(mask) if draws else None
         rows = []
         for m, bits in enumerate(trials.bits):
-            row: dict[str, Any] = {"threshold_name": flips.name, "threshold": flips.threshold, "bits": bits}
+            row: Json = {"threshold_name": flips.name, "threshold": flips.threshold, "bits": bits}
             row |= {"model_threshold": float(flips.model_thresholds[m]), **about, "trials": count}
             here = {name: at[mask[at]] for name, at in found[m].items()}
             row |= {name: len(at) for name, at in here.items()}
@@ -320,9 +320,7 @@ def knee(all_bits: Sequence[int], damage: Sequence[float]) -> int | None:
     return int(x[best]) if below[best] >= 0.1 else None
 
 
-def knees(
-    systems: Sequence[Mapping[str, Any]], drift: Sequence[Mapping[str, Any]], flips: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def knees(systems: Sequence[Row], drift: Sequence[Row], flips: Sequence[Row]) -> Json:
     """The knee of EER, mean |drift| and harmful flips, and the rule."""
 
     def curve(rows: Iterator[tuple[int, float]]) -> int | None:

@@ -8,7 +8,6 @@ once a batch, and every variant embeds them before the next batch is read.
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ import numpy as np
 from kmq_jax import frontend, quant
 from kmq_jax.core import mesh
 from kmq_jax.core.progress import progress
-from kmq_jax.core.tree import map_named, named_leaves
+from kmq_jax.core.tree import Array, Variables, map_named, named_leaves
 from kmq_jax.data import buckets, source
 from kmq_jax.models.batches import padded_batches, usable_lengths
 from kmq_jax.models.protocol import Part, SpeakerNetwork
@@ -76,14 +75,14 @@ def feature_batches(
         yield FeatureBatch(batch.members, *_features(fbank, batch.wave, batch.samples))
 
 
-def on_devices(variables: Any, bits: int | None = None) -> Any:
+def on_devices(variables: Variables, bits: int | None = None) -> Variables:
     """The variables as arrays on every local device, quantized tensors turned into their values."""
     return jax.device_put(
         quant.dequantize_params(variables, bits), mesh.replicated(mesh.make_mesh(jax.local_devices()))
     )
 
 
-def mix(reference: Any, quantized: Any, low: Callable[[str], bool]) -> Any:
+def mix(reference: Variables, quantized: Variables, low: Callable[[str], bool]) -> Variables:
     """Takes the leaves whose name `low` says yes to from `quantized`, all others from `reference`.
 
     Args:
@@ -94,7 +93,9 @@ def mix(reference: Any, quantized: Any, low: Callable[[str], bool]) -> Any:
     return map_named(lambda name, full, few: few if low(_below(name)) else full, reference, quantized)
 
 
-def component_mixes(network: SpeakerNetwork, reference: Any, quantized: Any) -> Iterator[tuple[str, str, Any]]:
+def component_mixes(
+    network: SpeakerNetwork, reference: Variables, quantized: Variables
+) -> Iterator[tuple[str, str, Variables]]:
     """The variants of stage-wise retention and of its mirror: `(experiment, component, variables)`.
 
     "retention" keeps one component at full precision in the quantized network; "mirror" quantizes one component of the
@@ -118,7 +119,7 @@ def _below(name: str) -> str:
     return name.split("/", 1)[1]
 
 
-def layer_mixes(reference: Any, quantized: Any, kernels: Iterable[str]) -> Iterator[Any]:
+def layer_mixes(reference: Variables, quantized: Variables, kernels: Iterable[str]) -> Iterator[Variables]:
     """For each kernel, the reference network with that layer (its kernel and bias) from the quantized one."""
     for kernel in kernels:
         layer = kernel.removesuffix("kernel")
@@ -130,13 +131,13 @@ def layer_mixes(reference: Any, quantized: Any, kernels: Iterable[str]) -> Itera
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(network: SpeakerNetwork, variables: Any, features: jax.Array, frames: jax.Array) -> jax.Array:
-    embeddings: Any = network.apply(variables, features, frames, train=False)
+def _embed(network: SpeakerNetwork, variables: Variables, features: jax.Array, frames: jax.Array) -> jax.Array:
+    embeddings: Array = network.apply(variables, features, frames, train=False)
     return embeddings
 
 
 def embed_variants(
-    network: SpeakerNetwork, batches: Iterable[FeatureBatch], variants: Sequence[Any], count: int
+    network: SpeakerNetwork, batches: Iterable[FeatureBatch], variants: Sequence[Variables], count: int
 ) -> np.ndarray:
     """Embeds the same recordings with every variant.
 
@@ -160,7 +161,7 @@ def embed_variants(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _activations(
-    network: SpeakerNetwork, variables: Any, features: jax.Array, frames: jax.Array
+    network: SpeakerNetwork, variables: Variables, features: jax.Array, frames: jax.Array
 ) -> dict[str, jax.Array]:
     """Outputs of all parts. A program of its own, so that equal weights give equal outputs."""
     return network.taps(variables, features, frames)[1]
@@ -195,7 +196,7 @@ def _powers(
 
 
 def activation_sqnr(
-    network: SpeakerNetwork, batches: Iterable[FeatureBatch], reference: Any, variants: Sequence[Any]
+    network: SpeakerNetwork, batches: Iterable[FeatureBatch], reference: Variables, variants: Sequence[Variables]
 ) -> list[dict[str, float]]:
     """Signal-to-quantization-noise ratio (dB) of the outputs of the network's parts.
 

@@ -5,7 +5,6 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import matplotlib
@@ -25,7 +24,7 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def write(path: Path, page: str, pictures: Mapping[str, bytes], **values: Any) -> None:
+def write(path: Path, page: str, pictures: Mapping[str, bytes], **values: object) -> None:
     """Writes a page.
 
     Args:

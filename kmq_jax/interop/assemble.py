@@ -3,12 +3,13 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import map_named
+from kmq_jax.core.files import Json
+from kmq_jax.core.tree import Leaf, Variables, map_named
 from kmq_jax.models import registry
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.resnet import ResNet
@@ -32,9 +33,9 @@ class Imported(NamedTuple):
     """
 
     architecture: str
-    settings: dict[str, Any]
+    settings: Json
     frontend: str
-    variables: dict[str, Any]
+    variables: Variables
 
 
 def torch_names(modules: Mapping[str, str]) -> Callable[[str], str]:
@@ -93,7 +94,7 @@ def assemble(
     name_of: Callable[[str], str],
     kernel_axes: tuple[int, int, int, int],
     where: str,
-) -> dict[str, Any]:
+) -> Variables:
     """Fills the variables of `network`.
 
     Args:
@@ -114,7 +115,7 @@ def assemble(
     channels = network.channels[-1] * network.block.expansion
     used = set()
 
-    def take(name: str, leaf: Any) -> np.ndarray:
+    def take(name: str, leaf: Leaf) -> np.ndarray:
         _, ours = name.split("/", 1)
         theirs = name_of(ours)
         if theirs not in tensors:

@@ -4,11 +4,10 @@ Structure read in wespeaker/models/resnet.py, models/pooling_layers.py and utils
 https://github.com/wenet-e2e/wespeaker at dfa7419.
 """
 
-from typing import Any
-
 import numpy as np
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import Json
 from kmq_jax.interop.assemble import Imported, assemble, count_blocks, shape_of, torch_names
 from kmq_jax.interop.torch_checkpoint import Checkpoint
 from kmq_jax.models import registry
@@ -67,7 +66,7 @@ def settings_of(
     features: int | None,
     norm: str,
     where: str,
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, Json]:
     """Finds the network's name and settings.
 
     Args:

@@ -10,15 +10,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import atomic_write
-from kmq_jax.core.tree import named_leaves
+from kmq_jax.core.files import Json, Row, atomic_write
+from kmq_jax.core.tree import Leaf, Variables, named_leaves
 from kmq_jax.quant.types import CodebookTensor, is_codebook_tensor
 
 VERSION = 1
@@ -28,7 +27,7 @@ _TYPES |= {f"{kind}{size}" for kind in ("int", "uint") for size in (8, 16, 32, 6
 _LONGEST_MANIFEST = 16 << 20
 
 
-def save(path: str | os.PathLike[str], manifest: Mapping[str, Any], tree: Any) -> None:
+def save(path: str | os.PathLike[str], manifest: Row, tree: Variables) -> None:
     """Writes a model, atomically.
 
     Args:
@@ -46,7 +45,7 @@ def save(path: str | os.PathLike[str], manifest: Mapping[str, Any], tree: Any) -
     if clash := {"version", "tensors"} & set(manifest):
         raise ValueError(f"the manifest's key {sorted(clash)[0]!r} is the file's own")
     arrays: dict[str, np.ndarray] = {}
-    quantized: dict[str, Any] = {}
+    quantized: dict[str, Json] = {}
     for name, leaf in named_leaves(tree, is_leaf=is_codebook_tensor):
         parts = {name: leaf}
         if is_codebook_tensor(leaf):
@@ -88,7 +87,7 @@ def _checksum(text: str, arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def load(path: str | os.PathLike[str]) -> tuple[Json, Variables]:
     """Reads a model that `save` wrote.
 
     The file may come from anyone: its header is checked against its length before anything is allocated, its contents
@@ -139,7 +138,7 @@ def _header(path: Path, metadata: Mapping[str, str]) -> tuple[str, str]:
     return metadata["kmq"], metadata["sha256"]
 
 
-def _check_version(path: Path, manifest: Any) -> None:
+def _check_version(path: Path, manifest: object) -> None:
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if not isinstance(version, int) or version < 1:
         raise UserError(f"{path} is not a .kmq file: its manifest has no version")
@@ -147,9 +146,9 @@ def _check_version(path: Path, manifest: Any) -> None:
         raise UserError(f"{path} is of .kmq version {version}; this kmq_jax reads up to {VERSION}: upgrade it")
 
 
-def _assemble(arrays: Mapping[str, Any], quantized: Mapping[str, Any]) -> dict[str, Any]:
-    left = dict(arrays)
-    leaves: dict[str, Any] = {}
+def _assemble(arrays: Mapping[str, np.ndarray], quantized: Mapping[str, Row]) -> Variables:
+    left: dict[str, Leaf] = dict(arrays)
+    leaves: dict[str, Leaf] = {}
     for name, about in quantized.items():
         tensor = CodebookTensor(
             codebook=left.pop(f"{name}#codebook"),
@@ -165,7 +164,7 @@ def _assemble(arrays: Mapping[str, Any], quantized: Mapping[str, Any]) -> dict[s
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         leaves[name] = tensor
-    tree: dict[str, Any] = {}
+    tree: Variables = {}
     for name, leaf in (leaves | left).items():
         *folders, last = name.split("/")
         place = tree

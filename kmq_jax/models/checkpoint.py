@@ -3,11 +3,11 @@
 import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.tree import Params
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its imports deprecate one another
@@ -33,7 +33,7 @@ class Checkpoints:
         """Steps that can be restored, ascending."""
         return sorted(found.step for found in self._checkpointer.checkpoints)
 
-    def save(self, step: int, **parts: Any) -> None:
+    def save(self, step: int, **parts: object) -> None:
         """Saves named parts as checkpoint `step`: trees of arrays, and grain iterators, of which it is the position.
 
         Raises:
@@ -46,7 +46,7 @@ class Checkpoints:
         except Exception as error:  # orbax wraps a full disk in errors of its own, by layer
             raise UserError(f"cannot save checkpoint {step} to {self.directory}: {_first_line(error)}") from error
 
-    def restore(self, step: int, **parts: Any) -> dict[str, Any]:
+    def restore(self, step: int, **parts: object) -> dict[str, Params]:
         """Restores parts of checkpoint `step`.
 
         Args:
@@ -65,7 +65,7 @@ class Checkpoints:
         except Exception as error:
             raise UserError(f"cannot restore {self.directory}/{step}: {_first_line(error)}") from error
 
-    def load(self, step: int, part: str) -> Any:
+    def load(self, step: int, part: str) -> Params:
         """Loads one tree of checkpoint `step` as nested dictionaries of numpy arrays, wherever it was saved.
 
         Raises:

@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,8 @@ import numpy as np
 from jax.nn.initializers import zeros
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import map_named, named_leaves
+from kmq_jax.core.files import Json
+from kmq_jax.core.tree import Variables, map_named, named_leaves
 from kmq_jax.models import walk
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.resnet import SMOKE, kiwano, wespeaker
@@ -33,9 +33,9 @@ class _Entry:
     """
 
     factory: Factory
-    fixed: Mapping[str, Any]
-    defaults: Mapping[str, Any]
-    smoke: Mapping[str, Any]
+    fixed: Mapping[str, object]
+    defaults: Mapping[str, object]
+    smoke: Mapping[str, object]
 
 
 _NETWORKS: dict[str, _Entry] = {}
@@ -45,9 +45,9 @@ def register(
     name: str,
     factory: Factory,
     *,
-    fixed: Mapping[str, Any] | None = None,
-    defaults: Mapping[str, Any] | None = None,
-    smoke: Mapping[str, Any] | None = None,
+    fixed: Mapping[str, object] | None = None,
+    defaults: Mapping[str, object] | None = None,
+    smoke: Mapping[str, object] | None = None,
 ) -> None:
     """Names a network, so that configurations, models on disk and commands know it.
 
@@ -79,7 +79,7 @@ def _entry(name: str) -> _Entry:
     return _NETWORKS[name]
 
 
-def default_settings(name: str) -> dict[str, Any]:
+def default_settings(name: str) -> Json:
     """The settings of network `name` with their defaults, as values that JSON can hold.
 
     >>> default_settings("resnet18")["blocks"]
@@ -96,7 +96,7 @@ def default_settings(name: str) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
-def smoke_settings(name: str) -> dict[str, Any]:
+def smoke_settings(name: str) -> Json:
     """The settings by which network `name` is so small that a run passes in seconds.
 
     Raises:
@@ -105,7 +105,7 @@ def smoke_settings(name: str) -> dict[str, Any]:
     return dict(_entry(name).smoke)
 
 
-def build(name: str, **settings: Any) -> SpeakerNetwork:
+def build(name: str, **settings: object) -> SpeakerNetwork:
     """Makes a network.
 
     Args:
@@ -129,7 +129,7 @@ def build(name: str, **settings: Any) -> SpeakerNetwork:
 shapes = walk.shapes
 
 
-def initialize(model: SpeakerNetwork, key: jax.Array) -> dict[str, Any]:
+def initialize(model: SpeakerNetwork, key: jax.Array) -> Variables:
     """Draws the variables `{"params", "batch_stats"}` of a network, from the distributions that `model.init` uses.
 
     Much faster than `model.init`, which compiles a random generator for every parameter and runs every layer: here
@@ -157,12 +157,12 @@ def initialize(model: SpeakerNetwork, key: jax.Array) -> dict[str, Any]:
     return map_named(start, tree)
 
 
-def _starts(model: SpeakerNetwork) -> tuple[dict[str, Any], dict[str, str | None]]:
+def _starts(model: SpeakerNetwork) -> tuple[Variables, dict[str, str | None]]:
     """The shapes of a network's variables, and how each starts: "normal", "uniform", "ones", "zeros" or None (else)."""
     known: dict[str, str | None] = {}
 
     def note(layer: walk.Layer, x: jax.Array, run: walk.Run) -> jax.Array:
-        module: Any = layer.module
+        module = layer.module
         if isinstance(module, BatchNorm):
             ones = ("params/{}/scale", "batch_stats/{}/var")
             known.update({name.format(layer.name): "ones" for name in ones})

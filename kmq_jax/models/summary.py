@@ -1,12 +1,12 @@
 """What a model is made of, tensor by tensor, and what it weighs."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from kmq_jax import quant
-from kmq_jax.core.tree import named_leaves
+from kmq_jax.core.tree import Variables, named_leaves
 from kmq_jax.models import registry
 from kmq_jax.models.speaker_model import SpeakerModel
 
@@ -14,9 +14,31 @@ FRAMES = 300
 """Frames of the recording that multiplications are counted for."""
 
 
-def rows_of(variables: Any) -> list[dict[str, Any]]:
-    """One row a tensor: `name`, `shape`, `bits`, `used` (mean entries in use a codebook), and bytes by kind."""
-    rows = []
+class TensorRow(TypedDict):
+    """One tensor of a model.
+
+    Attributes:
+        name: its path.
+        shape: such as "3x3x64x64".
+        bits: of an index, or of an entry where the tensor is not quantized.
+        used: codebook entries that some weight points to, averaged over the codebooks; None where there are none.
+        indices: bytes of packed indices.
+        codebooks: bytes of codebooks.
+        other: bytes of anything else.
+    """
+
+    name: str
+    shape: str
+    bits: int
+    used: float | None
+    indices: int
+    codebooks: int
+    other: int
+
+
+def rows_of(variables: Variables) -> list[TensorRow]:
+    """One row a tensor, in the order of their names."""
+    rows: list[TensorRow] = []
     for name, leaf in named_leaves(variables, is_leaf=quant.is_codebook_tensor):
         size = quant.size_bytes(leaf)
         packed = quant.is_codebook_tensor(leaf)
@@ -59,7 +81,7 @@ def totals_of(model: SpeakerModel) -> dict[str, int]:
     }
 
 
-def describe(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, int]) -> str:
+def describe(rows: Sequence[TensorRow], totals: Mapping[str, int]) -> str:
     """The rows as a table, and the totals below it."""
     longest = max(len(row["name"]) for row in rows)
     lines = [

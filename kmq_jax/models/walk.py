@@ -7,13 +7,14 @@ eagerly, under `jit` and on shapes alone.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kmq_jax.core.files import Row
+from kmq_jax.core.tree import Array, Variables
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.nn.conv import Window
 from kmq_jax.nn.layers import BatchNorm, Conv
@@ -97,9 +98,9 @@ class LayerShape:
 @contextlib.contextmanager
 def visiting(visit: Visitor) -> Iterator[None]:
     """Within it, every layer of every network that runs is shown to `visit`."""
-    last: tuple[str, Any] = ("", None)
+    last: tuple[str, jax.Array | None] = ("", None)
 
-    def intercept(run: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def intercept(run: Callable[..., Array], args: tuple, kwargs: Row, context: nn.module.InterceptorContext) -> Array:
         nonlocal last
         module = context.module
         kind = _kind(module) if context.method_name == "__call__" else None
@@ -116,7 +117,7 @@ def visiting(visit: Visitor) -> Iterator[None]:
         yield
 
 
-def walk(network: SpeakerNetwork, variables: Any, features: jax.Array, visit: Visitor) -> jax.Array:
+def walk(network: SpeakerNetwork, variables: Variables, features: jax.Array, visit: Visitor) -> jax.Array:
     """Runs a network in evaluation, every layer by a visitor.
 
     Args:
@@ -129,11 +130,11 @@ def walk(network: SpeakerNetwork, variables: Any, features: jax.Array, visit: Vi
         The embeddings.
     """
     with visiting(visit):
-        embeddings: Any = network.without_remat().apply(variables, features, train=False)
+        embeddings: Array = network.without_remat().apply(variables, features, train=False)
     return embeddings
 
 
-def shapes(network: SpeakerNetwork) -> dict[str, Any]:
+def shapes(network: SpeakerNetwork) -> Variables:
     """The variables of a network as `jax.ShapeDtypeStruct`, without drawing any."""
     return jax.eval_shape(network.init, jax.random.key(0), _features(network, 7 + network.least_frames()))
 
@@ -174,7 +175,7 @@ def _window(module: nn.Module, x: jax.Array) -> Window | None:
         return None
     taps = (module.kernel_size,) if isinstance(module.kernel_size, int) else tuple(module.kernel_size)
 
-    def each(value: Any) -> tuple[int, ...]:
+    def each(value: int | Sequence[int] | None) -> tuple[int, ...]:
         return (value or 1,) * len(taps) if isinstance(value, int | None) else tuple(value)
 
     strides, dilations, padding = each(module.strides), each(module.kernel_dilation), module.padding

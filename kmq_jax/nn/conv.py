@@ -14,7 +14,7 @@ with these rules differentiate to any order, forwards and backwards:
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,12 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.typing import DTypeLike
 
 from kmq_jax.nn.cpu import library
 
 Pair = tuple[int, int]
+Shaped = tuple[tuple[int, ...], DTypeLike]
 _LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
 
 
@@ -149,20 +151,22 @@ def kernel_gradient(x: jax.Array, gradient: jax.Array, strides: Pair, taps: Pair
     return _kernel_gradient.bind(x, gradient, strides=tuple(strides), taps=tuple(taps))
 
 
-def _convolution_shape(x: Any, kernel: Any, *, strides: Pair) -> tuple[tuple[int, ...], Any]:
+def _convolution_shape(x: jax.Array, kernel: jax.Array, *, strides: Pair) -> Shaped:
     size = tuple(-(-length // stride) for length, stride in zip(x.shape[1:3], strides))
     return (x.shape[0], *size, kernel.shape[3]), x.dtype
 
 
-def _input_gradient_shape(gradient: Any, kernel: Any, *, strides: Pair, size: Pair) -> tuple[tuple[int, ...], Any]:
+def _input_gradient_shape(gradient: jax.Array, kernel: jax.Array, *, strides: Pair, size: Pair) -> Shaped:
     return (gradient.shape[0], *size, kernel.shape[2]), gradient.dtype
 
 
-def _kernel_gradient_shape(x: Any, gradient: Any, *, strides: Pair, taps: Pair) -> tuple[tuple[int, ...], Any]:
+def _kernel_gradient_shape(x: jax.Array, gradient: jax.Array, *, strides: Pair, taps: Pair) -> Shaped:
     return (*taps, x.shape[3], gradient.shape[3]), jnp.float32
 
 
-def _primitive(name: str, target: str, shape: Callable, batched: tuple[bool, bool], **attributes: Any) -> Primitive:
+def _primitive(
+    name: str, target: str, shape: Callable[..., Shaped], batched: tuple[bool, bool], **attributes: bool
+) -> Primitive:
     """Makes a primitive that calls a kernel of nn/cpu.
 
     Args:
@@ -174,12 +178,12 @@ def _primitive(name: str, target: str, shape: Callable, batched: tuple[bool, boo
     """
     primitive = Primitive(name)
 
-    def call(a: jax.Array, b: jax.Array, **params: Any) -> jax.Array:
+    def call(a: jax.Array, b: jax.Array, **params: Pair) -> jax.Array:
         time, freq = (np.int64(stride) for stride in params["strides"])
         result = jax.ShapeDtypeStruct(*shape(a, b, **params))
         return jax.ffi.ffi_call(target, result)(a, b, time_stride=time, freq_stride=freq, **attributes)
 
-    def batch(operands: tuple, axes: tuple, **params: Any) -> tuple[jax.Array, int]:
+    def batch(operands: tuple, axes: tuple, **params: Pair) -> tuple[jax.Array, int]:
         if tuple(axis is not None for axis in axes) == batched:
             a = jnp.moveaxis(operands[0], axes[0], 0)
             y = primitive.bind(a.reshape(-1, *a.shape[2:]), operands[1], **params)

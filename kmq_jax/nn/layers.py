@@ -10,12 +10,12 @@ Linen names a parameter after the `name=` given here; models/resnet.py lists the
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer, ones, variance_scaling, zeros
+from jax.typing import DTypeLike
 
 from kmq_jax.nn.channels import channel_sums, scale_and_shift
 from kmq_jax.nn.conv import Window, convolve, window
@@ -68,7 +68,7 @@ def mean_frames(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> 
     return jnp.sum(mask_frames(x, mask), axes, dtype=jnp.float32) / jnp.maximum(count, 1)
 
 
-def dense(features: int, name: str, dtype: Any = jnp.float32) -> nn.Dense:
+def dense(features: int, name: str, dtype: DTypeLike = jnp.float32) -> nn.Dense:
     """A linear layer with bias, started as PyTorch does, but for the bias, which starts at zero."""
     return nn.Dense(features, dtype=dtype, kernel_init=TORCH_DEFAULT, name=name)
 
@@ -94,7 +94,7 @@ class Conv(nn.Module):
     taps: int | tuple[int, ...] = 3
     stride: int | tuple[int, ...] = 1
     use_bias: bool = False
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     kernel_init: Initializer = KAIMING_NORMAL
     padding: str = "same"
     dilation: int | tuple[int, ...] = 1
@@ -132,7 +132,7 @@ class BatchNorm(nn.Module):
         affine: whether there are a learned scale and bias.
     """
 
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     momentum: float = 0.9
     epsilon: float = 1e-5
     use_statistics: bool = True
@@ -167,7 +167,7 @@ class BatchNorm(nn.Module):
         return scale_and_shift(x, slope, shift).astype(self.dtype)
 
     def _batch_statistics(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        count: Any = x.size // x.shape[-1]
+        count: int | jax.Array = x.size // x.shape[-1]
         if mask is not None:
             count = jnp.maximum(jnp.sum(mask, dtype=jnp.float32) * (count // mask.size), 1)
         x = mask_frames(x, mask)
@@ -187,7 +187,7 @@ class LayerStyle:
     """
 
     norm: str = "batch"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     kernel_init: Initializer = KAIMING_NORMAL
 
     def conv(
@@ -227,7 +227,7 @@ class SqueezeExcite(nn.Module):
     References: Hu et al., Squeeze-and-Excitation Networks, 2018.
     """
 
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -6,12 +6,11 @@ which weights that read such features are imported. Means come first in the outp
 order. Statistics are float32 whatever the compute dtype.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from kmq_jax.nn.layers import dense, expand_mask, mask_frames, mean_frames
 
@@ -70,7 +69,7 @@ class AttentiveStatisticsPooling(nn.Module):
 
     hidden: int
     floor: float = 1e-5
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:

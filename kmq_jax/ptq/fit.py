@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ import numpy as np
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.progress import progress
-from kmq_jax.core.tree import named_leaves, replace_named
+from kmq_jax.core.tree import Leaf, Params, named_leaves, replace_named
 from kmq_jax.data import source
 from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, frontend_of
 from kmq_jax.models.walk import CONVOLUTION, LINEAR, OTHER, Layer, Run, walk
@@ -107,10 +106,10 @@ def fit(
     return dataclasses.replace(quantized, variables=variables)
 
 
-def _leaves(tensors: Mapping[str, Any], found: "list[_Fit]") -> dict[str, Any]:
+def _leaves(tensors: Mapping[str, Leaf], found: "list[_Fit]") -> dict[str, Leaf]:
     """What was fitted, by variable name: tensors with the codebooks of all bits and the indices of the most."""
     most = found[-1]
-    leaves: dict[str, Any] = dict(most.leaves)
+    leaves: dict[str, Leaf] = dict(most.leaves)
     for name, indices in most.indices.items():
         books = [np.asarray(one.scaled[name], tensors[name].codebook.dtype) for one in found]
         packed = np.asarray(quant.pack_bits(indices, tensors[name].bits))
@@ -134,7 +133,7 @@ class _Fit:
         leaves: by variable name, what else was fitted: biases, statistics, kernels that are not quantized.
     """
 
-    def __init__(self, params: Any, bits: int | None, nested: bool, coarser: "tuple[_Fit, ...]", ascending: bool):
+    def __init__(self, params: Params, bits: int | None, nested: bool, coarser: "tuple[_Fit, ...]", ascending: bool):
         """Takes the quantized network's parameters, the bits to fit (None: the most) and the fits at fewer bits."""
         self._bits, self._nested, self._coarser, self._ascending = bits, nested, coarser, ascending
         self._tensors = tensors = dict(named_leaves(params, quant.is_codebook_tensor))

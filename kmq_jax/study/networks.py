@@ -5,12 +5,11 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any
 
 import ml_collections
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import file_hash, write_json
+from kmq_jax.core.files import Json, file_hash, write_json
 from kmq_jax.interop import pretrained
 from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model, save_model
 from kmq_jax.ptq.quantize import quantize_model
@@ -165,7 +164,7 @@ def quantize(config: ml_collections.ConfigDict, reference: Path, out: Path) -> N
     save_model(out, quantize_model(load_model(reference), qat.rules_of(options), data, options.fit_crops))
 
 
-def settings_of(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def settings_of(config: ml_collections.ConfigDict) -> Json:
     """What a training run depends on."""
     return {key: value for key, value in json.loads(config.to_json()).items() if key != "study"}
 

@@ -15,10 +15,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import kmq_jax
-from kmq_jax.core.files import read_json, write_json
+from kmq_jax.core.files import Json, read_json, write_json
 
 _LISTS = ("wav.scp", "dataset_info.json")
 """A directory with one of these is described by the files that lie in it; what they name is not looked at."""
@@ -33,13 +32,13 @@ class Steps:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._file = directory / "steps.json"
-        self._known: dict[str, dict[str, Any]] = read_json(self._file) if self._file.exists() else {}
+        self._known: dict[str, Json] = read_json(self._file) if self._file.exists() else {}
         self._stamp = functools.cache(stamp)  # data is looked at once a run
 
     def run(
         self,
         name: str,
-        settings: Any,
+        settings: object,
         needs: Sequence[str],
         output: str,
         action: Callable[[Path], object],

@@ -7,15 +7,14 @@ cascade and evaluation set.
 
 import re
 from pathlib import Path
-from typing import Any
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import atomic_write, read_json
+from kmq_jax.core.files import Row, atomic_write, read_json
 
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def study_table(summary: dict[str, Any]) -> str:
+def study_table(summary: Row) -> str:
     """The results of a study: size, and EER in percent with its 95 % interval on each evaluation set."""
     sets = list(summary["rows"][0]["sets"])
     rows = [["bits", "weights", "KiB", *(f"{name}, EER %" for name in sets)]]
@@ -28,12 +27,12 @@ def study_table(summary: dict[str, Any]) -> str:
     return _markdown(rows)
 
 
-def trained_table(summary: dict[str, Any]) -> str:
+def trained_table(summary: Row) -> str:
     """The same of what was trained alone, full precision first."""
     return study_table({"rows": [row for row in summary["rows"] if not row["method"].startswith("without training")]})
 
 
-def cascade_table(summary: dict[str, Any]) -> str:
+def cascade_table(summary: Row) -> str:
     """The cascades of a study on each evaluation set: errors, flips against full precision, and costs in bits."""
     rows = [["cascade", "on", "EER %", "FP32", "harmful flips", "last level's own", "decided first", "bits, sequential",
              "incremental"]]  # fmt: skip
