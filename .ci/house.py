@@ -23,11 +23,16 @@ def modules(root: Path) -> dict[str, ast.Module]:
     return found
 
 
-def imports(tree: ast.Module, known: set[str], top_only: bool = False) -> set[str]:
-    """The modules of the package that one module imports; `top_only` leaves out imports inside functions."""
+def without_types(tree: ast.Module) -> ast.Module:
+    """The module without its `if TYPE_CHECKING:` blocks."""
+    kept = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))]
+    return ast.Module(kept, [])
+
+
+def imports(tree: ast.Module, known: set[str]) -> set[str]:
+    """The modules of the package that one module imports, also inside functions, but not for types alone."""
     found = set()
-    nodes = tree.body if top_only else ast.walk(tree)
-    for node in nodes:
+    for node in ast.walk(without_types(tree)):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

@@ -1,9 +1,9 @@
 """Tab completion: a shell script of all commands and flags, made from the flags themselves."""
 
 import importlib
+from collections.abc import Iterable
 
 from kmq_jax.cli.config_flags import BOTH, FLAGS, configurations
-from kmq_jax.cli.main import COMMANDS
 from kmq_jax.core.errors import UserError
 
 # Words of COMP_LINE, not COMP_WORDS: bash breaks those at "=", which our flags hold.
@@ -30,19 +30,20 @@ BASH = """_kmq_jax() {{
 complete -o default -F _kmq_jax kmq-jax"""
 
 
-def script(shell: str) -> str:
+def script(shell: str, commands: Iterable[str]) -> str:
     """The script that teaches a shell to complete `kmq-jax`.
 
     Args:
         shell: "bash".
+        commands: names of all commands.
 
     Raises:
         UserError: the shell is another.
     """
     if shell != "bash":
         raise UserError(f"--completion (={shell}) must be bash")
-    cases = [f'    {name}) flags="{" ".join(flags_of(name))}" ;;' for name in COMMANDS]
-    return BASH.format(commands=" ".join(COMMANDS), cases="\n".join(cases))
+    cases = [f'    {name}) flags="{" ".join(flags_of(name))}" ;;' for name in commands]
+    return BASH.format(commands=" ".join(commands), cases="\n".join(cases))
 
 
 def flags_of(name: str) -> list[str]:

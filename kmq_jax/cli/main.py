@@ -79,7 +79,7 @@ def answer(words: list[str]) -> None:
     elif words[0].startswith("--completion="):
         from kmq_jax.cli.completion import script
 
-        print(script(words[0].partition("=")[2]))
+        print(script(words[0].partition("=")[2], COMMANDS))
     else:
         near = difflib.get_close_matches(words[0], COMMANDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -98,8 +98,8 @@ def speaker_bootstrap(
 def percentile_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
     """The central interval that holds the share `confidence` of bootstrap replicates `[replicates]`.
 
-    >>> percentile_interval(range(101), confidence=0.9)
-    (5.0, 95.0)
+    >>> percentile_interval(range(101), confidence=0.5)
+    (25.0, 75.0)
     """
     low, high = np.quantile(np.asarray(values), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

@@ -102,7 +102,7 @@ class SpeakerModel:
             UserError: a recording cannot be read, is shorter than one analysis frame or not finite; or the shape of
                 an array does not tell channels from samples.
         """
-        if isinstance(recording, (list, tuple)) and not all(isinstance(x, (int, float)) for x in recording):
+        if isinstance(recording, (list, tuple)) and not any(isinstance(x, (int, float)) for x in recording):
             if not recording:
                 raise UserError("there is no recording to embed in an empty list")
             return embed_waves(self, [self._wave(one, sample_rate) for one in recording])

@@ -13,11 +13,10 @@ from typing import Any, Literal, TypeVar
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import Options, option
+from kmq_jax.quant.kmeans import INITS
+from kmq_jax.quant.types import HALF
 
 Section = TypeVar("Section", bound=Options)
-
-INITS = ("optimal", "companding", "equal-mass", "quantile", "kmeans++")
-HALF = 16  # bits that stand for half-precision floating point
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

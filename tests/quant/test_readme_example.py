@@ -21,6 +21,17 @@ def test_the_five_lines_run(capsys):
     assert after < before / 1.5  # tiny layers: codebooks are as large as indices
 
 
+def test_quantization_aware_training_of_it():
+    section = README.read_text().split("## In Python")[1]
+    first, second = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[:2]
+    names = {}
+    exec(first + second, names)  # the project's own text
+    kernel = names["gradients"]["params"]["layers_0"]["kernel"]
+    assert np.isfinite(kernel).all() and np.any(kernel)
+    exact = kmq_jax.fake_quantize(names["latents"], names["books"])["params"]["layers_0"]["kernel"]
+    np.testing.assert_array_equal(names["packed"]["params"]["layers_0"]["kernel"], exact)
+
+
 def test_plain_tree():
     weights = {"in": np.random.default_rng(0).standard_normal((512, 16)).astype(np.float32), "scales": [np.ones(16)]}
     rules = [kmq_jax.quant.QuantRule("in", kmq_jax.quant.QuantSpec(bits=2))]
