@@ -96,7 +96,9 @@ class Networks:
         table = self.utterances if rows is None else self.utterances.select(rows)
         shown, seconds = f"{desc}, {len(trees)} networks", self.options.max_seconds
         with self.timed(desc):
-            batches = variants.feature_batches(self.fbank, table, max_seconds=seconds, seen=seen, desc=shown)
+            batches = variants.feature_batches(
+                self.network, self.fbank, table, max_seconds=seconds, seen=seen, desc=shown
+            )
             return variants.embed_variants(self.network, batches, trees, len(table))
 
     @contextmanager
@@ -223,7 +225,7 @@ class Networks:
         table, seconds = self.utterances.select(subset), self.options.max_seconds
         with self.timed("activations"):
             batches = variants.feature_batches(
-                self.fbank, table, max_seconds=seconds, desc="activations", batch_size=_CAPTURED
+                self.network, self.fbank, table, max_seconds=seconds, desc="activations", batch_size=_CAPTURED
             )
             sqnr = variants.activation_sqnr(self.network, batches, self.base, list(self.low.values()))
         component = {part.name: part.component for part in self.network.parts()}
@@ -250,7 +252,11 @@ class Networks:
             table = self.utterances.select(long)
             chosen = variants.spread_over_speakers(table, options.hessian_utterances, least=1, seed=options.seed)
             batches = variants.feature_batches(
-                self.fbank, table.select(chosen), max_seconds=options.hessian_seconds, batch_size=len(chosen)
+                self.network,
+                self.fbank,
+                table.select(chosen),
+                max_seconds=options.hessian_seconds,
+                batch_size=len(chosen),
             )
             features = next(iter(batches)).features[: len(chosen)]
             traces = layers.hessian_traces(

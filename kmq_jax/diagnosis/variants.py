@@ -17,8 +17,8 @@ from kmq_jax import frontend, quant
 from kmq_jax.core import mesh
 from kmq_jax.core.progress import progress
 from kmq_jax.core.tree import Array, Variables, map_named, named_leaves
-from kmq_jax.data import buckets, source
-from kmq_jax.models.batches import padded_batches, usable_lengths
+from kmq_jax.data import source
+from kmq_jax.models.batches import padded_batches, plan_batches, usable_lengths
 from kmq_jax.models.protocol import Part, SpeakerNetwork
 from kmq_jax.models.speaker_model import BATCH_SIZE
 from kmq_jax.nn.layers import expand_mask
@@ -46,6 +46,7 @@ def _features(fbank: frontend.FbankConfig, wave: jax.Array, samples: jax.Array) 
 
 
 def feature_batches(
+    network: SpeakerNetwork,
     fbank: frontend.FbankConfig,
     utterances: source.Utterances,
     *,
@@ -57,7 +58,8 @@ def feature_batches(
     """Reads recordings and computes their features, batch by batch.
 
     Args:
-        fbank: the filterbank.
+        network: what embeds them.
+        fbank: its filterbank.
         utterances: the table.
         max_seconds: only so much from the start of each recording; 0 takes all.
         batch_size: recordings in a batch.
@@ -67,9 +69,9 @@ def feature_batches(
     Raises:
         UserError: a recording cannot be read or is too short; the message names it.
     """
-    lengths = usable_lengths(utterances, fbank, max_seconds)
+    lengths = usable_lengths(network, fbank, utterances, max_seconds)
     devices = mesh.make_mesh(jax.local_devices())
-    plan = buckets.length_buckets(lengths, min(batch_size, len(lengths)), max_shapes=4)
+    plan = plan_batches(network, fbank, lengths, min(batch_size, len(lengths)), max_shapes=4)
     shown = progress(plan, desc=desc, unit="batch")
     for batch in padded_batches(shown, lengths, utterances.load, devices, seen=seen):
         yield FeatureBatch(batch.members, *_features(fbank, batch.wave, batch.samples))
