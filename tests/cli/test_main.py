@@ -53,7 +53,7 @@ def test_every_help_comes_without_jax_or_numpy():
     ],
 )
 def test_bash_completes_commands_flags_and_choices(line, expected):
-    script = completion.script("bash", COMMANDS)
+    script = completion.script("bash", main.COMMANDS)
     lines = [
         script,
         f"COMP_LINE='{line}' COMP_POINT={len(line)}",
@@ -68,7 +68,7 @@ def test_completion_knows_every_flag_of_every_command():
     for name in main.COMMANDS:
         assert completion.flags_of(name), name
     with pytest.raises(UserError, match=r"--completion \(=fish\) must be bash"):
-        completion.script("fish", COMMANDS)
+        completion.script("fish", main.COMMANDS)
 
 
 def test_a_reader_who_has_gone_is_no_error():
