@@ -170,7 +170,11 @@ def _intervals(outcome: Outcome, joined: LevelScores, options: CascadeOptions) -
 
 
 def equal_error(scores: Array, labels: Array) -> float | None:
-    """EER in percent, or None where a class has no trials."""
+    """EER in percent, or None where a class has no trials.
+
+    >>> equal_error(np.array([0.9, 0.2, 0.4, 0.1]), np.array([True, True, False, False]))
+    50.0
+    """
     return None if labels.all() or not labels.any() else 100 * eer(scores, labels)[0]
 
 

@@ -170,6 +170,12 @@ def levels_of(policy: CascadePolicy, mapped: Array) -> Array:
     Args:
         policy: for the gates.
         mapped: `[levels, trials]` float32, on the reference's scale.
+
+    >>> from kmq_jax.cascade.policy import symmetric_gates
+    >>> same = AffineMap(1.0, 0.0)
+    >>> policy = CascadePolicy((2, 4), (same, same), symmetric_gates(0.5, [0.1]), 0.5)
+    >>> levels_of(policy, np.float32([[0.9, 0.55], [0.9, 0.4]])).tolist()
+    [0, 1]
     """
     level = np.full(mapped.shape[1], len(mapped) - 1)
     for i in reversed(range(len(mapped) - 1)):

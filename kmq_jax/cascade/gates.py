@@ -248,6 +248,11 @@ def _pareto(cost: Array, bits: Array) -> Array:
 
 
 def choose(front: Front, most: float, slack: float = 1e-12) -> int:
-    """The cheapest point whose objective is at most `most`; the best of all where none is."""
+    """The cheapest point whose objective is at most `most`; the best of all where none is.
+
+    >>> front = Front(np.zeros((3, 1, 2)), objective=np.array([0.2, 0.1, 0.0]), bits=np.array([2.0, 3.0, 5.0]))
+    >>> choose(front, most=0.1)
+    1
+    """
     fine = np.flatnonzero(front.objective <= most + slack)
     return int(fine[0]) if fine.size else len(front) - 1

@@ -64,7 +64,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
-    """Makes an argument parser for `kmq-jax <command>` without flags."""
+    """Makes an argument parser for `kmq-jax <command>` without flags.
+
+    >>> parser("score", "Scores a trial list.", "kmq-jax score --trials=veri_test2.txt").prog
+    'kmq-jax score'
+    """
     return _Parser(
         prog=f"kmq-jax {command}",
         description=description,

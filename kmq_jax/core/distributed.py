@@ -56,12 +56,20 @@ def join() -> None:
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether `flag` is true in any process. All must call it."""
+    """Whether `flag` is true in any process. All must call it.
+
+    >>> anywhere(False)  # one process alone
+    False
+    """
     return bool(_from_all(np.array(flag)).any())
 
 
 def of_first(values: np.ndarray) -> np.ndarray:
-    """The `values` of process 0. All must call it, with arrays of one shape and type."""
+    """The `values` of process 0. All must call it, with arrays of one shape and type.
+
+    >>> of_first(np.array([3, 4])).tolist()
+    [3, 4]
+    """
     return _from_all(values)[0]
 
 

@@ -56,13 +56,25 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal.
+
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     written = Path(directory, "a").write_text("abc")
+    ...     file_hash(f"{directory}/a")[:8]
+    'ba7816bf'
+    """
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:
-    """Writes `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
+    """Writes `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON.
+
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     write_json(f"{directory}/a.json", {"bits": 2})
+    ...     read_json(f"{directory}/a.json")
+    {'bits': 2}
+    """
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with atomic_write(path) as temporary:
         temporary.write_text(text)

@@ -189,7 +189,11 @@ def limits_of(field: "dataclasses.Field[object]") -> Limits:
 
 
 def shown(value: object) -> str:
-    """A value as messages and help show it: a tuple's items are separated by commas."""
+    """A value as messages and help show it: a tuple's items are separated by commas.
+
+    >>> shown((0.05, 2))
+    '0.05,2'
+    """
     if isinstance(value, (tuple, list)):
         return ",".join(map(shown, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

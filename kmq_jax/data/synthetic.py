@@ -125,6 +125,9 @@ def parse(spec: str) -> Corpus:
 
     Raises:
         UserError: the split, a key or a value is unknown; the message names it.
+
+    >>> parse("synthetic:dev?speakers=3").speakers
+    3
     """
     split, _, query = spec.removeprefix(PREFIX).partition("?")
     if split not in _SPLITS:

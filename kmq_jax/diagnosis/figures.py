@@ -43,7 +43,11 @@ Panels: TypeAlias = Any
 
 
 def colour(bits: int, all_bits: Sequence[int]) -> str:
-    """The colour of a number of bits, the same in every figure: from blue for the most to red."""
+    """The colour of a number of bits, the same in every figure: from blue for the most to red.
+
+    >>> colour(8, (2, 4, 8)) == colour(4, (2, 4))
+    True
+    """
     place = sorted(all_bits, reverse=True).index(bits)
     return _LADDER[place % len(_LADDER)]
 
@@ -255,7 +259,7 @@ def layer_map(found: Diagnosis) -> Figure:
 
 
 def _brief(layer: str) -> str:
-    """A layer's path with numbered folders cut short: "stage2/block0/conv1" becomes "s2/b0/conv1"."""
+    """A layer's path with numbered folders cut short: "encoder2/unit0/conv1" becomes "e2/u0/conv1"."""
     return re.sub(r"([a-z])[a-z]*(\d+)/", r"\1\2/", layer)
 
 

@@ -86,7 +86,11 @@ def _codebook_row(leaf: quant.CodebookTensor, bits: int | None) -> Json:
 
 
 def index_shares(indices: Array, entries: int) -> Array:
-    """The share of each codebook entry among the indices of each group: `[groups, n]` to `[groups, entries]`."""
+    """The share of each codebook entry among the indices of each group: `[groups, n]` to `[groups, entries]`.
+
+    >>> index_shares(np.array([[0, 0, 1, 3]]), entries=4).tolist()
+    [[0.5, 0.25, 0.0, 0.25]]
+    """
     groups = len(indices)
     codes = indices.astype(np.int64) + entries * np.arange(groups)[:, None]
     return np.bincount(codes.ravel(), minlength=groups * entries).reshape(groups, entries) / indices.shape[1]

@@ -27,6 +27,11 @@ def snr_db(wave: Array) -> float:
 
     Returns:
         0 for steady noise, up to 120 dB for digital silence between words; NaN for less than two frames.
+
+    >>> rng = np.random.default_rng(0)
+    >>> steady = rng.standard_normal(16000)
+    >>> round(snr_db(np.concatenate([0.01 * steady, steady])))
+    40
     """
     samples = np.asarray(wave, np.float64)
     if len(samples) < _FRAME + _HOP:

@@ -44,7 +44,11 @@ def write(out: Path, found: Diagnosis) -> None:
 
 
 def flat(row: Row) -> Json:
-    """A row without lists: an interval `x_ci95` becomes `x_ci95_low` and `x_ci95_high`."""
+    """A row without lists: an interval `x_ci95` becomes `x_ci95_low` and `x_ci95_high`.
+
+    >>> flat({"eer": 1.5, "eer_ci95": [1.0, 2.0]})
+    {'eer': 1.5, 'eer_ci95_low': 1.0, 'eer_ci95_high': 2.0}
+    """
     result: Json = {}
     for key, value in row.items():
         if key.endswith("_ci95"):
@@ -64,7 +68,11 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def finite(value: object) -> object:
-    """The value with None for NaN and infinity, which JSON lacks."""
+    """The value with None for NaN and infinity, which JSON lacks.
+
+    >>> finite({"snr_db": float("inf"), "eer": 1.5})
+    {'snr_db': None, 'eer': 1.5}
+    """
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

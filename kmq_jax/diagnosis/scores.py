@@ -229,13 +229,20 @@ def mcnemar(harmful: int, beneficial: int) -> float:
 
     It takes trials for independent, which trials that share speakers are not; the interval of the net rate over draws
     of speakers does not.
+
+    >>> round(mcnemar(5, 0), 4)
+    0.0625
     """
     both = harmful + beneficial
     return float(binomtest(harmful, both).pvalue) if both else 1.0
 
 
 def equal_mass_edges(margin: Array, bins: int = EQUAL_MASS_BINS) -> Array:
-    """The inner edges `[bins - 1]` between bins of equally many trials."""
+    """The inner edges `[bins - 1]` between bins of equally many trials.
+
+    >>> equal_mass_edges(np.array([0.0, 1.0, 2.0, 3.0, 4.0]), bins=2).tolist()
+    [2.0]
+    """
     return np.quantile(margin, np.arange(1, bins) / bins)
 
 

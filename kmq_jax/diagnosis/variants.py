@@ -98,7 +98,7 @@ def mix(reference: Variables, quantized: Variables, low: Callable[[str], bool]) 
 def component_mixes(
     network: SpeakerNetwork, reference: Variables, quantized: Variables
 ) -> Iterator[tuple[str, str, Variables]]:
-    """The variants of stage-wise retention and of its mirror: `(experiment, component, variables)`.
+    """The variants of retention by component and of its mirror: `(experiment, component, variables)`.
 
     "retention" keeps one component at full precision in the quantized network; "mirror" quantizes one component of the
     full-precision network. Components without parameters, such as plain statistics pooling, make no variant.

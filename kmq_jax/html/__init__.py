@@ -48,7 +48,11 @@ def write(path: Path, page: str, pictures: Mapping[str, bytes], **values: object
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number with a true minus sign; a dash where there is none."""
+    """A number with a true minus sign; a dash where there is none.
+
+    >>> number(-0.5), number(None)
+    ('−0.500', '–')
+    """
     if value is None:
         return "–"
     if not math.isfinite(value):
@@ -57,17 +61,29 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None, digits: int = 2) -> str:
-    """A fraction as percent."""
+    """A fraction as percent.
+
+    >>> percent(0.0123)
+    '1.23 %'
+    """
     return "–" if value is None else f"{number(100 * value, digits)} %"
 
 
 def interval(value: Sequence[float] | None, digits: int = 3, scale: float = 1.0) -> str:
-    """An interval in brackets, or nothing."""
+    """An interval in brackets, or nothing.
+
+    >>> interval([0.01, 0.02], digits=1, scale=100)
+    '[1.0, 2.0]'
+    """
     return "" if not value else f"[{number(scale * value[0], digits)}, {number(scale * value[1], digits)}]"
 
 
 def p_value(value: float | None) -> str:
-    """A p-value."""
+    """A p-value.
+
+    >>> p_value(0.25), p_value(1e-9)
+    ('0.2500', '< 0.0001')
+    """
     if value is None:
         return "–"
     return "< 0.0001" if value < 1e-4 else f"{value:.4f}"

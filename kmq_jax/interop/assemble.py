@@ -44,6 +44,10 @@ def torch_names(modules: Mapping[str, str]) -> Callable[[str], str]:
     Args:
         modules: their name of each module of ours; within a block, relative to it. Modules of a block that keep their
             name need no entry: `stage1/block0/conv1` is `layer1.0.conv1` in both families.
+
+    >>> name_of = torch_names({"stem/conv": "conv1", "shortcut/conv": "shortcut.0"})
+    >>> name_of("stem/conv/kernel"), name_of("stage2/block0/shortcut/conv/kernel")
+    ('conv1.weight', 'layer2.0.shortcut.0.weight')
     """
 
     def translate(name: str) -> str:
@@ -63,6 +67,9 @@ def count_blocks(names: Iterable[str], where: str) -> list[int]:
 
     Raises:
         UserError: there are none, or their numbers have a gap.
+
+    >>> count_blocks([f"layer{stage}.{n}.conv1.weight" for stage in (1, 2, 3, 4) for n in range(stage)], "model.pt")
+    [1, 2, 3, 4]
     """
     blocks: list[set[int]] = [set(), set(), set(), set()]
     for name in names:

@@ -99,6 +99,12 @@ def load(path: str | os.PathLike[str]) -> tuple[Json, Variables]:
     Raises:
         UserError: the file is missing, is not a .kmq file, was cut short or altered, or is of a newer version; the
             message names it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save(f"{directory}/a.kmq", {"architecture": "own"}, {"params": {"bias": np.float32([1, 2])}})
+    ...     load(f"{directory}/a.kmq")
+    ({'architecture': 'own'}, {'params': {'bias': array([1., 2.], dtype=float32)}})
     """
     path = Path(path)
     try:

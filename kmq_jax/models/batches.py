@@ -88,6 +88,11 @@ def plan_batches(
         lengths: `[recordings]` samples.
         batch_size: recordings in a batch.
         **limits: as in `buckets.length_buckets`; they concern networks that mask.
+
+    >>> from kmq_jax.models import registry
+    >>> network, lengths = registry.build("wespeaker_resnet34", width=4), np.array([16000, 31000, 15000])
+    >>> [(batch.size, batch.indices.tolist()) for batch in plan_batches(network, frontend.WESPEAKER, lengths, 2)]
+    [(32000, [1, -1]), (16000, [2, 0])]
     """
     if network.masks_lengths:
         return buckets.length_buckets(lengths, batch_size, **limits)

@@ -117,6 +117,9 @@ def build(name: str, **settings: object) -> SpeakerNetwork:
 
     Raises:
         UserError: the name, a setting or a value is unknown; the message names it.
+
+    >>> build("wespeaker_resnet34", width=8).channels
+    (8, 16, 32, 64)
     """
     known = default_settings(name)
     for setting in settings:
@@ -219,7 +222,12 @@ def layer_macs(model: SpeakerNetwork, frames: int = 300) -> dict[str, int]:
 
 
 def macs(model: SpeakerNetwork, frames: int = 300) -> int:
-    """Multiply-accumulates to embed one utterance of this many frames."""
+    """Multiply-accumulates to embed one utterance of this many frames.
+
+    >>> small = build("wespeaker_resnet18", **smoke_settings("wespeaker_resnet18"))
+    >>> macs(small, frames=200) == sum(layer_macs(small, frames=200).values())
+    True
+    """
     return sum(layer_macs(model, frames).values())
 
 

@@ -21,6 +21,9 @@ def channel_sums(x: jax.Array, y: jax.Array) -> jax.Array:
 
     Returns:
         `[2, channels]` float32.
+
+    >>> channel_sums(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[1.0, 1.0], [2.0, 2.0]])).tolist()
+    [[4.0, 6.0], [7.0, 10.0]]
     """
     if x.dtype == y.dtype and x.size and library.usable(x.dtype):
         result = jax.ShapeDtypeStruct((2, x.shape[-1]), jnp.float32)
@@ -50,6 +53,9 @@ def scale_and_shift(x: jax.Array, slope: jax.Array, shift: jax.Array) -> jax.Arr
 
     Returns:
         Of the shape and dtype of `x`.
+
+    >>> scale_and_shift(jnp.array([[1.0, 2.0]]), jnp.array([2.0, 3.0]), jnp.array([0.0, 1.0])).tolist()
+    [[2.0, 7.0]]
     """
     per_channel = (1,) * (x.ndim - 1) + (-1,)
     return (x * slope.reshape(per_channel) + shift.reshape(per_channel)).astype(x.dtype)

@@ -81,6 +81,9 @@ def window(
         padding: "same", half the kernel on each side as `padding=k//2` in PyTorch, or "valid", none.
         dilation: distance between taps.
         groups: parts of the channels that do not see each other.
+
+    >>> window(1, 5, padding="valid", dilation=2)
+    Window(taps=(5,), strides=(1,), padding=((0, 0),), dilations=(2,), groups=1)
     """
     sizes, strides, dilations = (
         (value,) * rank if isinstance(value, int) else tuple(value) for value in (taps, stride, dilation)
@@ -99,6 +102,9 @@ def convolve(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
 
     Returns:
         `[batch, *window.sizes(...), out channels]`, of the dtype of `x`.
+
+    >>> convolve(jnp.ones((1, 4, 1)), jnp.ones((3, 1, 1)), window(1, 3)).ravel().tolist()
+    [2.0, 3.0, 3.0, 2.0]
     """
     plain = window.groups == 1 and set(window.dilations) == {1}
     if len(window.taps) == 2 and plain and window.padding == tuple((taps // 2, taps // 2) for taps in window.taps):
@@ -124,6 +130,9 @@ def conv2d(x: jax.Array, kernel: jax.Array, strides: Pair = (1, 1)) -> jax.Array
 
     Returns:
         `[batch, ceil(time / stride), ceil(freq / stride), out channels]` for odd kernels, of the dtype of `x`.
+
+    >>> conv2d(jnp.ones((1, 9, 8, 2)), jnp.ones((3, 3, 2, 5)), strides=(2, 2)).shape
+    (1, 5, 4, 5)
     """
     if _use_native(x, kernel):
         return convolution(x, kernel, strides)

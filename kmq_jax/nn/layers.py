@@ -29,17 +29,29 @@ TORCH_DEFAULT: Initializer = variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def frame_mask(lengths: jax.Array | None, time: int) -> jax.Array | None:
-    """Turns lengths `[batch]` in frames into a mask `[batch, time]`, true on real frames; None stays None."""
+    """Turns lengths `[batch]` in frames into a mask `[batch, time]`, true on real frames; None stays None.
+
+    >>> frame_mask(jnp.array([1, 3]), 3).tolist()
+    [[True, False, False], [True, True, True]]
+    """
     return None if lengths is None else jnp.arange(time)[None, :] < lengths[:, None]
 
 
 def expand_mask(mask: jax.Array, x: jax.Array) -> jax.Array:
-    """Adds the axes by which a mask `[batch, time]` broadcasts against `x` `[batch, time, ...]`."""
+    """Adds the axes by which a mask `[batch, time]` broadcasts against `x` `[batch, time, ...]`.
+
+    >>> expand_mask(jnp.ones((2, 7), bool), jnp.zeros((2, 7, 80, 1))).shape
+    (2, 7, 1, 1)
+    """
     return mask.reshape(mask.shape + (1,) * (x.ndim - 2))
 
 
 def mask_frames(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Sets the padded frames of `x` `[batch, time, ...]` to zero, whatever they held."""
+    """Sets the padded frames of `x` `[batch, time, ...]` to zero, whatever they held.
+
+    >>> mask_frames(jnp.array([[1.0, jnp.nan]]), jnp.array([[True, False]])).tolist()
+    [[1.0, 0.0]]
+    """
     return x if mask is None else jnp.where(expand_mask(mask, x), x, 0)
 
 
@@ -50,6 +62,9 @@ def stride_mask(mask: jax.Array | None, stride: int, lost: int = 0) -> jax.Array
         mask: `[batch, time]`.
         stride: of the convolution, in time.
         lost: frames that it has fewer for want of padding: `dilation * (taps - 1)` where it is "valid", else 0.
+
+    >>> stride_mask(jnp.array([[True, True, True, False, False]]), 2).tolist()
+    [[True, True, False]]
     """
     return None if mask is None else mask[:, lost::stride]
 
@@ -58,6 +73,9 @@ def mean_frames(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> 
     """Float32 mean of `x` `[batch, time, ...]` over `axes` and real frames only.
 
     An utterance without any real frame has mean zero.
+
+    >>> mean_frames(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[True, True, False]]), (1,)).tolist()
+    [[2.0]]
     """
     if mask is None:
         return jnp.mean(x, axes, dtype=jnp.float32)

@@ -23,12 +23,19 @@ def flatten_order(freqs: int, channels: int) -> np.ndarray:
 
     Returns:
         int `[freqs * channels]`.
+
+    >>> flatten_order(freqs=2, channels=3).tolist()
+    [0, 2, 4, 1, 3, 5]
     """
     return np.arange(channels * freqs).reshape(channels, freqs).T.reshape(-1)
 
 
 def flatten_frames(x: jax.Array) -> jax.Array:
-    """Flattens `[batch, time, freq, channel]` to `[batch, time, freq * channel]`, the channel running fastest."""
+    """Flattens `[batch, time, freq, channel]` to `[batch, time, freq * channel]`, the channel running fastest.
+
+    >>> flatten_frames(jnp.zeros((1, 7, 10, 4))).shape
+    (1, 7, 40)
+    """
     return x.reshape(*x.shape[:2], -1)
 
 

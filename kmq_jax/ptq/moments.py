@@ -106,13 +106,23 @@ def apply(repair: Repair, variables: Variables, scaled: Callable[[str, Leaf, jax
 
 
 def moments(y: jax.Array) -> Moments:
-    """Mean and deviation of each channel of `[..., channels]`."""
+    """Mean and deviation of each channel of `[..., channels]`.
+
+    >>> mean, deviation = moments(jnp.array([[0.0, 2.0], [2.0, 2.0]]))
+    >>> mean.tolist(), deviation.tolist()
+    ([1.0, 2.0], [1.0, 0.0])
+    """
     axes = tuple(range(y.ndim - 1))
     return jnp.mean(y, axes), jnp.std(y, axes)
 
 
 def matching(seen: Moments, wanted: Moments) -> Moments:
-    """The slope and shift that give outputs with some moments other ones."""
+    """The slope and shift that give outputs with some moments other ones.
+
+    >>> slope, shift = matching((jnp.array([1.0]), jnp.array([2.0])), (jnp.array([3.0]), jnp.array([4.0])))
+    >>> slope.tolist(), shift.tolist()
+    ([2.0], [1.0])
+    """
     slope = wanted[1] / jnp.maximum(seen[1], 1e-12)
     return slope, wanted[0] - slope * seen[0]
 

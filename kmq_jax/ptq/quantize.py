@@ -45,6 +45,9 @@ def rules_of(options: QuantizeOptions) -> list[quant.QuantRule]:
 
     Raises:
         UserError: the file of rules cannot be read, or a rule has another form.
+
+    >>> [rule.pattern for rule in rules_of(QuantizeOptions(bits=2, skip=("^stem/",)))]
+    ['^stem/', '/kernel$']
     """
     spec = quant.QuantSpec(options.bits, granularity=options.granularity, coarse=options.nested)
     rules = [quant.QuantRule(pattern, None) for pattern in options.skip]

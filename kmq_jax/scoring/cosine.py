@@ -12,7 +12,11 @@ _SHORTEST, _LONGEST = 1e-15, 1e15  # beyond these, products of float32 lose thei
 
 
 def lengths(embeddings: np.ndarray) -> np.ndarray:
-    """Euclidean lengths `[utterances]` float64 of embeddings `[utterances, dim]`."""
+    """Euclidean lengths `[utterances]` float64 of embeddings `[utterances, dim]`.
+
+    >>> lengths(np.array([[3.0, 4.0]])).tolist()
+    [5.0]
+    """
     squares = np.empty(len(embeddings))
     for start in range(0, len(embeddings), _CHUNK):
         rows = embeddings[start : start + _CHUNK].astype(np.float64)
@@ -21,7 +25,11 @@ def lengths(embeddings: np.ndarray) -> np.ndarray:
 
 
 def unusable(length: np.ndarray) -> np.ndarray:
-    """Which lengths `[utterances]` belong to embeddings that cannot be scored: zero, not finite, or absurd."""
+    """Which lengths `[utterances]` belong to embeddings that cannot be scored: zero, not finite, or absurd.
+
+    >>> unusable(np.array([1.0, 0.0, np.nan])).tolist()
+    [False, True, True]
+    """
     return ~((length > _SHORTEST) & (length < _LONGEST))
 
 

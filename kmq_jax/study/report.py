@@ -143,7 +143,12 @@ def _legend_by_bits(figure: Figure, *panels: Axes) -> None:
 
 
 def comparison(summary: Row) -> list[Json]:
-    """Published and measured EER: a row for each group and number of bits that was published."""
+    """Published and measured EER: a row for each group and number of bits that was published.
+
+    >>> row = {"bits": 4, "method": "trained", "groups": {"overall": 1.1}}
+    >>> comparison({"published": {"overall": {"4": 1.0}}, "rows": [row], "cascades": []})
+    [{'group': 'overall', 'bits': '4', 'published': 1.0, 'measured': 1.1}]
+    """
     rows = []
     for group, published in summary["published"].items():
         for bits, eer in published.items():
