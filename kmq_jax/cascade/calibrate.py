@@ -53,6 +53,7 @@ def calibrate(
         joined.trials.label,
         joined.sides.enrol_speaker,
         joined.sides.test_speaker,
+        # By content, not by name: the last level may be a copy of the reference, and then needs no map.
         reference_level=prints[levels[-1][1]] == prints[reference],
     )
     try:
@@ -183,7 +184,7 @@ def _promise(notes: Row) -> str:
 
 
 def warning(policy: CascadePolicy) -> str | None:
-    """What a user must know of a policy: that no gates keep the promise of the rule `risk`; or None."""
+    """A warning where no gates keep the promise of the rule `risk`; None otherwise."""
     notes = policy.notes
     if notes["rule"] != "risk" or notes["kept"]:
         return None

@@ -97,6 +97,7 @@ def evaluate_recordings(
     """
     cascade, utterances = load_cascade(directory, compute), source.open_source(data)
     names = tuple(utterances.ids), tuple(utterances.paths), tuple(utterances.speakers)
+    # Trials are joined by names alone; ones stand where embeddings would.
     table = EmbeddingTable(*names, np.ones((len(utterances), 1), np.float32), str(data))
     listed, sides = join(trials, table, table)
     own = score_levels([(32, reference)], None, trials).scores[0] if reference else None
@@ -118,9 +119,9 @@ def _evaluated(policy: CascadePolicy, joined: LevelScores, options: CascadeOptio
 
 
 def figures_of(policy: CascadePolicy, outcome: Outcome, joined: LevelScores, options: CascadeOptions) -> Json:
-    """All figures of a cascade on a trial list; what cannot be told is None.
+    """All figures of a cascade on a trial list; a figure that cannot be computed is None.
 
-    A lazy run has no embedding tables, and so tells nothing of a level alone.
+    A lazy run has no embedding tables, so it has no figures of a level alone.
     """
     labels, reference, p_target = joined.trials.label, joined.reference, options.p_target
     both = bool(labels.any() and not labels.all())
@@ -161,6 +162,7 @@ def _intervals(outcome: Outcome, joined: LevelScores, options: CascadeOptions) -
     draws = speaker_bootstrap(
         outcome.score, joined.trials.label, *speakers, options.replicates, options.seed, options.p_target
     )
+    # Draws that lack a class are left out; where many do, the rest would say too little.
     if len(draws.eer) < 0.9 * options.replicates:
         return {}
     return {
@@ -289,7 +291,7 @@ def describe(figures: Row) -> str:
 
 
 def _lazily(figures: Row) -> list[str]:
-    """What a lazy run took."""
+    """The lines about the costs of a lazy run."""
     embedded = ", ".join(f"{count:,} at {bits} bits" for bits, count in figures["embedded"].items())
     macs = ", ".join(f"{count / 1e9:.2f} G at {bits} bits" for bits, count in figures["macs"].items())
     return [

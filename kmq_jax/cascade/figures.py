@@ -1,4 +1,4 @@
-"""The picture of a calibration: which gates there were, which were chosen, and each level alone."""
+"""The figure of a calibration: the front of gates, the gates that were chosen, and each level alone."""
 
 import os
 from pathlib import Path

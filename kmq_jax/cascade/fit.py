@@ -62,6 +62,7 @@ def fit(data: Calibration, kind: str = "isotonic", point: OperatingPoint | None 
     Raises:
         UserError: a class of trials that map or threshold need is missing.
     """
+    # A float32 number: scores are compared in float32, here and in the compiled cascade.
     threshold = float(np.float32(threshold_at(data.reference, data.labels, point or OperatingPoint("eer"))))
     levels = len(data.bits)
     maps = [fit_map(kind, data.scores[i], data.reference, data.labels) for i in range(levels - data.reference_level)]
@@ -127,6 +128,7 @@ def _cheapest_with_margin(
         if front.objective[i] > most:
             continue
         lost = flips_of(dataclasses.replace(policy, gates=front.point(i)), mapped, flips).astype(float)
+        # Where the last level sets the limit, the difference from it varies less over speakers than the rate itself.
         excess = weights * (lost - flips[-1]) if own >= options.alpha else weights * lost - options.alpha
         error = risk.speaker_error(excess, data.enrol_speaker, data.test_speaker)
         if excess.mean() + margin * error <= 1e-12:
@@ -152,7 +154,8 @@ def split_speakers(data: Calibration, share: float, seed: int) -> tuple[Calibrat
 def risk_path(policy: CascadePolicy, data: Calibration, options: CalibrationOptions) -> list[tuple[gates.Gate, ...]]:
     """Gates to test, from the safest finite ones to the cheapest.
 
-    They are the front of bits against flips made by stopping early. Its dearest gates, widened, stand before it.
+    First come the dearest gates of the front (bits against flips made by stopping early), widened step by step. Then
+    comes the front itself.
     """
     front = front_of(policy, data, options, "flips", last_counts=False)
     points = [front.point(i) for i in reversed(range(len(front)))]
@@ -178,6 +181,7 @@ def levels_of(policy: CascadePolicy, mapped: Array) -> Array:
     [0, 1]
     """
     level = np.full(mapped.shape[1], len(mapped) - 1)
+    # As in `run`: the first level that stops a trial writes last.
     for i in reversed(range(len(mapped) - 1)):
         low, high = np.array(policy.gates[i], np.float32)
         level[(mapped[i] <= low) | (mapped[i] >= high)] = i

@@ -14,6 +14,7 @@ from kmq_jax.cascade.policy import Gate
 from kmq_jax.core.errors import UserError
 from kmq_jax.metrics.detection import Array
 
+# How many combinations of gates are tried. The EER counts them at 64 thresholds, so it gets fewer.
 _COMBINATIONS = {"flips": 1 << 20, "balanced": 1 << 20, "eer": 1 << 16}
 _MOST_CANDIDATES = 256
 _THRESHOLDS = 64
@@ -61,7 +62,7 @@ def harmful_flips(mapped: Array, threshold: float, reference: Array, labels: Arr
 
 
 def class_weights(labels: Array, objective: str) -> Array:
-    """What a flip of each trial `[trials]` counts: the same for all, or with "balanced" half for each class.
+    """The weight of a flip of each trial `[trials]`: all alike, or with "balanced" half the total for each class.
 
     >>> class_weights(np.array([True, False, False, False, False]), "balanced").tolist()
     [0.5, 0.125, 0.125, 0.125, 0.125]

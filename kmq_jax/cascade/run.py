@@ -112,6 +112,7 @@ def _map_tables(policy: CascadePolicy, knots: int) -> tuple[np.ndarray, ...]:
 
 def _map(scores: jax.Array, x: jax.Array, y: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
     """One level's map of scores `[trials]`."""
+    # The knots around a score; scores beyond the ends take the two outermost.
     right = jnp.clip(jnp.searchsorted(x, scores, side="right"), 1, max(x.shape[0] - 1, 1)).astype(jnp.int32)
     last = min(1, x.shape[0] - 1)
     left = right - 1
@@ -131,6 +132,7 @@ def _choose(table: Tables, mapped: jax.Array) -> tuple[jax.Array, jax.Array]:
     levels = mapped.shape[0]
     level = jnp.full(mapped.shape[1:], levels - 1, jnp.int8)
     score = mapped[-1]
+    # From the last gate to the first: the first level that stops a trial writes last, and so decides.
     for i in reversed(range(levels - 1)):
         stops = (mapped[i] <= table.low[i]) | (mapped[i] >= table.high[i])
         level, score = jnp.where(stops, jnp.int8(i), level), jnp.where(stops, mapped[i], score)

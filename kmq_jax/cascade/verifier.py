@@ -148,6 +148,7 @@ class Cascade:
             missing = np.flatnonzero(np.bincount(rows, minlength=len(utterances)).astype(bool) & ~done[level])
             if missing.size:
                 made = embed_all(self.model_at(level), utterances.select(missing), self.compute_of(level))
+                # How long a level's embeddings are is known with the first of them.
                 if tables[level].shape[1] != made.shape[1]:
                     tables[level] = np.ones((len(utterances), made.shape[1]), np.float32)
                 tables[level][missing], done[level][missing] = made, True
@@ -289,6 +290,7 @@ def _read_at(whole: SpeakerModel, bits: int, known: str | None, place: str) -> S
 
 
 def _climbs(policy: CascadePolicy, level: int, score: Array) -> Array:
+    # In float32, as the compiled cascade compares.
     low, high = np.asarray(policy.gates[level], np.float32)
     return (low < score) & (score < high)
 

@@ -91,6 +91,7 @@ def run(command: str, main: Callable[[], None], options: Sequence[type[Options]]
     """
     try:
         main()
+        # Here and not when Python ends: a reader who has gone must show inside this `try`.
         sys.stdout.flush()
     except UserError as error:
         message = " ".join(name_flags(str(error), *options).split())
@@ -99,6 +100,7 @@ def run(command: str, main: Callable[[], None], options: Sequence[type[Options]]
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
+        # Another pipe may have broken, such as a worker's: that is no reason to be silent.
         if not _reader_has_gone():
             raise
         sys.exit(141)

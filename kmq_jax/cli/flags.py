@@ -47,6 +47,7 @@ def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
         if kind.type is bool:
             parser.add_argument(_flag(field), action="store_true", **words)
             continue
+        # No `type=` and no `choices=` for argparse: `options_of` reads the text, and its errors name the value.
         choices = limits.choices or kind.choices
         listed = "{" + ",".join(map(str, choices)) + "}" if choices else METAVARS.get(kind.type, "TEXT")
         words |= {"required": required, "metavar": limits.metavar or listed}
@@ -67,12 +68,14 @@ def options_of(options: type[T], args: argparse.Namespace) -> T:
     values = {}
     for field in dataclasses.fields(options):
         value, kind = getattr(args, field.name), kind_of(options, field.name)
+        # `--flag=` takes back a default that is not None.
         if value == "" and kind.optional:
             value = None
         elif isinstance(value, str):
             parts = [part for part in value.split(",") if part] if kind.many else [value]
             read: list[object] = [_read(part, kind.type, _flag(field), value, kind.many) for part in parts]
             value = tuple(read) if kind.many else read[0]
+        # A repeated flag; its default is a tuple, and is left as it is.
         elif isinstance(value, list):
             value = tuple(_read(part, kind.type, _flag(field), part, False) for part in value)
         values[field.name] = value

@@ -15,7 +15,7 @@ HERE = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Variables of a process that is started by hand: `host:port` of process 0, how many there are, which this one is."""
 
 CLUSTER = "KMQ_DISTRIBUTED"
-"""Set to 1 on machines that JAX can ask about themselves: a Cloud TPU slice, which leaves no trace in variables."""
+"""Set to 1 where JAX finds the other processes by itself, but no variable shows it: on a Cloud TPU slice."""
 
 
 def join() -> None:
@@ -28,6 +28,7 @@ def join() -> None:
         UserError: a variable is missing or wrong, or the processes do not find one another.
     """
     given = [name for name in HERE if os.environ.get(name)]
+    # A step of one task, or a slice of one host, has nobody to join.
     slurm = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
     gke = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     if not (given or slurm or gke or os.environ.get(CLUSTER) == "1"):

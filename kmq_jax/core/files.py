@@ -36,6 +36,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target: a rename is atomic within one file system only.
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
     except OSError as error:
@@ -43,8 +44,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        # On the disk before it gets its name: a crash leaves the old file or the whole new one.
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
+        # The mask cannot be read without setting it.
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)  # mkstemp gives 0600; a finished file is as readable as any other

@@ -39,6 +39,7 @@ def shard_batch(batch: Params, mesh: Mesh) -> Params:
     Raises:
         UserError: the batch does not divide evenly over this process's devices.
     """
+    # A process puts its own part on its own devices, so the part must divide over these.
     local = len(mesh.local_devices)
     sharding = batch_sharding(mesh)
 

@@ -28,7 +28,7 @@ from kmq_jax.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What `option` was told of a field. For a tuple, ranges and choices are those of each of its items."""
+    """What `option` was given for a field. For a tuple, ranges and choices hold for each item."""
 
     help: str
     at_least: float | None = None
@@ -45,6 +45,7 @@ class Limits:
         """What is wrong with one value, as "must be ...", or None."""
         if self.choices and value not in self.choices:
             return f"must be one of {', '.join(map(str, self.choices))}"
+        # Before the ranges: infinity lies in any that has no upper end.
         if isinstance(value, float) and not math.isfinite(value):
             return "must be a finite number"
         if self.suffixes and not str(value).endswith(self.suffixes):
@@ -113,6 +114,7 @@ class Options:
             kind = kind_of(type(self), field.name)
             if kind.choices:
                 limits = dataclasses.replace(limits, choices=kind.choices)
+            # Of a tuple, limits are those of each item.
             for one in value if kind.many else (value,):
                 if what := limits.problem(one):
                     raise UserError(f"`{field.name}` (={shown(value)}) {what}")
@@ -143,6 +145,7 @@ class Options:
         """
         prefix = f"{where}: " if where else ""
         names = [field.name for field in dataclasses.fields(cls)]
+        # Unknown names first: whoever misspells a name also leaves the right one out.
         for name in values:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
@@ -173,6 +176,7 @@ def kind_of(options: type[Options], name: str) -> Kind:
     optional, many = False, False
     choices: tuple[object, ...] = ()
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        # `X | None` is the only union that a field may have.
         (hint,) = (one for one in typing.get_args(hint) if one is not types.NoneType)
         optional = True
     if typing.get_origin(hint) is tuple:
@@ -210,6 +214,7 @@ def _cast(value: Any, kind: type) -> object:
     """
     if kind is Path and isinstance(value, str):
         return Path(value)
+    # True is an int to Python: it must not pass for 1.0.
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hasattr(value, "item") and not isinstance(value, (str, bool)):

@@ -1,4 +1,4 @@
-"""Reading recordings of any common format as mono float32 at 16 kHz, and saying what is wrong with a bad one."""
+"""Reads recordings of any common format as mono float32 at 16 kHz; errors say what is wrong with a bad one."""
 
 import math
 import os

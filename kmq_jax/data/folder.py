@@ -24,7 +24,7 @@ def audio_files(root: Path) -> Iterator[str]:
 def open_folder(root: Path) -> Utterances:
     """Opens any `speaker/**/audio` tree: the first directory is the speaker, the relative path is the id.
 
-    Files directly in `root` belong to one speaker of the directory's own name, which is how a folder of noise opens.
+    Files directly in `root` belong to one speaker, named like the directory: so a folder of noise can be opened, too.
 
     Raises:
         UserError: there is no audio file.

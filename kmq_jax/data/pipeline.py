@@ -68,6 +68,7 @@ class Crops:
         Raises:
             UserError: a hundred utterances in a row cannot be read.
         """
+        # Drawn before anything is read: which files are damaged must not shift later draws.
         place = rng.random()
         for step in range(min(_TRIES, len(self.utterances))):
             used = (i + step) % len(self.utterances)

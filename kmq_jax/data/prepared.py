@@ -37,7 +37,7 @@ def features() -> "tfds.features.FeaturesDict":
 
 
 def serialize(features: "tfds.features.FeaturesDict", record: Row) -> bytes:
-    """Makes the bytes of a record, the same in every process: tfds alone leaves the order of the fields to chance."""
+    """Makes the bytes of a record, the same in every process: with tfds alone the order of the fields is random."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     return tf_example_pb2.Example.FromString(features.serialize_example(record)).SerializeToString(deterministic=True)

@@ -164,6 +164,7 @@ def concatenate(tables: Sequence[Utterances], same_speakers: bool = False) -> Ut
     rows: dict[str, tuple[int, int]] = {}
     known: set[str] = set()
     for t, table in enumerate(tables):
+        # Two corpora may both have a speaker 0001: the second gets the number of its table before its name.
         new = {name: name if same_speakers or name not in known else f"{t}:{name}" for name in table.speaker_names}
         known.update(new.values())
         for i, name in enumerate(table.ids):

@@ -83,6 +83,7 @@ def read_trials(
                 if not tokens:
                     continue
                 form = form or _guess_form(tokens, table)
+                # Words are only counted. Short and long lines that cancel out show below, as unknown names.
                 if len(tokens) != 3 * sum(1 for line in lines if not line.isspace()):
                     raise _first_error(path, form, enrolled, table)
                 part = (
@@ -155,7 +156,9 @@ def draw_trials(utterances: Utterances, targets: int = 5000, nontargets: int = 2
     if len(groups) < 2 or not len(same):
         raise UserError("trials need two speakers, one of them with two utterances")
     same = rng.permutation(same)[:targets]
+    # Four times as many as are asked for: repeated pairs, and pairs of one speaker, fall away.
     drawn = np.sort(rng.integers(len(labels), size=(4 * nontargets, 2)), axis=1)
+    # Each pair once, in the order drawn; in `unique`'s own order the cut below would favour the first rows.
     drawn = drawn[np.sort(np.unique(drawn, axis=0, return_index=True)[1])]
     other = drawn[labels[drawn[:, 0]] != labels[drawn[:, 1]]][:nontargets]
     enrol, test = rng.permutation(np.concatenate((same, other))).T.astype(np.int32)

@@ -63,6 +63,7 @@ def prepare(utterances: Utterances, out: Path, *, workers: int = 1, min_seconds:
             raise UserError(f"--out={out} holds an unfinished dataset of another source; remove it or choose another")
     elif out.is_dir() and {entry.name for entry in out.iterdir()} - {_WORK, "rejected.csv"}:
         raise UserError(f"--out={out} is not empty; choose another directory")
+    # Before the first shard: from now on the directory is known to be this dataset's.
     write_json(plan, {"source": fingerprint})
 
     tasks = _split(utterances, work, min_seconds)

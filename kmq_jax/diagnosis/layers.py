@@ -1,4 +1,4 @@
-"""Weight distortion of every quantized tensor, and how well it foretells the damage done to scores."""
+"""Weight distortion of every quantized tensor, and how well it predicts the damage to scores."""
 
 from collections.abc import Sequence
 

@@ -312,6 +312,7 @@ def _recovery(kind: str, base: _Rates, low: _Rates, here: _Rates) -> Json:
     row: Json = {"recovery": None, "recovery_ci95": None, "drift_recovery": None}
     shares, risen = None, low.eer > base.eer
     if risen and base.draws is not None and low.draws is not None and here.draws is not None:
+        # Where a draw's EER does not rise, there is nothing to recover a share of.
         fine = low.draws > base.draws
         risen = fine.mean() >= 0.9  # else it is chance, and a share of it means nothing
         shares = share(base.draws[fine], low.draws[fine], here.draws[fine])

@@ -1,4 +1,4 @@
-"""Whose trials suffer: flips and drift by speaker, by utterance and by kind of recording, and the worst trials."""
+"""Flips and drift by speaker, by utterance and by group of recordings, and the worst trials."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,10 +36,12 @@ def snr_db(wave: Array) -> float:
     samples = np.asarray(wave, np.float64)
     if len(samples) < _FRAME + _HOP:
         return float("nan")
+    # The power of overlapping frames, from one running sum.
     squares = np.concatenate([[0.0], np.cumsum(np.square(samples - samples.mean()))])
     starts = np.arange(0, len(samples) - _FRAME + 1, _HOP)
     power = (squares[starts + _FRAME] - squares[starts]) / _FRAME
     low, high = np.quantile(power, [0.1, 0.9])
+    # The running sum is good to about 120 dB; what lies deeper is rounding.
     return float(10 * np.log10(max(high, 1e-12) / max(low, 1e-12, 1e-12 * high)))
 
 

@@ -66,6 +66,7 @@ class SpeakerDraws:
         else:
             weights = np.bincount(self._place[where], values, minlength=len(self._starts))
         n, copies = self.speakers, self._copies
+        # Trials within one speaker weigh as its copies, not as their square: they are kept apart.
         own = np.zeros(n, np.float32)
         own[self._pairs[~self._apart] // n] = weights[~self._apart]
         total = (copies @ own).astype(np.float64)

@@ -1,4 +1,4 @@
-"""What quantization does to scores and decisions: drift, flips, margins, and at how few bits it begins to hurt.
+"""What quantization does to scores and decisions: drift, flips, margins, and the bits at which damage sets in.
 
 Arrays are `[models, trials]`, and each statistic is computed for all models at once; nothing steps through trials.
 """
@@ -128,6 +128,7 @@ def system_rows(trials: ScoredTrials, replicates: int = 1000, seed: int = 0) -> 
                 scores, trials.labels, trials.enrol_speaker, trials.test_speaker, replicates, seed
             )
             if len(draws.eer) >= 0.9 * replicates:
+                # One seed draws the same speakers for every model, so differences of draws are paired.
                 base = draws.eer if base is None else base
                 row["eer_ci95"] = [100 * x for x in percentile_interval(draws.eer)]
                 row["eer_change_ci95"] = [100 * x for x in percentile_interval(draws.eer - base)]
@@ -227,8 +228,8 @@ def all_flips(trials: ScoredTrials, thresholds: Sequence[float] = ()) -> list[Fl
 def mcnemar(harmful: int, beneficial: int) -> float:
     """The exact two-sided p-value that harmful and beneficial flips are equally likely (McNemar 1947).
 
-    It takes trials for independent, which trials that share speakers are not; the interval of the net rate over draws
-    of speakers does not.
+    It assumes independent trials, but trials that share speakers are not. The interval of the net rate, over draws of
+    speakers, does not assume it.
 
     >>> round(mcnemar(5, 0), 4)
     0.0625

@@ -85,7 +85,7 @@ def on_devices(variables: Variables, bits: int | None = None) -> Variables:
 
 
 def mix(reference: Variables, quantized: Variables, low: Callable[[str], bool]) -> Variables:
-    """Takes the leaves whose name `low` says yes to from `quantized`, all others from `reference`.
+    """A tree with the leaves that `low` chooses by name from `quantized`, and all others from `reference`.
 
     Args:
         reference: variables of the reference network, `{"params": tree, "batch_stats": tree}`.
@@ -244,6 +244,7 @@ def spread_over_speakers(utterances: source.Utterances, count: int, least: int =
     labels = utterances.labels[order]
     by_speaker = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[by_speaker], prepend=-1))
+    # An utterance's place among its speaker's: everybody gives a first one before anybody gives a second.
     turn = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
     sizes = np.diff(np.append(starts, len(order)))
     # Speakers with enough utterances come first, in random order.

@@ -35,12 +35,15 @@ def write(path: Path, page: str, pictures: Mapping[str, bytes], **values: object
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("kmq_jax.html", "."),
+        # Names of files and speakers come from users' data.
         autoescape=True,
+        # A misspelt name raises, instead of leaving a gap in the report.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "percent": percent, "interval": interval, "p": p_value}
+    # Inside the page, so that it stays whole when it is moved or mailed.
     images = {name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in pictures.items()}
     text = environment.get_template(f"{page}.html.j2").render(images=images, **values)
     with atomic_write(path) as temporary:

@@ -118,6 +118,7 @@ def assemble(
         UserError: a tensor is missing, has the wrong shape or type, is not finite, or is left over; it is named.
     """
     assert isinstance(network, ResNet)
+    # Three strides of 2, each rounding up, come to an eighth, rounded up.
     freqs = math.ceil(network.features / 8)
     channels = network.channels[-1] * network.block.expansion
     used = set()

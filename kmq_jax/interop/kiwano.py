@@ -85,6 +85,7 @@ def convert(checkpoint: Checkpoint, where: str, activation: str | None = None) -
 
 def _architecture(blocks: list[int]) -> str:
     names = [name for name in registry.names() if getattr(registry.build(name), "block", None) is PreActivationBlock]
+    # A depth that no name has goes by the first name; `blocks` in its settings tells the depth.
     return next((n for n in names if registry.default_settings(n)["blocks"] == blocks), names[0])
 
 

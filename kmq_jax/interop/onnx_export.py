@@ -105,6 +105,7 @@ def _indices(tensor: CodebookTensor, bits: int) -> np.ndarray:
     """The indices of a tensor in its shape, by numpy: jax would compile for every shape."""
     stream = np.unpackbits(np.asarray(tensor.packed), axis=1, bitorder="little")[:, : tensor.group_size * tensor.bits]
     digits = stream.reshape(tensor.groups, tensor.group_size, tensor.bits)[..., tensor.bits - bits :]
+    # Of a nested tensor the index at fewer bits is the upper bits of that at the most.
     rows: Leaf = np.bitwise_or.reduce(digits << np.arange(bits, dtype=np.uint8), axis=-1)
     return np.asarray(from_groups(rows, tensor.shape, tensor.axis))
 
@@ -153,6 +154,7 @@ class _Graph:
         """Slope and shift of the batch normalisation `name` in evaluation; None where the network has none there."""
         measured = f"{name}/mean" in self._statistics
         if f"{name}/scale" in self._leaves:
+            # In float64, so that what is folded together is rounded once.
             slope = self._leaves[f"{name}/scale"].astype(np.float64)
             shift = self._leaves[f"{name}/bias"].astype(np.float64)
         elif measured:
@@ -165,7 +167,7 @@ class _Graph:
         return slope, shift
 
     def bias(self, layer: str, norm: str | None) -> str | None:
-        """The bias of a layer with the normalisation after it folded in; None where both lack."""
+        """The bias of a layer, with the normalisation after it folded in; None where there is neither."""
         given = self._leaves.get(f"{layer}/bias")
         affine = self.affine(norm) if norm else None
         if affine is None:
@@ -180,6 +182,7 @@ class _Graph:
         affine = self.affine(norm) if norm else None
         slope = None if affine is None else affine[0].reshape(-1, *[1] * (len(axes) - 1))
         if not is_codebook_tensor(leaf) and leaf.dtype != np.float16:
+            # Float32 is folded now; float16 and codebooks stay as they are, and a node multiplies the slope in.
             value = leaf.transpose(axes)
             return self.array(name, value if slope is None else value * slope, np.float32)
         if is_codebook_tensor(leaf):

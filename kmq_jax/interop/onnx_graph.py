@@ -102,6 +102,7 @@ class Graph:
 
     def resolve(self, name: str) -> str:
         """The value that a name stands for, behind `Identity` nodes."""
+        # At most a step for each: `Identity` nodes in a circle must not hang the reader.
         for _ in self._aliases:
             if name not in self._aliases:
                 break

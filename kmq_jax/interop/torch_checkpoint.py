@@ -44,6 +44,7 @@ def read(path: Path) -> Checkpoint:
     """
     try:
         with path.open("rb") as file:
+            # A safetensors file begins with eight bytes of length, then JSON.
             is_safetensors = file.read(9)[8:] == b"{"
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error

@@ -40,8 +40,8 @@ class _Block(NamedTuple):
 def read(path: Path) -> Imported:
     """Makes our model of an ONNX file with folded batch normalisation.
 
-    The graph is walked from input to output: every node and every tensor must have its place in the network. What
-    pools frames is recognised by what it computes.
+    The graph is walked from input to output: every node and every tensor must have its place in the network. The nodes
+    of the pooling are checked by the values they compute, because exporters write it in many ways.
 
     Raises:
         UserError: the file cannot be read, or a node or tensor is unknown, missing or left over; it is named.
@@ -169,6 +169,7 @@ def _from_walk(
         place = f"stage{stage + 1}/block{counts[stage]}"
         stride = 2 if counts[stage] == 0 and stage > 0 else 1
         counts[stage] += 1
+        # A bottleneck steps in its 3x3 convolution, a basic block in its first.
         strided = 1 if len(block.convs) == 3 else 0
         for i, conv in enumerate(block.convs):
             _check_conv(graph, conv, stride if i == strided else 1)
@@ -195,6 +196,7 @@ def _from_walk(
         if mean.shape not in ((), bias.shape, (1, *bias.shape)):
             graph.fail(f"a constant of shape {mean.shape} is subtracted from embeddings of {embedding_size}")
         bias = bias - mean.reshape(-1)
+    # The blank gives our bias a name that no tensor of the file has.
     translate |= {"head/linear/kernel": linear_weight, "head/linear/bias": f"{linear_bias} "}
     tensors |= {linear_weight: graph.constant(linear_weight), f"{linear_bias} ": bias}
     network = registry.build(architecture, **settings)

@@ -21,9 +21,11 @@ from kmq_jax.core.tree import Leaf, Variables, named_leaves
 from kmq_jax.quant.types import CodebookTensor, is_codebook_tensor
 
 VERSION = 1
+# What is read, by safetensors' names, and (below) what is written, by numpy's: what JAX and numpy both hold.
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 _TYPES = {"bool", "bfloat16", "float16", "float32", "float64"}
 _TYPES |= {f"{kind}{size}" for kind in ("int", "uint") for size in (8, 16, 32, 64)}
+# Characters. The manifest comes from the file, so its size is not to be trusted.
 _LONGEST_MANIFEST = 16 << 20
 
 
@@ -59,6 +61,7 @@ def save(path: str | os.PathLike[str], manifest: Row, tree: Variables) -> None:
             raise UserError(f"the leaf's name {name!r} must not hold a #")
         if twice := set(parts) & set(arrays):
             raise UserError(f"two leaves are named {sorted(twice)[0]!r}")
+        # The library writes the buffer as it lies: that of a transposed view is in another order.
         arrays |= {key: np.ascontiguousarray(np.asarray(value)) for key, value in parts.items()}
         if arrays[next(iter(parts))].dtype.name not in _TYPES:
             raise UserError(f"{name} is {arrays[name].dtype}, which .kmq files do not hold")
@@ -108,6 +111,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Json, Variables]:
     """
     path = Path(path)
     try:
+        # By Python first: its errors say why a file cannot be read.
         with path.open("rb") as opened:
             opened.read(1)
         # The library refuses a header that does not cover the file's bytes exactly.
@@ -175,6 +179,7 @@ def _assemble(arrays: Mapping[str, np.ndarray], quantized: Mapping[str, Row]) ->
         *folders, last = name.split("/")
         place = tree
         for folder in folders:
+            # A tensor where a folder should be raises here or below; `load` tells of it.
             place = place.setdefault(folder, {})
         if last in place:
             raise ValueError(f"two tensors are named {name}")

@@ -129,6 +129,7 @@ def padded_batches(
     for batch in plan:
         members = batch.indices[batch.indices >= 0]
         rows = -(-len(batch.indices) // devices.size) * devices.size
+        # Rows without a recording count as full, so that no statistic is one of nothing.
         wave, samples = np.zeros((rows, batch.size), np.float32), np.full(rows, batch.size, np.int32)
         for row, i in enumerate(members):
             recording = load(int(i))[: lengths[i]]

@@ -39,6 +39,7 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written (full disk, no permission); earlier checkpoints stay.
         """
+        # Saved before: the run resumed at this step, or was stopped right after it.
         if step in self.steps():
             return
         try:
@@ -71,6 +72,7 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is damaged or lacks the part.
         """
+        # The shardings it was saved with name devices that this machine may lack.
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         try:
             saved = ocp.metadata(self.directory / str(step), part).metadata

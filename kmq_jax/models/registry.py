@@ -1,4 +1,4 @@
-"""Every network by name, and what can be said of one without running it: parameters, arithmetic, first weights."""
+"""Every network by name; and a network's parameters, arithmetic and first weights, without running it."""
 
 import dataclasses
 import inspect
@@ -63,6 +63,7 @@ def register(
         UserError: the name is taken by another factory.
     """
     entry = _Entry(factory, dict(fixed or {}), dict(defaults or {}), dict(smoke or {}))
+    # The same factory again is no mistake: notebooks run a cell twice.
     if _NETWORKS.get(name, entry).factory is not factory:
         raise UserError(f"there is a model {name!r} already: a network needs a name of its own")
     _NETWORKS[name] = entry
@@ -142,6 +143,7 @@ def initialize(model: SpeakerNetwork, key: jax.Array) -> Variables:
     tree, starts = _starts(model)
     leaves = dict(named_leaves(tree))
     if any(start is None for start in starts.values()):
+        # Seven frames more than the least: of eight, three strides of 2 leave one.
         return jax.jit(model.init)(key, jnp.zeros((1, 7 + model.least_frames(), model.features)))
     normal = {name: leaves[name].shape for name in leaves if starts[name] == "normal"}
     uniform = {name: leaves[name].shape for name in leaves if starts[name] == "uniform"}
@@ -171,6 +173,7 @@ def _starts(model: SpeakerNetwork) -> tuple[Variables, dict[str, str | None]]:
             known.update({name.format(layer.name): "ones" for name in ones})
             known.update({name.format(layer.name): "zeros" for name in ("params/{}/bias", "batch_stats/{}/mean")})
         elif layer.kind in (walk.CONVOLUTION, walk.LINEAR):
+            # Initializers are functions, told apart by identity. An unknown one stays None.
             kinds = {id(KAIMING_NORMAL): "normal", id(TORCH_DEFAULT): "uniform"}
             known[f"params/{layer.name}/kernel"] = kinds.get(id(module.kernel_init))
             known[f"params/{layer.name}/bias"] = "zeros" if getattr(module, "bias_init", zeros) is zeros else None

@@ -196,6 +196,7 @@ class ResNet(SpeakerNetwork):
             pooled = AttentiveStatisticsPooling(self.channels[-1] // 2, dtype=self.dtype, name="pool")(x, mask)
         else:
             pooled = StatisticsPooling(name="pool")(x, mask)
+        # Float32 whatever the compute dtype: rounding here would show in every score.
         head_style = LayerStyle(self.norm, jnp.float32, self.kernel_init)
         return Head(self.embedding_size, head_style, self.normalize_head, name="head")(pooled, train)
 
@@ -341,6 +342,7 @@ def _common(
 
 
 def _is_count(value: object) -> bool:
+    # True is an int to Python.
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

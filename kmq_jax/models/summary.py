@@ -1,4 +1,4 @@
-"""What a model is made of, tensor by tensor, and what it weighs."""
+"""The tensors of a model, and its size in bytes, parameters and multiplications."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
@@ -62,6 +62,7 @@ def entries_used(tensor: quant.CodebookTensor) -> float:
     indices = np.asarray(quant.indices_of(tensor))
     rows = indices.reshape(1, -1) if tensor.axis is None else np.moveaxis(indices, tensor.axis, 0).reshape(groups, -1)
     entries = 1 << tensor.bits
+    # Each codebook's indices get a range of their own, so that one count serves all.
     counts = np.bincount((rows + entries * np.arange(groups)[:, None]).ravel(), minlength=groups * entries)
     return float((counts > 0).sum() / groups)
 

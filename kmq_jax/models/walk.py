@@ -23,7 +23,7 @@ CONVOLUTION, LINEAR, NORMALISATION, OTHER = "convolution", "linear", "normalisat
 
 Run = Callable[[jax.Array], jax.Array]
 Visitor = Callable[["Layer", jax.Array, Run], jax.Array]
-"""Called as `visit(layer, inputs, run)`; what it returns is the layer's output. `run(inputs)` is the layer itself."""
+"""Called as `visit(layer, inputs, run)`. It returns the layer's output; `run(inputs)` runs the layer itself."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ class LayerShape:
 
 @contextlib.contextmanager
 def visiting(visit: Visitor) -> Iterator[None]:
-    """Within it, every layer of every network that runs is shown to `visit`."""
+    """A context in which `visit` sees every layer of every network that runs."""
     last: tuple[str, jax.Array | None] = ("", None)
 
     def intercept(run: Callable[..., Array], args: tuple, kwargs: Row, context: nn.module.InterceptorContext) -> Array:
@@ -108,6 +108,7 @@ def visiting(visit: Visitor) -> Iterator[None]:
             return run(*args, **kwargs)
         x, *rest = args
         name = "/".join(module.path)
+        # The very same array: anything in between, such as an activation, would have made another.
         layer = Layer(name, kind, module, _window(module, x), last[0] if x is last[1] else None)
         y = visit(layer, x, lambda x: run(x, *rest, **kwargs))
         last = name, y
@@ -130,6 +131,7 @@ def walk(network: SpeakerNetwork, variables: Variables, features: jax.Array, vis
         The embeddings.
     """
     with visiting(visit):
+        # Rematerialized blocks are traced apart: what a visitor keeps of them would be a leaked tracer.
         embeddings: Array = network.without_remat().apply(variables, features, train=False)
     return embeddings
 
@@ -182,6 +184,7 @@ def _window(module: nn.Module, x: jax.Array) -> Window | None:
     if isinstance(padding, int):
         padding = [padding] * len(taps)
     if isinstance(padding, str):
+        # Flax pads by the size of the input where we pad by that of the kernel, so it is worked out for this x.
         spans = [(size - 1) * step + 1 for size, step in zip(taps, dilations)]
         padding = jax.lax.padtype_to_pads(x.shape[1:-1], spans, strides, padding)
     pairs = tuple((n, n) if isinstance(n, int) else (int(n[0]), int(n[1])) for n in padding)

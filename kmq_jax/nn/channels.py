@@ -35,6 +35,7 @@ def channel_sums(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _channel_sums_backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, y = residuals
+    # d/dx of sum(x) and sum(x y) is 1 and y; d/dy is 0 and x.
     of_sum, of_product = gradient.reshape(2, *(1,) * (x.ndim - 1), -1)
     return (of_sum + of_product * y).astype(x.dtype), (of_product * x).astype(y.dtype)
 
@@ -65,6 +66,7 @@ def _scale_and_shift_backward(
     residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, slope = residuals
+    # Both gradients are sums over all positions, which one pass gives together.
     of_shift, of_slope = channel_sums(gradient, x)
     return scale_and_shift(gradient, slope, jnp.zeros_like(slope)), of_slope, of_shift
 

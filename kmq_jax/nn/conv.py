@@ -141,6 +141,7 @@ def conv2d(x: jax.Array, kernel: jax.Array, strides: Pair = (1, 1)) -> jax.Array
 
 
 def _use_native(x: jax.Array, kernel: jax.Array) -> bool:
+    # The kernels take one dtype, nothing empty, and odd taps: half of them is the same on both sides.
     fits = x.dtype == kernel.dtype and min(x.shape + kernel.shape) > 0 and all(taps % 2 for taps in kernel.shape[:2])
     return fits and library.usable(x.dtype)
 
@@ -194,9 +195,11 @@ def _primitive(
 
     def batch(operands: tuple, axes: tuple, **params: Pair) -> tuple[jax.Array, int]:
         if tuple(axis is not None for axis in axes) == batched:
+            # The mapped axis joins the batch: still one call of the kernel.
             a = jnp.moveaxis(operands[0], axes[0], 0)
             y = primitive.bind(a.reshape(-1, *a.shape[2:]), operands[1], **params)
             return y.reshape(*a.shape[:2], *y.shape[1:]), 0
+        # Kernels that differ from slice to slice cannot share a call.
         mapped = [jnp.moveaxis(x, axis, 0) for x, axis in zip(operands, axes) if axis is not None]
 
         def one(slices: list[jax.Array]) -> jax.Array:
@@ -205,6 +208,7 @@ def _primitive(
 
         return lax.map(one, mapped), 0
 
+    # Called outside `jit`, the primitive is compiled by itself: there is no other code for it.
     primitive.def_impl(lambda a, b, **params: jax.jit(partial(primitive.bind, **params))(a, b))
     primitive.def_abstract_eval(lambda a, b, **params: jax.core.ShapedArray(*shape(a, b, **params)))
     mlir.register_lowering(primitive, mlir.lower_fun(call, multiple_results=False), platform="cpu")

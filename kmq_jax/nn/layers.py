@@ -1,9 +1,9 @@
 """Convolution, batch normalisation, squeeze-and-excitation and the residual blocks, exact for padded batches.
 
 Activations are `[batch, time, channel]` or `[batch, time, freq, channel]`. A mask `[batch, time]` says which frames are
-real; None means all, and costs nothing. An utterance alone sees zeros beyond its end. So whoever convolves with padding
-sets padded frames to zero before: the blocks here do it after each activation. A stride of 2 keeps frames 0, 2, 4, ...:
-the mask after it is `mask[:, ::2]`, and a length of L becomes ceil(L / 2).
+real; None means all, and costs nothing. Padded frames are zero wherever a convolution reads them, because an utterance
+alone sees zeros beyond its end: the blocks here set them to zero after each activation. A stride of 2 keeps frames 0,
+2, 4, ...: the mask after it is `mask[:, ::2]`, and a length of L becomes ceil(L / 2).
 
 Linen names a parameter after the `name=` given here; models/resnet.py lists the names.
 """
@@ -81,13 +81,14 @@ def mean_frames(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> 
         return jnp.mean(x, axes, dtype=jnp.float32)
     real = jnp.broadcast_to(expand_mask(mask, x), x.shape[:2] + (1,) * (x.ndim - 2))
     count = jnp.sum(real, axes, dtype=jnp.float32)
+    # `real` has length 1 along frequency: a frame counts as often as it has values there.
     for axis in axes:
         count = count * (x.shape[axis] if axis > 1 else 1)
     return jnp.sum(mask_frames(x, mask), axes, dtype=jnp.float32) / jnp.maximum(count, 1)
 
 
 def dense(features: int, name: str, dtype: DTypeLike = jnp.float32) -> nn.Dense:
-    """A linear layer with bias, started as PyTorch does, but for the bias, which starts at zero."""
+    """A linear layer with a bias. The kernel starts as in PyTorch, the bias at zero."""
     return nn.Dense(features, dtype=dtype, kernel_init=TORCH_DEFAULT, name=name)
 
 
@@ -128,6 +129,7 @@ class Conv(nn.Module):
         """Maps `[batch, time, (freq,) in]` to `[batch, time', (freq',) out]`, with "same" ceil(size / stride) each."""
         moves = self.window(x)
         kernel = self.param("kernel", self.kernel_init, (*moves.taps, x.shape[-1] // self.groups, self.channels))
+        # The parameter stays float32; only the arithmetic is in the compute dtype.
         y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), moves)
         if self.use_bias:
             bias = self.param("bias", zeros, (self.channels,))
@@ -176,20 +178,25 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value
             if train:
                 mean, var = self._batch_statistics(x, mask)
+                # `init` runs on made-up features, which must leave no trace in the statistics.
                 if not self.is_initializing():
                     running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
                     running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
+            # Scale, bias and statistics become one affine map, so that x is read once.
             slope = slope * jax.lax.rsqrt(var + self.epsilon)
             shift = shift - mean * slope
+        # `scale_and_shift` gives the dtype of its input: the finer of the two, so that rounding comes last.
         x = x.astype(jnp.promote_types(x.dtype, self.dtype))
         return scale_and_shift(x, slope, shift).astype(self.dtype)
 
     def _batch_statistics(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         count: int | jax.Array = x.size // x.shape[-1]
         if mask is not None:
+            # Real frames times the values of a frame; at least 1, for a batch of padding alone.
             count = jnp.maximum(jnp.sum(mask, dtype=jnp.float32) * (count // mask.size), 1)
         x = mask_frames(x, mask)
         mean, square = channel_sums(x, x) / count
+        # By rounding the difference may fall just below zero, and its root would be NaN.
         return mean, jnp.maximum(square - jnp.square(mean), 0)
 
 
@@ -249,7 +256,7 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """Scales the channels of `x` `[batch, time, freq, channel]` by what their mean over real frames says."""
+        """Scales the channels of `x` `[batch, time, freq, channel]` by gates made from their means over real frames."""
         squeezed = mean_frames(x, mask, (1, 2))
         gate = dense(x.shape[-1], "fc2", self.dtype)(nn.silu(dense(x.shape[-1], "fc1", self.dtype)(squeezed)))
         return x * nn.sigmoid(gate)[:, None, None, :]
@@ -288,6 +295,7 @@ class BasicBlock(Block):
         """Maps `[batch, time, freq, in]` to `[batch, time', freq', channels]`; `mask` is that of the input."""
         after = stride_mask(mask, self.stride)
         y = self.style.conv(x, self.channels, 3, self.stride, name="conv1")
+        # The next convolution reads beyond an utterance's end, and must find zeros there, as in the utterance alone.
         y = mask_frames(nn.relu(self.style.normalize(y, after, train, name="bn1")), after)
         y = self.style.conv(y, self.channels, 3, name="conv2")
         y = self.style.normalize(y, after, train, name="bn2")
@@ -306,6 +314,7 @@ class Bottleneck(Block):
         y = self.style.conv(x, self.channels, 1, name="conv1")
         y = mask_frames(nn.relu(self.style.normalize(y, mask, train, name="bn1")), mask)
         y = self.style.conv(y, self.channels, 3, self.stride, name="conv2")
+        # Not masked: the 1x1 convolution that follows looks at no neighbour.
         y = nn.relu(self.style.normalize(y, after, train, name="bn2"))
         y = self.style.conv(y, self.expansion * self.channels, 1, name="conv3")
         y = self.style.normalize(y, after, train, name="bn3")
@@ -335,5 +344,6 @@ class PreActivationBlock(Block):
         y = self.style.conv(mask_frames(self.activation(y), after), self.channels, 3, name="conv2")
         y = self.style.normalize(y, after, train, name="bn3")
         y = mask_frames(self.activation(y), after)
+        # No normalisation follows, so with folded ones there is no bias either.
         y = self.style.conv(y, self.channels, self.last_taps, name="conv3", before_norm=False)
         return self.finish(x, y, after, train)

@@ -55,8 +55,10 @@ class StatisticsPooling(nn.Module):
         """Maps `[batch, time, freq, channel]` to float32 `[batch, 2 * freq * channel]`."""
         frames = flatten_frames(x).astype(jnp.float32)
         mean = mean_frames(frames, mask, (1,))
+        # In two passes: E[x^2] - mean^2 would cancel.
         squares = mask_frames(jnp.square(frames - mean[:, None, :]), mask).sum(1)
         count = jnp.full((1, 1), x.shape[1]) if mask is None else mask.sum(1, keepdims=True)
+        # A single frame is divided by 1 and not by 0: its deviation is the root of `floor`.
         deviation = jnp.sqrt(squares / jnp.maximum(count - 1, 1) + self.floor)
         return jnp.concatenate([mean, deviation], axis=-1)
 
@@ -69,7 +71,7 @@ class AttentiveStatisticsPooling(nn.Module):
     References: Okabe et al., Attentive Statistics Pooling for Deep Speaker Embedding, 2018; floor as in Kiwano.
 
     Attributes:
-        hidden: width between the two linear maps.
+        hidden: channels between the two linear maps.
         floor: the variance is at least this.
         dtype: compute dtype of the linear maps.
     """

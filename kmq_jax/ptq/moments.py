@@ -117,12 +117,13 @@ def moments(y: jax.Array) -> Moments:
 
 
 def matching(seen: Moments, wanted: Moments) -> Moments:
-    """The slope and shift that give outputs with some moments other ones.
+    """The slope and shift that turn outputs with the moments `seen` into ones with the moments `wanted`.
 
     >>> slope, shift = matching((jnp.array([1.0]), jnp.array([2.0])), (jnp.array([3.0]), jnp.array([4.0])))
     >>> slope.tolist(), shift.tolist()
     ([2.0], [1.0])
     """
+    # A dead channel has no deviation; any finite slope does.
     slope = wanted[1] / jnp.maximum(seen[1], 1e-12)
     return slope, wanted[0] - slope * seen[0]
 

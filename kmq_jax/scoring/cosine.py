@@ -88,7 +88,9 @@ def cosine_scores(
     for start in range(0, len(enrol), _CHUNK):
         part = slice(start, start + _CHUNK)
         np.vecdot(one.take(enrol[part], axis=0), two.take(test[part], axis=0), out=scores[part])
+    # Lengths are divided out at the end: no second table of unit rows is made.
     scores /= one_length[enrol] * two_length[test]
+    # Rounding may lead a hair beyond 1.
     return np.clip(scores, -1, 1, out=scores)
 
 
@@ -113,4 +115,5 @@ def average(embeddings: ArrayLike, groups: Iterable[ArrayLike]) -> np.ndarray:
         raise UserError("an average of embeddings needs at least one utterance in each group")
     starts = np.concatenate([[0], np.cumsum([len(group) for group in rows])[:-1]])
     sizes = np.array([len(group) for group in rows], np.float32)
+    # The groups lie end to end; each sum runs from one group's start to the next.
     return np.add.reduceat(unit[np.concatenate(rows)], starts, axis=0) / sizes[:, None]

@@ -154,6 +154,7 @@ def crosswise(cascade: StudiedCascade, base: EvaluationSet) -> Json:
     """The figures on the calibration set: each half of its speakers is decided by a policy from the other half."""
     lists = halve(cascade.steps, base)
     crossed = []
+    # A policy never decides the speakers that it was calibrated on.
     for half, other in zip(HALVES, reversed(HALVES)):
         cascade.calibrate(str(lists / f"{half}.txt"), f"-{half}", [*cascade.needs(base), f"halves-{base.name}"])
         crossed.append(cascade.evaluate(f"-{half}", str(lists / f"{other}.txt"), base, f"-{other}"))

@@ -31,8 +31,8 @@ class Network:
     """A model of the study, read at one number of bits.
 
     Attributes:
-        step: that made it, such as "kmqat-2" or "ptq-nested".
-        method: for people.
+        step: the step that made it, such as "kmqat-2" or "ptq-nested".
+        method: how it was made, as reports show it.
         bits: its bits.
         path: the MODEL.
         read_at: the bits at which a nested model is read; None for any other.
@@ -150,9 +150,11 @@ def kmqat_config(
     own.loss.weight = options.label_weight
     own.epochs = options.epochs.get(run.name, 0.0)
     if run.coarse and not options.epochs.get(str(min(run.coarse))):
+        # Nested codebooks grow from the trained network of the fewest bits; without it they are not trained.
         own.epochs = 0.0
     if options.learning_rate:
         own.learning_rate.peak = options.learning_rate
+    # The study measures when training is done; nothing is chosen on the way.
     own.validation.data = ""
     return own
 

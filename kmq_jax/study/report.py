@@ -1,4 +1,4 @@
-"""What a study leaves for people: one HTML page of results, cascades and the diagnosis's main figures."""
+"""The report of a study: one HTML page of results, cascades and the main figures of the diagnosis."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -74,6 +74,7 @@ class Steps:
             return path
         if known.get("digest") != digest and path.exists():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # Noted before the work: what is found after an interruption is then known to be of these settings.
         self._remember(name, digest, False)
         print(f"{name}: begins", file=sys.stderr)
         start = time.monotonic()
@@ -88,7 +89,7 @@ class Steps:
 
 
 def stamp(data: str) -> str:
-    """What changes when data changes: a hash of list files' contents, or of names, sizes and times of recordings.
+    """A text that changes when the data changes: a hash of lists' contents, or of names, sizes and times of recordings.
 
     Args:
         data: DATA or TRIALS; several DATA are separated by commas. `synthetic:SPLIT` is its own stamp, and so is what

@@ -1,7 +1,7 @@
 """Writes the results tables of a Markdown file from the JSON files they come from.
 
 A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE is a `study.json`, its path relative to
-the Markdown file; KIND is `bits`, one row a model, `trained`, those of them that were, or `cascades`, one row a
+the Markdown file; KIND is `bits`, one row a model, `trained`, the trained models alone, or `cascades`, one row a
 cascade and evaluation set.
 """
 
@@ -28,7 +28,7 @@ def study_table(summary: Row) -> str:
 
 
 def trained_table(summary: Row) -> str:
-    """The same of what was trained alone, full precision first."""
+    """The same table without the models that were quantized without training."""
     return study_table({"rows": [row for row in summary["rows"] if not row["method"].startswith("without training")]})
 
 
