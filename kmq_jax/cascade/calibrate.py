@@ -135,6 +135,7 @@ def describe_front(front: gates.Front, policy: CascadePolicy, joined: LevelScore
     `harmful_flip_rate`, `resolved` and the costs.
     """
     assert joined.reference is not None
+    # The search counts in sums; the figures that people see are those of the cascade itself.
     policies = [dataclasses.replace(policy, gates=front.point(i)) for i in range(len(front))]
     labels, sides = joined.trials.label, joined.sides
     accepted = joined.reference >= policy.threshold

@@ -151,6 +151,7 @@ def totals(cells: list[tuple[Array, Array]], values: Array, count: int, symmetri
     result = np.full((count,) * axes, values[0].sum())
     for depth in range(1, gated + 1):
         change = values[depth] - values[depth - 1]
+        # Most trials cost the same at both levels: they add nothing to this bracket.
         used = np.flatnonzero(change)
         index = np.zeros(len(used), np.int64)
         for side, stops in cells[:depth]:
@@ -243,6 +244,7 @@ def _grid_eer(sums: Callable[[Array], Array], mapped: Array, labels: Array, shap
 
 def _pareto(cost: Array, bits: Array) -> Array:
     """Indices of the points that no other beats, from cheapest to dearest."""
+    # By bits, ties by cost: along this order a point counts only if it lowers the least cost so far.
     order = np.lexsort((cost, bits))
     least = np.minimum.accumulate(cost[order])
     return order[np.concatenate([[True], least[1:] < least[:-1]])]

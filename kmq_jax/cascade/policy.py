@@ -192,6 +192,7 @@ def fit_map(kind: str, scores: ArrayLike, reference: ArrayLike, labels: ArrayLik
     if kind == "affine":
         centred = x - x.mean()
         spread = float(centred @ centred)
+        # Not below zero: a map that falls would turn scores over.
         slope = max(0.0, float(centred @ y) / spread) if spread > 0 else 0.0
         return AffineMap(slope, float(y.mean() - slope * x.mean()))
     if kind == "logistic":

@@ -145,6 +145,7 @@ class Cascade:
         seconds = dict.fromkeys(policy.bits, 0.0)
 
         def embed(level: int, rows: np.ndarray) -> np.ndarray:
+            # Utterances of undecided trials that this level has not embedded yet.
             missing = np.flatnonzero(np.bincount(rows, minlength=len(utterances)).astype(bool) & ~done[level])
             if missing.size:
                 made = embed_all(self.model_at(level), utterances.select(missing), self.compute_of(level))
@@ -270,6 +271,7 @@ def save_cascade(directory: str | os.PathLike[str], policy: CascadePolicy, model
         place = str(Path(models[bits]).resolve())
         whole = load_model(place)
         _read_at(whole, bits, policy.models[level], models[bits])
+        # Levels of one nested model share its file.
         if place not in written:
             written[place] = f"{bits}.kmq"
             save_model(directory / written[place], whole)

@@ -270,6 +270,7 @@ def _ogg_is_truncated(path: Path) -> bool:
     page = data.rfind(b"OggS")
     if page < 0:
         return True
+    # A page: 27 bytes, of which the last counts the segments; their lengths; the segments.
     segments = page + 27
     if segments > len(data) or segments + data[page + 26] > len(data):
         return True

@@ -121,6 +121,7 @@ class _Records:
             record = self._source[self.rows[name]]
         except Exception as error:  # a damaged shard shows as whatever the C++ reader or the parser raises
             raise audio.AudioError(name, f"unreadable ({type(error).__name__}: {error})") from None
+        # A listing of another dataset would give one speaker's voice another's name.
         if record["id"].decode() != name:
             raise audio.AudioError(name, f"unreadable (its record holds {record['id'].decode()})")
         return audio.from_int16(record["audio"])

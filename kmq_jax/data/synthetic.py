@@ -52,6 +52,7 @@ class Corpus:
 
     def rng(self, speaker: int, utterance: int | None = None) -> np.random.Generator:
         """The generator that draws a speaker, or one of the speaker's utterances."""
+        # Stream 0 draws the speaker, the others the utterances: asking for more of them changes none.
         stream = 0 if utterance is None else utterance + 1
         return np.random.default_rng([self.seed, _SPLITS.index(self.split), speaker, stream])
 

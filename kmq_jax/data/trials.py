@@ -70,6 +70,7 @@ def read_trials(
         enrolled = {name: i for i, name in enumerate(models)}
         members = tuple(_members(name, utterances, table) for name, utterances in models.items())
 
+    # Names become numbers as they come: a list of millions of trials has few names.
     numbers = _Numbers()
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     form: _Form | None = None
@@ -97,6 +98,7 @@ def read_trials(
     if not parts or form is None:
         raise UserError(f"{path}: lists no trial")
     enrol_name, test_name, label = (np.concatenate(column) for column in zip(*parts))
+    # Looked up once a name, not once a trial.
     enrol = _rows(enrolled, numbers)[enrol_name]
     test = _rows(table, numbers)[test_name]
     if min(enrol.min(), test.min(), label.min()) < 0:

@@ -96,6 +96,7 @@ def _fingerprint(utterances: Utterances, min_seconds: float) -> str:
 
 
 def _split(utterances: Utterances, work: Path, min_seconds: float) -> list[_Task]:
+    # By the source alone, not by the workers: a resumed run must cut the same shards.
     rows = max(_LEAST_ROWS, -(-len(utterances) // _MOST_SHARDS))
     parts = [range(first, min(first + rows, len(utterances))) for first in range(0, len(utterances), rows)]
     return [_Task(utterances.select(p), work / f"{i:05d}.array_record", min_seconds) for i, p in enumerate(parts)]
@@ -206,6 +207,7 @@ def _finish(utterances: Utterances, out: Path, tasks: list[_Task], fingerprint: 
         _assemble(utterances, out, tasks, staged, fingerprint)
         write_json(assembled, True)
     last = staged / "dataset_info.json"
+    # `dataset_info.json` comes last: a directory that has it is complete.
     for path in [*(path for path in sorted(staged.iterdir()) if path != last), last]:
         os.replace(path, out / path.name)
     shutil.rmtree(out / _WORK)

@@ -68,6 +68,7 @@ def histograms(found: Diagnosis) -> Figure:
     trials = found.trials
     figure, axes = _new(1.1 + 1.45 * len(trials.bits), len(trials.bits), sharex=True, squeeze=False)
     everything = np.concatenate([trials.reference, trials.full.ravel()])
+    # A handful of far outliers would squeeze the histograms into the middle.
     low, high = np.quantile(everything, [0.0005, 0.9995])
     edges = np.linspace(low, high, 70)
     middle = (edges[1:] + edges[:-1]) / 2
@@ -130,6 +131,7 @@ def drift_by_margin(found: Diagnosis) -> Figure:
         ax.axline((0, 0), slope=-1, color=_INK, linewidth=1.0, linestyle="--", label="beyond this line decisions flip")
         ax.set_title(f"{bits} bits", loc="left", fontweight="bold", color=shade)
         ax.set_ylabel("score drift")
+    # Flips lie near the threshold; far trials would take most of the axis.
     span = np.quantile(np.abs(signed), 0.995)
     axes[-1, 0].set(xlim=(-span, span), ylim=(-1.15 * limit - 1e-6, 1.15 * limit + 1e-6))
     axes[-1, 0].set_xlabel("reference score above (+) or below (−) the threshold")

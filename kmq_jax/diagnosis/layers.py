@@ -92,6 +92,7 @@ def index_shares(indices: Array, entries: int) -> Array:
     [[0.5, 0.25, 0.0, 0.25]]
     """
     groups = len(indices)
+    # Each group's indices get a range of their own, so that one count serves all.
     codes = indices.astype(np.int64) + entries * np.arange(groups)[:, None]
     return np.bincount(codes.ravel(), minlength=groups * entries).reshape(groups, entries) / indices.shape[1]
 
@@ -163,6 +164,7 @@ def _correlation(x: Array, y: Array, replicates: int, seed: int) -> Json:
     value = float(spearman(x, y)) if len(x) >= 4 else float("nan")
     if np.isnan(value):
         return nothing
+    # Layers are drawn, not trials: the question is whether another network's layers would be ranked as well.
     drawn = np.random.default_rng(seed).integers(len(x), size=(replicates, len(x)))
     found = spearman(x[drawn], y[drawn])
     found = found[~np.isnan(found)]

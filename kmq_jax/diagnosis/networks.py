@@ -181,6 +181,7 @@ class Networks:
             `damage_cosine` (mean of 1 - cos between an utterance's embeddings). And of blocks: `bits, block, depth,
             sqnr_db, step_db`.
         """
+        # Tables go from input to output; a tree's own order is that of the alphabet.
         order = [f"{layer.name}/kernel" for layer in walk.layers(self.network)]
         kernels = layers.kernels_of(self.reference.variables)
         kernels.sort(key=lambda name: order.index(name) if name in order else len(order))
@@ -210,6 +211,7 @@ class Networks:
 
     def _fill_damage(self, subset: Array, one: Array, two: Array, kernels: list[str], rows: list[Json]) -> None:
         """Adds what each layer does alone, on the pairs `one`, `two` of the utterances `subset`."""
+        # The reference runs in the same program, so that differences come from the weights alone.
         tried = [self.base]
         for tree in self.low.values():
             tried += variants.layer_mixes(self.base, tree, kernels)
@@ -319,6 +321,7 @@ def _recovery(kind: str, base: _Rates, low: _Rates, here: _Rates) -> Json:
     if risen:
         row["recovery"] = float(share(base.eer, low.eer, here.eer))
         row["recovery_ci95"] = None if shares is None else list(percentile_interval(shares))
+    # Drift can be recovered even where the EER does not rise.
     worst = float(np.abs(low.scores - base.scores).mean())
     if worst > 0:
         row["drift_recovery"] = float(share(0.0, worst, float(np.abs(here.scores - base.scores).mean())))

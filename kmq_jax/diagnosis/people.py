@@ -182,6 +182,7 @@ def group_rows(
     def of_group(group: tuple[str, str, Array]) -> list[Json]:
         title, name, mask = group
         sides = mask[recordings.enrol].astype(float) + mask[recordings.test]
+        # A trial within the group has both of its sides in it, and counts twice.
         total = sides.sum()
         if not total:
             return []
@@ -228,6 +229,7 @@ def worst_trials(trials: ScoredTrials, flips: Flips, recordings: Recordings, cou
         some = np.flatnonzero(flips.harmful[m])
         best = some[np.argsort(-size[some], kind="stable")[:count]]
         if len(best) < count:
+            # Harmful flips are listed already; below zero they come last, and are dropped.
             others = np.where(flips.harmful[m], -1.0, size)
             rest = np.argsort(-others, kind="stable")[: count - len(best)]
             best = np.append(best, rest[others[rest] > 0])

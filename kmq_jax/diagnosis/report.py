@@ -137,6 +137,7 @@ def headline(found: Diagnosis) -> Json:
     """What the first paragraph says: the figures at the fewest bits."""
     last = summary_of(found)[-1]
     flips = last["flips"]
+    # Where nothing flips, the share is 0 of 1.
     everywhere = max(flips["harmful"], 1)
     return last | {
         "near_share": last["near"]["harmful"] / everywhere,

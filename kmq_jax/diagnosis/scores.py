@@ -152,10 +152,12 @@ def drift_rows(trials: ScoredTrials, draws: SpeakerDraws | None = None) -> list[
     """
     labels, base = trials.labels, trials.reference
     masks = {"all": np.ones(len(labels), bool), "target": labels, "nontarget": ~labels}
+    # The reference's ranks are the same for every model and kind.
     own = {name: ranks(base[mask]) for name, mask in masks.items()}
 
     def by_class(values: Array) -> dict[str, Array]:
         assert draws is not None
+        # Sums are linear, so two of them give all three classes.
         target, nontarget = draws.sums(np.where(labels, values, 0)), draws.sums(np.where(labels, 0, values))
         return {"all": target + nontarget, "target": target, "nontarget": nontarget}
 
@@ -281,10 +283,12 @@ def flip_rows(
     for name, mask in (("all", everything), ("target", trials.labels), ("nontarget", ~trials.labels)):
         parts.append(({"binning": "none", "bin": 0, "low": 0.0, "high": None, "class": name}, mask))
     for binning, inner in (("equal-mass", equal_mass_edges(margin, bins)), ("fixed", fixed)):
+        # A margin on an edge belongs to the bin above it.
         place = np.searchsorted(inner, margin, side="right")
         for i, (low, high) in enumerate(zip([0.0, *inner.tolist()], [*inner.tolist(), None])):
             parts.append(({"binning": binning, "bin": i, "low": low, "high": high, "class": "all"}, place == i))
     kinds = {"harmful": flips.harmful, "beneficial": flips.beneficial}
+    # Flips are few: as lists of trials, every bin sums over these alone.
     found = [{name: np.flatnonzero(which[m]) for name, which in kinds.items()} for m in range(len(trials.bits))]
 
     def of_part(part: tuple[Json, Array]) -> list[Json]:
@@ -319,6 +323,7 @@ def knee(all_bits: Sequence[int], damage: Sequence[float]) -> int | None:
     >>> knee([8, 4, 3, 2], [0.0, 0.1, 0.2, 1.0])
     3
     """
+    # From the most bits to the fewest, so that damage grows along the curve.
     order = np.argsort(all_bits)[::-1]
     x, y = np.asarray(all_bits, float)[order], np.asarray(damage, float)[order]
     if len(x) < 3 or len(np.unique(x)) < len(x) or not y[-1] > y[0] or y.max() > y[-1]:

@@ -212,6 +212,7 @@ def activation_sqnr(
     signal: dict[str, float] = {}
     noise: list[dict[str, float]] = [{} for _ in variants]
     for batch in batches:
+        # Rows without a recording hold padding, whose outputs must not count.
         frames = jnp.where(jnp.arange(len(batch.features)) < len(batch.members), batch.frames, 0)
         own = _activations(network, reference, batch.features, batch.frames)
         for total, other in zip((signal, *noise), (None, *variants)):

@@ -128,6 +128,7 @@ def assemble(
         theirs = name_of(ours)
         if theirs not in tensors:
             raise UserError(f"{where}: tensor {theirs} is missing")
+        # Each tensor once: what is never taken is reported below, not dropped in silence.
         used.add(theirs)
         given = tensors[theirs]
         value = given

@@ -51,6 +51,7 @@ def read(path: Path) -> Checkpoint:
     content: object = _read_safetensors(path) if is_safetensors else _read_torch(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    # A dict with its tensors inside another, or the bare dict of tensors.
     state = next((content[name] for name in _CONTAINERS if isinstance(content.get(name), dict)), content)
     about = {} if state is content else {str(k): _plain(v) for k, v in content.items() if k not in _CONTAINERS}
     tensors: dict[str, np.ndarray] = {}

@@ -46,6 +46,7 @@ def convert(checkpoint: Checkpoint, where: str) -> Imported:
         raise UserError(f"{where}: tensor {two[0]}: networks with two embedding layers are not supported")
     if pool := [name for name in tensors if name.startswith("pool.")]:
         raise UserError(f"{where}: tensor {pool[0]}: only the pooling TSTP, which has no parameters, is supported")
+    # Only bottlenecks have a third convolution.
     bottleneck = "layer1.0.conv3.weight" in tensors
     width = shape_of(tensors, "conv1.weight", 4, where)[0]
     embedding_size, statistics = shape_of(tensors, "seg_1.weight", 2, where)

@@ -23,6 +23,7 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike[str], keep: int = 1):
         """Opens (and makes, on the first save) `directory`, keeping the `keep` newest checkpoints."""
         self.directory = Path(directory).resolve()
+        # What a killed run left half written is removed on opening.
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),

@@ -92,6 +92,7 @@ def default_settings(name: str) -> Json:
     entry = _entry(name)
     parameters = inspect.signature(entry.factory).parameters
     no_settings = {*entry.fixed, "name", "parent"}  # the last two are Linen's own
+    # A factory's signature is the list of its settings: there is no second one to keep in step.
     settings = {key: parameter.default for key, parameter in parameters.items() if key not in no_settings}
     settings |= entry.defaults
     return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
@@ -220,6 +221,7 @@ def layer_macs(model: SpeakerNetwork, frames: int = 300) -> dict[str, int]:
     for layer in walk.layers(model, frames):
         if layer.kernel is not None:
             name = f"{layer.name}/kernel"
+            # A layer that is called twice in a forward pass counts twice.
             counts[name] = counts.get(name, 0) + layer.macs
     return counts
 

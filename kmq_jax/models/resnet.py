@@ -205,6 +205,7 @@ class ResNet(SpeakerNetwork):
         """The stem, every block, the pooling and the head. Distillation compares the outputs of the four stages."""
         parts, stride = [Part("stem", "stem")], 1
         for i, count in enumerate(self.blocks):
+            # Strides multiply: a frame of stage 4 stands for eight of the input.
             stage, stride = f"stage{i + 1}", stride * STRIDES[i]
             parts += [Part(f"{stage}/block{n}", stage, stride, distilled=n == count - 1) for n in range(count)]
         return (*parts, Part("pool", "pooling"), Part("head", "embedding"))

@@ -75,6 +75,7 @@ def measure(reference: SpeakerModel, quantized: SpeakerModel, features: jax.Arra
 def own_statistics(quantized: SpeakerModel, features: jax.Array) -> SpeakerModel:
     """Measures the statistics of a network's batch normalisations, at all its bits; convolutions stay as they are."""
     per_bits = {}
+    # The most bits last: their statistics are the model's own, those of fewer bits stand beside them.
     for bits in (*coarse_bits(quantized.variables), None):
         at = at_bits(quantized, bits)
         _, statistics = _moments_of(at.network(), at.bits, at.variables, features, {})

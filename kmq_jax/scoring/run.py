@@ -110,6 +110,7 @@ def normalise(
         if cohort.speakers is None:
             raise UserError(f"`cohort_speaker_means`: {cohort.source} has no `speakers`")
         _, label = np.unique(np.array(cohort.speakers), return_inverse=True)
+        # Rows of a speaker side by side, so that cutting between speakers gives the groups.
         order = np.argsort(label, kind="stable")
         members = average(members, np.split(order, np.flatnonzero(np.diff(label[order])) + 1))
     if top_n is not None and not 2 <= top_n <= len(members):

@@ -174,6 +174,7 @@ def _write_halves(evaluated: EvaluationSet, out: Path) -> None:
     pairs = trials.open_trials(evaluated.trials, table)
     speakers, speaker = np.unique(np.array(table.speakers), return_inverse=True)
     half = np.random.default_rng(0).permutation(len(speakers)) % 2
+    # A trial across the halves would show a policy a speaker of the other half.
     sides = half[speaker[pairs.enrol]], half[speaker[pairs.test]]
     names = np.array(table.ids)
     for number, name in enumerate(HALVES):
@@ -185,6 +186,7 @@ def _write_halves(evaluated: EvaluationSet, out: Path) -> None:
 
 def mean_of(halves: Sequence[Row]) -> Json:
     """The mean of two halves' figures, of those in `MEANT`."""
+    # Counts and intervals of halves have no mean that says anything.
     shown = [{key: half[key] for key in MEANT} for half in halves]
     mean: Json = jax.tree.map(lambda *values: float(np.mean(values)), *shown)
     return mean

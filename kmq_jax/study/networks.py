@@ -121,6 +121,7 @@ def quantized_networks(
     grow_from = str(steps.directory / run.grow_from) if run.grow_from else ""
     own = kmqat_config(config, options, run, str(reference), grow_from)
     heard = data_of(own)
+    # Without training only the rules and the speech matter, not the schedule or the loss.
     rules = [settings_of(own)["quant"], own.data.train]
     untrained = functools.partial(quantize, own, reference)
     step, recipe = f"ptq-{run.name}", RECIPES["ptq"]
@@ -144,6 +145,7 @@ def kmqat_config(
 ) -> ml_collections.ConfigDict:
     """The configuration of a quantized training: that of the full-precision one, with the study's changes."""
     rules = tuple(tuple(rule) for rule in options.rules)
+    # A copy: every run changes the configuration of the full-precision training in its own way.
     own = quantized(copy.deepcopy(config), run.bits, coarse=run.coarse, grow_from=grow_from, rules=rules)
     own.init_from = reference
     own.average_last = 0

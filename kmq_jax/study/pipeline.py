@@ -85,6 +85,7 @@ def measure(steps: Steps, network: Network, options: StudyOptions) -> Json:
     """One row of the results: a network's size, its metrics on each evaluation set, and mean EERs of groups of sets."""
     found = {name: measure_on(steps, network, evaluated) for name, evaluated in options.sets.items()}
     inside = network.path.is_relative_to(steps.directory)
+    # Relative, so that results do not depend on where the study lies.
     place = network.path.relative_to(steps.directory) if inside else network.path
     groups = {group: [found[one]["eer"] for one in members] for group, members in options.groups.items()}
     return {

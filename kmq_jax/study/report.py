@@ -30,6 +30,7 @@ def bits_figure(rows: Sequence[Row], sets: Sequence[str]) -> Figure:
             axes.axhspan(*full["eer_ci95"], color="0.93", zorder=0)
         for shift, (method, (colour, marker, label)) in enumerate(METHODS.items()):
             chosen = sorted((row for row in rows if row["method"] == method), key=lambda row: row["bits"])
+            # A little apart, so that intervals of different methods do not cover one another.
             places = [row["bits"] + 0.09 * (shift - 1.5) for row in chosen]
             values = [row["sets"][name]["eer"] for row in chosen]
             ends = [row["sets"][name]["eer_ci95"] or [value, value] for row, value in zip(chosen, values)]

@@ -64,6 +64,7 @@ class Steps:
             The output's path.
         """
         path = self.directory / output
+        # Digests of the steps before: a change travels down to all that depends on it.
         before = [self._known[other]["digest"] for other in needs]
         read = [self._stamp(place) for place in data]
         about = [kmq_jax.__version__, recipe, settings, read, before]
@@ -73,6 +74,7 @@ class Steps:
             print(f"{name}: done before", file=sys.stderr)
             return path
         if known.get("digest") != digest and path.exists():
+            # Made with other settings: to go on from it would mix the two.
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         # Noted before the work: what is found after an interruption is then known to be of these settings.
         self._remember(name, digest, False)

@@ -285,7 +285,7 @@ def test_layers_say_what_they_follow():
 def test_smoke_settings_make_a_small_network_of_the_same_kind():
     for name in registry.names():
         small = registry.build(name, **registry.smoke_settings(name))
-        assert registry.parameter_count(small) < 150_000
+        assert registry.parameter_count(small) < 300_000  # of which bottlenecks' pooled statistics take most
 
 
 def test_a_name_stands_for_one_network():
