@@ -1,9 +1,8 @@
 """A cascade's policy from the embedding files of its levels and trials of a development set."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from kmq_jax.cascade.options import CalibrationOptions
 from kmq_jax.cascade.policy import CascadePolicy
 from kmq_jax.cascade.run import run, run_grid
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import file_hash
+from kmq_jax.core.files import Json, Row, file_hash
 from kmq_jax.metrics.calibration import IsotonicMap
 from kmq_jax.metrics.operating import OperatingPoint, error_rates, parse_point, threshold_interval
 from kmq_jax.scoring.levels import LevelScores, score_levels
@@ -54,6 +53,7 @@ def calibrate(
         joined.trials.label,
         joined.sides.enrol_speaker,
         joined.sides.test_speaker,
+        # By content, not by name: the last level may be a copy of the reference, and then needs no map.
         reference_level=prints[levels[-1][1]] == prints[reference],
     )
     try:
@@ -89,7 +89,7 @@ def _point(text: str) -> OperatingPoint:
 
 def _fitted(
     data: Calibration, options: CalibrationOptions, point: OperatingPoint
-) -> tuple[CascadePolicy, gates.Front, dict[str, Any]]:
+) -> tuple[CascadePolicy, gates.Front, Json]:
     """The policy by the rule that is asked for, the front of all its gates, and what was chosen."""
     if options.rule == "risk":
         policy, notes = control_risk(data, options)
@@ -97,7 +97,7 @@ def _fitted(
     return pareto(data, fit(data, options.map, point), options)
 
 
-def _interval(data: Calibration, point: OperatingPoint, options: CalibrationOptions) -> Any:
+def _interval(data: Calibration, point: OperatingPoint, options: CalibrationOptions) -> tuple[float, float] | None:
     """The threshold's 95 % interval over draws of speakers; None where there is nothing to draw."""
     if not options.replicates or data.labels.all() or not data.labels.any():
         return None
@@ -105,12 +105,12 @@ def _interval(data: Calibration, point: OperatingPoint, options: CalibrationOpti
     return threshold_interval(data.reference, data.labels, *speakers, point, options.replicates, options.seed)
 
 
-def _reference_notes(data: Calibration, policy: CascadePolicy) -> dict[str, Any]:
+def _reference_notes(data: Calibration, policy: CascadePolicy) -> Json:
     far, frr = error_rates(data.reference, data.labels, policy.threshold)
     return {"far": far, "frr": frr, "eer": equal_error(data.reference, data.labels)}
 
 
-def _trial_notes(joined: LevelScores) -> dict[str, Any]:
+def _trial_notes(joined: LevelScores) -> Json:
     labels, sides = joined.trials.label, joined.sides
     return {
         "trials": len(labels),
@@ -120,7 +120,7 @@ def _trial_notes(joined: LevelScores) -> dict[str, Any]:
     }
 
 
-def _report(policy: CascadePolicy, joined: LevelScores) -> dict[str, Any]:
+def _report(policy: CascadePolicy, joined: LevelScores) -> Json:
     """The figures of the policy on the calibration trials themselves."""
     labels, sides = joined.trials.label, joined.sides
     outcome = run(policy, joined.scores, sides.enrol, sides.test, joined.one_table)
@@ -128,13 +128,14 @@ def _report(policy: CascadePolicy, joined: LevelScores) -> dict[str, Any]:
     return {"eer": equal_error(outcome.score, labels), **flips, **outcome.costs()}
 
 
-def describe_front(front: gates.Front, policy: CascadePolicy, joined: LevelScores) -> list[dict[str, Any]]:
+def describe_front(front: gates.Front, policy: CascadePolicy, joined: LevelScores) -> list[Json]:
     """The front as rows for people.
 
     Each row is a run of the cascade itself: `gates` (an infinite side is None), `eer` (exact, in percent),
     `harmful_flip_rate`, `resolved` and the costs.
     """
     assert joined.reference is not None
+    # The search counts in sums; the figures that people see are those of the cascade itself.
     policies = [dataclasses.replace(policy, gates=front.point(i)) for i in range(len(front))]
     labels, sides = joined.trials.label, joined.sides
     accepted = joined.reference >= policy.threshold
@@ -142,7 +143,7 @@ def describe_front(front: gates.Front, policy: CascadePolicy, joined: LevelScore
     rows = []
     for i, one in enumerate(policies):
         outcome = run(one, joined.scores, sides.enrol, sides.test, joined.one_table)
-        row: dict[str, Any] = {"gates": [[_finite(side) for side in gate] for gate in one.gates]}
+        row: Json = {"gates": [[_finite(side) for side in gate] for gate in one.gates]}
         row["eer"] = equal_error(outcome.score, labels)
         row |= {name: float(values[i]) for name, values in figures.items() if name != "resolved"}
         row["resolved"] = {str(bits): float(share) for bits, share in zip(one.bits, figures["resolved"][i])}
@@ -175,7 +176,7 @@ def describe(policy: CascadePolicy) -> str:
     return "\n".join(lines)
 
 
-def _promise(notes: Mapping[str, Any]) -> str:
+def _promise(notes: Row) -> str:
     ends = f"with confidence {1 - notes['delta']:g}" if notes["delta"] else "in expectation"
     return (
         f"promise: harmful flips made by stopping early at most {100 * notes['alpha']:g} % on new speakers, {ends} "
@@ -184,7 +185,7 @@ def _promise(notes: Mapping[str, Any]) -> str:
 
 
 def warning(policy: CascadePolicy) -> str | None:
-    """What a user must know of a policy: that no gates keep the promise of the rule `risk`; or None."""
+    """A warning where no gates keep the promise of the rule `risk`; None otherwise."""
     notes = policy.notes
     if notes["rule"] != "risk" or notes["kept"]:
         return None

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,8 @@ from kmq_jax.cascade.policy import CascadePolicy, read_policy
 from kmq_jax.cascade.run import Outcome, map_scores, run
 from kmq_jax.cascade.verifier import load_cascade
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import atomic_write
+from kmq_jax.core.files import Json, Row, atomic_write
+from kmq_jax.core.tree import Array
 from kmq_jax.data import source
 from kmq_jax.data.trials import Trials
 from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
@@ -36,7 +37,7 @@ class Evaluation(NamedTuple):
     policy: CascadePolicy
     joined: LevelScores
     outcome: Outcome
-    figures: dict[str, Any]
+    figures: Json
 
 
 def evaluate_embeddings(
@@ -96,6 +97,7 @@ def evaluate_recordings(
     """
     cascade, utterances = load_cascade(directory, compute), source.open_source(data)
     names = tuple(utterances.ids), tuple(utterances.paths), tuple(utterances.speakers)
+    # Trials are joined by names alone; ones stand where embeddings would.
     table = EmbeddingTable(*names, np.ones((len(utterances), 1), np.float32), str(data))
     listed, sides = join(trials, table, table)
     own = score_levels([(32, reference)], None, trials).scores[0] if reference else None
@@ -116,16 +118,16 @@ def _evaluated(policy: CascadePolicy, joined: LevelScores, options: CascadeOptio
     return Evaluation(policy, joined, outcome, figures_of(policy, outcome, joined, options))
 
 
-def figures_of(policy: CascadePolicy, outcome: Outcome, joined: LevelScores, options: CascadeOptions) -> dict[str, Any]:
-    """All figures of a cascade on a trial list; what cannot be told is None.
+def figures_of(policy: CascadePolicy, outcome: Outcome, joined: LevelScores, options: CascadeOptions) -> Json:
+    """All figures of a cascade on a trial list; a figure that cannot be computed is None.
 
-    A lazy run has no embedding tables, and so tells nothing of a level alone.
+    A lazy run has no embedding tables, so it has no figures of a level alone.
     """
     labels, reference, p_target = joined.trials.label, joined.reference, options.p_target
     both = bool(labels.any() and not labels.all())
     far, frr = error_rates(outcome.score, labels, policy.threshold)
     llrs = log_ratios(policy, outcome)
-    result: dict[str, Any] = {
+    result: Json = {
         "eer": equal_error(outcome.score, labels),
         "eer_ci95": None,
         "min_dcf": min_dcf(outcome.score, labels, p_target) if both else None,
@@ -160,6 +162,7 @@ def _intervals(outcome: Outcome, joined: LevelScores, options: CascadeOptions) -
     draws = speaker_bootstrap(
         outcome.score, joined.trials.label, *speakers, options.replicates, options.seed, options.p_target
     )
+    # Draws that lack a class are left out; where many do, the rest would say too little.
     if len(draws.eer) < 0.9 * options.replicates:
         return {}
     return {
@@ -168,12 +171,16 @@ def _intervals(outcome: Outcome, joined: LevelScores, options: CascadeOptions) -
     }
 
 
-def equal_error(scores: Any, labels: Any) -> float | None:
-    """EER in percent, or None where a class has no trials."""
+def equal_error(scores: Array, labels: Array) -> float | None:
+    """EER in percent, or None where a class has no trials.
+
+    >>> equal_error(np.array([0.9, 0.2, 0.4, 0.1]), np.array([True, True, False, False]))
+    50.0
+    """
     return None if labels.all() or not labels.any() else 100 * eer(scores, labels)[0]
 
 
-def flip_rates(scores: Any, threshold: float, reference: Any, labels: Any) -> dict[str, float]:
+def flip_rates(scores: Array, threshold: float, reference: Array, labels: Array) -> dict[str, float]:
     """Shares of trials that the reference decides right and the scores wrong, and the reverse.
 
     >>> labels, reference = np.array([True, True, False]), np.array([0.9, 0.4, 0.1])
@@ -188,21 +195,19 @@ def flip_rates(scores: Any, threshold: float, reference: Any, labels: Any) -> di
     }
 
 
-def each_alone(policy: CascadePolicy, joined: LevelScores) -> dict[str, dict[str, Any]]:
+def each_alone(policy: CascadePolicy, joined: LevelScores) -> dict[str, Json]:
     """Every level alone, by its bits: EER, harmful flips, beneficial flips."""
     labels, mapped = joined.trials.label, map_scores(policy, joined.scores)
     result = {}
     for bits, row in zip(policy.bits, mapped):
-        figures: dict[str, Any] = {"eer": equal_error(row, labels)}
+        figures: Json = {"eer": equal_error(row, labels)}
         if joined.reference is not None:
             figures |= flip_rates(row, policy.threshold, joined.reference, labels)
         result[str(bits)] = figures
     return result
 
 
-def remaining_flips(
-    policy: CascadePolicy, outcome: Outcome, reference: np.ndarray, labels: np.ndarray
-) -> list[dict[str, Any]]:
+def remaining_flips(policy: CascadePolicy, outcome: Outcome, reference: np.ndarray, labels: np.ndarray) -> list[Json]:
     """Where harmful flips remain: how near full precision was to the threshold, and which level decided.
 
     Args:
@@ -264,7 +269,7 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"' if set(name) & set(',"\n\r') else name
 
 
-def describe(figures: dict[str, Any]) -> str:
+def describe(figures: Row) -> str:
     """The figures as a short table."""
 
     def number(value: float | None, digits: int, factor: float = 1.0) -> str:
@@ -285,8 +290,8 @@ def describe(figures: dict[str, Any]) -> str:
     return "\n".join([*lines, *(_lazily(figures) if "embedded" in figures else ())])
 
 
-def _lazily(figures: dict[str, Any]) -> list[str]:
-    """What a lazy run took."""
+def _lazily(figures: Row) -> list[str]:
+    """The lines about the costs of a lazy run."""
     embedded = ", ".join(f"{count:,} at {bits} bits" for bits, count in figures["embedded"].items())
     macs = ", ".join(f"{count / 1e9:.2f} G at {bits} bits" for bits, count in figures["macs"].items())
     return [

@@ -1,16 +1,14 @@
-"""The picture of a calibration: which gates there were, which were chosen, and each level alone."""
+"""The figure of a calibration: the front of gates, the gates that were chosen, and each level alone."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kmq_jax import html
 from kmq_jax.cascade.policy import CascadePolicy
-from kmq_jax.core.files import atomic_write
+from kmq_jax.core.files import Row, atomic_write
 
 PANELS = {"harmful_flip_rate": (100, "Harmful flips (%)"), "eer": (1, "EER (%)")}
 
@@ -32,7 +30,7 @@ def draw_front(path: str | os.PathLike[str], policy: CascadePolicy) -> None:
         figure.savefig(temporary)
 
 
-def _panel(axes: Axes, key: str, notes: Mapping[str, Any]) -> None:
+def _panel(axes: Axes, key: str, notes: Row) -> None:
     rows, alone = notes["front"], notes["each_width_alone"]
     scale, label = PANELS[key]
     bits = [row[f"{notes['cost']}_bits"] for row in rows]

@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -12,6 +11,7 @@ from kmq_jax.cascade.options import BOUNDS, COSTS, CalibrationOptions
 from kmq_jax.cascade.policy import CascadePolicy, fit_map
 from kmq_jax.cascade.run import map_scores, prices
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import Json
 from kmq_jax.metrics.calibration import AffineMap, fit_logistic
 from kmq_jax.metrics.detection import Array, eer
 from kmq_jax.metrics.operating import OperatingPoint, parse_point, threshold_at
@@ -62,6 +62,7 @@ def fit(data: Calibration, kind: str = "isotonic", point: OperatingPoint | None 
     Raises:
         UserError: a class of trials that map or threshold need is missing.
     """
+    # A float32 number: scores are compared in float32, here and in the compiled cascade.
     threshold = float(np.float32(threshold_at(data.reference, data.labels, point or OperatingPoint("eer"))))
     levels = len(data.bits)
     maps = [fit_map(kind, data.scores[i], data.reference, data.labels) for i in range(levels - data.reference_level)]
@@ -87,7 +88,7 @@ def front_of(
 
 def pareto(
     data: Calibration, policy: CascadePolicy, options: CalibrationOptions
-) -> tuple[CascadePolicy, gates.Front, dict[str, Any]]:
+) -> tuple[CascadePolicy, gates.Front, Json]:
     """Takes the cheapest gates that flip no more decisions than the last level alone, or than `alpha` if that is more.
 
     The front was searched on the trials that it is judged by, so its best points owe part of their success to luck.
@@ -127,6 +128,7 @@ def _cheapest_with_margin(
         if front.objective[i] > most:
             continue
         lost = flips_of(dataclasses.replace(policy, gates=front.point(i)), mapped, flips).astype(float)
+        # Where the last level sets the limit, the difference from it varies less over speakers than the rate itself.
         excess = weights * (lost - flips[-1]) if own >= options.alpha else weights * lost - options.alpha
         error = risk.speaker_error(excess, data.enrol_speaker, data.test_speaker)
         if excess.mean() + margin * error <= 1e-12:
@@ -152,7 +154,8 @@ def split_speakers(data: Calibration, share: float, seed: int) -> tuple[Calibrat
 def risk_path(policy: CascadePolicy, data: Calibration, options: CalibrationOptions) -> list[tuple[gates.Gate, ...]]:
     """Gates to test, from the safest finite ones to the cheapest.
 
-    They are the front of bits against flips made by stopping early. Its dearest gates, widened, stand before it.
+    First come the dearest gates of the front (bits against flips made by stopping early), widened step by step. Then
+    comes the front itself.
     """
     front = front_of(policy, data, options, "flips", last_counts=False)
     points = [front.point(i) for i in reversed(range(len(front)))]
@@ -170,8 +173,15 @@ def levels_of(policy: CascadePolicy, mapped: Array) -> Array:
     Args:
         policy: for the gates.
         mapped: `[levels, trials]` float32, on the reference's scale.
+
+    >>> from kmq_jax.cascade.policy import symmetric_gates
+    >>> same = AffineMap(1.0, 0.0)
+    >>> policy = CascadePolicy((2, 4), (same, same), symmetric_gates(0.5, [0.1]), 0.5)
+    >>> levels_of(policy, np.float32([[0.9, 0.55], [0.9, 0.4]])).tolist()
+    [0, 1]
     """
     level = np.full(mapped.shape[1], len(mapped) - 1)
+    # As in `run`: the first level that stops a trial writes last.
     for i in reversed(range(len(mapped) - 1)):
         low, high = np.array(policy.gates[i], np.float32)
         level[(mapped[i] <= low) | (mapped[i] >= high)] = i
@@ -191,7 +201,7 @@ def flips_of(policy: CascadePolicy, mapped: Array, flips: Array, last_counts: bo
     return flips[level, np.arange(len(level))] & (last_counts | (level < len(mapped) - 1))
 
 
-def control_risk(data: Calibration, options: CalibrationOptions) -> tuple[CascadePolicy, dict[str, Any]]:
+def control_risk(data: Calibration, options: CalibrationOptions) -> tuple[CascadePolicy, Json]:
     """Finds the cheapest gates that keep a promise on harmful flips made by stopping early (see `cascade.risk`).
 
     Speakers are dealt into two groups. One group makes maps, threshold and a path of gates; the other tests the path.

@@ -4,8 +4,8 @@ The search is exact, not sampled, and its cost hardly depends on the number of t
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from kmq_jax.cascade.policy import Gate
 from kmq_jax.core.errors import UserError
 from kmq_jax.metrics.detection import Array
 
+# How many combinations of gates are tried. The EER counts them at 64 thresholds, so it gets fewer.
 _COMBINATIONS = {"flips": 1 << 20, "balanced": 1 << 20, "eer": 1 << 16}
 _MOST_CANDIDATES = 256
 _THRESHOLDS = 64
@@ -61,7 +62,7 @@ def harmful_flips(mapped: Array, threshold: float, reference: Array, labels: Arr
 
 
 def class_weights(labels: Array, objective: str) -> Array:
-    """What a flip of each trial `[trials]` counts: the same for all, or with "balanced" half for each class.
+    """The weight of a flip of each trial `[trials]`: all alike, or with "balanced" half the total for each class.
 
     >>> class_weights(np.array([True, False, False, False, False]), "balanced").tolist()
     [0.5, 0.125, 0.125, 0.125, 0.125]
@@ -150,6 +151,7 @@ def totals(cells: list[tuple[Array, Array]], values: Array, count: int, symmetri
     result = np.full((count,) * axes, values[0].sum())
     for depth in range(1, gated + 1):
         change = values[depth] - values[depth - 1]
+        # Most trials cost the same at both levels: they add nothing to this bracket.
         used = np.flatnonzero(change)
         index = np.zeros(len(used), np.int64)
         for side, stops in cells[:depth]:
@@ -223,7 +225,7 @@ def search(
     return Front(gates.reshape(len(keep), gated, 2), cost.ravel()[keep], bits.ravel()[keep])
 
 
-def _grid_eer(sums: Any, mapped: Array, labels: Array, shape: tuple[int, ...]) -> Array:
+def _grid_eer(sums: Callable[[Array], Array], mapped: Array, labels: Array, shape: tuple[int, ...]) -> Array:
     """The EER of every combination, as the least over thresholds of the larger error rate."""
     targets, nontargets = mapped[:, labels], mapped[:, ~labels]
     if not targets.size or not nontargets.size:
@@ -242,12 +244,18 @@ def _grid_eer(sums: Any, mapped: Array, labels: Array, shape: tuple[int, ...]) -
 
 def _pareto(cost: Array, bits: Array) -> Array:
     """Indices of the points that no other beats, from cheapest to dearest."""
+    # By bits, ties by cost: along this order a point counts only if it lowers the least cost so far.
     order = np.lexsort((cost, bits))
     least = np.minimum.accumulate(cost[order])
     return order[np.concatenate([[True], least[1:] < least[:-1]])]
 
 
 def choose(front: Front, most: float, slack: float = 1e-12) -> int:
-    """The cheapest point whose objective is at most `most`; the best of all where none is."""
+    """The cheapest point whose objective is at most `most`; the best of all where none is.
+
+    >>> front = Front(np.zeros((3, 1, 2)), objective=np.array([0.2, 0.1, 0.0]), bits=np.array([2.0, 3.0, 5.0]))
+    >>> choose(front, most=0.1)
+    1
+    """
     fine = np.flatnonzero(front.objective <= most + slack)
     return int(fine[0]) if fine.size else len(front) - 1

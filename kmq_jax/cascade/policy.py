@@ -4,14 +4,13 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from kmq_jax.cascade.options import ENROLMENTS, MAPS
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import read_json, write_json
+from kmq_jax.core.files import Json, read_json, write_json
 from kmq_jax.metrics.calibration import AffineMap, IsotonicMap, fit_isotonic, fit_logistic, map_from_dict
 
 VERSION = 1
@@ -47,7 +46,7 @@ class CascadePolicy:
     enrolment: str = "each"
     models: tuple[str | None, ...] = ()
     dims: tuple[int | None, ...] = ()
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: Json = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         levels = len(self.bits)
@@ -71,7 +70,7 @@ class CascadePolicy:
         """Writes the policy as JSON. An infinite side of a gate is null."""
         levels = []
         for i, bits in enumerate(self.bits):
-            level: dict[str, Any] = {"bits": bits, "map": self.maps[i].to_dict()}
+            level: Json = {"bits": bits, "map": self.maps[i].to_dict()}
             if i < len(self.gates):
                 level["gate"] = [side if math.isfinite(side) else None for side in self.gates[i]]
             level |= {"llr": self.llr_maps[i].to_dict() if self.llr_maps else None}
@@ -142,18 +141,18 @@ def read_policy(path: str | os.PathLike[str]) -> CascadePolicy:
         raise UserError(f"{Path(path)}: {what}") from error
 
 
-def _integer(value: Any) -> int:
+def _integer(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise UserError(f"{value!r} is not a whole number")
     return value
 
 
-def _gate(value: Any) -> Gate:
+def _gate(value: tuple[float | None, float | None]) -> Gate:
     low, high = value
     return -math.inf if low is None else float(low), math.inf if high is None else float(high)
 
 
-def _affine(value: Any) -> AffineMap:
+def _affine(value: object) -> AffineMap:
     found = map_from_dict(value)
     if not isinstance(found, AffineMap):
         raise UserError("a map to log likelihood ratios must be affine")
@@ -193,6 +192,7 @@ def fit_map(kind: str, scores: ArrayLike, reference: ArrayLike, labels: ArrayLik
     if kind == "affine":
         centred = x - x.mean()
         spread = float(centred @ centred)
+        # Not below zero: a map that falls would turn scores over.
         slope = max(0.0, float(centred @ y) / spread) if spread > 0 else 0.0
         return AffineMap(slope, float(y.mean() - slope * x.mean()))
     if kind == "logistic":

@@ -89,6 +89,7 @@ def pair_up(enrol_speaker: ArrayLike, test_speaker: ArrayLike, labels: ArrayLike
         pair, units, degree = np.full(len(target), -1), len(one), 1 / len(one)
     else:
         counts = ~target & ((has[enrol] & has[test]) | (share == 0))
+        # A pair's number, the same whichever side each speaker is on.
         code = np.minimum(enrol, test) * speakers + np.maximum(enrol, test)
         used, place = np.unique(code[counts], return_inverse=True)
         one, two = used // speakers, used % speakers
@@ -126,6 +127,7 @@ def hoeffding_bentkus(rate: float, units: int, delta: float) -> float:
         bentkus = 1 + stats.binom.logcdf(np.ceil(units * rate - 1e-9), units, mean)
         return float(min(hoeffding, bentkus) - np.log(delta))
 
+    # The bound lies above the rate; at 0 and 1 the logarithms are not finite.
     low, high = max(rate, 1e-12), 1 - 1e-12
     if excess(high) > 0:
         return 1.0
@@ -189,6 +191,7 @@ def _jackknife_variance(values: Array, one: Array, two: Array, speakers: int) ->
     pair = one != two
     ends, both = np.concatenate([one, two[pair]]), np.concatenate([values, values[pair]])
     size = np.bincount(ends, minlength=speakers)
+    # Leaving out a speaker of all values would leave nothing to take the mean of.
     used = (size > 0) & (size < len(values))
     left = (values.sum() - np.bincount(ends, both, speakers)[used]) / (len(values) - size[used])
     n = len(left)

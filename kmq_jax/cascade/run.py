@@ -6,7 +6,6 @@ The same program runs many policies at once (`run_grid`), for instance a whole P
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,8 @@ from numpy.typing import ArrayLike
 
 from kmq_jax.cascade.policy import CascadePolicy
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import Json
+from kmq_jax.core.tree import Array
 from kmq_jax.metrics.calibration import AffineMap, IsotonicMap
 
 _FLOATING = 16  # bits from here on are floating point, not a codebook
@@ -43,16 +44,20 @@ class Tables:
         incremental: `[levels]`, the same with nested codebooks.
     """
 
-    x: Any
-    y: Any
-    scale: Any
-    offset: Any
-    low: Any
-    high: Any
-    threshold: Any
-    bits: Any
-    sequential: Any
-    incremental: Any
+    x: Array
+    y: Array
+    scale: Array
+    offset: Array
+    low: Array
+    high: Array
+    threshold: Array
+    bits: Array
+    sequential: Array
+    incremental: Array
+
+
+Figures = dict[str, jax.Array]
+"""What a run costs, by name; of a grid of policies, with an axis for them in front."""
 
 
 def prices(bits: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -107,6 +112,7 @@ def _map_tables(policy: CascadePolicy, knots: int) -> tuple[np.ndarray, ...]:
 
 def _map(scores: jax.Array, x: jax.Array, y: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
     """One level's map of scores `[trials]`."""
+    # The knots around a score; scores beyond the ends take the two outermost.
     right = jnp.clip(jnp.searchsorted(x, scores, side="right"), 1, max(x.shape[0] - 1, 1)).astype(jnp.int32)
     last = min(1, x.shape[0] - 1)
     left = right - 1
@@ -126,6 +132,7 @@ def _choose(table: Tables, mapped: jax.Array) -> tuple[jax.Array, jax.Array]:
     levels = mapped.shape[0]
     level = jnp.full(mapped.shape[1:], levels - 1, jnp.int8)
     score = mapped[-1]
+    # From the last gate to the first: the first level that stops a trial writes last, and so decides.
     for i in reversed(range(levels - 1)):
         stops = (mapped[i] <= table.low[i]) | (mapped[i] >= table.high[i])
         level, score = jnp.where(stops, jnp.int8(i), level), jnp.where(stops, mapped[i], score)
@@ -137,7 +144,7 @@ def _reach(level: jax.Array, rows: jax.Array, size: int) -> jax.Array:
     return jnp.full(size, -1, jnp.int8).at[rows].max(level)
 
 
-def _costs(table: Tables, level: jax.Array, enrol: jax.Array, test: jax.Array, sizes: tuple[int, int, bool]) -> Any:
+def _costs(table: Tables, level: jax.Array, enrol: jax.Array, test: jax.Array, sizes: tuple[int, int, bool]) -> Figures:
     enrol_size, test_size, top = sizes
     levels = table.bits.shape[0]
     resolved = jnp.stack([jnp.mean(level == i, dtype=jnp.float32) for i in range(levels)])
@@ -167,18 +174,26 @@ def _costs(table: Tables, level: jax.Array, enrol: jax.Array, test: jax.Array, s
 
 
 @partial(jax.jit, static_argnames=("sizes",))
-def _run(table: Tables, scores: Any, enrol: Any, test: Any, sizes: tuple[int, int, bool]) -> Any:
+def _run(
+    table: Tables, scores: Array, enrol: Array, test: Array, sizes: tuple[int, int, bool]
+) -> tuple[jax.Array, jax.Array, jax.Array, Figures]:
     level, score = _choose(table, _map_all(table, scores))
     return level, score, score >= table.threshold, _costs(table, level, enrol, test, sizes)
 
 
 @partial(jax.jit, static_argnames=("sizes", "shared_maps"))
 def _run_grid(
-    grid: Tables, scores: Any, enrol: Any, test: Any, right: Any, sizes: tuple[int, int, bool], shared_maps: bool
-) -> Any:
+    grid: Tables,
+    scores: Array,
+    enrol: Array,
+    test: Array,
+    right: Array,
+    sizes: tuple[int, int, bool],
+    shared_maps: bool,
+) -> Figures:
     mapped = _map_all(jax.tree.map(lambda leaf: leaf[0], grid), scores) if shared_maps else None
 
-    def one(table: Tables) -> Any:
+    def one(table: Tables) -> Figures:
         level, score = _choose(table, _map_all(table, scores) if mapped is None else mapped)
         accept = score >= table.threshold
         # `right` is +1 for a target trial that the reference accepts, -1 for a nontarget that it rejects, else 0.
@@ -215,14 +230,16 @@ class Outcome:
     utterance_bits: float
     utterance_incremental_bits: float
 
-    def costs(self) -> dict[str, Any]:
+    def costs(self) -> Json:
         """`resolved` (keys are strings) and the four costs."""
         names = ("sequential_bits", "incremental_bits", "utterance_bits", "utterance_incremental_bits")
         resolved = {str(bits): share for bits, share in self.resolved.items()}
         return {"resolved": resolved} | {name: getattr(self, name) for name in names}
 
 
-def _checked(policy: CascadePolicy, scores: ArrayLike, enrol: ArrayLike, test: ArrayLike) -> tuple[Any, Any, Any]:
+def _checked(
+    policy: CascadePolicy, scores: ArrayLike, enrol: ArrayLike, test: ArrayLike
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     values = np.asarray(scores, np.float32)
     enrol_rows, test_rows = np.asarray(enrol, np.int32), np.asarray(test, np.int32)
     if values.ndim != 2 or len(values) != len(policy.bits) or not values.shape[1]:

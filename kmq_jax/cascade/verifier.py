@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +17,8 @@ from kmq_jax import quant
 from kmq_jax.cascade.policy import CascadePolicy, read_policy
 from kmq_jax.cascade.run import map_scores
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import read_json, write_json
+from kmq_jax.core.files import Json, read_json, write_json
+from kmq_jax.core.tree import Array
 from kmq_jax.data import audio, source
 from kmq_jax.data.trials import Trials
 from kmq_jax.models import registry
@@ -145,9 +145,11 @@ class Cascade:
         seconds = dict.fromkeys(policy.bits, 0.0)
 
         def embed(level: int, rows: np.ndarray) -> np.ndarray:
+            # Utterances of undecided trials that this level has not embedded yet.
             missing = np.flatnonzero(np.bincount(rows, minlength=len(utterances)).astype(bool) & ~done[level])
             if missing.size:
                 made = embed_all(self.model_at(level), utterances.select(missing), self.compute_of(level))
+                # How long a level's embeddings are is known with the first of them.
                 if tables[level].shape[1] != made.shape[1]:
                     tables[level] = np.ones((len(utterances), made.shape[1]), np.float32)
                 tables[level][missing], done[level][missing] = made, True
@@ -168,7 +170,7 @@ class Cascade:
             seconds[bits] = time.perf_counter() - start
         return LazyRun(scores, {bits: int(done[i].sum()) for i, bits in enumerate(policy.bits)}, seconds)
 
-    def costs(self, frames: int = 300) -> dict[str, Any]:
+    def costs(self, frames: int = 300) -> Json:
         """What the cascade holds and computes.
 
         Args:
@@ -269,6 +271,7 @@ def save_cascade(directory: str | os.PathLike[str], policy: CascadePolicy, model
         place = str(Path(models[bits]).resolve())
         whole = load_model(place)
         _read_at(whole, bits, policy.models[level], models[bits])
+        # Levels of one nested model share its file.
         if place not in written:
             written[place] = f"{bits}.kmq"
             save_model(directory / written[place], whole)
@@ -288,7 +291,8 @@ def _read_at(whole: SpeakerModel, bits: int, known: str | None, place: str) -> S
     return found
 
 
-def _climbs(policy: CascadePolicy, level: int, score: Any) -> Any:
+def _climbs(policy: CascadePolicy, level: int, score: Array) -> Array:
+    # In float32, as the compiled cascade compares.
     low, high = np.asarray(policy.gates[level], np.float32)
     return (low < score) & (score < high)
 

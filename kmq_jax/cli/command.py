@@ -7,7 +7,7 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from kmq_jax.cli.flags import RENAMED, add_flags, name_flags
 from kmq_jax.core.errors import UserError
@@ -49,8 +49,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
     def parse_known_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: Any = None
-    ) -> tuple[Any, list[str]]:
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         # argparse looks for missing flags first; where a flag is missing for being misspelt, that hides the mistake.
         renamed = RENAMED.get(self.prog.removeprefix("kmq-jax "), {})
         for word in sys.argv[1:] if args is None else args:
@@ -64,7 +64,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
-    """Makes an argument parser for `kmq-jax <command>` without flags."""
+    """Makes an argument parser for `kmq-jax <command>` without flags.
+
+    >>> parser("score", "Scores a trial list.", "kmq-jax score --trials=veri_test2.txt").prog
+    'kmq-jax score'
+    """
     return _Parser(
         prog=f"kmq-jax {command}",
         description=description,
@@ -87,6 +91,7 @@ def run(command: str, main: Callable[[], None], options: Sequence[type[Options]]
     """
     try:
         main()
+        # Here and not when Python ends: a reader who has gone must show inside this `try`.
         sys.stdout.flush()
     except UserError as error:
         message = " ".join(name_flags(str(error), *options).split())
@@ -95,6 +100,7 @@ def run(command: str, main: Callable[[], None], options: Sequence[type[Options]]
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
+        # Another pipe may have broken, such as a worker's: that is no reason to be silent.
         if not _reader_has_gone():
             raise
         sys.exit(141)

@@ -47,6 +47,7 @@ def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
         if kind.type is bool:
             parser.add_argument(_flag(field), action="store_true", **words)
             continue
+        # No `type=` and no `choices=` for argparse: `options_of` reads the text, and its errors name the value.
         choices = limits.choices or kind.choices
         listed = "{" + ",".join(map(str, choices)) + "}" if choices else METAVARS.get(kind.type, "TEXT")
         words |= {"required": required, "metavar": limits.metavar or listed}
@@ -67,12 +68,14 @@ def options_of(options: type[T], args: argparse.Namespace) -> T:
     values = {}
     for field in dataclasses.fields(options):
         value, kind = getattr(args, field.name), kind_of(options, field.name)
+        # `--flag=` takes back a default that is not None.
         if value == "" and kind.optional:
             value = None
         elif isinstance(value, str):
             parts = [part for part in value.split(",") if part] if kind.many else [value]
-            read = [_read(part, kind.type, _flag(field), value, kind.many) for part in parts]
+            read: list[object] = [_read(part, kind.type, _flag(field), value, kind.many) for part in parts]
             value = tuple(read) if kind.many else read[0]
+        # A repeated flag; its default is a tuple, and is left as it is.
         elif isinstance(value, list):
             value = tuple(_read(part, kind.type, _flag(field), part, False) for part in value)
         values[field.name] = value
@@ -93,18 +96,18 @@ def name_flags(message: str, *options: type[Options]) -> str:
     return re.sub(r"`(\w+)`", lambda found: known.get(found[1], found[0]), message)
 
 
-def _flag(field: "dataclasses.Field[Any]") -> str:
+def _flag(field: "dataclasses.Field[object]") -> str:
     return f"--{limits_of(field).flag or field.name}"
 
 
-def _help(text: str, default: Any) -> str:
+def _help(text: str, default: object) -> str:
     """The text of a field and its default, if there is one to tell."""
     if not (default is None or default is False or default in ("", ())):
         text = f"{text} (default: {shown(default)})"
     return text.replace("%", "%%")
 
 
-def _read(text: str, kind: type, flag: str, whole: str, many: bool) -> Any:
+def _read(text: str, kind: type, flag: str, whole: str, many: bool) -> object:
     """One value of a flag, from its text."""
     try:
         if kind is Path and not text:
@@ -118,6 +121,12 @@ def _read(text: str, kind: type, flag: str, whole: str, many: bool) -> Any:
 class _Append(argparse.Action):
     """Collects the values of a repeated flag; the first of them replaces the default."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
         before = getattr(namespace, self.dest)
         setattr(namespace, self.dest, [*(before if isinstance(before, list) else ()), values])

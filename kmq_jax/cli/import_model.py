@@ -25,8 +25,8 @@ class Files(Options):
 
 COMMAND = Command(
     "import_model",
-    "Imports a pretrained model: WeSpeaker's ResNets (ONNX, PyTorch) and Kiwano's (.ckpt), or their tensors as\n"
-    ".safetensors. Nothing in the file is executed; every tensor must have its place.",
+    "Imports a pretrained network of WeSpeaker (ONNX, PyTorch) or Kiwano (.ckpt), or its tensors as .safetensors.\n"
+    "Nothing in the file is executed; every tensor must have its place.",
     "kmq-jax import_model --source=voxceleb_resnet34.onnx --out=runs/wespeaker34",
     (Files,),
 )

@@ -1,19 +1,21 @@
 """Several processes that train together: joining them, and what they must agree on."""
 
+import functools
 import os
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.tree import Params
 
 HERE = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Variables of a process that is started by hand: `host:port` of process 0, how many there are, which this one is."""
 
 CLUSTER = "KMQ_DISTRIBUTED"
-"""Set to 1 on machines that JAX can ask about themselves: a Cloud TPU slice, which leaves no trace in variables."""
+"""Set to 1 where JAX finds the other processes by itself, but no variable shows it: on a Cloud TPU slice."""
 
 
 def join() -> None:
@@ -26,38 +28,53 @@ def join() -> None:
         UserError: a variable is missing or wrong, or the processes do not find one another.
     """
     given = [name for name in HERE if os.environ.get(name)]
+    # A step of one task, or a slice of one host, has nobody to join.
     slurm = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
     gke = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     if not (given or slurm or gke or os.environ.get(CLUSTER) == "1"):
         return
-    settings: dict[str, Any] = {}
+    initialize: Callable[[], None] = jax.distributed.initialize
     if given:
         if len(given) < len(HERE):
             raise UserError(f"{given[0]} is set, so {' and '.join(n for n in HERE if n not in given)} must be, too")
         address, count, number = (os.environ[name] for name in HERE)
         if not (count.isdigit() and number.isdigit() and int(number) < int(count)):
             raise UserError(f"{HERE[2]} (={number}) must be a whole number below {HERE[1]} (={count})")
-        settings = {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
-        settings["cluster_detection_method"] = "deactivate"
+        # What is given by hand is all there is: without "deactivate" JAX would also ask SLURM or the cloud.
+        initialize = functools.partial(
+            jax.distributed.initialize,
+            coordinator_address=address,
+            num_processes=int(count),
+            process_id=int(number),
+            cluster_detection_method="deactivate",
+        )
     # Training listens to SIGTERM itself; JAX's own listener would swallow it before training begins.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**settings)
+        initialize()
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}") from error
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether `flag` is true in any process. All must call it."""
+    """Whether `flag` is true in any process. All must call it.
+
+    >>> anywhere(False)  # one process alone
+    False
+    """
     return bool(_from_all(np.array(flag)).any())
 
 
 def of_first(values: np.ndarray) -> np.ndarray:
-    """The `values` of process 0. All must call it, with arrays of one shape and type."""
+    """The `values` of process 0. All must call it, with arrays of one shape and type.
+
+    >>> of_first(np.array([3, 4])).tolist()
+    [3, 4]
+    """
     return _from_all(values)[0]
 
 
-def local(tree: Any) -> Any:
+def local(tree: Params) -> Params:
     """Arrays over the devices of all processes as whole arrays of this one. All must call it."""
     if jax.process_count() == 1:
         return tree

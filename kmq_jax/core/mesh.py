@@ -1,14 +1,13 @@
 """The device mesh: one named axis, `data`, over every device; parameters replicated or sharded by rule."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import map_named, match_rules, named_leaves
+from kmq_jax.core.tree import Leaf, Params, map_named, match_rules, named_leaves
 
 AXIS = "data"
 
@@ -30,7 +29,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
-def shard_batch(batch: Any, mesh: Mesh) -> Any:
+def shard_batch(batch: Params, mesh: Mesh) -> Params:
     """Puts this process's part of a batch on its devices, split along the first axis.
 
     Args:
@@ -40,6 +39,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     Raises:
         UserError: the batch does not divide evenly over this process's devices.
     """
+    # A process puts its own part on its own devices, so the part must divide over these.
     local = len(mesh.local_devices)
     sharding = batch_sharding(mesh)
 
@@ -51,7 +51,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return map_named(put, batch)
 
 
-def tree_shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, int]] = ()) -> Any:
+def tree_shardings(tree: Params, mesh: Mesh, rules: Sequence[tuple[str, int]] = ()) -> Params:
     """Decides how each leaf lies on the mesh: replicated, or split along the axis its rule names.
 
     Args:
@@ -67,7 +67,7 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, int]] = ())
     """
     axes = match_rules(rules, [name for name, _ in named_leaves(tree)])
 
-    def decide(name: str, leaf: Any) -> NamedSharding:
+    def decide(name: str, leaf: Leaf) -> NamedSharding:
         axis = axes[name]
         if axis is None:
             return replicated(mesh)

@@ -28,14 +28,14 @@ from kmq_jax.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What `option` was told of a field. For a tuple, ranges and choices are those of each of its items."""
+    """What `option` was given for a field. For a tuple, ranges and choices hold for each item."""
 
     help: str
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    choices: tuple[Any, ...] = ()
+    choices: tuple[object, ...] = ()
     suffixes: tuple[str, ...] = ()
     metavar: str | None = None
     flag: str | None = None
@@ -45,6 +45,7 @@ class Limits:
         """What is wrong with one value, as "must be ...", or None."""
         if self.choices and value not in self.choices:
             return f"must be one of {', '.join(map(str, self.choices))}"
+        # Before the ranges: infinity lies in any that has no upper end.
         if isinstance(value, float) and not math.isfinite(value):
             return "must be a finite number"
         if self.suffixes and not str(value).endswith(self.suffixes):
@@ -63,13 +64,13 @@ class Limits:
 
 def option(
     help: str,
-    default: Any = dataclasses.MISSING,
+    default: object = dataclasses.MISSING,
     *,
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
-    choices: Sequence[Any] = (),
+    choices: Sequence[object] = (),
     suffixes: Sequence[str] = (),
     metavar: str | None = None,
     flag: str | None = None,
@@ -105,19 +106,20 @@ class Options:
             UserError: "`name` (=value) must be ...".
         """
         for field in dataclasses.fields(self):
-            value = self._converted(field.name, getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
+            object.__setattr__(self, field.name, self._converted(field.name, getattr(self, field.name)))
+            value = getattr(self, field.name)
             limits = limits_of(field)
             if value is None:
                 continue
             kind = kind_of(type(self), field.name)
             if kind.choices:
                 limits = dataclasses.replace(limits, choices=kind.choices)
+            # Of a tuple, limits are those of each item.
             for one in value if kind.many else (value,):
                 if what := limits.problem(one):
                     raise UserError(f"`{field.name}` (={shown(value)}) {what}")
 
-    def _converted(self, name: str, value: Any) -> Any:
+    def _converted(self, name: str, value: object) -> object:
         kind = kind_of(type(self), name)
         if value is None and kind.optional:
             return None
@@ -131,7 +133,7 @@ class Options:
             raise UserError(f"`{name}` (={shown(value)}) must be {error}") from None
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], where: str = "") -> Self:
+    def of(cls, values: Mapping[str, object], where: str = "") -> Self:
         """Makes the options from a mapping, such as a section of a configuration file.
 
         Args:
@@ -143,6 +145,7 @@ class Options:
         """
         prefix = f"{where}: " if where else ""
         names = [field.name for field in dataclasses.fields(cls)]
+        # Unknown names first: whoever misspells a name also leaves the right one out.
         for name in values:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
@@ -164,15 +167,16 @@ class Kind:
     type: type
     many: bool
     optional: bool
-    choices: tuple[Any, ...]
+    choices: tuple[object, ...]
 
 
 def kind_of(options: type[Options], name: str) -> Kind:
     """Reads the annotation of a field of an `Options` class."""
     hint: Any = typing.get_type_hints(options)[name]
     optional, many = False, False
-    choices: tuple[Any, ...] = ()
+    choices: tuple[object, ...] = ()
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        # `X | None` is the only union that a field may have.
         (hint,) = (one for one in typing.get_args(hint) if one is not types.NoneType)
         optional = True
     if typing.get_origin(hint) is tuple:
@@ -183,13 +187,17 @@ def kind_of(options: type[Options], name: str) -> Kind:
     return Kind(hint, many, optional, choices)
 
 
-def limits_of(field: "dataclasses.Field[Any]") -> Limits:
+def limits_of(field: "dataclasses.Field[object]") -> Limits:
     """The `option` that a field was made by."""
     return field.metadata.get("option") or Limits("")
 
 
-def shown(value: Any) -> str:
-    """A value as messages and help show it: a tuple's items are separated by commas."""
+def shown(value: object) -> str:
+    """A value as messages and help show it: a tuple's items are separated by commas.
+
+    >>> shown((0.05, 2))
+    '0.05,2'
+    """
     if isinstance(value, (tuple, list)):
         return ",".join(map(shown, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -198,7 +206,7 @@ def shown(value: Any) -> str:
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 
-def _cast(value: Any, kind: type) -> Any:
+def _cast(value: Any, kind: type) -> object:
     """The value as the annotated type, where nothing is lost.
 
     Raises:
@@ -206,6 +214,7 @@ def _cast(value: Any, kind: type) -> Any:
     """
     if kind is Path and isinstance(value, str):
         return Path(value)
+    # True is an int to Python: it must not pass for 1.0.
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hasattr(value, "item") and not isinstance(value, (str, bool)):

@@ -5,13 +5,14 @@ import json
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+
+from kmq_jax.core.files import Json
 
 LIBRARIES = ("kmq_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 SOURCE = Path(__file__).resolve()
 
 
-def provenance() -> dict[str, Any]:
+def provenance() -> Json:
     """Returns `revision`, `dirty`, `python` and the version of each of `LIBRARIES`; null is what cannot be known."""
     revision, dirty = revision_of(SOURCE)
     if revision is None:

@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, overload
 
 import jax
-from jax.tree_util import DictKey, GetAttrKey
+from jax.tree_util import DictKey, GetAttrKey, KeyPath
 
 from kmq_jax.core.errors import UserError
 
@@ -21,19 +21,20 @@ Params: TypeAlias = Any
 Variables: TypeAlias = Any
 """What a network is applied with: `{"params": tree, "batch_stats": tree}`."""
 
-IsLeaf: TypeAlias = Callable[[Any], bool] | None
+IsLeaf: TypeAlias = Callable[[Leaf], bool] | None
 
 T = TypeVar("T")
+D = TypeVar("D")
 
 
-def path_name(path: tuple[Any, ...]) -> str:
+def path_name(path: KeyPath) -> str:
     """Turns a jax key path into a "/"-joined name.
 
     NNX puts each array behind an attribute `value`. The name leaves it out, so that rules fit Linen and NNX alike.
 
     >>> from jax.tree_util import DictKey, GetAttrKey
-    >>> path_name((DictKey("stage1"), DictKey("conv1"), DictKey("kernel")))
-    'stage1/conv1/kernel'
+    >>> path_name((DictKey("encoder"), DictKey("conv1"), DictKey("kernel")))
+    'encoder/conv1/kernel'
     >>> path_name((DictKey("conv1"), DictKey("kernel"), GetAttrKey("value")))
     'conv1/kernel'
     """
@@ -41,7 +42,7 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(tuple(kept), simple=True, separator="/")
 
 
-def _is_nnx_value(before: Any, key: Any) -> bool:
+def _is_nnx_value(before: object, key: object) -> bool:
     return isinstance(before, DictKey) and isinstance(key, GetAttrKey) and key.name == "value"
 
 
@@ -72,6 +73,14 @@ def replace_named(tree: Params, values: Mapping[str, Leaf], is_leaf: IsLeaf = No
     {'a': 1, 'b': {'c': 5}}
     """
     return map_named(lambda name, leaf: values.get(name, leaf), tree, is_leaf=is_leaf)
+
+
+@overload
+def match_rules(rules: Sequence[tuple[str, T]], names: Iterable[str]) -> dict[str, T | None]: ...
+
+
+@overload
+def match_rules(rules: Sequence[tuple[str, T]], names: Iterable[str], default: D) -> dict[str, T | D]: ...
 
 
 def match_rules(rules: Sequence[tuple[str, T]], names: Iterable[str], default: Any = None) -> dict[str, T | Any]:

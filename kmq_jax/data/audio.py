@@ -1,4 +1,4 @@
-"""Reading recordings of any common format as mono float32 at 16 kHz, and saying what is wrong with a bad one."""
+"""Reads recordings of any common format as mono float32 at 16 kHz; errors say what is wrong with a bad one."""
 
 import math
 import os
@@ -108,6 +108,9 @@ def to_mono_16k(wave: np.ndarray, rate: int) -> np.ndarray:
 
     Raises:
         UserError: another shape or type, values that are not finite, or a sample rate out of range.
+
+    >>> to_mono_16k(np.int16([[16384, 0], [-16384, 0]]), rate=16000).tolist()
+    [0.25, -0.25]
     """
     wave = np.asarray(wave)
     if wave.dtype == np.int16:
@@ -137,7 +140,11 @@ def num_samples(path: str | os.PathLike[str]) -> int:
 
 
 def resampled_length(samples: int, rate: int) -> int:
-    """Returns the length at 16 kHz of `samples` taken at `rate` Hz."""
+    """Returns the length at 16 kHz of `samples` taken at `rate` Hz.
+
+    >>> resampled_length(44100, rate=44100)
+    16000
+    """
     return math.ceil(samples * SAMPLE_RATE / rate)
 
 
@@ -153,12 +160,20 @@ def resample(wave: np.ndarray, rate: int) -> np.ndarray:
 
 
 def to_int16(wave: np.ndarray) -> np.ndarray:
-    """Rounds float samples in [-1, 1) to 16 bits; what lies outside is clipped."""
+    """Rounds float samples in [-1, 1) to 16 bits; what lies outside is clipped.
+
+    >>> to_int16(np.float32([0.5, -1.0, 1.5])).tolist()
+    [16384, -32768, 32767]
+    """
     return np.clip(np.rint(wave * 32768.0), -32768, 32767).astype(np.int16)
 
 
 def from_int16(wave: np.ndarray) -> np.ndarray:
-    """Turns 16-bit samples into float32 in [-1, 1)."""
+    """Turns 16-bit samples into float32 in [-1, 1).
+
+    >>> from_int16(np.int16([16384, -32768])).tolist()
+    [0.5, -1.0]
+    """
     return wave.astype(np.float32) / 32768.0
 
 
@@ -255,6 +270,7 @@ def _ogg_is_truncated(path: Path) -> bool:
     page = data.rfind(b"OggS")
     if page < 0:
         return True
+    # A page: 27 bytes, of which the last counts the segments; their lengths; the segments.
     segments = page + 27
     if segments > len(data) or segments + data[page + 26] > len(data):
         return True

@@ -92,6 +92,7 @@ def padded_lengths(
     many = total[None, :] - total[:, None]
     cost = -(-many // batch_size) * batch_size * np.concatenate(([0], sizes))[None, :].astype(np.float64)
     cost[np.tril_indices(m + 1)] = np.inf
+    # best[i]: the least cost of the first i candidates in so many buckets; origins: where the last of these begins.
     best = np.concatenate(([0.0], np.full(m, np.inf)))
     origins = []
     answers = []
@@ -100,9 +101,11 @@ def padded_lengths(
         origins.append(through.argmin(axis=0))
         best = through.min(axis=0)
         answers.append(best[m])
+    # The first minimum: more shapes that save nothing would only be compiled.
     shapes = int(np.argmin(answers)) + 1
     edges = []
     at = m
+    # From the longest bucket back to the shortest.
     for k in reversed(range(shapes)):
         edges.append(sizes[at - 1])
         at = int(origins[k][at])

@@ -11,11 +11,12 @@ as DATA everywhere. So do the outputs of `prepare_data`, which is faster: it wor
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import tensorflow_datasets as tfds
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import Json
 from kmq_jax.data import audio, corpora, prepared
 from kmq_jax.data.table import Utterances
 
@@ -28,9 +29,9 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
     VERSION = tfds.core.Version("1.0.0")
     corpus: ClassVar[str]
     # Nothing is downloaded; looking for a list of downloads, tfds would import a package it does not install.
-    url_infos: ClassVar[dict[str, Any]] = {}
+    url_infos: ClassVar[Json] = {}
 
-    def __init__(self, **settings: Any):
+    def __init__(self, **settings: object):
         super().__init__(**{"file_format": "array_record", **settings})
 
     @property
@@ -48,7 +49,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
         splits = corpora.CORPORA[self.corpus](Path(dl_manager.manual_dir)).splits
         return {name: self._generate_examples(name, table) for name, table in splits.items()}
 
-    def _generate_examples(self, split: str, table: Utterances) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, split: str, table: Utterances) -> Iterator[tuple[int, Json]]:
         rows = []
         for i in range(len(table)):
             try:
@@ -96,6 +97,6 @@ class KmqCommonBench(_Builder):
 
 
 class KmqKaldi(_Builder):
-    """Any Kaldi data directory."""
+    """A Kaldi data directory."""
 
     corpus = "kaldi"

@@ -13,6 +13,7 @@ from kmq_jax.data.table import Utterances, require_unique
 def audio_files(root: Path) -> Iterator[str]:
     """Yields the audio files below `root`, as sorted "/"-separated paths relative to it; hidden names are left out."""
     for directory, directories, names in os.walk(root, followlinks=True):
+        # In place, as `os.walk` asks: it then enters these, in this order, on any file system.
         directories[:] = sorted(name for name in directories if not name.startswith("."))
         below = os.path.relpath(directory, root).replace(os.sep, "/")
         prefix = "" if below == "." else below + "/"
@@ -24,7 +25,7 @@ def audio_files(root: Path) -> Iterator[str]:
 def open_folder(root: Path) -> Utterances:
     """Opens any `speaker/**/audio` tree: the first directory is the speaker, the relative path is the id.
 
-    Files directly in `root` belong to one speaker of the directory's own name, which is how a folder of noise opens.
+    Files directly in `root` belong to one speaker, named like the directory: so a folder of noise can be opened, too.
 
     Raises:
         UserError: there is no audio file.

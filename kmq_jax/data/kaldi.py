@@ -9,7 +9,7 @@ from kmq_jax.data.table import Utterances, require_unique
 
 
 def read_table(path: Path) -> tuple[dict[str, str], dict[str, int]]:
-    """Reads a two-column Kaldi file, `key rest-of-line`; blank lines and CRLF are fine.
+    r"""Reads a two-column Kaldi file, `key rest-of-line`; blank lines and CRLF are fine.
 
     Returns:
         `{key: rest}` and `{key: line number}`, in file order.
@@ -17,6 +17,12 @@ def read_table(path: Path) -> tuple[dict[str, str], dict[str, int]]:
     Raises:
         UserError: naming the file and line: the file cannot be read, is not UTF-8, a line has one column, or a key
             comes twice.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     written = Path(directory, "utt2spk").write_text("a-1 anna\na-2 anna\n")
+    ...     read_table(Path(directory, "utt2spk"))
+    ({'a-1': 'anna', 'a-2': 'anna'}, {'a-1': 1, 'a-2': 2})
     """
     values: dict[str, str] = {}
     lines: dict[str, int] = {}

@@ -68,6 +68,7 @@ class Crops:
         Raises:
             UserError: a hundred utterances in a row cannot be read.
         """
+        # Drawn before anything is read: which files are damaged must not shift later draws.
         place = rng.random()
         for step in range(min(_TRIES, len(self.utterances))):
             used = (i + step) % len(self.utterances)
@@ -135,8 +136,10 @@ class _Examples:
 
     def __call__(self, number: int, rng: np.random.Generator) -> dict[str, np.ndarray | np.generic]:
         table = self.speech.utterances
+        # Examples are numbered speed by speed: all utterances at the first, then all at the second.
         version, i = divmod(int(number), len(table))
         speed = self.speeds[version]
+        # A crop that is played faster must be longer to fill the same time.
         wanted = round(self.samples * speed)
         wave, used = self.speech.crop(i, wanted, rng)
         if speed != 1.0:
@@ -166,6 +169,7 @@ class _Examples:
         babble = np.zeros(self.samples, np.float32)
         for _ in range(rng.integers(BABBLE_VOICES[0], BABBLE_VOICES[1] + 1)):
             other = int(rng.integers(len(labels)))
+            # Babble with the speaker's own voice in it would be no disturbance.
             while labels[other] == speaker:
                 other = int(rng.integers(len(labels)))
             voice, _ = clips.crop(other, self.samples, rng)

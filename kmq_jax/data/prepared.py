@@ -10,19 +10,22 @@ import functools
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import atomic_write
+from kmq_jax.core.files import Row, atomic_write
 from kmq_jax.data import audio
 from kmq_jax.data.table import Utterances, concatenate
 
 COLUMNS = ("id", "path", "speaker", "samples", "gender", "age")
 
 
-def features() -> Any:
+def features() -> "tfds.features.FeaturesDict":
     """The tfds features of a record: `audio` int16 at 16 kHz, and `id`, `path`, `speaker` as text.
 
     Audio is stored as bytes: as tfds's default, a list of integers, it would take longer to read and more space.
@@ -42,12 +45,12 @@ def _example() -> Any:
     return tf_example_pb2.Example
 
 
-def serialize(features: Any, record: Mapping[str, Any]) -> bytes:
+def serialize(features: "tfds.features.FeaturesDict", record: Row) -> bytes:
     """Makes the bytes of a record, the same in every process: tfds alone leaves the order of the fields to chance."""
     return _example().FromString(features.serialize_example(record)).SerializeToString(deterministic=True)
 
 
-def write_listing(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_listing(path: Path, rows: Iterable[Row]) -> None:
     """Writes `utterances-SPLIT.csv`; each row maps `COLUMNS`, of which gender and age may be missing."""
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
@@ -112,7 +115,7 @@ class _Records:
     rows: Mapping[str, int]
 
     @cached_property
-    def _source(self) -> Any:
+    def _source(self) -> Any:  # tfds does not say the type
         import tensorflow_datasets as tfds
 
         return tfds.builder_from_directory(self.root).as_data_source(split=self.split)
@@ -122,7 +125,7 @@ class _Records:
         """Whether audio is stored as `features` has it: the bytes of the samples."""
         return self._source.dataset_info.features["audio"].to_json() == features()["audio"].to_json()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"root": self.root, "split": self.split, "rows": self.rows}  # open files stay in their process
 
     def __call__(self, name: str) -> np.ndarray:
@@ -141,6 +144,7 @@ class _Records:
                 found, wave = record["id"], record["audio"]
         except Exception as error:  # a damaged shard shows as whatever the C++ reader or the parser raises
             raise audio.AudioError(name, f"unreadable ({type(error).__name__}: {error})") from None
+        # A listing of another dataset would give one speaker's voice another's name.
         if found.decode() != name:
             raise audio.AudioError(name, f"unreadable (its record holds {found.decode()})")
         return wave

@@ -15,7 +15,6 @@ when it is loaded. The trials of a split are named like the split, `--trials=syn
 import functools
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -53,6 +52,7 @@ class Corpus:
 
     def rng(self, speaker: int, utterance: int | None = None) -> np.random.Generator:
         """The generator that draws a speaker, or one of the speaker's utterances."""
+        # Stream 0 draws the speaker, the others the utterances: asking for more of them changes none.
         stream = 0 if utterance is None else utterance + 1
         return np.random.default_rng([self.seed, _SPLITS.index(self.split), speaker, stream])
 
@@ -98,7 +98,7 @@ class Reader:
         self._made: dict[str, np.ndarray] = {}
         self._left = room
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type["Reader"], tuple[Corpus, int]]:
         return Reader, (self.corpus, self.room)
 
     def __call__(self, name: str) -> np.ndarray:
@@ -126,6 +126,9 @@ def parse(spec: str) -> Corpus:
 
     Raises:
         UserError: the split, a key or a value is unknown; the message names it.
+
+    >>> parse("synthetic:dev?speakers=3").speakers
+    3
     """
     split, _, query = spec.removeprefix(PREFIX).partition("?")
     if split not in _SPLITS:

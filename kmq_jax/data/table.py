@@ -118,6 +118,7 @@ class Utterances:
         """`[n]` int64 lengths at 16 kHz of all utterances; a missing file is found here, before any work is done."""
         if self.samples is not None:
             return np.asarray(self.samples, np.int64)
+        # Headers of many small files: threads wait for the disk together.
         with ThreadPoolExecutor(workers) as pool:
             return np.fromiter(pool.map(self.num_samples, range(len(self))), np.int64, len(self))
 
@@ -181,6 +182,7 @@ def concatenate(tables: Sequence[Utterances], same_speakers: bool = False) -> Ut
     rows: dict[str, tuple[int, int]] = {}
     known: set[str] = set()
     for t, table in enumerate(tables):
+        # Two corpora may both have a speaker 0001: the second gets the number of its table before its name.
         new = {name: name if same_speakers or name not in known else f"{t}:{name}" for name in table.speaker_names}
         known.update(new.values())
         for i, name in enumerate(table.ids):
@@ -190,6 +192,7 @@ def concatenate(tables: Sequence[Utterances], same_speakers: bool = False) -> Ut
         speakers += [new[name] for name in table.speakers]
         genders |= {new[name]: value for name, value in table.genders.items() if name in new}
         ages |= {new[name]: value for name, value in table.ages.items() if name in new}
+    # Whole files are found by their paths; anything else is read by the table it came from.
     plain = all(table.reader is None and table.spans is None for table in tables)
     known_lengths = [table.samples for table in tables if table.samples is not None]
     return Utterances(

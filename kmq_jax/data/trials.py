@@ -70,6 +70,7 @@ def read_trials(
         enrolled = {name: i for i, name in enumerate(models)}
         members = tuple(_members(name, utterances, table) for name, utterances in models.items())
 
+    # Names become numbers as they come: a list of millions of trials has few names.
     numbers = _Numbers()
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     form: _Form | None = None
@@ -83,6 +84,7 @@ def read_trials(
                 if not tokens:
                     continue
                 form = form or _guess_form(tokens, table)
+                # Words are only counted. Short and long lines that cancel out show below, as unknown names.
                 if len(tokens) != 3 * sum(1 for line in lines if not line.isspace()):
                     raise _first_error(path, form, enrolled, table)
                 part = (
@@ -96,6 +98,7 @@ def read_trials(
     if not parts or form is None:
         raise UserError(f"{path}: lists no trial")
     enrol_name, test_name, label = (np.concatenate(column) for column in zip(*parts))
+    # Looked up once a name, not once a trial.
     enrol = _rows(enrolled, numbers)[enrol_name]
     test = _rows(table, numbers)[test_name]
     if min(enrol.min(), test.min(), label.min()) < 0:
@@ -155,7 +158,9 @@ def draw_trials(utterances: Utterances, targets: int = 5000, nontargets: int = 2
     if len(groups) < 2 or not len(same):
         raise UserError("trials need two speakers, one of them with two utterances")
     same = rng.permutation(same)[:targets]
+    # Four times as many as are asked for: repeated pairs, and pairs of one speaker, fall away.
     drawn = np.sort(rng.integers(len(labels), size=(4 * nontargets, 2)), axis=1)
+    # Each pair once, in the order drawn; in `unique`'s own order the cut below would favour the first rows.
     drawn = drawn[np.sort(np.unique(drawn, axis=0, return_index=True)[1])]
     other = drawn[labels[drawn[:, 0]] != labels[drawn[:, 1]]][:nontargets]
     enrol, test = rng.permutation(np.concatenate((same, other))).T.astype(np.int32)

@@ -48,6 +48,7 @@ def open_voxceleb(root: Path) -> Utterances:
         if before.rpartition(".")[0] == after.rpartition(".")[0]:
             raise UserError(f"{place}: {name.removesuffix('.wav')} is there twice, as {before} and {after}")
     genders: dict[str, str] = {}
+    # Archives are unpacked at different depths: the metadata lies beside the tree or above it.
     for folder in dict.fromkeys((root, place, place.parent, root.parent)):
         for meta in ("vox1_meta.csv", "vox2_meta.csv"):
             if (folder / meta).is_file():

@@ -16,13 +16,13 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import atomic_write, read_json, write_json
+from kmq_jax.core.files import Json, atomic_write, read_json, write_json
 from kmq_jax.core.progress import progress
 from kmq_jax.data import audio, prepared
 from kmq_jax.data.table import Utterances
@@ -34,7 +34,7 @@ _MOST_SHARDS = 256  # readers keep a file open for each
 _LEAST_ROWS = 64  # utterances in a shard
 
 
-def prepare(utterances: Utterances, out: Path, *, workers: int = 1, min_seconds: float = 0.5) -> dict[str, Any]:
+def prepare(utterances: Utterances, out: Path, *, workers: int = 1, min_seconds: float = 0.5) -> Json:
     """Writes a dataset into the directory `out`, or finishes one that was interrupted.
 
     Args:
@@ -63,6 +63,7 @@ def prepare(utterances: Utterances, out: Path, *, workers: int = 1, min_seconds:
             raise UserError(f"--out={out} holds an unfinished dataset of another source; remove it or choose another")
     elif out.is_dir() and {entry.name for entry in out.iterdir()} - {_WORK, "rejected.csv"}:
         raise UserError(f"--out={out} is not empty; choose another directory")
+    # Before the first shard: from now on the directory is known to be this dataset's.
     write_json(plan, {"source": fingerprint})
 
     tasks = _split(utterances, work, min_seconds)
@@ -95,15 +96,16 @@ def _fingerprint(utterances: Utterances, min_seconds: float) -> str:
 
 
 def _split(utterances: Utterances, work: Path, min_seconds: float) -> list[_Task]:
+    # By the source alone, not by the workers: a resumed run must cut the same shards.
     rows = max(_LEAST_ROWS, -(-len(utterances) // _MOST_SHARDS))
     parts = [range(first, min(first + rows, len(utterances))) for first in range(0, len(utterances), rows)]
     return [_Task(utterances.select(p), work / f"{i:05d}.array_record", min_seconds) for i, p in enumerate(parts)]
 
 
-_written: Any = None  # in a worker process: the count it shares with the others
+_written: "Synchronized[int] | None" = None  # in a worker process: the count it shares with the others
 
 
-def _start_worker(written: Any) -> None:
+def _start_worker(written: "Synchronized[int]") -> None:
     global _written
     _written = written
     parent = multiprocessing.parent_process()
@@ -135,7 +137,7 @@ def _run(tasks: list[_Task], workers: int, total: int) -> None:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _ticks(written: Any, futures: list[Future[None]]) -> Iterator[None]:
+def _ticks(written: "Synchronized[int]", futures: list[Future[None]]) -> Iterator[None]:
     """Yields once for every utterance the workers are done with, until all are, or one worker fails."""
     seen = 0
     under_way: set[Future[None]] = set(futures)
@@ -152,6 +154,7 @@ def _write_shard(task: _Task) -> None:
     """Writes one shard and, once that is safe on disk, its report."""
     from array_record.python import array_record_module
 
+    assert _written is not None, "a shard is written by a process that `_start_worker` has begun"
     features = prepared.features()
     rows, rejected, size = [], [], 0
     table = task.utterances
@@ -197,13 +200,14 @@ def _plain(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _finish(utterances: Utterances, out: Path, tasks: list[_Task], fingerprint: str) -> dict[str, Any]:
+def _finish(utterances: Utterances, out: Path, tasks: list[_Task], fingerprint: str) -> Json:
     """Assembles the dataset beside the shards, then moves it into place, `dataset_info.json` last."""
     staged, assembled = out / _WORK / "finished", out / _WORK / "assembled.json"
     if not assembled.is_file():
         _assemble(utterances, out, tasks, staged, fingerprint)
         write_json(assembled, True)
     last = staged / "dataset_info.json"
+    # `dataset_info.json` comes last: a directory that has it is complete.
     for path in [*(path for path in sorted(staged.iterdir()) if path != last), last]:
         os.replace(path, out / path.name)
     shutil.rmtree(out / _WORK)

@@ -1,15 +1,13 @@
 """A diagnosis: tables of rows about a reference and its quantized versions; and what scores alone tell."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
+from kmq_jax.core.files import Json
 from kmq_jax.diagnosis import people, scores
 from kmq_jax.diagnosis.options import DiagnosisOptions
 from kmq_jax.diagnosis.resample import SpeakerDraws
-
-Row = dict[str, Any]
 
 GROUP_DRAWS = 4
 """Of the draws of speakers, one in so many serves the intervals of groups, which are many."""
@@ -29,8 +27,8 @@ class Diagnosis:
 
     trials: scores.ScoredTrials
     flips: list[scores.Flips]
-    tables: dict[str, list[Row]]
-    notes: Row = field(default_factory=dict)
+    tables: dict[str, list[Json]]
+    notes: Json = field(default_factory=dict)
 
 
 def diagnose_scores(trials: scores.ScoredTrials, recordings: people.Recordings, options: DiagnosisOptions) -> Diagnosis:

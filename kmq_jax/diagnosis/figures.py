@@ -1,8 +1,8 @@
 """The report's figures. Each takes what was found and gives one matplotlib figure, legible on a phone."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import matplotlib
 import numpy as np
@@ -14,11 +14,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from kmq_jax import html
+from kmq_jax.core.files import Row
 from kmq_jax.diagnosis.diagnosis import Diagnosis
 from kmq_jax.metrics.det_plot import det_figure
 from kmq_jax.metrics.detection import Array
-
-Row = Mapping[str, Any]
 
 _INK, _FAINT, _REFERENCE = "#22262b", "#d5d9de", "#6b7280"
 _TARGET, _NONTARGET = "#1b7f79", "#b5562b"
@@ -39,15 +38,25 @@ _STYLE: Any = {
 }
 
 
+Panels: TypeAlias = Any
+"""What `Figure.subplots` gives: one panel, or an array of them."""
+
+
 def colour(bits: int, all_bits: Sequence[int]) -> str:
-    """The colour of a number of bits, the same in every figure: from blue for the most to red."""
+    """The colour of a number of bits, the same in every figure: from blue for the most to red.
+
+    >>> colour(8, (2, 4, 8)) == colour(4, (2, 4))
+    True
+    """
     place = sorted(all_bits, reverse=True).index(bits)
     return _LADDER[place % len(_LADDER)]
 
 
-def _new(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+def _new(
+    height: float, rows: int = 1, columns: int = 1, sharex: bool = False, sharey: bool = False, squeeze: bool = True
+) -> tuple[Figure, Panels]:
     figure = Figure(figsize=(html.WIDTH, height), dpi=160, layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.09))
-    return figure, figure.subplots(rows, columns, **options)
+    return figure, figure.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=squeeze)
 
 
 def _percent(digits: int = 0) -> FuncFormatter:
@@ -59,6 +68,7 @@ def histograms(found: Diagnosis) -> Figure:
     trials = found.trials
     figure, axes = _new(1.1 + 1.45 * len(trials.bits), len(trials.bits), sharex=True, squeeze=False)
     everything = np.concatenate([trials.reference, trials.full.ravel()])
+    # A handful of far outliers would squeeze the histograms into the middle.
     low, high = np.quantile(everything, [0.0005, 0.9995])
     edges = np.linspace(low, high, 70)
     middle = (edges[1:] + edges[:-1]) / 2
@@ -121,6 +131,7 @@ def drift_by_margin(found: Diagnosis) -> Figure:
         ax.axline((0, 0), slope=-1, color=_INK, linewidth=1.0, linestyle="--", label="beyond this line decisions flip")
         ax.set_title(f"{bits} bits", loc="left", fontweight="bold", color=shade)
         ax.set_ylabel("score drift")
+    # Flips lie near the threshold; far trials would take most of the axis.
     span = np.quantile(np.abs(signed), 0.995)
     axes[-1, 0].set(xlim=(-span, span), ylim=(-1.15 * limit - 1e-6, 1.15 * limit + 1e-6))
     axes[-1, 0].set_xlabel("reference score above (+) or below (−) the threshold")
@@ -250,7 +261,7 @@ def layer_map(found: Diagnosis) -> Figure:
 
 
 def _brief(layer: str) -> str:
-    """A layer's path with numbered folders cut short: "stage2/block0/conv1" becomes "s2/b0/conv1"."""
+    """A layer's path with numbered folders cut short: "encoder2/unit0/conv1" becomes "e2/u0/conv1"."""
     return re.sub(r"([a-z])[a-z]*(\d+)/", r"\1\2/", layer)
 
 

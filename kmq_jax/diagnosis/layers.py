@@ -1,14 +1,14 @@
-"""Weight distortion of every quantized tensor, and how well it foretells the damage done to scores."""
+"""Weight distortion of every quantized tensor, and how well it predicts the damage to scores."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kmq_jax import quant
-from kmq_jax.core.tree import named_leaves
+from kmq_jax.core.files import Json, Row
+from kmq_jax.core.tree import Leaf, Params, Variables, named_leaves
 from kmq_jax.diagnosis.correlation import spearman
 from kmq_jax.metrics.bootstrap import percentile_interval
 from kmq_jax.metrics.detection import Array
@@ -34,7 +34,7 @@ PREDICTORS = {
 _NEGATED = {name for name, title in PREDICTORS.items() if title.endswith("(negated)")}
 
 
-def weight_row(reference: Array, leaf: Any, bits: int | None = None) -> dict[str, Any]:
+def weight_row(reference: Array, leaf: Leaf, bits: int | None = None) -> Json:
     """Distortion of one tensor.
 
     Args:
@@ -50,13 +50,13 @@ def weight_row(reference: Array, leaf: Any, bits: int | None = None) -> dict[str
     """
     packed = quant.is_codebook_tensor(leaf)
     read_at = bits if packed and leaf.coarse and bits in leaf.all_bits else None
-    full: Any = np.asarray(reference, np.float64)  # also what `to_groups` gives back for one
+    full: Leaf = np.asarray(reference, np.float64)  # also what `to_groups` gives back for one
     values = np.asarray(quant.dequantize_params({"x": leaf}, read_at)["x"], np.float64)
     error, power = float(np.sum((values - full) ** 2)), float(np.sum(full**2))
     groups = to_groups(full, leaf.axis if packed else full.ndim - 1)
     spread = np.abs(groups - groups.mean(1, keepdims=True)) > OUTLIER * groups.std(1, keepdims=True)
     length = np.sqrt(power * float(np.sum(values**2)))
-    row: dict[str, Any] = {
+    row: Json = {
         "relative_error": float(np.sqrt(error / power)) if power else 0.0,
         "sqnr_db": float(10 * np.log10(power / error)) if error else float("inf"),
         "cosine": float(min(np.sum(full * values) / length, 1.0)) if length else 1.0,
@@ -70,7 +70,7 @@ def weight_row(reference: Array, leaf: Any, bits: int | None = None) -> dict[str
     return row | _codebook_row(leaf, read_at) if packed else row
 
 
-def _codebook_row(leaf: quant.CodebookTensor, bits: int | None) -> dict[str, Any]:
+def _codebook_row(leaf: quant.CodebookTensor, bits: int | None) -> Json:
     """What only a codebook tensor has; see `weight_row`."""
     here = bits or leaf.bits
     shares = index_shares(np.asarray(to_groups(quant.indices_of(leaf, bits), leaf.axis)), 1 << here)
@@ -86,14 +86,24 @@ def _codebook_row(leaf: quant.CodebookTensor, bits: int | None) -> dict[str, Any
 
 
 def index_shares(indices: Array, entries: int) -> Array:
-    """The share of each codebook entry among the indices of each group: `[groups, n]` to `[groups, entries]`."""
+    """The share of each codebook entry among the indices of each group: `[groups, n]` to `[groups, entries]`.
+
+    >>> index_shares(np.array([[0, 0, 1, 3]]), entries=4).tolist()
+    [[0.5, 0.25, 0.0, 0.25]]
+    """
     groups = len(indices)
+    # Each group's indices get a range of their own, so that one count serves all.
     codes = indices.astype(np.int64) + entries * np.arange(groups)[:, None]
     return np.bincount(codes.ravel(), minlength=groups * entries).reshape(groups, entries) / indices.shape[1]
 
 
 def hessian_traces(
-    network: SpeakerNetwork, variables: Any, features: jax.Array, names: Sequence[str], draws: int = 10, seed: int = 0
+    network: SpeakerNetwork,
+    variables: Variables,
+    features: jax.Array,
+    names: Sequence[str],
+    draws: int = 10,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Hessian trace of each tensor, for the loss that quantization is about: how far embeddings turn.
 
@@ -109,8 +119,8 @@ def hessian_traces(
         seed: of the draws.
     """
 
-    def embed(params: Any) -> jax.Array:
-        embeddings: Any = network.apply({**variables, "params": params}, features, train=False)
+    def embed(params: Params) -> jax.Array:
+        embeddings: Leaf = network.apply({**variables, "params": params}, features, train=False)
         return embeddings / jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
 
     here = jax.lax.stop_gradient(jax.jit(embed)(variables["params"]))
@@ -123,9 +133,7 @@ def hessian_traces(
     )
 
 
-def correlation_rows(
-    rows: Sequence[Mapping[str, Any]], damage: str = "damage", replicates: int = 1000, seed: int = 0
-) -> list[dict[str, Any]]:
+def correlation_rows(rows: Sequence[Row], damage: str = "damage", replicates: int = 1000, seed: int = 0) -> list[Json]:
     """How well each predictor ranks the layers by the damage that each does alone, at all bits.
 
     Args:
@@ -150,12 +158,13 @@ def correlation_rows(
     return result
 
 
-def _correlation(x: Array, y: Array, replicates: int, seed: int) -> dict[str, Any]:
+def _correlation(x: Array, y: Array, replicates: int, seed: int) -> Json:
     """Spearman's correlation of two columns with its interval; None for fewer than four layers, or all alike."""
     nothing = {"spearman": None, "spearman_ci95": None, "explained": None}
     value = float(spearman(x, y)) if len(x) >= 4 else float("nan")
     if np.isnan(value):
         return nothing
+    # Layers are drawn, not trials: the question is whether another network's layers would be ranked as well.
     drawn = np.random.default_rng(seed).integers(len(x), size=(replicates, len(x)))
     found = spearman(x[drawn], y[drawn])
     found = found[~np.isnan(found)]
@@ -163,7 +172,7 @@ def _correlation(x: Array, y: Array, replicates: int, seed: int) -> dict[str, An
     return {"spearman": value, "spearman_ci95": interval, "explained": value**2}
 
 
-def kernels_of(variables: Any) -> list[str]:
+def kernels_of(variables: Variables) -> list[str]:
     """Names below `params` of all kernels, quantized or not."""
     names = [name for name, _ in named_leaves(variables["params"], is_leaf=quant.is_codebook_tensor)]
     return [name for name in names if name.rpartition("/")[2] == "kernel"]

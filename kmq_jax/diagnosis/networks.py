@@ -4,17 +4,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import named_leaves
+from kmq_jax.core.files import Json
+from kmq_jax.core.tree import Variables, named_leaves
 from kmq_jax.data import source
 from kmq_jax.data.trials import Trials
 from kmq_jax.diagnosis import layers, people, scores, variants
-from kmq_jax.diagnosis.diagnosis import Row
 from kmq_jax.diagnosis.options import DiagnosisOptions
 from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
 from kmq_jax.metrics.detection import Array, check_trials, eer
@@ -27,6 +27,9 @@ COMPONENT_DRAWS = 5
 """Of the draws of speakers, one in so many serves the intervals of components' EER."""
 
 _CAPTURED = 4  # recordings in a batch while every part's output of two networks is held
+
+
+Numbers = TypeVar("Numbers", float, Array)
 
 
 def check_same_network(reference: SpeakerModel, quantized: SpeakerModel, name: str) -> None:
@@ -83,13 +86,19 @@ class Networks:
         self.seconds: dict[str, float] = {}
 
     def _embed(
-        self, rows: Array | None, trees: Sequence[Any], desc: str, seen: Callable[[int, Array], None] | None = None
+        self,
+        rows: Array | None,
+        trees: Sequence[Variables],
+        desc: str,
+        seen: Callable[[int, Array], None] | None = None,
     ) -> Array:
         """float32 `[variants, rows, dim]`, with the networks' time noted under `desc`."""
         table = self.utterances if rows is None else self.utterances.select(rows)
         shown, seconds = f"{desc}, {len(trees)} networks", self.options.max_seconds
         with self.timed(desc):
-            batches = variants.feature_batches(self.fbank, table, max_seconds=seconds, seen=seen, desc=shown)
+            batches = variants.feature_batches(
+                self.network, self.fbank, table, max_seconds=seconds, seen=seen, desc=shown
+            )
             return variants.embed_variants(self.network, batches, trees, len(table))
 
     @contextmanager
@@ -125,7 +134,7 @@ class Networks:
             raise UserError(f"{len(rows)} utterances have no pairs of both one speaker and two: take more")
         return rows, one, two, same
 
-    def retention(self, trials: Trials) -> list[Row]:
+    def retention(self, trials: Trials) -> list[Json]:
         """Retention of components, and its mirror.
 
         Returns:
@@ -140,7 +149,7 @@ class Networks:
             rows, one, two, labels = self.subset(count)
         else:
             rows, one, two, labels = np.arange(len(self.utterances)), trials.enrol, trials.test, trials.label
-        tried: list[tuple[int, str, str, Any]] = [(32, "reference", "", self.base)]
+        tried: list[tuple[int, str, str, Variables]] = [(32, "reference", "", self.base)]
         for bits in sorted(self.retention_bits, reverse=True):
             tried.append((bits, "low", "", self.low[bits]))
             mixes = variants.component_mixes(self.network, self.base, self.low[bits])
@@ -156,27 +165,28 @@ class Networks:
         lows = {bits: rates for (bits, kind, *_), rates in zip(tried, found) if kind == "low"}
         result = []
         for (bits, kind, component, _), rates in zip(tried, found):
-            about: Row = {"bits": bits, "experiment": kind, "component": component}
+            about: Json = {"bits": bits, "experiment": kind, "component": component}
             about |= {"parameters": shares.get(component), "trials": len(labels)}
             recovery = _recovery(kind, found[0], lows[bits], rates) if component else {}
             result.append(about | rates.row(found[0]) | recovery)
         return result
 
-    def layers(self) -> tuple[list[Row], list[Row]]:
+    def layers(self) -> tuple[list[Json], list[Json]]:
         """Distortion of every kernel, and what it does alone; and activation SQNR of every block.
 
         Returns:
-            Rows of layers: `layer, component, block, weights, bits`, those of `layers.weight_row`, `hessian_trace,
+            Jsons of layers: `layer, component, block, weights, bits`, those of `layers.weight_row`, `hessian_trace,
             predicted_loss` (trace over weights x squared error), `activation_sqnr_db` of its block in the quantized
             network, `damage` (mean |drift| on all pairs of the subset when this layer alone is quantized) and
             `damage_cosine` (mean of 1 - cos between an utterance's embeddings). And of blocks: `bits, block, depth,
             sqnr_db, step_db`.
         """
+        # Tables go from input to output; a tree's own order is that of the alphabet.
         order = [f"{layer.name}/kernel" for layer in walk.layers(self.network)]
         kernels = layers.kernels_of(self.reference.variables)
         kernels.sort(key=lambda name: order.index(name) if name in order else len(order))
         rows = [row for bits in self.models for row in self._weight_rows(bits, kernels)]
-        blocks: list[Row] = []
+        blocks: list[Json] = []
         if self.options.layer_utterances:
             subset, one, two, _ = self.subset(self.options.layer_utterances)
             self._fill_damage(subset, one, two, kernels, rows)
@@ -185,22 +195,23 @@ class Networks:
             self._fill_traces(kernels, rows)
         return rows, blocks
 
-    def _weight_rows(self, bits: int, kernels: list[str]) -> list[Row]:
+    def _weight_rows(self, bits: int, kernels: list[str]) -> list[Json]:
         """The rows of `layers` at one number of bits, without what networks must run for."""
         base, quantized = dict(named_leaves(self.reference.variables["params"])), self.models[bits]
         leaves = dict(named_leaves(quantized.variables["params"], quant.is_codebook_tensor))
-        rows: list[Row] = []
+        rows: list[Json] = []
         for name in kernels:
             part = self.network.part_of(name)
-            row: Row = {"layer": name.removesuffix("/kernel"), "component": part.component}
+            row: Json = {"layer": name.removesuffix("/kernel"), "component": part.component}
             row |= {"block": part.name, "weights": int(np.size(base[name])), "bits": bits}
             row |= layers.weight_row(base[name], leaves[name], quantized.bits)
             row |= {"hessian_trace": None, "predicted_loss": None, "activation_sqnr_db": None}
             rows.append(row | {"damage": None, "damage_cosine": None})
         return rows
 
-    def _fill_damage(self, subset: Array, one: Array, two: Array, kernels: list[str], rows: list[Row]) -> None:
+    def _fill_damage(self, subset: Array, one: Array, two: Array, kernels: list[str], rows: list[Json]) -> None:
         """Adds what each layer does alone, on the pairs `one`, `two` of the utterances `subset`."""
+        # The reference runs in the same program, so that differences come from the weights alone.
         tried = [self.base]
         for tree in self.low.values():
             tried += variants.layer_mixes(self.base, tree, kernels)
@@ -211,16 +222,16 @@ class Networks:
             row["damage"] = float(np.abs(cosine_scores(rows_of, rows_of, one, two) - base).mean(dtype=np.float64))
             row["damage_cosine"] = float(1 - cosine_scores(own, rows_of, each, each).mean(dtype=np.float64))
 
-    def _fill_activations(self, subset: Array, rows: list[Row]) -> list[Row]:
+    def _fill_activations(self, subset: Array, rows: list[Json]) -> list[Json]:
         """Adds the activation SQNR of the part that each layer belongs to; gives the rows of all parts."""
         table, seconds = self.utterances.select(subset), self.options.max_seconds
         with self.timed("activations"):
             batches = variants.feature_batches(
-                self.fbank, table, max_seconds=seconds, desc="activations", batch_size=_CAPTURED
+                self.network, self.fbank, table, max_seconds=seconds, desc="activations", batch_size=_CAPTURED
             )
             sqnr = variants.activation_sqnr(self.network, batches, self.base, list(self.low.values()))
         component = {part.name: part.component for part in self.network.parts()}
-        blocks: list[Row] = []
+        blocks: list[Json] = []
         for bits, found in zip(self.low, sqnr):
             values = list(found.values())
             for depth, (name, value) in enumerate(found.items()):
@@ -232,7 +243,7 @@ class Networks:
             row["activation_sqnr_db"] = place.get((row["bits"], row["block"]))
         return blocks
 
-    def _fill_traces(self, kernels: list[str], rows: list[Row]) -> None:
+    def _fill_traces(self, kernels: list[str], rows: list[Json]) -> None:
         """Adds Hessian traces, measured on crops without padding."""
         options = self.options
         samples = int(options.hessian_seconds * source.SAMPLE_RATE)
@@ -243,7 +254,11 @@ class Networks:
             table = self.utterances.select(long)
             chosen = variants.spread_over_speakers(table, options.hessian_utterances, least=1, seed=options.seed)
             batches = variants.feature_batches(
-                self.fbank, table.select(chosen), max_seconds=options.hessian_seconds, batch_size=len(chosen)
+                self.network,
+                self.fbank,
+                table.select(chosen),
+                max_seconds=options.hessian_seconds,
+                batch_size=len(chosen),
             )
             features = next(iter(batches)).features[: len(chosen)]
             traces = layers.hessian_traces(
@@ -254,7 +269,7 @@ class Networks:
             row |= {"hessian_trace": trace, "predicted_loss": trace / row["weights"] * row["squared_error"]}
 
 
-def component_shares(network: SpeakerNetwork, variables: Any) -> dict[str, float]:
+def component_shares(network: SpeakerNetwork, variables: Variables) -> dict[str, float]:
     """The share of all parameters that each component has."""
     sizes: dict[str, int] = {}
     for name, leaf in named_leaves(variables["params"], quant.is_codebook_tensor):
@@ -281,7 +296,7 @@ class _Rates:
             draws = found.eer
         return cls(values, eer(values, labels)[0], draws)
 
-    def row(self, base: "_Rates") -> Row:
+    def row(self, base: "_Rates") -> Json:
         """The columns of `Networks.retention` from `eer` on, those about recovery empty."""
         interval = None if self.draws is None else [100 * x for x in percentile_interval(self.draws)]
         drift = float(np.abs(self.scores - base.scores).mean())
@@ -289,22 +304,24 @@ class _Rates:
         return {"eer": 100 * self.eer, "eer_ci95": interval, "mean_abs_drift": drift, **nothing}
 
 
-def _recovery(kind: str, base: _Rates, low: _Rates, here: _Rates) -> Row:
+def _recovery(kind: str, base: _Rates, low: _Rates, here: _Rates) -> Json:
     """Recovery of the EER and of drift; of the mirror experiment, the share of the damage."""
 
-    def share(full: Any, few: Any, mixed: Any) -> Any:
+    def share(full: Numbers, few: Numbers, mixed: Numbers) -> Numbers:
         with np.errstate(divide="ignore", invalid="ignore"):
             return 100 * ((few - mixed) if kind == "retention" else (mixed - full)) / (few - full)
 
-    row: Row = {"recovery": None, "recovery_ci95": None, "drift_recovery": None}
+    row: Json = {"recovery": None, "recovery_ci95": None, "drift_recovery": None}
     shares, risen = None, low.eer > base.eer
     if risen and base.draws is not None and low.draws is not None and here.draws is not None:
+        # Where a draw's EER does not rise, there is nothing to recover a share of.
         fine = low.draws > base.draws
         risen = fine.mean() >= 0.9  # else it is chance, and a share of it means nothing
         shares = share(base.draws[fine], low.draws[fine], here.draws[fine])
     if risen:
         row["recovery"] = float(share(base.eer, low.eer, here.eer))
         row["recovery_ci95"] = None if shares is None else list(percentile_interval(shares))
+    # Drift can be recovered even where the EER does not rise.
     worst = float(np.abs(low.scores - base.scores).mean())
     if worst > 0:
         row["drift_recovery"] = float(share(0.0, worst, float(np.abs(here.scores - base.scores).mean())))

@@ -1,11 +1,11 @@
-"""Whose trials suffer: flips and drift by speaker, by utterance and by kind of recording, and the worst trials."""
+"""Flips and drift by speaker, by utterance and by group of recordings, and the worst trials."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from kmq_jax.core.files import Json, Row
 from kmq_jax.diagnosis.correlation import spearman
 from kmq_jax.diagnosis.resample import SpeakerDraws, in_threads, interval_of_ratio
 from kmq_jax.diagnosis.scores import Flips, ScoredTrials
@@ -27,14 +27,21 @@ def snr_db(wave: Array) -> float:
 
     Returns:
         0 for steady noise, up to 120 dB for digital silence between words; NaN for less than two frames.
+
+    >>> rng = np.random.default_rng(0)
+    >>> steady = rng.standard_normal(16000)
+    >>> round(snr_db(np.concatenate([0.01 * steady, steady])))
+    40
     """
     samples = np.asarray(wave, np.float64)
     if len(samples) < _FRAME + _HOP:
         return float("nan")
+    # The power of overlapping frames, from one running sum.
     squares = np.concatenate([[0.0], np.cumsum(np.square(samples - samples.mean()))])
     starts = np.arange(0, len(samples) - _FRAME + 1, _HOP)
     power = (squares[starts + _FRAME] - squares[starts]) / _FRAME
     low, high = np.quantile(power, [0.1, 0.9])
+    # The running sum is good to about 120 dB; what lies deeper is rounding.
     return float(10 * np.log10(max(high, 1e-12) / max(low, 1e-12, 1e-12 * high)))
 
 
@@ -72,7 +79,7 @@ def _by(rows: tuple[Array, Array], values: Array, count: int) -> Array:
     return total + np.bincount(two, np.where(one == two, 0, values), minlength=count)
 
 
-def speaker_rows(trials: ScoredTrials, flips: Flips, recordings: Recordings) -> list[dict[str, Any]]:
+def speaker_rows(trials: ScoredTrials, flips: Flips, recordings: Recordings) -> list[Json]:
     """Flips and drift in the trials that a speaker takes part in, on either side; most harmful flips first.
 
     Returns:
@@ -108,7 +115,7 @@ def speaker_rows(trials: ScoredTrials, flips: Flips, recordings: Recordings) -> 
     return rows
 
 
-def utterance_rows(trials: ScoredTrials, flips: Flips, recordings: Recordings) -> list[dict[str, Any]]:
+def utterance_rows(trials: ScoredTrials, flips: Flips, recordings: Recordings) -> list[Json]:
     """As `speaker_rows` for utterances: `bits, utterance, speaker, path, seconds, snr_db, trials, harmful, ...`."""
     size = len(recordings.ids)
     sides = recordings.enrol, recordings.test
@@ -162,7 +169,7 @@ def groups_of(recordings: Recordings) -> dict[str, dict[str, Array]]:
 
 def group_rows(
     trials: ScoredTrials, flips: Flips, recordings: Recordings, draws: SpeakerDraws | None = None
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Flips and drift by group of utterances. A trial counts once for each of its two sides that is of the group.
 
     Returns:
@@ -172,16 +179,17 @@ def group_rows(
     harmful = [np.flatnonzero(which) for which in flips.harmful]
     size = np.abs(trials.full - trials.reference)
 
-    def of_group(group: tuple[str, str, Array]) -> list[dict[str, Any]]:
+    def of_group(group: tuple[str, str, Array]) -> list[Json]:
         title, name, mask = group
         sides = mask[recordings.enrol].astype(float) + mask[recordings.test]
+        # A trial within the group has both of its sides in it, and counts twice.
         total = sides.sum()
         if not total:
             return []
         weights = draws.sums(sides) if draws else None
         rows = []
         for m, bits in enumerate(trials.bits):
-            row: dict[str, Any] = {"bits": bits, "by": title, "group": name, "utterances": int(mask.sum())}
+            row: Json = {"bits": bits, "by": title, "group": name, "utterances": int(mask.sum())}
             flipped, drift = sides[harmful[m]], size[m] * sides
             row |= {"trial_sides": int(total), "harmful_rate": float(flipped.sum() / total), "harmful_rate_ci95": None}
             row |= {"mean_abs_drift": float(drift.sum() / total), "mean_abs_drift_ci95": None}
@@ -196,7 +204,7 @@ def group_rows(
     return sorted(rows, key=lambda row: -row["bits"])
 
 
-def drift_causes(utterances: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def drift_causes(utterances: Sequence[Row]) -> list[Json]:
     """Spearman's correlation of an utterance's mean |drift| with its duration and its SNR, by bits."""
     rows = []
     for bits in sorted({row["bits"] for row in utterances}, reverse=True):
@@ -208,7 +216,7 @@ def drift_causes(utterances: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return rows
 
 
-def worst_trials(trials: ScoredTrials, flips: Flips, recordings: Recordings, count: int = 20) -> list[dict[str, Any]]:
+def worst_trials(trials: ScoredTrials, flips: Flips, recordings: Recordings, count: int = 20) -> list[Json]:
     """The trials to listen to: harmful flips by the size of their drift, then other trials by theirs.
 
     Returns:
@@ -221,6 +229,7 @@ def worst_trials(trials: ScoredTrials, flips: Flips, recordings: Recordings, cou
         some = np.flatnonzero(flips.harmful[m])
         best = some[np.argsort(-size[some], kind="stable")[:count]]
         if len(best) < count:
+            # Harmful flips are listed already; below zero they come last, and are dropped.
             others = np.where(flips.harmful[m], -1.0, size)
             rest = np.argsort(-others, kind="stable")[: count - len(best)]
             best = np.append(best, rest[others[rest] > 0])

@@ -4,15 +4,13 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from kmq_jax import html
-from kmq_jax.core.files import atomic_write, write_json
+from kmq_jax.core.files import Json, Row, atomic_write, write_json
 from kmq_jax.diagnosis import figures, scores
 from kmq_jax.diagnosis.diagnosis import GROUP_DRAWS, Diagnosis
 from kmq_jax.diagnosis.networks import COMPONENT_DRAWS
 
-Row = Mapping[str, Any]
 _FIGURE_PREFIX = "figure-"
 _NETWORK_TABLES = ("retention", "layers", "blocks", "correlations")  # which embeddings alone do not give
 
@@ -45,9 +43,13 @@ def write(out: Path, found: Diagnosis) -> None:
     )
 
 
-def flat(row: Row) -> dict[str, Any]:
-    """A row without lists: an interval `x_ci95` becomes `x_ci95_low` and `x_ci95_high`."""
-    result: dict[str, Any] = {}
+def flat(row: Row) -> Json:
+    """A row without lists: an interval `x_ci95` becomes `x_ci95_low` and `x_ci95_high`.
+
+    >>> flat({"eer": 1.5, "eer_ci95": [1.0, 2.0]})
+    {'eer': 1.5, 'eer_ci95_low': 1.0, 'eer_ci95_high': 2.0}
+    """
+    result: Json = {}
     for key, value in row.items():
         if key.endswith("_ci95"):
             low, high = value or (None, None)
@@ -65,8 +67,12 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer.writerows(flat(row) for row in rows)
 
 
-def finite(value: Any) -> Any:
-    """The value with None for NaN and infinity, which JSON lacks."""
+def finite(value: object) -> object:
+    """The value with None for NaN and infinity, which JSON lacks.
+
+    >>> finite({"snr_db": float("inf"), "eer": 1.5})
+    {'snr_db': None, 'eer': 1.5}
+    """
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -74,7 +80,7 @@ def finite(value: Any) -> Any:
     return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def summary_of(found: Diagnosis) -> list[dict[str, Any]]:
+def summary_of(found: Diagnosis) -> list[Json]:
     """The figures that matter for each model, that of the most bits first."""
     drift = {(r["bits"], r["kind"]): r for r in found.tables["drift"] if r["class"] == "all"}
     rates = {
@@ -127,10 +133,11 @@ def describe(found: Diagnosis) -> str:
     return "\n".join(lines)
 
 
-def headline(found: Diagnosis) -> dict[str, Any]:
+def headline(found: Diagnosis) -> Json:
     """What the first paragraph says: the figures at the fewest bits."""
     last = summary_of(found)[-1]
     flips = last["flips"]
+    # Where nothing flips, the share is 0 of 1.
     everywhere = max(flips["harmful"], 1)
     return last | {
         "near_share": last["near"]["harmful"] / everywhere,
@@ -150,7 +157,7 @@ def knees_in_words(found: Diagnosis) -> list[tuple[str, str]]:
     return [(f"{place} bits" if place else "no number of bits", names) for place, names in joined.items()]
 
 
-def best_predictors(found: Diagnosis) -> list[dict[str, Any]]:
+def best_predictors(found: Diagnosis) -> list[Json]:
     """At all bits, the relative error's correlation and the best predictor's."""
     rows = [row for row in found.tables.get("correlations", []) if row["spearman"] is not None]
     result = []
@@ -162,7 +169,7 @@ def best_predictors(found: Diagnosis) -> list[dict[str, Any]]:
     return result
 
 
-def top_components(found: Diagnosis) -> dict[str, Any] | None:
+def top_components(found: Diagnosis) -> Json | None:
     """At the fewest bits that were tried, the components in order of what they recover of the drift."""
     rows = [row for row in found.tables.get("retention", []) if row["component"]]
     rows = [row for row in rows if row["drift_recovery"] is not None]

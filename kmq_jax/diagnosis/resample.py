@@ -47,6 +47,7 @@ class SpeakerDraws:
         self._pairs = pair[order][starts]  # the pairs that occur, as places in a table of all pairs
         self._apart = self._pairs // self.speakers != self._pairs % self.speakers
         rng = np.random.default_rng(seed)
+        # How often each speaker is drawn: n draws with replacement, as multiplicities.
         draws = rng.multinomial(self.speakers, np.full(self.speakers, 1 / self.speakers), replicates)
         self._copies = draws.astype(np.float32)
 
@@ -66,10 +67,12 @@ class SpeakerDraws:
         else:
             weights = np.bincount(self._place[where], values, minlength=len(self._starts))
         n, copies = self.speakers, self._copies
+        # Trials within one speaker weigh as its copies, not as their square: they are kept apart.
         own = np.zeros(n, np.float32)
         own[self._pairs[~self._apart] // n] = weights[~self._apart]
         total = (copies @ own).astype(np.float64)
         some = np.flatnonzero(self._apart & (weights != 0))
+        # A dense table where most pairs occur; else a sparse one. Both give the same sums.
         if n <= _MOST and len(some) * _SPARSE > n * n:
             table = np.zeros(n * n, np.float32)
             table[self._pairs[some]] = weights[some]

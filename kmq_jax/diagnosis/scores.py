@@ -1,17 +1,17 @@
-"""What quantization does to scores and decisions: drift, flips, margins, and at how few bits it begins to hurt.
+"""What quantization does to scores and decisions: drift, flips, margins, and the bits at which damage sets in.
 
 Arrays are `[models, trials]`, and each statistic is computed for all models at once; nothing steps through trials.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import Json, Row
 from kmq_jax.diagnosis.correlation import known, pearson, ranks
 from kmq_jax.diagnosis.resample import SpeakerDraws, in_threads, interval_of_ratio
 from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
@@ -109,18 +109,18 @@ def scored_trials(
     return ScoredTrials(all_bits, base, stack(full), None if test_only is None else stack(test_only), target, *speakers)
 
 
-def system_rows(trials: ScoredTrials, replicates: int = 1000, seed: int = 0) -> list[dict[str, Any]]:
+def system_rows(trials: ScoredTrials, replicates: int = 1000, seed: int = 0) -> list[Json]:
     """EER and minDCF of the reference (bits 32) and each model, with intervals, paired where differences.
 
     Returns:
         `bits, eer, eer_ci95, eer_change, eer_change_ci95, min_dcf, min_dcf_ci95, threshold`; rates in percent, the
         threshold that of the model's own EER.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     base: Array | None = None
     for bits, scores in zip((32, *trials.bits), (trials.reference, *trials.full)):
         rate, threshold = eer(scores, trials.labels)
-        row: dict[str, Any] = {"bits": bits, "eer": 100 * rate, "eer_ci95": None}
+        row: Json = {"bits": bits, "eer": 100 * rate, "eer_ci95": None}
         row |= {"eer_change": 100 * rate - (rows[0]["eer"] if rows else 100 * rate), "eer_change_ci95": None}
         row |= {"min_dcf": min_dcf(scores, trials.labels), "min_dcf_ci95": None, "threshold": threshold}
         if replicates:
@@ -128,6 +128,7 @@ def system_rows(trials: ScoredTrials, replicates: int = 1000, seed: int = 0) -> 
                 scores, trials.labels, trials.enrol_speaker, trials.test_speaker, replicates, seed
             )
             if len(draws.eer) >= 0.9 * replicates:
+                # One seed draws the same speakers for every model, so differences of draws are paired.
                 base = draws.eer if base is None else base
                 row["eer_ci95"] = [100 * x for x in percentile_interval(draws.eer)]
                 row["eer_change_ci95"] = [100 * x for x in percentile_interval(draws.eer - base)]
@@ -136,7 +137,7 @@ def system_rows(trials: ScoredTrials, replicates: int = 1000, seed: int = 0) -> 
     return rows
 
 
-def drift_rows(trials: ScoredTrials, draws: SpeakerDraws | None = None) -> list[dict[str, Any]]:
+def drift_rows(trials: ScoredTrials, draws: SpeakerDraws | None = None) -> list[Json]:
     """Score drift by model, kind and class.
 
     Drift is the quantized score minus the reference's; "full" quantizes both sides, "test-only" the test side.
@@ -151,16 +152,18 @@ def drift_rows(trials: ScoredTrials, draws: SpeakerDraws | None = None) -> list[
     """
     labels, base = trials.labels, trials.reference
     masks = {"all": np.ones(len(labels), bool), "target": labels, "nontarget": ~labels}
+    # The reference's ranks are the same for every model and kind.
     own = {name: ranks(base[mask]) for name, mask in masks.items()}
 
     def by_class(values: Array) -> dict[str, Array]:
         assert draws is not None
+        # Sums are linear, so two of them give all three classes.
         target, nontarget = draws.sums(np.where(labels, values, 0)), draws.sums(np.where(labels, 0, values))
         return {"all": target + nontarget, "target": target, "nontarget": nontarget}
 
     weights = by_class(np.ones(len(labels))) if draws else {}
 
-    def of_model(job: tuple[str, int]) -> list[dict[str, Any]]:
+    def of_model(job: tuple[str, int]) -> list[Json]:
         kind, m = job
         scores = trials.kinds()[kind][m]
         drift = scores - base
@@ -169,7 +172,7 @@ def drift_rows(trials: ScoredTrials, draws: SpeakerDraws | None = None) -> list[
         rows = []
         for name, mask in masks.items():
             part = drift[mask]
-            row: dict[str, Any] = {"bits": trials.bits[m], "kind": kind, "class": name, "trials": len(part)}
+            row: Json = {"bits": trials.bits[m], "kind": kind, "class": name, "trials": len(part)}
             for key, value in (("mean", part.mean()), ("mean_abs", size[mask].mean())):
                 row[key] = float(value)
                 row[f"{key}_ci95"] = interval_of_ratio(sums[key][name], weights[name]) if draws else None
@@ -227,15 +230,22 @@ def all_flips(trials: ScoredTrials, thresholds: Sequence[float] = ()) -> list[Fl
 def mcnemar(harmful: int, beneficial: int) -> float:
     """The exact two-sided p-value that harmful and beneficial flips are equally likely (McNemar 1947).
 
-    It takes trials for independent, which trials that share speakers are not; the interval of the net rate over draws
-    of speakers does not.
+    It assumes independent trials, but trials that share speakers are not. The interval of the net rate, over draws of
+    speakers, does not assume it.
+
+    >>> round(mcnemar(5, 0), 4)
+    0.0625
     """
     both = harmful + beneficial
     return float(binomtest(harmful, both).pvalue) if both else 1.0
 
 
 def equal_mass_edges(margin: Array, bins: int = EQUAL_MASS_BINS) -> Array:
-    """The inner edges `[bins - 1]` between bins of equally many trials."""
+    """The inner edges `[bins - 1]` between bins of equally many trials.
+
+    >>> equal_mass_edges(np.array([0.0, 1.0, 2.0, 3.0, 4.0]), bins=2).tolist()
+    [2.0]
+    """
     return np.quantile(margin, np.arange(1, bins) / bins)
 
 
@@ -245,7 +255,7 @@ def flip_rows(
     draws: SpeakerDraws | None = None,
     bins: int = EQUAL_MASS_BINS,
     edges: Sequence[float] = FIXED_EDGES,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Flip rates by model, of each class and of each bin of the reference's margin.
 
     Args:
@@ -268,24 +278,26 @@ def flip_rows(
     if bins < 1 or (np.diff(fixed, prepend=0.0) <= 0).any() or not np.isfinite(fixed).all():
         raise UserError(f"margin bins (={bins}) must be at least 1, edges (={list(edges)}) must ascend from above zero")
     margin = flips.margin
-    parts: list[tuple[dict[str, Any], Array]] = []
+    parts: list[tuple[Json, Array]] = []
     everything = np.ones(len(margin), bool)
     for name, mask in (("all", everything), ("target", trials.labels), ("nontarget", ~trials.labels)):
         parts.append(({"binning": "none", "bin": 0, "low": 0.0, "high": None, "class": name}, mask))
     for binning, inner in (("equal-mass", equal_mass_edges(margin, bins)), ("fixed", fixed)):
+        # A margin on an edge belongs to the bin above it.
         place = np.searchsorted(inner, margin, side="right")
         for i, (low, high) in enumerate(zip([0.0, *inner.tolist()], [*inner.tolist(), None])):
             parts.append(({"binning": binning, "bin": i, "low": low, "high": high, "class": "all"}, place == i))
     kinds = {"harmful": flips.harmful, "beneficial": flips.beneficial}
+    # Flips are few: as lists of trials, every bin sums over these alone.
     found = [{name: np.flatnonzero(which[m]) for name, which in kinds.items()} for m in range(len(trials.bits))]
 
-    def of_part(part: tuple[dict[str, Any], Array]) -> list[dict[str, Any]]:
+    def of_part(part: tuple[Json, Array]) -> list[Json]:
         about, mask = part
         count = int(mask.sum())
         weights = draws.sums(mask) if draws else None
         rows = []
         for m, bits in enumerate(trials.bits):
-            row: dict[str, Any] = {"threshold_name": flips.name, "threshold": flips.threshold, "bits": bits}
+            row: Json = {"threshold_name": flips.name, "threshold": flips.threshold, "bits": bits}
             row |= {"model_threshold": float(flips.model_thresholds[m]), **about, "trials": count}
             here = {name: at[mask[at]] for name, at in found[m].items()}
             row |= {name: len(at) for name, at in here.items()}
@@ -311,6 +323,7 @@ def knee(all_bits: Sequence[int], damage: Sequence[float]) -> int | None:
     >>> knee([8, 4, 3, 2], [0.0, 0.1, 0.2, 1.0])
     3
     """
+    # From the most bits to the fewest, so that damage grows along the curve.
     order = np.argsort(all_bits)[::-1]
     x, y = np.asarray(all_bits, float)[order], np.asarray(damage, float)[order]
     if len(x) < 3 or len(np.unique(x)) < len(x) or not y[-1] > y[0] or y.max() > y[-1]:
@@ -320,9 +333,7 @@ def knee(all_bits: Sequence[int], damage: Sequence[float]) -> int | None:
     return int(x[best]) if below[best] >= 0.1 else None
 
 
-def knees(
-    systems: Sequence[Mapping[str, Any]], drift: Sequence[Mapping[str, Any]], flips: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def knees(systems: Sequence[Row], drift: Sequence[Row], flips: Sequence[Row]) -> Json:
     """The knee of EER, mean |drift| and harmful flips, and the rule."""
 
     def curve(rows: Iterator[tuple[int, float]]) -> int | None:

@@ -8,7 +8,6 @@ once a batch, and every variant embeds them before the next batch is read.
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +16,9 @@ import numpy as np
 from kmq_jax import frontend, quant
 from kmq_jax.core import mesh
 from kmq_jax.core.progress import progress
-from kmq_jax.core.tree import map_named, named_leaves
-from kmq_jax.data import buckets, source
-from kmq_jax.models.batches import padded_batches, usable_lengths
+from kmq_jax.core.tree import Array, Variables, map_named, named_leaves
+from kmq_jax.data import source
+from kmq_jax.models.batches import padded_batches, plan_batches, usable_lengths
 from kmq_jax.models.protocol import Part, SpeakerNetwork
 from kmq_jax.models.speaker_model import BATCH_SIZE
 from kmq_jax.nn.layers import expand_mask
@@ -47,6 +46,7 @@ def _features(fbank: frontend.FbankConfig, wave: jax.Array, samples: jax.Array) 
 
 
 def feature_batches(
+    network: SpeakerNetwork,
     fbank: frontend.FbankConfig,
     utterances: source.Utterances,
     *,
@@ -58,7 +58,8 @@ def feature_batches(
     """Reads recordings and computes their features, batch by batch.
 
     Args:
-        fbank: the filterbank.
+        network: what embeds them.
+        fbank: its filterbank.
         utterances: the table.
         max_seconds: only so much from the start of each recording; 0 takes all.
         batch_size: recordings in a batch.
@@ -68,23 +69,23 @@ def feature_batches(
     Raises:
         UserError: a recording cannot be read or is too short; the message names it.
     """
-    lengths = usable_lengths(utterances, fbank, max_seconds)
+    lengths = usable_lengths(network, fbank, utterances, max_seconds)
     devices = mesh.make_mesh(jax.local_devices())
-    plan = buckets.length_buckets(lengths, min(batch_size, len(lengths)), max_shapes=4)
+    plan = plan_batches(network, fbank, lengths, min(batch_size, len(lengths)), max_shapes=4)
     shown = progress(plan, desc=desc, unit="batch")
     for batch in padded_batches(shown, lengths, utterances.load, devices, seen=seen):
         yield FeatureBatch(batch.members, *_features(fbank, batch.wave, batch.samples))
 
 
-def on_devices(variables: Any, bits: int | None = None) -> Any:
+def on_devices(variables: Variables, bits: int | None = None) -> Variables:
     """The variables as arrays on every local device, quantized tensors turned into their values."""
     return jax.device_put(
         quant.dequantize_params(variables, bits), mesh.replicated(mesh.make_mesh(jax.local_devices()))
     )
 
 
-def mix(reference: Any, quantized: Any, low: Callable[[str], bool]) -> Any:
-    """Takes the leaves whose name `low` says yes to from `quantized`, all others from `reference`.
+def mix(reference: Variables, quantized: Variables, low: Callable[[str], bool]) -> Variables:
+    """A tree with the leaves that `low` chooses by name from `quantized`, and all others from `reference`.
 
     Args:
         reference: variables of the reference network, `{"params": tree, "batch_stats": tree}`.
@@ -94,8 +95,10 @@ def mix(reference: Any, quantized: Any, low: Callable[[str], bool]) -> Any:
     return map_named(lambda name, full, few: few if low(_below(name)) else full, reference, quantized)
 
 
-def component_mixes(network: SpeakerNetwork, reference: Any, quantized: Any) -> Iterator[tuple[str, str, Any]]:
-    """The variants of stage-wise retention and of its mirror: `(experiment, component, variables)`.
+def component_mixes(
+    network: SpeakerNetwork, reference: Variables, quantized: Variables
+) -> Iterator[tuple[str, str, Variables]]:
+    """The variants of retention by component and of its mirror: `(experiment, component, variables)`.
 
     "retention" keeps one component at full precision in the quantized network; "mirror" quantizes one component of the
     full-precision network. Components without parameters, such as plain statistics pooling, make no variant.
@@ -118,7 +121,7 @@ def _below(name: str) -> str:
     return name.split("/", 1)[1]
 
 
-def layer_mixes(reference: Any, quantized: Any, kernels: Iterable[str]) -> Iterator[Any]:
+def layer_mixes(reference: Variables, quantized: Variables, kernels: Iterable[str]) -> Iterator[Variables]:
     """For each kernel, the reference network with that layer (its kernel and bias) from the quantized one."""
     for kernel in kernels:
         layer = kernel.removesuffix("kernel")
@@ -130,13 +133,13 @@ def layer_mixes(reference: Any, quantized: Any, kernels: Iterable[str]) -> Itera
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(network: SpeakerNetwork, variables: Any, features: jax.Array, frames: jax.Array) -> jax.Array:
-    embeddings: Any = network.apply(variables, features, frames, train=False)
+def _embed(network: SpeakerNetwork, variables: Variables, features: jax.Array, frames: jax.Array) -> jax.Array:
+    embeddings: Array = network.apply(variables, features, frames, train=False)
     return embeddings
 
 
 def embed_variants(
-    network: SpeakerNetwork, batches: Iterable[FeatureBatch], variants: Sequence[Any], count: int
+    network: SpeakerNetwork, batches: Iterable[FeatureBatch], variants: Sequence[Variables], count: int
 ) -> np.ndarray:
     """Embeds the same recordings with every variant.
 
@@ -160,7 +163,7 @@ def embed_variants(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _activations(
-    network: SpeakerNetwork, variables: Any, features: jax.Array, frames: jax.Array
+    network: SpeakerNetwork, variables: Variables, features: jax.Array, frames: jax.Array
 ) -> dict[str, jax.Array]:
     """Outputs of all parts. A program of its own, so that equal weights give equal outputs."""
     return network.taps(variables, features, frames)[1]
@@ -195,7 +198,7 @@ def _powers(
 
 
 def activation_sqnr(
-    network: SpeakerNetwork, batches: Iterable[FeatureBatch], reference: Any, variants: Sequence[Any]
+    network: SpeakerNetwork, batches: Iterable[FeatureBatch], reference: Variables, variants: Sequence[Variables]
 ) -> list[dict[str, float]]:
     """Signal-to-quantization-noise ratio (dB) of the outputs of the network's parts.
 
@@ -209,6 +212,7 @@ def activation_sqnr(
     signal: dict[str, float] = {}
     noise: list[dict[str, float]] = [{} for _ in variants]
     for batch in batches:
+        # Rows without a recording hold padding, whose outputs must not count.
         frames = jnp.where(jnp.arange(len(batch.features)) < len(batch.members), batch.frames, 0)
         own = _activations(network, reference, batch.features, batch.frames)
         for total, other in zip((signal, *noise), (None, *variants)):
@@ -241,6 +245,7 @@ def spread_over_speakers(utterances: source.Utterances, count: int, least: int =
     labels = utterances.labels[order]
     by_speaker = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[by_speaker], prepend=-1))
+    # An utterance's place among its speaker's: everybody gives a first one before anybody gives a second.
     turn = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
     sizes = np.diff(np.append(starts, len(order)))
     # Speakers with enough utterances come first, in random order.

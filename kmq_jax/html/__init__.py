@@ -5,7 +5,6 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import matplotlib
@@ -25,7 +24,7 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def write(path: Path, page: str, pictures: Mapping[str, bytes], **values: Any) -> None:
+def write(path: Path, page: str, pictures: Mapping[str, bytes], **values: object) -> None:
     """Writes a page.
 
     Args:
@@ -36,12 +35,15 @@ def write(path: Path, page: str, pictures: Mapping[str, bytes], **values: Any) -
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("kmq_jax.html", "."),
+        # Names of files and speakers come from users' data.
         autoescape=True,
+        # A misspelt name raises, instead of leaving a gap in the report.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "percent": percent, "interval": interval, "p": p_value}
+    # Inside the page, so that it stays whole when it is moved or mailed.
     images = {name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in pictures.items()}
     text = environment.get_template(f"{page}.html.j2").render(images=images, **values)
     with atomic_write(path) as temporary:
@@ -49,7 +51,11 @@ def write(path: Path, page: str, pictures: Mapping[str, bytes], **values: Any) -
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number with a true minus sign; a dash where there is none."""
+    """A number with a true minus sign; a dash where there is none.
+
+    >>> number(-0.5), number(None)
+    ('−0.500', '–')
+    """
     if value is None:
         return "–"
     if not math.isfinite(value):
@@ -58,17 +64,29 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None, digits: int = 2) -> str:
-    """A fraction as percent."""
+    """A fraction as percent.
+
+    >>> percent(0.0123)
+    '1.23 %'
+    """
     return "–" if value is None else f"{number(100 * value, digits)} %"
 
 
 def interval(value: Sequence[float] | None, digits: int = 3, scale: float = 1.0) -> str:
-    """An interval in brackets, or nothing."""
+    """An interval in brackets, or nothing.
+
+    >>> interval([0.01, 0.02], digits=1, scale=100)
+    '[1.0, 2.0]'
+    """
     return "" if not value else f"[{number(scale * value[0], digits)}, {number(scale * value[1], digits)}]"
 
 
 def p_value(value: float | None) -> str:
-    """A p-value."""
+    """A p-value.
+
+    >>> p_value(0.25), p_value(1e-9)
+    ('0.2500', '< 0.0001')
+    """
     if value is None:
         return "–"
     return "< 0.0001" if value < 1e-4 else f"{value:.4f}"

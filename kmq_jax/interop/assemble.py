@@ -3,12 +3,13 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import map_named
+from kmq_jax.core.files import Json
+from kmq_jax.core.tree import Leaf, Variables, map_named
 from kmq_jax.models import registry
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.resnet import ResNet
@@ -32,9 +33,9 @@ class Imported(NamedTuple):
     """
 
     architecture: str
-    settings: dict[str, Any]
+    settings: Json
     frontend: str
-    variables: dict[str, Any]
+    variables: Variables
 
 
 def torch_names(modules: Mapping[str, str]) -> Callable[[str], str]:
@@ -43,6 +44,10 @@ def torch_names(modules: Mapping[str, str]) -> Callable[[str], str]:
     Args:
         modules: their name of each module of ours; within a block, relative to it. Modules of a block that keep their
             name need no entry: `stage1/block0/conv1` is `layer1.0.conv1` in both families.
+
+    >>> name_of = torch_names({"stem/conv": "conv1", "shortcut/conv": "shortcut.0"})
+    >>> name_of("stem/conv/kernel"), name_of("stage2/block0/shortcut/conv/kernel")
+    ('conv1.weight', 'layer2.0.shortcut.0.weight')
     """
 
     def translate(name: str) -> str:
@@ -62,6 +67,9 @@ def count_blocks(names: Iterable[str], where: str) -> list[int]:
 
     Raises:
         UserError: there are none, or their numbers have a gap.
+
+    >>> count_blocks([f"layer{stage}.{n}.conv1.weight" for stage in (1, 2, 3, 4) for n in range(stage)], "model.pt")
+    [1, 2, 3, 4]
     """
     blocks: list[set[int]] = [set(), set(), set(), set()]
     for name in names:
@@ -93,7 +101,7 @@ def assemble(
     name_of: Callable[[str], str],
     kernel_axes: tuple[int, int, int, int],
     where: str,
-) -> dict[str, Any]:
+) -> Variables:
     """Fills the variables of `network`.
 
     Args:
@@ -110,15 +118,17 @@ def assemble(
         UserError: a tensor is missing, has the wrong shape or type, is not finite, or is left over; it is named.
     """
     assert isinstance(network, ResNet)
+    # Three strides of 2, each rounding up, come to an eighth, rounded up.
     freqs = math.ceil(network.features / 8)
     channels = network.channels[-1] * network.block.expansion
     used = set()
 
-    def take(name: str, leaf: Any) -> np.ndarray:
+    def take(name: str, leaf: Leaf) -> np.ndarray:
         _, ours = name.split("/", 1)
         theirs = name_of(ours)
         if theirs not in tensors:
             raise UserError(f"{where}: tensor {theirs} is missing")
+        # Each tensor once: what is never taken is reported below, not dropped in silence.
         used.add(theirs)
         given = tensors[theirs]
         value = given

@@ -6,11 +6,10 @@ as written before 2024. The classifier `output.W` is left behind. Structure read
 https://github.com/mrouvier/kiwano at 3e276cd and earlier.
 """
 
-from typing import Any
-
 import numpy as np
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import Json
 from kmq_jax.interop.assemble import Imported, assemble, count_blocks, shape_of, torch_names
 from kmq_jax.interop.torch_checkpoint import Checkpoint
 from kmq_jax.models import registry
@@ -71,7 +70,7 @@ def convert(checkpoint: Checkpoint, where: str, activation: str | None = None) -
         return shape_of(tensors, name_of(f"{module}/kernel"), axes, where)
 
     blocks = count_blocks([name.removeprefix("preresnet.") for name in tensors], where)
-    settings: dict[str, Any] = {
+    settings: Json = {
         "blocks": blocks,
         "width": kernel_shape("stem/conv", 4)[0],
         "features": _features(about, where),
@@ -86,10 +85,11 @@ def convert(checkpoint: Checkpoint, where: str, activation: str | None = None) -
 
 def _architecture(blocks: list[int]) -> str:
     names = [name for name in registry.names() if getattr(registry.build(name), "block", None) is PreActivationBlock]
+    # A depth that no name has goes by the first name; `blocks` in its settings tells the depth.
     return next((n for n in names if registry.default_settings(n)["blocks"] == blocks), names[0])
 
 
-def _features(about: dict[str, Any], where: str) -> int:
+def _features(about: Json, where: str) -> int:
     """The features a frame, and whether the rest of the stored settings, if any, is that of the known networks."""
     config = about.get("config")
     config = config if isinstance(config, dict) else {}

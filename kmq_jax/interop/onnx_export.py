@@ -12,16 +12,16 @@ arithmetic unpacks: they take no more room than their bits.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import atomic_write
-from kmq_jax.core.tree import named_leaves
-from kmq_jax.interop.onnx_graph import require_onnx
+from kmq_jax.core.files import Json, atomic_write
+from kmq_jax.core.tree import Leaf, Variables, named_leaves
+from kmq_jax.interop.onnx_graph import Node, Onnx, require_onnx
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.nn.conv import Window, window
 from kmq_jax.nn.layers import BatchNorm
@@ -38,7 +38,7 @@ Affine = tuple[np.ndarray, np.ndarray]
 def export(
     path: Path,
     network: SpeakerNetwork,
-    variables: Mapping[str, Any],
+    variables: Variables,
     metadata: Mapping[str, str] | None = None,
     bits: int | None = None,
     opset: int | None = None,
@@ -68,11 +68,11 @@ def export(
 
 def build(
     network: SpeakerNetwork,
-    variables: Mapping[str, Any],
+    variables: Variables,
     metadata: Mapping[str, str] | None = None,
     bits: int | None = None,
     opset: int | None = None,
-) -> Any:
+) -> Onnx:
     """Makes the `onnx.ModelProto` that `export` writes; see there."""
     onnx = require_onnx()
     leaves = {
@@ -81,11 +81,11 @@ def build(
     }
     statistics = {name: np.asarray(leaf) for name, leaf in named_leaves(variables.get("batch_stats", {}))}
     graph = _Graph(onnx, leaves, statistics, bits, _opset(onnx, leaves, bits, opset))
-    graph.node("Identity", network.to_onnx(graph, "feats"), output="embs")
+    graph.named("embs", "Identity", network.to_onnx(graph, "feats"))
     return graph.model(network, metadata or {})
 
 
-def _opset(onnx: Any, leaves: Mapping[str, Any], bits: int | None, opset: int | None) -> int:
+def _opset(onnx: Onnx, leaves: Mapping[str, Leaf], bits: int | None, opset: int | None) -> int:
     newest = onnx.defs.onnx_opset_version()
     if opset is not None:
         if not OLDEST_OPSET <= opset <= newest:
@@ -105,7 +105,8 @@ def _indices(tensor: CodebookTensor, bits: int) -> np.ndarray:
     """The indices of a tensor in its shape, by numpy: jax would compile for every shape."""
     stream = np.unpackbits(np.asarray(tensor.packed), axis=1, bitorder="little")[:, : tensor.group_size * tensor.bits]
     digits = stream.reshape(tensor.groups, tensor.group_size, tensor.bits)[..., tensor.bits - bits :]
-    rows: Any = np.bitwise_or.reduce(digits << np.arange(bits, dtype=np.uint8), axis=-1)
+    # Of a nested tensor the index at fewer bits is the upper bits of that at the most.
+    rows: Leaf = np.bitwise_or.reduce(digits << np.arange(bits, dtype=np.uint8), axis=-1)
     return np.asarray(from_groups(rows, tensor.shape, tensor.axis))
 
 
@@ -113,23 +114,26 @@ class _Graph:
     """An ONNX graph that grows node by node, and the parameters it is made from."""
 
     def __init__(
-        self, onnx: Any, leaves: Mapping[str, Any], statistics: Mapping[str, np.ndarray], bits: int | None, opset: int
+        self, onnx: Onnx, leaves: Mapping[str, Leaf], statistics: Mapping[str, np.ndarray], bits: int | None, opset: int
     ):
         self._onnx = onnx
         self._leaves = leaves
         self._statistics = statistics
         self._bits = bits
         self._opset = opset
-        self._nodes: list[Any] = []
-        self._tensors: dict[str, Any] = {}
+        self._nodes: list[Node] = []
+        self._tensors: dict[str, Onnx] = {}
 
-    def node(self, operator: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
+    def node(self, operator: str, *inputs: str, **attributes: object) -> str:
         """Adds a node and returns the name of its output."""
-        output = output or f"{operator}_{len(self._nodes)}"
+        return self.named(f"{operator}_{len(self._nodes)}", operator, *inputs, **attributes)
+
+    def named(self, output: str, operator: str, *inputs: str, **attributes: object) -> str:
+        """Adds a node whose output has a name of its own."""
         self._nodes.append(self._onnx.helper.make_node(operator, inputs, [output], name=output, **attributes))
         return output
 
-    def array(self, name: str, value: Any, dtype: Any = None) -> str:
+    def array(self, name: str, value: ArrayLike, dtype: DTypeLike | None = None) -> str:
         """Adds an initializer, once, and returns its name."""
         if name not in self._tensors:
             self._tensors[name] = self._onnx.numpy_helper.from_array(np.ascontiguousarray(value, dtype), name)
@@ -150,6 +154,7 @@ class _Graph:
         """Slope and shift of the batch normalisation `name` in evaluation; None where the network has none there."""
         measured = f"{name}/mean" in self._statistics
         if f"{name}/scale" in self._leaves:
+            # In float64, so that what is folded together is rounded once.
             slope = self._leaves[f"{name}/scale"].astype(np.float64)
             shift = self._leaves[f"{name}/bias"].astype(np.float64)
         elif measured:
@@ -162,7 +167,7 @@ class _Graph:
         return slope, shift
 
     def bias(self, layer: str, norm: str | None) -> str | None:
-        """The bias of a layer with the normalisation after it folded in; None where both lack."""
+        """The bias of a layer, with the normalisation after it folded in; None where there is neither."""
         given = self._leaves.get(f"{layer}/bias")
         affine = self.affine(norm) if norm else None
         if affine is None:
@@ -177,6 +182,7 @@ class _Graph:
         affine = self.affine(norm) if norm else None
         slope = None if affine is None else affine[0].reshape(-1, *[1] * (len(axes) - 1))
         if not is_codebook_tensor(leaf) and leaf.dtype != np.float16:
+            # Float32 is folded now; float16 and codebooks stay as they are, and a node multiplies the slope in.
             value = leaf.transpose(axes)
             return self.array(name, value if slope is None else value * slope, np.float32)
         if is_codebook_tensor(leaf):
@@ -243,7 +249,7 @@ class _Graph:
         shape = self._leaves[f"{layer}/kernel"].shape
         moves = moves or window(len(shape) - 2, shape[:-2])
         inputs = [x, self.kernel(layer, norm, _CONV_AXES[len(shape)]), self.bias(layer, norm)]
-        more: dict[str, Any] = {} if set(moves.dilations) == {1} else {"dilations": list(moves.dilations)}
+        more: Json = {} if set(moves.dilations) == {1} else {"dilations": list(moves.dilations)}
         more |= {} if moves.groups == 1 else {"group": moves.groups}
         return self.node(
             "Conv",
@@ -279,7 +285,7 @@ class _Graph:
         """ReLU, SiLU, sigmoid or hyperbolic tangent."""
         if function is nn.silu:
             return self.node("Mul", x, self.node("Sigmoid", x))
-        named: dict[Any, str] = {nn.relu: "Relu", nn.sigmoid: "Sigmoid", nn.tanh: "Tanh"}
+        named: dict[Callable[[jax.Array], jax.Array], str] = {nn.relu: "Relu", nn.sigmoid: "Sigmoid", nn.tanh: "Tanh"}
         if function in named:
             return self.node(named[function], x)
         raise UserError(f"activation {function} has no ONNX form here")
@@ -323,7 +329,7 @@ class _Graph:
         """Whether the network has parameters below `module`."""
         return any(name.startswith(f"{module}/") for name in self._leaves)
 
-    def model(self, network: SpeakerNetwork, metadata: Mapping[str, str]) -> Any:
+    def model(self, network: SpeakerNetwork, metadata: Mapping[str, str]) -> Onnx:
         """The finished model, checked."""
         helper, kind = self._onnx.helper, self._onnx.TensorProto.FLOAT
         graph = helper.make_graph(

@@ -4,14 +4,20 @@ import math
 import os
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 
 from kmq_jax.core.errors import UserError
 
+Onnx: TypeAlias = Any
+"""The package onnx, and what it makes: it is optional, so its types cannot be named."""
 
-def require_onnx() -> Any:
+Node: TypeAlias = Any
+"""A node of a graph, `onnx.NodeProto`."""
+
+
+def require_onnx() -> Onnx:
     """Imports onnx.
 
     Raises:
@@ -90,19 +96,20 @@ class Graph:
         """Raises a UserError that names the file."""
         raise UserError(f"{self.where}: {message}")
 
-    def describe(self, node: Any) -> str:
+    def describe(self, node: Node) -> str:
         """A node's operator and name."""
         return f"{node.op_type} {node.name or node.output[0]}"
 
     def resolve(self, name: str) -> str:
         """The value that a name stands for, behind `Identity` nodes."""
+        # At most a step for each: `Identity` nodes in a circle must not hang the reader.
         for _ in self._aliases:
             if name not in self._aliases:
                 break
             name = self._aliases[name]
         return name
 
-    def attributes(self, node: Any) -> dict[str, Any]:
+    def attributes(self, node: Node) -> dict[str, Any]:
         """A node's attributes as Python values."""
         return {a.name: self._onnx.helper.get_attribute_value(a) for a in node.attribute}
 
@@ -131,11 +138,11 @@ class Graph:
         self._used.add(name)
         return value
 
-    def users(self, value: str) -> list[Any]:
+    def users(self, value: str) -> list[Node]:
         """The nodes that read a value."""
         return self._users[value]
 
-    def sole_user(self, value: str, *op_types: str) -> Any:
+    def sole_user(self, value: str, *op_types: str) -> Node:
         """The one node that reads a value, which must be one of `op_types`.
 
         Raises:
@@ -149,7 +156,7 @@ class Graph:
             self.fail(f"node {self.describe(users[0])} is unknown here; {expected} is expected")
         return users[0]
 
-    def expect(self, node: Any, **attributes: Any) -> None:
+    def expect(self, node: Node, **attributes: object) -> None:
         """Checks a node's attributes; those not named must be absent.
 
         Raises:
@@ -162,7 +169,7 @@ class Graph:
                     f"node {self.describe(node)} has {name} {given.get(name)}; {attributes.get(name)} is expected"
                 )
 
-    def evaluate(self, nodes: list[Any], inputs: dict[str, np.ndarray], output: str) -> np.ndarray:
+    def evaluate(self, nodes: list[Node], inputs: dict[str, np.ndarray], output: str) -> np.ndarray:
         """Computes one value by the reference implementation of onnx, numpy alone.
 
         Raises:
@@ -184,13 +191,13 @@ class Graph:
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)])
         try:
             with np.errstate(all="ignore"):
-                results: Any = ReferenceEvaluator(model).run(None, inputs)
-                return results[0]
+                (result,) = ReferenceEvaluator(model).run(None, inputs)
+                return np.asarray(result)
         except Exception as error:  # shapes or attributes that do not fit
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{self.where}: the nodes before {output} cannot be computed: {reason}") from error
 
-    def check_all_used(self, nodes: list[Any]) -> None:
+    def check_all_used(self, nodes: list[Node]) -> None:
         """Checks that a walk has understood everything.
 
         Raises:

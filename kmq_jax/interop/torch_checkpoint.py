@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import Json
 
 _CONTAINERS = ("state_dict", "model")
 
@@ -21,7 +22,7 @@ class Checkpoint(NamedTuple):
     """
 
     tensors: dict[str, np.ndarray]
-    about: dict[str, Any]
+    about: Json
 
 
 class _Settings:
@@ -43,12 +44,14 @@ def read(path: Path) -> Checkpoint:
     """
     try:
         with path.open("rb") as file:
+            # A safetensors file begins with eight bytes of length, then JSON.
             is_safetensors = file.read(9)[8:] == b"{"
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    content = _read_safetensors(path) if is_safetensors else _read_torch(path)
+    content: object = _read_safetensors(path) if is_safetensors else _read_torch(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    # A dict with its tensors inside another, or the bare dict of tensors.
     state = next((content[name] for name in _CONTAINERS if isinstance(content.get(name), dict)), content)
     about = {} if state is content else {str(k): _plain(v) for k, v in content.items() if k not in _CONTAINERS}
     tensors: dict[str, np.ndarray] = {}
@@ -64,7 +67,7 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(tensors, about)
 
 
-def _read_safetensors(path: Path) -> Any:
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     import safetensors
     import safetensors.numpy
 
@@ -74,7 +77,7 @@ def _read_safetensors(path: Path) -> Any:
         raise UserError(f"{path} is not a safetensors file that can be read: {error}") from error
 
 
-def _read_torch(path: Path) -> Any:
+def _read_torch(path: Path) -> object:
     try:
         import torch
     except ImportError:
@@ -101,5 +104,5 @@ def _array(path: Path, name: str, value: Any) -> np.ndarray:
         raise UserError(f"{path}: tensor {name} is not a plain one: {error}") from error
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return dict(vars(value)) if isinstance(value, _Settings) else value

@@ -4,11 +4,10 @@ Structure read in wespeaker/models/resnet.py, models/pooling_layers.py and utils
 https://github.com/wenet-e2e/wespeaker at dfa7419.
 """
 
-from typing import Any
-
 import numpy as np
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import Json
 from kmq_jax.interop.assemble import Imported, assemble, count_blocks, shape_of, torch_names
 from kmq_jax.interop.torch_checkpoint import Checkpoint
 from kmq_jax.models import registry
@@ -47,6 +46,7 @@ def convert(checkpoint: Checkpoint, where: str) -> Imported:
         raise UserError(f"{where}: tensor {two[0]}: networks with two embedding layers are not supported")
     if pool := [name for name in tensors if name.startswith("pool.")]:
         raise UserError(f"{where}: tensor {pool[0]}: only the pooling TSTP, which has no parameters, is supported")
+    # Only bottlenecks have a third convolution.
     bottleneck = "layer1.0.conv3.weight" in tensors
     width = shape_of(tensors, "conv1.weight", 4, where)[0]
     embedding_size, statistics = shape_of(tensors, "seg_1.weight", 2, where)
@@ -67,7 +67,7 @@ def settings_of(
     features: int | None,
     norm: str,
     where: str,
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, Json]:
     """Finds the network's name and settings.
 
     Args:
@@ -83,7 +83,9 @@ def settings_of(
     Raises:
         UserError: pooling TSTP does not give as many statistics.
     """
+    # The fourth stage has eight times the channels of the first.
     channels = 8 * width * (Bottleneck.expansion if bottleneck else 1)
+    # A mean and a deviation for every channel at every frequency that is pooled.
     freqs, left = divmod(statistics, 2 * channels)
     if left or not freqs or features and -(-features // 8) != freqs:
         raise UserError(

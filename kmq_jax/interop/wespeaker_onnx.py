@@ -6,12 +6,12 @@ https://github.com/wenet-e2e/wespeaker at dfa7419.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from kmq_jax.interop.assemble import Imported, assemble
-from kmq_jax.interop.onnx_graph import Graph
+from kmq_jax.interop.onnx_graph import Graph, Node
 from kmq_jax.interop.wespeaker import KERNEL_AXES, settings_of
 from kmq_jax.models import registry
 
@@ -24,7 +24,7 @@ _POOLING_OPS |= {"Sqrt", "Sub"}
 class _Conv(NamedTuple):
     """A convolution of the graph: its node, the names of its tensors, and its output."""
 
-    node: Any
+    node: Node
     weight: str
     bias: str
     output: str
@@ -40,8 +40,8 @@ class _Block(NamedTuple):
 def read(path: Path) -> Imported:
     """Makes our model of an ONNX file with folded batch normalisation.
 
-    The graph is walked from input to output: every node and every tensor must have its place in the network. What
-    pools frames is recognised by what it computes.
+    The graph is walked from input to output: every node and every tensor must have its place in the network. The nodes
+    of the pooling are checked by the values they compute, because exporters write it in many ways.
 
     Raises:
         UserError: the file cannot be read, or a node or tensor is unknown, missing or left over; it is named.
@@ -73,7 +73,7 @@ def read(path: Path) -> Imported:
     return _from_walk(graph, stem, blocks, linear_weight, linear_bias, shift)
 
 
-def _conv(graph: Graph, node: Any) -> _Conv:
+def _conv(graph: Graph, node: Node) -> _Conv:
     if len(node.input) != 3:
         graph.fail(f"node {graph.describe(node)} has no bias: batch normalisation is not folded into it")
     for name in node.input[1:]:
@@ -81,7 +81,7 @@ def _conv(graph: Graph, node: Any) -> _Conv:
     return _Conv(node, graph.resolve(node.input[1]), graph.resolve(node.input[2]), node.output[0])
 
 
-def _block(graph: Graph, x: str) -> tuple[_Block, list[Any]]:
+def _block(graph: Graph, x: str) -> tuple[_Block, list[Node]]:
     """Walks the residual block that starts at value `x`; its last node is the ReLU that ends it."""
     convs: list[_Conv] = []
     shortcut = None
@@ -109,7 +109,7 @@ def _block(graph: Graph, x: str) -> tuple[_Block, list[Any]]:
     return _Block(convs, shortcut), nodes
 
 
-def _head(graph: Graph, x: str, walked: Sequence[Any]) -> tuple[list[Any], list[Any], str, str, list[np.ndarray]]:
+def _head(graph: Graph, x: str, walked: Sequence[Node]) -> tuple[list[Node], list[Node], str, str, list[np.ndarray]]:
     """Splits what follows the last block into pooling and the linear layer, from which constants may be subtracted."""
     done = {id(node) for node in walked}
     rest = [node for node in graph.nodes if id(node) not in done]
@@ -134,7 +134,7 @@ def _head(graph: Graph, x: str, walked: Sequence[Any]) -> tuple[list[Any], list[
     return pooling, tail, graph.resolve(linear.input[1]), graph.resolve(linear.input[2]), shift
 
 
-def _check_pooling(graph: Graph, nodes: list[Any], x: str, output: str) -> None:
+def _check_pooling(graph: Graph, nodes: list[Node], x: str, output: str) -> None:
     """Checks that nodes compute mean and deviation over time (TSTP): by their result on a few numbers."""
     for node in nodes:
         allowed = node.op_type in _POOLING_OPS
@@ -169,6 +169,7 @@ def _from_walk(
         place = f"stage{stage + 1}/block{counts[stage]}"
         stride = 2 if counts[stage] == 0 and stage > 0 else 1
         counts[stage] += 1
+        # A bottleneck steps in its 3x3 convolution, a basic block in its first.
         strided = 1 if len(block.convs) == 3 else 0
         for i, conv in enumerate(block.convs):
             _check_conv(graph, conv, stride if i == strided else 1)
@@ -195,6 +196,7 @@ def _from_walk(
         if mean.shape not in ((), bias.shape, (1, *bias.shape)):
             graph.fail(f"a constant of shape {mean.shape} is subtracted from embeddings of {embedding_size}")
         bias = bias - mean.reshape(-1)
+    # The blank gives our bias a name that no tensor of the file has.
     translate |= {"head/linear/kernel": linear_weight, "head/linear/bias": f"{linear_bias} "}
     tensors |= {linear_weight: graph.constant(linear_weight), f"{linear_bias} ": bias}
     network = registry.build(architecture, **settings)

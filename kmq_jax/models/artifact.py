@@ -10,25 +10,26 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import atomic_write
-from kmq_jax.core.tree import named_leaves
+from kmq_jax.core.files import Json, Row, atomic_write
+from kmq_jax.core.tree import Leaf, Variables, named_leaves
 from kmq_jax.quant.types import CodebookTensor, is_codebook_tensor
 
 VERSION = 1
+# What is read, by safetensors' names, and (below) what is written, by numpy's: what JAX and numpy both hold.
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 _TYPES = {"bool", "bfloat16", "float16", "float32", "float64"}
 _TYPES |= {f"{kind}{size}" for kind in ("int", "uint") for size in (8, 16, 32, 64)}
+# Characters. The manifest comes from the file, so its size is not to be trusted.
 _LONGEST_MANIFEST = 16 << 20
 
 
-def save(path: str | os.PathLike[str], manifest: Mapping[str, Any], tree: Any) -> None:
+def save(path: str | os.PathLike[str], manifest: Row, tree: Variables) -> None:
     """Writes a model, atomically.
 
     Args:
@@ -46,7 +47,7 @@ def save(path: str | os.PathLike[str], manifest: Mapping[str, Any], tree: Any) -
     if clash := {"version", "tensors"} & set(manifest):
         raise ValueError(f"the manifest's key {sorted(clash)[0]!r} is the file's own")
     arrays: dict[str, np.ndarray] = {}
-    quantized: dict[str, Any] = {}
+    quantized: dict[str, Json] = {}
     for name, leaf in named_leaves(tree, is_leaf=is_codebook_tensor):
         parts = {name: leaf}
         if is_codebook_tensor(leaf):
@@ -60,6 +61,7 @@ def save(path: str | os.PathLike[str], manifest: Mapping[str, Any], tree: Any) -
             raise UserError(f"the leaf's name {name!r} must not hold a #")
         if twice := set(parts) & set(arrays):
             raise UserError(f"two leaves are named {sorted(twice)[0]!r}")
+        # The library writes the buffer as it lies: that of a transposed view is in another order.
         arrays |= {key: np.ascontiguousarray(np.asarray(value)) for key, value in parts.items()}
         if arrays[next(iter(parts))].dtype.name not in _TYPES:
             raise UserError(f"{name} is {arrays[name].dtype}, which .kmq files do not hold")
@@ -88,7 +90,7 @@ def _checksum(text: str, arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def load(path: str | os.PathLike[str]) -> tuple[Json, Variables]:
     """Reads a model that `save` wrote.
 
     The file may come from anyone: its header is checked against its length before anything is allocated, its contents
@@ -100,9 +102,16 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         UserError: the file is missing, is not a .kmq file, was cut short or altered, or is of a newer version; the
             message names it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save(f"{directory}/a.kmq", {"architecture": "own"}, {"params": {"bias": np.float32([1, 2])}})
+    ...     load(f"{directory}/a.kmq")
+    ({'architecture': 'own'}, {'params': {'bias': array([1., 2.], dtype=float32)}})
     """
     path = Path(path)
     try:
+        # By Python first: its errors say why a file cannot be read.
         with path.open("rb") as opened:
             opened.read(1)
         # The library refuses a header that does not cover the file's bytes exactly.
@@ -139,7 +148,7 @@ def _header(path: Path, metadata: Mapping[str, str]) -> tuple[str, str]:
     return metadata["kmq"], metadata["sha256"]
 
 
-def _check_version(path: Path, manifest: Any) -> None:
+def _check_version(path: Path, manifest: object) -> None:
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if not isinstance(version, int) or version < 1:
         raise UserError(f"{path} is not a .kmq file: its manifest has no version")
@@ -147,9 +156,9 @@ def _check_version(path: Path, manifest: Any) -> None:
         raise UserError(f"{path} is of .kmq version {version}; this kmq_jax reads up to {VERSION}: upgrade it")
 
 
-def _assemble(arrays: Mapping[str, Any], quantized: Mapping[str, Any]) -> dict[str, Any]:
-    left = dict(arrays)
-    leaves: dict[str, Any] = {}
+def _assemble(arrays: Mapping[str, np.ndarray], quantized: Mapping[str, Row]) -> Variables:
+    left: dict[str, Leaf] = dict(arrays)
+    leaves: dict[str, Leaf] = {}
     for name, about in quantized.items():
         tensor = CodebookTensor(
             codebook=left.pop(f"{name}#codebook"),
@@ -165,11 +174,12 @@ def _assemble(arrays: Mapping[str, Any], quantized: Mapping[str, Any]) -> dict[s
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         leaves[name] = tensor
-    tree: dict[str, Any] = {}
+    tree: Variables = {}
     for name, leaf in (leaves | left).items():
         *folders, last = name.split("/")
         place = tree
         for folder in folders:
+            # A tensor where a folder should be raises here or below; `load` tells of it.
             place = place.setdefault(folder, {})
         if last in place:
             raise ValueError(f"two tensors are named {name}")

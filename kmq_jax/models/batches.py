@@ -11,6 +11,7 @@ from kmq_jax import frontend
 from kmq_jax.core import mesh
 from kmq_jax.core.errors import UserError
 from kmq_jax.data import buckets, source
+from kmq_jax.models.protocol import SpeakerNetwork
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,24 +29,81 @@ class PaddedBatch:
     samples: jax.Array
 
 
-def usable_lengths(utterances: source.Utterances, fbank: frontend.FbankConfig, max_seconds: float = 0.0) -> np.ndarray:
+def usable_lengths(
+    network: SpeakerNetwork, fbank: frontend.FbankConfig, utterances: source.Utterances, max_seconds: float = 0.0
+) -> np.ndarray:
     """Samples of each utterance that are used, `[utterances]`.
 
     Args:
+        network: what embeds them.
+        fbank: its filterbank.
         utterances: the table.
-        fbank: the filterbank, which needs at least one frame.
         max_seconds: only so much from the start of each recording; 0 takes all.
 
     Raises:
-        UserError: a recording is too short; the message names it.
+        UserError: a recording is too short for the network; the message names it.
     """
     lengths = utterances.lengths()
     if max_seconds:
         lengths = np.minimum(lengths, int(max_seconds * source.SAMPLE_RATE))
-    short = np.flatnonzero(frontend.num_frames(lengths, fbank) < 1)
-    if short.size:
-        raise UserError(f"{utterances.where(short[0])}: shorter than one analysis frame")
+    check_lengths(network, fbank, lengths, utterances.where)
     return lengths
+
+
+def check_lengths(
+    network: SpeakerNetwork, fbank: frontend.FbankConfig, lengths: np.ndarray, name: Callable[[int], str]
+) -> None:
+    """Refuses recordings of fewer frames than a network needs, before any of them is read.
+
+    Args:
+        network: what embeds them.
+        fbank: its filterbank.
+        lengths: `[recordings]` samples.
+        name: gives a recording's name by its number, for the message.
+
+    Raises:
+        UserError: the first that is too short, by its name.
+    """
+    frames, least = frontend.num_frames(lengths, fbank), network.least_frames()
+    short = np.flatnonzero(frames < least)
+    if not short.size:
+        return
+    first = int(short[0])
+    if frames[first] < 1:
+        raise UserError(f"{name(first)}: shorter than one analysis frame")
+    raise UserError(f"{name(first)}: {frames[first]} frames, but the network needs at least {least}")
+
+
+def plan_batches(
+    network: SpeakerNetwork, fbank: frontend.FbankConfig, lengths: np.ndarray, batch_size: int, **limits: int
+) -> list[buckets.Batch]:
+    """Decides which recordings share a batch, the longest first.
+
+    A network that masks gets recordings of like length, padded to one of a few shapes. One that cannot tell padded
+    frames from real ones gets recordings of exactly as many frames: a compilation for each number of frames there is.
+
+    Args:
+        network: what embeds the batches.
+        fbank: its filterbank.
+        lengths: `[recordings]` samples.
+        batch_size: recordings in a batch.
+        **limits: as in `buckets.length_buckets`; they concern networks that mask.
+
+    >>> from kmq_jax.models import registry
+    >>> network, lengths = registry.build("wespeaker_resnet34", width=4), np.array([16000, 31000, 15000])
+    >>> [(batch.size, batch.indices.tolist()) for batch in plan_batches(network, frontend.WESPEAKER, lengths, 2)]
+    [(32000, [1, -1]), (16000, [2, 0])]
+    """
+    if network.masks_lengths:
+        return buckets.length_buckets(lengths, batch_size, **limits)
+    frames = frontend.num_frames(lengths, fbank)
+    plan = []
+    for count in np.unique(frames)[::-1]:
+        rows = np.flatnonzero(frames == count).astype(np.int32)
+        # Their lengths differ by less than a step, in samples that no frame looks at: padding these adds no frame.
+        size = int(lengths[rows].max())
+        plan += [buckets.Batch(size, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    return plan
 
 
 def padded_batches(
@@ -59,7 +117,7 @@ def padded_batches(
     """Reads recordings and puts them on the devices, batch by batch, split along the first axis.
 
     Args:
-        plan: which recordings go together, from `buckets.length_buckets` (perhaps within `progress`).
+        plan: which recordings go together, from `plan_batches` (perhaps within `progress`).
         lengths: `[recordings]` samples; what a recording has beyond is cut.
         load: gives the samples of a recording by its number.
         devices: the mesh. Rows are added until they divide evenly over it.
@@ -71,6 +129,7 @@ def padded_batches(
     for batch in plan:
         members = batch.indices[batch.indices >= 0]
         rows = -(-len(batch.indices) // devices.size) * devices.size
+        # Rows without a recording count as full, so that no statistic is one of nothing.
         wave, samples = np.zeros((rows, batch.size), np.float32), np.full(rows, batch.size, np.int32)
         for row, i in enumerate(members):
             recording = load(int(i))[: lengths[i]]

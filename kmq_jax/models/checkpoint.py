@@ -3,11 +3,11 @@
 import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.tree import Params
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its imports deprecate one another
@@ -23,6 +23,7 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike[str], keep: int = 1):
         """Opens (and makes, on the first save) `directory`, keeping the `keep` newest checkpoints."""
         self.directory = Path(directory).resolve()
+        # What a killed run left half written is removed on opening.
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
@@ -33,12 +34,13 @@ class Checkpoints:
         """Steps that can be restored, ascending."""
         return sorted(found.step for found in self._checkpointer.checkpoints)
 
-    def save(self, step: int, **parts: Any) -> None:
+    def save(self, step: int, **parts: object) -> None:
         """Saves named parts as checkpoint `step`: trees of arrays, and grain iterators, of which it is the position.
 
         Raises:
             UserError: it cannot be written (full disk, no permission); earlier checkpoints stay.
         """
+        # Saved before: the run resumed at this step, or was stopped right after it.
         if step in self.steps():
             return
         try:
@@ -46,7 +48,7 @@ class Checkpoints:
         except Exception as error:  # orbax wraps a full disk in errors of its own, by layer
             raise UserError(f"cannot save checkpoint {step} to {self.directory}: {_first_line(error)}") from error
 
-    def restore(self, step: int, **parts: Any) -> dict[str, Any]:
+    def restore(self, step: int, **parts: object) -> dict[str, Params]:
         """Restores parts of checkpoint `step`.
 
         Args:
@@ -65,12 +67,13 @@ class Checkpoints:
         except Exception as error:
             raise UserError(f"cannot restore {self.directory}/{step}: {_first_line(error)}") from error
 
-    def load(self, step: int, part: str) -> Any:
+    def load(self, step: int, part: str) -> Params:
         """Loads one tree of checkpoint `step` as nested dictionaries of numpy arrays, wherever it was saved.
 
         Raises:
             UserError: the checkpoint is damaged or lacks the part.
         """
+        # The shardings it was saved with name devices that this machine may lack.
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         try:
             saved = ocp.metadata(self.directory / str(step), part).metadata

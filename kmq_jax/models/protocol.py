@@ -7,13 +7,13 @@ quantization, fitting, diagnosis and cascades then work on it; for ONNX files it
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import flax.linen as nn
 import jax
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import named_leaves
+from kmq_jax.core.tree import Variables, named_leaves
 from kmq_jax.nn.conv import Window
 
 Frames = TypeVar("Frames", int, jax.Array)
@@ -152,13 +152,13 @@ class SpeakerNetwork(nn.Module):
     @nn.nowrap
     def taps(
         self,
-        variables: Any,
+        variables: Variables,
         features: jax.Array,
         lengths: jax.Array | None = None,
         train: bool = False,
         names: Sequence[str] | None = None,
         mutable: Sequence[str] = (),
-    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
+    ) -> tuple[jax.Array, dict[str, jax.Array], Variables]:
         """Embeds a batch, and gives the outputs of parts on the way.
 
         Args:
@@ -236,8 +236,8 @@ class GraphBuilder(Protocol):
     def attentive_statistics(self, frames: str, pooling: str, floor: float) -> str:
         """Weighted mean and deviation over time: `nn.pooling.AttentiveStatisticsPooling`, called `pooling`."""
 
-    def node(self, operator: str, *inputs: str, **attributes: Any) -> str:
-        """Any ONNX operator."""
+    def node(self, operator: str, *inputs: str, **attributes: object) -> str:
+        """An ONNX operator by its name."""
 
     def integers(self, *values: int) -> str:
         """A constant of int64 numbers."""

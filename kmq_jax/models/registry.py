@@ -1,10 +1,9 @@
-"""Every network by name, and what can be said of one without running it: parameters, arithmetic, first weights."""
+"""Every network by name; and a network's parameters, arithmetic and first weights, without running it."""
 
 import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,8 @@ import numpy as np
 from jax.nn.initializers import zeros
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import map_named, named_leaves
+from kmq_jax.core.files import Json
+from kmq_jax.core.tree import Variables, map_named, named_leaves
 from kmq_jax.models import walk
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.resnet import SMOKE, kiwano, wespeaker
@@ -33,9 +33,9 @@ class _Entry:
     """
 
     factory: Factory
-    fixed: Mapping[str, Any]
-    defaults: Mapping[str, Any]
-    smoke: Mapping[str, Any]
+    fixed: Mapping[str, object]
+    defaults: Mapping[str, object]
+    smoke: Mapping[str, object]
 
 
 _NETWORKS: dict[str, _Entry] = {}
@@ -45,9 +45,9 @@ def register(
     name: str,
     factory: Factory,
     *,
-    fixed: Mapping[str, Any] | None = None,
-    defaults: Mapping[str, Any] | None = None,
-    smoke: Mapping[str, Any] | None = None,
+    fixed: Mapping[str, object] | None = None,
+    defaults: Mapping[str, object] | None = None,
+    smoke: Mapping[str, object] | None = None,
 ) -> None:
     """Names a network, so that configurations, models on disk and commands know it.
 
@@ -63,6 +63,7 @@ def register(
         UserError: the name is taken by another factory.
     """
     entry = _Entry(factory, dict(fixed or {}), dict(defaults or {}), dict(smoke or {}))
+    # The same factory again is no mistake: notebooks run a cell twice.
     if _NETWORKS.get(name, entry).factory is not factory:
         raise UserError(f"there is a model {name!r} already: a network needs a name of its own")
     _NETWORKS[name] = entry
@@ -79,7 +80,7 @@ def _entry(name: str) -> _Entry:
     return _NETWORKS[name]
 
 
-def default_settings(name: str) -> dict[str, Any]:
+def default_settings(name: str) -> Json:
     """The settings of network `name` with their defaults, as values that JSON can hold.
 
     >>> default_settings("resnet18")["blocks"]
@@ -91,12 +92,13 @@ def default_settings(name: str) -> dict[str, Any]:
     entry = _entry(name)
     parameters = inspect.signature(entry.factory).parameters
     no_settings = {*entry.fixed, "name", "parent"}  # the last two are Linen's own
+    # A factory's signature is the list of its settings: there is no second one to keep in step.
     settings = {key: parameter.default for key, parameter in parameters.items() if key not in no_settings}
     settings |= entry.defaults
     return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
-def smoke_settings(name: str) -> dict[str, Any]:
+def smoke_settings(name: str) -> Json:
     """The settings by which network `name` is so small that a run passes in seconds.
 
     Raises:
@@ -105,7 +107,7 @@ def smoke_settings(name: str) -> dict[str, Any]:
     return dict(_entry(name).smoke)
 
 
-def build(name: str, **settings: Any) -> SpeakerNetwork:
+def build(name: str, **settings: object) -> SpeakerNetwork:
     """Makes a network.
 
     Args:
@@ -117,6 +119,9 @@ def build(name: str, **settings: Any) -> SpeakerNetwork:
 
     Raises:
         UserError: the name, a setting or a value is unknown; the message names it.
+
+    >>> build("wespeaker_resnet34", width=8).channels
+    (8, 16, 32, 64)
     """
     known = default_settings(name)
     for setting in settings:
@@ -129,7 +134,7 @@ def build(name: str, **settings: Any) -> SpeakerNetwork:
 shapes = walk.shapes
 
 
-def initialize(model: SpeakerNetwork, key: jax.Array) -> dict[str, Any]:
+def initialize(model: SpeakerNetwork, key: jax.Array) -> Variables:
     """Draws the variables `{"params", "batch_stats"}` of a network, from the distributions that `model.init` uses.
 
     Much faster than `model.init`, which compiles a random generator for every parameter and runs every layer: here
@@ -139,6 +144,7 @@ def initialize(model: SpeakerNetwork, key: jax.Array) -> dict[str, Any]:
     tree, starts = _starts(model)
     leaves = dict(named_leaves(tree))
     if any(start is None for start in starts.values()):
+        # Seven frames more than the least: of eight, three strides of 2 leave one.
         return jax.jit(model.init)(key, jnp.zeros((1, 7 + model.least_frames(), model.features)))
     normal = {name: leaves[name].shape for name in leaves if starts[name] == "normal"}
     uniform = {name: leaves[name].shape for name in leaves if starts[name] == "uniform"}
@@ -157,17 +163,18 @@ def initialize(model: SpeakerNetwork, key: jax.Array) -> dict[str, Any]:
     return map_named(start, tree)
 
 
-def _starts(model: SpeakerNetwork) -> tuple[dict[str, Any], dict[str, str | None]]:
+def _starts(model: SpeakerNetwork) -> tuple[Variables, dict[str, str | None]]:
     """The shapes of a network's variables, and how each starts: "normal", "uniform", "ones", "zeros" or None (else)."""
     known: dict[str, str | None] = {}
 
     def note(layer: walk.Layer, x: jax.Array, run: walk.Run) -> jax.Array:
-        module: Any = layer.module
+        module = layer.module
         if isinstance(module, BatchNorm):
             ones = ("params/{}/scale", "batch_stats/{}/var")
             known.update({name.format(layer.name): "ones" for name in ones})
             known.update({name.format(layer.name): "zeros" for name in ("params/{}/bias", "batch_stats/{}/mean")})
         elif layer.kind in (walk.CONVOLUTION, walk.LINEAR):
+            # Initializers are functions, told apart by identity. An unknown one stays None.
             kinds = {id(KAIMING_NORMAL): "normal", id(TORCH_DEFAULT): "uniform"}
             known[f"params/{layer.name}/kernel"] = kinds.get(id(module.kernel_init))
             known[f"params/{layer.name}/bias"] = "zeros" if getattr(module, "bias_init", zeros) is zeros else None
@@ -214,12 +221,18 @@ def layer_macs(model: SpeakerNetwork, frames: int = 300) -> dict[str, int]:
     for layer in walk.layers(model, frames):
         if layer.kernel is not None:
             name = f"{layer.name}/kernel"
+            # A layer that is called twice in a forward pass counts twice.
             counts[name] = counts.get(name, 0) + layer.macs
     return counts
 
 
 def macs(model: SpeakerNetwork, frames: int = 300) -> int:
-    """Multiply-accumulates to embed one utterance of this many frames."""
+    """Multiply-accumulates to embed one utterance of this many frames.
+
+    >>> small = build("wespeaker_resnet18", **smoke_settings("wespeaker_resnet18"))
+    >>> macs(small, frames=200) == sum(layer_macs(small, frames=200).values())
+    True
+    """
     return sum(layer_macs(model, frames).values())
 
 

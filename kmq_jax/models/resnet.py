@@ -35,11 +35,13 @@ in kiwano/model/resnet.py and wespeaker/models/resnet.py; He et al. 2016 for bot
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias, TypedDict
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.models import resnet_onnx
@@ -60,6 +62,8 @@ from kmq_jax.nn.layers import (
 )
 from kmq_jax.nn.pooling import AttentiveStatisticsPooling, StatisticsPooling
 
+Option: TypeAlias = Any
+"""The value of an attribute that only some blocks have: a function for `activation`, a number for `last_taps`."""
 STRIDES = (1, 2, 2, 2)
 SMOKE = {"width": 8, "blocks": (1, 1, 1, 1), "embedding_size": 32}
 """Settings of a network that passes through a whole run in seconds."""
@@ -87,7 +91,7 @@ class Stage(nn.Module):
     stride: int
     squeeze: bool
     style: LayerStyle
-    options: tuple[tuple[str, Any], ...]
+    options: tuple[tuple[str, Option], ...]
     remat: bool = False
 
     @nn.compact
@@ -151,13 +155,13 @@ class ResNet(SpeakerNetwork):
     blocks: tuple[int, ...]
     channels: tuple[int, ...]
     stem_activation: str
-    block_options: tuple[tuple[str, Any], ...]
+    block_options: tuple[tuple[str, Option], ...]
     squeeze_stages: int
     attentive: bool
     normalize_head: bool
-    kernel_init: Any
+    kernel_init: Initializer
     norm: str = "batch"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: bool = False
 
     @nn.compact
@@ -192,6 +196,7 @@ class ResNet(SpeakerNetwork):
             pooled = AttentiveStatisticsPooling(self.channels[-1] // 2, dtype=self.dtype, name="pool")(x, mask)
         else:
             pooled = StatisticsPooling(name="pool")(x, mask)
+        # Float32 whatever the compute dtype: rounding here would show in every score.
         head_style = LayerStyle(self.norm, jnp.float32, self.kernel_init)
         return Head(self.embedding_size, head_style, self.normalize_head, name="head")(pooled, train)
 
@@ -200,6 +205,7 @@ class ResNet(SpeakerNetwork):
         """The stem, every block, the pooling and the head. Distillation compares the outputs of the four stages."""
         parts, stride = [Part("stem", "stem")], 1
         for i, count in enumerate(self.blocks):
+            # Strides multiply: a frame of stage 4 stands for eight of the input.
             stage, stride = f"stage{i + 1}", stride * STRIDES[i]
             parts += [Part(f"{stage}/block{n}", stage, stride, distilled=n == count - 1) for n in range(count)]
         return (*parts, Part("pool", "pooling"), Part("head", "embedding"))
@@ -223,7 +229,7 @@ def kiwano(
     features: int = 81,
     embedding_size: int = 256,
     norm: str = "batch",
-    dtype: Any = "float32",
+    dtype: DTypeLike = "float32",
     activation: str = "silu",
     last_taps: int = 1,
     remat: bool = False,
@@ -270,7 +276,7 @@ def wespeaker(
     features: int = 80,
     embedding_size: int = 256,
     norm: str = "batch",
-    dtype: Any = "float32",
+    dtype: DTypeLike = "float32",
     remat: bool = False,
 ) -> ResNet:
     """Makes a network of WeSpeaker's family (`two_emb_layer=False`).
@@ -302,9 +308,18 @@ def wespeaker(
     )
 
 
+class _Common(TypedDict):
+    blocks: tuple[int, ...]
+    features: int
+    embedding_size: int
+    norm: str
+    dtype: DTypeLike
+    remat: bool
+
+
 def _common(
-    blocks: Sequence[int], features: int, embedding_size: int, norm: str, dtype: Any, remat: bool
-) -> dict[str, Any]:
+    blocks: Sequence[int], features: int, embedding_size: int, norm: str, dtype: DTypeLike, remat: bool
+) -> _Common:
     """Checks the settings that both families have, and returns them as attributes of `ResNet`."""
     is_list = isinstance(blocks, Sequence) and not isinstance(blocks, str)
     _require("blocks", is_list and len(blocks) == 4 and all(map(_is_count, blocks)), blocks, "four positive integers")
@@ -327,10 +342,11 @@ def _common(
     }
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
+    # True is an int to Python.
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _require(setting: str, holds: bool, value: Any, what: str) -> None:
+def _require(setting: str, holds: bool, value: object, what: str) -> None:
     if not holds:
         raise UserError(f"model setting {setting} (={value}) must be {what}")

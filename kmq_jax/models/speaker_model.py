@@ -22,7 +22,7 @@ from kmq_jax.core.progress import progress
 from kmq_jax.core.tree import Array, Variables, named_leaves, replace_named
 from kmq_jax.data import audio, buckets, source
 from kmq_jax.models import artifact, registry
-from kmq_jax.models.batches import padded_batches, usable_lengths
+from kmq_jax.models.batches import check_lengths, padded_batches, plan_batches, usable_lengths
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.protocol import SpeakerNetwork
 
@@ -99,8 +99,8 @@ class SpeakerModel:
             float32 `[dim]`, or `[recordings, dim]` for a list; not length-normalised.
 
         Raises:
-            UserError: a recording cannot be read, is shorter than one analysis frame or not finite; or the shape of
-                an array does not tell channels from samples.
+            UserError: a recording cannot be read, is too short for the network or not finite; or the shape of an
+                array does not tell channels from samples.
         """
         if isinstance(recording, (list, tuple)) and not any(isinstance(x, (int, float)) for x in recording):
             if not recording:
@@ -175,8 +175,10 @@ def at_bits(model: SpeakerModel, bits: int | None) -> SpeakerModel:
 def embed_waves(model: SpeakerModel, waves: list[np.ndarray], dtype: str = "float32") -> np.ndarray:
     """Embeds recordings at 16 kHz held in memory, float32 `[len(waves), dim]`. See `embed_all`."""
     lengths = np.array([len(wave) for wave in waves])
+    network, fbank = model.network(dtype), frontend_of(model.frontend)
+    check_lengths(network, fbank, lengths, lambda i: f"recording {i + 1} of {len(waves)}")
     # Whole seconds: a service that embeds recordings one by one compiles once a second of length, not once a length.
-    plan = buckets.length_buckets(lengths, min(BATCH_SIZE, len(waves)), step=source.SAMPLE_RATE)
+    plan = plan_batches(network, fbank, lengths, min(BATCH_SIZE, len(waves)), step=source.SAMPLE_RATE)
     return _embed(model, plan, lengths, waves.__getitem__, dtype)
 
 
@@ -205,8 +207,11 @@ def embed_all(
     Raises:
         UserError: a recording cannot be read or is too short; the message names it.
     """
-    lengths = usable_lengths(utterances, frontend_of(model.frontend), max_seconds)
-    plan = progress(buckets.length_buckets(lengths, min(batch_size, len(lengths))), desc="embedding", unit="batch")
+    network, fbank = model.network(dtype), frontend_of(model.frontend)
+    lengths = usable_lengths(network, fbank, utterances, max_seconds)
+    plan = progress(
+        plan_batches(network, fbank, lengths, min(batch_size, len(lengths))), desc="embedding", unit="batch"
+    )
     return _embed(model, plan, lengths, utterances.load, dtype)
 
 

@@ -1,12 +1,12 @@
-"""What a model is made of, tensor by tensor, and what it weighs."""
+"""The tensors of a model, and its size in bytes, parameters and multiplications."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from kmq_jax import quant
-from kmq_jax.core.tree import named_leaves
+from kmq_jax.core.tree import Variables, named_leaves
 from kmq_jax.models import registry
 from kmq_jax.models.speaker_model import SpeakerModel
 
@@ -14,9 +14,31 @@ FRAMES = 300
 """Frames of the recording that multiplications are counted for."""
 
 
-def rows_of(variables: Any) -> list[dict[str, Any]]:
-    """One row a tensor: `name`, `shape`, `bits`, `used` (mean entries in use a codebook), and bytes by kind."""
-    rows = []
+class TensorRow(TypedDict):
+    """One tensor of a model.
+
+    Attributes:
+        name: its path.
+        shape: such as "3x3x64x64".
+        bits: of an index, or of an entry where the tensor is not quantized.
+        used: codebook entries that some weight points to, averaged over the codebooks; None where there are none.
+        indices: bytes of packed indices.
+        codebooks: bytes of codebooks.
+        other: bytes of anything else.
+    """
+
+    name: str
+    shape: str
+    bits: int
+    used: float | None
+    indices: int
+    codebooks: int
+    other: int
+
+
+def rows_of(variables: Variables) -> list[TensorRow]:
+    """One row a tensor, in the order of their names."""
+    rows: list[TensorRow] = []
     for name, leaf in named_leaves(variables, is_leaf=quant.is_codebook_tensor):
         size = quant.size_bytes(leaf)
         packed = quant.is_codebook_tensor(leaf)
@@ -40,6 +62,7 @@ def entries_used(tensor: quant.CodebookTensor) -> float:
     indices = np.asarray(quant.indices_of(tensor))
     rows = indices.reshape(1, -1) if tensor.axis is None else np.moveaxis(indices, tensor.axis, 0).reshape(groups, -1)
     entries = 1 << tensor.bits
+    # Each codebook's indices get a range of their own, so that one count serves all.
     counts = np.bincount((rows + entries * np.arange(groups)[:, None]).ravel(), minlength=groups * entries)
     return float((counts > 0).sum() / groups)
 
@@ -59,7 +82,7 @@ def totals_of(model: SpeakerModel) -> dict[str, int]:
     }
 
 
-def describe(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, int]) -> str:
+def describe(rows: Sequence[TensorRow], totals: Mapping[str, int]) -> str:
     """The rows as a table, and the totals below it."""
     longest = max(len(row["name"]) for row in rows)
     lines = [

@@ -7,13 +7,14 @@ eagerly, under `jit` and on shapes alone.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kmq_jax.core.files import Row
+from kmq_jax.core.tree import Array, Variables
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.nn.conv import Window
 from kmq_jax.nn.layers import BatchNorm, Conv
@@ -22,7 +23,7 @@ CONVOLUTION, LINEAR, NORMALISATION, OTHER = "convolution", "linear", "normalisat
 
 Run = Callable[[jax.Array], jax.Array]
 Visitor = Callable[["Layer", jax.Array, Run], jax.Array]
-"""Called as `visit(layer, inputs, run)`; what it returns is the layer's output. `run(inputs)` is the layer itself."""
+"""Called as `visit(layer, inputs, run)`. It returns the layer's output; `run(inputs)` runs the layer itself."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,10 +97,10 @@ class LayerShape:
 
 @contextlib.contextmanager
 def visiting(visit: Visitor) -> Iterator[None]:
-    """Within it, every layer of every network that runs is shown to `visit`."""
-    last: tuple[str, Any] = ("", None)
+    """A context in which `visit` sees every layer of every network that runs."""
+    last: tuple[str, jax.Array | None] = ("", None)
 
-    def intercept(run: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def intercept(run: Callable[..., Array], args: tuple, kwargs: Row, context: nn.module.InterceptorContext) -> Array:
         nonlocal last
         module = context.module
         kind = _kind(module) if context.method_name == "__call__" else None
@@ -107,6 +108,7 @@ def visiting(visit: Visitor) -> Iterator[None]:
             return run(*args, **kwargs)
         x, *rest = args
         name = "/".join(module.path)
+        # The very same array: anything in between, such as an activation, would have made another.
         layer = Layer(name, kind, module, _window(module, x), last[0] if x is last[1] else None)
         y = visit(layer, x, lambda x: run(x, *rest, **kwargs))
         last = name, y
@@ -116,7 +118,7 @@ def visiting(visit: Visitor) -> Iterator[None]:
         yield
 
 
-def walk(network: SpeakerNetwork, variables: Any, features: jax.Array, visit: Visitor) -> jax.Array:
+def walk(network: SpeakerNetwork, variables: Variables, features: jax.Array, visit: Visitor) -> jax.Array:
     """Runs a network in evaluation, every layer by a visitor.
 
     Args:
@@ -129,11 +131,12 @@ def walk(network: SpeakerNetwork, variables: Any, features: jax.Array, visit: Vi
         The embeddings.
     """
     with visiting(visit):
-        embeddings: Any = network.without_remat().apply(variables, features, train=False)
+        # Rematerialized blocks are traced apart: what a visitor keeps of them would be a leaked tracer.
+        embeddings: Array = network.without_remat().apply(variables, features, train=False)
     return embeddings
 
 
-def shapes(network: SpeakerNetwork) -> dict[str, Any]:
+def shapes(network: SpeakerNetwork) -> Variables:
     """The variables of a network as `jax.ShapeDtypeStruct`, without drawing any."""
     return jax.eval_shape(network.init, jax.random.key(0), _features(network, 7 + network.least_frames()))
 
@@ -174,13 +177,14 @@ def _window(module: nn.Module, x: jax.Array) -> Window | None:
         return None
     taps = (module.kernel_size,) if isinstance(module.kernel_size, int) else tuple(module.kernel_size)
 
-    def each(value: Any) -> tuple[int, ...]:
+    def each(value: int | Sequence[int] | None) -> tuple[int, ...]:
         return (value or 1,) * len(taps) if isinstance(value, int | None) else tuple(value)
 
     strides, dilations, padding = each(module.strides), each(module.kernel_dilation), module.padding
     if isinstance(padding, int):
         padding = [padding] * len(taps)
     if isinstance(padding, str):
+        # Flax pads by the size of the input where we pad by that of the kernel, so it is worked out for this x.
         spans = [(size - 1) * step + 1 for size, step in zip(taps, dilations)]
         padding = jax.lax.padtype_to_pads(x.shape[1:-1], spans, strides, padding)
     pairs = tuple((n, n) if isinstance(n, int) else (int(n[0]), int(n[1])) for n in padding)

@@ -21,6 +21,9 @@ def channel_sums(x: jax.Array, y: jax.Array) -> jax.Array:
 
     Returns:
         `[2, channels]` float32.
+
+    >>> channel_sums(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[1.0, 1.0], [2.0, 2.0]])).tolist()
+    [[4.0, 6.0], [7.0, 10.0]]
     """
     if x.dtype == y.dtype and x.size and library.usable(x.dtype):
         result = jax.ShapeDtypeStruct((2, x.shape[-1]), jnp.float32)
@@ -32,6 +35,7 @@ def channel_sums(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _channel_sums_backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, y = residuals
+    # d/dx of sum(x) and sum(x y) is 1 and y; d/dy is 0 and x.
     of_sum, of_product = gradient.reshape(2, *(1,) * (x.ndim - 1), -1)
     return (of_sum + of_product * y).astype(x.dtype), (of_product * x).astype(y.dtype)
 
@@ -50,6 +54,9 @@ def scale_and_shift(x: jax.Array, slope: jax.Array, shift: jax.Array) -> jax.Arr
 
     Returns:
         Of the shape and dtype of `x`.
+
+    >>> scale_and_shift(jnp.array([[1.0, 2.0]]), jnp.array([2.0, 3.0]), jnp.array([0.0, 1.0])).tolist()
+    [[2.0, 7.0]]
     """
     per_channel = (1,) * (x.ndim - 1) + (-1,)
     return (x * slope.reshape(per_channel) + shift.reshape(per_channel)).astype(x.dtype)
@@ -59,6 +66,7 @@ def _scale_and_shift_backward(
     residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, slope = residuals
+    # Both gradients are sums over all positions, which one pass gives together.
     of_shift, of_slope = channel_sums(gradient, x)
     return scale_and_shift(gradient, slope, jnp.zeros_like(slope)), of_slope, of_shift
 

@@ -14,7 +14,7 @@ with these rules differentiate to any order, forwards and backwards:
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,12 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.typing import DTypeLike
 
 from kmq_jax.nn.cpu import library
 
 Pair = tuple[int, int]
+Shaped = tuple[tuple[int, ...], DTypeLike]
 _LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
 
 
@@ -79,6 +81,9 @@ def window(
         padding: "same", half the kernel on each side as `padding=k//2` in PyTorch, or "valid", none.
         dilation: distance between taps.
         groups: parts of the channels that do not see each other.
+
+    >>> window(1, 5, padding="valid", dilation=2)
+    Window(taps=(5,), strides=(1,), padding=((0, 0),), dilations=(2,), groups=1)
     """
     sizes, strides, dilations = (
         (value,) * rank if isinstance(value, int) else tuple(value) for value in (taps, stride, dilation)
@@ -97,6 +102,9 @@ def convolve(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
 
     Returns:
         `[batch, *window.sizes(...), out channels]`, of the dtype of `x`.
+
+    >>> convolve(jnp.ones((1, 4, 1)), jnp.ones((3, 1, 1)), window(1, 3)).ravel().tolist()
+    [2.0, 3.0, 3.0, 2.0]
     """
     plain = window.groups == 1 and set(window.dilations) == {1}
     if len(window.taps) == 2 and plain and window.padding == tuple((taps // 2, taps // 2) for taps in window.taps):
@@ -122,6 +130,9 @@ def conv2d(x: jax.Array, kernel: jax.Array, strides: Pair = (1, 1)) -> jax.Array
 
     Returns:
         `[batch, ceil(time / stride), ceil(freq / stride), out channels]` for odd kernels, of the dtype of `x`.
+
+    >>> conv2d(jnp.ones((1, 9, 8, 2)), jnp.ones((3, 3, 2, 5)), strides=(2, 2)).shape
+    (1, 5, 4, 5)
     """
     if _use_native(x, kernel):
         return convolution(x, kernel, strides)
@@ -130,6 +141,7 @@ def conv2d(x: jax.Array, kernel: jax.Array, strides: Pair = (1, 1)) -> jax.Array
 
 
 def _use_native(x: jax.Array, kernel: jax.Array) -> bool:
+    # The kernels take one dtype, nothing empty, and odd taps: half of them is the same on both sides.
     fits = x.dtype == kernel.dtype and min(x.shape + kernel.shape) > 0 and all(taps % 2 for taps in kernel.shape[:2])
     return fits and library.usable(x.dtype)
 
@@ -149,20 +161,22 @@ def kernel_gradient(x: jax.Array, gradient: jax.Array, strides: Pair, taps: Pair
     return _kernel_gradient.bind(x, gradient, strides=tuple(strides), taps=tuple(taps))
 
 
-def _convolution_shape(x: Any, kernel: Any, *, strides: Pair) -> tuple[tuple[int, ...], Any]:
+def _convolution_shape(x: jax.Array, kernel: jax.Array, *, strides: Pair) -> Shaped:
     size = tuple(-(-length // stride) for length, stride in zip(x.shape[1:3], strides))
     return (x.shape[0], *size, kernel.shape[3]), x.dtype
 
 
-def _input_gradient_shape(gradient: Any, kernel: Any, *, strides: Pair, size: Pair) -> tuple[tuple[int, ...], Any]:
+def _input_gradient_shape(gradient: jax.Array, kernel: jax.Array, *, strides: Pair, size: Pair) -> Shaped:
     return (gradient.shape[0], *size, kernel.shape[2]), gradient.dtype
 
 
-def _kernel_gradient_shape(x: Any, gradient: Any, *, strides: Pair, taps: Pair) -> tuple[tuple[int, ...], Any]:
+def _kernel_gradient_shape(x: jax.Array, gradient: jax.Array, *, strides: Pair, taps: Pair) -> Shaped:
     return (*taps, x.shape[3], gradient.shape[3]), jnp.float32
 
 
-def _primitive(name: str, target: str, shape: Callable, batched: tuple[bool, bool], **attributes: Any) -> Primitive:
+def _primitive(
+    name: str, target: str, shape: Callable[..., Shaped], batched: tuple[bool, bool], **attributes: bool
+) -> Primitive:
     """Makes a primitive that calls a kernel of nn/cpu.
 
     Args:
@@ -174,16 +188,18 @@ def _primitive(name: str, target: str, shape: Callable, batched: tuple[bool, boo
     """
     primitive = Primitive(name)
 
-    def call(a: jax.Array, b: jax.Array, **params: Any) -> jax.Array:
+    def call(a: jax.Array, b: jax.Array, **params: Pair) -> jax.Array:
         time, freq = (np.int64(stride) for stride in params["strides"])
         result = jax.ShapeDtypeStruct(*shape(a, b, **params))
         return jax.ffi.ffi_call(target, result)(a, b, time_stride=time, freq_stride=freq, **attributes)
 
-    def batch(operands: tuple, axes: tuple, **params: Any) -> tuple[jax.Array, int]:
+    def batch(operands: tuple, axes: tuple, **params: Pair) -> tuple[jax.Array, int]:
         if tuple(axis is not None for axis in axes) == batched:
+            # The mapped axis joins the batch: still one call of the kernel.
             a = jnp.moveaxis(operands[0], axes[0], 0)
             y = primitive.bind(a.reshape(-1, *a.shape[2:]), operands[1], **params)
             return y.reshape(*a.shape[:2], *y.shape[1:]), 0
+        # Kernels that differ from slice to slice cannot share a call.
         mapped = [jnp.moveaxis(x, axis, 0) for x, axis in zip(operands, axes) if axis is not None]
 
         def one(slices: list[jax.Array]) -> jax.Array:
@@ -192,6 +208,7 @@ def _primitive(name: str, target: str, shape: Callable, batched: tuple[bool, boo
 
         return lax.map(one, mapped), 0
 
+    # Called outside `jit`, the primitive is compiled by itself: there is no other code for it.
     primitive.def_impl(lambda a, b, **params: jax.jit(partial(primitive.bind, **params))(a, b))
     primitive.def_abstract_eval(lambda a, b, **params: jax.core.ShapedArray(*shape(a, b, **params)))
     mlir.register_lowering(primitive, mlir.lower_fun(call, multiple_results=False), platform="cpu")

@@ -1,21 +1,21 @@
 """Convolution, batch normalisation, squeeze-and-excitation and the residual blocks, exact for padded batches.
 
 Activations are `[batch, time, channel]` or `[batch, time, freq, channel]`. A mask `[batch, time]` says which frames are
-real; None means all, and costs nothing. An utterance alone sees zeros beyond its end. So whoever convolves with padding
-sets padded frames to zero before: the blocks here do it after each activation. A stride of 2 keeps frames 0, 2, 4, ...:
-the mask after it is `mask[:, ::2]`, and a length of L becomes ceil(L / 2).
+real; None means all, and costs nothing. Padded frames are zero wherever a convolution reads them, because an utterance
+alone sees zeros beyond its end: the blocks here set them to zero after each activation. A stride of 2 keeps frames 0,
+2, 4, ...: the mask after it is `mask[:, ::2]`, and a length of L becomes ceil(L / 2).
 
 Linen names a parameter after the `name=` given here; models/resnet.py lists the names.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer, ones, variance_scaling, zeros
+from jax.typing import DTypeLike
 
 from kmq_jax.nn.channels import channel_sums, scale_and_shift
 from kmq_jax.nn.conv import Window, convolve, window
@@ -29,17 +29,29 @@ TORCH_DEFAULT: Initializer = variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def frame_mask(lengths: jax.Array | None, time: int) -> jax.Array | None:
-    """Turns lengths `[batch]` in frames into a mask `[batch, time]`, true on real frames; None stays None."""
+    """Turns lengths `[batch]` in frames into a mask `[batch, time]`, true on real frames; None stays None.
+
+    >>> frame_mask(jnp.array([1, 3]), 3).tolist()
+    [[True, False, False], [True, True, True]]
+    """
     return None if lengths is None else jnp.arange(time)[None, :] < lengths[:, None]
 
 
 def expand_mask(mask: jax.Array, x: jax.Array) -> jax.Array:
-    """Adds the axes by which a mask `[batch, time]` broadcasts against `x` `[batch, time, ...]`."""
+    """Adds the axes by which a mask `[batch, time]` broadcasts against `x` `[batch, time, ...]`.
+
+    >>> expand_mask(jnp.ones((2, 7), bool), jnp.zeros((2, 7, 80, 1))).shape
+    (2, 7, 1, 1)
+    """
     return mask.reshape(mask.shape + (1,) * (x.ndim - 2))
 
 
 def mask_frames(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Sets the padded frames of `x` `[batch, time, ...]` to zero, whatever they held."""
+    """Sets the padded frames of `x` `[batch, time, ...]` to zero, whatever they held.
+
+    >>> mask_frames(jnp.array([[1.0, jnp.nan]]), jnp.array([[True, False]])).tolist()
+    [[1.0, 0.0]]
+    """
     return x if mask is None else jnp.where(expand_mask(mask, x), x, 0)
 
 
@@ -50,6 +62,9 @@ def stride_mask(mask: jax.Array | None, stride: int, lost: int = 0) -> jax.Array
         mask: `[batch, time]`.
         stride: of the convolution, in time.
         lost: frames that it has fewer for want of padding: `dilation * (taps - 1)` where it is "valid", else 0.
+
+    >>> stride_mask(jnp.array([[True, True, True, False, False]]), 2).tolist()
+    [[True, True, False]]
     """
     return None if mask is None else mask[:, lost::stride]
 
@@ -58,18 +73,22 @@ def mean_frames(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> 
     """Float32 mean of `x` `[batch, time, ...]` over `axes` and real frames only.
 
     An utterance without any real frame has mean zero.
+
+    >>> mean_frames(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[True, True, False]]), (1,)).tolist()
+    [[2.0]]
     """
     if mask is None:
         return jnp.mean(x, axes, dtype=jnp.float32)
     real = jnp.broadcast_to(expand_mask(mask, x), x.shape[:2] + (1,) * (x.ndim - 2))
     count = jnp.sum(real, axes, dtype=jnp.float32)
+    # `real` has length 1 along frequency: a frame counts as often as it has values there.
     for axis in axes:
         count = count * (x.shape[axis] if axis > 1 else 1)
     return jnp.sum(mask_frames(x, mask), axes, dtype=jnp.float32) / jnp.maximum(count, 1)
 
 
-def dense(features: int, name: str, dtype: Any = jnp.float32) -> nn.Dense:
-    """A linear layer with bias, started as PyTorch does, but for the bias, which starts at zero."""
+def dense(features: int, name: str, dtype: DTypeLike = jnp.float32) -> nn.Dense:
+    """A linear layer with a bias. The kernel starts as in PyTorch, the bias at zero."""
     return nn.Dense(features, dtype=dtype, kernel_init=TORCH_DEFAULT, name=name)
 
 
@@ -94,7 +113,7 @@ class Conv(nn.Module):
     taps: int | tuple[int, ...] = 3
     stride: int | tuple[int, ...] = 1
     use_bias: bool = False
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     kernel_init: Initializer = KAIMING_NORMAL
     padding: str = "same"
     dilation: int | tuple[int, ...] = 1
@@ -110,6 +129,7 @@ class Conv(nn.Module):
         """Maps `[batch, time, (freq,) in]` to `[batch, time', (freq',) out]`, with "same" ceil(size / stride) each."""
         moves = self.window(x)
         kernel = self.param("kernel", self.kernel_init, (*moves.taps, x.shape[-1] // self.groups, self.channels))
+        # The parameter stays float32; only the arithmetic is in the compute dtype.
         y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), moves)
         if self.use_bias:
             bias = self.param("bias", zeros, (self.channels,))
@@ -132,7 +152,7 @@ class BatchNorm(nn.Module):
         affine: whether there are a learned scale and bias.
     """
 
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     momentum: float = 0.9
     epsilon: float = 1e-5
     use_statistics: bool = True
@@ -158,20 +178,25 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value
             if train:
                 mean, var = self._batch_statistics(x, mask)
+                # `init` runs on made-up features, which must leave no trace in the statistics.
                 if not self.is_initializing():
                     running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
                     running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
+            # Scale, bias and statistics become one affine map, so that x is read once.
             slope = slope * jax.lax.rsqrt(var + self.epsilon)
             shift = shift - mean * slope
+        # `scale_and_shift` gives the dtype of its input: the finer of the two, so that rounding comes last.
         x = x.astype(jnp.promote_types(x.dtype, self.dtype))
         return scale_and_shift(x, slope, shift).astype(self.dtype)
 
     def _batch_statistics(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        count: Any = x.size // x.shape[-1]
+        count: int | jax.Array = x.size // x.shape[-1]
         if mask is not None:
+            # Real frames times the values of a frame; at least 1, for a batch of padding alone.
             count = jnp.maximum(jnp.sum(mask, dtype=jnp.float32) * (count // mask.size), 1)
         x = mask_frames(x, mask)
         mean, square = channel_sums(x, x) / count
+        # By rounding the difference may fall just below zero, and its root would be NaN.
         return mean, jnp.maximum(square - jnp.square(mean), 0)
 
 
@@ -187,7 +212,7 @@ class LayerStyle:
     """
 
     norm: str = "batch"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     kernel_init: Initializer = KAIMING_NORMAL
 
     def conv(
@@ -227,11 +252,11 @@ class SqueezeExcite(nn.Module):
     References: Hu et al., Squeeze-and-Excitation Networks, 2018.
     """
 
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """Scales the channels of `x` `[batch, time, freq, channel]` by what their mean over real frames says."""
+        """Scales the channels of `x` `[batch, time, freq, channel]` by gates made from their means over real frames."""
         squeezed = mean_frames(x, mask, (1, 2))
         gate = dense(x.shape[-1], "fc2", self.dtype)(nn.silu(dense(x.shape[-1], "fc1", self.dtype)(squeezed)))
         return x * nn.sigmoid(gate)[:, None, None, :]
@@ -270,6 +295,7 @@ class BasicBlock(Block):
         """Maps `[batch, time, freq, in]` to `[batch, time', freq', channels]`; `mask` is that of the input."""
         after = stride_mask(mask, self.stride)
         y = self.style.conv(x, self.channels, 3, self.stride, name="conv1")
+        # The next convolution reads beyond an utterance's end, and must find zeros there, as in the utterance alone.
         y = mask_frames(nn.relu(self.style.normalize(y, after, train, name="bn1")), after)
         y = self.style.conv(y, self.channels, 3, name="conv2")
         y = self.style.normalize(y, after, train, name="bn2")
@@ -288,6 +314,7 @@ class Bottleneck(Block):
         y = self.style.conv(x, self.channels, 1, name="conv1")
         y = mask_frames(nn.relu(self.style.normalize(y, mask, train, name="bn1")), mask)
         y = self.style.conv(y, self.channels, 3, self.stride, name="conv2")
+        # Not masked: the 1x1 convolution that follows looks at no neighbour.
         y = nn.relu(self.style.normalize(y, after, train, name="bn2"))
         y = self.style.conv(y, self.expansion * self.channels, 1, name="conv3")
         y = self.style.normalize(y, after, train, name="bn3")
@@ -317,5 +344,6 @@ class PreActivationBlock(Block):
         y = self.style.conv(mask_frames(self.activation(y), after), self.channels, 3, name="conv2")
         y = self.style.normalize(y, after, train, name="bn3")
         y = mask_frames(self.activation(y), after)
+        # No normalisation follows, so with folded ones there is no bias either.
         y = self.style.conv(y, self.channels, self.last_taps, name="conv3", before_norm=False)
         return self.finish(x, y, after, train)

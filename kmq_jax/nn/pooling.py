@@ -6,12 +6,11 @@ which weights that read such features are imported. Means come first in the outp
 order. Statistics are float32 whatever the compute dtype.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from kmq_jax.nn.layers import dense, expand_mask, mask_frames, mean_frames
 
@@ -24,12 +23,19 @@ def flatten_order(freqs: int, channels: int) -> np.ndarray:
 
     Returns:
         int `[freqs * channels]`.
+
+    >>> flatten_order(freqs=2, channels=3).tolist()
+    [0, 2, 4, 1, 3, 5]
     """
     return np.arange(channels * freqs).reshape(channels, freqs).T.reshape(-1)
 
 
 def flatten_frames(x: jax.Array) -> jax.Array:
-    """Flattens `[batch, time, freq, channel]` to `[batch, time, freq * channel]`, the channel running fastest."""
+    """Flattens `[batch, time, freq, channel]` to `[batch, time, freq * channel]`, the channel running fastest.
+
+    >>> flatten_frames(jnp.zeros((1, 7, 10, 4))).shape
+    (1, 7, 40)
+    """
     return x.reshape(*x.shape[:2], -1)
 
 
@@ -49,8 +55,10 @@ class StatisticsPooling(nn.Module):
         """Maps `[batch, time, freq, channel]` to float32 `[batch, 2 * freq * channel]`."""
         frames = flatten_frames(x).astype(jnp.float32)
         mean = mean_frames(frames, mask, (1,))
+        # In two passes: E[x^2] - mean^2 would cancel.
         squares = mask_frames(jnp.square(frames - mean[:, None, :]), mask).sum(1)
         count = jnp.full((1, 1), x.shape[1]) if mask is None else mask.sum(1, keepdims=True)
+        # A single frame is divided by 1 and not by 0: its deviation is the root of `floor`.
         deviation = jnp.sqrt(squares / jnp.maximum(count - 1, 1) + self.floor)
         return jnp.concatenate([mean, deviation], axis=-1)
 
@@ -63,14 +71,14 @@ class AttentiveStatisticsPooling(nn.Module):
     References: Okabe et al., Attentive Statistics Pooling for Deep Speaker Embedding, 2018; floor as in Kiwano.
 
     Attributes:
-        hidden: width between the two linear maps.
+        hidden: channels between the two linear maps.
         floor: the variance is at least this.
         dtype: compute dtype of the linear maps.
     """
 
     hidden: int
     floor: float = 1e-5
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:

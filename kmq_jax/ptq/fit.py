@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ import numpy as np
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.progress import progress
-from kmq_jax.core.tree import named_leaves, replace_named
+from kmq_jax.core.tree import Leaf, Params, named_leaves, replace_named
 from kmq_jax.data import source
 from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, frontend_of
 from kmq_jax.models.walk import CONVOLUTION, LINEAR, OTHER, Layer, Run, walk
@@ -93,6 +92,7 @@ def fit(
     nested = coarse_bits(quantized.variables)
     found: list[_Fit] = []
     for bits in (*nested, None):
+        # From the fewest bits on: each number of bits is sought inside the cells of the one before.
         one = _Fit(quantized.variables["params"], bits, bool(nested), tuple(found), ascending=keep_coarsest)
         if keep_coarsest and not found:
             one.keep(quantized.variables[PER_BITS][str(bits)])
@@ -107,10 +107,10 @@ def fit(
     return dataclasses.replace(quantized, variables=variables)
 
 
-def _leaves(tensors: Mapping[str, Any], found: "list[_Fit]") -> dict[str, Any]:
+def _leaves(tensors: Mapping[str, Leaf], found: "list[_Fit]") -> dict[str, Leaf]:
     """What was fitted, by variable name: tensors with the codebooks of all bits and the indices of the most."""
     most = found[-1]
-    leaves: dict[str, Any] = dict(most.leaves)
+    leaves: dict[str, Leaf] = dict(most.leaves)
     for name, indices in most.indices.items():
         books = [np.asarray(one.scaled[name], tensors[name].codebook.dtype) for one in found]
         packed = np.asarray(quant.pack_bits(indices, tensors[name].bits))
@@ -134,7 +134,7 @@ class _Fit:
         leaves: by variable name, what else was fitted: biases, statistics, kernels that are not quantized.
     """
 
-    def __init__(self, params: Any, bits: int | None, nested: bool, coarser: "tuple[_Fit, ...]", ascending: bool):
+    def __init__(self, params: Params, bits: int | None, nested: bool, coarser: "tuple[_Fit, ...]", ascending: bool):
         """Takes the quantized network's parameters, the bits to fit (None: the most) and the fits at fewer bits."""
         self._bits, self._nested, self._coarser, self._ascending = bits, nested, coarser, ascending
         self._tensors = tensors = dict(named_leaves(params, quant.is_codebook_tensor))
@@ -183,6 +183,7 @@ class _Fit:
         assert layer.window is not None
         kernel, key = layer.get("kernel"), f"{layer.name}/kernel"
         tensor, value = self._tensors[key], self._values[key]
+        # What is not nested serves all bits: fitted at one number of bits, it would be wrong at the others.
         shared = self._nested and not (quant.is_codebook_tensor(tensor) and tensor.coarse)
         if quant.is_codebook_tensor(tensor):
             next(self._progress)
@@ -227,6 +228,7 @@ class _Fit:
         bits = self._bits or tensor.bits
         if not self._coarser:
             given = jnp.asarray(tensor.codebook_of(bits), jnp.float32)
+            # A codebook with a zero in it, or symmetric, was asked for: centroids that move would lose that.
             pinned = jnp.all(jnp.any(given == 0, axis=1)) | jnp.all(given == -given[:, ::-1])
             book, parents, free = given[rows, None], None, not pinned
         else:
@@ -236,8 +238,10 @@ class _Fit:
             book, free = book.reshape(*cells.shape, -1), True
         book, indices = gptq.fit(W, book, H, parents, free=free)
         if self._ascending and len(self._coarser) > 1:
+            # Parts of neighbouring cells may overlap. Cut at the midpoints they ascend, as training needs them.
             book = _between(book, cells, self._coarser[0].books[key].shape[1])
             book, indices = gptq.fit(W, book, H, parents, free=False)
+        # Rounded as it will be stored: the layers after this one are fitted on what the file will give.
         stored = book.reshape(len(W), -1).astype(tensor.codebook.dtype)
         return stored.astype(jnp.float32), indices
 
@@ -316,4 +320,5 @@ def _moments_at(
         return x[tuple(index)].reshape(len(batch), -1)
 
     x, own = patches(x), patches(own)
+    # The second moment tells GPTQ how far x' has drifted from x: see `gptq.corrected`.
     return own.T @ own / len(batch), own.T @ (x - own) / len(batch)

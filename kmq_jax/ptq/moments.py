@@ -9,14 +9,13 @@ of the batch normalisation that follows, so the repaired network costs nothing m
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kmq_jax import frontend, quant
-from kmq_jax.core.tree import map_named, named_leaves
+from kmq_jax.core.tree import Leaf, Variables, map_named, named_leaves
 from kmq_jax.data import pipeline, source
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, at_bits
@@ -35,13 +34,13 @@ def random_features(
     return frontend.mean_normalize(frontend.fbank(jnp.asarray(next(iter(batches))["wave"]), fbank), None)
 
 
-def coarse_bits(variables: Any) -> tuple[int, ...]:
+def coarse_bits(variables: Variables) -> tuple[int, ...]:
     """The fewer bits at which nested tensors of a tree can also be read, ascending."""
     leaves = jax.tree.leaves(variables, is_leaf=quant.is_codebook_tensor)
     return tuple(sorted({bits for leaf in leaves if quant.is_codebook_tensor(leaf) for bits in leaf.all_bits[:-1]}))
 
 
-def per_bits_leaves(variables: Any) -> dict[str, Any]:
+def per_bits_leaves(variables: Variables) -> dict[str, np.ndarray]:
     """The biases and statistics of a tree, by name: what each number of bits of a nested model has to itself."""
     leaves = named_leaves(variables, is_leaf=quant.is_codebook_tensor)
     return {name: np.asarray(leaf) for name, leaf in leaves if leaf.ndim < 2 and not name.endswith("/scale")}
@@ -76,6 +75,7 @@ def measure(reference: SpeakerModel, quantized: SpeakerModel, features: jax.Arra
 def own_statistics(quantized: SpeakerModel, features: jax.Array) -> SpeakerModel:
     """Measures the statistics of a network's batch normalisations, at all its bits; convolutions stay as they are."""
     per_bits = {}
+    # The most bits last: their statistics are the model's own, those of fewer bits stand beside them.
     for bits in (*coarse_bits(quantized.variables), None):
         at = at_bits(quantized, bits)
         _, statistics = _moments_of(at.network(), at.bits, at.variables, features, {})
@@ -86,17 +86,17 @@ def own_statistics(quantized: SpeakerModel, features: jax.Array) -> SpeakerModel
     return dataclasses.replace(quantized, variables={**measured, **({PER_BITS: per_bits} if per_bits else {})})
 
 
-def apply(repair: Repair, variables: Any, scaled: Callable[[str, Any, jax.Array], Any]) -> dict[str, Any]:
+def apply(repair: Repair, variables: Variables, scaled: Callable[[str, Leaf, jax.Array], Leaf]) -> Variables:
     """Folds a repair into `{"params", "batch_stats"}`; `scaled(name, leaf, slope)` gives a kernel its slope."""
 
-    def rewrite(name: str, leaf: Any) -> Any:
+    def rewrite(name: str, leaf: Leaf) -> Leaf:
         layer, _, kind = name.rpartition("/")
         if layer not in repair.maps:
             return leaf
         slope, shift = repair.maps[layer]
         return np.asarray(leaf * slope + shift) if kind == "bias" else scaled(name, leaf, slope)
 
-    def measured(name: str, leaf: Any) -> Any:
+    def measured(name: str, leaf: Leaf) -> Leaf:
         layer, _, kind = name.rpartition("/")
         return np.asarray(repair.statistics[layer][kind == "var"]) if layer in repair.statistics else leaf
 
@@ -107,20 +107,31 @@ def apply(repair: Repair, variables: Any, scaled: Callable[[str, Any, jax.Array]
 
 
 def moments(y: jax.Array) -> Moments:
-    """Mean and deviation of each channel of `[..., channels]`."""
+    """Mean and deviation of each channel of `[..., channels]`.
+
+    >>> mean, deviation = moments(jnp.array([[0.0, 2.0], [2.0, 2.0]]))
+    >>> mean.tolist(), deviation.tolist()
+    ([1.0, 2.0], [1.0, 0.0])
+    """
     axes = tuple(range(y.ndim - 1))
     return jnp.mean(y, axes), jnp.std(y, axes)
 
 
 def matching(seen: Moments, wanted: Moments) -> Moments:
-    """The slope and shift that give outputs with some moments other ones."""
+    """The slope and shift that turn outputs with the moments `seen` into ones with the moments `wanted`.
+
+    >>> slope, shift = matching((jnp.array([1.0]), jnp.array([2.0])), (jnp.array([3.0]), jnp.array([4.0])))
+    >>> slope.tolist(), shift.tolist()
+    ([2.0], [1.0])
+    """
+    # A dead channel has no deviation; any finite slope does.
     slope = wanted[1] / jnp.maximum(seen[1], 1e-12)
     return slope, wanted[0] - slope * seen[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _moments_of(
-    network: SpeakerNetwork, bits: int | None, variables: Any, features: jax.Array, wanted: dict[str, Moments]
+    network: SpeakerNetwork, bits: int | None, variables: Variables, features: jax.Array, wanted: dict[str, Moments]
 ) -> tuple[dict[str, Moments], dict[str, Moments]]:
     """Runs a network whose layers are repaired one after the other, each on what the repaired ones before it give.
 

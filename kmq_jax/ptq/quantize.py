@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
@@ -46,6 +45,9 @@ def rules_of(options: QuantizeOptions) -> list[quant.QuantRule]:
 
     Raises:
         UserError: the file of rules cannot be read, or a rule has another form.
+
+    >>> [rule.pattern for rule in rules_of(QuantizeOptions(bits=2, skip=("^stem/",)))]
+    ['^stem/', '/kernel$']
     """
     spec = quant.QuantSpec(options.bits, granularity=options.granularity, coarse=options.nested)
     rules = [quant.QuantRule(pattern, None) for pattern in options.skip]
@@ -53,11 +55,11 @@ def rules_of(options: QuantizeOptions) -> list[quant.QuantRule]:
     return [*rules, quant.QuantRule(r"/kernel$", spec)]
 
 
-def _listed(options: QuantizeOptions) -> Any:
+def _listed(options: QuantizeOptions) -> list[object]:
     return read_json(options.rules) if options.rules else []
 
 
-def _rule(entry: Any, spec: quant.QuantSpec, file: str) -> quant.QuantRule:
+def _rule(entry: object, spec: quant.QuantSpec, file: str) -> quant.QuantRule:
     if not isinstance(entry, dict) or set(entry) != {"pattern", "bits"}:
         raise UserError(f"{file}: {entry!r} must have `pattern` and `bits`")
     bits = entry["bits"]

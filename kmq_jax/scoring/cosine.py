@@ -12,7 +12,11 @@ _SHORTEST, _LONGEST = 1e-15, 1e15  # beyond these, products of float32 lose thei
 
 
 def lengths(embeddings: np.ndarray) -> np.ndarray:
-    """Euclidean lengths `[utterances]` float64 of embeddings `[utterances, dim]`."""
+    """Euclidean lengths `[utterances]` float64 of embeddings `[utterances, dim]`.
+
+    >>> lengths(np.array([[3.0, 4.0]])).tolist()
+    [5.0]
+    """
     squares = np.empty(len(embeddings))
     for start in range(0, len(embeddings), _CHUNK):
         rows = embeddings[start : start + _CHUNK].astype(np.float64)
@@ -21,7 +25,11 @@ def lengths(embeddings: np.ndarray) -> np.ndarray:
 
 
 def unusable(length: np.ndarray) -> np.ndarray:
-    """Which lengths `[utterances]` belong to embeddings that cannot be scored: zero, not finite, or absurd."""
+    """Which lengths `[utterances]` belong to embeddings that cannot be scored: zero, not finite, or absurd.
+
+    >>> unusable(np.array([1.0, 0.0, np.nan])).tolist()
+    [False, True, True]
+    """
     return ~((length > _SHORTEST) & (length < _LONGEST))
 
 
@@ -80,7 +88,9 @@ def cosine_scores(
     for start in range(0, len(enrol), _CHUNK):
         part = slice(start, start + _CHUNK)
         np.vecdot(one.take(enrol[part], axis=0), two.take(test[part], axis=0), out=scores[part])
+    # Lengths are divided out at the end: no second table of unit rows is made.
     scores /= one_length[enrol] * two_length[test]
+    # Rounding may lead a hair beyond 1.
     return np.clip(scores, -1, 1, out=scores)
 
 
@@ -105,4 +115,5 @@ def average(embeddings: ArrayLike, groups: Iterable[ArrayLike]) -> np.ndarray:
         raise UserError("an average of embeddings needs at least one utterance in each group")
     starts = np.concatenate([[0], np.cumsum([len(group) for group in rows])[:-1]])
     sizes = np.array([len(group) for group in rows], np.float32)
+    # The groups lie end to end; each sum runs from one group's start to the next.
     return np.add.reduceat(unit[np.concatenate(rows)], starts, axis=0) / sizes[:, None]

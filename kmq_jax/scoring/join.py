@@ -104,6 +104,7 @@ def _speakers(
         node = trials.enrol if trials.models is None else trials.enrol + utterances
         found = speakers_from_targets(node, trials.test, trials.label, utterances + len(trials.models or ()))
         return found[node], found[trials.test], frozenset(), "told apart by the target trials"
+    # One numbering for both sides: the same name is the same speaker.
     number: dict[str, int] = {}
     of_enrol, of_test = (
         np.array([number.setdefault(name, len(number)) for name in names])

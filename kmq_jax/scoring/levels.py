@@ -96,6 +96,7 @@ def score_levels(
     used = np.zeros(len(first), bool)
     used[sides.test] = True
     used[sides.enrol if trials.models is None else np.concatenate(trials.models)] = True
+    # Files may list utterances in different orders; trials number them as the first level's file does.
     aligned = {path: table if table is first else _align(table, first, used) for path, table in read.items()}
     tables = tuple(aligned[path] for _, path in levels)
     if enrolment == "top" and len({table.embeddings.shape[1] for table in tables}) > 1:

@@ -4,12 +4,11 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import atomic_write, read_json, write_json
+from kmq_jax.core.files import Json, Row, atomic_write, read_json, write_json
 from kmq_jax.data.trials import Trials
 from kmq_jax.metrics.calibration import AffineMap, IsotonicMap, fit_logistic, map_from_dict
 from kmq_jax.metrics.evaluate import evaluate
@@ -39,7 +38,7 @@ class Scored:
     trials: Trials
     scores: np.ndarray
     kind: str
-    metrics: dict[str, Any]
+    metrics: Json
 
 
 def score(
@@ -90,7 +89,7 @@ def score(
 
 def normalise(
     scores: np.ndarray, sides: Sides, cohort: EmbeddingTable, top_n: int | None, means: bool
-) -> tuple[np.ndarray, dict[str, Any]]:
+) -> tuple[np.ndarray, Json]:
     """Applies adaptive S-norm.
 
     Args:
@@ -111,6 +110,7 @@ def normalise(
         if cohort.speakers is None:
             raise UserError(f"`cohort_speaker_means`: {cohort.source} has no `speakers`")
         _, label = np.unique(np.array(cohort.speakers), return_inverse=True)
+        # Rows of a speaker side by side, so that cutting between speakers gives the groups.
         order = np.argsort(label, kind="stable")
         members = average(members, np.split(order, np.flatnonzero(np.diff(label[order])) + 1))
     if top_n is not None and not 2 <= top_n <= len(members):
@@ -164,7 +164,7 @@ def draw_det(path: Place, scored: Scored) -> None:
         save_det(temporary, {scored.kind: (scored.scores, scored.trials.label)})
 
 
-def describe(metrics: dict[str, Any]) -> str:
+def describe(metrics: Row) -> str:
     """The figures as a short table."""
 
     def line(name: str, value: float | None, interval: list[float] | None, digits: int) -> str:

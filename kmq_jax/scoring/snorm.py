@@ -37,6 +37,7 @@ def cohort_statistics(embeddings: ArrayLike, cohort: ArrayLike, top_n: int) -> t
     for start in range(0, len(unit), step):
         part = slice(start, start + step)
         scores = unit[part] @ members.T
+        # The top n are needed, but not their order.
         scores.partition(len(members) - top_n, axis=1)
         top = scores[:, len(members) - top_n :]
         mean[part], deviation[part] = top.mean(axis=1), top.std(axis=1)
@@ -79,6 +80,7 @@ def adaptive_snorm(
     if test_embeddings is not enrol_embeddings:
         test = test + len(table)
         table = np.concatenate([table, np.asarray(test_embeddings)])
+    # Scores against the cohort are what costs: an utterance has them once, in however many trials it is.
     used, place = np.unique(np.stack([enrol, test]), return_inverse=True)
     mean, deviation = cohort_statistics(table[used], cohort, top_n)
     place = place.reshape(2, -1)

@@ -95,6 +95,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an embedding file, by name, not yet checked."""
     try:
         with path.open("rb") as file:
+            # A pickle could run code: files come from anyone.
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("it holds a single array")

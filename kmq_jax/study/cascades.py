@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +13,7 @@ from kmq_jax.cascade.evaluate import evaluate_embeddings
 from kmq_jax.cascade.figures import draw_front
 from kmq_jax.cascade.verifier import save_cascade
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import atomic_write, read_json, write_json
+from kmq_jax.core.files import Json, Row, atomic_write, read_json, write_json
 from kmq_jax.data import source, trials
 from kmq_jax.study.networks import Network
 from kmq_jax.study.options import FULL, NESTED, CascadePlan, EvaluationSet, StudyOptions
@@ -64,7 +63,7 @@ class StudiedCascade:
         return f"{self.plan.family}-{'-'.join(map(str, self.plan.bits))}"
 
     @property
-    def about(self) -> list[Any]:
+    def about(self) -> list[object]:
         """What all of its steps depend on."""
         return [list(self.plan.bits), dataclasses.asdict(self.options.calibration)]
 
@@ -96,7 +95,7 @@ class StudiedCascade:
 
     def evaluate(
         self, policy: str, listed: str, evaluated: EvaluationSet, suffix: str, data: Sequence[str] = ()
-    ) -> dict[str, Any]:
+    ) -> Json:
         """The figures on a set of the policy with the suffix `policy`."""
         directory = f"cascades/{self.name}{policy}"
 
@@ -110,11 +109,11 @@ class StudiedCascade:
         made = self.steps.run(
             step, [self.about, listed], needs, f"{directory}/{step}.json", action, data=data, recipe=RECIPES["cascade"]
         )
-        found: dict[str, Any] = read_json(made)
+        found: Json = read_json(made)
         return found
 
 
-def run_cascade(steps: Steps, options: StudyOptions, networks: Sequence[Network], plan: CascadePlan) -> dict[str, Any]:
+def run_cascade(steps: Steps, options: StudyOptions, networks: Sequence[Network], plan: CascadePlan) -> Json:
     """Calibrates a cascade on one set and runs it on all.
 
     The calibration set itself is evaluated crosswise: its speakers are halved, and each half is decided by a policy
@@ -151,10 +150,11 @@ def run_cascade(steps: Steps, options: StudyOptions, networks: Sequence[Network]
     }
 
 
-def crosswise(cascade: StudiedCascade, base: EvaluationSet) -> dict[str, Any]:
+def crosswise(cascade: StudiedCascade, base: EvaluationSet) -> Json:
     """The figures on the calibration set: each half of its speakers is decided by a policy from the other half."""
     lists = halve(cascade.steps, base)
     crossed = []
+    # A policy never decides the speakers that it was calibrated on.
     for half, other in zip(HALVES, reversed(HALVES)):
         cascade.calibrate(str(lists / f"{half}.txt"), f"-{half}", [*cascade.needs(base), f"halves-{base.name}"])
         crossed.append(cascade.evaluate(f"-{half}", str(lists / f"{other}.txt"), base, f"-{other}"))
@@ -174,6 +174,7 @@ def _write_halves(evaluated: EvaluationSet, out: Path) -> None:
     pairs = trials.open_trials(evaluated.trials, table)
     speakers, speaker = np.unique(np.array(table.speakers), return_inverse=True)
     half = np.random.default_rng(0).permutation(len(speakers)) % 2
+    # A trial across the halves would show a policy a speaker of the other half.
     sides = half[speaker[pairs.enrol]], half[speaker[pairs.test]]
     names = np.array(table.ids)
     for number, name in enumerate(HALVES):
@@ -183,8 +184,9 @@ def _write_halves(evaluated: EvaluationSet, out: Path) -> None:
             temporary.write_text("".join(f"{y} {a} {b}\n" for y, a, b in zip(*columns)))
 
 
-def mean_of(halves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def mean_of(halves: Sequence[Row]) -> Json:
     """The mean of two halves' figures, of those in `MEANT`."""
+    # Counts and intervals of halves have no mean that says anything.
     shown = [{key: half[key] for key in MEANT} for half in halves]
-    mean: dict[str, Any] = jax.tree.map(lambda *values: float(np.mean(values)), *shown)
+    mean: Json = jax.tree.map(lambda *values: float(np.mean(values)), *shown)
     return mean

@@ -1,7 +1,6 @@
 """Settings of a study with their defaults. A configuration file adds them to those of the full-precision training."""
 
 import dataclasses
-from typing import Any
 
 import ml_collections
 
@@ -14,7 +13,7 @@ EPOCHS = {"4": 1.0, "3": 1.5, "2": 7.5, "nested": 3.0}
 """Epochs of quantization-aware training by bits, for a few thousand utterances."""
 
 
-def study_config(config: ml_collections.ConfigDict, **settings: Any) -> ml_collections.ConfigDict:
+def study_config(config: ml_collections.ConfigDict, **settings: object) -> ml_collections.ConfigDict:
     """Adds the section `study`, which says what `kmq_jax.study` does with the network. Training does not look at it.
 
     Args:

@@ -5,12 +5,11 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any
 
 import ml_collections
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import file_hash, write_json
+from kmq_jax.core.files import Json, file_hash, write_json
 from kmq_jax.interop import pretrained
 from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model, save_model
 from kmq_jax.ptq.quantize import quantize_model
@@ -32,8 +31,8 @@ class Network:
     """A model of the study, read at one number of bits.
 
     Attributes:
-        step: that made it, such as "kmqat-2" or "ptq-nested".
-        method: for people.
+        step: the step that made it, such as "kmqat-2" or "ptq-nested".
+        method: how it was made, as reports show it.
         bits: its bits.
         path: the MODEL.
         read_at: the bits at which a nested model is read; None for any other.
@@ -122,6 +121,7 @@ def quantized_networks(
     grow_from = str(steps.directory / run.grow_from) if run.grow_from else ""
     own = kmqat_config(config, options, run, str(reference), grow_from)
     heard = data_of(own)
+    # Without training only the rules and the speech matter, not the schedule or the loss.
     rules = [settings_of(own)["quant"], own.data.train]
     untrained = functools.partial(quantize, own, reference)
     step, recipe = f"ptq-{run.name}", RECIPES["ptq"]
@@ -145,15 +145,18 @@ def kmqat_config(
 ) -> ml_collections.ConfigDict:
     """The configuration of a quantized training: that of the full-precision one, with the study's changes."""
     rules = tuple(tuple(rule) for rule in options.rules)
+    # A copy: every run changes the configuration of the full-precision training in its own way.
     own = quantized(copy.deepcopy(config), run.bits, coarse=run.coarse, grow_from=grow_from, rules=rules)
     own.init_from = reference
     own.average_last = 0
     own.loss.weight = options.label_weight
     own.epochs = options.epochs.get(run.name, 0.0)
     if run.coarse and not options.epochs.get(str(min(run.coarse))):
+        # Nested codebooks grow from the trained network of the fewest bits; without it they are not trained.
         own.epochs = 0.0
     if options.learning_rate:
         own.learning_rate.peak = options.learning_rate
+    # The study measures when training is done; nothing is chosen on the way.
     own.validation.data = ""
     return own
 
@@ -165,7 +168,7 @@ def quantize(config: ml_collections.ConfigDict, reference: Path, out: Path) -> N
     save_model(out, quantize_model(load_model(reference), qat.rules_of(options), data, options.fit_crops))
 
 
-def settings_of(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def settings_of(config: ml_collections.ConfigDict) -> Json:
     """What a training run depends on."""
     return {key: value for key, value in json.loads(config.to_json()).items() if key != "study"}
 

@@ -1,11 +1,11 @@
 """Options of a study: what the section `study` of a configuration holds."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 from kmq_jax.cascade.options import CalibrationOptions
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import Row
 from kmq_jax.core.options import Options, option, shown
 from kmq_jax.diagnosis.options import DiagnosisOptions
 from kmq_jax.scoring.options import Compute
@@ -79,7 +79,7 @@ class StudyOptions(Options):
                 raise UserError(f"{name!r} is none of the evaluation sets {', '.join(self.sets)}")
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], where: str = "study") -> Self:
+    def of(cls, values: Row, where: str = "study") -> Self:
         """Reads the section `study` of a configuration.
 
         Args:

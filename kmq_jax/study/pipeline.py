@@ -9,7 +9,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_collections
@@ -17,7 +16,7 @@ import numpy as np
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import read_json, write_json
+from kmq_jax.core.files import Json, read_json, write_json
 from kmq_jax.diagnosis import report as diagnosis_report
 from kmq_jax.diagnosis.run import diagnose
 from kmq_jax.models.speaker_model import load_model
@@ -34,7 +33,7 @@ RECIPES = {"embed": 1, "score": 1, "diagnose": 1}
 """To be raised when a change of the code changes what a step computes: studies then repeat it (see `study.steps`)."""
 
 
-def study(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
+def study(config: ml_collections.ConfigDict, workdir: Path) -> Json:
     """Runs what is not done yet.
 
     Args:
@@ -82,10 +81,11 @@ def embed(steps: Steps, network: Network, evaluated: EvaluationSet, options: Stu
     return steps.run(f"embed-{name}", about, needs, out, action, data=data, recipe=RECIPES["embed"])
 
 
-def measure(steps: Steps, network: Network, options: StudyOptions) -> dict[str, Any]:
+def measure(steps: Steps, network: Network, options: StudyOptions) -> Json:
     """One row of the results: a network's size, its metrics on each evaluation set, and mean EERs of groups of sets."""
     found = {name: measure_on(steps, network, evaluated) for name, evaluated in options.sets.items()}
     inside = network.path.is_relative_to(steps.directory)
+    # Relative, so that results do not depend on where the study lies.
     place = network.path.relative_to(steps.directory) if inside else network.path
     groups = {group: [found[one]["eer"] for one in members] for group, members in options.groups.items()}
     return {
@@ -98,7 +98,7 @@ def measure(steps: Steps, network: Network, options: StudyOptions) -> dict[str, 
     }
 
 
-def measure_on(steps: Steps, network: Network, evaluated: EvaluationSet) -> dict[str, Any]:
+def measure_on(steps: Steps, network: Network, evaluated: EvaluationSet) -> Json:
     """A network's metrics on one evaluation set."""
     name = f"{network.name}-{evaluated.name}"
 
@@ -107,13 +107,11 @@ def measure_on(steps: Steps, network: Network, evaluated: EvaluationSet) -> dict
 
     needs, out, data = (f"embed-{name}",), f"metrics/{name}.json", [evaluated.trials]
     made = steps.run(f"score-{name}", evaluated.trials, needs, out, action, data=data, recipe=RECIPES["score"])
-    found: dict[str, Any] = read_json(made)
+    found: Json = read_json(made)
     return found
 
 
-def run_diagnosis(
-    steps: Steps, options: StudyOptions, networks: Sequence[Network], evaluated: EvaluationSet
-) -> dict[str, Any]:
+def run_diagnosis(steps: Steps, options: StudyOptions, networks: Sequence[Network], evaluated: EvaluationSet) -> Json:
     """Where the errors of the trained networks come from.
 
     Bits that were not trained alone are taken from the nested network.

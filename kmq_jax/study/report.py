@@ -1,12 +1,13 @@
-"""What a study leaves for people: one HTML page of results, cascades and the diagnosis's main figures."""
+"""The report of a study: one HTML page of results, cascades and the main figures of the diagnosis."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kmq_jax import html
+from kmq_jax.core.files import Json, Row
 
 METHODS = {  # colour, marker and name of each way to quantize
     "without training": ("tab:gray", "s", "without training"),
@@ -18,7 +19,7 @@ TICKS = (2, 3, 4, 6, 8, 16, 32)
 FROM_DIAGNOSIS = ("histograms", "flips", "retention")
 
 
-def bits_figure(rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figure:
+def bits_figure(rows: Sequence[Row], sets: Sequence[str]) -> Figure:
     """EER against bits, a panel for each evaluation set, with 95 % intervals."""
     figure = Figure(figsize=(html.WIDTH, 3.4 * len(sets)), layout="constrained")
     panels = figure.subplots(len(sets), 1, squeeze=False)[:, 0]
@@ -29,6 +30,7 @@ def bits_figure(rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figur
             axes.axhspan(*full["eer_ci95"], color="0.93", zorder=0)
         for shift, (method, (colour, marker, label)) in enumerate(METHODS.items()):
             chosen = sorted((row for row in rows if row["method"] == method), key=lambda row: row["bits"])
+            # A little apart, so that intervals of different methods do not cover one another.
             places = [row["bits"] + 0.09 * (shift - 1.5) for row in chosen]
             values = [row["sets"][name]["eer"] for row in chosen]
             ends = [row["sets"][name]["eer_ci95"] or [value, value] for row, value in zip(chosen, values)]
@@ -45,7 +47,7 @@ def bits_figure(rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figur
     return figure
 
 
-def cascades_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figure:
+def cascades_figure(cascades: Sequence[Row], sets: Sequence[str]) -> Figure:
     """Harmful flips against bits a trial: every level alone and every cascade, a panel for each evaluation set."""
     figure = Figure(figsize=(html.WIDTH, 3.4 * len(sets)), layout="constrained")
     panels = figure.subplots(len(sets), 1, squeeze=False)[:, 0]
@@ -77,7 +79,7 @@ def cascades_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) 
     return figure
 
 
-def resolved_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figure:
+def resolved_figure(cascades: Sequence[Row], sets: Sequence[str]) -> Figure:
     """Which level decides how many of the trials: a bar for each cascade and evaluation set."""
     bars = [(f"{one['name']}, {one['family']}\non {name}", one["sets"][name]) for one in cascades for name in sets]
     figure = Figure(figsize=(html.WIDTH, 0.9 + 0.55 * len(bars)), layout="constrained")
@@ -97,7 +99,7 @@ def resolved_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) 
     return figure
 
 
-def remaining_figure(cascades: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> Figure:
+def remaining_figure(cascades: Sequence[Row], sets: Sequence[str]) -> Figure:
     """Where harmful flips remain: a panel for each cascade and evaluation set, bars by nearness to the threshold."""
     shown = [(cascade, name) for cascade in cascades for name in sets]
     rows = -(-len(shown) // 2)
@@ -132,7 +134,7 @@ def _named(bits: str) -> str:
     return "full precision" if int(bits) == 32 else f"{bits} bits"
 
 
-def _legend_by_bits(figure: Figure, *panels: Any) -> None:
+def _legend_by_bits(figure: Figure, *panels: Axes) -> None:
     """One legend for all panels, each number of bits once, ascending."""
     found = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
     names = sorted(found, key=lambda label: (label == "full precision", label))
@@ -141,8 +143,13 @@ def _legend_by_bits(figure: Figure, *panels: Any) -> None:
     )
 
 
-def comparison(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Published and measured EER: a row for each group and number of bits that was published."""
+def comparison(summary: Row) -> list[Json]:
+    """Published and measured EER: a row for each group and number of bits that was published.
+
+    >>> row = {"bits": 4, "method": "trained", "groups": {"overall": 1.1}}
+    >>> comparison({"published": {"overall": {"4": 1.0}}, "rows": [row], "cascades": []})
+    [{'group': 'overall', 'bits': '4', 'published': 1.0, 'measured': 1.1}]
+    """
     rows = []
     for group, published in summary["published"].items():
         for bits, eer in published.items():
@@ -159,7 +166,7 @@ def comparison(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def write(workdir: Path, summary: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def write(workdir: Path, summary: Row, config: Row) -> None:
     """Writes `report.html` of a study, and its figures beside it.
 
     Args:

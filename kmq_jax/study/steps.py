@@ -15,10 +15,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import kmq_jax
-from kmq_jax.core.files import read_json, write_json
+from kmq_jax.core.files import Json, read_json, write_json
 
 _LISTS = ("wav.scp", "dataset_info.json")
 """A directory with one of these is described by the files that lie in it; what they name is not looked at."""
@@ -33,13 +32,13 @@ class Steps:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._file = directory / "steps.json"
-        self._known: dict[str, dict[str, Any]] = read_json(self._file) if self._file.exists() else {}
+        self._known: dict[str, Json] = read_json(self._file) if self._file.exists() else {}
         self._stamp = functools.cache(stamp)  # data is looked at once a run
 
     def run(
         self,
         name: str,
-        settings: Any,
+        settings: object,
         needs: Sequence[str],
         output: str,
         action: Callable[[Path], object],
@@ -65,6 +64,7 @@ class Steps:
             The output's path.
         """
         path = self.directory / output
+        # Digests of the steps before: a change travels down to all that depends on it.
         before = [self._known[other]["digest"] for other in needs]
         read = [self._stamp(place) for place in data]
         about = [kmq_jax.__version__, recipe, settings, read, before]
@@ -74,7 +74,9 @@ class Steps:
             print(f"{name}: done before", file=sys.stderr)
             return path
         if known.get("digest") != digest and path.exists():
+            # Made with other settings: to go on from it would mix the two.
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # Noted before the work: what is found after an interruption is then known to be of these settings.
         self._remember(name, digest, False)
         print(f"{name}: begins", file=sys.stderr)
         start = time.monotonic()
@@ -89,7 +91,7 @@ class Steps:
 
 
 def stamp(data: str) -> str:
-    """What changes when data changes: a hash of list files' contents, or of names, sizes and times of recordings.
+    """A text that changes when the data changes: a hash of lists' contents, or of names, sizes and times of recordings.
 
     Args:
         data: DATA or TRIALS; several DATA are separated by commas. `synthetic:SPLIT` is its own stamp, and so is what

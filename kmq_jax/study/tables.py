@@ -1,7 +1,7 @@
 """Writes the results tables of a Markdown file from the JSON files they come from.
 
 A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE is a `study.json`, its path relative to
-the Markdown file; KIND is `bits`, one row a model, `trained`, those of them that were, or `cascades`, one row a
+the Markdown file; KIND is `bits`, one row a model, `trained`, the trained models alone, or `cascades`, one row a
 cascade and evaluation set. Of the file that `bench accelerator` writes, KIND is `accelerator`, one row a figure.
 """
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import atomic_write, read_json
+from kmq_jax.core.files import Row, atomic_write, read_json
 
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def study_table(summary: dict[str, Any]) -> str:
+def study_table(summary: Row) -> str:
     """The results of a study: size, and EER in percent with its 95 % interval on each evaluation set."""
     sets = list(summary["rows"][0]["sets"])
     rows = [["bits", "weights", "KiB", *(f"{name}, EER %" for name in sets)]]
@@ -30,12 +30,12 @@ def study_table(summary: dict[str, Any]) -> str:
     return _markdown(rows)
 
 
-def trained_table(summary: dict[str, Any]) -> str:
-    """The same of what was trained alone, full precision first."""
+def trained_table(summary: Row) -> str:
+    """The same table without the models that were quantized without training."""
     return study_table({"rows": [row for row in summary["rows"] if not row["method"].startswith("without training")]})
 
 
-def cascade_table(summary: dict[str, Any]) -> str:
+def cascade_table(summary: Row) -> str:
     """The cascades of a study on each evaluation set: errors, flips against full precision, and costs in bits."""
     rows = [["cascade", "on", "EER %", "FP32", "harmful flips", "last level's own", "decided first", "bits, sequential",
              "incremental"]]  # fmt: skip
@@ -68,7 +68,7 @@ SPEEDS = {
 """The figures of `bench accelerator` that a table shows; of a line that has several, the first."""
 
 
-def accelerator_table(lines: list[dict[str, Any]]) -> str:
+def accelerator_table(lines: list[Row]) -> str:
     """What an accelerator did: one row for each line of figures that holds a speed."""
     rows = [["part", "what", "figure", "card"]]
     for line in lines:

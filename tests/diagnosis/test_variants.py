@@ -61,11 +61,12 @@ def test_layer_mixes_take_kernel_and_bias_of_one_layer(speaker_model):
 
 def test_embeddings_are_those_of_extract(speaker_model, utterances):
     seen = {}
+    network, fbank = speaker_model.network(), frontend_of(speaker_model.frontend)
     batches = variants.feature_batches(
-        frontend_of(speaker_model.frontend), utterances, batch_size=4, seen=lambda i, wave: seen.update({i: wave})
+        network, fbank, utterances, batch_size=4, seen=lambda i, wave: seen.update({i: wave})
     )
     base = variants.on_devices(speaker_model.variables)
-    found = variants.embed_variants(speaker_model.network(), batches, [base, shaken(base), base], len(utterances))
+    found = variants.embed_variants(network, batches, [base, shaken(base), base], len(utterances))
     np.testing.assert_allclose(found[0], embed_all(speaker_model, utterances), rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(found[0], found[2])
     assert np.abs(found[0] - found[1]).max() > 1e-3
@@ -79,14 +80,14 @@ def test_activation_sqnr_against_arithmetic_on_single_utterances(speaker_model, 
     base = variants.on_devices(speaker_model.variables)
     low = shaken(base, 0.02)
     (found, copy) = variants.activation_sqnr(
-        network, variants.feature_batches(fbank, utterances, batch_size=4), base, [low, base]
+        network, variants.feature_batches(network, fbank, utterances, batch_size=4), base, [low, base]
     )
     assert set(copy.values()) == {np.inf}
     names = list(found)
     assert names == ["stem", "stage1/block0", "stage2/block0", "stage2/block1", "stage3/block0", "stage4/block0",
                      "pool", "head"]  # fmt: skip
     signal = noise = head_signal = head_noise = 0.0
-    for batch in variants.feature_batches(fbank, utterances, batch_size=1):
+    for batch in variants.feature_batches(network, fbank, utterances, batch_size=1):
         features = batch.features[:1, : int(batch.frames[0])]
         (one, parts, _), (two, others, _) = (network.taps(tree, features) for tree in (base, low))
         signal += float(jnp.sum(parts["stage4/block0"] ** 2))
@@ -131,4 +132,4 @@ def test_a_recording_that_is_too_short_is_named(speaker_model):
         ids=("a",), paths=("a",), speakers=("s",), samples=np.array([100]), reader=lambda _: np.zeros(100)
     )
     with pytest.raises(UserError, match="a: shorter than one analysis frame"):
-        next(variants.feature_batches(frontend_of(speaker_model.frontend), short))
+        next(variants.feature_batches(speaker_model.network(), frontend_of(speaker_model.frontend), short))

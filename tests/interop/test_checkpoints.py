@@ -47,9 +47,9 @@ def test_activations_are_those_of_the_original_code(name, tmp_path):
     imported = pretrained.read(path, activation=golden.get("activation"))
     network = registry.build(imported.architecture, **imported.settings)
     features = originals.features(golden["batch"], golden["frames"], imported.settings["features"])
-    embedding, taps, _ = jax.jit(network.taps)(imported.variables, features)
-    ends = {name.split("/")[0]: tap for name, tap in taps.items() if name.startswith("stage")}  # last block of each
-    got = originals.summary(embedding, [ends[f"stage{number}"] for number in range(1, 5)])
+    names = network.distilled_parts()  # the last block of each stage
+    embedding, outputs, _ = jax.jit(lambda v, x: network.taps(v, x, names=names))(imported.variables, features)
+    got = originals.summary(embedding, [outputs[name] for name in names])
     assert np.abs(embedding).max() > 0.1
     np.testing.assert_allclose(got["embedding"], golden["embedding"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(got["stages"], golden["stages"], rtol=0, atol=1e-4)
