@@ -109,7 +109,8 @@ def test_wider_widths_begin_fitted_inside_the_cells_of_a_narrow_network_that_sta
     )  # fmt: skip
     begun, batch_stats = qat.init_fitted(section, reference, features, parent=narrow)
     shapes = jax.eval_shape(lambda p: qat.init_params(section, p, parent=narrow), reference.variables["params"])
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), begun) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+    sizes = [[(name, x.shape, x.dtype) for name, x in named_leaves(tree)] for tree in (begun, shapes)]
+    assert sizes[0] == sizes[1]
 
     cells = qat.parent_indices(begun, narrow)
     variables = {**qat.packed_variables(begun, cells), "batch_stats": batch_stats}
@@ -192,7 +193,7 @@ def test_the_narrowest_width_of_a_nested_model_is_fitted_as_though_it_were_alone
     found = {bits: load_model(tmp_path / "nested.kmq", bits) for bits in spec.all_bits}
 
     tensors = dict(named_leaves(params, quant.is_codebook_tensor))
-    narrow = {name: at_bits(leaf, 2) for name, leaf in tensors.items() if quant.is_codebook_tensor(leaf)}
+    narrow = {name: read_at(leaf, 2) for name, leaf in tensors.items() if quant.is_codebook_tensor(leaf)}
     alone = replace_named(params, narrow, quant.is_codebook_tensor)
     single = dataclasses.replace(reference, variables={**reference.variables, "params": alone})
     expected = fit.fit_on(reference, single, DATA, crops=8, seconds=1.0)
