@@ -38,6 +38,7 @@ def make_step(args: argparse.Namespace, bits: int) -> Callable[[], float]:
     from kmq_jax.training.config import default_config
     from kmq_jax.training.from_models import describe
     from kmq_jax.training.options import TrainOptions
+    from kmq_jax.training.tasks import Speech
 
     config = default_config(args.model)
     config.update(batch_size=args.batch, dtype=args.dtype)
@@ -49,7 +50,7 @@ def make_step(args: argparse.Namespace, bits: int) -> Callable[[], float]:
     params, batch_stats = steps.init_params(network, options, CLASSES)
     objective, task = steps.make_objective(network, fbank, options, devices, 100), steps.make_task(options, 100)
     reference = SpeakerModel("", {}, "", {"params": params.network, "batch_stats": batch_stats})
-    own, batch_stats = task.init(reference, lambda: jnp.zeros(0))
+    own, batch_stats = task.init(reference, Speech(lambda: jnp.zeros(0), lambda count: ()))
     params = dataclasses.replace(params, network=own)
     recipe = steps.make_recipe(objective, task, params)
     state = steps.init_state(recipe, params, batch_stats)

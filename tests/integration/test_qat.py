@@ -19,7 +19,7 @@ from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import at_bits, frontend_of, load_model
 from kmq_jax.training import loop
 from kmq_jax.training import step as steps
-from kmq_jax.training.config import default_config, quantized, smoke
+from kmq_jax.training.config import default_config, distilled, smoke
 from kmq_jax.training.from_models import describe
 from kmq_jax.training.options import TrainOptions
 from kmq_jax.training.runlog import read_runlog
@@ -41,7 +41,7 @@ def full(tmp_path_factory):
 
 
 def kmqat_config(full, bits, **settings):
-    config = quantized(tiny(init_from=str(full)), bits, **{"fit_crops": 8, **settings})
+    config = distilled(tiny(init_from=str(full)), bits, **{"fit_crops": 8, **settings})
     config.optimizer.groups = (("raw_scale|centroids", 0.2, 0.0), ("/(bias|scale)$|classifier", 0.1, 0.0))
     return config
 
