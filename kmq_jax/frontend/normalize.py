@@ -57,5 +57,5 @@ def crop_frames(features: jax.Array, lengths: jax.Array, place: jax.Array, frame
     """
     lengths = jnp.maximum(lengths, 1)
     start = jnp.floor(place * jnp.maximum(lengths - frames + 1, 1)).astype(jnp.int32)
-    index = (start[:, None] + jnp.arange(frames)) % lengths[:, None]
+    index = (start[:, None] + jnp.arange(frames)[None]) % lengths[:, None]
     return jnp.take_along_axis(features, index[:, :, None], axis=1)

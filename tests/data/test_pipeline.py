@@ -230,16 +230,20 @@ def test_real_speech(shared):
 
 def test_whole_utterances_repeat_to_one_length(speech):
     waves = [speech.load(i) for i in range(len(speech))]
-    batches = take(training_batches(speech, batch_size=4, crop_samples=CROP, whole_samples=24000, seed=3), 3)
-    for wave, length, place in zip(*(np.concatenate([b[key] for b in batches]) for key in ("wave", "length", "place"))):
-        assert length == 16000 and 0 <= place < 1 and wave.shape == (24000,)
-        np.testing.assert_array_equal(wave[16000:], wave[:8000])
-        assert any(np.allclose(wave[:16000], whole, atol=1e-4) for whole in waves)
-    cut = take(training_batches(speech, batch_size=4, crop_samples=CROP, whole_samples=9000, seed=3), 1)[0]
-    assert cut["wave"].shape == (4, 9000) and set(cut["length"]) == {9000}
-    settings = {"crop_samples": CROP, "whole_samples": 24000, "speeds": (1.0, 0.9), "augment": False}
-    fast = take(training_batches(speech, batch_size=8, seed=3, **settings), 3)
-    assert set(np.concatenate([batch["length"] for batch in fast])) == {16000, 17778}
+    samples = max(map(len, waves)) + 500
+
+    def batches(**settings):
+        made = training_batches(speech, batch_size=4, crop_samples=CROP, seed=3, augment=False, **settings)
+        return {key: np.concatenate([batch[key] for batch in take(made, 3)]) for key in ("wave", "length", "place")}
+
+    found = batches(whole_samples=samples)
+    for wave, length, place in zip(found["wave"], found["length"], found["place"]):
+        assert 0 <= place < 1 and wave.shape == (samples,)
+        np.testing.assert_array_equal(wave[length:], wave[: samples - length])
+        assert any(len(whole) == length and np.allclose(wave[:length], whole, atol=1e-4) for whole in waves)
+    assert set(batches(whole_samples=9000)["length"]) == {9000}
+    slow = batches(whole_samples=2 * samples, speeds=(0.9,))
+    assert set(slow["length"]) <= {-(-len(whole) * 10 // 9) for whole in waves}
 
 
 def test_rooms_and_voices_that_are_given(speech, tmp_path):

@@ -145,6 +145,24 @@ def parts(average_bits=0.0, **quantization):
     return objective, steps.make_task(options, 10), shapes
 
 
+def test_the_mean_is_removed_over_the_whole_utterance():
+    config, _ = paper(arg="smoke")
+    config.data.augment, config.spec_augment = False, 0.0
+    options = TrainOptions.from_config(config)
+    objective = dataclasses.replace(parts()[0], options=options)
+    wave = np.random.default_rng(0).standard_normal(20000).astype(np.float32)
+    whole = frontend.mean_normalize(frontend.fbank(wave[None], frontend.KIWANO))[0]
+    batch = {
+        "wave": jnp.asarray(np.resize(wave, 32000))[None],
+        "length": jnp.array([20000]),
+        "place": jnp.array([0.5]),
+    }
+    found = steps.features_of(objective, jax.random.key(0), batch)[0]
+    start = (len(whole) - 98 + 1) // 2
+    np.testing.assert_allclose(found, whole[start : start + 98], atol=1e-4)
+    assert abs(float(found.mean(axis=0).max())) > 1e-3  # which is not that of the crop
+
+
 def test_periods_of_epochs_become_steps():
     _, task, _ = parts()
     assert (task.options.lloyd_every, task.options.reassign_every, task.thaw, task.last_move) == (10, 100, 20.0, 60.0)
