@@ -96,7 +96,8 @@ def averaged_statistics(quantized: SpeakerModel, batches: Iterable[jax.Array]) -
     count = 0
     for features in batches:
         _, found = _moments_of(quantized.network(), quantized.bits, quantized.variables, features, {})
-        total = jax.tree.map(jnp.add, total, found) if total else found
+        found = jax.device_get(found)  # waits: several devices' sums of one batch shall not meet those of the next
+        total = jax.tree.map(np.add, total, found) if total else found
         count += 1
     mean = jax.tree.map(lambda sums: sums / count, total)
     measured = apply(Repair({}, mean), quantized.variables, lambda name, leaf, slope: leaf)

@@ -96,12 +96,12 @@ class Run:
             params = dataclasses.replace(state.params, network=network)
             opt_state = self.recipe.optimizer.init(params)
             state = dataclasses.replace(state, params=params, indices=indices, opt_state=opt_state)
-        here = jax.device_get(distributed.local(dataclasses.replace(state, opt_state=())))
-        model = dataclasses.replace(self.model, variables={"batch_stats": here.batch_stats})
-        statistics = task.measure(model, here.params.network, here.indices, phase, self.speech)
-        if statistics is not None:
-            state = dataclasses.replace(state, batch_stats=statistics)
-        if before is not None or statistics is not None:
+        if self.options.quant.bn_passes:
+            here = jax.device_get(distributed.local(dataclasses.replace(state, opt_state=())))
+            model = dataclasses.replace(self.model, variables={"batch_stats": here.batch_stats})
+            statistics = task.measure(model, here.params.network, here.indices, phase, self.speech)
+            state = state if statistics is None else dataclasses.replace(state, batch_stats=statistics)
+        if state is not self.state:
             self.state = jax.device_put(state, self.shardings)
 
     def trained(self) -> SpeakerModel:
