@@ -4,8 +4,11 @@
         --config.data.train=/data/voxceleb2/dev --config.data.noise=/data/musan/noise \
         --config.data.music=/data/musan/music --config.study.root=/data
 
-Sets and steps: `kmq_jax.study.config.paper_study`. Not run in full by this project: neither the corpora nor such
-hardware was at hand. `:smoke` runs every step on synthetic voices.
+Sets and steps: `kmq_jax.study.config.paper_study`; KMQAT: `kmq_jax.training.config.published_kmqat`. `:public` takes
+the full-precision recipe of the first author's public code where it differs from the paper.
+
+Not run in full by this project: neither the corpora nor such hardware was at hand. `:smoke` runs every step on
+synthetic voices.
 """
 
 import ml_collections
@@ -15,8 +18,8 @@ from kmq_jax.training.config import paper_config
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Returns the configuration; `arg` is "smoke" or nothing."""
-    config = paper_study(paper_config("resnet200"))
+    """Returns the configuration; `arg` is "public", "smoke" or nothing."""
+    config = paper_study(paper_config("resnet200", public=arg == "public"))
     config.model.remat = True
     config.study.published = {"in domain": {"32": 0.984, "4": 1.076, "3": 1.081, "2": 1.127}}
     return smoke_study(config) if arg == "smoke" else config

@@ -4,8 +4,11 @@
         --config.data.train=/data/voxceleb2/dev --config.data.noise=/data/musan/noise \
         --config.data.music=/data/musan/music --config.study.root=/data
 
-Sets and steps: `kmq_jax.study.config.paper_study`. Not run in full by this project: neither the corpora nor such
-hardware was at hand. `:smoke` runs every step on synthetic voices.
+Sets and steps: `kmq_jax.study.config.paper_study`; KMQAT: `kmq_jax.training.config.published_kmqat`. `:public` takes
+the full-precision recipe of the first author's public code where it differs from the paper.
+
+Not run in full by this project: neither the corpora nor such hardware was at hand. `:smoke` runs every step on
+synthetic voices.
 """
 
 import ml_collections
@@ -15,8 +18,8 @@ from kmq_jax.training.config import paper_config
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Returns the configuration; `arg` is "smoke" or nothing."""
-    config = paper_study(paper_config("resnet36"))
+    """Returns the configuration; `arg` is "public", "smoke" or nothing."""
+    config = paper_study(paper_config("resnet36", public=arg == "public"))
     config.study.published = {
         "in domain": {"32": 1.234, "4": 1.278, "3": 1.297, "2": 1.462, "cascade": 1.277},
         "out of domain": {"32": 7.923, "2": 8.538, "cascade": 7.952},

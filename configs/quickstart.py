@@ -42,6 +42,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         diagnose=("test",),
         diagnosis={"retention_utterances": 120, "hessian_draws": 4, "replicates": 200},
         calibrate="dev",
-        cascades=(("kmqat-nested", (2, 3, 4)), ("kmqat", (2, 32))),
+        cascades=(("distilled-nested", (2, 3, 4)), ("trained", (2, 32))),
     )
     return smoke_study(config) if arg == "smoke" else config

@@ -14,11 +14,16 @@ work, the whole run took 25 min. EER on unseen speakers (60 and 11), with the 95
 
     kmq-jax extract --model=runs/so762 --data=DIR/so762/dev --out=dev.npz --compute=bfloat16
     kmq-jax score --embeddings=dev.npz --trials=DIR/so762/dev/trials.txt --out=scores.txt --json=metrics.json
+
+Its study at 4, 3 and 2 bits, by this project's recipe or, with `--config.study.recipe=kmqat`, by KMQAT as published:
+
+    python -m kmq_jax.study --config=configs/so762_resnet36_small.py --workdir=runs/so762-study --config.data.root=DIR
 """
 
 import ml_collections
 
-from kmq_jax.training.config import default_config, smoke
+from kmq_jax.study.config import smoke_study, study_config
+from kmq_jax.training.config import default_config
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -33,4 +38,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optimizer.update(name="adamw", weight_decay=1e-2)
     config.learning_rate.update(kind="cosine", peak=2e-3, warmup_epochs=0.15)
     config.update(batch_size=32, epochs=3.0, checkpoint_epochs=0.5, dtype="bfloat16")
-    return smoke(config) if arg == "smoke" else config
+    study_config(
+        config,
+        diagnose=("so762",),
+        diagnosis={"retention_utterances": 120, "layer_utterances": 24, "hessian_draws": 6},
+        calibrate="so762",
+        cascades=(("trained", (2, 3, 4)), ("trained", (2, 32))),
+    )
+    for name in ("so762", "words"):
+        config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
+    return smoke_study(config) if arg == "smoke" else config

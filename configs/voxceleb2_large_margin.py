@@ -19,6 +19,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the configuration; `arg` is "smoke" or nothing."""
     config = paper_config("resnet36")
     config.data.crop_seconds = 5.0
+    config.optimizer.weight_decay = 1e-4
     config.spec_augment = 0.0
     config.loss.update(kind="aam", margin=0.5, margin_start=0.0, margin_end=0.0)
     config.learning_rate.update(kind="exponential", start=1e-4, peak=1e-4, final=2.5e-5, warmup_epochs=0.0)

@@ -40,7 +40,7 @@ import ml_collections
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.study.config import EPOCHS
-from kmq_jax.training.config import default_config, quantized, smoke
+from kmq_jax.training.config import default_config, distilled, smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -56,7 +56,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.update(train=root + "/so762/train," + root + "/words/train", crop_seconds=2.0)
     config.validation.update(data=root + "/so762/dev", trials=root + "/so762/dev/trials.txt", epochs=epochs)
     nested = {"coarse": (2, 3), "grow_from": "runs/r34-2bit"} if bits == "nested" else {}
-    quantized(config, 4 if nested else int(bits), rules=(("^stem/", 0),), **nested)
+    distilled(config, 4 if nested else int(bits), rules=(("^stem/", 0),), **nested)
     config.loss.weight = 0.1
     config.update(batch_size=16, epochs=epochs, checkpoint_epochs=1.0, dtype="bfloat16")
     return smoke(config) if arg == "smoke" else config

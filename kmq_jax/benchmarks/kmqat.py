@@ -23,7 +23,7 @@ def make_step(options: KmqatBench, bits: int) -> Callable[[], object]:
     config = default_config(options.model)
     config.frontend = next(name for name, fbank in FRONTENDS.items() if fbank.num_features == config.model.features)
     config.update(batch_size=options.batch, dtype=options.dtype)
-    config.data.augment, config.quant.bits = False, bits
+    config.data.augment, config.quant.bits, config.quant.fit_crops = False, bits, 0
     ready = start(TrainOptions.from_config(config), CLASSES, mesh.make_mesh())
     fbank = ready.recipe.objective.fbank
     batch = noise(options.batch, fbank.length + (options.frames - 1) * fbank.shift, CLASSES)

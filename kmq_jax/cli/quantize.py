@@ -40,7 +40,7 @@ def main() -> None:
 
     rules, model = rules_of(options), load_model(files.model)
     try:
-        quantized = quantize_model(model, rules, files.data)
+        quantized = quantize_model(model, rules, files.data, biases=options.biases)
     except UserError as error:
         raise UserError(f"--model={files.model}: {error}") from error
     save_model(files.out, quantized)

@@ -74,6 +74,11 @@ def of_first(values: np.ndarray) -> np.ndarray:
     return _from_all(values)[0]
 
 
+def mean_of_all(tree: Params) -> Params:
+    """The mean over all processes of each array of a tree. All must call it."""
+    return jax.tree.map(lambda values: _from_all(np.asarray(values)).mean(axis=0), tree)
+
+
 def local(tree: Params) -> Params:
     """Arrays over the devices of all processes as whole arrays of this one. All must call it."""
     if jax.process_count() == 1:

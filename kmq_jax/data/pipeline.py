@@ -20,6 +20,9 @@ KINDS = ("clean", "noise", "music", "babble", "reverb")
 SNR_DB = {"noise": (0.0, 15.0), "music": (5.0, 15.0), "babble": (13.0, 20.0)}  # PAPER's ranges, as MUSAN recipes have
 BABBLE_VOICES = (3, 7)
 WHOLE_SECONDS = 60.0  # lossy and resampled files up to this long are decoded whole, and cached
+ROOM_SAMPLES = 16000  # of a room's impulse response, from the direct sound
+_WHOLE_ROOM = 10 * ROOM_SAMPLES  # where the direct sound is looked for
+_DRY = np.zeros(ROOM_SAMPLES, np.float32)
 _TRIES = 100
 
 log = logging.getLogger(__name__)
@@ -68,6 +71,11 @@ class Crops:
         Raises:
             UserError: a hundred utterances in a row cannot be read.
         """
+        piece, used = self.piece(i, samples, rng)
+        return audio.from_int16(piece if len(piece) == samples else np.resize(piece, samples)), used
+
+    def piece(self, i: int, samples: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        """As `crop`, but a shorter utterance is left as it is: at most `samples` 16-bit integers."""
         # Drawn before anything is read: which files are damaged must not shift later draws.
         place = rng.random()
         for step in range(min(_TRIES, len(self.utterances))):
@@ -75,12 +83,12 @@ class Crops:
             if used in self._bad:
                 continue
             try:
-                return self._crop(used, samples, place), used
+                return self._piece(used, samples, place), used
             except audio.AudioError as error:
                 self._report(used, error)
         raise UserError(f"{_TRIES} utterances in a row cannot be read; the last: {self.utterances.where(used)}")
 
-    def _crop(self, i: int, samples: int, place: float) -> np.ndarray:
+    def _piece(self, i: int, samples: int, place: float) -> np.ndarray:
         wave = self._waves.get(i)
         length = self._parts.get(i)
         if wave is None and length is None:
@@ -96,8 +104,7 @@ class Crops:
             wave, start = audio.to_int16(part), 0
         else:
             start = int(place * max(len(wave) - samples + 1, 1))
-        piece = wave[start : start + samples]
-        return audio.from_int16(piece if len(piece) == samples else np.resize(piece, samples))
+        return wave[start : start + samples]
 
     def _first_read(self, i: int) -> tuple[np.ndarray | None, int | None]:
         """Decides how utterance `i` is read: returns it whole, or its length where it is read in parts."""
@@ -130,7 +137,10 @@ class _Examples:
     speech: Crops
     noise: Crops | None
     music: Crops | None
+    babble: Crops | None
+    rooms: Crops | None
     samples: int
+    whole: bool
     speeds: tuple[float, ...]
     kinds: tuple[str, ...]
 
@@ -138,30 +148,50 @@ class _Examples:
         table = self.speech.utterances
         # Examples are numbered speed by speed: all utterances at the first, then all at the second.
         version, i = divmod(int(number), len(table))
-        speed = self.speeds[version]
-        # A crop that is played faster must be longer to fill the same time.
-        wanted = round(self.samples * speed)
-        wave, used = self.speech.crop(i, wanted, rng)
-        if speed != 1.0:
-            # Taken to be sampled at speed * 16 kHz, it becomes 1 / speed as long, and lower where speed < 1.
-            wave = audio.resample(wave, round(audio.SAMPLE_RATE * speed))
-            wave = np.resize(wave, self.samples) if len(wave) != self.samples else wave
+        wave, used = self._speech(i, self.speeds[version], rng)
+        more: dict[str, np.ndarray | np.generic] = {}
+        if self.whole:
+            more = {"length": np.int32(min(len(wave), self.samples)), "place": np.float32(rng.random())}
+        wave = np.resize(wave, self.samples) if len(wave) != self.samples else wave
         kind = self.kinds[rng.integers(len(self.kinds))]
         interference = np.zeros(self.samples, np.float32)
         snr = np.inf
         if kind in SNR_DB:
             snr = rng.uniform(*SNR_DB[kind])
             interference = self._interference(kind, int(table.labels[used]), rng)
+        if self.rooms is not None:
+            more["rir"] = self._room(rng) if kind == "reverb" else _DRY
         return {
             "wave": wave,
             "interference": interference,
             "snr_db": np.float32(snr),
             "reverb": np.bool_(kind == "reverb"),
             "speaker": np.int32(table.labels[used] + version * len(table.speaker_names)),
+            **more,
         }
 
+    def _speech(self, i: int, speed: float, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        """A piece of utterance `i` at a speed, and the utterance that was used."""
+        wanted = round(self.samples * speed)
+        if self.whole:
+            piece, used = self.speech.piece(i, wanted, rng)
+            wave = audio.from_int16(piece)
+        else:
+            wave, used = self.speech.crop(i, wanted, rng)
+        # Taken to be sampled at speed * 16 kHz, it becomes 1 / speed as long, and lower where speed < 1.
+        return (wave if speed == 1.0 else audio.resample(wave, round(audio.SAMPLE_RATE * speed))), used
+
+    def _room(self, rng: np.random.Generator) -> np.ndarray:
+        """A room's impulse response `[ROOM_SAMPLES]`, its loudest sound, the direct one, first and of height 1."""
+        assert self.rooms is not None
+        piece, _ = self.rooms.piece(int(rng.integers(len(self.rooms.utterances))), _WHOLE_ROOM, rng)
+        response = audio.from_int16(piece)
+        direct = int(np.abs(response).argmax())
+        response = response[direct : direct + ROOM_SAMPLES] / (response[direct] or 1.0)
+        return np.pad(response, (0, ROOM_SAMPLES - len(response))).astype(np.float32)
+
     def _interference(self, kind: str, speaker: int, rng: np.random.Generator) -> np.ndarray:
-        clips = {"noise": self.noise, "music": self.music, "babble": self.speech}[kind]
+        clips = {"noise": self.noise, "music": self.music, "babble": self.babble or self.speech}[kind]
         assert clips is not None
         if kind != "babble":
             return clips.crop(int(rng.integers(len(clips.utterances))), self.samples, rng)[0]
@@ -170,7 +200,7 @@ class _Examples:
         for _ in range(rng.integers(BABBLE_VOICES[0], BABBLE_VOICES[1] + 1)):
             other = int(rng.integers(len(labels)))
             # Babble with the speaker's own voice in it would be no disturbance.
-            while labels[other] == speaker:
+            while clips is self.speech and labels[other] == speaker:
                 other = int(rng.integers(len(labels)))
             voice, _ = clips.crop(other, self.samples, rng)
             babble += voice / max(float(np.sqrt(np.mean(voice**2))), audio.SILENCE)  # all equally loud
@@ -185,6 +215,9 @@ def training_batches(
     seed: int,
     noise: Utterances | None = None,
     music: Utterances | None = None,
+    babble: Utterances | None = None,
+    rooms: Utterances | None = None,
+    whole_samples: int = 0,
     augment: bool = True,
     speeds: Sequence[float] = (1.0,),
     process_index: int = 0,
@@ -196,7 +229,7 @@ def training_batches(
     """Makes the endless sequence of training batches.
 
     Every epoch is a new permutation of all utterances at all speeds. Each example gets one disturbance out of those at
-    hand, uniformly: none, noise (0-15 dB), music (5-15 dB), babble of 3 to 7 other training speakers (13-20 dB), or
+    hand, uniformly: none, noise (0-15 dB), music (5-15 dB), babble of 3 to 7 other voices (13-20 dB), or
     reverberation. The batches of all processes together are those of a single process with the larger batch.
 
     Args:
@@ -206,6 +239,10 @@ def training_batches(
         seed: decides every draw.
         noise: noise clips; without them no example gets noise.
         music: music clips; likewise.
+        babble: speech that babble is made of; without it that of other training speakers.
+        rooms: room impulse responses; without them the device simulates rooms.
+        whole_samples: utterances are left whole, up to so many samples, for the device to cut crops of their features.
+            Shorter ones are repeated to this length. 0: crops are cut here.
         augment: False gives clean crops.
         speeds: speed factors; each but the first makes `len(speaker_names)` further speakers. Usually (1.0, 0.9, 1.1).
         process_index: this process's number.
@@ -216,7 +253,9 @@ def training_batches(
 
     Returns:
         A grain `IterDataset` of dictionaries: `wave` and `interference` `[batch, samples]` float32, `snr_db` `[batch]`
-        float32 (infinite without interference), `reverb` `[batch]` bool, `speaker` `[batch]` int32. Its iterator has
+        float32 (infinite without interference), `reverb` `[batch]` bool, `speaker` `[batch]` int32. Where utterances
+        are whole, also `length` `[batch]` int32, the samples before they repeat, and `place` `[batch]` float32 in
+        [0, 1), where a crop begins; where rooms are given, `rir` `[batch, ROOM_SAMPLES]` float32. Its iterator has
         `get_state` and `set_state`.
 
     Raises:
@@ -224,13 +263,16 @@ def training_batches(
     """
     _check(utterances, batch_size, crop_samples, speeds, process_index, process_count)
     voices = len(utterances.speaker_names)
-    at_hand = {"noise": noise is not None, "music": music is not None, "babble": voices > 1}
+    at_hand = {"noise": noise is not None, "music": music is not None, "babble": babble is not None or voices > 1}
     kinds = tuple(kind for kind in KINDS if at_hand.get(kind, True)) if augment else ("clean",)
     examples = _Examples(
         Crops(utterances, cache_bytes, failures),
         None if noise is None else Crops(noise, cache_bytes // 4, failures),
         None if music is None else Crops(music, cache_bytes // 4, failures),
-        crop_samples,
+        None if babble is None else Crops(babble, cache_bytes // 4, failures),
+        None if rooms is None else Crops(rooms, cache_bytes // 4, failures),
+        whole_samples or crop_samples,
+        bool(whole_samples),
         tuple(speeds),
         kinds,
     )

@@ -10,7 +10,7 @@ from kmq_jax.frontend.augment import (
     spec_augment,
 )
 from kmq_jax.frontend.fbank import KIWANO, WESPEAKER, FbankConfig, fbank, num_frames
-from kmq_jax.frontend.normalize import mean_normalize
+from kmq_jax.frontend.normalize import crop_frames, mean_normalize
 
 __all__ = [
     "KIWANO",
@@ -20,6 +20,7 @@ __all__ = [
     "SpecAugmentConfig",
     "add_noise",
     "augment_batch",
+    "crop_frames",
     "fbank",
     "mean_normalize",
     "num_frames",

@@ -223,8 +223,9 @@ def augment_batch(
     Args:
         key: random key of this step.
         batch: `wave` [batch, samples]; `interference` [batch, samples], noise, music or babble; `snr_db` [batch],
-            infinity for none; `reverb` [batch] bool, which examples are put in a room. Other entries are ignored.
-        config: the rooms.
+            infinity for none; `reverb` [batch] bool, which examples are put in a room. `rir` [batch, taps], if there,
+            is the response of each one's room, direct sound first. Other entries are ignored.
+        config: the rooms that are simulated where none are given.
         mesh: where the batch is sharded, the mesh it lies on. XLA does not split Fourier transforms by itself;
             with the mesh each device simulates the rooms of its own examples. The result is the same.
 
@@ -240,17 +241,17 @@ def augment_batch(
     """
 
     def disturb(
-        keys: jax.Array, wave: jax.Array, interference: jax.Array, snr_db: jax.Array, reverb: jax.Array
+        rooms: jax.Array, wave: jax.Array, interference: jax.Array, snr_db: jax.Array, reverb: jax.Array
     ) -> jax.Array:
-        rirs = jax.vmap(lambda k: simulate_rir(k, config))(keys)
+        rirs = rooms if "rir" in batch else jax.vmap(lambda k: simulate_rir(k, config))(rooms)
         placed = jnp.where(reverb[:, None], reverberate(wave, rirs), wave)
         return add_noise(placed, interference, snr_db)
 
     if mesh is not None:
         spec = PartitionSpec(AXIS)
         disturb = jax.shard_map(disturb, mesh=mesh, in_specs=(spec,) * 5, out_specs=spec)
-    keys = jax.random.split(key, batch["wave"].shape[0])
-    return disturb(keys, batch["wave"], batch["interference"], batch["snr_db"], batch["reverb"])
+    rooms = batch["rir"] if "rir" in batch else jax.random.split(key, batch["wave"].shape[0])
+    return disturb(rooms, batch["wave"], batch["interference"], batch["snr_db"], batch["reverb"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Mean normalisation of features over the real frames of each utterance."""
+"""Mean normalisation of features over the real frames of each utterance, and cutting a crop out of it."""
 
 import jax
 import jax.numpy as jnp
@@ -35,3 +35,27 @@ def mean_normalize(features: jax.Array, lengths: jax.Array | None = None) -> jax
     total = jnp.where(real, features, 0).sum(1, keepdims=True)
     mean = total / jnp.maximum(real.sum(1, keepdims=True).astype(features.dtype), 1)
     return jnp.where(real, features - mean, 0)
+
+
+def crop_frames(features: jax.Array, lengths: jax.Array, place: jax.Array, frames: int) -> jax.Array:
+    """Cuts so many frames out of each utterance; one that is shorter is repeated.
+
+    Args:
+        features: `[batch, time, mel]`.
+        lengths: real frames of each utterance `[batch]`, integer, at least one.
+        place: where each crop begins, from 0 to below 1, as a share of the places it can begin at `[batch]`.
+        frames: of a crop.
+
+    Returns:
+        `[batch, frames, mel]`.
+
+    >>> features = jnp.arange(5.0).reshape(1, 5, 1)
+    >>> crop_frames(features, jnp.array([4]), jnp.array([0.99]), 2).ravel().tolist()
+    [2.0, 3.0]
+    >>> crop_frames(features, jnp.array([2]), jnp.array([0.99]), 3).ravel().tolist()
+    [0.0, 1.0, 0.0]
+    """
+    lengths = jnp.maximum(lengths, 1)
+    start = jnp.floor(place * jnp.maximum(lengths - frames + 1, 1)).astype(jnp.int32)
+    index = (start[:, None] + jnp.arange(frames)[None]) % lengths[:, None]
+    return jnp.take_along_axis(features, index[:, :, None], axis=1)

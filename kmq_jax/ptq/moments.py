@@ -8,14 +8,14 @@ of the batch normalisation that follows, so the repaired network costs nothing m
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kmq_jax import frontend, quant
-from kmq_jax.core.tree import Leaf, Variables, map_named, named_leaves
+from kmq_jax.core.tree import Leaf, Params, Variables, map_named, named_leaves
 from kmq_jax.data import pipeline, source
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, at_bits
@@ -29,7 +29,7 @@ def random_features(
 ) -> jax.Array:
     """Mean-normalised features `[crops, time, mel]` of random clean crops."""
     batches = pipeline.training_batches(
-        utterances, batch_size=crops, crop_samples=int(seconds * source.SAMPLE_RATE), seed=0, augment=False, threads=0
+        utterances, batch_size=crops, crop_samples=round(seconds * source.SAMPLE_RATE), seed=0, augment=False, threads=0
     )
     return frontend.mean_normalize(frontend.fbank(jnp.asarray(next(iter(batches))["wave"]), fbank), None)
 
@@ -84,6 +84,24 @@ def own_statistics(quantized: SpeakerModel, features: jax.Array) -> SpeakerModel
             own = quantized.variables.get(PER_BITS, {}).get(str(bits), {})
             per_bits[str(bits)] = {**own, **per_bits_leaves({"batch_stats": measured["batch_stats"]})}
     return dataclasses.replace(quantized, variables={**measured, **({PER_BITS: per_bits} if per_bits else {})})
+
+
+def averaged_statistics(quantized: SpeakerModel, batches: Iterable[jax.Array]) -> Params:
+    """The statistics of a network's batch normalisations, as means over batches of features `[batch, time, mel]`.
+
+    Returns:
+        The tree `batch_stats`.
+    """
+    total: dict[str, Moments] = {}
+    count = 0
+    for features in batches:
+        _, found = _moments_of(quantized.network(), quantized.bits, quantized.variables, features, {})
+        found = jax.device_get(found)  # waits: several devices' sums of one batch shall not meet those of the next
+        total = jax.tree.map(np.add, total, found) if total else found
+        count += 1
+    mean = jax.tree.map(lambda sums: sums / count, total)
+    measured = apply(Repair({}, mean), quantized.variables, lambda name, leaf, slope: leaf)
+    return dict(measured["batch_stats"])
 
 
 def apply(repair: Repair, variables: Variables, scaled: Callable[[str, Leaf, jax.Array], Leaf]) -> Variables:

@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_json
+from kmq_jax.core.tree import Leaf, Params, map_named, named_leaves
 from kmq_jax.data import source
 from kmq_jax.models.speaker_model import SpeakerModel
 from kmq_jax.ptq.fit import fit_on
@@ -18,7 +20,11 @@ CROPS = 100
 
 
 def quantize_model(
-    model: SpeakerModel, rules: Sequence[quant.QuantRule], data: str | None = None, crops: int = CROPS
+    model: SpeakerModel,
+    rules: Sequence[quant.QuantRule],
+    data: str | None = None,
+    crops: int = CROPS,
+    biases: str = "float32",
 ) -> SpeakerModel:
     """Replaces a model's tensors by codebooks and packed indices.
 
@@ -28,6 +34,7 @@ def quantize_model(
         data: one DATA or several separated by commas: layers are fitted on crops of these recordings. Without it
             weights are quantized as they are.
         crops: how many crops.
+        biases: "float16" stores those of convolutions and linear layers at half the size.
 
     Raises:
         UserError: the model is quantized already, a rule names no tensor, or the data cannot be read.
@@ -37,7 +44,30 @@ def quantize_model(
         raise UserError("the model is quantized already: quantize the model it was made from")
     params = quant.quantize_params(model.variables["params"], rules)
     packed = dataclasses.replace(model, variables={**model.variables, "params": params})
-    return fit_on(model, packed, source.open_sources(data), crops) if data else packed
+    packed = fit_on(model, packed, source.open_sources(data), crops) if data else packed
+    if biases == "float32":
+        return packed
+    halved = with_half_biases(packed.variables["params"])
+    return dataclasses.replace(packed, variables={**packed.variables, "params": halved})
+
+
+def with_half_biases(params: Params) -> Params:
+    """Rounds the biases of layers with a kernel to float16: all but those of normalisations.
+
+    >>> layers = {"conv": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "norm": {"bias": jnp.ones(2)}}
+    >>> jax.tree.map(lambda leaf: leaf.dtype.name, with_half_biases(layers))
+    {'conv': {'bias': 'float16', 'kernel': 'float32'}, 'norm': {'bias': 'float32'}}
+
+    Args:
+        params: tree of parameters, packed or not, or of shapes (inside `jax.eval_shape`).
+    """
+    names = {name for name, _ in named_leaves(params, is_leaf=quant.is_codebook_tensor)}
+
+    def halved(name: str, leaf: Leaf) -> Leaf:
+        layer, _, kind = name.rpartition("/")
+        return leaf.astype(jnp.float16) if kind == "bias" and f"{layer}/kernel" in names else leaf
+
+    return map_named(halved, params, is_leaf=quant.is_codebook_tensor)
 
 
 def rules_of(options: QuantizeOptions) -> list[quant.QuantRule]:

@@ -308,13 +308,36 @@ def kmqat_codebook(rows: jax.Array, bits: int, retention: float = 0.9) -> tuple[
     centroids = kmeans(rows, 1 << bits, init="equal-mass", retention=retention, iterations=0)
     largest = jnp.max(jnp.abs(centroids), axis=1, keepdims=True)
     centroids = centroids / jnp.where(largest > 0, largest, 1)
-    tails = jnp.array([(1 - retention) / 2, (1 + retention) / 2])
-    clamped = jnp.max(jnp.abs(jnp.quantile(rows, tails, axis=1)), axis=0)[:, None]
-    unit = jnp.clip(rows / jnp.where(clamped > 0, clamped, 1), -1, 1)
-    near = lookup(assign(unit, midpoints(centroids), 0), centroids, 0)
+    near = lookup(assign(_clamped_units(rows, retention), midpoints(centroids), 0), centroids, 0)
     power = jnp.sum(near * near, axis=1)
     scale = jnp.sum(rows * near, axis=1) / jnp.where(power > 0, power, 1)
     return centroids, jnp.maximum(scale, 1e-5)
+
+
+def kmqat_indices(latent: jax.Array, book: Codebook, retention: float = 0.9) -> jax.Array:
+    """The indices that KMQAT begins with, uint8 in the latent's shape: see `kmqat_codebook`.
+
+    They are nearest to the weight over the largest clamped magnitude, not over the scale as later ones (`reassign`).
+
+    Args:
+        latent: as `init_codebooks` makes it by the recipe "kmqat".
+        book: its codebook.
+        retention: as the centroids were placed by.
+
+    >>> latents, books = init_codebooks({"w": jnp.float32([[-2, -1, 1, 2]])}, QuantSpec(1, "tensor"), recipe="kmqat")
+    >>> kmqat_indices(latents["w"], books["w"]).tolist()
+    [[0, 0, 1, 1]]
+    """
+    rows = to_groups(latent, book.axis)
+    index = assign(_clamped_units(rows, retention), midpoints(book.constrained()[-1]), 0)
+    return from_groups(index, tuple(latent.shape), book.axis)
+
+
+def _clamped_units(rows: jax.Array, retention: float) -> jax.Array:
+    """Weights `[groups, n]` over the largest magnitude of their central `retention`, clipped to +-1."""
+    tails = jnp.array([(1 - retention) / 2, (1 + retention) / 2])
+    clamped = jnp.max(jnp.abs(jnp.quantile(rows, tails, axis=1)), axis=0)[:, None]
+    return jnp.clip(rows / jnp.where(clamped > 0, clamped, 1), -1, 1)
 
 
 def init_codebooks(
@@ -553,7 +576,13 @@ def reassign(params: Params, codebooks: Codebooks) -> dict[str, Codebook]:
 
 
 def lloyd_update(
-    params: Params, codebooks: Codebooks, *, rate: float = 0.1, unused_rate: float | None = None, many: float = 0.25
+    params: Params,
+    codebooks: Codebooks,
+    *,
+    rate: float = 0.1,
+    unused_rate: float | None = None,
+    many: float = 0.25,
+    clip: float | None = None,
 ) -> dict[str, Codebook]:
     """Moves centroids towards the mean of their members: c <- (1 - rate) c + rate * mean. May be called inside jit.
 
@@ -571,6 +600,7 @@ def lloyd_update(
         rate: 1 is a full Lloyd iteration; KMQAT takes 0.1 once an epoch.
         unused_rate: the rate of tensors where more than the share `many` of centroids have no members (KMQAT: 0.2).
         many: see `unused_rate`.
+        clip: members count at most this far from 0, in units of the scale (KMQAT: 1).
 
     Returns:
         The codebooks; centroids without members stay where they are.
@@ -579,6 +609,7 @@ def lloyd_update(
     moved = {}
     for name, book in codebooks.items():
         units = book.units(latents[name])
+        units = units if clip is None else jnp.clip(units, -clip, clip)
         indices = book.index_of(latents[name])
         fresh = []
         for bits, centroids in zip(book.all_bits, book.constrained()):

@@ -31,10 +31,10 @@ MEANT = (
 
 
 def family_steps(family: str, all_bits: Sequence[int]) -> set[str]:
-    """The steps that make the networks of a family, such as "kmqat" or "ptq-nested".
+    """The steps that make the networks of a family, such as "distilled" or "ptq-nested".
 
-    >>> sorted(family_steps("kmqat", (2, 3)))
-    ['kmqat-2', 'kmqat-3']
+    >>> sorted(family_steps("distilled", (2, 3)))
+    ['distilled-2', 'distilled-3']
     """
     return {family} if family.endswith(NESTED) else {f"{family}-{bits}" for bits in all_bits}
 
@@ -73,7 +73,7 @@ class StudiedCascade:
 
     def files(self, evaluated: EvaluationSet) -> list[tuple[int, str]]:
         """Bits and embedding file of each level on a set."""
-        return [(one.bits, self.file(one, evaluated)) for one in self.levels]
+        return [(int(one.bits), self.file(one, evaluated)) for one in self.levels]
 
     def needs(self, evaluated: EvaluationSet) -> list[str]:
         """The steps that make the embeddings of a set."""
@@ -88,7 +88,7 @@ class StudiedCascade:
             policy.save(out)
             draw_front(out.with_suffix(".png"), policy)
             if not suffix:
-                save_cascade(out.parent, policy, {one.bits: str(one.path) for one in self.levels})
+                save_cascade(out.parent, policy, {int(one.bits): str(one.path) for one in self.levels})
 
         name, out = f"calibrate-{self.name}{suffix}", f"cascades/{self.name}{suffix}/policy.json"
         self.steps.run(name, [self.about, listed], needs, out, action, data=data, recipe=RECIPES["calibrate"])
@@ -128,7 +128,7 @@ def run_cascade(steps: Steps, options: StudyOptions, networks: Sequence[Network]
     Raises:
         UserError: the plan names bits that its family does not have.
     """
-    known = {one.bits: one for one in networks if one.step in family_steps(plan.family, options.bits)}
+    known = {int(one.bits): one for one in networks if one.step in family_steps(plan.family, options.bits)}
     known[FULL] = networks[0]
     if missing := [bits for bits in plan.bits if bits not in known]:
         raise UserError(f"study.cascades: there is no network of {missing[0]} bits in {plan.family!r}")

@@ -8,18 +8,20 @@ from pathlib import Path
 
 import ml_collections
 
+from kmq_jax import quant
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, file_hash, write_json
+from kmq_jax.core.tree import named_leaves
 from kmq_jax.interop import pretrained
 from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model, save_model
 from kmq_jax.ptq.quantize import quantize_model
-from kmq_jax.study.options import FULL, NESTED, StudyOptions
+from kmq_jax.study.options import FULL, MIXED, NESTED, StudyOptions
 from kmq_jax.study.steps import Steps
 from kmq_jax.training import loop, qat
-from kmq_jax.training.config import quantized
+from kmq_jax.training.config import distilled, published_kmqat
 from kmq_jax.training.options import QatOptions, section
 
-RECIPES = {"fp32": 1, "ptq": 1, "kmqat": 1}
+RECIPES = {"fp32": 1, "ptq": 1, "distilled": 1, "kmqat": 1}
 """To be raised when a change of the code changes what a step computes: studies then repeat it (see `study.steps`)."""
 
 CHECKPOINTS = (".onnx", ".pt", ".pth", ".ckpt", ".safetensors")
@@ -31,16 +33,16 @@ class Network:
     """A model of the study, read at one number of bits.
 
     Attributes:
-        step: the step that made it, such as "kmqat-2" or "ptq-nested".
+        step: the step that made it, such as "distilled-2", "kmqat-2" or "ptq-nested".
         method: how it was made, as reports show it.
-        bits: its bits.
+        bits: its bits; of mixed precision the mean over its quantized weights.
         path: the MODEL.
         read_at: the bits at which a nested model is read; None for any other.
     """
 
     step: str
     method: str
-    bits: int
+    bits: float
     path: Path
     read_at: int | None = None
 
@@ -52,29 +54,35 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A quantization of the study: at one number of bits, or of all in one file.
+    """A quantization of the study: at one number of bits, of all in one file, or of mixed precision.
 
     Attributes:
-        name: "2", "3", ... or "nested".
-        bits: the most it has.
+        name: "2", "3", ..., "nested" or "mixed".
+        bits: the most it has; 0 where they are chosen tensor by tensor.
         coarse: the fewer bits of nested codebooks, descending.
+        recipe: how it is trained.
+        grow_from: the step whose trained network nested codebooks grow from; empty for any other.
     """
 
     name: str
     bits: int
     coarse: tuple[int, ...] = ()
+    recipe: str = "distilled"
+    grow_from: str = ""
 
     @property
-    def grow_from(self) -> str:
-        """The step whose trained network nested codebooks grow from; empty for any other."""
-        return f"kmqat-{min(self.coarse)}" if self.coarse else ""
+    def step(self) -> str:
+        """The step that trains it."""
+        return f"{self.recipe}-{self.name}"
 
 
 def runs_of(options: StudyOptions) -> list[Run]:
-    """The quantizations that a study is asked for, most bits first, nested ones last."""
+    """The quantizations that a study is asked for: most bits first, then nested ones, then mixed precision."""
     ordered = sorted(options.bits, reverse=True)
-    runs = [Run(str(bits), bits) for bits in ordered]
-    return [*runs, Run(NESTED, ordered[0], tuple(ordered[1:]))] if options.nested else runs
+    runs = [Run(str(bits), bits, recipe=options.recipe) for bits in ordered]
+    if options.nested:
+        runs.append(Run(NESTED, ordered[0], tuple(ordered[1:]), grow_from=f"{options.recipe}-{ordered[-1]}"))
+    return [*runs, Run(MIXED, 0, recipe=options.recipe)] if options.mixed else runs
 
 
 def make_networks(config: ml_collections.ConfigDict, options: StudyOptions, steps: Steps) -> list[Network]:
@@ -94,7 +102,8 @@ def make_networks(config: ml_collections.ConfigDict, options: StudyOptions, step
     reference = full_precision(config, steps)
     networks = [Network("fp32", "full precision", FULL, reference)]
     for run in runs_of(options):
-        networks += quantized_networks(config, options, steps, run, reference)
+        make = mixed_network if run.name == MIXED else quantized_networks
+        networks += make(config, options, steps, run, reference)
     return networks
 
 
@@ -119,7 +128,7 @@ def quantized_networks(
 ) -> list[Network]:
     """Quantizes without training and, where the run has epochs, with it; a network for each of the run's bits."""
     grow_from = str(steps.directory / run.grow_from) if run.grow_from else ""
-    own = kmqat_config(config, options, run, str(reference), grow_from)
+    own = training_config(config, options, run, str(reference), grow_from)
     heard = data_of(own)
     # Without training only the rules and the speech matter, not the schedule or the loss.
     rules = [settings_of(own)["quant"], own.data.train]
@@ -128,10 +137,8 @@ def quantized_networks(
     path = steps.run(step, rules, ("fp32",), f"{step}.kmq", untrained, data=heard, recipe=recipe)
     made = [(step, "without training", path)]
     if own.epochs:
-        step, recipe = f"kmqat-{run.name}", RECIPES["kmqat"]
-        needs, train = ("fp32", *filter(None, [run.grow_from])), functools.partial(_train, own)
-        path = steps.run(step, settings_of(own), needs, step, train, data=heard, recipe=recipe)
-        made.append((step, "trained", path))
+        path = _trained(own, steps, run)
+        made.append((run.step, "trained", path))
     nested = ", nested" if run.coarse else ""
     return [
         Network(step, method + nested, bits, path, bits if run.coarse else None)
@@ -140,16 +147,41 @@ def quantized_networks(
     ]
 
 
-def kmqat_config(
+def mixed_network(
+    config: ml_collections.ConfigDict, options: StudyOptions, steps: Steps, run: Run, reference: Path
+) -> list[Network]:
+    """Trains at mixed precision, in phases of ascending bits; nothing where the run has no epochs."""
+    own = training_config(config, options, run, str(reference))
+    if not own.epochs:
+        return []
+    path = _trained(own, steps, run)
+    params = load_model(path).variables["params"]
+    tensors = [leaf for _, leaf in named_leaves(params, quant.is_codebook_tensor) if quant.is_codebook_tensor(leaf)]
+    mean = sum(leaf.bits * leaf.size for leaf in tensors) / sum(leaf.size for leaf in tensors)
+    return [Network(run.step, "trained, mixed", round(mean, 3), path)]
+
+
+def _trained(own: ml_collections.ConfigDict, steps: Steps, run: Run) -> Path:
+    """The step that trains a quantization."""
+    needs, train = ("fp32", *filter(None, [run.grow_from])), functools.partial(_train, own)
+    recipe = RECIPES[run.recipe]
+    return steps.run(run.step, settings_of(own), needs, run.step, train, data=data_of(own), recipe=recipe)
+
+
+def training_config(
     config: ml_collections.ConfigDict, options: StudyOptions, run: Run, reference: str, grow_from: str = ""
 ) -> ml_collections.ConfigDict:
     """The configuration of a quantized training: that of the full-precision one, with the study's changes."""
     rules = tuple(tuple(rule) for rule in options.rules)
     # A copy: every run changes the configuration of the full-precision training in its own way.
-    own = quantized(copy.deepcopy(config), run.bits, coarse=run.coarse, grow_from=grow_from, rules=rules)
+    recipe = {"distilled": distilled, "kmqat": published_kmqat}[run.recipe]
+    own = recipe(copy.deepcopy(config), run.bits, coarse=run.coarse, grow_from=grow_from, rules=rules)
+    if run.name == MIXED:
+        own.quant.update(average_bits=options.mixed, multi_stage=True, rules=())
     own.init_from = reference
     own.average_last = 0
-    own.loss.weight = options.label_weight
+    if run.recipe == "distilled":
+        own.loss.weight = options.label_weight
     own.epochs = options.epochs.get(run.name, 0.0)
     if run.coarse and not options.epochs.get(str(min(run.coarse))):
         # Nested codebooks grow from the trained network of the fewest bits; without it they are not trained.
@@ -175,7 +207,9 @@ def settings_of(config: ml_collections.ConfigDict) -> Json:
 
 def data_of(config: ml_collections.ConfigDict) -> list[str]:
     """The DATA and TRIALS that a training run reads."""
-    return [config.data.train, config.data.noise, config.data.music, config.validation.data, config.validation.trials]
+    data = config.data
+    heard = [data.train, data.noise, data.music, data.babble, data.rooms]
+    return [*heard, config.validation.data, config.validation.trials]
 
 
 def _import(given: Path, out: Path) -> None:

@@ -1,7 +1,7 @@
 """Options of a study: what the section `study` of a configuration holds."""
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from kmq_jax.cascade.options import CalibrationOptions
 from kmq_jax.core.errors import UserError
@@ -13,7 +13,11 @@ from kmq_jax.scoring.options import Compute
 NESTED = "nested"
 FULL = 32
 """Bits that stand for full precision."""
-FAMILIES = ("kmqat", "ptq", f"kmqat-{NESTED}", f"ptq-{NESTED}")
+MIXED = "mixed"
+TRAINED = "trained"
+"""The family of the networks that the study's recipe trains, whichever it is."""
+FAMILIES = ("kmqat", "distilled", "ptq", f"distilled-{NESTED}", f"ptq-{NESTED}")
+"""Networks trained by KMQAT as published, trained by this project's own recipe, and quantized without training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +53,19 @@ class StudyOptions(Options):
 
     sets: dict[str, EvaluationSet] = option("evaluation sets, by name")
     bits: tuple[int, ...] = option("at which the network is quantized", (4, 3, 2), at_least=1, at_most=8)
+    recipe: Literal["distilled", "kmqat"] = option(
+        "how networks are trained at fewer bits: by distillation from full precision, or by KMQAT as published. Nested "
+        "ones, which the paper has not, are always distilled",
+        "distilled",
+    )
+    mixed: float = option("also mixed precision of so many bits a weight on average; 0: none", 0.0, at_least=0)
     nested: bool = option("also all of these bits in one file", True)
     rules: tuple[Any, ...] = option("(pattern, bits) before that, first match wins; 0 keeps full precision", ())
-    epochs: dict[str, float] = option("of training by bits or `nested`; what is left out is not trained")
-    learning_rate: float = option("of quantization-aware training; 0: by bits, see `quantized`", 0.0, at_least=0)
-    label_weight: float = option("of margin softmax of the labels beside the teacher", 0.0, at_least=0)
+    epochs: dict[str, float] = option("of training by bits, `mixed` or `nested`; what is left out is not trained")
+    learning_rate: float = option("of quantization-aware training; 0: as the recipe says", 0.0, at_least=0)
+    label_weight: float = option("of margin softmax of the labels beside the teacher, in distillation", 0.0, at_least=0)
     compute: Compute = option("arithmetic of extraction", "float32")
+    max_seconds: float = option("extraction takes only so much of each recording; 0: all of it", 0.0, at_least=0)
     quick_compile: bool = option("no optimizations, for networks so tiny that compiling is all they cost", False)
     diagnose: tuple[str, ...] = option("names of the evaluation sets that are diagnosed", ())
     diagnosis: DiagnosisOptions = option("how", DiagnosisOptions())
@@ -84,7 +95,8 @@ class StudyOptions(Options):
 
         Args:
             values: the section, as a plain mapping. `evaluate` has `data` and `trials` by name; `cascades` has
-                (family, bits); `diagnosis` and `calibration` have fields of their options.
+                (family, bits), where the family "trained" stands for the recipe's; `diagnosis` and `calibration` have
+                fields of their options.
             where: stands before names in errors.
 
         Raises:
@@ -97,8 +109,10 @@ class StudyOptions(Options):
             name: EvaluationSet.of({"name": name, **place}, f"{where}.evaluate.{name}") for name, place in sets.items()
         }
         plans = given.pop("cascades", ())
+        own = {TRAINED: given.get("recipe", "distilled")}
         given["cascades"] = tuple(
-            CascadePlan.of({"family": family, "bits": bits}, f"{where}.cascades") for family, bits in plans
+            CascadePlan.of({"family": own.get(family, family), "bits": bits}, f"{where}.cascades")
+            for family, bits in plans
         )
         given["diagnosis"] = DiagnosisOptions.of(given.pop("diagnosis", {}), f"{where}.diagnosis")
         given["calibration"] = CalibrationOptions.of(given.pop("calibration", {}), f"{where}.calibration")

@@ -71,12 +71,15 @@ def study(config: ml_collections.ConfigDict, workdir: Path) -> Json:
 
 def embed(steps: Steps, network: Network, evaluated: EvaluationSet, options: StudyOptions) -> Path:
     """The embeddings of an evaluation set by a network."""
-    name, how = f"{network.name}-{evaluated.name}", ExtractionOptions(bits=network.read_at, compute=options.compute)
+    name, how = (
+        f"{network.name}-{evaluated.name}",
+        ExtractionOptions(bits=network.read_at, compute=options.compute, max_seconds=options.max_seconds),
+    )
 
     def action(out: Path) -> None:
         extract(network.path, evaluated.data, out, how)
 
-    about, out = [evaluated.data, options.compute, network.bits], f"embeddings/{name}.npz"
+    about, out = [evaluated.data, options.compute, options.max_seconds, network.bits], f"embeddings/{name}.npz"
     needs, data = (network.step,), [evaluated.data]
     return steps.run(f"embed-{name}", about, needs, out, action, data=data, recipe=RECIPES["embed"])
 
@@ -119,9 +122,9 @@ def run_diagnosis(steps: Steps, options: StudyOptions, networks: Sequence[Networ
     Returns:
         Those of its tables that are short.
     """
-    nested = {one.bits: one for one in networks if one.step == f"kmqat-{NESTED}"}
-    own = {one.bits: one for one in networks if one.step in family_steps("kmqat", options.bits)}
-    chosen = nested | own
+    steps_of = family_steps(options.recipe, options.bits)
+    nested = {int(one.bits): one for one in networks if one.step == f"distilled-{NESTED}"}
+    chosen = nested | {int(one.bits): one for one in networks if one.step in steps_of}
     how = dataclasses.replace(options.diagnosis, compute=options.compute)
 
     def action(out: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import named_leaves
+from kmq_jax.core.tree import Leaf, named_leaves
 from kmq_jax.data import source
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import SpeakerModel, at_bits, embed_all, load_model
@@ -83,7 +83,14 @@ def load_teacher(options: TrainOptions, network: Params, batch_stats: Params) ->
 
 def load_parent(options: TrainOptions) -> Params | None:
     """The packed parameters of the network that nested codebooks grow from, or None where there is none."""
-    return load_model(options.quant.grow_from).variables["params"] if options.quant.grow_from else None
+    if not options.quant.grow_from:
+        return None
+    packed = load_model(options.quant.grow_from).variables["params"]
+
+    def whole(leaf: Leaf) -> Leaf:
+        return leaf if quant.is_codebook_tensor(leaf) else jnp.asarray(leaf, jnp.float32)  # biases may be in float16
+
+    return jax.tree.map(whole, packed, is_leaf=quant.is_codebook_tensor)
 
 
 def load_like(setting: str, path: str, params: Params, batch_stats: Params) -> Variables:

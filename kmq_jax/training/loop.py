@@ -1,7 +1,6 @@
 """Training: prepare, loop, finish; and taking a run up again where it stopped."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import signal
@@ -122,14 +121,11 @@ class Loop:
     def _enter_phase(self) -> None:
         """Begins a phase, where the next step is its first."""
         phase = self._phase(self.step)
-        if self.step == 0 or phase == self._phase(self.step - 1):
-            return
-        run = self._run
-        params = run.state.params
-        network = run.recipe.task.enter_phase(params.network, self._phases[phase], self._phases[phase - 1])
-        state = dataclasses.replace(run.state, params=dataclasses.replace(params, network=network))
-        run.state = jax.device_put(state, run.shardings)
-        self._train_step = self._compile(phase)
+        if self.step == 0:
+            self._run.enter_phase(self._phases[0], None)
+        elif phase != self._phase(self.step - 1):
+            self._run.enter_phase(self._phases[phase], self._phases[phase - 1])
+            self._train_step = self._compile(phase)
 
     def _take_step(self) -> None:
         run = self._run
@@ -186,7 +182,7 @@ def finish(run: Run, loop: Loop, bar: Bar) -> Summary:
     if loop.stopped_by:
         bar.say(f"stopped by {loop.stopped_by} at step {loop.step}, saved; the same command goes on from there")
     task = run.recipe.task
-    final = task.finish(run.trained(), run.checkpoints, run.crops) if finished else None
+    final = task.finish(run.trained(), run.checkpoints, run.speech) if finished else None
     if final:
         save_once(run.workdir / final.file, final.model)
         if run.validation:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from kmq_jax.core.tree import map_named, match_rules, named_leaves
-from kmq_jax.training.options import OptimizerOptions, ScheduleOptions
-from kmq_jax.training.state import Params, Trainable
+from kmq_jax.training.options import GroupOptions, OptimizerOptions, ScheduleOptions
+from kmq_jax.training.state import Trainable
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -57,22 +57,51 @@ def make_schedule(options: ScheduleOptions, epoch_steps: int, total_steps: int) 
     return schedule
 
 
-def make_optimizer(options: OptimizerOptions, schedule: Schedule, params: Trainable) -> optax.GradientTransformation:
-    """Makes SGD with momentum and L2 decay, or AdamW with decoupled decay.
+def make_optimizer(
+    options: OptimizerOptions, schedule: Callable[[float | None], Schedule], params: Trainable
+) -> optax.GradientTransformation:
+    """Makes SGD with momentum and L2 decay, or AdamW with decoupled decay; each group by settings of its own.
+
+    Groups without a clip of their own share the clip of the whole gradient.
 
     Args:
         options: the `optimizer` section.
-        schedule: learning rate by step.
+        schedule: learning rate by step, of a peak; None is that of the `learning_rate` section.
         params: tree whose names the groups are matched with.
 
     Raises:
         UserError: a group matches nothing.
     """
     names = [name for name, _ in named_leaves(params)]
-    rules = [(pattern, (rate, decay)) for pattern, rate, decay in options.groups]
-    factors = match_rules(rules, names, default=(1.0, 1.0))
-    rates = _by_group(optax.scale, {name: rate for name, (rate, _) in factors.items()}, neutral=1.0)
-    decays = {name: options.weight_decay * decay for name, (_, decay) in factors.items()}
+    groups = match_rules(options.group_rules, names, default=GroupOptions())
+    if all((own.peak, own.momentum, own.clip) == (None, None, None) for own in groups.values()):
+        return _shared_optimizer(options, schedule(None), groups)
+    kinds = list(dict.fromkeys(groups.values()))
+    labels = {name: str(kinds.index(own)) for name, own in groups.items()}
+    clips = {name: own.clip for name, own in groups.items()}
+    clip = _where(clips, None, optax.clip_by_global_norm(options.clip)) if options.clip else optax.identity()
+    optimizers = {str(i): _own_optimizer(options, own, schedule(own.peak)) for i, own in enumerate(kinds)}
+    return optax.chain(clip, optax.multi_transform(optimizers, lambda tree: map_named(lambda n, _: labels[n], tree)))
+
+
+def _own_optimizer(options: OptimizerOptions, own: GroupOptions, schedule: Schedule) -> optax.GradientTransformation:
+    """What moves one group, after the clip that is shared."""
+    parts = [optax.clip_by_global_norm(own.clip)] if own.clip else []
+    decay = optax.add_decayed_weights(options.weight_decay * own.decay)
+    momentum = options.momentum if own.momentum is None else own.momentum
+    if options.name == "sgd":
+        parts += [decay, *([optax.trace(decay=momentum)] if momentum else [])]
+    else:
+        parts += [optax.scale_by_adam(), decay]
+    return optax.chain(*parts, optax.scale(own.rate), optax.scale_by_learning_rate(schedule))
+
+
+def _shared_optimizer(
+    options: OptimizerOptions, schedule: Schedule, groups: Mapping[str, GroupOptions]
+) -> optax.GradientTransformation:
+    """What moves groups that differ in factors alone: one state for all parameters."""
+    rates = _by_group(optax.scale, {name: own.rate for name, own in groups.items()}, neutral=1.0)
+    decays = {name: options.weight_decay * own.decay for name, own in groups.items()}
     decay = _by_group(optax.add_decayed_weights, decays, neutral=0.0)
     clip = [optax.clip_by_global_norm(options.clip)] if options.clip else []
     if options.name == "sgd":
@@ -86,8 +115,11 @@ def _by_group(
     make: Callable[[float], optax.GradientTransformation], values: Mapping[str, float], neutral: float
 ) -> list[optax.GradientTransformation]:
     """A transformation `make(value)` for the parameters of each value, by name; none where it would do nothing."""
+    return [_where(values, value, make(value)) for value in sorted(set(values.values()) - {neutral})]
 
-    def of(value: float) -> Callable[[Params], Params]:
-        return lambda tree: map_named(lambda name, _: values[name] == value, tree)
 
-    return [optax.masked(make(value), of(value)) for value in sorted(set(values.values()) - {neutral})]
+def _where(
+    values: Mapping[str, float | None], value: float | None, transformation: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """The transformation of those parameters alone that have a value, by name."""
+    return optax.masked(transformation, lambda tree: map_named(lambda name, _: values[name] == value, tree))

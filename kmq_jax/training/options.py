@@ -14,10 +14,12 @@ from typing import Any, Literal, TypeVar
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import Options, option
 
-Section = TypeVar("Section", bound=Options)
-
 INITS = ("optimal", "companding", "equal-mass", "quantile", "kmeans++")
-HALF = 16  # bits that stand for half-precision floating point
+"""Those of `quant.kmeans`, which is not imported here: help shall not wait for JAX."""
+HALF = 16
+"""`quant.types.HALF`."""
+
+Section = TypeVar("Section", bound=Options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,12 @@ class DataOptions(Options):
     )
     noise: str = option("DATA of noise", "")
     music: str = option("DATA of music", "")
+    babble: str = option("DATA of speech that babble is made of; empty: other training speakers", "")
+    rooms: str = option("DATA of room impulse responses; empty: rooms are simulated", "")
+    normalize: Literal["crop", "utterance"] = option(
+        "what the mean is removed over: the crop, or before it is cut the whole utterance", "crop"
+    )
+    utterance_seconds: float = option("the most of an utterance that the latter takes in", 20.0, above=0)
     threads: int = option("threads that read recordings", 2, at_least=0)
 
     def __post_init__(self) -> None:
@@ -42,6 +50,15 @@ class DataOptions(Options):
         super().__post_init__()
         if not self.speeds:
             raise UserError("`speeds` (=) must hold at least one speed")
+
+    @property
+    def crop_samples(self) -> int:
+        """Samples of a crop at 16 kHz.
+
+        >>> DataOptions(crop_seconds=3.515).crop_samples
+        56240
+        """
+        return round(self.crop_seconds * 16000)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,20 +109,34 @@ class QatOptions(Options):
         100,
         at_least=0,
     )
+    bn_passes: int = option(
+        "passes over the training data that batch normalisation is measured on before and after training", 0, at_least=0
+    )
     thaw_epochs: float = option("the scales stay as they are until then", 0.0, at_least=0)
     centroids: Literal["gradient", "lloyd", "fixed"] = option("how centroids move", "gradient")
     lloyd_every: int = option("steps between moves towards the mean of the members", 100, at_least=1)
+    lloyd_epochs: float = option("epochs between these moves, in place of steps; 0: `lloyd_every`", 0.0, at_least=0)
+    lloyd_clip: float = option("members count at most this far from 0, in units of the scale; 0: any", 0.0, at_least=0)
     lloyd_rate: float = option("share of the way that centroids move", 0.1, at_least=0, at_most=1)
     lloyd_unused_rate: float = option("the same where many centroids have no members", 0.2, at_least=0, at_most=1)
     lloyd_until: float = option("share of the run after which centroids rest", 0.67, at_least=0, at_most=1)
     reassign_every: int = option("steps between assignments of latents to centroids; 0: every step", 0, at_least=0)
+    reassign_epochs: float = option("epochs between them, in place of steps; 0: `reassign_every`", 0.0, at_least=0)
     budget: float = option(
         "mixed precision within this share of the kernels' float32 bytes; 0: bits as above", 0.0, at_least=0, at_most=1
+    )
+    average_bits: float = option(
+        "mixed precision of at most so many bits a quantized weight on average; 0: bits as above", 0.0, at_least=0
     )
     budget_bits: tuple[int, ...] = option("bits that the budget is spent on", (2, 3, 4), at_least=1, at_most=8)
     sections: int = option("groups of tensors of like sensitivity that share their bits; 0: none do", 4, at_least=0)
     hessian_draws: int = option("random vectors that sensitivity is estimated by", 10, at_least=1)
-    multi_stage: bool = option("in phases: tensors of the fewest bits are quantized first, the others later", False)
+    multi_stage: bool = option(
+        "in phases: tensors of the fewest bits are quantized first, the others later; each has optimizer and schedule "
+        "of its own",
+        False,
+    )
+    biases: Literal["float32", "float16"] = option("the type of the packed network's biases", "float32")
 
     def __post_init__(self) -> None:
         """See `Options`; also checks what goes together."""
@@ -118,15 +149,42 @@ class QatOptions(Options):
             raise UserError(f"`coarse` (={self.coarse}) must be below `bits` (={self.bits})")
         if bool(self.coarse) != bool(self.grow_from):
             raise UserError("`coarse` and `grow_from`, a MODEL trained at the fewest bits, go together")
-        if self.grow_from and self.reassign_every:
+        if self.grow_from and (self.reassign_every or self.reassign_epochs):
             raise UserError("`reassign_every` cannot be used with grow_from, whose cells stay as they are")
-        if self.budget and (self.bits or self.coarse or self.rules):
-            raise UserError("`budget` chooses bits itself: it cannot be used with bits, coarse or rules")
+        if self.coarse and self.bn_passes:
+            raise UserError("`bn_passes` cannot be used with coarse, whose statistics `fit_crops` measures")
+        if self.mixed and (self.bits or self.coarse or self.rules):
+            name = "budget" if self.budget else "average_bits"
+            raise UserError(f"`{name}` chooses bits itself: it cannot be used with bits, coarse or rules")
+        if self.budget and self.average_bits:
+            raise UserError("`budget` and `average_bits` cannot be used together")
 
     @property
     def on(self) -> bool:
         """Whether anything is quantized."""
-        return bool(self.bits or self.rules or self.budget)
+        return bool(self.bits or self.rules or self.mixed)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether each tensor gets bits of its own, by its sensitivity."""
+        return bool(self.budget or self.average_bits)
+
+    @property
+    def cached(self) -> bool:
+        """Whether indices are kept between assignments."""
+        return bool(self.reassign_every or self.reassign_epochs)
+
+    def in_steps(self, epoch_steps: int) -> "QatOptions":
+        """The same options with all periods in steps.
+
+        >>> QatOptions(bits=2, lloyd_epochs=1.0).in_steps(40).lloyd_every
+        40
+        """
+        lloyd = steps_of(self.lloyd_epochs, epoch_steps) or self.lloyd_every
+        reassign = steps_of(self.reassign_epochs, epoch_steps) or self.reassign_every
+        return dataclasses.replace(
+            self, lloyd_every=lloyd, reassign_every=reassign, lloyd_epochs=0.0, reassign_epochs=0.0
+        )
 
     @property
     def trained_bits(self) -> tuple[int, ...]:
@@ -139,6 +197,17 @@ class QatOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupOptions(Options):
+    """What a group of parameters has of its own; what is None is as for the others."""
+
+    rate: float = option("factor on the learning rate", 1.0, at_least=0)
+    decay: float = option("factor on the weight decay", 1.0, at_least=0)
+    peak: float | None = option("peak of a learning rate of its own, else by the same schedule", None, above=0)
+    momentum: float | None = option("of sgd", None, at_least=0, below=1)
+    clip: float | None = option("largest norm of the group's own gradient; 0: any", None, at_least=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerOptions(Options):
     """How gradients move parameters."""
 
@@ -146,8 +215,9 @@ class OptimizerOptions(Options):
     momentum: float = option("of sgd", 0.9, at_least=0, below=1)
     weight_decay: float = option("of every parameter, times the factor of its group", 1e-4, at_least=0)
     clip: float = option("largest norm of the whole gradient; 0: any", 0.0, at_least=0)
-    groups: tuple[tuple[str, float, float], ...] = option(
-        "(regular expression, learning-rate factor, weight-decay factor) on names of parameters, first match wins",
+    groups: tuple[tuple[Any, ...], ...] = option(
+        "(regular expression on names of parameters, learning-rate factor, weight-decay factor) or (regular "
+        "expression, settings of `GroupOptions`); first match wins",
         ((r"/(bias|scale)$|classifier", 1.0, 0.0),),  # no decay of normalisation, biases and classifier
     )
 
@@ -155,10 +225,24 @@ class OptimizerOptions(Options):
         """See `Options`."""
         super().__post_init__()
         for group in self.groups:
-            if len(group) != 3 or not all(isinstance(factor, int | float) and factor >= 0 for factor in group[1:]):
+            factors = len(group) == 3 and all(isinstance(factor, int | float) and factor >= 0 for factor in group[1:])
+            if not factors and not (len(group) == 2 and isinstance(group[1], Mapping)):
                 raise UserError(f"`groups`: {group!r} must be (pattern, rate factor, decay factor)")
-        groups = tuple((str(pattern), float(rate), float(decay)) for pattern, rate, decay in self.groups)
+        groups = tuple((str(pattern), *own) for pattern, *own in self.groups)
         object.__setattr__(self, "groups", groups)
+        self.group_rules  # noqa: B018  (settings are checked here)
+
+    @property
+    def group_rules(self) -> list[tuple[str, GroupOptions]]:
+        """`groups` as rules on names.
+
+        >>> OptimizerOptions(groups=(("bias$", 1.0, 0.0), ("scale$", {"clip": 1.5}))).group_rules[1]
+        ('scale$', GroupOptions(rate=1.0, decay=1.0, peak=None, momentum=None, clip=1.5))
+        """
+        return [
+            (pattern, GroupOptions.of(own[0], "groups") if len(own) == 1 else GroupOptions(rate=own[0], decay=own[1]))
+            for pattern, *own in self.groups
+        ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

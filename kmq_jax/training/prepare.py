@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import MutableMapping
+import itertools
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 import grain
@@ -23,7 +24,7 @@ from kmq_jax.training import step as steps
 from kmq_jax.training.from_models import describe, load_parent, load_start, load_teacher
 from kmq_jax.training.options import TrainOptions
 from kmq_jax.training.state import Params, Trainable, TrainState, Variables, checkpoint_parts, from_checkpoint
-from kmq_jax.training.tasks import Quantized
+from kmq_jax.training.tasks import Phase, Quantized, Speech
 from kmq_jax.training.validation import Validation, open_validation
 from kmq_jax.training.workdir import Settings, check_same_run
 
@@ -82,9 +83,26 @@ class Run:
         """Steps of the whole run."""
         return self.recipe.objective.total_steps
 
-    def crops(self) -> jax.Array:
-        """Features of `quant.fit_crops` random crops of the training data."""
-        return random_crops(self.options, self.data.utterances)
+    @property
+    def speech(self) -> Speech:
+        """The training data as it is listened to before and after training."""
+        return speech_of(self.recipe.objective, self.data)
+
+    def enter_phase(self, phase: Phase, before: Phase | None) -> None:
+        """Begins a phase of the run: the first of all, or one with a new optimizer after the phase `before`."""
+        task, state = self.recipe.task, self.state
+        if before is not None:
+            network, indices = task.enter_phase(state.params.network, state.indices, phase, before)
+            params = dataclasses.replace(state.params, network=network)
+            opt_state = self.recipe.optimizer.init(params)
+            state = dataclasses.replace(state, params=params, indices=indices, opt_state=opt_state)
+        if self.options.quant.bn_passes:
+            here = jax.device_get(distributed.local(dataclasses.replace(state, opt_state=())))
+            model = dataclasses.replace(self.model, variables={"batch_stats": here.batch_stats})
+            statistics = task.measure(model, here.params.network, here.indices, phase, self.speech)
+            state = state if statistics is None else dataclasses.replace(state, batch_stats=statistics)
+        if state is not self.state:
+            self.state = jax.device_put(state, self.shardings)
 
     def trained(self) -> SpeakerModel:
         """The model of the newest state as it is shipped, whole in every process. All processes must call it."""
@@ -142,27 +160,58 @@ def open_data(options: TrainOptions) -> Data:
     Raises:
         UserError: it cannot be read, or is less than a batch.
     """
-    utterances, speeds = source.open_sources(options.data.train), options.data.speeds
-    examples = len(utterances) * len(speeds)
+    utterances = source.open_sources(options.data.train)
+    examples = len(utterances) * len(options.data.speeds)
     if not options.epoch_steps and examples < options.batch_size:
         raise UserError(f"data.train has {len(utterances)} utterances, fewer than batch_size (={options.batch_size})")
     failures: dict[str, str] = {}
-    batches = pipeline.training_batches(
+    batches = _batches(options, utterances, failures)
+    epoch_steps = options.epoch_steps or examples // options.batch_size
+    classes = pipeline.num_speakers(utterances, options.data.speeds)
+    return Data(utterances, classes, epoch_steps, failures, iter(batches))
+
+
+def _batches(
+    options: TrainOptions, utterances: source.Utterances, failures: MutableMapping[str, str]
+) -> grain.IterDataset:
+    """This process's part of the endless sequence of batches."""
+    data = options.data
+
+    def opened(place: str) -> source.Utterances | None:
+        return source.open_sources(place) if place else None
+
+    return pipeline.training_batches(
         utterances,
         batch_size=options.batch_size // jax.process_count(),
-        crop_samples=int(options.data.crop_seconds * source.SAMPLE_RATE),
+        crop_samples=data.crop_samples,
+        whole_samples=round(data.utterance_seconds * source.SAMPLE_RATE) if data.normalize == "utterance" else 0,
         seed=options.seed,
-        speeds=speeds,
-        augment=options.data.augment,
-        noise=source.open_sources(options.data.noise) if options.data.noise else None,
-        music=source.open_sources(options.data.music) if options.data.music else None,
+        speeds=data.speeds,
+        augment=data.augment,
+        noise=opened(data.noise),
+        music=opened(data.music),
+        babble=opened(data.babble),
+        rooms=opened(data.rooms),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        threads=options.data.threads,
+        threads=data.threads,
         failures=failures,
     )
-    epoch_steps = options.epoch_steps or examples // options.batch_size
-    return Data(utterances, pipeline.num_speakers(utterances, speeds), epoch_steps, failures, iter(batches))
+
+
+def speech_of(objective: steps.Objective, data: Data) -> Speech:
+    """The training data without augmentation, as it is listened to before and after training."""
+    options = objective.options
+    clean = dataclasses.replace(options, data=dataclasses.replace(options.data, augment=False), spec_augment=0.0)
+    features = jax.jit(functools.partial(steps.features_of, dataclasses.replace(objective, options=clean)))
+    devices = mesh.make_mesh(jax.local_devices())
+
+    def passes(count: int) -> Iterator[jax.Array]:
+        batches = iter(_batches(clean, data.utterances, data.failures))
+        for batch in itertools.islice(batches, count * data.epoch_steps):
+            yield features(jax.random.key(0), mesh.shard_batch(batch, devices))
+
+    return Speech(lambda: random_crops(options, data.utterances), passes)
 
 
 def random_crops(options: TrainOptions, utterances: source.Utterances) -> jax.Array:
@@ -186,16 +235,17 @@ def _start(
     task = steps.make_task(options, data.epoch_steps, load_parent(options))
     named = dataclasses.replace(params, network=task.shapes(params.network))
     recipe = steps.make_recipe(objective, task, named)
-    if isinstance(task, Quantized) and options.quant.budget:
+    if isinstance(task, Quantized) and options.quant.mixed:
         task = dataclasses.replace(
             task, allocation=allocate(objective, workdir, params, batch_stats, teacher, data.batches)
         )
-        recipe = dataclasses.replace(recipe, task=task)
+        named = dataclasses.replace(params, network=task.shapes(params.network))
+        recipe = steps.make_recipe(objective, task, named)  # whose phases are known now
     if resumes:
         network = task.shapes(params.network)
     else:
         reference = dataclasses.replace(model, variables={"params": params.network, "batch_stats": batch_stats})
-        network, batch_stats = task.init(reference, lambda: random_crops(options, data.utterances))
+        network, batch_stats = task.init(reference, speech_of(objective, data))
     return recipe, dataclasses.replace(params, network=network), batch_stats, teacher
 
 

@@ -20,6 +20,7 @@ from kmq_jax import quant
 from kmq_jax.core.tree import map_named, named_leaves
 from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel
 from kmq_jax.ptq import fit, moments
+from kmq_jax.ptq.quantize import with_half_biases
 from kmq_jax.quant.codes import along
 from kmq_jax.training.options import QatOptions
 from kmq_jax.training.state import Params, QatParams, Variables
@@ -61,7 +62,7 @@ def rules_of(options: QatOptions, allocation: Allocation | None = None) -> list[
     for pattern, bits in options.rules:
         spec = dataclasses.replace(spec_of(options, bits), coarse=()) if bits else None
         rules.append(quant.QuantRule(pattern, spec))
-    if options.bits or options.budget:
+    if options.bits or options.mixed:
         rules.append(quant.QuantRule(r"/kernel$", spec_of(options, options.bits or max(options.budget_bits))))
     return rules
 
@@ -293,20 +294,37 @@ def phases_of(options: QatOptions, codebooks: Codebooks) -> list[tuple[str, ...]
     return [tuple(sorted(phase)) for phase in quant.phases(bits)] if options.multi_stage else [tuple(sorted(bits))]
 
 
-def enter_phase(options: QatOptions, params: QatParams, names: Collection[str], before: Collection[str]) -> QatParams:
+def enter_phase(
+    options: QatOptions, params: QatParams, indices: Indices, names: Collection[str], before: Collection[str]
+) -> tuple[QatParams, Indices]:
     """Makes new codebooks of the tensors that are quantized from now on: `names` but those of the phase `before`."""
     fresh = {name: params.codebooks[name] for name in sorted(set(names) - set(before))}
     if not fresh:
-        return params
+        return params, indices
     weights = weights_of_latents(params.latents, fresh)
     made = init_params(options, weights, {name: book.bits for name, book in fresh.items()})
-    return QatParams(made.latents, {**params.codebooks, **made.codebooks}, params.per_bits)
+    return QatParams(made.latents, {**params.codebooks, **made.codebooks}, params.per_bits), {
+        **indices,
+        **first_indices(options, made),
+    }
+
+
+def first_indices(options: QatOptions, params: QatParams) -> Indices:
+    """The cached indices that training begins with, by name; none where each step assigns afresh."""
+    if not options.cached:
+        return {}
+    if options.recipe != "kmqat" or options.symmetric:
+        return jax.jit(nearest_indices)(params)  # compiled, as in a step: else a latent on a border may fall otherwise
+    latents = dict(named_leaves(params.latents))
+    return {n: quant.kmqat_indices(latents[n], book, options.retention) for n, book in params.codebooks.items()}
 
 
 def allocate(
     options: QatOptions, network: Params, loss: Callable[[Params], jax.Array], key: jax.Array
 ) -> dict[str, int]:
-    """Chooses the bits of each kernel within `quant.budget`, by the traces of the loss's Hessian.
+    """Chooses the bits of each kernel within `quant.budget` or `quant.average_bits`.
+
+    Those to whose error the loss is more sensitive, by the trace of its Hessian, get more.
 
     Args:
         options: the `quant` section.
@@ -325,6 +343,9 @@ def allocate(
     leaves = dict(named_leaves(network))
     budget = options.budget * sum(4 * leaves[name].size for name in names)
     errors, sizes = quant.distortions(network, rules, options.budget_bits)
+    if options.average_bits:  # of indices alone
+        budget = options.average_bits / 8 * sum(leaves[name].size for name in names)
+        sizes = {name: {bits: bits / 8 * leaves[name].size for bits in options.budget_bits} for name in names}
     traces = quant.hessian_traces(loss, network, key, draws=options.hessian_draws, names=names)
     if options.sections:
         return quant.allocate_sections(traces, errors, sizes, budget, options.sections)
@@ -349,7 +370,11 @@ def move_centroids(
     def move(books: Codebooks) -> Codebooks:
         held = {name: dataclasses.replace(book, indices=indices.get(name)) for name, book in books.items()}
         moved = quant.lloyd_update(
-            params.latents, held, rate=options.lloyd_rate, unused_rate=options.lloyd_unused_rate or None
+            params.latents,
+            held,
+            rate=options.lloyd_rate,
+            unused_rate=options.lloyd_unused_rate or None,
+            clip=options.lloyd_clip or None,
         )
         return {name: dataclasses.replace(book, indices=None) for name, book in moved.items()}
 
@@ -396,11 +421,19 @@ def keep_parent(before: QatParams, after: QatParams) -> QatParams:
     )
 
 
-def packed_variables(params: QatParams, indices: Indices) -> Variables:
-    """The variables that are shipped: packed tensors in place of latents, and the biases of fewer bits."""
+def packed_variables(params: QatParams, indices: Indices, half_biases: bool = False) -> Variables:
+    """The variables that are shipped: packed tensors in place of latents, and the biases of fewer bits.
+
+    Args:
+        params: of a state.
+        indices: see `TrainState`.
+        half_biases: store the biases of convolutions and linear layers in float16.
+    """
     books = {name: dataclasses.replace(book, indices=indices.get(name)) for name, book in params.codebooks.items()}
     per_bits = {
         bits: {f"params/{name}": leaf for name, leaf in named_leaves(biases)}
         for bits, biases in params.per_bits.items()
     }
-    return {"params": quant.pack(params.latents, books), **({PER_BITS: per_bits} if per_bits else {})}
+    packed = quant.pack(params.latents, books)
+    packed = with_half_biases(packed) if half_biases else packed
+    return {"params": packed, **({PER_BITS: per_bits} if per_bits else {})}

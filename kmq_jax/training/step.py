@@ -57,13 +57,20 @@ class Recipe:
         objective: the loss.
         task: what is done to the network's parameters.
         optimizer: optax transformation, learning rate included.
-        learning_rate: by step.
+        learning_rate: by step of a phase.
+        phase_steps: steps of a phase; all but multi-stage training has one.
     """
 
     objective: Objective
     task: Task
     optimizer: optax.GradientTransformation
     learning_rate: Schedule
+    phase_steps: int
+
+    def rate_at(self, step: jax.Array) -> jax.Array:
+        """The learning rate of a step of the run."""
+        whole = self.phase_steps >= self.objective.total_steps
+        return self.learning_rate(step if whole else step % self.phase_steps)
 
 
 def init_params(network: SpeakerNetwork, options: TrainOptions, classes: int) -> tuple[Trainable, Params]:
@@ -102,7 +109,7 @@ def make_task(options: TrainOptions, epoch_steps: int, parent: Params | None = N
         return FullPrecision(options.average_last)
     total_steps = steps_of(options.epochs, epoch_steps)
     thaw, last_move = options.quant.thaw_epochs * epoch_steps, options.quant.lloyd_until * total_steps
-    return Quantized(options.quant, thaw, last_move, parent=parent)
+    return Quantized(options.quant.in_steps(epoch_steps), thaw, last_move, parent=parent)
 
 
 def make_recipe(objective: Objective, task: Task, params: Trainable) -> Recipe:
@@ -117,8 +124,13 @@ def make_recipe(objective: Objective, task: Task, params: Trainable) -> Recipe:
         UserError: a group of the optimizer's is the first match of no name.
     """
     options = objective.options
-    schedule = make_schedule(options.learning_rate, objective.epoch_steps, objective.total_steps)
-    return Recipe(objective, task, make_optimizer(options.optimizer, schedule, params), schedule)
+    phase_steps = -(-objective.total_steps // len(task.phases(params.network)))
+
+    def schedule(peak: float | None) -> Schedule:
+        own = options.learning_rate if peak is None else dataclasses.replace(options.learning_rate, peak=peak)
+        return make_schedule(own, objective.epoch_steps, phase_steps)
+
+    return Recipe(objective, task, make_optimizer(options.optimizer, schedule, params), schedule(None), phase_steps)
 
 
 def init_state(
@@ -135,7 +147,13 @@ def features_of(objective: Objective, key: jax.Array, batch: Batch) -> jax.Array
     wave = batch["wave"]
     if options.data.augment:
         wave = frontend.augment_batch(key_wave, batch, frontend.RoomConfig(), objective.mesh)
-    features = frontend.mean_normalize(frontend.fbank(wave, objective.fbank), None)
+    features = frontend.fbank(wave, objective.fbank)
+    if options.data.normalize == "utterance":
+        lengths = frontend.num_frames(batch["length"], objective.fbank)
+        wanted = frontend.num_frames(options.data.crop_samples, objective.fbank)
+        features = frontend.crop_frames(frontend.mean_normalize(features, lengths), lengths, batch["place"], wanted)
+    else:
+        features = frontend.mean_normalize(features, None)
     if options.spec_augment:
         masks = frontend.SpecAugmentConfig(probability=options.spec_augment)
         features = frontend.spec_augment(key_mask, features, masks)
@@ -208,7 +226,7 @@ def train_step(
         recipe: what the step is made of.
         state: before.
         batch: from `data.pipeline`: `wave` and `interference` `[batch, samples]`, `snr_db`, `reverb`, `speaker`
-            `[batch]`.
+            `[batch]`, and more where whole utterances or given rooms are asked for.
         teacher: see `total_loss`.
         phase: the tensors that are quantized already; None is all.
 
@@ -236,7 +254,7 @@ def train_step(
     metrics |= {
         "gradient_norm": optax.tree.norm(gradients),
         "parameter_norm": optax.tree.norm(params),
-        "learning_rate": recipe.learning_rate(state.step),
+        "learning_rate": recipe.rate_at(state.step),
     }
     return TrainState(state.step + 1, params, batch_stats, opt_state, indices), metrics
 

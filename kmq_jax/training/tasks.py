@@ -5,11 +5,13 @@ what changes is in the `TrainState`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 
+from kmq_jax.core import distributed
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import SpeakerModel
 from kmq_jax.ptq import moments
@@ -20,8 +22,18 @@ from kmq_jax.training.state import Network, Params, QatParams, TrainState, Varia
 Phase = tuple[str, ...]
 """Names of the tensors that are quantized in a part of the run."""
 
-Crops = Callable[[], jax.Array]
-"""Features `[batch, time, mel]` of random crops of the training data."""
+
+@dataclasses.dataclass(frozen=True)
+class Speech:
+    """Training speech that is listened to before and after training, without augmentation.
+
+    Attributes:
+        crops: gives features `[batch, time, mel]` of random crops.
+        passes: gives those of so many passes over the data, batch by batch.
+    """
+
+    crops: Callable[[], jax.Array]
+    passes: Callable[[int], Iterable[jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +65,7 @@ class Task(Protocol):
     def shapes(self, network: Params) -> Network:
         """The shapes of what `init` makes of full-precision parameters."""
 
-    def init(self, reference: SpeakerModel, crops: Crops) -> tuple[Network, Params]:
+    def init(self, reference: SpeakerModel, speech: Speech) -> tuple[Network, Params]:
         """Parameters and running statistics before the first step, from a full-precision model."""
 
     def init_indices(self, network: Network) -> qat.Indices:
@@ -62,8 +74,15 @@ class Task(Protocol):
     def phases(self, network: Network) -> list[Phase]:
         """The parts of the run, equally long."""
 
-    def enter_phase(self, network: Network, phase: Phase, before: Phase) -> Network:
-        """The parameters that a phase after the first begins with."""
+    def enter_phase(
+        self, network: Network, indices: qat.Indices, phase: Phase, before: Phase
+    ) -> tuple[Network, qat.Indices]:
+        """The parameters and indices that a phase after the first begins with."""
+
+    def measure(
+        self, model: SpeakerModel, network: Network, indices: qat.Indices, phase: Phase, speech: Speech
+    ) -> Params | None:
+        """The running statistics that a phase begins with, or None where those there are stay."""
 
     def weights(self, network: Network, indices: qat.Indices, step: jax.Array, phase: Phase | None) -> Params:
         """The weights a step computes with; differentiable in `network`."""
@@ -76,7 +95,7 @@ class Task(Protocol):
     def variables(self, state: TrainState) -> Variables:
         """The variables that are shipped."""
 
-    def finish(self, trained: SpeakerModel, checkpoints: Checkpoints, crops: Crops) -> Final | None:
+    def finish(self, trained: SpeakerModel, checkpoints: Checkpoints, speech: Speech) -> Final | None:
         """What follows the last step."""
 
 
@@ -96,7 +115,7 @@ class FullPrecision:
         """See `Task`."""
         return network
 
-    def init(self, reference: SpeakerModel, crops: Crops) -> tuple[Network, Params]:
+    def init(self, reference: SpeakerModel, speech: Speech) -> tuple[Network, Params]:
         """See `Task`."""
         return reference.variables["params"], reference.variables["batch_stats"]
 
@@ -108,9 +127,17 @@ class FullPrecision:
         """See `Task`."""
         return [()]
 
-    def enter_phase(self, network: Network, phase: Phase, before: Phase) -> Network:
+    def enter_phase(
+        self, network: Network, indices: qat.Indices, phase: Phase, before: Phase
+    ) -> tuple[Network, qat.Indices]:
         """See `Task`."""
-        return network
+        return network, indices
+
+    def measure(
+        self, model: SpeakerModel, network: Network, indices: qat.Indices, phase: Phase, speech: Speech
+    ) -> Params | None:
+        """See `Task`."""
+        return None
 
     def weights(self, network: Network, indices: qat.Indices, step: jax.Array, phase: Phase | None) -> Params:
         """See `Task`."""
@@ -126,7 +153,7 @@ class FullPrecision:
         """See `Task`."""
         return {"params": state.params.network, "batch_stats": state.batch_stats}
 
-    def finish(self, trained: SpeakerModel, checkpoints: Checkpoints, crops: Crops) -> Final | None:
+    def finish(self, trained: SpeakerModel, checkpoints: Checkpoints, speech: Speech) -> Final | None:
         """Averages the last checkpoints, running statistics included."""
         if self.average_last < 2:
             return None
@@ -163,9 +190,9 @@ class Quantized:
         """See `Task`."""
         return jax.eval_shape(lambda n: qat.init_params(self.options, n, self.allocation, self.parent), network)
 
-    def init(self, reference: SpeakerModel, crops: Crops) -> tuple[QatParams, Params]:
+    def init(self, reference: SpeakerModel, speech: Speech) -> tuple[QatParams, Params]:
         """See `Task`."""
-        features = crops() if self.options.fit_crops else None
+        features = speech.crops() if self.options.fit_crops else None
         return qat.init_fitted(self.options, reference, features, self.allocation, self.parent)
 
     def init_indices(self, network: Network) -> qat.Indices:
@@ -173,18 +200,30 @@ class Quantized:
         assert isinstance(network, QatParams)
         if self.parent is not None:
             return qat.parent_indices(network, self.parent)
-        # Compiled, as in a training step: else a latent on a border may fall on its other side.
-        return jax.jit(qat.nearest_indices)(network) if self.options.reassign_every else {}
+        return qat.first_indices(self.options, network)
 
     def phases(self, network: Network) -> list[Phase]:
         """See `Task`."""
         assert isinstance(network, QatParams)
         return qat.phases_of(self.options, network.codebooks)
 
-    def enter_phase(self, network: Network, phase: Phase, before: Phase) -> QatParams:
+    def enter_phase(
+        self, network: Network, indices: qat.Indices, phase: Phase, before: Phase
+    ) -> tuple[QatParams, qat.Indices]:
         """See `Task`."""
         assert isinstance(network, QatParams)
-        return qat.enter_phase(self.options, network, phase, before)
+        return qat.enter_phase(self.options, network, indices, phase, before)
+
+    def measure(
+        self, model: SpeakerModel, network: Network, indices: qat.Indices, phase: Phase, speech: Speech
+    ) -> Params | None:
+        """See `Task`."""
+        assert isinstance(network, QatParams)
+        if not self.options.bn_passes or not model.variables.get("batch_stats"):
+            return None
+        weights = qat.effective_weights(self.options, network, indices, jnp.zeros((), jnp.int32), names=phase)
+        used = dataclasses.replace(model, variables={**model.variables, "params": weights})
+        return distributed.mean_of_all(moments.averaged_statistics(used, speech.passes(self.options.bn_passes)))
 
     def weights(self, network: Network, indices: qat.Indices, step: jax.Array, phase: Phase | None) -> Params:
         """See `Task`."""
@@ -203,13 +242,19 @@ class Quantized:
     def variables(self, state: TrainState) -> Variables:
         """See `Task`."""
         assert isinstance(state.params.network, QatParams)
-        return {**qat.packed_variables(state.params.network, state.indices), "batch_stats": state.batch_stats}
+        packed = qat.packed_variables(state.params.network, state.indices, self.options.biases == "float16")
+        return {**packed, "batch_stats": state.batch_stats}
 
-    def finish(self, trained: SpeakerModel, checkpoints: Checkpoints, crops: Crops) -> Final | None:
+    def finish(self, trained: SpeakerModel, checkpoints: Checkpoints, speech: Speech) -> Final | None:
         """Measures batch normalisation afresh."""
-        if not self.options.fit_crops or not trained.variables["batch_stats"]:
+        if not (self.options.fit_crops or self.options.bn_passes) or not trained.variables["batch_stats"]:
             return None
-        model = moments.own_statistics(trained, crops())
+        if self.options.bn_passes:
+            passes = speech.passes(self.options.bn_passes)
+            statistics = distributed.mean_of_all(moments.averaged_statistics(trained, passes))
+            model = dataclasses.replace(trained, variables={**trained.variables, "batch_stats": statistics})
+        else:
+            model = moments.own_statistics(trained, speech.crops())
         return Final(model, "model.kmq", "with batch normalisation measured afresh")
 
 

@@ -7,7 +7,7 @@ import recordings
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.data import audio
-from kmq_jax.data.pipeline import BABBLE_VOICES, Crops, num_speakers, training_batches
+from kmq_jax.data.pipeline import BABBLE_VOICES, ROOM_SAMPLES, Crops, num_speakers, training_batches
 from kmq_jax.data.source import open_source
 
 CROP = 8000
@@ -226,3 +226,37 @@ def test_real_speech(shared):
     (batch,) = take(training_batches(table, batch_size=16, crop_samples=32000, seed=0, noise=noise), 1)
     assert np.isfinite(batch["wave"]).all() and (batch["wave"].std(axis=1) > 1e-4).all()
     assert (batch["speaker"] < 11).all()
+
+
+def test_whole_utterances_repeat_to_one_length(speech):
+    waves = [speech.load(i) for i in range(len(speech))]
+    samples = max(map(len, waves)) + 500
+
+    def batches(**settings):
+        made = training_batches(speech, batch_size=4, crop_samples=CROP, seed=3, augment=False, **settings)
+        return {key: np.concatenate([batch[key] for batch in take(made, 3)]) for key in ("wave", "length", "place")}
+
+    found = batches(whole_samples=samples)
+    for wave, length, place in zip(found["wave"], found["length"], found["place"]):
+        assert 0 <= place < 1 and wave.shape == (samples,)
+        np.testing.assert_array_equal(wave[length:], wave[: samples - length])
+        assert any(len(whole) == length and np.allclose(wave[:length], whole, atol=1e-4) for whole in waves)
+    assert set(batches(whole_samples=9000)["length"]) == {9000}
+    slow = batches(whole_samples=2 * samples, speeds=(0.9,))
+    assert set(slow["length"]) <= {-(-len(whole) * 10 // 9) for whole in waves}
+
+
+def test_rooms_and_voices_that_are_given(speech, tmp_path):
+    response = np.zeros(4000)
+    response[[300, 1300]] = 0.5, -0.25  # the direct sound comes late
+    recordings.write(tmp_path / "rooms" / "a" / "r.wav", response)
+    recordings.write(tmp_path / "voices" / "b" / "v.wav", np.random.default_rng(0).normal(0, 0.1, 20000))
+    given = {"rooms": open_source(tmp_path / "rooms"), "babble": open_source(tmp_path / "voices")}
+    batches = take(training_batches(speech, batch_size=6, crop_samples=CROP, seed=0, **given), 8)
+    rooms = np.concatenate([batch["rir"] for batch in batches])
+    placed = np.concatenate([batch["reverb"] for batch in batches])
+    assert placed.any() and rooms.shape[1] == ROOM_SAMPLES and not rooms[~placed].any()
+    expected = np.zeros(ROOM_SAMPLES)
+    expected[[0, 1000]] = 1.0, -0.5
+    np.testing.assert_allclose(rooms[placed][0], expected, atol=1e-3)
+    assert np.isfinite(np.concatenate([batch["snr_db"] for batch in batches])).any()

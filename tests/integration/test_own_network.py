@@ -78,7 +78,7 @@ from kmq_jax.models import walk  # noqa: E402
 from kmq_jax.models.speaker_model import embed_all, load_model  # noqa: E402
 from kmq_jax.ptq import fit  # noqa: E402
 from kmq_jax.training import loop  # noqa: E402
-from kmq_jax.training.config import default_config, quantized, smoke  # noqa: E402
+from kmq_jax.training.config import default_config, distilled, smoke  # noqa: E402
 
 DATA = "synthetic:dev?speakers=6&utterances=4"
 
@@ -135,7 +135,7 @@ def test_fitting_brings_it_nearer_to_the_reference(workdir):
 
 
 def test_it_trains_quantized_with_a_teacher(workdir, tmp_path):
-    section = quantized(config(init_from=str(workdir / "full")), 2)
+    section = distilled(config(init_from=str(workdir / "full")), 2)
     section.distill.update(weight=1.0, teacher=str(workdir / "full"))
     summary = loop.train(section, tmp_path / "run")
     assert summary["finished"]

@@ -19,7 +19,7 @@ from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import at_bits, frontend_of, load_model
 from kmq_jax.training import loop
 from kmq_jax.training import step as steps
-from kmq_jax.training.config import default_config, quantized, smoke
+from kmq_jax.training.config import default_config, distilled, smoke
 from kmq_jax.training.from_models import describe
 from kmq_jax.training.options import TrainOptions
 from kmq_jax.training.runlog import read_runlog
@@ -40,8 +40,8 @@ def full(tmp_path_factory):
     return workdir
 
 
-def kmqat_config(full, bits, **settings):
-    config = quantized(tiny(init_from=str(full)), bits, **{"fit_crops": 8, **settings})
+def qat_config(full, bits, **settings):
+    config = distilled(tiny(init_from=str(full)), bits, **{"fit_crops": 8, **settings})
     config.optimizer.groups = (("raw_scale|centroids", 0.2, 0.0), ("/(bias|scale)$|classifier", 0.1, 0.0))
     return config
 
@@ -64,7 +64,7 @@ RUNS = {
 def narrow(full, tmp_path_factory):
     """A 2-bit model to grow from."""
     workdir = tmp_path_factory.mktemp("narrow")
-    loop.train(kmqat_config(full, 2, rules=KEPT), workdir)
+    loop.train(qat_config(full, 2, rules=KEPT), workdir)
     return workdir
 
 
@@ -73,7 +73,7 @@ def run(request, full, narrow, tmp_path_factory):
     """An uninterrupted run: its settings, its directory and its summary."""
     workdir = tmp_path_factory.mktemp("run")
     settings = RUNS[request.param] | ({"grow_from": str(narrow)} if request.param == "nested" else {})
-    config = kmqat_config(full, **settings)
+    config = qat_config(full, **settings)
     if request.param == "nested":
         config.validation.data = config.validation.trials
     return settings, workdir, loop.train(config, workdir)
@@ -118,9 +118,9 @@ def test_a_stopped_run_goes_on_bit_exactly(run, full, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Checkpoints, "save", stop_after_two)
-    assert not loop.train(kmqat_config(full, **settings), tmp_path)["finished"]
+    assert not loop.train(qat_config(full, **settings), tmp_path)["finished"]
     monkeypatch.setattr(Checkpoints, "save", save)
-    assert loop.train(kmqat_config(full, **settings), tmp_path)["finished"]
+    assert loop.train(qat_config(full, **settings), tmp_path)["finished"]
     assert (tmp_path / "model.kmq").read_bytes() == (workdir / "model.kmq").read_bytes()
     logs = [read_runlog(d / "metrics.jsonl") for d in (workdir, tmp_path)]
     losses = [[line["loss"] for line in log if "loss" in line] for log in logs]
@@ -128,7 +128,7 @@ def test_a_stopped_run_goes_on_bit_exactly(run, full, tmp_path, monkeypatch):
 
 
 def test_mixed_precision_in_phases(full, tmp_path):
-    config = kmqat_config(full, 0, budget=0.1, budget_bits=(2, 3, 4), sections=4, hessian_draws=2, multi_stage=True)
+    config = qat_config(full, 0, budget=0.1, budget_bits=(2, 3, 4), sections=4, hessian_draws=2, multi_stage=True)
     config.optimizer.groups = (("raw_scale|centroids", 0.2, 0.0), ("/(bias|scale)$|classifier", 0.1, 0.0))
     config.loss.weight = 1.0  # speaker labels beside the teacher
     summary = loop.train(config, tmp_path)
@@ -143,7 +143,7 @@ def test_mixed_precision_in_phases(full, tmp_path):
 
 
 def losses_on(devices, full, count=3):
-    options = TrainOptions.from_config(kmqat_config(full, 2, fit_crops=0))
+    options = TrainOptions.from_config(qat_config(full, 2, fit_crops=0))
     utterances = source.open_sources(options.data.train)
     network = describe(options).network()
     places = mesh.make_mesh(devices)
@@ -174,11 +174,11 @@ def test_four_devices_give_the_losses_of_one(full):
 
 
 def test_mistakes_are_told_before_any_step(full, tmp_path):
-    config = kmqat_config(full, 2)
+    config = qat_config(full, 2)
     config.average_last = 2
     with pytest.raises(UserError, match="average_last"):
         loop.train(config, tmp_path)
-    config = kmqat_config(full, 2)
+    config = qat_config(full, 2)
     config.init_from = ""
     with pytest.raises(UserError, match="distill.teacher or init_from must name"):
         loop.train(config, tmp_path)

@@ -31,7 +31,7 @@ def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
     config = smoke_study(study_config(default_config("resnet18")))
     config.validation.data = ""
     config.average_last = 0
-    config.study.update(bits=(2,), nested=False, cascades=(("kmqat", (2, 32)),), groups={"all": ("voices",)})
+    config.study.update(bits=(2,), nested=False, cascades=(("distilled", (2, 32)),), groups={"all": ("voices",)})
     config.study.published = {"all": {"2": 1.5, "cascade": 1.25}}
     config.study.diagnosis.update(retention_utterances=8, layer_utterances=0, hessian_draws=0)
     summary = pipeline.study(config, tmp_path)
@@ -50,9 +50,12 @@ def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
     config.study.epochs["2"] = 0.5
     pipeline.study(config, tmp_path)
     begun = {line.split(":")[0] for line in capfd.readouterr().err.splitlines() if line.endswith("begins")}
-    cascades = {f"calibrate-kmqat-2-32{half}" for half in ("", "-a", "-b")}
-    cascades |= {f"cascade-kmqat-2-32-voices-{half}" for half in "ab"}
-    assert begun == {"kmqat-2", "embed-kmqat-2-2-voices", "score-kmqat-2-2-voices", "diagnose-voices"} | cascades
+    cascades = {f"calibrate-distilled-2-32{half}" for half in ("", "-a", "-b")}
+    cascades |= {f"cascade-distilled-2-32-voices-{half}" for half in "ab"}
+    assert (
+        begun
+        == {"distilled-2", "embed-distilled-2-2-voices", "score-distilled-2-2-voices", "diagnose-voices"} | cascades
+    )
 
 
 def check_report(workdir, summary):
@@ -64,7 +67,7 @@ def check_report(workdir, summary):
     for row in summary["rows"]:
         assert f"{row['sets']['voices']['eer']:.2f}" in page
     (cascade,) = summary["cascades"]
-    halves = [json.loads(path.read_text()) for path in sorted(workdir.glob("cascades/kmqat-2-32-?/cascade-*.json"))]
+    halves = [json.loads(path.read_text()) for path in sorted(workdir.glob("cascades/distilled-2-32-?/cascade-*.json"))]
     assert len(halves) == 2
     for key in ("eer", "sequential_bits", "harmful_flip_rate"):
         assert cascade["sets"]["voices"][key] == pytest.approx(sum(half[key] for half in halves) / 2)

@@ -104,6 +104,14 @@ def test_lloyd_update_by_hand():
     np.testing.assert_allclose(moved.centroids, [[-2.0, 2.0 + 0.2, 50, 60]], rtol=1e-6)
 
 
+def test_members_beyond_one_pull_centroids_no_farther():
+    latents = {"w": jnp.array([[-3.0], [-0.5], [0.5], [1.5]])}
+    book = quant.Codebook(jnp.zeros(1), jnp.array([[-1.0, 0.8]]), axis=1, normalized=True)
+    moved = quant.lloyd_update(latents, {"w": book}, rate=0.1, unused_rate=0.2, clip=1.0)["w"]
+    # Members count as -1, -0.5 and 0.5, 1: means -0.75 and 0.75.
+    np.testing.assert_allclose(moved.centroids, [[-1.0 + 0.025, 0.8 - 0.005]], rtol=1e-6)
+
+
 def test_static_binary_quantizer_stays_at_the_mean_magnitude():
     latents, books = quant.init_codebooks(PARAMS, QuantSpec(1, symmetric=True, codebook_dtype="float32"))
     latents = {**latents, "w": latents["w"] * 1.7 + 0.1}

@@ -2,7 +2,7 @@ import pytest
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.study.config import smoke_study, study_config
-from kmq_jax.study.networks import Run, kmqat_config, runs_of
+from kmq_jax.study.networks import Run, runs_of, training_config
 from kmq_jax.study.options import CascadePlan, StudyOptions
 from kmq_jax.training.config import default_config
 
@@ -15,17 +15,20 @@ def test_a_configurations_section_becomes_options():
     assert options.sets["voices"].data.startswith("synthetic:dev")
     assert options.calibration.replicates == 20 and options.diagnosis.hessian_draws == 2
     assert options.cascades == (
-        CascadePlan(family="kmqat-nested", bits=(2, 4)),
-        CascadePlan(family="kmqat", bits=(2, 32)),
+        CascadePlan(family="distilled-nested", bits=(2, 4)),
+        CascadePlan(family="distilled", bits=(2, 32)),
     )
     assert [run.name for run in runs_of(options)] == ["4", "2", "nested"]
-    assert Run("nested", 4, (3, 2)).grow_from == "kmqat-2" and Run("4", 4).grow_from == ""
+    assert [run.step for run in runs_of(options)] == ["distilled-4", "distilled-2", "distilled-nested"]
+    assert [run.grow_from for run in runs_of(options)] == ["", "", "distilled-2"]
 
 
 def test_speaker_labels_are_asked_for_beside_the_teacher():
     config = default_config("resnet18")
     for weight in (0.0, 0.1):
-        own = kmqat_config(config, StudyOptions.of({"evaluate": SETS, "label_weight": weight}), Run("2", 2), "fp32.kmq")
+        own = training_config(
+            config, StudyOptions.of({"evaluate": SETS, "label_weight": weight}), Run("2", 2), "fp32.kmq"
+        )
         assert (own.loss.weight, own.distill.weight, own.quant.bits) == (weight, 1, 2)
 
 
@@ -33,12 +36,12 @@ def test_speaker_labels_are_asked_for_beside_the_teacher():
     ("values", "message"),
     [
         ({"evaluate": {}}, "study: `evaluate` names no evaluation set"),
-        ({"calibrate": "x", "cascades": [("kmqat", (2, 3))]}, "study: 'x' is none of the evaluation sets dev"),
+        ({"calibrate": "x", "cascades": [("distilled", (2, 3))]}, "study: 'x' is none of the evaluation sets dev"),
         ({"groups": {"all": ("x",)}}, "study: 'x' is none of the evaluation sets dev"),
         ({"diagnose_flags": ()}, "study: there is no option `diagnose_flags`; did you mean `diagnose`?"),
         ({"bits": (4, 9)}, "study: `bits` (=4,9) must be at most 8"),
-        ({"cascades": [("best", (2, 3))]}, "study.cascades: `family` (=best) must be one of kmqat, ptq"),
-        ({"cascades": [("kmqat", (3, 2))]}, "study.cascades: `bits` (=3,2) must ascend"),
+        ({"cascades": [("best", (2, 3))]}, "study.cascades: `family` (=best) must be one of kmqat, distilled, ptq"),
+        ({"cascades": [("distilled", (3, 2))]}, "study.cascades: `bits` (=3,2) must ascend"),
         ({"diagnosis": {"worst": -1}}, "study.diagnosis: `worst` (=-1) must be at least 0"),
         ({"calibration": {"rul": "risk"}}, "study.calibration: there is no option `rul`; did you mean `rule`?"),
         ({"evaluate": {"dev": {"data": "x"}}}, "study.evaluate.dev: `trials` must be given"),

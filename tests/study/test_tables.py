@@ -44,7 +44,7 @@ def test_cascades_have_a_row_for_each_set(tmp_path):
         "incremental_bits": 2.1,
         "resolved": {"2": 0.954, "4": 0.046}, "each_width_alone": {"4": {"harmful_flip_rate": 0.0057}},
     }  # fmt: skip
-    cascade = {"name": "2>4", "family": "kmqat-nested", "bits": [2, 4], "sets": {"a": figures}}
+    cascade = {"name": "2>4", "family": "distilled-nested", "bits": [2, 4], "sets": {"a": figures}}
     (tmp_path / "r.json").write_text(json.dumps({"cascades": [cascade]}))
     filled = tables.fill("<!-- table: r.json cascades -->\n<!-- end -->", tmp_path)
     assert filled.splitlines()[3] == "| 2>4, nested | a | 2.76 | 2.50 | 0.123 % | 0.570 % | 95.4 % | 2.21 | 2.10 |"

@@ -32,7 +32,7 @@ def test_steps_as_in_the_paper():
 
 
 def updates(params, gradients, steps=1, **settings):
-    optimizer = make_optimizer(OptimizerOptions(**settings), lambda step: jnp.float32(0.1), params)
+    optimizer = make_optimizer(OptimizerOptions(**settings), lambda peak: lambda step: jnp.float32(0.1), params)
     state = optimizer.init(params)
     for _ in range(steps):
         update, state = optimizer.update(gradients, state, params)

@@ -8,8 +8,9 @@ import pytest
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.quant.kmeans import INITS
+from kmq_jax.quant.types import HALF
 from kmq_jax.training import options
-from kmq_jax.training.config import default_config, quantized
+from kmq_jax.training.config import default_config, distilled
 from kmq_jax.training.options import TrainOptions
 
 NAN, INF = float("nan"), float("inf")
@@ -28,7 +29,7 @@ def of(**changes):
 
 
 def test_a_configuration_comes_back_as_it_was():
-    config = quantized(default_config("resnet18", width=16), 4, coarse=(3, 2), grow_from="x", rules=[["^stem/", 0]])
+    config = distilled(default_config("resnet18", width=16), 4, coarse=(3, 2), grow_from="x", rules=[["^stem/", 0]])
     config.init_from = "y"
     made = TrainOptions.from_config(config)
     assert made.model["name"] == "resnet18" and made.model["width"] == 16
@@ -127,6 +128,10 @@ def test_what_does_not_go_together(changes, message):
 
 def test_the_ways_to_begin_are_those_of_k_means():
     assert options.INITS == INITS
+
+
+def test_names_that_options_repeat_are_those_of_quant():
+    assert (options.INITS, options.HALF) == (INITS, HALF)
 
 
 def test_options_need_neither_jax_nor_numpy():

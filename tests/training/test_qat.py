@@ -160,7 +160,8 @@ def test_phases_quantize_the_fewest_bits_first():
     np.testing.assert_allclose(early[1], NETWORK["second"]["kernel"], rtol=1e-6)
     # Trained meanwhile, the second is given a codebook of its own again; the first keeps what it has learnt.
     trained = moved(params)
-    entered = qat.enter_phase(settings, trained, phases[1], phases[0])
+    entered, indices = qat.enter_phase(settings, trained, {}, phases[1], phases[0])
+    assert indices == {}
     np.testing.assert_array_equal(entered.latents["first"]["kernel"], trained.latents["first"]["kernel"])
     full = np.asarray(qat.weights_of_latents(trained.latents, trained.codebooks)["second"]["kernel"])
     expected = quant.dequantize_params(quant.quantize_params({"w": full}, quant.QuantSpec(4)))["w"]
