@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kmq_jax.core import mesh
-from kmq_jax.core.tree import map_named
+from kmq_jax.core.tree import Params, map_named
 from kmq_jax.models.speaker_model import frontend_of
 from kmq_jax.quant import Codebook
 from kmq_jax.training import step as steps
 from kmq_jax.training.from_models import describe
 from kmq_jax.training.options import TrainOptions
-from kmq_jax.training.state import Params, QatParams, TrainState
+from kmq_jax.training.state import QatParams, TrainState
 from kmq_jax.training.tasks import FullPrecision, Task
 
 EPOCH_STEPS = 1000

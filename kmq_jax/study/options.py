@@ -84,6 +84,8 @@ class StudyOptions(Options):
         super().__post_init__()
         if not self.sets:
             raise UserError("`evaluate` names no evaluation set")
+        if self.mixed and not self.epochs.get(MIXED):
+            raise UserError(f"`mixed` (={self.mixed}) needs epochs of training: set study.epochs.{MIXED}")
         grouped = [name for members in self.groups.values() for name in members]
         for name in (*self.diagnose, *([self.calibrate] if self.cascades else ()), *grouped):
             if name not in self.sets:

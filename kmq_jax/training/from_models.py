@@ -9,13 +9,13 @@ import numpy as np
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import Leaf, named_leaves
+from kmq_jax.core.tree import Leaf, Params, Variables, named_leaves
 from kmq_jax.data import source
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import SpeakerModel, at_bits, embed_all, load_model
 from kmq_jax.scoring import cosine
 from kmq_jax.training.options import TrainOptions
-from kmq_jax.training.state import Params, Trainable, Variables, load_classifier
+from kmq_jax.training.state import Trainable, load_classifier
 
 
 def describe(options: TrainOptions) -> SpeakerModel:

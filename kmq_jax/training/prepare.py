@@ -15,6 +15,7 @@ import numpy as np
 from kmq_jax.core import distributed, mesh
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_json, write_json
+from kmq_jax.core.tree import Params, Variables
 from kmq_jax.data import pipeline, source
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import SpeakerModel, frontend_of
@@ -23,7 +24,7 @@ from kmq_jax.training import qat
 from kmq_jax.training import step as steps
 from kmq_jax.training.from_models import describe, load_parent, load_start, load_teacher
 from kmq_jax.training.options import TrainOptions
-from kmq_jax.training.state import Params, Trainable, TrainState, Variables, checkpoint_parts, from_checkpoint
+from kmq_jax.training.state import Trainable, TrainState, checkpoint_parts, from_checkpoint
 from kmq_jax.training.tasks import Phase, Quantized, Speech
 from kmq_jax.training.validation import Validation, open_validation
 from kmq_jax.training.workdir import Settings, check_same_run

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from kmq_jax import quant
-from kmq_jax.core.tree import map_named, named_leaves
+from kmq_jax.core.tree import Params, Variables, map_named, named_leaves
 from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel
 from kmq_jax.ptq import fit, moments
 from kmq_jax.ptq.quantize import with_half_biases
 from kmq_jax.quant.codes import along
 from kmq_jax.training.options import QatOptions
-from kmq_jax.training.state import Params, QatParams, Variables
+from kmq_jax.training.state import QatParams
 
 Codebooks = Mapping[str, quant.Codebook]
 Indices = Mapping[str, jax.Array]

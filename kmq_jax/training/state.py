@@ -10,13 +10,8 @@ import numpy as np
 import optax
 
 from kmq_jax import quant
+from kmq_jax.core.tree import Params, Variables
 from kmq_jax.models.checkpoint import Checkpoints
-
-Params = Any
-"""A tree of arrays by layer, as Flax makes it."""
-
-Variables = dict[str, Any]
-"""A network's `{"params": tree, "batch_stats": tree}`."""
 
 Parts = dict[str, Any]
 """The parts of a checkpoint by name; each is a tree of arrays."""

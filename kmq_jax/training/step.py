@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 
 from kmq_jax import frontend, losses
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.tree import Params, Variables
 from kmq_jax.models import registry
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.training.optim import Schedule, make_optimizer, make_schedule
 from kmq_jax.training.options import TrainOptions, steps_of
-from kmq_jax.training.state import Params, Trainable, TrainState, Variables
+from kmq_jax.training.state import Trainable, TrainState
 from kmq_jax.training.tasks import FullPrecision, Phase, Quantized, Task
 
 Batch = dict[str, jax.Array]

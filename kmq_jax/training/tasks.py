@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from kmq_jax.core import distributed
+from kmq_jax.core.tree import Params, Variables
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import SpeakerModel
 from kmq_jax.ptq import moments
 from kmq_jax.training import qat
 from kmq_jax.training.options import QatOptions
-from kmq_jax.training.state import Network, Params, QatParams, TrainState, Variables, load_network
+from kmq_jax.training.state import Network, QatParams, TrainState, load_network
 
 Phase = tuple[str, ...]
 """Names of the tensors that are quantized in a part of the run."""
