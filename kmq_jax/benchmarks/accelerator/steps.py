@@ -71,7 +71,7 @@ class Run:
 
 
 def configure(name: str, batch: int, tiny: bool, remat: bool = False, bits: int = 0) -> TrainOptions:
-    """The paper's recipe for a network, but that the mean is removed over the crop; with `tiny` of its smallest form."""
+    """The paper's recipe for a network, the mean removed over the crop; with `tiny` of its smallest form."""
     config = paper_config(name)
     config.data.normalize = "crop"
     config.batch_size, config.model.remat, config.quant.bits = batch, remat, bits
