@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.scoring.cosine import unit_rows
+from kmq_jax.scoring.snorm import check_spread, checked_rows
 
 _TRIALS = 1 << 18  # trials at a time
 _COHORT_SCORES = 1 << 26  # cohort scores at a time
@@ -80,38 +81,12 @@ def cohort_statistics(embeddings: ArrayLike, cohort: ArrayLike, top_n: int) -> t
     Raises:
         UserError: `top_n` is out of range, dimensions differ, or an utterance's top scores are all the same.
     """
-    unit, members = unit_rows(embeddings), unit_rows(cohort)
-    if unit.shape[1] != members.shape[1]:
-        raise UserError(f"embeddings have {unit.shape[1]} dimensions, the cohort {members.shape[1]}")
-    if not 2 <= top_n <= len(members):
-        raise UserError(f"top_n (={top_n}) must lie between 2 and the cohort's size, {len(members)}")
+    unit, members = checked_rows(embeddings, cohort, top_n)
     count = len(unit)
     step = min(max(1, _COHORT_SCORES // len(members)), 1 << max(count - 1, 0).bit_length())
     held = jnp.asarray(members)
     padded = np.pad(unit, ((0, -count % step), (0, 0)), mode="edge")
     parts = [_statistics(padded[i : i + step], held, top_n) for i in range(0, len(padded), step)]
     mean, deviation = np.concatenate([np.asarray(part) for part in parts], axis=1)[:, :count]
-    if deviation.min() < 1e-6:
-        raise UserError(f"the top {top_n} cohort scores of embedding {int(deviation.argmin())} are all the same")
+    check_spread(deviation, top_n)
     return mean, deviation
-
-
-def adaptive_snorm(
-    scores: ArrayLike,
-    enrol_embeddings: ArrayLike,
-    test_embeddings: ArrayLike,
-    enrol: ArrayLike,
-    test: ArrayLike,
-    cohort: ArrayLike,
-    top_n: int = 300,
-) -> np.ndarray:
-    """AS-norm with the cohort's statistics from the device; arguments and result as of `snorm.adaptive_snorm`."""
-    scores = np.asarray(scores, np.float32)
-    table, enrol, test = np.asarray(enrol_embeddings), np.asarray(enrol, np.int64), np.asarray(test, np.int64)
-    if test_embeddings is not enrol_embeddings:
-        test = test + len(table)
-        table = np.concatenate([table, np.asarray(test_embeddings)])
-    used, place = np.unique(np.stack([enrol, test]), return_inverse=True)
-    mean, deviation = cohort_statistics(table[used], cohort, top_n)
-    place = place.reshape(2, -1)
-    return ((scores - mean[place]) / deviation[place]).mean(axis=0)

@@ -1,10 +1,16 @@
 """Adaptive symmetric score normalisation (AS-norm)."""
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.scoring.cosine import unit_rows
+
+Statistics: TypeAlias = Callable[[ArrayLike, ArrayLike, int], tuple[np.ndarray, np.ndarray]]
+"""See `cohort_statistics`."""
 
 _CHUNK = 1 << 24  # cohort scores held at a time
 
@@ -27,11 +33,7 @@ def cohort_statistics(embeddings: ArrayLike, cohort: ArrayLike, top_n: int) -> t
     >>> mean.tolist(), deviation.tolist()
     ([0.5], [0.5])
     """
-    unit, members = unit_rows(embeddings), unit_rows(cohort)
-    if unit.shape[1] != members.shape[1]:
-        raise UserError(f"embeddings have {unit.shape[1]} dimensions, the cohort {members.shape[1]}")
-    if not 2 <= top_n <= len(members):
-        raise UserError(f"top_n (={top_n}) must lie between 2 and the cohort's size, {len(members)}")
+    unit, members = checked_rows(embeddings, cohort, top_n)
     mean, deviation = np.empty((2, len(unit)), np.float32)
     step = max(1, _CHUNK // len(members))
     for start in range(0, len(unit), step):
@@ -41,9 +43,28 @@ def cohort_statistics(embeddings: ArrayLike, cohort: ArrayLike, top_n: int) -> t
         scores.partition(len(members) - top_n, axis=1)
         top = scores[:, len(members) - top_n :]
         mean[part], deviation[part] = top.mean(axis=1), top.std(axis=1)
+    check_spread(deviation, top_n)
+    return mean, deviation
+
+
+def checked_rows(embeddings: ArrayLike, cohort: ArrayLike, top_n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings and cohort as rows of length one; arguments and errors as of `cohort_statistics`."""
+    unit, members = unit_rows(embeddings), unit_rows(cohort)
+    if unit.shape[1] != members.shape[1]:
+        raise UserError(f"embeddings have {unit.shape[1]} dimensions, the cohort {members.shape[1]}")
+    if not 2 <= top_n <= len(members):
+        raise UserError(f"top_n (={top_n}) must lie between 2 and the cohort's size, {len(members)}")
+    return unit, members
+
+
+def check_spread(deviation: np.ndarray, top_n: int) -> None:
+    """Checks deviations `[utterances]`, which scores are divided by.
+
+    Raises:
+        UserError: an utterance's top scores are all the same.
+    """
     if deviation.min() < 1e-6:
         raise UserError(f"the top {top_n} cohort scores of embedding {int(deviation.argmin())} are all the same")
-    return mean, deviation
 
 
 def adaptive_snorm(
@@ -54,6 +75,7 @@ def adaptive_snorm(
     test: ArrayLike,
     cohort: ArrayLike,
     top_n: int = 300,
+    statistics: Statistics = cohort_statistics,
 ) -> np.ndarray:
     """Normalises scores by how each side scores against the cohort members nearest to it.
 
@@ -67,6 +89,7 @@ def adaptive_snorm(
         test: `[trials]`, rows of `test_embeddings`.
         cohort: `[members, dim]`: utterances, or speaker means (`cosine.average`), of speakers who are not evaluated.
         top_n: how many cohort members count for an utterance.
+        statistics: what finds them; `device_scores.cohort_statistics` does it on an accelerator.
 
     Returns:
         `[trials]` float32.
@@ -82,6 +105,6 @@ def adaptive_snorm(
         table = np.concatenate([table, np.asarray(test_embeddings)])
     # Scores against the cohort are what costs: an utterance has them once, in however many trials it is.
     used, place = np.unique(np.stack([enrol, test]), return_inverse=True)
-    mean, deviation = cohort_statistics(table[used], cohort, top_n)
+    mean, deviation = statistics(table[used], cohort, top_n)
     place = place.reshape(2, -1)
     return ((scores - mean[place]) / deviation[place]).mean(axis=0)

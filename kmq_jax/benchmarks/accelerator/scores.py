@@ -54,10 +54,13 @@ def run_trials(log: Log, options: AcceleratorBench) -> None:
         numpy_seconds=host_seconds,
         greatest_difference=float(np.abs(made - host).max()),
     )
-    normed, first, seconds = _timed(lambda: device_scores.adaptive_snorm(made, table, table, enrol, test, cohort, top))
+    statistics = device_scores.cohort_statistics
+    normed, first, seconds = _timed(
+        lambda: snorm.adaptive_snorm(made, table, table, enrol, test, cohort, top, statistics=statistics)
+    )
     few = min(utterances, 2000)  # numpy takes minutes for all
     mean, deviation = snorm.cohort_statistics(table[:few], cohort, top)
-    ours = device_scores.cohort_statistics(table[:few], cohort, top)
+    ours = statistics(table[:few], cohort, top)
     difference = max(float(np.abs(a - b).max()) for a, b in zip(ours, (mean, deviation)))
     log.write(
         "as-norm",
