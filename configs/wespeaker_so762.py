@@ -12,6 +12,10 @@ calibrated on one half of so762/dev's speakers and evaluated on the other, and t
 `--config.study.epochs.2=40` and the like say otherwise. The stem stays in full precision all the same
 (`--config.study.rules='()'`: not), and the network has no batch normalisation to measure.
 
+`configs/wespeaker_so762.py:compare` is the comparison of both recipes, on the labels, for one epoch (216 steps) at
+each number of bits, with full precision trained on by either recipe's loss for as many steps: the control that tells
+what labels gain from what bits cost. `study.json` then holds `differences` with paired intervals.
+
 On two cores of an AMD EPYC (AVX-512) training took 31, 7 and 6 minutes at 2, 3 and 4 bits, 33 minutes (beside another
 job) of the nested network, and the rest half an hour; README shows the results. `--config.study.nested=False` leaves
 the nested network out.
@@ -24,7 +28,7 @@ from kmq_jax.training.config import default_config
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Returns the configuration; `arg` is "smoke" or nothing."""
+    """Returns the configuration; `arg` is "smoke", "compare" or nothing."""
     config = default_config("wespeaker_resnet34", norm="bias")
     config.frontend, config.init_from = "wespeaker", "voxceleb_resnet34.onnx"
     root = ml_collections.FieldReference("data")
@@ -39,6 +43,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         calibrate="so762",
         cascades=(("trained", (2, 3, 4)), ("trained", (2, 32)), ("distilled-nested", (2, 3, 4))),
     )
+    if arg == "compare":
+        epochs = dict.fromkeys(("4", "3", "2", "32"), 1.0)
+        config.study.update(also=("kmqat",), label_weight=0.1, nested=False, epochs=epochs, cascades=(), diagnose=())
     for name in ("so762", "words"):
         config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
     return smoke_study(config) if arg == "smoke" else config

@@ -27,11 +27,13 @@ def study_config(config: ml_collections.ConfigDict, **settings: object) -> ml_co
         "evaluate": {},  # name: {"data": DATA, "trials": TRIALS} of each evaluation set
         "bits": (4, 3, 2),
         "recipe": "distilled",  # or "kmqat": as published. How networks are trained at fewer bits
+        "also": (),  # further recipes, to compare with
+        "seeds": 1,  # trainings of each recipe at each number of bits
         "mixed": 0.0,  # also mixed precision of so many bits a weight on average
         "nested": True,  # also all bits in one file
         "rules": (),  # as quant.rules
         # By bits. What is left out is quantized without training alone. Nested codebooks are trained where the
-        # smallest number of bits is.
+        # smallest number of bits is. "32": full precision trains on by each recipe's loss, as a control.
         "epochs": EPOCHS,
         "learning_rate": 0.0,  # of quantization-aware training; 0: as the recipe says
         "label_weight": 0.0,  # of the recipe "distilled": `loss.weight`, of margin softmax beside the teacher

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
 import ml_collections
@@ -15,7 +16,7 @@ from kmq_jax.core.tree import named_leaves
 from kmq_jax.interop import pretrained
 from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model, save_model
 from kmq_jax.ptq.quantize import quantize_model
-from kmq_jax.study.options import FULL, MIXED, NESTED, StudyOptions
+from kmq_jax.study.options import FULL, MIXED, NESTED, Recipe, StudyOptions
 from kmq_jax.study.steps import Steps
 from kmq_jax.training import loop, qat
 from kmq_jax.training.config import distilled, published_kmqat
@@ -23,6 +24,9 @@ from kmq_jax.training.options import QatOptions, section
 
 RECIPES = {"fp32": 1, "ptq": 1, "distilled": 1, "kmqat": 1}
 """To be raised when a change of the code changes what a step computes: studies then repeat it (see `study.steps`)."""
+
+CONTROL_RATE = 3e-5
+"""Learning rate of the control in full precision: a thousandth of a kernel's usual standard deviation, .03."""
 
 CHECKPOINTS = (".onnx", ".pt", ".pth", ".ckpt", ".safetensors")
 """Suffixes of other toolkits' files."""
@@ -38,6 +42,7 @@ class Network:
         bits: its bits; of mixed precision the mean over its quantized weights.
         path: the MODEL.
         read_at: the bits at which a nested model is read; None for any other.
+        run: the quantization it comes from; None for the full-precision network.
     """
 
     step: str
@@ -45,6 +50,7 @@ class Network:
     bits: float
     path: Path
     read_at: int | None = None
+    run: "Run | None" = None
 
     @property
     def name(self) -> str:
@@ -57,32 +63,50 @@ class Run:
     """A quantization of the study: at one number of bits, of all in one file, or of mixed precision.
 
     Attributes:
-        name: "2", "3", ..., "nested" or "mixed".
-        bits: the most it has; 0 where they are chosen tensor by tensor.
+        name: "2", "3", ..., "32", "nested" or "mixed".
+        bits: the most it has; 0 where they are chosen tensor by tensor, or where it stays in full precision.
         coarse: the fewer bits of nested codebooks, descending.
         recipe: how it is trained.
         grow_from: the step whose trained network nested codebooks grow from; empty for any other.
+        seed: what is added to the configuration's seed.
+        untrained: whether it is measured without training too.
     """
 
     name: str
     bits: int
     coarse: tuple[int, ...] = ()
-    recipe: str = "distilled"
+    recipe: Recipe = "distilled"
     grow_from: str = ""
+    seed: int = 0
+    untrained: bool = True
 
     @property
     def step(self) -> str:
         """The step that trains it."""
-        return f"{self.recipe}-{self.name}"
+        return f"{self.recipe}-{self.name}" + (f"-seed{self.seed}" if self.seed else "")
 
 
 def runs_of(options: StudyOptions) -> list[Run]:
-    """The quantizations that a study is asked for: most bits first, then nested ones, then mixed precision."""
+    """The quantizations that a study is asked for.
+
+    Most bits first; then nested ones and mixed precision; then the same by other recipes and from other seeds, and
+    last the controls, which train on in full precision.
+    """
     ordered = sorted(options.bits, reverse=True)
     runs = [Run(str(bits), bits, recipe=options.recipe) for bits in ordered]
     if options.nested:
         runs.append(Run(NESTED, ordered[0], tuple(ordered[1:]), grow_from=f"{options.recipe}-{ordered[-1]}"))
-    return [*runs, Run(MIXED, 0, recipe=options.recipe)] if options.mixed else runs
+    if options.mixed:
+        runs.append(Run(MIXED, 0, recipe=options.recipe))
+    recipes = dict.fromkeys((options.recipe, *options.also))
+    more = [
+        Run(str(bits) if bits else str(FULL), bits, recipe=recipe, seed=seed, untrained=False)
+        for seed in range(options.seeds)
+        for recipe in recipes
+        for bits in (*ordered, 0)
+    ]
+    known = {run.step for run in runs}
+    return runs + [run for run in more if run.step not in known and options.epochs.get(run.name)]
 
 
 def make_networks(config: ml_collections.ConfigDict, options: StudyOptions, steps: Steps) -> list[Network]:
@@ -129,22 +153,32 @@ def quantized_networks(
     """Quantizes without training and, where the run has epochs, with it; a network for each of the run's bits."""
     grow_from = str(steps.directory / run.grow_from) if run.grow_from else ""
     own = training_config(config, options, run, str(reference), grow_from)
-    heard = data_of(own)
-    # Without training only the rules and the speech matter, not the schedule or the loss.
-    rules = [settings_of(own)["quant"], own.data.train]
-    untrained = functools.partial(quantize, own, reference)
-    step, recipe = f"ptq-{run.name}", RECIPES["ptq"]
-    path = steps.run(step, rules, ("fp32",), f"{step}.kmq", untrained, data=heard, recipe=recipe)
-    made = [(step, "without training", path)]
+    made = []
+    if run.untrained:
+        # Without training only the rules and the speech matter, not the schedule or the loss.
+        rules = [settings_of(own)["quant"], own.data.train]
+        untrained = functools.partial(quantize, own, reference)
+        step, recipe = f"ptq-{run.name}", RECIPES["ptq"]
+        path = steps.run(step, rules, ("fp32",), f"{step}.kmq", untrained, data=data_of(own), recipe=recipe)
+        made.append((step, "without training", path))
     if own.epochs:
-        path = _trained(own, steps, run)
-        made.append((run.step, "trained", path))
+        made.append((run.step, _method(run, options), _trained(own, steps, run)))
     nested = ", nested" if run.coarse else ""
     return [
-        Network(step, method + nested, bits, path, bits if run.coarse else None)
+        Network(step, method + nested, bits, path, bits if run.coarse else None, run)
         for step, method, path in made
-        for bits in (run.bits, *run.coarse)
+        for bits in (run.bits or FULL, *run.coarse)
     ]
+
+
+def _method(run: Run, options: StudyOptions) -> str:
+    """How reports name what is trained; what the study's own recipe trains from the first seed is just "trained"."""
+    marks = (
+        run.recipe if run.recipe != options.recipe and run.name != NESTED else "",
+        "full precision" if run.name == str(FULL) else "",
+        f"seed {run.seed}" if run.seed else "",
+    )
+    return ", ".join(["trained", *filter(None, marks)])
 
 
 def mixed_network(
@@ -158,7 +192,7 @@ def mixed_network(
     params = load_model(path).variables["params"]
     tensors = [leaf for _, leaf in named_leaves(params, quant.is_codebook_tensor) if quant.is_codebook_tensor(leaf)]
     mean = sum(leaf.bits * leaf.size for leaf in tensors) / sum(leaf.size for leaf in tensors)
-    return [Network(run.step, "trained, mixed", round(mean, 3), path)]
+    return [Network(run.step, "trained, mixed", round(mean, 3), path, run=run)]
 
 
 def _trained(own: ml_collections.ConfigDict, steps: Steps, run: Run) -> Path:
@@ -176,9 +210,12 @@ def training_config(
     # A copy: every run changes the configuration of the full-precision training in its own way.
     recipe = {"distilled": distilled, "kmqat": published_kmqat}[run.recipe]
     own = recipe(copy.deepcopy(config), run.bits, coarse=run.coarse, grow_from=grow_from, rules=rules)
+    if run.name == str(FULL):
+        full_precision_control(own)
     if run.name == MIXED:
         own.quant.update(average_bits=options.mixed, multi_stage=True, rules=())
     own.init_from = reference
+    own.seed += run.seed
     own.average_last = 0
     if run.recipe == "distilled":
         own.loss.weight = options.label_weight
@@ -191,6 +228,22 @@ def training_config(
     # The study measures when training is done; nothing is chosen on the way.
     own.validation.data = ""
     return own
+
+
+def full_precision_control(config: ml_collections.ConfigDict) -> None:
+    """Turns a recipe of quantization-aware training into the same training in full precision.
+
+    Weights are then in their own units, not in units of their channel's standard deviation, so the recipe that scales
+    its learning rate by the bits takes a fixed one: what 1e-3 of a standard deviation is to a weight.
+
+    Args:
+        config: changed in place.
+    """
+    config.quant.update(rules=(), fit_crops=0, bn_passes=0, biases="float32")
+    groups = config.optimizer.groups
+    config.optimizer.groups = tuple(group for group in groups if not re.search(r"raw_scale|centroids", group[0]))
+    if config.optimizer.name == "adamw":
+        config.learning_rate.peak = CONTROL_RATE
 
 
 def quantize(config: ml_collections.ConfigDict, reference: Path, out: Path) -> None:

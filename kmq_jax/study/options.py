@@ -10,6 +10,8 @@ from kmq_jax.core.options import Options, option, shown
 from kmq_jax.diagnosis.options import DiagnosisOptions
 from kmq_jax.scoring.options import Compute
 
+Recipe = Literal["distilled", "kmqat"]
+"""How networks are trained at fewer bits: by distillation from full precision, or by KMQAT as published."""
 NESTED = "nested"
 FULL = 32
 """Bits that stand for full precision."""
@@ -53,15 +55,20 @@ class StudyOptions(Options):
 
     sets: dict[str, EvaluationSet] = option("evaluation sets, by name")
     bits: tuple[int, ...] = option("at which the network is quantized", (4, 3, 2), at_least=1, at_most=8)
-    recipe: Literal["distilled", "kmqat"] = option(
+    recipe: Recipe = option(
         "how networks are trained at fewer bits: by distillation from full precision, or by KMQAT as published. Nested "
         "ones, which the paper has not, are always distilled",
         "distilled",
     )
+    also: tuple[Recipe, ...] = option("further recipes that train at each of `bits`, to compare with", ())
+    seeds: int = option("trainings of each recipe at each of `bits`, each from another random seed", 1, at_least=1)
     mixed: float = option("also mixed precision of so many bits a weight on average; 0: none", 0.0, at_least=0)
     nested: bool = option("also all of these bits in one file", True)
     rules: tuple[Any, ...] = option("(pattern, bits) before that, first match wins; 0 keeps full precision", ())
-    epochs: dict[str, float] = option("of training by bits, `mixed` or `nested`; what is left out is not trained")
+    epochs: dict[str, float] = option(
+        "of training by bits, `mixed` or `nested`; what is left out is not trained. `32`: full precision trains on by "
+        "each recipe's loss, the control that tells what labels and steps do from what bits do"
+    )
     learning_rate: float = option("of quantization-aware training; 0: as the recipe says", 0.0, at_least=0)
     label_weight: float = option("of margin softmax of the labels beside the teacher, in distillation", 0.0, at_least=0)
     compute: Compute = option("arithmetic of extraction", "float32")

@@ -6,6 +6,7 @@ run them. A step that is done is not repeated; one whose settings, data or code 
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +26,9 @@ from kmq_jax.scoring.options import ExtractionOptions
 from kmq_jax.scoring.run import score
 from kmq_jax.study import report
 from kmq_jax.study.cascades import family_steps, run_cascade
+from kmq_jax.study.compare import differences
 from kmq_jax.study.networks import Network, make_networks
-from kmq_jax.study.options import NESTED, EvaluationSet, StudyOptions
+from kmq_jax.study.options import FULL, NESTED, EvaluationSet, StudyOptions
 from kmq_jax.study.steps import Steps
 
 RECIPES = {"embed": 1, "score": 1, "diagnose": 1}
@@ -42,7 +44,8 @@ def study(config: ml_collections.ConfigDict, workdir: Path) -> Json:
 
     Returns:
         What `study.json` holds: `rows`, one a model, with `model`, `method`, `bits`, `bytes` and the metrics of each
-        evaluation set; `diagnosis`, by evaluation set; `cascades`; `published`.
+        evaluation set; `diagnosis`, by evaluation set; `cascades`; `published`; where several recipes, seeds or a
+        control were trained, `differences`, as `compare.differences` gives them.
 
     Raises:
         UserError: a setting, file or value is at fault.
@@ -64,6 +67,8 @@ def study(config: ml_collections.ConfigDict, workdir: Path) -> Json:
         "cascades": [run_cascade(steps, options, networks, plan) for plan in options.cascades],
         "published": options.published,
     }
+    if options.also or options.seeds > 1 or options.epochs.get(str(FULL)):
+        summary["differences"] = differences(networks, list(options.sets.values()), functools.partial(place_of, steps))
     write_json(workdir / "study.json", summary)
     report.write(workdir, summary, settings)
     return summary
@@ -82,6 +87,11 @@ def embed(steps: Steps, network: Network, evaluated: EvaluationSet, options: Stu
     about, out = [evaluated.data, options.compute, options.max_seconds, network.bits], f"embeddings/{name}.npz"
     needs, data = (network.step,), [evaluated.data]
     return steps.run(f"embed-{name}", about, needs, out, action, data=data, recipe=RECIPES["embed"])
+
+
+def place_of(steps: Steps, network: Network, evaluated: EvaluationSet) -> Path:
+    """Where `embed` puts its file."""
+    return steps.directory / "embeddings" / f"{network.name}-{evaluated.name}.npz"
 
 
 def measure(steps: Steps, network: Network, options: StudyOptions) -> Json:
@@ -106,7 +116,7 @@ def measure_on(steps: Steps, network: Network, evaluated: EvaluationSet) -> Json
     name = f"{network.name}-{evaluated.name}"
 
     def action(out: Path) -> None:
-        write_json(out, score(steps.directory / "embeddings" / f"{name}.npz", evaluated.trials).metrics)
+        write_json(out, score(place_of(steps, network, evaluated), evaluated.trials).metrics)
 
     needs, out, data = (f"embed-{name}",), f"metrics/{name}.json", [evaluated.trials]
     made = steps.run(f"score-{name}", evaluated.trials, needs, out, action, data=data, recipe=RECIPES["score"])

@@ -12,6 +12,8 @@ from kmq_jax.core.files import Json, Row
 METHODS = {  # colour, marker and name of each way to quantize
     "without training": ("tab:gray", "s", "without training"),
     "trained": ("tab:blue", "o", "trained"),
+    "trained, kmqat": ("tab:green", "v", "trained, KMQAT as published"),
+    "trained, distilled": ("tab:green", "v", "trained, distilled"),
     "without training, nested": ("0.75", "^", "nested, without training"),
     "trained, nested": ("tab:orange", "D", "nested, trained"),
 }

@@ -1,8 +1,8 @@
 """Writes the results tables of a Markdown file from the JSON files they come from.
 
 A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE is a `study.json`, its path relative to
-the Markdown file; KIND is `bits`, one row a model, `trained`, the trained models alone, or `cascades`, one row a
-cascade and evaluation set. Of the file that `bench accelerator` writes, KIND is `accelerator`, one row a figure.
+the Markdown file; KIND is `bits`, one row a model, `trained`, the trained models alone, `differences`, what trained
+models differ by, with paired intervals, or `cascades`, one row a cascade and evaluation set. Of the file that `bench accelerator` writes, KIND is `accelerator`, one row a figure.
 """
 
 import json
@@ -35,6 +35,22 @@ def trained_table(summary: Row) -> str:
     return study_table({"rows": [row for row in summary["rows"] if not row["method"].startswith("without training")]})
 
 
+def difference_table(summary: Row) -> str:
+    """What trained networks differ by on each evaluation set, with paired 95 % intervals; "none" where one holds 0."""
+    rows = [["trained by", "bits", "less", "on", "EER, points", "minDCF", "EER apart"]]
+    for one in summary["differences"]:
+        apart = not one["eer_ci95"][0] <= 0 <= one["eer_ci95"][1]
+        verdict = ("lower" if one["eer"] < 0 else "higher") if apart else "none"
+        against = {"control": f"{one['recipe']} in full precision"}.get(one["against"], one["against"])
+        cells = [_difference(one["eer"], one["eer_ci95"], 2), _difference(one["min_dcf"], one["min_dcf_ci95"], 3)]
+        rows.append([one["recipe"], str(one["bits"]), against, one["set"], *cells, verdict])
+    return _markdown(rows)
+
+
+def _difference(value: float, interval: list[float], digits: int) -> str:
+    return f"{value:+.{digits}f} [{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]"
+
+
 def cascade_table(summary: Row) -> str:
     """The cascades of a study on each evaluation set: errors, flips against full precision, and costs in bits."""
     rows = [["cascade", "on", "EER %", "FP32", "harmful flips", "last level's own", "decided first", "bits, sequential",
@@ -58,23 +74,28 @@ def cascade_table(summary: Row) -> str:
     return _markdown(rows)
 
 
-SPEEDS = {
-    "examples_per_second": "{:,.0f} examples/s",
-    "times_real_time": "{:,.0f} times real time",
-    "ratio": "{:.3f} of the time of the step in full precision",
-    "times_one_sort": "{:.2f} of the time of one sort",
-    "seconds": "{:.3f} s",
-}
-"""The figures of `bench accelerator` that a table shows; of a line that has several, the first."""
+SPEEDS = (
+    ("examples_per_second", "{:,.0f} examples/s", 1),
+    ("times_real_time", "{:,.0f} times real time", 1),
+    ("ratio", "{:.3f} of the time of the step in full precision", 1),
+    ("slowdown_by_input", "{:.3f} of the time of the step without input", 1),
+    ("times_one_sort", "{:.2f} of the time of one sort", 1),
+    ("seconds", "{:.3f} s", 1),
+    ("trials", "{:,.0f} trials", 1),
+    ("share_of_peak", "{:.1f} % of peak", 100),
+    ("peak_memory_gb", "{:.1f} GB", 1),
+)
+"""The figures of `bench accelerator` that a table shows: key, words around it, and what it is multiplied by."""
 
 
 def accelerator_table(lines: list[Row]) -> str:
-    """What an accelerator did: one row for each line of figures that holds a speed."""
-    rows = [["part", "what", "figure", "card"]]
-    for line in lines:
-        known = [form.format(line[name]) for name, form in SPEEDS.items() if name in line]
+    """What an accelerator did: one row for each thing measured, by the last line that tells of it."""
+    newest = {(line["part"], line["what"]): line for line in lines if "what" in line}
+    rows = [["part", "what", "figures", "card"]]
+    for (part, what), line in newest.items():
+        known = [form.format(line[name] * factor) for name, form, factor in SPEEDS if line.get(name) is not None]
         if known:
-            rows.append([line["part"], line["what"], known[0], line["card"]])
+            rows.append([part, what, ", ".join(known), line["card"]])
     return _markdown(rows)
 
 
@@ -96,6 +117,7 @@ def _markdown(rows: list[list[str]]) -> str:
 TABLES: dict[str, Callable[[Any], str]] = {
     "bits": study_table,
     "trained": trained_table,
+    "differences": difference_table,
     "cascades": cascade_table,
     "accelerator": accelerator_table,
 }

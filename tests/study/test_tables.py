@@ -50,19 +50,33 @@ def test_cascades_have_a_row_for_each_set(tmp_path):
     assert filled.splitlines()[3] == "| 2>4, nested | a | 2.76 | 2.50 | 0.123 % | 0.570 % | 95.4 % | 2.21 | 2.10 |"
 
 
+def test_a_difference_whose_interval_holds_zero_is_called_none(tmp_path):
+    one = {"recipe": "kmqat", "bits": 2, "seeds": 1, "against": "control", "set": "a", "eer": 1.5, "min_dcf": 0.1}
+    rows = [one | {"eer_ci95": [0.5, 2.0], "min_dcf_ci95": [-0.1, 0.2]}]
+    rows += [one | {"against": "distilled", "eer": -0.1, "eer_ci95": [-0.4, 0.3], "min_dcf_ci95": [-0.1, 0.2]}]
+    (tmp_path / "r.json").write_text(json.dumps({"differences": rows}))
+    filled = tables.fill("<!-- table: r.json differences -->\n<!-- end -->", tmp_path).splitlines()
+    minimum = "+0.100 [-0.100, +0.200]"
+    assert filled[3] == f"| kmqat | 2 | kmqat in full precision | a | +1.50 [+0.50, +2.00] | {minimum} | higher |"
+    assert filled[4] == f"| kmqat | 2 | distilled | a | -0.10 [-0.40, +0.30] | {minimum} | none |"
+
+
 def test_an_accelerator_has_a_row_for_each_speed(tmp_path):
     lines = [
-        {"part": "step", "what": "whole", "card": "H200", "examples_per_second": 1386.8, "seconds": 0.2},
+        {"part": "step", "what": "whole", "card": "H200", "examples_per_second": 9.0},
+        {"part": "step", "what": "whole", "card": "H200", "examples_per_second": 1386.8, "share_of_peak": 0.4043},
         {"part": "step", "what": "whole kernels", "card": "H200", "milliseconds": {}},
         {"part": "kmqat", "error": "stopped after 47 s"},
     ]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     filled = tables.fill("<!-- table: r.jsonl accelerator -->\n<!-- end -->", tmp_path)
-    assert filled.splitlines()[3:-1] == ["| step | whole | 1,387 examples/s | H200 |"]
+    assert filled.splitlines()[3:-1] == ["| step | whole | 1,387 examples/s, 40.4 % of peak | H200 |"]
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(UserError, match="'colours' of r.json must be one of bits, trained, cascades, accelerator"):
+    with pytest.raises(
+        UserError, match="'colours' of r.json must be one of bits, trained, differences, cascades, accelerator"
+    ):
         tables.fill("<!-- table: r.json colours -->\n<!-- end -->", tmp_path)
     with pytest.raises(UserError, match=r"absent\.json"):
         tables.fill("<!-- table: absent.json bits -->\n<!-- end -->", tmp_path)

@@ -1,0 +1,104 @@
+"""Paired differences of a study's networks, on embeddings made by hand, and the controls that a study trains."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kmq_jax.study import compare, networks
+from kmq_jax.study.config import study_config
+from kmq_jax.study.networks import Network, Run
+from kmq_jax.study.options import EvaluationSet, StudyOptions
+from kmq_jax.training.config import default_config
+from kmq_jax.training.options import TrainOptions
+
+SPEAKERS, EACH = 12, 4
+
+
+def embeddings(path, noise):
+    """Random embeddings, a centre for each speaker; the more noise the more errors."""
+    rng = np.random.default_rng(0)
+    centres = np.repeat(rng.standard_normal((SPEAKERS, 8)), EACH, axis=0)
+    ids = [f"s{i // EACH}-{i}" for i in range(SPEAKERS * EACH)]
+    rows = (centres + noise * rng.standard_normal(centres.shape)).astype(np.float32)
+    np.savez(path, embeddings=rows, ids=np.array(ids), speakers=np.array([one.split("-")[0] for one in ids]))
+    return ids
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    place = tmp_path_factory.mktemp("compare")
+    full = Network("fp32", "full precision", 32, place)
+    made = {}
+    for recipe, bits, seed, noise in (
+        ("distilled", 2, 0, 1.2), ("distilled", 2, 1, 1.4), ("distilled", 32, 0, 0.4),
+        ("distilled", 32, 1, 0.4), ("kmqat", 2, 0, 0.4),
+    ):  # fmt: skip
+        run = Run(str(bits), bits if bits < 32 else 0, recipe=recipe, seed=seed)
+        made[Network(run.step, "trained", bits, place, run=run)] = noise
+    for network, noise in {full: 0.4, **made}.items():
+        ids = embeddings(place / f"{network.name}-a.npz", noise)
+    trials = place / "trials.txt"
+    lines = [f"{int(a.split('-')[0] == b.split('-')[0])} {a} {b}\n" for i, a in enumerate(ids) for b in ids[i + 1 :]]
+    trials.write_text("".join(lines))
+    evaluated = EvaluationSet(name="a", data="", trials=str(trials))
+    rows = compare.differences(
+        [full, *made], [evaluated], lambda one, on: Path(place / f"{one.name}-{on.name}.npz"), replicates=100
+    )
+    return {(row["recipe"], row["bits"], row["against"]): row for row in rows}
+
+
+def test_everything_is_compared_once(found):
+    assert set(found) == {
+        ("distilled", 2, "full precision"), ("distilled", 2, "control"), ("distilled", 32, "full precision"),
+        ("kmqat", 2, "full precision"), ("kmqat", 2, "distilled"),
+    }  # fmt: skip
+    assert found["distilled", 2, "control"]["seeds"] == 2 and found["kmqat", 2, "full precision"]["seeds"] == 1
+
+
+def test_the_same_embeddings_differ_in_nothing(found):
+    row = found["kmqat", 2, "full precision"]
+    assert (row["eer"], row["eer_ci95"], row["min_dcf"], row["min_dcf_ci95"]) == (0, [0, 0], 0, [0, 0])
+
+
+def test_a_worse_network_is_told_apart_and_seeds_are_averaged(found):
+    row = found["distilled", 2, "control"]
+    full = found["distilled", 2, "full precision"]
+    assert row["eer"] == full["eer"] and row["eer_ci95"] == full["eer_ci95"]  # the control is as good
+    assert 0 < row["eer_ci95"][0] < row["eer"] < row["eer_ci95"][1]
+    few, many = full["eer_by_seed"]
+    better = found["kmqat", 2, "distilled"]
+    assert few < many and better["eer"] == -full["eer"]
+    assert full["eer"] == pytest.approx((few + many) / 2 - found["kmqat", 2, "full precision"]["eer_by_seed"][0])
+
+
+def settings(**changes):
+    config = study_config(default_config("resnet18"), **changes)
+    config.study.evaluate = {"a": {"data": "d", "trials": "t"}}
+    return config, StudyOptions.of(json.loads(config.to_json())["study"])
+
+
+def test_a_study_trains_what_it_is_asked_for_once():
+    _, options = settings(bits=(4, 2), nested=False, epochs={"4": 1.0, "2": 1.0, "32": 1.0}, also=("kmqat",), seeds=2)
+    steps = [run.step for run in networks.runs_of(options)]
+    first = ["distilled-4", "distilled-2", "distilled-32", "kmqat-4", "kmqat-2", "kmqat-32"]
+    assert steps == [*first, *(f"{step}-seed1" for step in first)]
+    assert [run.step for run in networks.runs_of(options) if run.untrained] == ["distilled-4", "distilled-2"]
+
+
+@pytest.mark.parametrize("recipe", ["distilled", "kmqat"])
+def test_the_control_differs_from_its_recipe_in_nothing_but_the_bits(recipe):
+    config, options = settings(recipe=recipe, rules=(("^stem/", 0),), epochs={"2": 1.0, "32": 1.0}, bits=(2,))
+    made = {
+        run.name: TrainOptions.from_config(networks.training_config(config, options, run, "fp32.kmq"))
+        for run in networks.runs_of(options)
+        if run.name in ("2", "32")
+    }
+    control, trained = made["32"], made["2"]
+    assert control.quant.bits == 0 and not control.quant.rules and trained.quant.bits == 2
+    for part in ("data", "loss", "distill", "epochs", "batch_size", "init_from", "seed", "spec_augment"):
+        assert getattr(control, part) == getattr(trained, part)
+    assert control.optimizer.name == trained.optimizer.name
+    if recipe == "kmqat":
+        assert control.learning_rate == trained.learning_rate
