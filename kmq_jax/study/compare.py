@@ -114,7 +114,8 @@ def differences(
         Rows with `recipe`, `bits`, `seeds`, `against`, `set`; `eer` in points of a percent and `min_dcf`, each with
         its paired `..._ci95`; and `eer_by_seed`, the EER of every training.
     """
-    groups, rows = trained_groups(networks), []
+    groups = trained_groups(networks)
+    rows: list[Row] = []
     for evaluated in sets:
         made = {
             one.name: Errors.of(embeddings(one, evaluated), evaluated.trials, replicates)

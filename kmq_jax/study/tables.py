@@ -1,8 +1,9 @@
 """Writes the results tables of a Markdown file from the JSON files they come from.
 
 A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE is a `study.json`, its path relative to
-the Markdown file; KIND is `bits`, one row a model, `trained`, the trained models alone, `differences`, what trained
-models differ by, with paired intervals, or `cascades`, one row a cascade and evaluation set. Of the file that `bench accelerator` writes, KIND is `accelerator`, one row a figure.
+the Markdown file; KIND is `bits`, one row a model, `trained`, the trained models alone, `differences`, what they differ
+by, with paired intervals, or `cascades`, one row a cascade and evaluation set. Of the file that `bench accelerator`
+writes, KIND is `accelerator`, one row for each thing measured.
 """
 
 import json
