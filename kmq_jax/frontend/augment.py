@@ -64,6 +64,9 @@ class RoomConfig:
         images: mirror images on each side of the room along each axis. Up to the distance at which the first
             missing image would be heard, reflections are exact; later ones are the diffuse tail.
         seconds: length of the response.
+
+    >>> RoomConfig(rt60=(0.2, 0.4)).largest
+    (10.0, 8.0, 4.0)
     """
 
     sample_rate: int = 16000
@@ -262,6 +265,9 @@ class SpecAugmentConfig:
         probability: share of the examples that are masked (both ways); the others are left alone.
         max_frames: longest strip of time; each is 1 to this many frames.
         max_bands: widest strip of frequency; each is 1 to this many features.
+
+    >>> SpecAugmentConfig(probability=1.0).max_frames
+    10
     """
 
     probability: float = 0.6

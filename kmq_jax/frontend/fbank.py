@@ -55,6 +55,9 @@ class FbankConfig:
         waveform_scale: factor on the waveform, which comes in [-1, 1). Kaldi itself reads 16-bit integers, hence
             32768. It shifts every log-mel by a constant, which mean normalisation takes away again, but
             it also lifts quiet frames off the floor: with 1, everything below about -70 dB is cut flat.
+
+    >>> FbankConfig(num_mel_bins=40, window="hamming").frame_shift_ms
+    10.0
     """
 
     sample_rate: int = 16000

@@ -17,7 +17,11 @@ WIDTH = 5.6
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as PNG, sharp on dense screens."""
+    """A figure as PNG, sharp on dense screens.
+
+    >>> png(Figure(figsize=(1, 1)))[1:4]
+    b'PNG'
+    """
     buffer = io.BytesIO()
     with matplotlib.rc_context({"savefig.dpi": 160}):
         figure.savefig(buffer, format="png")

@@ -67,6 +67,10 @@ class SpeakerModel:
             may have `PER_BITS` beside them: for each smaller number of bits, such as "2", the biases and statistics
             that differ at these bits, by their names in the rest.
         bits: at how many bits nested tensors are read; None is the most.
+
+    >>> weights = quant.quantize_params({"kernel": np.ones((64, 64), "float32")}, bits=4)
+    >>> SpeakerModel("resnet34", {}, "wespeaker", {"params": weights})
+    SpeakerModel(resnet34, wespeaker features, 4 bits, 0.00 MB)
     """
 
     architecture: str
@@ -276,6 +280,12 @@ def load_model(path: str | Path, bits: int | None = None) -> SpeakerModel:
 
     Raises:
         UserError: there is no model at `path`, it is damaged, or it cannot be read at these bits.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp(), "a.kmq")
+    >>> save_model(file, SpeakerModel("resnet34", {}, "kiwano", {"params": {"bias": np.ones(4, "float32")}}))
+    >>> load_model(file)
+    SpeakerModel(resnet34, kiwano features, 32 bits, 0.00 MB)
     """
     path = Path(path)
     for file in (path, path / "averaged.kmq", path / "model.kmq"):

@@ -99,6 +99,10 @@ def distortions(params: Params, rules: Rules, all_bits: Sequence[int] = (2, 3, 4
     Returns:
         `(errors, sizes)`, both `{name: {bits: number}}`: the squared error ||W - Q||^2, and the bytes of indices and
         codebook.
+
+    >>> errors, sizes = distortions({"kernel": jnp.arange(64.0).reshape(16, 4)}, {"kernel": 4}, all_bits=(2, 4))
+    >>> errors["kernel"][4], errors["kernel"][2] > 0, sizes["kernel"]
+    (0.0, True, {2: 48, 4: 160})
     """
     leaves = dict(named_leaves(params))
     errors: dict[str, dict[int, float]] = {}

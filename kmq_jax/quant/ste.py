@@ -43,6 +43,10 @@ class Codebook:
         symmetric, pinned_zero: constraints that hold throughout training.
         dtype: the type centroids times scale are rounded to, so that training sees what `pack` stores.
         latent_dtype: the type of the parameters before, which `pack` notes.
+
+    >>> latents, books = init_codebooks({"kernel": jnp.linspace(-1.0, 1.0, 128).reshape(64, 2)}, QuantSpec(bits=2))
+    >>> books["kernel"]
+    Codebook(groups=2, bits=2, axis=1, float16)
     """
 
     raw_scale: jax.Array

@@ -81,7 +81,12 @@ class QuantSpec:
 
 @dataclasses.dataclass(frozen=True)
 class QuantRule:
-    """Quantizes the tensors whose "/"-joined name the regular expression `pattern` is found in; None keeps them."""
+    """Quantizes the tensors whose "/"-joined name the regular expression `pattern` is found in; None keeps them.
+
+    The first rule that a name matches counts.
+
+    >>> rules = [QuantRule("^stem/", None), QuantRule("kernel$", QuantSpec(bits=4))]
+    """
 
     pattern: str
     spec: QuantSpec | None
@@ -114,6 +119,13 @@ class CodebookTensor:
         bits: bits of an index.
         axis: where groups lie.
         dtype_name: the type of the tensor that was quantized, and of what `dequantize` gives.
+
+    >>> import kmq_jax
+    >>> tensor = kmq_jax.quantize_params({"kernel": jnp.arange(8.0).reshape(4, 2)}, bits=2)["kernel"]
+    >>> tensor, tensor.codebook.shape, tensor.packed.shape
+    (CodebookTensor(shape=(4, 2), bits=2, axis=1, float32), (2, 4), (2, 1))
+    >>> np.asarray(tensor).tolist()  # four centroids hold four weights of a channel exactly
+    [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0]]
     """
 
     codebook: jax.Array
@@ -271,7 +283,13 @@ def _rows(tensor: CodebookTensor, bits: int | None) -> jax.Array:
 
 
 def is_codebook_tensor(leaf: Leaf) -> TypeGuard[CodebookTensor]:
-    """Whether a leaf is a `CodebookTensor`, for the `is_leaf` of jax's tree functions."""
+    """Whether a leaf is a `CodebookTensor`, for the `is_leaf` of jax's tree functions.
+
+    >>> import kmq_jax
+    >>> tree = kmq_jax.quantize_params({"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}, bits=4)
+    >>> jax.tree.map(is_codebook_tensor, tree, is_leaf=is_codebook_tensor)
+    {'bias': False, 'kernel': True}
+    """
     return isinstance(leaf, CodebookTensor)
 
 

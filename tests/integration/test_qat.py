@@ -127,8 +127,8 @@ def test_a_stopped_run_goes_on_bit_exactly(run, full, tmp_path, monkeypatch):
     assert losses[0] == losses[1]
 
 
-def test_mixed_precision_in_phases(full, tmp_path):
-    config = qat_config(full, 0, budget=0.1, budget_bits=(2, 3, 4), sections=4, hessian_draws=2, multi_stage=True)
+def test_mixed_precision(full, tmp_path):
+    config = qat_config(full, 0, budget=0.1, budget_bits=(2, 3, 4), sections=4, hessian_draws=2)
     config.optimizer.groups = (("raw_scale|centroids", 0.2, 0.0), ("/(bias|scale)$|classifier", 0.1, 0.0))
     config.loss.weight = 1.0  # speaker labels beside the teacher
     summary = loop.train(config, tmp_path)

@@ -210,8 +210,8 @@ def test_strict_types():
     with jax.numpy_dtype_promotion("strict"):
         for spec in (*SPECS, QuantSpec(3, init="equal-mass"), QuantSpec(3, init="kmeans++"), QuantSpec(5)):
             packed = quant.quantize_params(TREE, spec)
-            quant.quantize_params(TREE, spec, importance={"kernel": np.ones_like(KERNEL)})
-            jax.jit(partial(quant.quantize_params, rules=spec))(TREE)
+            for importance in (None, {"kernel": jnp.ones_like(KERNEL)}):  # types are checked in tracing
+                jax.eval_shape(partial(quant.quantize_params, rules=spec, importance=importance), TREE)
             quant.dequantize_params(packed)
             latents, books = quant.init_codebooks(TREE, spec)
             books = quant.lloyd_update(latents, books, unused_rate=0.2)
