@@ -29,6 +29,7 @@ from kmq_jax.nn.conv import Window, convolve
 from kmq_jax.ptq.moments import coarse_bits, matching, moments, per_bits_leaves, random_features
 from kmq_jax.quant import gptq
 from kmq_jax.quant.codes import along, from_groups, lookup, to_groups
+from kmq_jax.quant.levels import basis
 from kmq_jax.quant.nested import split_kmeans
 from kmq_jax.quant.types import CodebookTensor
 
@@ -41,6 +42,7 @@ def fit_on(
     utterances: source.Utterances,
     crops: int = 100,
     seconds: float = 2.0,
+    levels: Mapping[str, str] | None = None,
 ) -> SpeakerModel:
     """Fits a quantized model to the reference's activations on random crops; see the module's docstring.
 
@@ -50,6 +52,7 @@ def fit_on(
         utterances: where crops are taken from; speaker names are not used.
         crops: how many crops.
         seconds: length of each.
+        levels: see `fit`.
 
     Returns:
         The fitted model, of the same size.
@@ -58,11 +61,25 @@ def fit_on(
         UserError: a tensor cannot be fitted; see `fit`.
     """
     features = random_features(frontend_of(reference.frontend), utterances, crops, seconds)
-    return fit(reference, quantized, features)
+    return fit(reference, quantized, features, levels=levels)
+
+
+def patterned(params: Params, rules: quant.Rules) -> dict[str, str]:
+    """The level sets, by parameter name, of the tensors whose centroids are not free.
+
+    >>> patterned({"a": np.ones((2, 2)), "b": np.ones((2, 2))}, {"a": quant.QuantSpec(2, levels="powers"), "b": 2})
+    {'a': 'powers'}
+    """
+    levels = {name: spec.levels for name, spec in quant.decide(params, rules).items()}
+    return {name: one for name, one in levels.items() if one != "kmeans"}
 
 
 def fit(
-    reference: SpeakerModel, quantized: SpeakerModel, features: jax.Array, keep_coarsest: bool = False
+    reference: SpeakerModel,
+    quantized: SpeakerModel,
+    features: jax.Array,
+    keep_coarsest: bool = False,
+    levels: Mapping[str, str] | None = None,
 ) -> SpeakerModel:
     """Fits a quantized model to the reference's activations on given features.
 
@@ -78,6 +95,7 @@ def fit(
         features: `[batch, time, mel]`.
         keep_coarsest: at its fewest bits a nested model is a trained network and stays as it is. Inside its cells the
             centroids of more bits ascend, so that training can go on with them.
+        levels: by parameter name, the level set (`QuantSpec.levels`) of those whose centroids are not free.
 
     Returns:
         The fitted model, of the same size.
@@ -94,6 +112,7 @@ def fit(
     for bits in (*nested, None):
         # From the fewest bits on: each number of bits is sought inside the cells of the one before.
         one = _Fit(quantized.variables["params"], bits, bool(nested), tuple(found), ascending=keep_coarsest)
+        one.levels = levels or {}
         if keep_coarsest and not found:
             one.keep(quantized.variables[PER_BITS][str(bits)])
         else:
@@ -132,6 +151,7 @@ class _Fit:
         books: the same before the scaling; in their cells more bits are sought.
         indices: by parameter name, uint8 `[out, n]`.
         leaves: by variable name, what else was fitted: biases, statistics, kernels that are not quantized.
+        levels: as `fit` takes them.
     """
 
     def __init__(self, params: Params, bits: int | None, nested: bool, coarser: "tuple[_Fit, ...]", ascending: bool):
@@ -143,6 +163,7 @@ class _Fit:
         self.books: dict[str, jax.Array] = {}
         self.indices: dict[str, jax.Array] = {}
         self.leaves: dict[str, np.ndarray] = {}
+        self.levels: Mapping[str, str] = {}
         convolutions = sum(quant.is_codebook_tensor(leaf) and leaf.ndim > 2 for leaf in tensors.values())
         at = f" at {bits} bits" if bits else ""
         self._progress = progress(range(convolutions), desc=f"fitting{at}", unit="layer")
@@ -230,13 +251,15 @@ class _Fit:
             given = jnp.asarray(tensor.codebook_of(bits), jnp.float32)
             # A codebook with a zero in it, or symmetric, was asked for: centroids that move would lose that.
             pinned = jnp.all(jnp.any(given == 0, axis=1)) | jnp.all(given == -given[:, ::-1])
-            book, parents, free = given[rows, None], None, not pinned
+            kept = self.levels.get(key) == "minmax" or (key not in self.levels and pinned)
+            book, parents, free = given[rows, None], None, not kept
         else:
             coarser = self._coarser[-1]
             parents, cells = coarser.indices[key][rows], coarser.books[key][rows]
             (book,) = split_kmeans(W, parents, cells, (bits,))
             book, free = book.reshape(*cells.shape, -1), True
-        book, indices = gptq.fit(W, book, H, parents, free=free)
+        known = basis(self.levels.get(key, "kmeans"), bits)
+        book, indices = gptq.fit(W, book, H, parents, free=free, basis=known)
         if self._ascending and len(self._coarser) > 1:
             # Parts of neighbouring cells may overlap. Cut at the midpoints they ascend, as training needs them.
             book = _between(book, cells, self._coarser[0].books[key].shape[1])

@@ -14,6 +14,11 @@ class QuantizeOptions(Options):
 
     bits: int = option("bits an index", at_least=1, at_most=8)
     granularity: Literal["channel", "tensor"] = option("what has a codebook of its own", "channel")
+    levels: Literal["kmeans", "uniform", "minmax", "powers"] = option(
+        "where levels may lie: anywhere; evenly, scale and offset fitted; evenly over the weights' range; at powers of "
+        "two, scale fitted",
+        "kmeans",
+    )
     nested: tuple[int, ...] = option("fewer bits at which the same file can be read, such as 2,3", (), at_least=1)
     biases: Literal["float32", "float16"] = option("the type that biases are stored in", "float32")
     skip: tuple[str, ...] = option("parameters to keep in full precision; repeatable", (), metavar="REGEX")

@@ -12,7 +12,7 @@ from kmq_jax.core.files import read_json
 from kmq_jax.core.tree import Leaf, Params, map_named, named_leaves
 from kmq_jax.data import source
 from kmq_jax.models.speaker_model import SpeakerModel
-from kmq_jax.ptq.fit import fit_on
+from kmq_jax.ptq.fit import fit_on, patterned
 from kmq_jax.ptq.options import QuantizeOptions
 
 CROPS = 100
@@ -44,7 +44,9 @@ def quantize_model(
         raise UserError("the model is quantized already: quantize the model it was made from")
     params = quant.quantize_params(model.variables["params"], rules)
     packed = dataclasses.replace(model, variables={**model.variables, "params": params})
-    packed = fit_on(model, packed, source.open_sources(data), crops) if data else packed
+    if data:
+        levels = patterned(model.variables["params"], rules)
+        packed = fit_on(model, packed, source.open_sources(data), crops, levels=levels)
     if biases == "float32":
         return packed
     halved = with_half_biases(packed.variables["params"])
@@ -79,7 +81,7 @@ def rules_of(options: QuantizeOptions) -> list[quant.QuantRule]:
     >>> [rule.pattern for rule in rules_of(QuantizeOptions(bits=2, skip=("^stem/",)))]
     ['^stem/', '/kernel$']
     """
-    spec = quant.QuantSpec(options.bits, granularity=options.granularity, coarse=options.nested)
+    spec = quant.QuantSpec(options.bits, granularity=options.granularity, coarse=options.nested, levels=options.levels)
     rules = [quant.QuantRule(pattern, None) for pattern in options.skip]
     rules += [_rule(entry, spec, str(options.rules)) for entry in _listed(options)]
     return [*rules, quant.QuantRule(r"/kernel$", spec)]

@@ -49,6 +49,7 @@ def fit(
     *,
     iterations: int = 2,
     free: bool = True,
+    basis: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Rounds with error feedback and refits the centroids, in turns.
 
@@ -59,6 +60,7 @@ def fit(
         parents: the cell of each weight `[groups, n]`, whose parts it may take; None where there is one cell.
         iterations: how often to round and refit again after the first time.
         free: False keeps the centroids as they are. Above 16 of them they always stay.
+        basis: `[parts, 1 or 2]`, what the levels of the one cell are a linear map of, see `levels.basis`.
 
     Returns:
         `(codebook [groups, cells, parts], ascending in each cell; indices [groups, n], cell * parts + part, uint8)`.
@@ -76,7 +78,7 @@ def fit(
     def again(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         codebook = state[0]
         index = cell * codebook.shape[2] + _round(W, codebook, H, cell)
-        codebook = _refit(W, index, codebook.reshape(-1, count), H).reshape(codebook.shape)
+        codebook = _refit(W, index, codebook.reshape(-1, count), H, basis).reshape(codebook.shape)
         # Refitted centroids may have crossed: sort each cell's, and let the indices follow.
         order = jnp.argsort(codebook, axis=-1)
         rank = jnp.argsort(order, axis=-1) + codebook.shape[2] * jnp.arange(codebook.shape[1])[None, :, None]
@@ -134,18 +136,28 @@ def _round(W: jax.Array, codebook: jax.Array, H: jax.Array, cell: jax.Array, dam
     return jnp.zeros((W.shape[0], n), jnp.int32).at[:, order].set(taken[:, :n])
 
 
-def _refit(W: jax.Array, index: jax.Array, codebook: jax.Array, H: jax.Array) -> jax.Array:
+def _refit(
+    W: jax.Array, index: jax.Array, codebook: jax.Array, H: jax.Array, basis: jax.Array | None = None
+) -> jax.Array:
     """The centroids `[groups, K]` of least squared error of the outputs; those without members stay.
 
-    With M the one-hot memberships `[n, K]` of a row w, the centroids c minimise (w - M c)^T H (w - M c).
+    With M the one-hot memberships `[n, K]` of a row w, the centroids c minimise (w - M c)^T H (w - M c). Where levels
+    have a basis B, c is B theta, and theta is sought.
     """
     k = codebook.shape[1]
 
+    def solved(M: jax.Array, w: jax.Array, before: jax.Array) -> jax.Array:
+        HM = H @ M
+        power, count = M.T @ HM, M.shape[1]
+        hold = jnp.where(jnp.trace(power) > 0, 1e-4 * jnp.trace(power) / count, 1.0)
+        return jnp.linalg.solve(power + hold * jnp.eye(count), HM.T @ w + hold * before)
+
     def one(w: jax.Array, index: jax.Array, centroids: jax.Array) -> jax.Array:
         M = jax.nn.one_hot(index, k)
-        HM = H @ M
-        power = M.T @ HM
-        hold = jnp.where(jnp.trace(power) > 0, 1e-4 * jnp.trace(power) / k, 1.0)
-        return jnp.linalg.solve(power + hold * jnp.eye(k), HM.T @ w + hold * centroids)
+        if basis is None:
+            return solved(M, w, centroids)
+        before = jnp.linalg.lstsq(basis, centroids)[0]
+        theta = solved(M @ basis, w, before)
+        return basis @ jnp.where(theta[-1] > 0, theta, before)  # else the levels would turn around
 
     return jax.lax.map(lambda group: one(*group), (W, index, codebook))

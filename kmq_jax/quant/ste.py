@@ -17,6 +17,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Leaf, Params, map_named, named_leaves
 from kmq_jax.quant.codes import along, assign, from_groups, lookup, to_groups, where_sorted
 from kmq_jax.quant.kmeans import kmeans, midpoints
+from kmq_jax.quant.levels import fit_levels
 from kmq_jax.quant.nested import nested_kmeans, split_kmeans, thresholds
 from kmq_jax.quant.packing import pack_bits
 from kmq_jax.quant.rules import Rules, decide, group_axis
@@ -395,7 +396,10 @@ def _begin(leaf: Leaf, spec: QuantSpec, axis: int | None, recipe: str) -> tuple[
     tensor = where_sorted(leaf)
     rows = to_groups(tensor, axis)
     scale = None
-    if spec.coarse:
+    books: tuple[jax.Array, ...]
+    if spec.levels != "kmeans":
+        books = (fit_levels(rows, spec.levels, spec.bits, iterations=spec.iterations),)
+    elif spec.coarse:
         books = nested_kmeans(rows, spec.all_bits, iterations=spec.iterations)
     elif recipe == "kmqat" and not (spec.symmetric or spec.pinned_zero):
         centroids, scale = kmqat_codebook(rows, spec.bits, spec.retention)

@@ -15,6 +15,7 @@ from kmq_jax.core.tree import Array, Leaf, Params, map_named
 from kmq_jax.quant import nested
 from kmq_jax.quant.codes import assign, to_groups, where_sorted
 from kmq_jax.quant.kmeans import kmeans, scaled
+from kmq_jax.quant.levels import fit_levels
 from kmq_jax.quant.packing import pack_bits
 from kmq_jax.quant.rules import Rules, decide, group_axis
 from kmq_jax.quant.types import HALF, CodebookTensor, QuantSpec, is_codebook_tensor, is_floating, stored
@@ -83,7 +84,10 @@ def quantize_tensor(tensor: Array, spec: QuantSpec, axis: int | None, importance
     if importance is not None and importance.shape != tensor.shape:
         raise UserError(f"importance has shape {importance.shape}, the tensor {tensor.shape}")
     weights = None if importance is None else to_groups(importance, axis)
-    if spec.coarse:
+    codebooks: tuple[jax.Array, ...]
+    if spec.levels != "kmeans":
+        codebooks = (fit_levels(rows, spec.levels, spec.bits, weights, spec.iterations),)
+    elif spec.coarse:
         codebooks = nested.nested_kmeans(rows, spec.all_bits, weights, iterations=spec.iterations)
     else:
         codebook = kmeans(

@@ -12,6 +12,7 @@ import numpy as np
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Array, Leaf
 from kmq_jax.quant.codes import from_groups, lookup
+from kmq_jax.quant.levels import LEVELS
 from kmq_jax.quant.packing import packed_bytes, unpack_bits
 
 GRANULARITIES = ("channel", "tensor")
@@ -32,6 +33,7 @@ class QuantSpec:
         axis: the output-channel axis; the last one for `[..., in, out]` and `[height, width, in, out]` kernels.
         minimum_size: tensors with fewer elements stay as they are.
         codebook_dtype: how centroids are stored, "float16" or "float32".
+        levels: "kmeans", or a pattern that a scale alone (and an offset) fits, see `levels.LEVELS`.
         coarse: fewer bits at which the tensor can be read too, such as (2, 3) beside `bits=4`. Their index is a prefix
             of the stored one, and each has a codebook of its own.
         init, retention, iterations, symmetric, pinned_zero: see `kmeans.kmeans`. At 1 bit, `symmetric` is the static
@@ -45,6 +47,7 @@ class QuantSpec:
     axis: int = -1
     minimum_size: int = 0
     codebook_dtype: str = "float16"
+    levels: str = "kmeans"
     coarse: tuple[int, ...] = ()
     init: str = "optimal"
     retention: float = 0.9
@@ -65,6 +68,10 @@ class QuantSpec:
             raise UserError(f"granularity (={self.granularity!r}) must be one of {', '.join(GRANULARITIES)}")
         if self.codebook_dtype not in ("float16", "float32"):
             raise UserError(f"codebook_dtype (={self.codebook_dtype!r}) must be float16 or float32")
+        if self.levels not in LEVELS:
+            raise UserError(f"levels (={self.levels!r}) must be one of {', '.join(LEVELS)}")
+        if self.levels != "kmeans" and (self.coarse or self.symmetric or self.pinned_zero):
+            raise UserError(f"levels (={self.levels!r}) cannot be nested, symmetric or have a pinned zero")
         object.__setattr__(self, "coarse", tuple(sorted(self.coarse)))
         if self.coarse and (self.bits == HALF or not 1 <= self.coarse[0] <= self.coarse[-1] < self.bits):
             raise UserError(f"coarse bits (={self.coarse}) must be 1 or more and below bits (={self.bits})")

@@ -1,9 +1,10 @@
-"""Paired comparison of a study's trained networks: with full precision, with the control, with other recipes.
+"""Paired comparison of a study's networks: with full precision, with the control, with other recipes.
 
 Two networks are scored on the same trials and on the same draws of speakers, so that what a draw does to both is not
 counted as a difference. Where the interval of a difference holds zero, there is none to speak of.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from kmq_jax.scoring.cosine import cosine_scores
 from kmq_jax.scoring.join import join
 from kmq_jax.scoring.table import read_embeddings
 from kmq_jax.study.networks import Network
-from kmq_jax.study.options import FULL, NESTED, EvaluationSet
+from kmq_jax.study.options import FULL, PATTERNED, EvaluationSet, Recipe
 
 FULL_PRECISION, CONTROL = "full precision", "control"
 
@@ -73,27 +74,44 @@ class Errors:
         }
 
 
-def trained_groups(networks: Sequence[Network]) -> dict[tuple[str, float], list[Network]]:
-    """The networks that were trained, those that differ in the seed alone together, by recipe and bits.
+@dataclass(frozen=True)
+class Group:
+    """Networks that differ in the seed alone.
 
-    Nested and mixed ones are left out: they have no control.
+    Attributes:
+        recipe: how they are made.
+        bits: theirs.
+        trained: whether they were; else they are fitted without training.
     """
-    groups: dict[tuple[str, float], list[Network]] = {}
+
+    recipe: Recipe
+    bits: float
+    trained: bool
+
+    @property
+    def control(self) -> "Group":
+        """What the same steps on the same data make of full precision."""
+        return Group("distilled" if self.recipe in PATTERNED else self.recipe, FULL, True)
+
+
+def grouped(networks: Sequence[Network]) -> dict[Group, list[Network]]:
+    """The networks by group. Nested and mixed ones are left out: they have no control."""
+    groups: dict[Group, list[Network]] = {}
     for one in networks:
-        if one.run and one.step == one.run.step and one.run.name.isdigit() and one.run.name != NESTED:
-            groups.setdefault((one.run.recipe, one.bits), []).append(one)
+        if one.run and one.run.name.isdigit():
+            groups.setdefault(Group(one.run.recipe, one.bits, one.step == one.run.step), []).append(one)
     return groups
 
 
-def pairs(groups: dict[tuple[str, float], list[Network]]) -> Iterator[tuple[tuple[str, float], str]]:
-    """What is compared: a group, and what with: full precision, the control, or another recipe's name."""
-    for recipe, bits in groups:
-        yield (recipe, bits), FULL_PRECISION
-        if bits != FULL and (recipe, FULL) in groups:
-            yield (recipe, bits), CONTROL
-        for other, same in groups:
-            if same == bits and list(groups).index((other, same)) < list(groups).index((recipe, bits)):
-                yield (recipe, bits), other
+def pairs(groups: Sequence[Group]) -> Iterator[tuple[Group, str, Group | None]]:
+    """What is compared: a group, what with (full precision, the control, another recipe), and the group of that."""
+    for place, group in enumerate(groups):
+        yield group, FULL_PRECISION, None
+        if group.trained and group.bits != FULL and group.control in groups:
+            yield group, CONTROL, group.control
+        for other in groups[:place]:
+            if (other.bits, other.trained) == (group.bits, group.trained):
+                yield group, other.recipe, other
 
 
 def differences(
@@ -102,7 +120,7 @@ def differences(
     embeddings: Callable[[Network, EvaluationSet], Path],
     replicates: int = 1000,
 ) -> list[Row]:
-    """All differences of a study's trained networks.
+    """All differences of a study's networks.
 
     Args:
         networks: of the study; the first is full precision.
@@ -111,24 +129,27 @@ def differences(
         replicates: draws of speakers.
 
     Returns:
-        Rows with `recipe`, `bits`, `seeds`, `against`, `set`; `eer` in points of a percent and `min_dcf`, each with
-        its paired `..._ci95`; and `eer_by_seed`, the EER of every training.
+        Rows with `recipe`, `bits`, `trained`, `seeds`, `against`, `set`; `eer` in points of a percent and `min_dcf`,
+        each with its paired `..._ci95`; and `eer_by_seed`, the EER of every training.
     """
-    groups = trained_groups(networks)
+    groups = grouped(networks)
     rows: list[Row] = []
     for evaluated in sets:
         made = {
             one.name: Errors.of(embeddings(one, evaluated), evaluated.trials, replicates)
             for one in [networks[0], *(one for group in groups.values() for one in group)]
         }
-        full = made[networks[0].name]
-        errors = {key: Errors.mean([made[one.name] for one in group]) for key, group in groups.items()}
-        for (recipe, bits), against in pairs(groups):
-            named = {FULL_PRECISION: full, CONTROL: errors.get((recipe, FULL))}
-            other = named[against] if against in named else errors[against, bits]
-            assert other is not None
-            group = groups[recipe, bits]
-            about = {"recipe": recipe, "bits": bits, "seeds": len(group), "against": against, "set": evaluated.name}
-            by_seed = [made[one.name].eer for one in group]
-            rows.append({**about, **errors[recipe, bits].minus(other), "eer_by_seed": by_seed})
+        errors = {group: Errors.mean([made[one.name] for one in members]) for group, members in groups.items()}
+        for group, against, other in pairs(list(groups)):
+            less = errors[other] if other else made[networks[0].name]
+            rows.append(
+                {
+                    **dataclasses.asdict(group),
+                    "seeds": len(groups[group]),
+                    "against": against,
+                    "set": evaluated.name,
+                    **errors[group].minus(less),
+                    "eer_by_seed": [made[one.name].eer for one in groups[group]],
+                }
+            )
     return rows

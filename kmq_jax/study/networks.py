@@ -16,13 +16,13 @@ from kmq_jax.core.tree import named_leaves
 from kmq_jax.interop import pretrained
 from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model, save_model
 from kmq_jax.ptq.quantize import quantize_model
-from kmq_jax.study.options import FULL, MIXED, NESTED, Recipe, StudyOptions
+from kmq_jax.study.options import FULL, MIXED, NESTED, PATTERNED, Recipe, StudyOptions
 from kmq_jax.study.steps import Steps
 from kmq_jax.training import loop, qat
 from kmq_jax.training.config import distilled, published_kmqat
 from kmq_jax.training.options import QatOptions, section
 
-RECIPES = {"fp32": 1, "ptq": 1, "distilled": 1, "kmqat": 1}
+RECIPES = {"fp32": 1, "ptq": 1, "distilled": 1, "kmqat": 1, "uniform": 1, "minmax": 1, "powers": 1}
 """To be raised when a change of the code changes what a step computes: studies then repeat it (see `study.steps`)."""
 
 CONTROL_RATE = 3e-5
@@ -85,6 +85,11 @@ class Run:
         """The step that trains it."""
         return f"{self.recipe}-{self.name}" + (f"-seed{self.seed}" if self.seed else "")
 
+    @property
+    def untrained_step(self) -> str:
+        """The step that quantizes it without training."""
+        return f"ptq-{self.step}" if self.recipe in PATTERNED else f"ptq-{self.name}"
+
 
 def runs_of(options: StudyOptions) -> list[Run]:
     """The quantizations that a study is asked for.
@@ -100,13 +105,13 @@ def runs_of(options: StudyOptions) -> list[Run]:
         runs.append(Run(MIXED, 0, recipe=options.recipe))
     recipes = dict.fromkeys((options.recipe, *options.also))
     more = [
-        Run(str(bits) if bits else str(FULL), bits, recipe=recipe, seed=seed, untrained=False)
+        Run(str(bits or FULL), bits, recipe=recipe, seed=seed, untrained=recipe in PATTERNED and not seed)
         for seed in range(options.seeds)
         for recipe in recipes
-        for bits in (*ordered, 0)
+        for bits in (ordered if recipe in PATTERNED else (*ordered, 0))
     ]
     known = {run.step for run in runs}
-    return runs + [run for run in more if run.step not in known and options.epochs.get(run.name)]
+    return runs + [run for run in more if run.step not in known and (run.untrained or options.epochs.get(run.name))]
 
 
 def make_networks(config: ml_collections.ConfigDict, options: StudyOptions, steps: Steps) -> list[Network]:
@@ -158,11 +163,11 @@ def quantized_networks(
         # Without training only the rules and the speech matter, not the schedule or the loss.
         rules = [settings_of(own)["quant"], own.data.train]
         untrained = functools.partial(quantize, own, reference)
-        step, recipe = f"ptq-{run.name}", RECIPES["ptq"]
+        step, recipe = run.untrained_step, RECIPES["ptq"]
         path = steps.run(step, rules, ("fp32",), f"{step}.kmq", untrained, data=data_of(own), recipe=recipe)
-        made.append((step, "without training", path))
+        made.append((step, _method("without training", run, options), path))
     if own.epochs:
-        made.append((run.step, _method(run, options), _trained(own, steps, run)))
+        made.append((run.step, _method("trained", run, options), _trained(own, steps, run)))
     nested = ", nested" if run.coarse else ""
     return [
         Network(step, method + nested, bits, path, bits if run.coarse else None, run)
@@ -171,14 +176,14 @@ def quantized_networks(
     ]
 
 
-def _method(run: Run, options: StudyOptions) -> str:
-    """How reports name what is trained; what the study's own recipe trains from the first seed is just "trained"."""
+def _method(how: str, run: Run, options: StudyOptions) -> str:
+    """How reports name a network; the study's own recipe and the first seed go without saying."""
     marks = (
         run.recipe if run.recipe != options.recipe and run.name != NESTED else "",
         "full precision" if run.name == str(FULL) else "",
         f"seed {run.seed}" if run.seed else "",
     )
-    return ", ".join(["trained", *filter(None, marks)])
+    return ", ".join([how, *filter(None, marks)])
 
 
 def mixed_network(
@@ -208,8 +213,9 @@ def training_config(
     """The configuration of a quantized training: that of the full-precision one, with the study's changes."""
     rules = tuple(tuple(rule) for rule in options.rules)
     # A copy: every run changes the configuration of the full-precision training in its own way.
-    recipe = {"distilled": distilled, "kmqat": published_kmqat}[run.recipe]
-    own = recipe(copy.deepcopy(config), run.bits, coarse=run.coarse, grow_from=grow_from, rules=rules)
+    recipe = published_kmqat if run.recipe == "kmqat" else distilled
+    levels = {"levels": run.recipe, "centroids": "fixed"} if run.recipe in PATTERNED else {}
+    own = recipe(copy.deepcopy(config), run.bits, coarse=run.coarse, grow_from=grow_from, rules=rules, **levels)
     if run.name == str(FULL):
         full_precision_control(own)
     if run.name == MIXED:
@@ -217,7 +223,7 @@ def training_config(
     own.init_from = reference
     own.seed += run.seed
     own.average_last = 0
-    if run.recipe == "distilled":
+    if run.recipe != "kmqat":
         own.loss.weight = options.label_weight
     own.epochs = options.epochs.get(run.name, 0.0)
     if run.coarse and not options.epochs.get(str(min(run.coarse))):

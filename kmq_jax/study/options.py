@@ -10,8 +10,10 @@ from kmq_jax.core.options import Options, option, shown
 from kmq_jax.diagnosis.options import DiagnosisOptions
 from kmq_jax.scoring.options import Compute
 
-Recipe = Literal["distilled", "kmqat"]
-"""How networks are trained at fewer bits: by distillation from full precision, or by KMQAT as published."""
+Recipe = Literal["distilled", "kmqat", "uniform", "minmax", "powers"]
+"""How networks are made at fewer bits: trained by distillation from full precision, or by KMQAT as published; or by
+distillation with levels that k-means does not place (`quant.levels`), of which the scale alone is trained."""
+PATTERNED = ("uniform", "minmax", "powers")
 NESTED = "nested"
 FULL = 32
 """Bits that stand for full precision."""
@@ -56,8 +58,8 @@ class StudyOptions(Options):
     sets: dict[str, EvaluationSet] = option("evaluation sets, by name")
     bits: tuple[int, ...] = option("at which the network is quantized", (4, 3, 2), at_least=1, at_most=8)
     recipe: Recipe = option(
-        "how networks are trained at fewer bits: by distillation from full precision, or by KMQAT as published. Nested "
-        "ones, which the paper has not, are always distilled",
+        "how networks are trained at fewer bits: by distillation from full precision, or by KMQAT as published; or by "
+        "distillation with levels of a fixed pattern. Nested ones, which the paper has not, are always distilled",
         "distilled",
     )
     also: tuple[Recipe, ...] = option("further recipes that train at each of `bits`, to compare with", ())

@@ -38,13 +38,14 @@ def trained_table(summary: Row) -> str:
 
 def difference_table(summary: Row) -> str:
     """What trained networks differ by on each evaluation set, with paired 95 % intervals; "none" where one holds 0."""
-    rows = [["trained by", "bits", "less", "on", "EER, points", "minDCF", "EER apart"]]
+    rows = [["network", "bits", "less", "on", "EER, points", "minDCF", "EER apart"]]
     for one in summary["differences"]:
         apart = not one["eer_ci95"][0] <= 0 <= one["eer_ci95"][1]
         verdict = ("lower" if one["eer"] < 0 else "higher") if apart else "none"
-        against = {"control": f"{one['recipe']} in full precision"}.get(one["against"], one["against"])
+        against = {"control": "full precision, trained alike"}.get(one["against"], one["against"])
+        name = one["recipe"] + ("" if one["trained"] else ", without training")
         cells = [_difference(one["eer"], one["eer_ci95"], 2), _difference(one["min_dcf"], one["min_dcf_ci95"], 3)]
-        rows.append([one["recipe"], str(one["bits"]), against, one["set"], *cells, verdict])
+        rows.append([name, str(one["bits"]), against, one["set"], *cells, verdict])
     return _markdown(rows)
 
 

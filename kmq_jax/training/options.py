@@ -101,6 +101,9 @@ class QatOptions(Options):
     recipe: Literal["normalized", "kmqat"] = option(
         "unit of the latents: a channel's standard deviation, or as in KMQAT that of the weights", "normalized"
     )
+    levels: Literal["kmeans", "uniform", "minmax", "powers"] = option(
+        "where centroids may lie, see quant.levels; other than by k-means, the scale alone is trained", "kmeans"
+    )
     init: str = option("of the centroids, see quant.kmeans", "optimal", choices=INITS)
     retention: float = option("share of a channel's weights that place its first centroids", 0.9, above=0, at_most=1)
     symmetric: bool = option("centroids come in pairs of opposite sign", False)
@@ -153,6 +156,8 @@ class QatOptions(Options):
             raise UserError("`reassign_every` cannot be used with grow_from, whose cells stay as they are")
         if self.coarse and self.bn_passes:
             raise UserError("`bn_passes` cannot be used with coarse, whose statistics `fit_crops` measures")
+        if self.levels != "kmeans" and (self.centroids != "fixed" or self.recipe != "normalized"):
+            raise UserError(f"`levels` (={self.levels!r}) needs centroids='fixed' and recipe='normalized'")
         if self.mixed and (self.bits or self.coarse or self.rules):
             name = "budget" if self.budget else "average_bits"
             raise UserError(f"`{name}` chooses bits itself: it cannot be used with bits, coarse or rules")

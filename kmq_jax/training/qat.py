@@ -40,6 +40,7 @@ def spec_of(options: QatOptions, bits: int) -> quant.QuantSpec:
         init=options.init,
         retention=options.retention,
         symmetric=options.symmetric,
+        levels=options.levels,
     )
 
 
@@ -174,7 +175,8 @@ def _fit(
         grown = init_params(options, network, allocation, parent)
         packed = packed_variables(grown, parent_indices(grown, parent))
     quantized = dataclasses.replace(reference, variables={**reference.variables, **packed})
-    fitted = fit.fit(reference, quantized, features, keep_coarsest=parent is not None).variables
+    levels = fit.patterned(network, rules)
+    fitted = fit.fit(reference, quantized, features, keep_coarsest=parent is not None, levels=levels).variables
     own = {bits: _by_name(leaves) for bits, leaves in fitted.get(PER_BITS, {}).items()} if parent is not None else {}
     per_bits = {bits: _biases_of(grown.per_bits[bits], own[bits]) for bits in own}
     params = QatParams(*quant.adopt_codebooks(network, fitted["params"], rules), per_bits)

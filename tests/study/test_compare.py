@@ -46,6 +46,7 @@ def found(tmp_path_factory):
     rows = compare.differences(
         [full, *made], [evaluated], lambda one, on: Path(place / f"{one.name}-{on.name}.npz"), replicates=100
     )
+    assert all(row["trained"] for row in rows)
     return {(row["recipe"], row["bits"], row["against"]): row for row in rows}
 
 
@@ -85,6 +86,18 @@ def test_a_study_trains_what_it_is_asked_for_once():
     first = ["distilled-4", "distilled-2", "distilled-32", "kmqat-4", "kmqat-2", "kmqat-32"]
     assert steps == [*first, *(f"{step}-seed1" for step in first)]
     assert [run.step for run in networks.runs_of(options) if run.untrained] == ["distilled-4", "distilled-2"]
+
+
+def test_levels_that_k_means_does_not_place_are_measured_untrained_too():
+    config, options = settings(bits=(2,), nested=False, epochs={"2": 1.0, "32": 1.0}, also=("powers",))
+    runs = {run.step: run for run in networks.runs_of(options)}
+    assert list(runs) == ["distilled-2", "distilled-32", "powers-2"]
+    run = runs["powers-2"]
+    assert run.untrained and run.untrained_step == "ptq-powers-2"
+    made = TrainOptions.from_config(networks.training_config(config, options, run, "fp32.kmq"))
+    assert (made.quant.levels, made.quant.centroids) == ("powers", "fixed")
+    group = compare.Group("powers", 2, True)
+    assert group.control == compare.Group("distilled", 32, True)
 
 
 @pytest.mark.parametrize("recipe", ["distilled", "kmqat"])

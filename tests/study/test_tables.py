@@ -51,14 +51,18 @@ def test_cascades_have_a_row_for_each_set(tmp_path):
 
 
 def test_a_difference_whose_interval_holds_zero_is_called_none(tmp_path):
-    one = {"recipe": "kmqat", "bits": 2, "seeds": 1, "against": "control", "set": "a", "eer": 1.5, "min_dcf": 0.1}
+    one = {"recipe": "kmqat", "bits": 2, "trained": True, "against": "control", "set": "a"}
+    one |= {"eer": 1.5, "min_dcf": 0.1}
     rows = [one | {"eer_ci95": [0.5, 2.0], "min_dcf_ci95": [-0.1, 0.2]}]
-    rows += [one | {"against": "distilled", "eer": -0.1, "eer_ci95": [-0.4, 0.3], "min_dcf_ci95": [-0.1, 0.2]}]
+    rows += [
+        one
+        | {"against": "distilled", "trained": False, "eer": -0.1, "eer_ci95": [-0.4, 0.3], "min_dcf_ci95": [-0.1, 0.2]}
+    ]
     (tmp_path / "r.json").write_text(json.dumps({"differences": rows}))
     filled = tables.fill("<!-- table: r.json differences -->\n<!-- end -->", tmp_path).splitlines()
     minimum = "+0.100 [-0.100, +0.200]"
-    assert filled[3] == f"| kmqat | 2 | kmqat in full precision | a | +1.50 [+0.50, +2.00] | {minimum} | higher |"
-    assert filled[4] == f"| kmqat | 2 | distilled | a | -0.10 [-0.40, +0.30] | {minimum} | none |"
+    assert filled[3] == f"| kmqat | 2 | full precision, trained alike | a | +1.50 [+0.50, +2.00] | {minimum} | higher |"
+    assert filled[4] == f"| kmqat, without training | 2 | distilled | a | -0.10 [-0.40, +0.30] | {minimum} | none |"
 
 
 def test_an_accelerator_has_a_row_for_each_speed(tmp_path):
