@@ -31,7 +31,7 @@ at least 160 s. Later parts find in the cache what earlier ones compiled.
 class Bench(Options):
     """What every benchmark writes."""
 
-    json: Path | None = option("also write the figures to this file", None)
+    json: Path | None = option("also write the figures to this file", None, writes="file")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from kmq_jax.core.errors import UserError
 
@@ -40,6 +40,7 @@ class Limits:
     metavar: str | None = None
     flag: str | None = None
     repeat: bool = False
+    writes: str = ""
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with one value, as "must be ...", or None."""
@@ -75,6 +76,7 @@ def option(
     metavar: str | None = None,
     flag: str | None = None,
     repeat: bool = False,
+    writes: Literal["", "file", "directory"] = "",
 ) -> Any:
     """A field of an `Options` dataclass.
 
@@ -90,8 +92,12 @@ def option(
         metavar: stands for the value in the flag's help, such as "BITS:MODEL".
         flag: the flag's name, where it is not the field's.
         repeat: a tuple of numbers is given by repeating the flag, not separated by commas.
+        writes: the field names a file or a directory that is written; everything else that names one is read. What
+            cannot be written is found before the work (`core.outputs`).
     """
-    limits = Limits(help, at_least, above, at_most, below, tuple(choices), tuple(suffixes), metavar, flag, repeat)
+    limits = Limits(
+        help, at_least, above, at_most, below, tuple(choices), tuple(suffixes), metavar, flag, repeat, writes
+    )
     return dataclasses.field(default=default, metadata={"option": limits})
 
 
