@@ -104,9 +104,20 @@ def run(command: str, main: Callable[[], None], options: Sequence[type[Options]]
         if not _reader_has_gone():
             raise
         sys.exit(141)
-    except (UserError, OSError, MemoryError, RecursionError) as error:
+    except (
+        UserError,
+        OSError,
+        MemoryError,
+        RecursionError,
+    ) as error:
         message = " ".join(name_flags(_line(error), *options).split())
         print(f"{f'kmq-jax {command}'.strip()}: {message}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        # What XLA raises where an array does not fit; its type can be named only where JAX is loaded.
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"kmq-jax {command}: not enough memory: {str(error).splitlines()[0][:300]}", file=sys.stderr)
         sys.exit(2)
     sys.exit(status)
 

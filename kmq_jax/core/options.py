@@ -49,6 +49,8 @@ class Limits:
         # Before the ranges: infinity lies in any that has no upper end.
         if isinstance(value, float) and not math.isfinite(value):
             return "must be a finite number"
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            return "must be less than 2^63"
         if self.suffixes and not str(value).endswith(self.suffixes):
             return f"must end in {' or '.join(', '.join(self.suffixes).rsplit(', ', 1))}"
         for name, words, kept in (
@@ -136,7 +138,7 @@ class Options:
                 raise ValueError("a list")
             return tuple(_cast(one, kind.type) for one in value)
         except ValueError as error:
-            raise UserError(f"`{name}` (={shown(value)}) must be {error}") from None
+            raise UserError(f"`{name}` (={shown(value)[:200]}) must be {error}") from None
 
     @classmethod
     def of(cls, values: Mapping[str, object], where: str = "") -> Self:
@@ -222,8 +224,11 @@ def _cast(value: Any, kind: type) -> object:
         return Path(value)
     # True is an int to Python: it must not pass for 1.0.
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hasattr(value, "item") and not isinstance(value, (str, bool)):
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError("a finite number") from None
+    if hasattr(value, "item") and not isinstance(value, (str, bool)) and getattr(value, "size", 1) == 1:
         value = value.item()  # a scalar of numpy
     if kind in NAMES and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
         raise ValueError(NAMES[kind])

@@ -235,7 +235,7 @@ def _open(path: Path) -> Iterator[tuple[Any, int | None]]:
         if extent.truncated:
             raise AudioError(path, "truncated")
         # As bytes: a name need not be UTF-8.
-        sound = soundfile.SoundFile(containers.Patched(path, extent.patches) if extent.patches else os.fsencode(path))
+        sound = soundfile.SoundFile(containers.Patched(path, extent) if extent.mends else os.fsencode(path))
     except AudioError:
         raise
     except (soundfile.LibsndfileError, OSError, TypeError, ValueError) as error:
@@ -243,8 +243,7 @@ def _open(path: Path) -> Iterator[tuple[Any, int | None]]:
     with sound:
         if not RATES[0] <= sound.samplerate <= RATES[1]:
             raise AudioError(path, f"sample rate {sound.samplerate} Hz is outside {RATES[0]}-{RATES[1]} Hz")
-        guessed = extent.unknown and not extent.patches and sound.format == "MP3"
-        yield sound, None if guessed or sound.frames >= _ENDLESS else sound.frames
+        yield sound, None if sound.frames >= _ENDLESS else sound.frames
 
 
 def _plain(error: Exception) -> str:

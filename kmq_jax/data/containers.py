@@ -18,6 +18,7 @@ from typing import BinaryIO
 _MOST_CHUNKS = 10_000
 _UNKNOWN = (0, 0x7FFFF000)  # sizes that writers who cannot know leave: 0, or close to 2^31 or 2^32
 _W64_TAIL = bytes.fromhex("f3acd3118cd100c04f8edb8a")  # of the identifiers of Wave64's chunks, but for the first
+_LARGEST_MP3 = 1 << 28  # bytes that are walked through; an hour takes at most half of it
 _TAIL = 1 << 17  # an Ogg page is at most 65,307 bytes
 
 
@@ -29,11 +30,20 @@ class Extent:
         truncated: the file ends before the sound that its header promises.
         unknown: the header does not tell the length.
         patches: bytes by place in the file, for a header that tells the length (`Patched`), where it is needed.
+        skipped: bytes at the front that are left out.
+        prefix: what stands in their place.
     """
 
     truncated: bool = False
     unknown: bool = False
     patches: Mapping[int, bytes] = field(default_factory=dict)
+    skipped: int = 0
+    prefix: bytes = b""
+
+    @property
+    def mends(self) -> bool:
+        """Whether the file is read otherwise than it lies."""
+        return bool(self.patches or self.prefix)
 
 
 def extent(path: Path) -> Extent:
@@ -62,7 +72,7 @@ def extent(path: Path) -> Extent:
                 return _flac(file, head, size)
             if head[:4] == b"OggS":
                 return Extent(truncated=_ogg_is_truncated(file, size))
-            return _mp3(file, head)
+            return _mp3(path, head, size)
         except struct.error:  # the file ends within a header
             return Extent(truncated=True)
 
@@ -70,9 +80,11 @@ def extent(path: Path) -> Extent:
 class Patched(io.RawIOBase):
     """A file of which some bytes read as others; what lies on disk is not changed."""
 
-    def __init__(self, path: Path, patches: Mapping[int, bytes]):
+    def __init__(self, path: Path, extent: Extent):
         """Opens the file."""
-        self._file, self._patches = path.open("rb"), patches
+        self._file, self._extent, self._at = path.open("rb"), extent, 0
+        self._shift = len(extent.prefix) - extent.skipped
+        self._size = os.stat(path).st_size + self._shift
 
     def readable(self) -> bool:  # noqa: D102
         return True
@@ -81,19 +93,26 @@ class Patched(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:  # noqa: D102
-        return self._file.seek(offset, whence)
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = max(start + offset, 0)
+        return self._at
 
     def tell(self) -> int:  # noqa: D102
-        return self._file.tell()
+        return self._at
 
     def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]  # noqa: D102
-        start = self._file.tell()
-        data = bytearray(self._file.read(len(buffer)))
-        for place, new in self._patches.items():
+        prefix = self._extent.prefix
+        data = bytearray(prefix[self._at : self._at + len(buffer)])
+        start = max(self._at, len(prefix)) - self._shift  # in the file itself
+        self._file.seek(start)
+        read = bytearray(self._file.read(len(buffer) - len(data)))
+        for place, new in self._extent.patches.items():
             for i, byte in enumerate(new):
-                if 0 <= place + i - start < len(data):
-                    data[place + i - start] = byte
+                if 0 <= place + i - start < len(read):
+                    read[place + i - start] = byte
+        data += read
         buffer[: len(data)] = data
+        self._at += len(data)
         return len(data)
 
     def close(self) -> None:  # noqa: D102
@@ -313,13 +332,46 @@ def _ogg_is_truncated(file: BinaryIO, size: int) -> bool:
     return not whole or not data[page + 5] & 4
 
 
-def _mp3(file: BinaryIO, head: bytes) -> Extent:
-    """Without a tag that counts the frames, the length of an MP3 is a guess from its size."""
+_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}  # Hz, by version
+_KBITS = {  # of layer III, for MPEG 1 and for the others
+    True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    False: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+
+
+def _mp3(path: Path, head: bytes, size: int) -> Extent:
+    """Without a tag that counts the frames, libsndfile guesses the length from the size: they are counted here."""
     begin = 0
     if head[:3] == b"ID3":
         begin = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0)))
-    elif not (head[:1] == b"\xff" and len(head) > 1 and head[1] & 0xE0 == 0xE0):
+    elif _frame_size(head[:4]) == 0:
         return Extent()
-    file.seek(begin)
-    frame = file.read(4096)
-    return Extent(unknown=not any(tag in frame for tag in (b"Xing", b"Info", b"VBRI")))
+    data = path.read_bytes()[begin:] if size <= _LARGEST_MP3 else b""
+    first = _frame_size(data[:4])
+    if not first or any(tag in data[:first] for tag in (b"Xing", b"Info", b"VBRI")):
+        return Extent()
+    count, at = 0, 0
+    while at + 4 <= len(data):
+        length = _frame_size(data[at : at + 4])
+        if length == 0:
+            break  # tags, as a rule
+        if at + length > len(data):
+            return Extent(truncated=True)
+        count, at = count + 1, at + length
+    # A tag in front, as encoders write it: a silent frame of the same kind that holds the number of frames.
+    is_first, mono = data[1] >> 3 & 3 == 3, data[3] >> 6 == 3
+    side = {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}[is_first, mono]
+    header = bytes([data[0], data[1] | 1, 0x90 | data[2] & 0x0C, data[3]])
+    tag = header + bytes(side) + b"Info" + struct.pack(">II", 1, count)
+    return Extent(unknown=True, skipped=begin, prefix=tag.ljust(_frame_size(header), b"\0"))
+
+
+def _frame_size(header: bytes) -> int:
+    """Bytes of the frame of layer III that begins so; 0 where none does."""
+    if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
+        return 0
+    version, kbits, rate = header[1] >> 3 & 3, header[2] >> 4, header[2] >> 2 & 3
+    if version == 1 or kbits in (0, 15) or rate == 3:
+        return 0
+    per_frame = 144_000 if version == 3 else 72_000
+    return per_frame * _KBITS[version == 3][kbits] // _RATES[version][rate] + (header[2] >> 1 & 1)
