@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,6 +30,10 @@ from kmq_jax.models.protocol import SpeakerNetwork
 FRONTENDS = {"kiwano": frontend.KIWANO, "wespeaker": frontend.WESPEAKER}
 COMPUTE = ("float32", "bfloat16")
 BATCH_SIZE = 16
+_MOST_PROGRAMS = 128  # compiled programs that are kept; each takes megabytes
+_programs: set[Hashable] = set()
+_programs_lock = threading.Lock()
+_owner: int | None = None  # the process that embeds
 _NO_SOUND = 100.0  # floating point beyond this holds integers, not sound of full scale 1
 Recording: TypeAlias = str | os.PathLike[str] | Array
 PER_BITS = "narrow"  # the key in `variables` and in the file of what each smaller number of bits has to itself
@@ -179,8 +184,24 @@ def at_bits(model: SpeakerModel, bits: int | None) -> SpeakerModel:
     return dataclasses.replace(model, variables=replace_named(whole, own, quant.is_codebook_tensor), bits=bits)
 
 
+def _check_process() -> None:
+    """Refuses to compute in a process that was forked after its parent did: it would wait for the parent's threads.
+
+    Raises:
+        UserError: this is one.
+    """
+    global _owner
+    if _owner not in (None, os.getpid()):
+        raise UserError(
+            "this process was forked from one that had embedded recordings, whose threads it lacks: start processes by "
+            "`multiprocessing.get_context('spawn')`, or fork them before the first recording"
+        )
+    _owner = os.getpid()
+
+
 def embed_waves(model: SpeakerModel, waves: list[np.ndarray], dtype: str = "float32") -> np.ndarray:
     """Embeds recordings at 16 kHz held in memory, float32 `[len(waves), dim]`. See `embed_all`."""
+    _check_process()
     lengths = np.array([len(wave) for wave in waves])
     network, fbank = model.network(dtype), frontend_of(model.frontend)
     check_lengths(network, fbank, lengths, lambda i: f"recording {i + 1} of {len(waves)}")
@@ -214,6 +235,7 @@ def embed_all(
     Raises:
         UserError: a recording cannot be read or is too short; the message names it.
     """
+    _check_process()
     network, fbank = model.network(dtype), frontend_of(model.frontend)
     lengths = usable_lengths(network, fbank, utterances, max_seconds)
     plan = progress(
@@ -242,12 +264,22 @@ def _embed(
         embeddings[members] = np.asarray(values)[: len(members)]
 
     for batch in padded_batches(plan, lengths, load, devices):
+        _forget_programs((network, fbank, dtype, batch.wave.shape))
         under_way.append((batch.members, embed_batch(network, fbank, variables, batch.wave, batch.samples)))
         if len(under_way) > 2:  # recordings are decoded while the devices work, but not without bound
             collect()
     while under_way:
         collect()
     return embeddings
+
+
+def _forget_programs(shape: Hashable) -> None:
+    """Drops compiled programs once they are many: a service meets new lengths for as long as it runs."""
+    with _programs_lock:
+        if shape not in _programs and len(_programs) >= _MOST_PROGRAMS:
+            _programs.clear()
+            embed_batch.clear_cache()  # type: ignore[attr-defined]
+        _programs.add(shape)
 
 
 def fingerprint(model: SpeakerModel) -> str:
@@ -372,10 +404,10 @@ def check_network(model: SpeakerModel, where: str) -> None:
 
 
 def _plain_leaves(model: SpeakerModel) -> list[tuple[str, Any]]:
-    """The leaves of a model but for what bits have to themselves."""
+    """The leaves of a model's parameters and statistics, without what bits have to themselves."""
     if not isinstance(model.variables, dict):
         return []
-    whole = {part: tree for part, tree in model.variables.items() if part != PER_BITS}
+    whole = {part: tree for part, tree in model.variables.items() if part in ("params", "batch_stats")}
     return named_leaves(whole, is_leaf=quant.is_codebook_tensor)
 
 
