@@ -79,7 +79,7 @@ class Maker:
         self.out = folder / "out"
         self.out.mkdir(parents=True)
 
-    def bytes(self, data: bytes) -> bytes:
+    def damaged(self, data: bytes) -> bytes:
         """Damages bytes, mostly near the beginning, where headers are."""
         rng, made = self.rng, bytearray(data)
         for _ in range(rng.choice((1, 1, 2, 8))):
@@ -124,7 +124,7 @@ class Maker:
             elif kind == 5:
                 return "\n".join(lines).encode(rng.choice(("utf-16", "latin-1", "utf-8-sig")), errors="replace")
             elif kind == 6:
-                return self.bytes("\n".join(lines).encode())
+                return self.damaged("\n".join(lines).encode())
             elif kind == 7:
                 lines[at] = lines[at].replace(",", rng.choice((";", ",,", "\t")))
             elif kind == 8:
@@ -192,7 +192,7 @@ def kmq(make: Maker) -> Line:
 
     good = (make.base / make.rng.choice(("model.kmq", "two.kmq"))).read_bytes()
     if make.rng.random() < 0.3:
-        return ["summarize", "--model=" + make.file("a.kmq", make.bytes(good))]
+        return ["summarize", "--model=" + make.file("a.kmq", make.damaged(good))]
     arrays = dict(safetensors.numpy.load(good))
     end = 8 + int.from_bytes(good[:8], "little")
     text = json.loads(good[8:end])["__metadata__"]["kmq"]
@@ -241,7 +241,7 @@ def embeddings(make: Maker) -> Line:
     """Embedding files: damaged archives, arrays of other types and shapes, bombs."""
     kind = make.rng.randrange(4)
     if kind == 0:
-        data = make.bytes((make.base / "e2.npz").read_bytes())
+        data = make.damaged((make.base / "e2.npz").read_bytes())
     else:
         arrays = dict(np.load(make.base / "e2.npz"))
         name = make.rng.choice(sorted(arrays))
@@ -306,7 +306,7 @@ def audio(make: Maker) -> Line:
     if kind == 0:
         data = data[: make.rng.randrange(len(data))]
     elif kind < 3:
-        data = make.bytes(data)
+        data = make.damaged(data)
     suffix = source.suffix if make.rng.random() < 0.9 else make.rng.choice((".wav", ".flac", ".mp3", ".ogg", ".m4a"))
     make.file(f"data/ann/a{suffix}", data)
     return ["extract", f"--model={make.base}/model.kmq", f"--data={make.folder}/data", f"--out={make.out}/e.npz"]
@@ -477,7 +477,7 @@ def imports(make: Maker) -> Line:
     """Checkpoints of other toolkits: safetensors, PyTorch, ONNX; damaged, or with other tensors."""
     names = [name for name in ("model.safetensors", "model.pt", "model.onnx") if (make.base / name).exists()]
     name = make.rng.choice(names)
-    data = make.bytes((make.base / name).read_bytes())
+    data = make.damaged((make.base / name).read_bytes())
     if name == "model.safetensors" and make.rng.random() < 0.6:
         tensors = dict(safetensors.numpy.load((make.base / name).read_bytes()))
         one = make.rng.choice(sorted(tensors))
