@@ -14,11 +14,12 @@ synthetic voices.
 import ml_collections
 
 from kmq_jax.study.config import paper_study, smoke_study
-from kmq_jax.training.config import paper_config
+from kmq_jax.training.config import known_arg, paper_config
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the configuration; `arg` is "public", "smoke" or nothing."""
+    known_arg(arg, "public", "smoke")
     config = paper_study(paper_config("resnet36", public=arg == "public"))
     config.study.published = {
         "in domain": {"32": 1.234, "4": 1.278, "3": 1.297, "2": 1.462, "cascade": 1.277},

@@ -22,11 +22,12 @@ trained, diagnosis, cascades. On the same machine it took 9 min 52 s, installati
 import ml_collections
 
 from kmq_jax.study.config import smoke_study, study_config
-from kmq_jax.training.config import default_config
+from kmq_jax.training.config import default_config, known_arg
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the configuration; `arg` is "smoke" or nothing."""
+    known_arg(arg, "smoke")
     config = default_config("resnet18", width=16, embedding_size=128)
     config.data.update(train="synthetic:train?speakers=200&utterances=10", crop_seconds=1.5, augment=False)
     config.spec_augment = 0.0

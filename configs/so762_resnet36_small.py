@@ -23,11 +23,12 @@ Its study at 4, 3 and 2 bits, by this project's recipe or, with `--config.study.
 import ml_collections
 
 from kmq_jax.study.config import smoke_study, study_config
-from kmq_jax.training.config import default_config
+from kmq_jax.training.config import default_config, known_arg
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the configuration; `arg` is "smoke" or nothing."""
+    known_arg(arg, "smoke")
     config = default_config("resnet36", width=32)
     root = ml_collections.FieldReference("data")
     config.data.root = root

@@ -12,11 +12,12 @@ Not run in full by this project, for lack of VoxCeleb2. `:smoke` runs the same c
 
 import ml_collections
 
-from kmq_jax.training.config import paper_config, smoke
+from kmq_jax.training.config import known_arg, paper_config, smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the configuration; `arg` is "smoke" or nothing."""
+    known_arg(arg, "smoke")
     config = paper_config("resnet36")
     config.data.crop_seconds = 5.0
     config.optimizer.weight_decay = 1e-4

@@ -18,11 +18,12 @@ neither VoxCeleb2 nor such hardware was at hand. `:smoke` runs the same code in 
 
 import ml_collections
 
-from kmq_jax.training.config import paper_config, smoke
+from kmq_jax.training.config import known_arg, paper_config, smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the configuration; `arg` is "public", "smoke" or nothing."""
+    known_arg(arg, "public", "smoke")
     config = paper_config("resnet200", public=arg == "public")
     config.model.remat = True
     return smoke(config) if arg == "smoke" else config

@@ -24,11 +24,12 @@ the nested network out.
 import ml_collections
 
 from kmq_jax.study.config import smoke_study, study_config
-from kmq_jax.training.config import default_config
+from kmq_jax.training.config import default_config, known_arg
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the configuration; `arg` is "smoke", "compare" or nothing."""
+    known_arg(arg, "smoke", "compare")
     config = default_config("wespeaker_resnet34", norm="bias")
     config.frontend, config.init_from = "wespeaker", "voxceleb_resnet34.onnx"
     root = ml_collections.FieldReference("data")

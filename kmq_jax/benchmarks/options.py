@@ -31,14 +31,14 @@ at least 160 s. Later parts find in the cache what earlier ones compiled.
 class Bench(Options):
     """What every benchmark writes."""
 
-    json: Path | None = option("also write the figures to this file", None)
+    json: Path | None = option("also write the figures to this file", None, writes="file")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds(Bench):
     """What every benchmark of two sides has."""
 
-    repeats: int = option("timed rounds, each side in turn; the median counts", 3, at_least=1)
+    repeats: int = option("timed rounds, each side in turn; the median counts", 3, at_least=1, at_most=10_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +98,14 @@ class CascadeBench(Rounds):
     """A cascade on a long trial list: seconds, memory; with --stage over random splits of speakers."""
 
     trials: str = option("how many random trials, or with --stage a trial list", "1000000", metavar="N|TRIALS")
-    utterances: int = option("utterances of the random trials", 150_000, at_least=1)
-    policies: int = option("policies run at once", 32, at_least=1)
-    repeats: int = option("timed rounds, each side in turn; the median counts", 5, at_least=1)
+    utterances: int = option("utterances of the random trials", 150_000, at_least=1, at_most=10**7)
+    policies: int = option("policies run at once", 32, at_least=1, at_most=10_000)
+    repeats: int = option("timed rounds, each side in turn; the median counts", 5, at_least=1, at_most=10_000)
     levels: tuple[str, ...] = option(
         "measure splits of speakers instead; once for each level", (), flag="stage", metavar="BITS:EMBEDDINGS.npz"
     )
     reference: str | None = option("embeddings of the reference, with --stage", None, metavar="FILE")
-    splits: int = option("random halvings of the speakers, with --stage", 20, at_least=1)
+    splits: int = option("random halvings of the speakers, with --stage", 20, at_least=1, at_most=100_000)
     rule: Literal["pareto", "risk"] = option("with --stage", "pareto")
     alpha: float = option("with --stage: as in `calibrate`", 0.001, above=0, below=1)
     delta: float = option("with --stage: as in `calibrate`", 0.05, above=0, below=1)
@@ -131,9 +131,9 @@ class DataBench(Bench):
 
     data: str = option("recordings: any DATA form", "synthetic:dev", metavar="DATA")
     noise: str = option("noise clips: any DATA form", "", metavar="DATA")
-    batch: int = option("examples in a batch", 64, at_least=1)
-    crop_seconds: float = option("length of a crop", 3.5, above=0)
-    threads: int = option("threads of the pipeline", 2, at_least=0)
+    batch: int = option("examples in a batch", 64, at_least=1, at_most=65_536)
+    crop_seconds: float = option("length of a crop", 3.5, at_least=0.1, at_most=60)
+    threads: int = option("threads of the pipeline", 2, at_least=0, at_most=1024)
     utterances: int = option("how many, evenly over the data", 512, at_least=1)
 
 
@@ -141,10 +141,10 @@ class DataBench(Bench):
 class TrialSizes(Rounds):
     """The size of a random trial list; the defaults are those of VoxCeleb1-E."""
 
-    trials: int = option("trials, half of them targets", 579_818, at_least=1)
-    utterances: int = option("utterances", 145_375, at_least=1)
-    speakers: int = option("speakers", 1_251, at_least=1)
-    replicates: int = option("bootstrap draws", 1000, at_least=1)
+    trials: int = option("trials, half of them targets", 579_818, at_least=1, at_most=10**8)
+    utterances: int = option("utterances", 145_375, at_least=1, at_most=10**7)
+    speakers: int = option("speakers", 1_251, at_least=1, at_most=10**7)
+    replicates: int = option("bootstrap draws", 1000, at_least=1, at_most=100_000)
 
     def __post_init__(self) -> None:
         """See `Options`; also checks what goes together."""
@@ -157,7 +157,7 @@ class TrialSizes(Rounds):
 class DiagnoseBench(TrialSizes):
     """Every statistic of scores in `diagnose`, on a list of VoxCeleb1-E's size: seconds."""
 
-    models: int = option("quantized models beside the reference", 4, at_least=1)
+    models: int = option("quantized models beside the reference", 4, at_least=1, at_most=100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,7 @@ class ExtractBench(Rounds):
     data: str = option("recordings: any DATA form", metavar="DATA")
     features: Literal["own", "ours"] = option("whose features ONNX Runtime starts from", "own")
     compute: Compute = option("our network's arithmetic", "float32")
-    threads: int = option("of ONNX Runtime", 2, at_least=1)
+    threads: int = option("of ONNX Runtime", 2, at_least=1, at_most=1024)
     utterances: int = option("how many, evenly over the data; 0: all", 0, at_least=0)
 
 
@@ -190,8 +190,8 @@ class FrontendBench(Rounds):
 
     data: str = option("audio: any DATA form", "synthetic:dev", metavar="DATA")
     utterances: int = option("how many, evenly over the data", 64, at_least=1)
-    batch: int = option("utterances in a batch", 16, at_least=1)
-    repeats: int = option("timed rounds, each side in turn; the median counts", 7, at_least=1)
+    batch: int = option("utterances in a batch", 16, at_least=1, at_most=4096)
+    repeats: int = option("timed rounds, each side in turn; the median counts", 7, at_least=1, at_most=10_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,10 +200,10 @@ class KmqatBench(Rounds):
 
     model: str = option("network, by its registry name", "resnet36")
     bits: tuple[int, ...] = option("bits to compare with full precision", (4, 2), at_least=1, at_most=8)
-    batch: int = option("utterances in a batch", 16, at_least=1)
-    frames: int = option("frames of an utterance", 200, at_least=1)
+    batch: int = option("utterances in a batch", 16, at_least=1, at_most=4096)
+    frames: int = option("frames of an utterance", 200, at_least=1, at_most=100_000)
     dtype: Compute = option("compute dtype; parameters are float32", "float32")
-    repeats: int = option("timed steps of each", 5, at_least=1)
+    repeats: int = option("timed steps of each", 5, at_least=1, at_most=10_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +238,7 @@ class QuantBench(Rounds):
 class ScoreBench(TrialSizes):
     """Scoring and evaluating a long trial list beside numpy and scikit-learn: time and memory."""
 
-    dim: int = option("dimensions of an embedding", 256, at_least=1)
+    dim: int = option("dimensions of an embedding", 256, at_least=1, at_most=65_536)
     spread: float = option("of utterances about their speaker: sets the EER", 2.2, above=0)
 
 
@@ -253,10 +253,10 @@ class TrainBench(Rounds):
 
     peer: Literal["torch", "none"] = option("what to run beside ours", "torch")
     dtype: Compute = option("compute dtype; parameters are float32", "float32")
-    batch: int = option("utterances in a batch", 16, at_least=1)
-    frames: int = option("frames of an utterance", 200, at_least=1)
-    threads: int = option("CPU threads of each side", 2, at_least=1)
-    repeats: int = option("timed steps of each side", 7, at_least=1)
+    batch: int = option("utterances in a batch", 16, at_least=1, at_most=4096)
+    frames: int = option("frames of an utterance", 200, at_least=1, at_most=100_000)
+    threads: int = option("CPU threads of each side", 2, at_least=1, at_most=1024)
+    repeats: int = option("timed steps of each side", 7, at_least=1, at_most=10_000)
 
 
 BENCHMARKS: dict[str, type[Options]] = {

@@ -33,8 +33,8 @@ class CalibrationOptions(Options):
     objective: str = option("pareto: what is kept low", "flips", choices=OBJECTIVES)
     cost: str = option("bits that count as cost", "sequential", choices=COSTS)
     symmetric: bool = option("gates that reach equally far on both sides of the threshold, as in the paper", False)
-    replicates: int = option("bootstrap draws for the threshold's interval; 0: none", 200, at_least=0)
-    seed: int = option("of the bootstrap and of the deal of speakers", 0, at_least=0)
+    replicates: int = option("bootstrap draws for the threshold's interval; 0: none", 200, at_least=0, at_most=100_000)
+    seed: int = option("of the bootstrap and of the deal of speakers", 0, at_least=0, at_most=2**32 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,15 +23,18 @@ class Files(Options):
     enrol_models: str | None = option(
         "the list enrols models: `model utterance [utterance ...]` a line", None, metavar="FILE"
     )
-    out: Path = option("the policy, JSON")
+    out: Path = option("the policy, JSON", writes="file")
     cascade: Path | None = option(
-        "also make this directory of policy and models, for `verify` and `cascade`", None, metavar="DIR"
+        "also make this directory of policy and models, for `verify` and `cascade`",
+        None,
+        metavar="DIR",
+        writes="directory",
     )
     models: tuple[str, ...] = option(
         "MODEL of one level, once for each; with --cascade", (), flag="model", metavar="BITS:MODEL"
     )
     plot: Path | None = option(
-        "picture of the Pareto front; left out: beside --out", None, suffixes=(".png", ".pdf", ".svg")
+        "picture of the Pareto front; left out: beside --out", None, suffixes=(".png", ".pdf", ".svg"), writes="file"
     )
 
 
@@ -59,11 +62,16 @@ def main() -> None:
     levels, models = parse_levels(files.levels), dict(parse_levels(files.models, "model", "MODEL"))
     if bool(files.cascade) != bool(models) or files.cascade and set(models) != {bits for bits, _ in levels}:
         raise UserError("--cascade needs one --model=BITS:MODEL for each --stage, and they need --cascade")
+    # Beside a device there is no place for a picture.
+    plot = files.plot or (files.out.with_suffix(".png") if files.out.is_file() or not files.out.exists() else None)
+    if plot == files.out:
+        raise UserError(f"--out (={files.out}) is where the picture goes: name the policy .json, or give --plot")
     policy = calibrate.calibrate(levels, files.reference, files.trials, options, files.enrol_models)
     policy.save(files.out)
     if files.cascade:
         save_cascade(files.cascade, policy, models)
-    figures.draw_front(files.plot or files.out.with_suffix(".png"), policy)
+    if plot:
+        figures.draw_front(plot, policy)
     print(calibrate.describe(policy))
     if warning := calibrate.warning(policy):
         print(warning, file=sys.stderr)

@@ -27,9 +27,11 @@ class Files(Options):
     enrol_models: str | None = option(
         "the list enrols models: `model utterance [utterance ...]` a line", None, metavar="FILE"
     )
-    out: Path | None = option("write `enrol,test,score,decision,bits` here, in trial order; decision is 1 or 0", None)
+    out: Path | None = option(
+        "write `enrol,test,score,decision,bits` here, in trial order; decision is 1 or 0", None, writes="file"
+    )
     llr: bool = option("add the column `llr`, natural log likelihood ratios", False)
-    json: Path | None = option("write the figures here", None)
+    json: Path | None = option("write the figures here", None, writes="file")
 
 
 COMMAND = Command(

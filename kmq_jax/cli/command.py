@@ -1,6 +1,7 @@
 """What every command does alike: flags from options, errors of one line with status 2, `--help` with an example."""
 
 import argparse
+import contextlib
 import difflib
 import os
 import select
@@ -89,22 +90,65 @@ def run(command: str, main: Callable[[], None], options: Sequence[type[Options]]
         main: what to run.
         options: classes whose fields messages may name; the flags are named instead.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape")  # names of files are any bytes
     try:
-        main()
+        status = _status_of(main)
         # Here and not when Python ends: a reader who has gone must show inside this `try`.
         sys.stdout.flush()
-    except UserError as error:
-        message = " ".join(name_flags(str(error), *options).split())
-        print(f"{f'kmq-jax {command}'.strip()}: {message}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(130)
     except BrokenPipeError:
         # Another pipe may have broken, such as a worker's: that is no reason to be silent.
         if not _reader_has_gone():
             raise
         sys.exit(141)
-    sys.exit(0)
+    except (
+        UserError,
+        OSError,
+        MemoryError,
+        RecursionError,
+    ) as error:
+        message = " ".join(name_flags(_line(error), *options).split())
+        print(f"{f'kmq-jax {command}'.strip()}: {message}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        # What XLA raises where an array does not fit; its type can be named only where JAX is loaded.
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"kmq-jax {command}: not enough memory: {str(error).splitlines()[0][:300]}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(status)
+
+
+def _status_of(main: Callable[[], None]) -> int | str | None:
+    """Runs `main`, and gives the status that it asks for."""
+    try:
+        main()
+    except SystemExit as asked:
+        return asked.code
+    return 0
+
+
+def _line(error: BaseException) -> str:
+    """What a user is told of an error. A full disk, or a file that has gone, is no fault of the program."""
+    if isinstance(error, OSError):
+        place = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, (str, bytes)) else ""
+        return f"cannot read or write{place}: {error.strerror or error}"
+    if isinstance(error, MemoryError):
+        return f"not enough memory: {error}".removesuffix(": ")
+    return "something given is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process at once: threads of libraries that are still at work would crash while Python winds down."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if "pytest" in sys.modules:  # a test's own process must not end
+        sys.exit(status)
+    os._exit(status)
 
 
 def _reader_has_gone() -> bool:

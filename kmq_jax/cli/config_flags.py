@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.outputs import check_outputs
 
 if TYPE_CHECKING:
     import ml_collections
@@ -77,14 +78,17 @@ def parse_flags(
             config.to_dict()  # a file that cannot be loaded is told only when its configuration is used
     except OSError as error:
         raise UserError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error
-    except (absl_flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (absl_flags.Error, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(_told(str(error))) from error
+    except (SyntaxError, ImportError, NameError, ArithmeticError, LookupError) as error:
+        raise UserError(f"--config cannot be loaded: {type(error).__name__}: {error}") from error
     if rest[1:]:
         raise UserError(f"argument {rest[1]!r} is not a flag (see --help)")
     if config is None or workdir is None:
         raise UserError("--config and --workdir are both needed (see --help)")
     if "://" in workdir:
         raise UserError(f"--workdir={workdir} is no directory: mount the bucket (launch/README.md)")
+    check_outputs({}, {"--workdir": Path(workdir or " ")}, {})
     return config, Path(workdir)
 
 

@@ -19,7 +19,7 @@ class Files(Options):
         "DATA that the trials compare; with embeddings: for durations, gender and age", None, metavar="DATA"
     )
     trials: str = option("trial list, or synthetic:SPLIT; left out: pairs drawn at random", "", metavar="TRIALS")
-    out: Path = option("directory for tables, figures and report.html", metavar="DIR")
+    out: Path = option("directory for tables, figures and report.html", metavar="DIR", writes="directory")
 
 
 COMMAND = Command(

@@ -13,7 +13,7 @@ class Files(Options):
     """What the command reads and writes."""
 
     model: str = option("MODEL: a training workdir, a .kmq file or an imported directory", metavar="MODEL")
-    out: Path = option("the .onnx file to write")
+    out: Path = option("the .onnx file to write", writes="file")
     bits: int | None = option("bits at which a nested model is read; left out: the most it has", None, at_least=1)
     opset: int | None = option("operator set; left out: the oldest with a type for all of the model's bits", None)
 

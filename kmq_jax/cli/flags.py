@@ -2,12 +2,15 @@
 
 import argparse
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import require_regular
 from kmq_jax.core.options import NAMES, Options, kind_of, limits_of, shown
+from kmq_jax.core.outputs import check_outputs
 
 T = TypeVar("T", bound=Options)
 
@@ -80,9 +83,42 @@ def options_of(options: type[T], args: argparse.Namespace) -> T:
             value = tuple(_read(part, kind.type, _flag(field), part, False) for part in value)
         values[field.name] = value
     try:
-        return options(**values)
+        made = options(**values)
     except UserError as error:
         raise UserError(name_flags(str(error), options)) from error
+    _check_places(made)
+    return made
+
+
+def _check_places(options: Options) -> None:
+    """Refuses outputs that cannot be written, or that are read, and inputs that are no files.
+
+    Raises:
+        UserError: the message names the flag.
+    """
+    outputs: dict[str, dict[str, Path]] = {"file": {}, "directory": {}}
+    inputs: dict[str, list[str]] = {}
+    for field in dataclasses.fields(options):
+        limits, kind = limits_of(field), kind_of(type(options), field.name)
+        value = getattr(options, field.name)
+        if value is None or kind.type not in (str, Path) or kind.choices or limits.choices:
+            continue
+        if limits.writes:
+            outputs[limits.writes][_flag(field)] = value
+        else:
+            given = value if kind.many else (value,)
+            # BITS:PLACE of one level; several DATA are separated by commas.
+            inputs[_flag(field)] = [
+                part for one in given for part in {str(one), re.sub(r"^\d+:", "", str(one)), *str(one).split(",")}
+            ]
+    for flag, places in inputs.items():
+        for place in places:
+            try:
+                if not os.path.isdir(place):
+                    require_regular(place)
+            except UserError as error:
+                raise UserError(f"{flag}: {error}") from error
+    check_outputs(outputs["file"], outputs["directory"], inputs)
 
 
 def name_flags(message: str, *options: type[Options]) -> str:

@@ -14,7 +14,7 @@ class Files(Options):
     """What the command reads and writes."""
 
     source: Path = option("the file to import")
-    out: Path = option("directory to write; it is a MODEL for every command", metavar="DIR")
+    out: Path = option("directory to write; it is a MODEL for every command", metavar="DIR", writes="directory")
     format: Literal["wespeaker-onnx", "wespeaker-torch", "kiwano"] | None = option(
         "of the file; left out: found from the file", None
     )

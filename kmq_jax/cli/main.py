@@ -6,6 +6,7 @@ import sys
 
 from kmq_jax.cli import command
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.options import Options
 
 COMMANDS = {
     "train": "train a network from a configuration; resumes where it stopped",
@@ -56,9 +57,16 @@ def main() -> None:
 
 def run(name: str) -> None:
     """Runs a command on this process's command line; exits with its status."""
-    module = importlib.import_module(f"kmq_jax.cli.{name}")
-    found = getattr(module, "COMMAND", None)
-    command.run(name, module.main, found.options if found else ())
+    options: list[type[Options]] = []
+
+    def main() -> None:
+        # Within what handles errors: importing takes long enough to be interrupted.
+        module = importlib.import_module(f"kmq_jax.cli.{name}")
+        found = getattr(module, "COMMAND", None)
+        options.extend(found.options if found else ())
+        module.main()
+
+    command.run(name, main, options)
 
 
 def answer(words: list[str]) -> None:

@@ -14,8 +14,8 @@ class Flags(Options):
     """What the command reads and writes, and how."""
 
     source: str = option("DATA: a Kaldi directory, VoxCeleb tree, folder or CSV", metavar="DATA")
-    out: Path = option("the directory to write", metavar="DIR")
-    workers: int | None = option("processes; left out: one a core", None, at_least=1)
+    out: Path = option("the directory to write", metavar="DIR", writes="directory")
+    workers: int | None = option("processes; left out: one a core", None, at_least=1, at_most=1024)
     min_seconds: float = option("shorter recordings are rejected", 0.5, at_least=0, below=3600)
 
 

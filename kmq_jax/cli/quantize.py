@@ -15,7 +15,7 @@ class Files(Options):
     """What the command reads and writes."""
 
     model: str = option("MODEL to quantize", metavar="MODEL")
-    out: Path = option("the .kmq file to write")
+    out: Path = option("the .kmq file to write", writes="file")
     data: str | None = option("fit layers on crops of these recordings", None, metavar="DATA")
 
 

@@ -21,11 +21,13 @@ class Files(Options):
     )
     snorm_cohort: Path | None = option("embeddings of a cohort of other speakers, for adaptive S-norm", None)
     calibration: Path | None = option("use this calibration instead of a cross-validated one", None)
-    save_calibration: Path | None = option("write the logistic calibration fitted on all these trials", None)
-    out: Path | None = option("write `enrol test score` lines here, in trial order", None)
-    json: Path | None = option("write the figures here", None)
+    save_calibration: Path | None = option(
+        "write the logistic calibration fitted on all these trials", None, writes="file"
+    )
+    out: Path | None = option("write `enrol test score` lines here, in trial order", None, writes="file")
+    json: Path | None = option("write the figures here", None, writes="file")
     det: Path | None = option(
-        "draw the DET curve into this .png, .pdf or .svg", None, suffixes=(".png", ".pdf", ".svg")
+        "draw the DET curve into this .png, .pdf or .svg", None, suffixes=(".png", ".pdf", ".svg"), writes="file"
     )
 
 

@@ -13,7 +13,7 @@ class Files(Options):
     """What the command reads and writes."""
 
     model: str = option("MODEL to look at", metavar="MODEL")
-    json: Path | None = option("write the totals here", None)
+    json: Path | None = option("write the totals here", None, writes="file")
 
 
 COMMAND = Command(

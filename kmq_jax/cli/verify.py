@@ -18,7 +18,7 @@ class Files(Options):
     enrol: Path = option("recording of the claimed speaker")
     test: Path = option("recording to verify")
     compute: Compute = option("arithmetic below the last level", "float32")
-    json: Path | None = option("write `decision`, `score`, `llr`, `bits`, `seconds` here", None)
+    json: Path | None = option("write `decision`, `score`, `llr`, `bits`, `seconds` here", None, writes="file")
 
 
 COMMAND = Command(

@@ -21,7 +21,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from kmq_jax.core.errors import UserError
 
@@ -40,6 +40,7 @@ class Limits:
     metavar: str | None = None
     flag: str | None = None
     repeat: bool = False
+    writes: str = ""
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with one value, as "must be ...", or None."""
@@ -48,6 +49,8 @@ class Limits:
         # Before the ranges: infinity lies in any that has no upper end.
         if isinstance(value, float) and not math.isfinite(value):
             return "must be a finite number"
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            return "must be less than 2^63"
         if self.suffixes and not str(value).endswith(self.suffixes):
             return f"must end in {' or '.join(', '.join(self.suffixes).rsplit(', ', 1))}"
         for name, words, kept in (
@@ -75,6 +78,7 @@ def option(
     metavar: str | None = None,
     flag: str | None = None,
     repeat: bool = False,
+    writes: Literal["", "file", "directory"] = "",
 ) -> Any:
     """A field of an `Options` dataclass.
 
@@ -90,8 +94,12 @@ def option(
         metavar: stands for the value in the flag's help, such as "BITS:MODEL".
         flag: the flag's name, where it is not the field's.
         repeat: a tuple of numbers is given by repeating the flag, not separated by commas.
+        writes: the field names a file or a directory that is written; everything else that names one is read. What
+            cannot be written is found before the work (`core.outputs`).
     """
-    limits = Limits(help, at_least, above, at_most, below, tuple(choices), tuple(suffixes), metavar, flag, repeat)
+    limits = Limits(
+        help, at_least, above, at_most, below, tuple(choices), tuple(suffixes), metavar, flag, repeat, writes
+    )
     return dataclasses.field(default=default, metadata={"option": limits})
 
 
@@ -130,7 +138,7 @@ class Options:
                 raise ValueError("a list")
             return tuple(_cast(one, kind.type) for one in value)
         except ValueError as error:
-            raise UserError(f"`{name}` (={shown(value)}) must be {error}") from None
+            raise UserError(f"`{name}` (={shown(value)[:200]}) must be {error}") from None
 
     @classmethod
     def of(cls, values: Mapping[str, object], where: str = "") -> Self:
@@ -216,8 +224,11 @@ def _cast(value: Any, kind: type) -> object:
         return Path(value)
     # True is an int to Python: it must not pass for 1.0.
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hasattr(value, "item") and not isinstance(value, (str, bool)):
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError("a finite number") from None
+    if hasattr(value, "item") and not isinstance(value, (str, bool)) and getattr(value, "size", 1) == 1:
         value = value.item()  # a scalar of numpy
     if kind in NAMES and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
         raise ValueError(NAMES[kind])

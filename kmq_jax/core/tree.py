@@ -8,6 +8,7 @@ import jax
 from jax.tree_util import DictKey, GetAttrKey, KeyPath
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.limits import time_limit
 
 Array: TypeAlias = Any
 """An array of jax or of numpy: they share the methods used here, but no type."""
@@ -22,6 +23,8 @@ Variables: TypeAlias = Any
 """What a network is applied with: `{"params": tree, "batch_stats": tree}`."""
 
 IsLeaf: TypeAlias = Callable[[Leaf], bool] | None
+
+_PATIENCE = 10.0  # seconds for all rules on all names; a tree of thousands of names takes milliseconds
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -98,24 +101,26 @@ def match_rules(rules: Sequence[tuple[str, T]], names: Iterable[str], default: A
         `{name: value}` in the order of `names`.
 
     Raises:
-        UserError: a pattern is not a regular expression, or it is the first match of no name: an unused rule is
-            nearly always a misspelt one.
+        UserError: a pattern is not a regular expression, takes too long to match, or is the first match of no name: an
+            unused rule is nearly always a misspelt one.
     """
     compiled = []
     for pattern, value in rules:
         try:
             compiled.append((re.compile(pattern), value))
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError, TypeError) as error:
             raise UserError(f"rule pattern {pattern!r} is not a regular expression: {error}") from error
     used = [False] * len(compiled)
     values: dict[str, T | Any] = {}
-    for name in names:
-        values[name] = default
-        for i, (expression, value) in enumerate(compiled):
-            if expression.search(name):
-                values[name] = value
-                used[i] = True
-                break
+    # Some expressions, such as (a+)+$, take longer than anyone can wait.
+    with time_limit(_PATIENCE, f"rule patterns {', '.join(repr(pattern) for pattern, _ in rules)}"):
+        for name in names:
+            values[name] = default
+            for i, (expression, value) in enumerate(compiled):
+                if expression.search(name):
+                    values[name] = value
+                    used[i] = True
+                    break
     for (expression, _), was_used in zip(compiled, used):
         if not was_used:
             raise UserError(f"rule pattern {expression.pattern!r} is the first match of no name")

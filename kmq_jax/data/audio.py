@@ -1,25 +1,35 @@
 """Reads recordings of any common format as mono float32 at 16 kHz; errors say what is wrong with a bad one."""
 
+import contextlib
 import math
 import os
 import re
 import shutil
-import struct
+import stat
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.data import containers
 
 SAMPLE_RATE = 16000  # Hz, of everything behind this module
 RATES = (8000, 384000)  # Hz; below the first speech has lost too much, above the second a header is nonsense
 MIN_SECONDS = 0.1  # four analysis frames; `prepare_data` asks for more
 MAX_SECONDS = 3600.0  # bounds memory, whatever a header claims
 SILENCE = 1e-4  # RMS around the mean below which nothing was recorded: -80 dB of full scale
-SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".sph", ".aiff", ".aif", ".m4a", ".aac", ".mp4"})
+LOUDEST = 2.0  # what lies above is no sound of full scale 1; a lossy decoder overshoots by less
+MOST_OUTSIDE = 0.01  # share of a lossless recording's samples that may lie outside full scale
+SUFFIXES = frozenset(
+    {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".sph", ".aiff", ".aif", ".aifc", ".au", ".snd"}
+)
+SUFFIXES |= {".w64", ".rf64", ".caf", ".m4a", ".aac", ".mp4"}
 _FFMPEG_SUFFIXES = frozenset({".m4a", ".aac", ".mp4"})  # what libsndfile cannot read
-_BLOCK = 1 << 18  # frames decoded at a time
+_BLOCK = 1 << 18  # samples decoded at a time
+_ENDLESS = 1 << 62  # frames, as libsndfile has it where a header does not know
 
 
 class AudioError(UserError):
@@ -60,28 +70,33 @@ def read_audio(
         silence: RMS around the mean below which it is "silent"; 0 allows silence.
 
     Returns:
-        `[samples]` float32 at 16 kHz, in [-1, 1) but for what a lossy decoder or the resampler overshoots.
+        `[samples]` float32 at 16 kHz, in [-1, 1]: what a lossy decoder or the resampler overshoots is clipped.
 
     Raises:
         AudioError: missing, unreadable, empty, truncated, silent, too short or too long, a sample rate out of range,
-            or values that are not finite.
+            or values that are not finite, or not of full scale 1.
     """
     path = Path(path)
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise AudioError(
-            path, "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({error.strerror})"
-        ) from None
-    if not path.is_file():
-        raise AudioError(path, "unreadable (not a file)")
-    if size == 0:
+    if _regular(path) == 0:
         raise AudioError(path, "empty")
     if path.suffix.lower() in _FFMPEG_SUFFIXES:
         wave, rate = _decode_ffmpeg(path, start, seconds, max_seconds), SAMPLE_RATE
     else:
         wave, rate = _decode(path, start, seconds, max_seconds)
-    return checked(resample(wave, rate), path, min_seconds, silence)
+    return checked(np.clip(resample(wave, rate), -1, 1), path, min_seconds, silence)
+
+
+def _regular(path: Path) -> int:
+    """The size of a file in bytes. A pipe or a device, which may never end, is refused before it is opened."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise AudioError(path, "missing") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise AudioError(path, f"unreadable ({getattr(error, 'strerror', None) or error})") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise AudioError(path, "unreadable (not a file)")
+    return found.st_size
 
 
 def checked(
@@ -96,6 +111,25 @@ def checked(
         raise AudioError(path, f"too short ({len(wave) / SAMPLE_RATE:.2f} s)")
     if wave.std(dtype=np.float64) < silence:
         raise AudioError(path, "silent")
+    return wave
+
+
+def in_scale(wave: np.ndarray, path: str | os.PathLike[str], lossy: bool = False) -> np.ndarray:
+    """Returns `wave` `[samples]` unchanged if it is of full scale 1, as far as its values tell.
+
+    16-bit values in a file of floating point would else be clipped to noise by one reader, and be heard by another.
+
+    Args:
+        wave: `[samples]`.
+        path: for messages.
+        lossy: a decoder overshoots where a recording was loud, however often that was.
+
+    Raises:
+        AudioError: it is not.
+    """
+    peak = float(np.abs(wave).max(initial=0.0))
+    if 1 < peak < math.inf and (peak > LOUDEST or not lossy and np.mean(np.abs(wave) > 1) > MOST_OUTSIDE):
+        raise AudioError(path, f"values up to {peak:.6g}, where full scale is 1: scale them to [-1, 1]")
     return wave
 
 
@@ -123,11 +157,12 @@ def to_mono_16k(wave: np.ndarray, rate: int) -> np.ndarray:
         raise UserError(f"sample rate {rate} Hz is outside {RATES[0]}-{RATES[1]} Hz")
     if not np.isfinite(wave).all():
         raise UserError("audio holds values that are not finite (NaN or infinity)")
-    return resample((wave if wave.ndim == 1 else wave.mean(axis=1)).astype(np.float32), rate)
+    wave = in_scale((wave if wave.ndim == 1 else wave.mean(axis=1)).astype(np.float32), "the recording", lossy=True)
+    return np.clip(resample(wave, rate), -1, 1)
 
 
 def num_samples(path: str | os.PathLike[str]) -> int:
-    """Returns how many samples at 16 kHz `read_audio` would give, from the header alone where there is one.
+    """Returns how many samples at 16 kHz `read_audio` would give, from the header alone where that tells it.
 
     Raises:
         AudioError: the file is missing or its header cannot be read.
@@ -135,8 +170,10 @@ def num_samples(path: str | os.PathLike[str]) -> int:
     path = Path(path)
     if path.suffix.lower() in _FFMPEG_SUFFIXES:
         return len(read_audio(path))
-    with _open(path) as sound:
-        return resampled_length(sound.frames, sound.samplerate)
+    with _open(path) as (sound, frames):
+        if frames is None:
+            frames = sum(map(len, _blocks(sound, path, MAX_SECONDS * sound.samplerate)))
+        return resampled_length(frames, sound.samplerate)
 
 
 def resampled_length(samples: int, rate: int) -> int:
@@ -182,100 +219,99 @@ def is_exact(path: str | os.PathLike[str]) -> bool:
     path = Path(path)
     if path.suffix.lower() not in (".wav", ".flac"):
         return False
-    with _open(path) as sound:
-        return sound.samplerate == SAMPLE_RATE and sound.channels == 1 and sound.subtype.startswith("PCM")
+    with _open(path) as (sound, frames):
+        exact = sound.samplerate == SAMPLE_RATE and sound.channels == 1 and sound.subtype.startswith("PCM")
+        return exact and frames is not None
 
 
-def _open(path: Path):
-    """Opens a file for decoding; the caller closes it."""
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[tuple[Any, int | None]]:
+    """Opens a file for decoding: yields the sound, and its frames where the header tells them."""
     import soundfile
 
-    if not path.exists():
-        raise AudioError(path, "missing")
+    _regular(path)
     try:
-        sound = soundfile.SoundFile(path)
-    except (soundfile.LibsndfileError, OSError, TypeError) as error:
+        extent = containers.extent(path)
+        if extent.truncated:
+            raise AudioError(path, "truncated")
+        # As bytes: a name need not be UTF-8.
+        sound = soundfile.SoundFile(containers.Patched(path, extent) if extent.mends else os.fsencode(path))
+    except AudioError:
+        raise
+    except (soundfile.LibsndfileError, OSError, TypeError, ValueError) as error:
         raise AudioError(path, f"unreadable ({_plain(error)})") from None
-    if not RATES[0] <= sound.samplerate <= RATES[1]:
-        rate = sound.samplerate
-        sound.close()
-        raise AudioError(path, f"sample rate {rate} Hz is outside {RATES[0]}-{RATES[1]} Hz")
-    return sound
+    with sound:
+        if not RATES[0] <= sound.samplerate <= RATES[1]:
+            raise AudioError(path, f"sample rate {sound.samplerate} Hz is outside {RATES[0]}-{RATES[1]} Hz")
+        yield sound, None if sound.frames >= _ENDLESS else sound.frames
 
 
 def _plain(error: Exception) -> str:
     return str(error).split(": ")[-1].strip().rstrip(".") or type(error).__name__
 
 
-def _decode(path: Path, start: float, seconds: float | None, max_seconds: float) -> tuple[np.ndarray, int]:
-    """Decodes with libsndfile, block by block, so that a header that lies about the length allocates nothing."""
+def _blocks(sound: Any, path: Path, most: float, wanted: float = math.inf) -> Iterator[np.ndarray]:
+    """Decodes block by block, so that a header that lies about the length allocates nothing.
+
+    Args:
+        sound: where decoding goes on.
+        path: for messages.
+        most: frames; more are "too long".
+        wanted: frames to stop after.
+
+    Yields:
+        Mono `[frames]` float32.
+    """
     import soundfile
 
-    with _open(path) as sound:
-        rate = sound.samplerate
-        if path.suffix.lower() == ".wav" and _wav_is_truncated(path):
-            raise AudioError(path, "truncated")
-        if sound.format == "OGG" and _ogg_is_truncated(path):
-            raise AudioError(path, "truncated")
+    got = 0
+    try:
+        while got < wanted:
+            ask = int(min(max(_BLOCK // sound.channels, 1), wanted - got))
+            block = sound.read(ask, dtype="float32", always_2d=True)
+            if not len(block):
+                return
+            got += len(block)
+            if got > most:
+                raise AudioError(path, f"too long (over {most / sound.samplerate:.0f} s)")
+            yield block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
+    except soundfile.LibsndfileError as error:
+        # FLAC says how long it should be, so an error on the way is nearly always a cut file.
+        reason = "truncated" if sound.format == "FLAC" else f"unreadable ({_plain(error)})"
+        raise AudioError(path, reason) from None
+
+
+def _decode(path: Path, start: float, seconds: float | None, max_seconds: float) -> tuple[np.ndarray, int]:
+    """Decodes with libsndfile."""
+    import soundfile
+
+    with _open(path) as (sound, frames):
+        rate, most = sound.samplerate, max_seconds * sound.samplerate
         begin = round(start * rate)
-        end = sound.frames if seconds is None else min(begin + round(seconds * rate), sound.frames)
-        wanted = max(end - begin, 0)
-        if wanted > max_seconds * rate:
-            raise AudioError(path, f"too long ({wanted / rate:.0f} s)")
-        blocks: list[np.ndarray] = []
-        got = 0
-        try:
-            if begin and wanted:
-                sound.seek(begin)
-            while got < wanted:
-                block = sound.read(min(_BLOCK, wanted - got), dtype="float32", always_2d=True)
-                if not len(block):
-                    break
-                blocks.append(block.mean(axis=1) if block.shape[1] > 1 else block[:, 0])
-                got += len(block)
-        except soundfile.LibsndfileError as error:
-            # FLAC says how long it should be, so an error on the way is nearly always a cut file.
-            reason = "truncated" if sound.format == "FLAC" else f"unreadable ({_plain(error)})"
-            raise AudioError(path, reason) from None
-        if got < wanted and sound.format != "MP3":  # the length of an MP3 without an index is a guess
-            raise AudioError(path, "truncated")
-    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32), rate
+        wanted = math.inf if seconds is None else round(seconds * rate)
+        if frames is None:
+            # Nowhere to seek to: what comes before is decoded, too.
+            wave = _joined(_blocks(sound, path, begin + most, begin + wanted))[begin:]
+            if len(wave) > most:
+                raise AudioError(path, f"too long (over {max_seconds:.0f} s)")
+        else:
+            wanted = max(min(wanted, frames - begin), 0)
+            if wanted > most:
+                raise AudioError(path, f"too long ({wanted / rate:.0f} s)")
+            try:
+                if begin and wanted:
+                    sound.seek(begin)
+            except soundfile.LibsndfileError as error:
+                raise AudioError(path, f"unreadable ({_plain(error)})") from None
+            wave = _joined(_blocks(sound, path, most, wanted))
+            if len(wave) < wanted:
+                raise AudioError(path, "truncated")
+        floats = sound.subtype in ("FLOAT", "DOUBLE")
+    return in_scale(wave, path, lossy=not floats), rate
 
 
-def _wav_is_truncated(path: Path) -> bool:
-    """Whether a RIFF file is shorter than its data chunk says; libsndfile silently reads what is there."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(12)
-        if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
-            return False
-        while True:
-            chunk = file.read(8)
-            if len(chunk) < 8:
-                return False
-            name, length = chunk[:4], struct.unpack("<I", chunk[4:])[0]
-            if name == b"data":
-                # Writers to a pipe, who cannot know the length, leave 0 or close to 2^31 or 2^32.
-                return 0 < length < 0x7FFFF000 and file.tell() + length > size
-            file.seek(length + length % 2, os.SEEK_CUR)
-
-
-def _ogg_is_truncated(path: Path) -> bool:
-    """Whether the last Ogg page runs past the end of the file."""
-    size = path.stat().st_size
-    tail = min(size, 1 << 17)  # a page is at most 65,307 bytes
-    with path.open("rb") as file:
-        file.seek(size - tail)
-        data = file.read(tail)
-    page = data.rfind(b"OggS")
-    if page < 0:
-        return True
-    # A page: 27 bytes, of which the last counts the segments; their lengths; the segments.
-    segments = page + 27
-    if segments > len(data) or segments + data[page + 26] > len(data):
-        return True
-    count = data[page + 26]
-    return segments + count + sum(data[segments : segments + count]) > len(data)
+def _joined(blocks: Iterator[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.float32), *blocks])
 
 
 def _decode_ffmpeg(path: Path, start: float, seconds: float | None, max_seconds: float) -> np.ndarray:
@@ -300,4 +336,4 @@ def _decode_ffmpeg(path: Path, start: float, seconds: float | None, max_seconds:
     wave = np.frombuffer(done.stdout[: len(done.stdout) // 4 * 4], "<f4")
     if seconds is None and len(wave) > max_seconds * SAMPLE_RATE:
         raise AudioError(path, f"too long (over {max_seconds:.0f} s)")
-    return wave.astype(np.float32)
+    return in_scale(wave.astype(np.float32), path, lossy=True)

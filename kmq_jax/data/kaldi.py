@@ -1,10 +1,12 @@
 """Kaldi data directories: `wav.scp`, `utt2spk`, and where present `segments`, `spk2gender`, `spk2age`."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import require_regular
 from kmq_jax.data.table import Utterances, require_unique
 
 
@@ -45,6 +47,7 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
     Raises:
         UserError: the file cannot be read or is not UTF-8.
     """
+    require_regular(path)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -102,7 +105,7 @@ def open_kaldi(root: Path) -> Utterances:
 
 
 def _read_segments(path: Path, recordings: dict[str, str]) -> tuple[list[str], list[str], np.ndarray, list[int]]:
-    """Reads `utterance recording first last` (seconds)."""
+    """Reads `utterance recording first last` (seconds; a last of -1 is the recording's end)."""
     ids: list[str] = []
     paths: list[str] = []
     spans: list[tuple[float, float]] = []
@@ -120,7 +123,11 @@ def _read_segments(path: Path, recordings: dict[str, str]) -> tuple[list[str], l
             span = float(first), float(last)
         except ValueError:
             raise UserError(f"{path}:{number}: {first} and {last} must be seconds") from None
-        if not 0 <= span[0] < span[1] < float("inf"):
+        if span[1] == -1:  # Kaldi's "to the end"
+            span = span[0], math.inf
+        elif span[1] == math.inf:
+            raise UserError(f"{path}:{number}: {last} must be seconds, or -1 for the end of the recording")
+        if not 0 <= span[0] < span[1]:
             raise UserError(f"{path}:{number}: a segment from {first} to {last} seconds")
         ids.append(key)
         paths.append(recordings[recording])

@@ -13,13 +13,14 @@ from kmq_jax.data.voxceleb import open_voxceleb, tree_root
 __all__ = ["SAMPLE_RATE", "AudioError", "Utterances", "open_source", "open_sources", "read_audio", "to_mono_16k"]
 
 
-def open_source(data: str | os.PathLike[str]) -> Utterances:
+def open_source(data: str | os.PathLike[str], speakers: bool = True) -> Utterances:
     """Opens a DATA argument.
 
     Args:
         data: a Kaldi data directory (`wav.scp`, `utt2spk`), a VoxCeleb tree (`id*/video/utt.wav|m4a|flac`), any folder
             of `speaker/**/audio`, a CSV with `path,speaker`, a dataset made by `prepare_data` (or by tfds), or
             `synthetic:SPLIT[?key=value]` for the embedded corpus.
+        speakers: whether it matters who speaks: not of noise.
 
     Returns:
         The utterances; nothing is decoded yet.
@@ -37,8 +38,11 @@ def open_source(data: str | os.PathLike[str]) -> Utterances:
 
         return open_synthetic(text)
     path = Path(text)
-    if not path.exists():
-        raise UserError(f"no data at {text}: no such file or directory")
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise UserError(f"no data at {text}: {reason}") from None
     if path.is_file():
         if path.suffix.lower() == ".csv":
             return open_csv(path)
@@ -53,13 +57,17 @@ def open_source(data: str | os.PathLike[str]) -> Utterances:
         )
     if (path / "wav.scp").is_file():
         return open_kaldi(path)
-    return open_voxceleb(path) if tree_root(path) else open_folder(path)
+    return open_voxceleb(path) if tree_root(path) else open_folder(path, speakers)
 
 
-def open_sources(data: str) -> Utterances:
+def open_sources(data: str, speakers: bool = True) -> Utterances:
     """Opens several DATA arguments, separated by commas, as one table.
 
     Speakers of the same name in two of them are taken for different people.
+
+    Args:
+        data: DATA, or several.
+        speakers: as in `open_source`.
 
     Raises:
         UserError: as `open_source`.
@@ -67,4 +75,5 @@ def open_sources(data: str) -> Utterances:
     >>> len(open_sources("synthetic:dev?speakers=2&utterances=3,synthetic:test?speakers=2&utterances=3"))
     12
     """
-    return concatenate([open_source(part.strip()) for part in data.split(",") if part.strip()] or [open_source(data)])
+    parts = [part.strip() for part in data.split(",") if part.strip()]
+    return concatenate([open_source(part, speakers) for part in parts or [data]])

@@ -1,6 +1,7 @@
 """The tables that every form of DATA and TRIALS becomes: utterances, and pairs of them."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -10,6 +11,8 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.data import audio
+
+OVERSHOOT = 0.5  # seconds that a part may end behind its recording's end, as Kaldi's extract-segments has it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,7 +24,8 @@ class Utterances:
         paths: as the source names them: relative to `root`, or absolute.
         speakers: the speaker's name, one an utterance.
         root: the directory of relative paths.
-        spans: `[n, 2]` seconds, first and last, where utterances are parts of recordings; None for whole files.
+        spans: `[n, 2]` seconds, first and last (infinity: the end), where utterances are parts of recordings; None for
+            whole files.
         samples: `[n]` lengths at 16 kHz where the source knows them; else None.
         genders: "f" or "m" by speaker, where known.
         ages: years by speaker, where known.
@@ -78,7 +82,11 @@ class Utterances:
             if self.spans is None:
                 return audio.read_audio(self.location(i), min_seconds=min_seconds)
             first, last = map(float, self.spans[i])
-            return audio.read_audio(self.location(i), start=first, seconds=last - first, min_seconds=min_seconds)
+            wanted = None if math.isinf(last) else last - first
+            wave = audio.read_audio(self.location(i), start=first, seconds=wanted, min_seconds=min_seconds)
+            if wanted is not None:
+                _check_reached(self.location(i), last, first + len(wave) / audio.SAMPLE_RATE)
+            return wave
         except audio.AudioError as error:
             raise audio.AudioError(self.where(i), error.reason) from None
 
@@ -107,12 +115,16 @@ class Utterances:
             return len(self.load(i))
         try:
             whole = audio.num_samples(self.location(i))
+            if self.spans is None:
+                return whole
+            first, last = map(float, self.spans[i])
+            if not math.isinf(last):
+                _check_reached(self.location(i), last, whole / audio.SAMPLE_RATE)
         except audio.AudioError as error:
             raise audio.AudioError(self.where(i), error.reason) from None
-        if self.spans is None:
-            return whole
-        first, last = (round(float(second) * audio.SAMPLE_RATE) for second in self.spans[i])
-        return max(min(last, whole) - first, 0)
+        # Before rounding: infinity has no whole number.
+        last = min(last, whole / audio.SAMPLE_RATE)
+        return max(round(last * audio.SAMPLE_RATE) - round(first * audio.SAMPLE_RATE), 0)
 
     def lengths(self, workers: int = 8) -> np.ndarray:
         """`[n]` int64 lengths at 16 kHz of all utterances; a missing file is found here, before any work is done."""
@@ -164,6 +176,12 @@ class Trials:
 
     def __len__(self) -> int:
         return len(self.label)
+
+
+def _check_reached(path: Path, last: float, end: float) -> None:
+    """Refuses a part that ends far behind the recording's end; lists are often a few frames off."""
+    if last > end + OVERSHOOT:
+        raise audio.AudioError(path, f"the part ends at {last:g} s, but the recording at {end:.2f} s")
 
 
 def concatenate(tables: Sequence[Utterances], same_speakers: bool = False) -> Utterances:

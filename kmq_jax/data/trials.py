@@ -1,6 +1,7 @@
 """Trial lists: pairs of an enrolment and a test utterance, and whether the speaker is the same."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from itertools import repeat
@@ -9,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import require_regular
 from kmq_jax.data.kaldi import read_table
 from kmq_jax.data.table import Trials, Utterances
 
-__all__ = ["Trials", "draw_trials", "open_trials", "read_models", "read_trials", "utterance_index"]
+__all__ = ["Trials", "doubts", "draw_trials", "open_trials", "read_models", "read_trials", "utterance_index"]
 
 _CHUNK = 1 << 24  # bytes of a list held at a time
 _LABELS = {"1": 1, "0": 0, "target": 1, "nontarget": 0}
@@ -74,18 +76,23 @@ def read_trials(
     numbers = _Numbers()
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     form: _Form | None = None
+    require_regular(path)
     try:
         with path.open("rb") as file:
             while lines := file.readlines(_CHUNK):
                 try:
-                    tokens = b"".join(lines).decode("utf-8" if parts else "utf-8-sig").split()
+                    text = b"".join(lines).decode("utf-8" if parts else "utf-8-sig")
+                    tokens = text.split()
                 except UnicodeDecodeError:
                     raise _first_error(path, form or _LABEL_FIRST, enrolled, table) from None
                 if not tokens:
                     continue
                 form = form or _guess_form(tokens, table)
                 # Words are only counted. Short and long lines that cancel out show below, as unknown names.
-                if len(tokens) != 3 * sum(1 for line in lines if not line.isspace()):
+                filled = sum(1 for line in lines if not line.isspace())
+                if len(tokens) != 3 * filled:  # other blanks than ASCII's, such as no-break spaces, need a closer look
+                    filled = sum(1 for line in text.split("\n") if line.strip())
+                if len(tokens) != 3 * filled:
                     raise _first_error(path, form, enrolled, table)
                 part = (
                     np.fromiter(map(numbers.__getitem__, tokens[form[0] :: 3]), np.int32),
@@ -222,4 +229,46 @@ def _first_error(path: Path, form: _Form, enrolled: Mapping[str, int], table: Ma
                 return UserError(f"{path}:{number}: unknown {what} {enrol}")
             if test not in table:
                 return UserError(f"{path}:{number}: unknown utterance {test}")
-    raise AssertionError("every line is well formed")
+    return UserError(f"{path}: is no trial list")
+
+
+def doubts(path: str, trials: Trials, enrol_speaker: np.ndarray, test_speaker: np.ndarray) -> list[str]:
+    """What makes a list doubtful: labels that contradict the speakers, or one another; a recording against itself.
+
+    Args:
+        path: of the list; lines of it are named.
+        trials: the list.
+        enrol_speaker: `[trials]`, integers; empty where speakers are not known but by the labels.
+        test_speaker: the same.
+
+    Returns:
+        One line for each kind that there is; it counts the trials and names the first one's line.
+    """
+    found = []
+    if len(enrol_speaker):
+        found.append(("labels contradict the speakers' names", (enrol_speaker == test_speaker) != trials.label))
+    if trials.models is None:
+        own = trials.enrol == trials.test
+        low, high = np.minimum(trials.enrol, trials.test), np.maximum(trials.enrol, trials.test)
+        pair = low.astype(np.int64) * (int(high.max(initial=0)) + 1) + high
+    else:
+        members = [set(rows.tolist()) for rows in trials.models]
+        own = np.fromiter((test in members[model] for model, test in zip(trials.enrol, trials.test)), bool, len(trials))
+        pair = trials.enrol.astype(np.int64) * (int(trials.test.max(initial=0)) + 1) + trials.test
+    found.append(("recordings are compared with themselves", own))
+    both = np.intersect1d(pair[trials.label], pair[~trials.label])
+    found.append(("trials are of pairs that have both labels", np.isin(pair, both)))
+    return [
+        f"{path}:{_line_of(path, int(rows.argmax()))}: {int(rows.sum())} {what}; this is the first"
+        for what, rows in found
+        if rows.any()
+    ]
+
+
+def _line_of(path: str, trial: int) -> int:
+    """The line of a list that holds a trial."""
+    if not os.path.isfile(path):
+        return trial + 1  # of a list that is made, not read
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        filled = (number for number, line in enumerate(file, 1) if line.strip())
+        return next(itertools.islice(filled, trial, None), 0)

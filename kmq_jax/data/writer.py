@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
@@ -21,8 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
+from kmq_jax.core import locks
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Json, atomic_write, read_json, write_json
+from kmq_jax.core.files import Json, atomic_write, read_json, read_object, sweep, write_json
+from kmq_jax.core.locks import sole_writer
 from kmq_jax.core.progress import progress
 from kmq_jax.data import audio, prepared
 from kmq_jax.data.table import Utterances
@@ -49,10 +52,15 @@ def prepare(utterances: Utterances, out: Path, *, workers: int = 1, min_seconds:
     Raises:
         UserError: `out` holds something else, the disk is full, or no recording can be used.
     """
+    with sole_writer(out, "out"):
+        return _prepare(utterances, out, workers, min_seconds)
+
+
+def _prepare(utterances: Utterances, out: Path, workers: int, min_seconds: float) -> Json:
     work = out / _WORK
     fingerprint = _fingerprint(utterances, min_seconds)
     if (out / "dataset_info.json").is_file():
-        summary = read_json(out / "summary.json") if (out / "summary.json").is_file() else {}
+        summary = read_object(out / "summary.json") if (out / "summary.json").is_file() else {}
         if summary.get("source") != fingerprint:
             raise UserError(f"--out={out} already holds another dataset; remove it or choose another directory")
         shutil.rmtree(work, ignore_errors=True)
@@ -61,9 +69,11 @@ def prepare(utterances: Utterances, out: Path, *, workers: int = 1, min_seconds:
     if plan.is_file():
         if read_json(plan) != {"source": fingerprint}:
             raise UserError(f"--out={out} holds an unfinished dataset of another source; remove it or choose another")
-    elif out.is_dir() and {entry.name for entry in out.iterdir()} - {_WORK, "rejected.csv"}:
+    elif out.is_dir() and {entry.name for entry in out.iterdir()} - {_WORK, "rejected.csv", locks.NAME}:
         raise UserError(f"--out={out} is not empty; choose another directory")
     # Before the first shard: from now on the directory is known to be this dataset's.
+    sweep(out)
+    sweep(work)
     write_json(plan, {"source": fingerprint})
 
     tasks = _split(utterances, work, min_seconds)
@@ -111,6 +121,8 @@ def _start_worker(written: "Synchronized[int]") -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends this process
+
     def follow() -> None:  # a killed parent must not leave its workers behind
         parent.join()
         os._exit(1)
@@ -131,6 +143,10 @@ def _run(tasks: list[_Task], workers: int, total: int) -> None:
             pass
         for future in futures:
             future.result()
+    except KeyboardInterrupt:
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
     except BrokenProcessPool:
         raise UserError("a worker process was killed (out of memory?); run again, with fewer --workers") from None
     finally:
@@ -169,6 +185,8 @@ def _write_shard(task: _Task) -> None:
                     record = prepared.serialize(features, {"audio": wave, **row})
                 except audio.AudioError as error:
                     rejected.append((table.paths[i], error.reason))
+                except UnicodeEncodeError:
+                    rejected.append((table.paths[i], "its name is not UTF-8"))
                 except Exception as error:  # whatever one file provokes in a decoder must not stop the run
                     rejected.append((table.paths[i], f"unreadable ({type(error).__name__}: {error})"))
                 else:
@@ -222,7 +240,10 @@ def _assemble(utterances: Utterances, out: Path, tasks: list[_Task], staged: Pat
     reports = [read_json(task.report) for task in tasks]
     rejected = [row for report in reports for row in report["rejected"]]
     rows = [row for report in reports for row in report["rows"]]
-    with atomic_write(out / "rejected.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_write(out / "rejected.csv") as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         csv.writer(file, lineterminator="\n").writerows([("path", "reason"), *rejected])
     if not rows:
         shutil.rmtree(out / _WORK)  # so that it can be tried again

@@ -21,23 +21,24 @@ class DiagnosisOptions(Options):
     thresholds: tuple[float, ...] = option(
         "count flips at this threshold too; repeatable", (), flag="threshold", repeat=True
     )
-    margin_bins: int = option("bins of margin that hold equally many trials", 3, at_least=1)
+    margin_bins: int = option("bins of margin that hold equally many trials", 3, at_least=1, at_most=1000)
     margin_edges: tuple[float, ...] = option("edges of fixed bins of margin, ascending", (0.05, 0.1, 0.2), above=0)
-    worst: int = option("worst trials to list at each number of bits", 20, at_least=0)
-    replicates: int = option("draws of speakers for intervals; 0: no intervals", 1000, at_least=0)
-    seed: int = option("of every random draw", 0, at_least=0)
+    worst: int = option("worst trials to list at each number of bits", 20, at_least=0, at_most=1_000_000)
+    replicates: int = option("draws of speakers for intervals; 0: no intervals", 1000, at_least=0, at_most=100_000)
+    seed: int = option("of every random draw", 0, at_least=0, at_most=2**32 - 1)
     retention_utterances: int = option(
-        "components are tried on all pairs of so many utterances; 0: on the trial list", 240, at_least=0
+        "components are tried on all pairs of so many utterances; 0: on the trial list", 240, at_least=0, at_most=5000
     )
     retention_bits: tuple[int, ...] = option("components are tried at these bits, such as 2,3 (none: the fewest)", ())
     layer_utterances: int = option(
         "single layers are tried on all pairs of so many utterances; 0: leave damage and activations out",
         32,
         at_least=0,
+        at_most=5000,
     )
-    hessian_draws: int = option("random vectors for Hessian traces; 0: leave them out", 10, at_least=0)
-    hessian_utterances: int = option("crops that Hessian traces are measured on", 8, at_least=1)
-    hessian_seconds: float = option("length of these crops", 2.0, above=0)
+    hessian_draws: int = option("random vectors for Hessian traces; 0: leave them out", 10, at_least=0, at_most=100_000)
+    hessian_utterances: int = option("crops that Hessian traces are measured on", 8, at_least=1, at_most=5000)
+    hessian_seconds: float = option("length of these crops", 2.0, above=0, at_most=60)
     compute: Literal["float32", "bfloat16"] = option("the networks' arithmetic", "float32")
     max_seconds: float = option("only so much from the start of each recording; 0: all", 0.0, at_least=0)
 

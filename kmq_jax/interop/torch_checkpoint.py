@@ -1,6 +1,7 @@
 """Reading PyTorch checkpoints without running code from them, and the same tensors from safetensors files."""
 
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Json
+from kmq_jax.core.files import Json, require_regular
 
-_CONTAINERS = ("state_dict", "model")
+_CONTAINERS = ("state_dict", "model", "model_state_dict")
 
 
 class Checkpoint(NamedTuple):
@@ -36,13 +37,14 @@ def read(path: Path) -> Checkpoint:
     """Reads a checkpoint.
 
     PyTorch's own format is read by `torch.load(weights_only=True)`, which builds tensors and plain containers only. A
-    bare dict of tensors and a dict with them under "state_dict" or "model" both do. The prefix "module." of distributed
-    training is taken off.
+    bare dict of tensors and a dict with them under "state_dict", "model" or "model_state_dict" both do. A prefix that
+    all names share, such as the "module." of distributed training, is taken off. bfloat16 becomes float32.
 
     Raises:
         UserError: the file cannot be read, is damaged, holds anything but plain data, or PyTorch is not installed.
     """
     try:
+        require_regular(path)
         with path.open("rb") as file:
             # A safetensors file begins with eight bytes of length, then JSON.
             is_safetensors = file.read(9)[8:] == b"{"
@@ -63,18 +65,35 @@ def read(path: Path) -> Checkpoint:
         left -= value.nbytes
         if left < 0:
             raise UserError(f"{path}: tensor {name} claims more data than the file holds")
-        tensors[name.removeprefix("module.")] = _array(path, name, value)
-    return Checkpoint(tensors, about)
+        tensors[name] = _array(path, name, value)
+    return Checkpoint(_without_prefix(tensors), about)
+
+
+def _without_prefix(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Names without what all of them begin with, up to a dot: wrappers of a network put it there."""
+    while len(tensors) > 1:
+        first = next(iter(tensors)).partition(".")[0] + "."
+        if not all(name.startswith(first) and len(name) > len(first) for name in tensors):
+            break
+        tensors = {name.removeprefix(first): value for name, value in tensors.items()}
+    return tensors
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    import ml_dtypes  # comes with JAX; with it numpy knows bfloat16
     import safetensors
-    import safetensors.numpy
 
     try:
-        return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                if (kind := file.get_slice(name).get_dtype()).startswith(("F8", "F4", "F6", "C")):
+                    raise UserError(f"{path}: tensor {name} is of type {kind}, which is not read")
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path} is not a safetensors file that can be read: {error}") from error
+    return {name: x.astype(np.float32) if x.dtype == ml_dtypes.bfloat16 else x for name, x in found.items()}
 
 
 def _read_torch(path: Path) -> object:
@@ -90,8 +109,15 @@ def _read_torch(path: Path) -> object:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes of the reader
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{path} is not a checkpoint of plain tensors: {reason}") from error
+        raise UserError(f"{path} is not a checkpoint of plain tensors: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What PyTorch says is wrong, without its advice to load the file by running its code."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    if found := re.search(r"(?:GLOBAL|[Uu]nsupported (?:global|class):?(?: GLOBAL)?) (\S+)", text):
+        return f"it holds {found[1]}, which is none"
+    return text.split("\n")[0] or type(error).__name__
 
 
 def _array(path: Path, name: str, value: Any) -> np.ndarray:

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Json, Row, atomic_write
+from kmq_jax.core.files import Json, Row, atomic_write, parse_json, require_regular
 from kmq_jax.core.tree import Leaf, Variables, named_leaves
 from kmq_jax.quant.types import CodebookTensor, is_codebook_tensor
 
@@ -100,8 +100,8 @@ def load(path: str | os.PathLike[str]) -> tuple[Json, Variables]:
         `(manifest, tree)`: the manifest that was saved, and nested dicts of numpy arrays and `CodebookTensor`s.
 
     Raises:
-        UserError: the file is missing, is not a .kmq file, was cut short or altered, or is of a newer version; the
-            message names it.
+        UserError: the file is missing, is not a .kmq file, was cut short or altered, is of a newer version, or holds a
+            weight that is not finite; the message names it, and the tensor.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
@@ -110,6 +110,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Json, Variables]:
     ({'architecture': 'own'}, {'params': {'bias': array([1., 2.], dtype=float32)}})
     """
     path = Path(path)
+    require_regular(path)
     try:
         # By Python first: its errors say why a file cannot be read.
         with path.open("rb") as opened:
@@ -117,7 +118,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Json, Variables]:
         # The library refuses a header that does not cover the file's bytes exactly.
         with safetensors.safe_open(path, framework="numpy") as file:
             text, checksum = _header(path, file.metadata() or {})
-            manifest = json.loads(text)
+            manifest = parse_json(text)
             _check_version(path, manifest)
             names = list(file.keys())
             for name in names:
@@ -128,16 +129,36 @@ def load(path: str | os.PathLike[str]) -> tuple[Json, Variables]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except UserError:
         raise
-    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+    except (safetensors.SafetensorError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise UserError(f"{path} is not a .kmq file, or it was cut short: {error}") from error
     if _checksum(text, arrays) != checksum:
         raise UserError(f"{path} was altered after it was written: its checksum does not match")
+    check_finite(arrays, str(path))
     try:
         tree = _assemble(arrays, manifest.pop("tensors"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise UserError(f"{path} is not a consistent .kmq file: it lacks {error}") from error
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is not a consistent .kmq file: {error}") from error
     del manifest["version"]
     return manifest, tree
+
+
+def check_finite(arrays: Mapping[str, np.ndarray], where: str) -> None:
+    """Refuses weights that are NaN or infinite: every embedding would be.
+
+    Args:
+        arrays: by name.
+        where: they come from, for messages.
+
+    Raises:
+        UserError: names the tensor.
+    """
+    for name, array in arrays.items():
+        # numpy does not know that bfloat16 is floating point.
+        values = array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise UserError(f"{where}: tensor {name} holds values that are not finite (NaN or infinity)")
 
 
 def _header(path: Path, metadata: Mapping[str, str]) -> tuple[str, str]:
@@ -159,7 +180,11 @@ def _check_version(path: Path, manifest: object) -> None:
 def _assemble(arrays: Mapping[str, np.ndarray], quantized: Mapping[str, Row]) -> Variables:
     left: dict[str, Leaf] = dict(arrays)
     leaves: dict[str, Leaf] = {}
+    if not isinstance(quantized, dict):
+        raise ValueError("`tensors` is not an object")
     for name, about in quantized.items():
+        if not (isinstance(about, dict) and isinstance(about["coarse"], int) and 0 <= about["coarse"] <= 8):
+            raise ValueError(f"{name} is not described as a quantized tensor")
         tensor = CodebookTensor(
             codebook=left.pop(f"{name}#codebook"),
             packed=left.pop(f"{name}#packed"),
@@ -179,8 +204,9 @@ def _assemble(arrays: Mapping[str, np.ndarray], quantized: Mapping[str, Row]) ->
         *folders, last = name.split("/")
         place = tree
         for folder in folders:
-            # A tensor where a folder should be raises here or below; `load` tells of it.
             place = place.setdefault(folder, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{name} lies below another tensor")
         if last in place:
             raise ValueError(f"two tensors are named {name}")
         place[last] = leaf

@@ -13,6 +13,9 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.data import buckets, source
 from kmq_jax.models.protocol import SpeakerNetwork
 
+LONG = 75 * source.SAMPLE_RATE
+"""Samples from which on recordings have fewer beside them in a batch, so that memory is bounded."""
+
 
 @dataclass(frozen=True, eq=False)
 class PaddedBatch:
@@ -95,15 +98,27 @@ def plan_batches(
     [(32000, [1, -1]), (16000, [2, 0])]
     """
     if network.masks_lengths:
-        return buckets.length_buckets(lengths, batch_size, **limits)
+        plan = buckets.length_buckets(lengths, batch_size, **limits)
+        return [part for batch in plan for part in _of_bounded_size(batch)]
     frames = frontend.num_frames(lengths, fbank)
     plan = []
     for count in np.unique(frames)[::-1]:
         rows = np.flatnonzero(frames == count).astype(np.int32)
         # Their lengths differ by less than a step, in samples that no frame looks at: padding these adds no frame.
         size = int(lengths[rows].max())
-        plan += [buckets.Batch(size, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+        most = max(min(batch_size, batch_size * LONG // size), 1)
+        plan += [buckets.Batch(size, rows[start : start + most]) for start in range(0, len(rows), most)]
     return plan
+
+
+def _of_bounded_size(batch: buckets.Batch) -> list[buckets.Batch]:
+    """A batch in parts, all of one shape, that hold no more samples than one of recordings of length `LONG`."""
+    most = max(len(batch.indices) * LONG // batch.size, 1)
+    if len(batch.indices) <= most:
+        return [batch]
+    indices = batch.indices[batch.indices >= 0]
+    parts = [indices[start : start + most] for start in range(0, len(indices), most)]
+    return [buckets.Batch(batch.size, np.pad(p, (0, most - len(p)), constant_values=-1)) for p in parts]
 
 
 def padded_batches(

@@ -20,33 +20,63 @@ class Checkpoints:
     A checkpoint gets its final name only when it is complete, so every one that is listed can be restored.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int = 1):
-        """Opens (and makes, on the first save) `directory`, keeping the `keep` newest checkpoints."""
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 1, *, writes: bool = False):
+        """Opens `directory`.
+
+        Args:
+            directory: of the checkpoints.
+            keep: the newest so many are kept, where it is written to.
+            writes: whether checkpoints are saved. One process alone may do so (`core.locks`): it makes the directory,
+                and removes what a killed run left half written. Readers change nothing.
+        """
         self.directory = Path(directory).resolve()
-        # What a killed run left half written is removed on opening.
-        self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+        self._writer = None
+        if writes:
+            try:
+                self._writer = ocp.training.Checkpointer(
+                    self.directory,
+                    preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                    cleanup_tmp_directories=True,
+                )
+            except Exception as error:  # no permission, a full disk
+                raise UserError(f"cannot open {self.directory}: {_first_line(error)}") from error
+        # The one that a run goes on from: it may be asked to save it again.
+        self._known = set(self.steps()[-1:])
 
     def steps(self) -> list[int]:
         """Steps that can be restored, ascending."""
-        return sorted(found.step for found in self._checkpointer.checkpoints)
+        if self._writer is not None:
+            return sorted(found.step for found in self._writer.checkpoints)
+        try:
+            return sorted(int(entry.name) for entry in os.scandir(self.directory) if entry.name.isdecimal())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UserError(f"cannot read {self.directory}: {error.strerror}") from error
 
     def save(self, step: int, **parts: object) -> None:
         """Saves named parts as checkpoint `step`: trees of arrays, and grain iterators, of which it is the position.
 
+        Nothing is done where this run saved the step before, or resumed at it.
+
         Raises:
-            UserError: it cannot be written (full disk, no permission); earlier checkpoints stay.
+            UserError: it cannot be written (full disk, no permission), or another run wrote it; earlier checkpoints
+                stay.
         """
-        # Saved before: the run resumed at this step, or was stopped right after it.
-        if step in self.steps():
+        assert self._writer is not None, "these checkpoints were opened to be read"
+        if step in self._known:
             return
+        if step in self.steps():
+            raise UserError(
+                f"{self.directory} has a checkpoint {step} that this run did not write: is another at work?"
+            )
         try:
-            self._checkpointer.save_checkpointables(step, parts)
+            saved = self._writer.save_checkpointables(step, parts)
         except Exception as error:  # orbax wraps a full disk in errors of its own, by layer
             raise UserError(f"cannot save checkpoint {step} to {self.directory}: {_first_line(error)}") from error
+        if not saved:
+            raise UserError(f"checkpoint {step} was not saved to {self.directory}")
+        self._known.add(step)
 
     def restore(self, step: int, **parts: object) -> dict[str, Params]:
         """Restores parts of checkpoint `step`.
@@ -63,7 +93,7 @@ class Checkpoints:
             UserError: the checkpoint is damaged or its structure differs.
         """
         try:
-            return self._checkpointer.load_checkpointables(step, parts)
+            return ocp.load_checkpointables(self.directory / str(step), parts)
         except Exception as error:
             raise UserError(f"cannot restore {self.directory}/{step}: {_first_line(error)}") from error
 
@@ -90,7 +120,12 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for writes under way, then releases the directory."""
-        self._checkpointer.close()
+        if self._writer is None:
+            return
+        try:
+            self._writer.close()
+        except Exception as error:  # a write under way failed: it was told of, or is told now
+            raise UserError(f"cannot write to {self.directory}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

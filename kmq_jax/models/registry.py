@@ -69,13 +69,17 @@ def register(
     _NETWORKS[name] = entry
 
 
+_LARGEST = 65536  # of any setting: channels, sizes, blocks
+_MOST = 20_000  # of the numbers of one setting together, such as the blocks of all stages
+
+
 def names() -> tuple[str, ...]:
     """The names that `build` knows."""
     return tuple(_NETWORKS)
 
 
 def _entry(name: str) -> _Entry:
-    if name not in _NETWORKS:
+    if not isinstance(name, str) or name not in _NETWORKS:
         raise UserError(f"unknown model {name!r}: it must be one of {', '.join(_NETWORKS)}")
     return _NETWORKS[name]
 
@@ -127,8 +131,24 @@ def build(name: str, **settings: object) -> SpeakerNetwork:
     for setting in settings:
         if setting not in known:
             raise UserError(f"model {name} has no setting {setting!r}; it has {', '.join(sorted(known))}")
+        _check_size(setting, settings[setting])
     entry = _entry(name)
     return entry.factory(**{**entry.fixed, **entry.defaults, **settings})
+
+
+def _check_size(name: str, value: object) -> None:
+    """Refuses a setting that would take all memory before a layer is made: settings come from files, too.
+
+    Raises:
+        UserError: it is negative, too large, or too deeply nested.
+    """
+    many = value if isinstance(value, (list, tuple)) else (value,)
+    flat = [one for part in many for one in (part if isinstance(part, (list, tuple)) else (part,))]
+    for one in flat:
+        if isinstance(one, (int, float)) and not 0 <= one <= _LARGEST:
+            raise UserError(f"`{name}` (={value}) must be 0 to {_LARGEST}")
+    if isinstance(value, (list, tuple)) and (len(flat) > 100 or sum(x for x in flat if isinstance(x, int)) > _MOST):
+        raise UserError(f"`{name}` (={str(value)[:100]}) asks for more than any network has")
 
 
 shapes = walk.shapes

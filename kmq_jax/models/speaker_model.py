@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,7 +18,7 @@ from jax.tree_util import GetAttrKey
 from kmq_jax import frontend, quant
 from kmq_jax.core import mesh
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import read_json
+from kmq_jax.core.files import read_object
 from kmq_jax.core.progress import progress
 from kmq_jax.core.tree import Array, Variables, named_leaves, replace_named
 from kmq_jax.data import audio, buckets, source
@@ -29,6 +30,11 @@ from kmq_jax.models.protocol import SpeakerNetwork
 FRONTENDS = {"kiwano": frontend.KIWANO, "wespeaker": frontend.WESPEAKER}
 COMPUTE = ("float32", "bfloat16")
 BATCH_SIZE = 16
+_MOST_PROGRAMS = 128  # compiled programs that are kept; each takes megabytes
+_programs: set[Hashable] = set()
+_programs_lock = threading.Lock()
+_owner: int | None = None  # the process that embeds
+_NO_SOUND = 100.0  # floating point beyond this holds integers, not sound of full scale 1
 Recording: TypeAlias = str | os.PathLike[str] | Array
 PER_BITS = "narrow"  # the key in `variables` and in the file of what each smaller number of bits has to itself
 
@@ -117,7 +123,13 @@ class SpeakerModel:
             return audio.read_audio(recording)
         if sample_rate is None:
             raise UserError("sample_rate (in Hz) must be given with an array of samples")
+        if not audio.RATES[0] <= sample_rate <= audio.RATES[1]:
+            raise UserError(f"sample_rate (={sample_rate}) must be {audio.RATES[0]} to {audio.RATES[1]} Hz")
         wave = audio.resample(mono(np.asarray(recording)), sample_rate)
+        if len(wave) > audio.MAX_SECONDS * audio.SAMPLE_RATE:
+            raise UserError(f"the recording is longer than {audio.MAX_SECONDS:.0f} s")
+        if (peak := float(np.abs(wave).max(initial=0.0))) > _NO_SOUND and np.isfinite(peak):
+            raise UserError(f"the recording has values up to {peak:.6g}, where full scale is 1: divide by full scale")
         if not np.isfinite(wave).all() or frontend.num_frames(len(wave), frontend_of(self.frontend)) < 1:
             raise UserError("the recording is shorter than one analysis frame, or holds values that are not finite")
         return wave
@@ -176,8 +188,24 @@ def at_bits(model: SpeakerModel, bits: int | None) -> SpeakerModel:
     return dataclasses.replace(model, variables=replace_named(whole, own, quant.is_codebook_tensor), bits=bits)
 
 
+def _check_process() -> None:
+    """Refuses to compute in a process that was forked after its parent did: it would wait for the parent's threads.
+
+    Raises:
+        UserError: this is one.
+    """
+    global _owner
+    if _owner not in (None, os.getpid()):
+        raise UserError(
+            "this process was forked from one that had embedded recordings, whose threads it lacks: start processes by "
+            "`multiprocessing.get_context('spawn')`, or fork them before the first recording"
+        )
+    _owner = os.getpid()
+
+
 def embed_waves(model: SpeakerModel, waves: list[np.ndarray], dtype: str = "float32") -> np.ndarray:
     """Embeds recordings at 16 kHz held in memory, float32 `[len(waves), dim]`. See `embed_all`."""
+    _check_process()
     lengths = np.array([len(wave) for wave in waves])
     network, fbank = model.network(dtype), frontend_of(model.frontend)
     check_lengths(network, fbank, lengths, lambda i: f"recording {i + 1} of {len(waves)}")
@@ -211,6 +239,7 @@ def embed_all(
     Raises:
         UserError: a recording cannot be read or is too short; the message names it.
     """
+    _check_process()
     network, fbank = model.network(dtype), frontend_of(model.frontend)
     lengths = usable_lengths(network, fbank, utterances, max_seconds)
     plan = progress(
@@ -239,6 +268,7 @@ def _embed(
         embeddings[members] = np.asarray(values)[: len(members)]
 
     for batch in padded_batches(plan, lengths, load, devices):
+        _forget_programs((network, fbank, dtype, batch.wave.shape))
         under_way.append((batch.members, embed_batch(network, fbank, variables, batch.wave, batch.samples)))
         if len(under_way) > 2:  # recordings are decoded while the devices work, but not without bound
             collect()
@@ -247,13 +277,37 @@ def _embed(
     return embeddings
 
 
+def _forget_programs(shape: Hashable) -> None:
+    """Drops compiled programs once they are many: a service meets new lengths for as long as it runs."""
+    with _programs_lock:
+        if shape not in _programs and len(_programs) >= _MOST_PROGRAMS:
+            _programs.clear()
+            embed_batch.clear_cache()  # type: ignore[attr-defined]
+        _programs.add(shape)
+
+
 def fingerprint(model: SpeakerModel) -> str:
-    """Twenty hexadecimal digits that tell one model from another: its network, front end and every weight."""
+    """Twenty hexadecimal digits that tell one model from another: its network, front end and every weight's values,
+    shape and axis.
+    """
     text = json.dumps([model.architecture, dict(model.settings), model.frontend, model.bits], sort_keys=True)
     digest = hashlib.sha256(text.encode())
-    for name, leaf in named_leaves(model.variables):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
+    about: tuple[object, ...]
+    parts: tuple[Array, ...]
+    for name, leaf in named_leaves(model.variables, is_leaf=quant.is_codebook_tensor):
+        # Shapes and axes, too: the same bytes in another order are another network.
+        if quant.is_codebook_tensor(leaf):
+            about, parts = (
+                (leaf.shape, leaf.bits, leaf.axis, leaf.dtype_name),
+                (leaf.packed, leaf.codebook, *leaf.coarse),
+            )
+        else:
+            about, parts = (), (leaf,)
+        digest.update(f"\n{name} {about}".encode())
+        for part in parts:
+            array = np.ascontiguousarray(part)
+            digest.update(f" {array.shape} {array.dtype.name}\n".encode())
+            digest.update(array.tobytes())
     return digest.hexdigest()[:20]
 
 
@@ -295,13 +349,82 @@ def load_model(path: str | Path, bits: int | None = None) -> SpeakerModel:
         raise UserError(f"{path} is not quantized, so it cannot be read at {bits} bits")
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is no model: neither a .kmq file, nor a training workdir, nor an imported model")
-    config = read_json(path / "config.json")
-    settings = dict(config["model"])
-    model = SpeakerModel(settings.pop("name"), settings, config["frontend"], None)
-    with Checkpoints(path / "checkpoints") as checkpoints:
-        if not checkpoints.steps():
-            raise UserError(f"{path}/checkpoints holds no finished checkpoint")
-        return dataclasses.replace(model, variables=checkpoints.load(checkpoints.steps()[-1], "network"))
+    config = read_object(path / "config.json")
+    settings = config.get("model")
+    if not isinstance(settings, dict) or "name" not in settings:
+        raise UserError(f"{path}/config.json does not name a network")
+    settings = dict(settings)
+    model = SpeakerModel(settings.pop("name"), settings, config.get("frontend", ""), None)
+    variables = _newest(path / "checkpoints")
+    where = f"{path}/checkpoints"
+    artifact.check_finite({name: np.asarray(leaf) for name, leaf in named_leaves(variables)}, where)
+    model = dataclasses.replace(model, variables=variables)
+    check_network(model, where)
+    return model
+
+
+def _newest(directory: Path) -> Variables:
+    """The network of the newest checkpoint. A run that is at work may remove the one that is being read."""
+    checkpoints = Checkpoints(directory)
+    for tries_left in reversed(range(3)):
+        steps = checkpoints.steps()
+        if not steps:
+            raise UserError(f"{directory} holds no finished checkpoint")
+        try:
+            return checkpoints.load(steps[-1], "network")
+        except UserError:
+            if not tries_left or checkpoints.steps()[-1:] == steps[-1:]:
+                raise
+    raise AssertionError("the last try raises")
+
+
+def check_network(model: SpeakerModel, where: str) -> None:
+    """Checks that a model's weights are those of its network: none missing, none over, each of the network's shape.
+
+    A network that this process does not know cannot be checked, and passes.
+
+    Args:
+        model: from elsewhere.
+        where: it comes from, for messages.
+
+    Raises:
+        UserError: they are not; or the settings or the front end are none.
+    """
+    if not isinstance(model.architecture, str) or not isinstance(model.settings, dict):
+        raise UserError(f"{where}: the network's name must be text and its settings an object")
+    if not isinstance(model.frontend, str) or model.frontend not in FRONTENDS:
+        raise UserError(f"{where}: frontend {model.frontend!r} must be one of {', '.join(FRONTENDS)}")
+    if model.architecture not in registry.names():
+        return
+    given = {name: tuple(leaf.shape) for name, leaf in _plain_leaves(model)}
+    try:
+        expected = _shapes_of(model.architecture, json.dumps(model.settings, sort_keys=True))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except Exception as error:  # whatever Flax makes of a setting of the wrong type
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{where}: the settings make no network: {type(error).__name__}: {reason}") from error
+    for name, shape in expected.items():
+        if name not in given:
+            raise UserError(f"{where}: tensor {name} is missing")
+        if given[name] != shape:
+            raise UserError(f"{where}: tensor {name} has shape {given[name]}, but the network's is {shape}")
+    if extra := sorted(given.keys() - expected.keys()):
+        raise UserError(f"{where}: tensor {extra[0]} is none of the network's")
+
+
+def _plain_leaves(model: SpeakerModel) -> list[tuple[str, Any]]:
+    """The leaves of a model's parameters and statistics, without what bits have to themselves."""
+    if not isinstance(model.variables, dict):
+        return []
+    whole = {part: tree for part, tree in model.variables.items() if part in ("params", "batch_stats")}
+    return named_leaves(whole, is_leaf=quant.is_codebook_tensor)
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes_of(architecture: str, settings: str) -> dict[str, tuple[int, ...]]:
+    tree = registry.shapes(registry.build(architecture, **json.loads(settings)))
+    return {name: tuple(leaf.shape) for name, leaf in named_leaves(tree)}
 
 
 def _load_kmq(path: Path, bits: int | None) -> SpeakerModel:
@@ -310,6 +433,7 @@ def _load_kmq(path: Path, bits: int | None) -> SpeakerModel:
         whole = SpeakerModel(manifest["architecture"], manifest["settings"], manifest["frontend"], variables)
     except KeyError as error:
         raise UserError(f"{path}: the manifest lacks {error}") from error
+    check_network(whole, str(path))
     if bits is None:
         return whole
     try:

@@ -88,11 +88,17 @@ def rules_of(options: QuantizeOptions) -> list[quant.QuantRule]:
 
 
 def _listed(options: QuantizeOptions) -> list[object]:
-    return read_json(options.rules) if options.rules else []
+    listed = read_json(options.rules) if options.rules else []
+    if not isinstance(listed, list):
+        raise UserError(f"{options.rules} must hold a list of rules")
+    return listed
 
 
 def _rule(entry: object, spec: quant.QuantSpec, file: str) -> quant.QuantRule:
     if not isinstance(entry, dict) or set(entry) != {"pattern", "bits"}:
         raise UserError(f"{file}: {entry!r} must have `pattern` and `bits`")
     bits = entry["bits"]
+    whole = isinstance(bits, int) and not isinstance(bits, bool)
+    if not isinstance(entry["pattern"], str) or bits is not None and not whole:
+        raise UserError(f"{file}: {entry!r} must have a text as `pattern`, and a whole number or null as `bits`")
     return quant.QuantRule(entry["pattern"], None if bits is None else dataclasses.replace(spec, bits=bits, coarse=()))

@@ -13,10 +13,12 @@ Compute = Literal["float32", "bfloat16"]
 class ExtractionOptions(Options):
     """How recordings are embedded."""
 
-    bits: int | None = option("bits at which a nested model is read; left out: the most it has", None, at_least=1)
+    bits: int | None = option(
+        "bits at which a nested model is read; left out: the most it has", None, at_least=1, at_most=64
+    )
     compute: Compute = option("the network's arithmetic", "float32")
     max_seconds: float = option("only so much of each recording; 0: all of it", 0.0, at_least=0)
-    batch_size: int = option("recordings in one batch", 16, at_least=1)
+    batch_size: int = option("recordings in one batch", 16, at_least=1, at_most=4096)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,5 +28,5 @@ class ScoringOptions(Options):
     cohort_speaker_means: bool = option("S-norm: one cohort member a speaker, the mean of its embeddings", False)
     top_n: int | None = option("S-norm: nearest cohort members that count; left out: 300, or all if fewer", None)
     p_target: float = option("prior of a target, for minDCF and actDCF", 0.01, above=0, below=1)
-    replicates: int = option("bootstrap draws; 0: no intervals", 1000, at_least=0)
+    replicates: int = option("bootstrap draws; 0: no intervals", 1000, at_least=0, at_most=100_000)
     seed: int = option("of the bootstrap and of the calibration folds", 0, at_least=0)

@@ -1,8 +1,6 @@
 """The embedding file, as `extract` writes it: `ids`, `paths`, `speakers`, `embeddings` and `model` in an .npz."""
 
 import os
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import atomic_write
+from kmq_jax.core.npz import read_npz
 from kmq_jax.scoring.cosine import lengths, unusable
 
 
@@ -93,21 +92,7 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an embedding file, by name, not yet checked."""
-    try:
-        with path.open("rb") as file:
-            # A pickle could run code: files come from anyone.
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("it holds a single array")
-            missing = {"ids", "embeddings"} - set(archive.files)
-            if missing:
-                raise ValueError(f"it lacks the array `{sorted(missing)[0]}`")
-            wanted = ("ids", "paths", "speakers", "embeddings", "model")
-            return {name: archive[name] for name in wanted if name in archive.files}
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is not an .npz file of embeddings: {error}") from error
+    return read_npz(path, ("ids", "embeddings"), ("paths", "speakers", "model"))
 
 
 def _check_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Json, read_json, write_json
+from kmq_jax.core.files import Json, read_json, sweep, write_json
+from kmq_jax.core.locks import sole_writer
 from kmq_jax.diagnosis import report as diagnosis_report
 from kmq_jax.diagnosis.run import diagnose
 from kmq_jax.models.speaker_model import load_model
@@ -56,6 +57,12 @@ def study(config: ml_collections.ConfigDict, workdir: Path) -> Json:
     options = StudyOptions.of(settings["study"])
     if options.quick_compile:
         jax.config.update("jax_disable_most_optimizations", True)
+    with sole_writer(workdir):
+        sweep(workdir)
+        return _run(config, options, settings, workdir)
+
+
+def _run(config: ml_collections.ConfigDict, options: StudyOptions, settings: Json, workdir: Path) -> Json:
     steps = Steps(workdir)
     networks = make_networks(config, options, steps)
     for evaluated in options.sets.values():

@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import kmq_jax
-from kmq_jax.core.files import Json, read_json, write_json
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import Json, read_object, write_json
 
 _LISTS = ("wav.scp", "dataset_info.json")
 """A directory with one of these is described by the files that lie in it; what they name is not looked at."""
@@ -32,7 +33,9 @@ class Steps:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._file = directory / "steps.json"
-        self._known: dict[str, Json] = read_json(self._file) if self._file.exists() else {}
+        self._known: dict[str, Json] = read_object(self._file) if self._file.exists() else {}
+        if not all(isinstance(known, dict) for known in self._known.values()):
+            raise UserError(f"{self._file} does not tell what was done: remove it, and all steps are done again")
         self._stamp = functools.cache(stamp)  # data is looked at once a run
 
     def run(

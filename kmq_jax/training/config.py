@@ -31,6 +31,20 @@ def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(dataclasses.asdict(options))
 
 
+def known_arg(arg: str | None, *known: str) -> None:
+    """Refuses an argument of a configuration (`--config=NAME:ARG`) that it does not know: it would be passed over.
+
+    Raises:
+        UserError: it is none of these.
+
+    >>> known_arg("smok", "smoke")
+    Traceback (most recent call last):
+    kmq_jax.core.errors.UserError: the configuration's argument (=smok) must be smoke, or left out
+    """
+    if arg not in (None, *known):
+        raise UserError(f"the configuration's argument (={arg}) must be {', '.join(known)}, or left out")
+
+
 def distilled(config: ml_collections.ConfigDict, bits: int, **settings: Any) -> ml_collections.ConfigDict:
     """Turns a run into quantization-aware training by this project's own recipe: distillation from full precision.
 

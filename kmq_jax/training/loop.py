@@ -5,7 +5,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from kmq_jax.core import distributed, mesh
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import read_json, write_json
+from kmq_jax.core.files import read_object, write_json
 from kmq_jax.core.progress import Bar
 from kmq_jax.models import registry
 from kmq_jax.models.checkpoint import Checkpoints
@@ -52,8 +52,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, tensorboard: bool = 
         run = prepare(options, settings, workdir, closing)
         step = int(run.state.step)
         if step == run.total_steps and (workdir / "summary.json").exists():
-            summary: Summary = read_json(workdir / "summary.json")
-            return summary
+            return read_object(workdir / "summary.json")
         (workdir / "averaged.kmq").unlink(missing_ok=True)
         log = RunLog(workdir / "metrics.jsonl", step, workdir / "tensorboard" if tensorboard else None)
         bar = Bar(run.total_steps, "training", "step", done=step, hidden=jax.process_index() != 0)
@@ -61,6 +60,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, tensorboard: bool = 
         closing.callback(log.close)
         bar.say(_headline(run, step))
         loop = Loop(run, log, bar)
+        loop.recall(log.kept)
         loop.run()
         return finish(run, loop, bar)
 
@@ -94,14 +94,32 @@ class Loop:
         self.last: dict[str, float] = {}
         self.figures: dict[str, float] = {}
         self.seconds = 0.0
+        self._start = time.monotonic()
         self._pending: list[steps.Metrics] = []  # of the steps since they were last looked at
         self._rate = Rate(self.step, run.options.batch_size)
         self._phases = run.recipe.task.phases(run.state.params.network)
         self._train_step = self._compile(self._phase(min(self.step, run.total_steps - 1)))
 
+    def recall(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Takes the figures of a run that was killed between its last checkpoint and its summary from its log."""
+        if self.step < self._run.total_steps:
+            return
+        for line in lines:
+            own = {name: value for name, value in line.items() if name != "step"}
+            if "loss" in own:
+                self.last = own
+            elif line["step"] == self.step:
+                self.figures = own
+        self.seconds = self.last.get("seconds", 0.0)
+        self.first = max(self.step - int(self.last.get("steps_taken", 0)), 0)
+        if self._run.validation and not self.figures:
+            self._validate()
+
     def run(self) -> None:
         """Takes steps to the end of the run, or until it is asked to stop."""
-        stop, start = StopRequest(), time.monotonic()
+        if self.step == self._run.total_steps:
+            return
+        stop, self._start = StopRequest(), time.monotonic()
         with stop.listening():
             while self.step < self._run.total_steps and not self.stopped_by:
                 self._enter_phase()
@@ -110,7 +128,7 @@ class Loop:
                 if jax.process_count() == 1 or self._every(self._run.options.log_every):
                     self.stopped_by = (stop.by or "another process") if distributed.anywhere(bool(stop.by)) else None
                 self._report_and_save()
-        self.seconds = time.monotonic() - start
+        self.seconds = time.monotonic() - self._start
 
     def _phase(self, step: int) -> int:
         return phase_of(step, self._run.total_steps, len(self._phases))
@@ -164,6 +182,8 @@ class Loop:
         self.last |= {name: float(values[-1][name]) for name in ("learning_rate", "margin") if name in self.last}
         rate = self._rate.since_last(self.step)
         self.last |= {"epoch": self.step / self._run.data.epoch_steps, "examples_per_second": rate}
+        # Of this start, for a summary that is written by another one.
+        self.last |= {"seconds": time.monotonic() - self._start, "steps_taken": self.step - self.first}
         self._log.write(self.step, self.last)
         self._bar.show(self.step, f"loss {self.last['loss']:.4f}, {rate:.1f} examples/s")
 

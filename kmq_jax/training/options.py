@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.options import Options, option
+from kmq_jax.core.options import Options, option, shown
 
 INITS = ("optimal", "companding", "equal-mass", "quantile", "kmeans++")
 """Those of `quant.kmeans`, which is not imported here: help shall not wait for JAX."""
@@ -28,9 +28,9 @@ class DataOptions(Options):
 
     root: str = option("a directory that a configuration's own places start from", "")
     train: str = option("DATA to train on, or several separated by commas", "")
-    crop_seconds: float = option("length of a crop", 2.0, above=0)
+    crop_seconds: float = option("length of a crop", 2.0, at_least=0.1, at_most=60)
     speeds: tuple[float, ...] = option(
-        "speed perturbation: each speed other than 1 makes new speakers", (1.0,), above=0
+        "speed perturbation: each speed other than 1 makes new speakers", (1.0,), at_least=0.5, at_most=2
     )
     augment: bool = option(
         "add one of noise, music, babble, reverberation or nothing to each crop, uniformly among those at hand", True
@@ -42,14 +42,16 @@ class DataOptions(Options):
     normalize: Literal["crop", "utterance"] = option(
         "what the mean is removed over: the crop, or before it is cut the whole utterance", "crop"
     )
-    utterance_seconds: float = option("the most of an utterance that the latter takes in", 20.0, above=0)
-    threads: int = option("threads that read recordings", 2, at_least=0)
+    utterance_seconds: float = option(
+        "the most of an utterance that the latter takes in", 20.0, at_least=0.1, at_most=3600
+    )
+    threads: int = option("threads that read recordings", 2, at_least=0, at_most=1024)
 
     def __post_init__(self) -> None:
         """See `Options`."""
         super().__post_init__()
-        if not self.speeds:
-            raise UserError("`speeds` (=) must hold at least one speed")
+        if not self.speeds or len(set(self.speeds)) < len(self.speeds):
+            raise UserError(f"`speeds` (={shown(self.speeds)}) must hold at least one speed, and none twice")
 
     @property
     def crop_samples(self) -> int:
@@ -67,11 +69,11 @@ class LossOptions(Options):
 
     weight: float = option("of this loss; 0 trains by distillation alone, without speaker labels", 1.0, at_least=0)
     kind: Literal["softmax", "am", "aam"] = option("margin softmax: none, on the cosine, or on the angle", "aam")
-    scale: float = option("what cosines are multiplied by", 30.0, above=0)
-    margin: float = option("the margin that is reached", 0.2, at_least=0)
+    scale: float = option("what cosines are multiplied by", 30.0, above=0, at_most=10_000)
+    margin: float = option("the margin that is reached", 0.2, at_least=0, at_most=3)
     margin_start: float = option("epoch at which the margin begins to rise from 0, linearly", 0.0, at_least=0)
     margin_end: float = option("epoch at which it is reached", 0.0, at_least=0)
-    sub_centres: int = option("centres of each speaker", 1, at_least=1)
+    sub_centres: int = option("centres of each speaker", 1, at_least=1, at_most=1000)
     jeffreys: bool = option("the Jeffreys loss in place of cross entropy", False)
     smoothing: float = option("its c1: the share of the target given to the other speakers", 0.1, at_least=0, below=1)
     spread: float = option("its c2: the weight of their own evenness", 0.025, at_least=0, below=1)
@@ -111,9 +113,13 @@ class QatOptions(Options):
         "crops that weights are fitted on before training, and batch normalisation measured on after it; 0: neither",
         100,
         at_least=0,
+        at_most=100_000,
     )
     bn_passes: int = option(
-        "passes over the training data that batch normalisation is measured on before and after training", 0, at_least=0
+        "passes over the training data that batch normalisation is measured on before and after training",
+        0,
+        at_least=0,
+        at_most=1000,
     )
     thaw_epochs: float = option("the scales stay as they are until then", 0.0, at_least=0)
     centroids: Literal["gradient", "lloyd", "fixed"] = option("how centroids move", "gradient")
@@ -132,8 +138,10 @@ class QatOptions(Options):
         "mixed precision of at most so many bits a quantized weight on average; 0: bits as above", 0.0, at_least=0
     )
     budget_bits: tuple[int, ...] = option("bits that the budget is spent on", (2, 3, 4), at_least=1, at_most=8)
-    sections: int = option("groups of tensors of like sensitivity that share their bits; 0: none do", 4, at_least=0)
-    hessian_draws: int = option("random vectors that sensitivity is estimated by", 10, at_least=1)
+    sections: int = option(
+        "groups of tensors of like sensitivity that share their bits; 0: none do", 4, at_least=0, at_most=100_000
+    )
+    hessian_draws: int = option("random vectors that sensitivity is estimated by", 10, at_least=1, at_most=100_000)
     multi_stage: bool = option(
         "in phases: tensors of the fewest bits are quantized first, the others later; each has optimizer and schedule "
         "of its own",
@@ -276,7 +284,7 @@ class ValidationOptions(Options):
 
     data: str = option("DATA; empty: no validation", "")
     trials: str = option("TRIALS", "")
-    epochs: float = option("between two validations; 0: only at the end", 1.0, at_least=0)
+    epochs: float = option("between two validations; 0: only at the end", 1.0, at_least=0, at_most=1e6)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -286,7 +294,7 @@ class TrainOptions(Options):
     An epoch is `epoch_steps` steps; 0 means one crop of every training utterance (at every speed).
     """
 
-    seed: int = option("of everything that is drawn", 0, at_least=0)
+    seed: int = option("of everything that is drawn", 0, at_least=0, at_most=2**32 - 1)
     init_from: str = option(
         "a MODEL to start from: its network, and its classifier where that has at least as many classes", ""
     )
@@ -304,16 +312,18 @@ class TrainOptions(Options):
     quant: QatOptions = option("quantization-aware training", QatOptions())
     optimizer: OptimizerOptions = option("how gradients move parameters", OptimizerOptions())
     learning_rate: ScheduleOptions = option("by step", ScheduleOptions())
-    batch_size: int = option("over all devices", 128, at_least=1)
-    epochs: float = option("length of the run", 10.0, above=0)
-    epoch_steps: int = option("steps an epoch; 0: one pass over the data", 0, at_least=0)
+    batch_size: int = option("over all devices", 128, at_least=1, at_most=1_000_000)
+    epochs: float = option("length of the run", 10.0, above=0, at_most=1e6)
+    epoch_steps: int = option("steps an epoch; 0: one pass over the data", 0, at_least=0, at_most=10**9)
     sharding: tuple[tuple[str, int], ...] = option(
         "(regular expression, axis) of parameters split over the devices; the rest is replicated", ()
     )
-    log_every: int = option("steps between lines of metrics.jsonl", 10, at_least=1)
-    checkpoint_epochs: float = option("between checkpoints; 0: only at the end", 1.0, at_least=0)
-    keep_checkpoints: int = option("the newest so many", 2, at_least=1)
-    average_last: int = option("checkpoints that are averaged into the final model; 0: none", 0, at_least=0)
+    log_every: int = option("steps between lines of metrics.jsonl", 10, at_least=1, at_most=10**9)
+    checkpoint_epochs: float = option("between checkpoints; 0: only at the end", 1.0, at_least=0, at_most=1e6)
+    keep_checkpoints: int = option("the newest so many", 2, at_least=1, at_most=1000)
+    average_last: int = option(
+        "checkpoints that are averaged into the final model; 0: none", 0, at_least=0, at_most=1000
+    )
     validation: ValidationOptions = option("trials scored as training goes", ValidationOptions())
 
     def __post_init__(self) -> None:

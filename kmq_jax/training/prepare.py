@@ -14,7 +14,8 @@ import numpy as np
 
 from kmq_jax.core import distributed, mesh
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import read_json, write_json
+from kmq_jax.core.files import read_object, sweep, write_json
+from kmq_jax.core.locks import sole_writer
 from kmq_jax.core.tree import Params, Variables
 from kmq_jax.data import pipeline, source
 from kmq_jax.models.checkpoint import Checkpoints
@@ -136,9 +137,12 @@ def prepare(options: TrainOptions, settings: Settings, workdir: Path, closing: c
     steps.check_features(options, fbank)
     data, validation = open_data(options), open_validation(options.validation)
     objective = steps.make_objective(network, fbank, options, devices, data.epoch_steps)
-    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:  # for all processes of the run
+        closing.enter_context(sole_writer(workdir))
+        sweep(workdir)
     check_same_run(settings, workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints", max(options.keep_checkpoints, options.average_last))
+    keep = max(options.keep_checkpoints, options.average_last)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep, writes=True)
     closing.callback(checkpoints.close)
     recipe, params, batch_stats, teacher = _start(objective, model, data, checkpoints, workdir)
     indices = recipe.task.init_indices
@@ -179,7 +183,7 @@ def _batches(
     data = options.data
 
     def opened(place: str) -> source.Utterances | None:
-        return source.open_sources(place) if place else None
+        return source.open_sources(place, speakers=False) if place else None
 
     return pipeline.training_batches(
         utterances,
@@ -270,7 +274,10 @@ def allocate(
     """The bits of mixed precision: those in `workdir/bits.json`, else chosen by the loss's curvature on one batch."""
     path = workdir / "bits.json"
     if path.exists():
-        return {name: int(bits) for name, bits in read_json(path).items()}
+        found = read_object(path)
+        if not all(isinstance(bits, int) and not isinstance(bits, bool) for bits in found.values()):
+            raise UserError(f"{path} does not give each tensor a whole number of bits")
+        return found
     key = jax.random.key(objective.options.seed)
     position = batches.get_state()
     batch = jax.tree.map(jnp.asarray, next(batches))

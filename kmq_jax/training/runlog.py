@@ -1,5 +1,6 @@
 """The record of a run: one JSON object a line, and TensorBoard events beside it where they are wanted."""
 
+import contextlib
 import json
 import math
 import os
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import atomic_write
+from kmq_jax.core.files import atomic_write, require_regular
 
 
 class RunLog:
@@ -18,6 +19,9 @@ class RunLog:
 
     A run that resumes from a checkpoint repeats the steps after it; the lines of those steps are dropped when the
     log is opened, so that each step stands in the file once. Only process 0 writes.
+
+    Attributes:
+        kept: the lines that stood in it, up to the step at which it was opened.
     """
 
     def __init__(self, path: str | os.PathLike[str], step: int, events: str | os.PathLike[str] | None = None):
@@ -33,14 +37,19 @@ class RunLog:
         """
         self._path = Path(path)
         self._file = self._events = None
+        self.kept: list[dict[str, Any]] = []
         if events is not None:
             event_writer = _event_writer()
         if jax.process_index() != 0:
             return
         kept = [line for line in read_runlog(self._path) if line["step"] <= step] if self._path.exists() else []
+        self.kept = kept
         with atomic_write(self._path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self._path.open("a")
+        try:
+            self._file = self._path.open("a")
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
         if events is not None:  # TensorBoard hides what an earlier start wrote from `purge_step` on
             self._events = event_writer(str(events), purge_step=step + 1, filename_suffix=f".{step}")
 
@@ -65,7 +74,8 @@ class RunLog:
     def close(self) -> None:
         """Closes the files."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of a full disk, which the write before has told
+                self._file.close()
         if self._events is not None:
             self._events.close()
 
@@ -84,13 +94,18 @@ def read_runlog(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         UserError: another line is not a JSON object with a `step`; the message names file and line.
     """
-    lines = Path(path).read_text().splitlines()
+    require_regular(path)
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     records = []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            record["step"]
-        except (ValueError, TypeError, KeyError) as error:
+            if not isinstance(record["step"], int):
+                raise TypeError
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             if number == len(lines):
                 break
             raise UserError(f"{path}:{number}: not a JSON object with a step") from error

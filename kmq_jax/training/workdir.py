@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import read_json, write_json
+from kmq_jax.core.files import read_json, read_object, write_json
 from kmq_jax.core.provenance import provenance
 
 Settings = dict[str, Any]
@@ -25,7 +25,7 @@ def check_same_run(settings: Settings, workdir: Path) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    before, after = _flat(read_json(path)), _flat(settings)
+    before, after = _flat(read_object(path)), _flat(settings)
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key) and not key.startswith(_MAY_CHANGE):
             raise UserError(
@@ -42,7 +42,8 @@ def record_start(settings: Settings, workdir: Path, step: int) -> None:
     if jax.process_index() == 0:
         write_json(workdir / "config.json", settings)
         path = workdir / "starts.json"
-        write_json(path, [*(read_json(path) if path.exists() else ()), {"step": step, **provenance()}])
+        before = read_json(path) if path.exists() else []
+        write_json(path, [*(before if isinstance(before, list) else ()), {"step": step, **provenance()}])
 
 
 def _flat(tree: Settings, prefix: str = "") -> Settings:

@@ -1,3 +1,4 @@
+import os
 import pickle
 
 import numpy as np
@@ -30,14 +31,18 @@ def test_kaldi_directory(tmp_path):
 
 def test_kaldi_segments(tmp_path):
     root = recordings.kaldi(tmp_path / "k", 1, 1, seconds=3)
-    (root / "segments").write_text("a s0-u0 0.5 1.5\nb s0-u0 2 9\n")
-    (root / "utt2spk").write_text("a x\nb y\n")
+    (root / "segments").write_text("a s0-u0 0.5 1.5\nb s0-u0 2 3.4\nc s0-u0 2 -1\nd s0-u0 2 9\n")
+    (root / "utt2spk").write_text("a x\nb y\nc y\nd y\n")
     table = open_source(root)
     whole = audio.read_audio(root / "audio/s0-u0.wav")
-    assert table.ids == ("a", "b") and table.speakers == ("x", "y")
+    assert table.ids == ("a", "b", "c", "d") and table.speakers == ("x", "y", "y", "y")
     np.testing.assert_array_equal(table.load(0), whole[8000:24000])
-    np.testing.assert_array_equal(table.load(1), whole[32000:])
-    np.testing.assert_array_equal(table.lengths(), [16000, 16000])
+    for row in (1, 2):  # a few frames too far, and -1: to the end
+        np.testing.assert_array_equal(table.load(row), whole[32000:])
+        assert table.num_samples(row) == 16000
+    for read in (table.load, table.num_samples):
+        with pytest.raises(audio.AudioError, match=r"segments:4: .* ends at 9 s, but the recording at 3.00 s"):
+            read(3)
 
 
 @pytest.mark.parametrize(
@@ -195,3 +200,65 @@ def test_shared_sets(shared):
         assert (len(table), len(table.speaker_names)) == (utterances, speakers)
         assert np.isfinite(table.load(7)).all()
     assert len(open_source(shared / "data/noise/dev")) == 161
+
+
+def test_parts_in_a_csv(tmp_path):
+    whole = audio.read_audio(recordings.write(tmp_path / "a.wav", recordings.tone(3)))
+    (tmp_path / "list.csv").write_text("path,speaker,start,stop\na.wav,s1 ,0,1.0\na.wav,s1,1.5,\na.wav, s2,,\n")
+    table = open_source(tmp_path / "list.csv")
+    assert table.speaker_names == ("s1", "s2") and table.ids == ("a.wav:0-1.0", "a.wav:1.5-", "a.wav")
+    for row, part in enumerate((whole[:16000], whole[24000:], whole)):
+        np.testing.assert_array_equal(table.load(row), part)
+    np.testing.assert_array_equal(table.lengths(), [16000, 24000, 48000])
+    (tmp_path / "list.csv").write_text("path,speaker,start,stop\na.wav,s1,2,1\n")
+    with pytest.raises(UserError, match=r"list.csv:2: a part from 2 to 1"):
+        open_source(tmp_path / "list.csv")
+
+
+@pytest.mark.parametrize(
+    ("names", "speakers"),
+    [
+        (("train-clean-100/103/1240/103-1240-0000.flac", "dev-clean/84/121123/84-121123-0001.flac"), ("103", "84")),
+        (("TRAIN/DR1/FCJF0/SA1.WAV", "TEST/DR2/MABC0/SX12.WAV"), ("FCJF0", "MABC0")),
+        (
+            ("wav48_silence_trimmed/p225/p225_001_mic1.flac", "wav48_x/s5/s5_001_mic1.flac"),
+            ("p225", "s5"),
+        ),
+    ],
+    ids=["LibriSpeech", "TIMIT", "VCTK"],
+)
+def test_corpora_whose_first_directory_is_no_speaker(tmp_path, names, speakers):
+    for name in names:
+        recordings.write(tmp_path / name)
+    assert sorted(open_source(tmp_path).speakers) == sorted(speakers)
+
+
+def test_a_folder_whose_directories_are_no_speakers_is_refused(tmp_path, capsys):
+    for name in ("train/a.wav", "test/b.wav"):
+        recordings.write(tmp_path / name)
+    with pytest.raises(UserError, match="the first directories should be speakers, but test is none"):
+        open_source(tmp_path)
+    assert len(open_source(tmp_path, speakers=False)) == 2  # noise has no speakers
+    recordings.write(tmp_path / "test" / "ann" / "c.wav")
+    (tmp_path / "test" / "ann" / "d.wma").write_bytes(b"0")
+    open_source(tmp_path / "test" / "ann")
+    said = capsys.readouterr().err
+    assert "1 recordings of 1 speaker (ann)" in said and "1 other files are left out (1 .wma)" in said
+
+
+def test_links_that_loop_and_names_of_any_bytes(tmp_path):
+    recordings.write(tmp_path / "ann" / "a.wav")
+    (tmp_path / "ann" / "again").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "bob").symlink_to(tmp_path / "ann", target_is_directory=True)  # leads elsewhere: that is fine
+    odd = os.fsdecode(bytes(tmp_path / "ann") + b"/\xff\xfe.wav")
+    os.rename(tmp_path / "ann" / "a.wav", odd)
+    table = open_source(tmp_path)
+    assert table.speakers == ("ann", "bob") and len(table.load(0)) == table.num_samples(1) == 16000
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "x/" * 3000])
+def test_places_that_cannot_be(name):
+    with pytest.raises(UserError, match="no data at"):
+        open_source(name)
+    with pytest.raises(audio.AudioError, match="missing|unreadable"):
+        audio.read_audio(name + ".wav")

@@ -9,7 +9,7 @@ import recordings
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.data.source import open_source
-from kmq_jax.data.trials import draw_trials, open_trials, read_models, read_trials, utterance_index
+from kmq_jax.data.trials import doubts, draw_trials, open_trials, read_models, read_trials, utterance_index
 
 IDS = ["u1", "u2", "u3"]
 PATHS = ["a/1.wav", "a/2.wav", "b/3.wav"]
@@ -156,3 +156,52 @@ def test_trials_of_the_embedded_corpus_follow_the_table():
     np.testing.assert_array_equal(turned.enrol, len(table) - 1 - trials.enrol)
     with pytest.raises(UserError, match="unknown utterance syn-dev-"):
         open_trials(spec, table.select([0, 1, 2]))
+
+
+def test_blank_lines_of_any_kind(tmp_path):
+    path = tmp_path / "trials"
+    path.write_bytes("\ufeff\n1 a b\n\u00a0\n0 a c\n\u2003 \n".encode())
+    assert read_trials(path, ["a", "b", "c"]).label.tolist() == [True, False]
+    path.write_bytes("1 a b\n\u00a0\n0 a\n".encode())
+    with pytest.raises(UserError, match=r"trials:3: expected"):
+        read_trials(path, ["a", "b", "c"])
+
+
+def test_doubtful_lists_are_told_with_counts_and_lines(tmp_path):
+    path = tmp_path / "trials"
+    path.write_text("1 a b\n\n0 a c\n1 a c\n1 a a\n0 b a\n")
+    trials = read_trials(path, ["a", "b", "c"])
+    speaker = np.array([0, 0, 1])
+    found = doubts(str(path), trials, speaker[trials.enrol], speaker[trials.test])
+    assert [line.removeprefix(f"{path}:") for line in found] == [
+        "4: 2 labels contradict the speakers' names; this is the first",
+        "5: 1 recordings are compared with themselves; this is the first",
+        "1: 4 trials are of pairs that have both labels; this is the first",
+    ]
+    path.write_text("1 a b\n0 a c\n")
+    trials = read_trials(path, ["a", "b", "c"])
+    assert doubts(str(path), trials, speaker[trials.enrol], speaker[trials.test]) == []
+
+
+def test_people_s_lists(shared):
+    from kmq_jax.scoring.join import join
+    from kmq_jax.scoring.table import read_embeddings
+
+    cases = shared / "cases"
+    if not cases.is_dir():
+        pytest.skip("no cases")
+    for name in ("trials_blank_line/trials.txt", "trials_blank_line/trials_nbsp.txt"):
+        table = read_embeddings(cases / "trials_blank_line/emb.npz")
+        assert len(read_trials(cases / name, table.ids, table.paths)) == 60
+    table = read_embeddings(cases / "trials_contradict/emb.npz")
+    for name, words in {
+        "inverted": "contradict",
+        "shifted": "contradict",
+        "self": "with themselves",
+        "both_labels": "both labels",
+        "trials_ok": "",
+    }.items():
+        path = str(cases / f"trials_contradict/{name}.txt")
+        trials, sides = join(path, table, table)
+        found = doubts(path, trials, sides.enrol_speaker, sides.test_speaker)
+        assert any(words in line for line in found) if words else not found

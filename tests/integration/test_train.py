@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from kmq_jax.core import mesh
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.locks import sole_writer
 from kmq_jax.core.tree import named_leaves
 from kmq_jax.data import pipeline, source
 from kmq_jax.models.checkpoint import Checkpoints
@@ -69,6 +71,20 @@ def test_a_finished_run_is_not_repeated(whole):
     before = leaves(workdir)
     assert loop.train(tiny(), workdir) == summary
     assert all((a == b).all() for a, b in zip(before, leaves(workdir)))
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_summary_loses_no_figure(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    summary = loop.train(tiny(), tmp_path / "run")
+    assert {name for name in summary if summary[name] != whole[1][name]} <= {"seconds", "examples_per_second"}
+    assert summary["seconds"] > 0 and summary["examples_per_second"] > 0
+    assert read_runlog(tmp_path / "run" / "metrics.jsonl") == read_runlog(whole[0] / "metrics.jsonl")
+
+
+def test_two_runs_at_once_are_refused(whole):
+    with sole_writer(whole[0]), pytest.raises(UserError, match="is being written to by process"):
+        loop.train(tiny(), whole[0])
 
 
 def test_a_stopped_run_goes_on_bit_exactly(whole, tmp_path, monkeypatch):

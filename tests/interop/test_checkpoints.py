@@ -241,3 +241,21 @@ def test_without_pytorch_the_message_says_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "m.pt").write_bytes(b"PK\x03\x04 and so on")
     with pytest.raises(UserError, match="PyTorch is not installed: pip install torch"):
         pretrained.read(tmp_path / "m.pt")
+
+
+def test_people_s_checkpoints(shared):
+    cases = shared / "cases" / "import_checkpoints"
+    if not cases.is_dir():
+        pytest.skip("no cases")
+    expected = None
+    for name in ("bf16.safetensors", "nest_model_state_dict.pt", "orig_mod.pt", "resnet_prefix_pyannote.ckpt"):
+        if not name.endswith(".safetensors"):
+            pytest.importorskip("torch")
+        found = pretrained.read(cases / name)
+        expected = expected or found.settings
+        assert found.architecture == "wespeaker_resnet18" and found.settings == expected
+        assert all(np.asarray(leaf).dtype == np.float32 for leaf in jax.tree.leaves(found.variables))
+    with pytest.raises(UserError, match="tensor .* is of type F8_E4M3, which is not read"):
+        pretrained.read(cases / "f8.safetensors")
+    with pytest.raises(UserError, match=r"it holds numpy\S*scalar, which is none$"):
+        pretrained.read(cases / "np_scalar.pt")

@@ -1,0 +1,94 @@
+"""What a command writes: found to be impossible before the work, not after it."""
+
+import errno
+import os
+import stat
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kmq_jax.core.errors import UserError
+
+_PARTS = {"model.kmq", "averaged.kmq", "config.json", "policy.json", "cascade.json", "dataset_info.json"}
+_PARTS |= {"wav.scp", "utt2spk", "segments"}
+"""What a directory that is a MODEL, a cascade or DATA is read by."""
+
+
+def check_outputs(files: Mapping[str, Path], folders: Mapping[str, Path], inputs: Mapping[str, Sequence[str]]) -> None:
+    """Refuses outputs that cannot be written, that are one another, or that are also read.
+
+    Args:
+        files: outputs that are files, by the flag that names them.
+        folders: outputs that are directories.
+        inputs: places that are read, by flag. What is no path, such as `synthetic:dev`, does no harm.
+
+    Raises:
+        UserError: one is at fault; the message names its flag.
+
+    >>> check_outputs({"--out": Path("a.npz"), "--json": Path("./a.npz")}, {}, {})
+    Traceback (most recent call last):
+    kmq_jax.core.errors.UserError: --json (=a.npz) is also --out: they must differ
+    """
+    seen: dict[str, str] = {}
+    for flag, path in {**files, **folders}.items():
+        try:
+            place = os.path.realpath(path)
+            # A device takes any number of outputs.
+            if not _is_device(path):
+                if place in seen:
+                    raise UserError(f"{flag} (={path}) is also {seen[place]}: they must differ")
+                seen[place] = flag
+                for name, values in inputs.items():
+                    if any(_is_read(value, place) for value in values):
+                        raise UserError(f"{flag} (={path}) is also {name}, which is read: they must differ")
+            _check_writable(flag, path, flag in folders)
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{flag} (={path}) cannot be written: {reason}") from None
+
+
+def _is_read(value: str, place: str) -> bool:
+    """Whether reading a file or a directory means reading the file at `place`."""
+    if not value:
+        return False
+    read = os.path.realpath(value)
+    return read == place or os.path.dirname(place) == read and os.path.basename(place) in _PARTS
+
+
+def _is_device(path: Path) -> bool:
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def _check_writable(flag: str, path: Path, folder: bool) -> None:
+    if not str(path).strip():
+        raise UserError(f"{flag} must name a {'directory' if folder else 'file'}")
+    target = Path(os.path.realpath(path))
+    if _is_device(path):
+        if folder:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        return  # tried when it is written to: opening may have effects
+    if target.exists() and target.is_dir() != folder:
+        number = errno.ENOTDIR if folder else errno.EISDIR
+        raise OSError(number, os.strerror(number))
+    parent = target if folder and target.exists() else target.parent
+    while not parent.exists():
+        _check_name(parent)
+        parent = parent.parent
+    _check_name(target)
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    # Tried, not asked: to the superuser a read-only file system looks writable.
+    handle, name = tempfile.mkstemp(prefix=".part-", dir=parent)
+    os.close(handle)
+    os.unlink(name)
+
+
+def _check_name(path: Path) -> None:
+    if len(os.fsencode(path.name)) > 255 or len(os.fsencode(path)) > 4095:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))

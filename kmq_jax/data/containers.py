@@ -1,0 +1,377 @@
+"""How much sound an audio file's header promises, and how much lies in the file.
+
+libsndfile reads what is there without a word: a file that was cut short looks like a shorter recording, and one whose
+writer never came back to fill in the length looks empty. So the containers that it reads are looked into here.
+
+Layouts: RIFF and RF64 (EBU Tech 3306), W64 (Sony Wave64), AIFF 1.3, Sun AU, NIST SPHERE, CAF, Ogg (RFC 3533), and the
+Xing, Info and VBRI tags of MP3, FLAC (RFC 9639).
+"""
+
+import io
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+_MOST_CHUNKS = 10_000
+_UNKNOWN = (0, 0x7FFFF000)  # sizes that writers who cannot know leave: 0, or close to 2^31 or 2^32
+_W64_TAIL = bytes.fromhex("f3acd3118cd100c04f8edb8a")  # of the identifiers of Wave64's chunks, but for the first
+_LARGEST_MP3 = 1 << 28  # bytes that are walked through; an hour takes at most half of it
+_TAIL = 1 << 17  # an Ogg page is at most 65,307 bytes
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where the sound of a file lies.
+
+    Attributes:
+        truncated: the file ends before the sound that its header promises.
+        unknown: the header does not tell the length.
+        patches: bytes by place in the file, for a header that tells the length (`Patched`), where it is needed.
+        skipped: bytes at the front that are left out.
+        prefix: what stands in their place.
+    """
+
+    truncated: bool = False
+    unknown: bool = False
+    patches: Mapping[int, bytes] = field(default_factory=dict)
+    skipped: int = 0
+    prefix: bytes = b""
+
+    @property
+    def mends(self) -> bool:
+        """Whether the file is read otherwise than it lies."""
+        return bool(self.patches or self.prefix)
+
+
+def extent(path: Path) -> Extent:
+    """Looks into a file; of an unknown container nothing is known.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    size = os.stat(path).st_size
+    with path.open("rb") as file:
+        head = file.read(40)
+        try:
+            if head[:4] in (b"RIFF", b"RIFX", b"RF64") and head[8:12] == b"WAVE":
+                return _riff(file, size, head[:4])
+            if head[:4] == b"riff" and head[24:28] == b"wave":
+                return _w64(file, size)
+            if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC", b"8SVX", b"16SV"):
+                return _aiff(file, size)
+            if head[:4] in (b".snd", b"dns."):
+                return _au(head, size)
+            if head[:7] == b"NIST_1A":
+                return _sphere(file, size)
+            if head[:4] == b"caff":
+                return _caf(file, size)
+            if head[:8] == b"fLaC\0\0\0\x22":
+                return _flac(file, head, size)
+            if head[:4] == b"OggS":
+                return Extent(truncated=_ogg_is_truncated(file, size))
+            return _mp3(path, head, size)
+        except struct.error:  # the file ends within a header
+            return Extent(truncated=True)
+
+
+class Patched(io.RawIOBase):
+    """A file of which some bytes read as others; what lies on disk is not changed."""
+
+    def __init__(self, path: Path, extent: Extent):
+        """Opens the file."""
+        self._file, self._extent, self._at = path.open("rb"), extent, 0
+        self._shift = len(extent.prefix) - extent.skipped
+        self._size = os.stat(path).st_size + self._shift
+
+    def readable(self) -> bool:  # noqa: D102
+        return True
+
+    def seekable(self) -> bool:  # noqa: D102
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:  # noqa: D102
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = max(start + offset, 0)
+        return self._at
+
+    def tell(self) -> int:  # noqa: D102
+        return self._at
+
+    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]  # noqa: D102
+        prefix = self._extent.prefix
+        data = bytearray(prefix[self._at : self._at + len(buffer)])
+        start = max(self._at, len(prefix)) - self._shift  # in the file itself
+        self._file.seek(start)
+        read = bytearray(self._file.read(len(buffer) - len(data)))
+        for place, new in self._extent.patches.items():
+            for i, byte in enumerate(new):
+                if 0 <= place + i - start < len(read):
+                    read[place + i - start] = byte
+        data += read
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def close(self) -> None:  # noqa: D102
+        self._file.close()
+        super().close()
+
+
+def _of(begin: int, promised: int, size: int, unknown: bool, patches: Mapping[int, bytes]) -> Extent:
+    """The extent of sound that begins at a place and of which so many bytes are promised."""
+    if unknown:
+        return Extent(unknown=True, patches=patches if size > begin else {})
+    return Extent(truncated=begin + promised > size)
+
+
+def _riff(file: BinaryIO, size: int, kind: bytes) -> Extent:
+    order = ">" if kind == b"RIFX" else "<"
+    file.seek(12)
+    wide, wide_place = None, 0
+    for _ in range(_MOST_CHUNKS):
+        place = file.tell()
+        chunk = file.read(8)
+        if len(chunk) < 8:
+            # Without its sound the file was cut within what comes before.
+            return Extent(truncated=place <= size and wide_place == 0 and size > 12)
+        name, length = chunk[:4], struct.unpack(order + "I", chunk[4:])[0]
+        if name == b"ds64" and length >= 24:
+            wide_place = place + 8
+            wide = struct.unpack("<Q", file.read(16)[8:])[0]
+            file.seek(place + 8)
+        elif name == b"data":
+            begin = place + 8
+            there = max(size - begin, 0)
+            if kind == b"RF64" and wide is not None and length == 0xFFFFFFFF:
+                lost = wide == 0 or wide >= 1 << 62
+                return _of(begin, wide, size, lost, {wide_place + 8: struct.pack("<Q", there)})
+            unknown = length == 0 or length >= _UNKNOWN[1]
+            told = struct.pack(order + "I", min(there, 0xFFFFFFFF))
+            whole = struct.pack(order + "I", min(size - 8, 0xFFFFFFFF))
+            # A data chunk of no bytes with others behind it is an empty recording.
+            if length == 0 and _looks_like_chunk(file, begin, size):
+                return Extent()
+            return _of(begin, length, size, unknown, {4: whole, place + 4: told})
+        file.seek(place + 8 + length + length % 2)
+    return Extent(truncated=True)
+
+
+def _looks_like_chunk(file: BinaryIO, place: int, size: int) -> bool:
+    """Whether chunks go on at a place: a name in letters, and a length that fits."""
+    file.seek(place)
+    chunk = file.read(8)
+    if len(chunk) < 8:
+        return False
+    name, length = chunk[:4], struct.unpack("<I", chunk[4:])[0]
+    return name in (b"LIST", b"fact", b"PEAK", b"bext", b"id3 ", b"cue ", b"smpl", b"iXML") and place + length <= size
+
+
+def _w64(file: BinaryIO, size: int) -> Extent:
+    place = 40
+    for _ in range(_MOST_CHUNKS):
+        file.seek(place)
+        chunk = file.read(24)
+        if len(chunk) < 24:
+            return Extent(truncated=True)
+        name, length = chunk[:16], struct.unpack("<Q", chunk[16:])[0]
+        if name == b"data" + _W64_TAIL:
+            begin = place + 24
+            unknown = length <= 24 or length >= 1 << 62
+            told = {16: struct.pack("<Q", size), place + 16: struct.pack("<Q", max(size - place, 24))}
+            return _of(begin, length - 24, size, unknown, told)
+        place += max(length + 7 & ~7, 24)
+    return Extent(truncated=True)
+
+
+def _aiff(file: BinaryIO, size: int) -> Extent:
+    file.seek(12)
+    common = None
+    for _ in range(_MOST_CHUNKS):
+        place = file.tell()
+        chunk = file.read(8)
+        if len(chunk) < 8:
+            return Extent(truncated=True)
+        name, length = chunk[:4], struct.unpack(">I", chunk[4:])[0]
+        if name == b"COMM":
+            channels, frames, bits = struct.unpack(">hIh", file.read(8))
+            common = place + 10, channels * ((bits + 7) // 8), frames
+            file.seek(place + 8)
+        elif name in (b"SSND", b"BODY"):
+            begin = place + 8 + (8 if name == b"SSND" else 0)
+            there = max(size - begin, 0)
+            unknown = length <= begin - place - 8 or length >= _UNKNOWN[1]
+            patches = {4: struct.pack(">I", size - 8), place + 4: struct.pack(">I", size - place - 8)}
+            if common and common[1] > 0:
+                patches[common[0]] = struct.pack(">I", there // common[1])
+                unknown = unknown or common[2] == 0
+            return _of(place + 8, length, size, unknown, patches)
+        file.seek(place + 8 + length + length % 2)
+    return Extent(truncated=True)
+
+
+def _au(head: bytes, size: int) -> Extent:
+    order = ">" if head[:4] == b".snd" else "<"
+    begin, length = struct.unpack(order + "II", head[4:12])
+    unknown = length == 0 or length >= _UNKNOWN[1]
+    return _of(begin, length, size, unknown, {8: struct.pack(order + "I", min(max(size - begin, 0), 0xFFFFFFFE))})
+
+
+def _sphere(file: BinaryIO, size: int) -> Extent:
+    file.seek(0)
+    text = file.read(1 << 16)
+    fields: dict[bytes, int] = {}
+    try:
+        begin = int(text.split(b"\n", 2)[1])
+        for line in text[:begin].split(b"\n"):
+            words = line.split()
+            if len(words) == 3 and words[1] == b"-i":
+                fields[words[0]] = int(words[2])
+    except (IndexError, ValueError):
+        return Extent()
+    if b"sample_coding" in text[:begin] and b"shorten" in text[:begin]:
+        return Extent()  # compressed: lengths in bytes are not told; libsndfile does not read these
+    width = fields.get(b"sample_n_bytes", 0) * fields.get(b"channel_count", 1)
+    count = fields.get(b"sample_count", 0)
+    return Extent() if not (width and count) else Extent(truncated=begin + width * count > size)
+
+
+def _caf(file: BinaryIO, size: int) -> Extent:
+    place = 8
+    for _ in range(_MOST_CHUNKS):
+        file.seek(place)
+        chunk = file.read(12)
+        if len(chunk) < 12:
+            return Extent(truncated=True)
+        name, length = chunk[:4], struct.unpack(">q", chunk[4:])[0]
+        if name == b"data":
+            told = {place + 4: struct.pack(">q", max(size - place - 12, 4))}
+            return _of(place + 12, length, size, length in (-1, 0, 4), told)
+        if length < 0:
+            return Extent(truncated=True)
+        place += 12 + length
+    return Extent(truncated=True)
+
+
+def _flac(file: BinaryIO, head: bytes, size: int) -> Extent:
+    """Where the header does not know the length, the last frame tells it: frames are numbered."""
+    told = int.from_bytes(head[21:26], "big")
+    if told & ((1 << 36) - 1):
+        return Extent()
+    tail = min(size, 1 << 20)
+    file.seek(size - tail)
+    data = file.read(tail)
+    end = len(data)
+    while (at := data.rfind(b"\xff", 0, end)) >= 0:
+        if (total := _flac_end(data[at : at + 17], head)) is not None:
+            return Extent(unknown=True, patches={21: (told | total).to_bytes(5, "big")})
+        end = at
+    return Extent(truncated=True)
+
+
+def _flac_end(frame: bytes, head: bytes) -> int | None:
+    """The number of the first sample behind a FLAC frame, by its header; None where this is no header."""
+    if len(frame) < 6 or frame[1] & 0xFE != 0xF8 or frame[3] & 1:
+        return None
+    size_code, rate_code, channels = frame[2] >> 4, frame[2] & 15, frame[3] >> 4
+    stated = (head[20] >> 1 & 7) + 1
+    if size_code == 0 or rate_code == 15 or (channels + 1 if channels < 8 else 2) != stated:
+        return None
+    # The number is coded as in UTF-8, in up to seven bytes.
+    ones = next((i for i in range(8) if not frame[4] << i & 0x80), 8)
+    more = max(ones - 1, 0)
+    if ones == 1 or ones == 8 or any(byte & 0xC0 != 0x80 for byte in frame[5 : 5 + more]):
+        return None
+    number = frame[4] & (0x7F >> ones)
+    for byte in frame[5 : 5 + more]:
+        number = number << 6 | byte & 0x3F
+    at = 5 + more
+    sizes = {
+        1: 192,
+        **{code: 576 << code - 2 for code in range(2, 6)},
+        **{code: 256 << code - 8 for code in range(8, 16)},
+    }
+    if size_code in (6, 7):
+        width = size_code - 5
+        block, at = int.from_bytes(frame[at : at + width], "big") + 1, at + width
+    else:
+        block = sizes[size_code]
+    at += {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
+    if at >= len(frame) or _crc8(frame[:at]) != frame[at]:
+        return None
+    # With blocks of one size it is frames that are numbered; the last may be shorter.
+    return number + block if frame[1] & 1 else number * int.from_bytes(head[8:10], "big") + block
+
+
+def _crc8(data: bytes) -> int:
+    crc = 0
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc << 1 ^ 0x07) & 0xFF if crc & 0x80 else crc << 1
+    return crc
+
+
+def _ogg_is_truncated(file: BinaryIO, size: int) -> bool:
+    """Whether the last Ogg page runs past the end of the file, or is not the last of its stream."""
+    tail = min(size, _TAIL)
+    file.seek(size - tail)
+    data = file.read(tail)
+    page = data.rfind(b"OggS")
+    if page < 0:
+        return True
+    # A page: 27 bytes, of which the sixth tells the last page and the last counts the segments; their lengths; the
+    # segments.
+    segments = page + 27
+    if segments > len(data) or segments + data[page + 26] > len(data):
+        return True
+    count = data[page + 26]
+    whole = segments + count + sum(data[segments : segments + count]) <= len(data)
+    return not whole or not data[page + 5] & 4
+
+
+_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}  # Hz, by version
+_KBITS = {  # of layer III, for MPEG 1 and for the others
+    True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    False: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+
+
+def _mp3(path: Path, head: bytes, size: int) -> Extent:
+    """Without a tag that counts the frames, libsndfile guesses the length from the size: they are counted here."""
+    begin = 0
+    if head[:3] == b"ID3":
+        begin = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0)))
+    elif _frame_size(head[:4]) == 0:
+        return Extent()
+    data = path.read_bytes()[begin:] if size <= _LARGEST_MP3 else b""
+    first = _frame_size(data[:4])
+    if not first or any(tag in data[:first] for tag in (b"Xing", b"Info", b"VBRI")):
+        return Extent()
+    count, at = 0, 0
+    while at + 4 <= len(data):
+        length = _frame_size(data[at : at + 4])
+        if length == 0:
+            break  # tags, as a rule
+        if at + length > len(data):
+            return Extent(truncated=True)
+        count, at = count + 1, at + length
+    # A tag in front, as encoders write it: a silent frame of the same kind that holds the number of frames.
+    is_first, mono = data[1] >> 3 & 3 == 3, data[3] >> 6 == 3
+    side = {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}[is_first, mono]
+    header = bytes([data[0], data[1] | 1, 0x90 | data[2] & 0x0C, data[3]])
+    tag = header + bytes(side) + b"Info" + struct.pack(">II", 1, count)
+    return Extent(unknown=True, skipped=begin, prefix=tag.ljust(_frame_size(header), b"\0"))
+
+
+def _frame_size(header: bytes) -> int:
+    """Bytes of the frame of layer III that begins so; 0 where none does."""
+    if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
+        return 0
+    version, kbits, rate = header[1] >> 3 & 3, header[2] >> 4, header[2] >> 2 & 3
+    if version == 1 or kbits in (0, 15) or rate == 3:
+        return 0
+    per_frame = 144_000 if version == 3 else 72_000
+    return per_frame * _KBITS[version == 3][kbits] // _RATES[version][rate] + (header[2] >> 1 & 1)

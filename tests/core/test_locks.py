@@ -1,0 +1,41 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.locks import NAME, sole_writer
+
+HOLD = """
+import sys, time
+from kmq_jax.core.locks import sole_writer
+with sole_writer(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_writer_and_a_killed_one_hinders_nobody(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        message = rf"--workdir=.* is being written to by process {other.pid} on "
+        with pytest.raises(UserError, match=message) as caught, sole_writer(tmp_path):
+            pass
+        assert "\n" not in str(caught.value)
+        other.send_signal(signal.SIGKILL)
+    assert (tmp_path / NAME).exists()
+    time.sleep(0.01)
+    with sole_writer(tmp_path):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_two_in_one_process_and_a_directory_that_cannot_be(tmp_path):
+    with sole_writer(tmp_path / "new"), pytest.raises(UserError, match=str(os.getpid())), sole_writer(tmp_path / "new"):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out=.*file cannot be written to"), sole_writer(tmp_path / "file", "out"):
+        pass

@@ -1,0 +1,27 @@
+"""The short forms of launch/fuzz.py and launch/faults.py."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def _run(script, tmp_path, *flags):
+    out = tmp_path / "found.json"
+    command = [sys.executable, f"launch/{script}.py", f"--json={out}", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+def test_inputs_of_every_class_are_clean(tmp_path):
+    found = _run("fuzz", tmp_path, "--inputs=24", "--seconds=25")
+    assert found["tried"] == found["clean"] >= 6 and found["violations"] == 0
+
+
+def test_killed_commands_end_as_undisturbed_ones(tmp_path):
+    found = _run("faults", tmp_path, "--commands=calibrate", "--kills=3", "--faults=kill")
+    (row,) = found["rows"]
+    assert row["kills"] <= 3 and not row["violations"]
