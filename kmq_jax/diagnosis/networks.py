@@ -94,10 +94,10 @@ class Networks:
     ) -> Array:
         """float32 `[variants, rows, dim]`, with the networks' time noted under `desc`."""
         table = self.utterances if rows is None else self.utterances.select(rows)
-        shown, seconds = f"{desc}, {len(trees)} networks", self.options.max_seconds
+        shown, seconds, most = f"{desc}, {len(trees)} networks", self.options.max_seconds, self.options.max_frames
         with self.timed(desc):
             batches = variants.feature_batches(
-                self.network, self.fbank, table, max_seconds=seconds, seen=seen, desc=shown
+                self.network, self.fbank, table, max_seconds=seconds, max_frames=most, seen=seen, desc=shown
             )
             return variants.embed_variants(self.network, batches, trees, len(table))
 
@@ -224,10 +224,16 @@ class Networks:
 
     def _fill_activations(self, subset: Array, rows: list[Json]) -> list[Json]:
         """Adds the activation SQNR of the part that each layer belongs to; gives the rows of all parts."""
-        table, seconds = self.utterances.select(subset), self.options.max_seconds
+        table, options = self.utterances.select(subset), self.options
         with self.timed("activations"):
             batches = variants.feature_batches(
-                self.network, self.fbank, table, max_seconds=seconds, desc="activations", batch_size=_CAPTURED
+                self.network,
+                self.fbank,
+                table,
+                max_seconds=options.max_seconds,
+                max_frames=options.max_frames,
+                desc="activations",
+                batch_size=_CAPTURED,
             )
             sqnr = variants.activation_sqnr(self.network, batches, self.base, list(self.low.values()))
         component = {part.name: part.component for part in self.network.parts()}

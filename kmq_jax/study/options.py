@@ -66,6 +66,9 @@ class StudyOptions(Options):
     label_weight: float = option("of margin softmax of the labels beside the teacher, in distillation", 0.0, at_least=0)
     compute: Compute = option("arithmetic of extraction", "float32")
     max_seconds: float = option("extraction takes only so much of each recording; 0: all of it", 0.0, at_least=0)
+    max_frames: int = option(
+        "networks see only so many frames of each, less the mean over all of its frames; 0: all", 0, at_least=0
+    )
     quick_compile: bool = option("no optimizations, for networks so tiny that compiling is all they cost", False)
     diagnose: tuple[str, ...] = option("names of the evaluation sets that are diagnosed", ())
     diagnosis: DiagnosisOptions = option("how", DiagnosisOptions())

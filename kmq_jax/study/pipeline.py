@@ -71,15 +71,20 @@ def study(config: ml_collections.ConfigDict, workdir: Path) -> Json:
 
 def embed(steps: Steps, network: Network, evaluated: EvaluationSet, options: StudyOptions) -> Path:
     """The embeddings of an evaluation set by a network."""
-    name, how = (
-        f"{network.name}-{evaluated.name}",
-        ExtractionOptions(bits=network.read_at, compute=options.compute, max_seconds=options.max_seconds),
+    name = f"{network.name}-{evaluated.name}"
+    how = ExtractionOptions(
+        bits=network.read_at,
+        compute=options.compute,
+        max_seconds=options.max_seconds,
+        max_frames=options.max_frames,
     )
 
     def action(out: Path) -> None:
         extract(network.path, evaluated.data, out, how)
 
-    about, out = [evaluated.data, options.compute, options.max_seconds, network.bits], f"embeddings/{name}.npz"
+    about = [evaluated.data, options.compute, options.max_seconds, network.bits]
+    # Named only where it is set, so that studies done before it was there are not repeated.
+    about, out = [*about, *filter(None, [options.max_frames])], f"embeddings/{name}.npz"
     needs, data = (network.step,), [evaluated.data]
     return steps.run(f"embed-{name}", about, needs, out, action, data=data, recipe=RECIPES["embed"])
 
@@ -125,7 +130,13 @@ def run_diagnosis(steps: Steps, options: StudyOptions, networks: Sequence[Networ
     steps_of = family_steps(options.recipe, options.bits)
     nested = {int(one.bits): one for one in networks if one.step == f"distilled-{NESTED}"}
     chosen = nested | {int(one.bits): one for one in networks if one.step in steps_of}
-    how = dataclasses.replace(options.diagnosis, compute=options.compute)
+    # What is extracted is diagnosed: the arithmetic and how much of a recording counts are the study's.
+    how = dataclasses.replace(
+        options.diagnosis,
+        compute=options.compute,
+        max_seconds=options.max_seconds or options.diagnosis.max_seconds,
+        max_frames=options.max_frames or options.diagnosis.max_frames,
+    )
 
     def action(out: Path) -> None:
         models = {bits: one.path for bits, one in chosen.items()}
