@@ -11,6 +11,7 @@ import numpy as np
 from kmq_jax.cascade.calibrate import calibrate
 from kmq_jax.cascade.evaluate import evaluate_embeddings
 from kmq_jax.cascade.figures import draw_front
+from kmq_jax.cascade.options import CalibrationOptions
 from kmq_jax.cascade.verifier import save_cascade
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, Row, atomic_write, read_json, write_json
@@ -19,13 +20,14 @@ from kmq_jax.study.networks import Network
 from kmq_jax.study.options import FULL, NESTED, CascadePlan, EvaluationSet, StudyOptions
 from kmq_jax.study.steps import Steps
 
-RECIPES = {"halves": 1, "calibrate": 1, "cascade": 1}
+RECIPES = {"halves": 1, "calibrate": 2, "cascade": 2}
 """To be raised when a change of the code changes what a step computes: studies then repeat it (see `study.steps`)."""
 
 HALVES = ("a", "b")
 MEANT = (
     "eer", "reference_eer", "harmful_flip_rate", "beneficial_flip_rate", "sequential_bits", "incremental_bits",
-    "utterance_bits", "utterance_incremental_bits", "resolved", "remaining_flips", "each_width_alone",
+    "utterance_bits", "utterance_incremental_bits", "resolved", "remaining_flips", "each_width_alone", "saved",
+    "min_dcf", "reference_min_dcf",
 )  # fmt: skip
 """Figures of two halves that are averaged: those that the report shows."""
 
@@ -65,7 +67,13 @@ class StudiedCascade:
     @property
     def about(self) -> list[object]:
         """What all of its steps depend on."""
-        return [list(self.plan.bits), dataclasses.asdict(self.options.calibration)]
+        return [list(self.plan.bits), dataclasses.asdict(self.how)]
+
+    @property
+    def how(self) -> CalibrationOptions:
+        """How it is calibrated: bits are counted as new ones only where codebooks nest."""
+        nested = self.plan.family.endswith(NESTED)
+        return dataclasses.replace(self.options.calibration, nested=nested)
 
     def file(self, network: Network, evaluated: EvaluationSet) -> str:
         """The embedding file of a network on a set."""
@@ -84,7 +92,7 @@ class StudiedCascade:
         base = self.options.sets[self.options.calibrate]
 
         def action(out: Path) -> None:
-            policy = calibrate(self.files(base), self.file(self.reference, base), listed, self.options.calibration)
+            policy = calibrate(self.files(base), self.file(self.reference, base), listed, self.how)
             policy.save(out)
             draw_front(out.with_suffix(".png"), policy)
             if not suffix:
