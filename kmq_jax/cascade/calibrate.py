@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from kmq_jax.cascade import gates
-from kmq_jax.cascade.evaluate import describe_costs, each_alone, equal_error, flip_rates
+from kmq_jax.cascade.costs import describe_costs
+from kmq_jax.cascade.evaluate import each_alone, equal_error, flip_rates
 from kmq_jax.cascade.fit import Calibration, control_risk, fit, front_of, pareto
 from kmq_jax.cascade.options import CalibrationOptions
 from kmq_jax.cascade.policy import CascadePolicy

@@ -19,9 +19,9 @@ COMMAND = Command(
     "tables",
     "Writes the results tables of a Markdown file from the JSON files they come from.\n"
     "A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE is a study.json, its path\n"
-    "relative to the Markdown file; KIND is `bits`, one row a model, `trained`, those of them that were, or\n"
-    "`cascades`, one row a cascade and evaluation set. Of the file that `bench accelerator` writes, KIND is\n"
-    "`accelerator`, one row a figure.",
+    "relative to the Markdown file; KIND is `bits`, one row a model, `trained`, those of them that were,\n"
+    "`cascades`, one row a cascade and evaluation set, or `components`. Of the file that `conditions` writes, KIND is\n"
+    "`conditions`; of the one that `bench accelerator` writes, `accelerator`, one row a figure.",
     "kmq-jax tables --file=README.md",
     (Files,),
 )

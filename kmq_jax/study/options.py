@@ -27,6 +27,7 @@ class EvaluationSet(Options):
     name: str = option("for people")
     data: str = option("DATA", metavar="DATA")
     trials: str = option("TRIALS", metavar="TRIALS")
+    models: str | None = option("list of enrolment models, where the trials enrol models", None, metavar="FILE")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,11 +25,12 @@ from kmq_jax.scoring.options import ExtractionOptions
 from kmq_jax.scoring.run import score
 from kmq_jax.study import report
 from kmq_jax.study.cascades import family_steps, run_cascade
+from kmq_jax.study.compare import compare_on
 from kmq_jax.study.networks import Network, make_networks
 from kmq_jax.study.options import NESTED, EvaluationSet, StudyOptions
 from kmq_jax.study.steps import Steps
 
-RECIPES = {"embed": 1, "score": 1, "diagnose": 1}
+RECIPES = {"embed": 1, "score": 2, "diagnose": 2}
 """To be raised when a change of the code changes what a step computes: studies then repeat it (see `study.steps`)."""
 
 
@@ -59,7 +60,7 @@ def study(config: ml_collections.ConfigDict, workdir: Path) -> Json:
         for network in networks:
             embed(steps, network, evaluated, options)
     summary = {
-        "rows": [measure(steps, network, options) for network in networks],
+        "rows": [measure(steps, network, networks[0], options) for network in networks],
         "diagnosis": {name: run_diagnosis(steps, options, networks, options.sets[name]) for name in options.diagnose},
         "cascades": [run_cascade(steps, options, networks, plan) for plan in options.cascades],
         "published": options.published,
@@ -89,9 +90,16 @@ def embed(steps: Steps, network: Network, evaluated: EvaluationSet, options: Stu
     return steps.run(f"embed-{name}", about, needs, out, action, data=data, recipe=RECIPES["embed"])
 
 
-def measure(steps: Steps, network: Network, options: StudyOptions) -> Json:
-    """One row of the results: a network's size, its metrics on each evaluation set, and mean EERs of groups of sets."""
+def measure(steps: Steps, network: Network, reference: Network, options: StudyOptions) -> Json:
+    """One row of the results: a network's size, its metrics on each evaluation set, and mean EERs of groups of sets.
+
+    Of all networks but the reference, the metrics hold their paired changes against it (`paired.compare_on`).
+    """
     found = {name: measure_on(steps, network, evaluated) for name, evaluated in options.sets.items()}
+    if network is not reference:
+        found = {
+            name: metrics | compare_on(steps, network, reference, options.sets[name]) for name, metrics in found.items()
+        }
     inside = network.path.is_relative_to(steps.directory)
     # Relative, so that results do not depend on where the study lies.
     place = network.path.relative_to(steps.directory) if inside else network.path
