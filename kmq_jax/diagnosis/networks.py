@@ -21,7 +21,7 @@ from kmq_jax.metrics.detection import Array, check_trials, eer
 from kmq_jax.models import walk
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.speaker_model import SpeakerModel, frontend_of
-from kmq_jax.scoring.cosine import cosine_scores
+from kmq_jax.scoring.cosine import average, cosine_scores
 
 COMPONENT_DRAWS = 5
 """Of the draws of speakers, one in so many serves the intervals of components' EER."""
@@ -116,13 +116,17 @@ class Networks:
 
         check_trials(np.zeros(len(trials)), trials.label)  # before minutes of embedding
         own, *others = self._embed(None, [self.base, *self.low.values()], "scores", measure)
-        full = {bits: cosine_scores(rows, rows, trials.enrol, trials.test) for bits, rows in zip(self.models, others)}
-        test_only = {
-            bits: cosine_scores(own, rows, trials.enrol, trials.test) for bits, rows in zip(self.models, others)
-        }
-        base = cosine_scores(own, own, trials.enrol, trials.test)
+
+        def score(enrolled: Array, tested: Array) -> Array:
+            one = enrolled if trials.models is None else average(enrolled, trials.models)
+            return cosine_scores(one, tested, trials.enrol, trials.test)
+
+        full = {bits: score(rows, rows) for bits, rows in zip(self.models, others)}
+        test_only = {bits: score(own, rows) for bits, rows in zip(self.models, others)}
         speaker = self.utterances.labels
-        return scores.scored_trials(base, full, test_only, trials.label, speaker[trials.enrol], speaker[trials.test])
+        enrolled = speaker if trials.models is None else speaker[[members[0] for members in trials.models]]
+        sides = enrolled[trials.enrol], speaker[trials.test]
+        return scores.scored_trials(score(own, own), full, test_only, trials.label, *sides)
 
     def subset(self, count: int) -> tuple[Array, Array, Array, Array]:
         """A subset that `spread_over_speakers` chose, and all pairs of it: `(rows, one, two, labels)`."""
@@ -145,7 +149,9 @@ class Networks:
             share).
         """
         count = self.options.retention_utterances
-        if 0 < count < len(self.utterances):
+        if trials.models is not None:  # pairs of utterances tell components apart as well as trials of models do
+            count = min(count or len(self.utterances), len(self.utterances))
+        if 0 < count < len(self.utterances) or trials.models is not None:
             rows, one, two, labels = self.subset(count)
         else:
             rows, one, two, labels = np.arange(len(self.utterances)), trials.enrol, trials.test, trials.label

@@ -21,8 +21,8 @@ def compare_on(steps: Steps, network: Network, reference: Network, evaluated: Ev
         write_json(out, compare(*pair, evaluated.trials, enrol_models=evaluated.models))
 
     needs = (f"embed-{name}", f"embed-{reference.name}-{evaluated.name}")
-    about, data = [evaluated.trials, *filter(None, [evaluated.models])], [evaluated.trials]
+    data = evaluated.lists
     out, recipe = f"metrics/{name}-change.json", RECIPES["compare"]
-    made = steps.run(f"compare-{name}", about, needs, out, action, data=data, recipe=recipe)
+    made = steps.run(f"compare-{name}", data, needs, out, action, data=data, recipe=recipe)
     found: Json = read_json(made)
     return found

@@ -43,7 +43,8 @@ def study(config: ml_collections.ConfigDict, workdir: Path) -> Json:
 
     Returns:
         What `study.json` holds: `rows`, one a model, with `model`, `method`, `bits`, `bytes` and the metrics of each
-        evaluation set; `diagnosis`, by evaluation set; `cascades`; `published`.
+        evaluation set; `diagnosis`, by evaluation set; `cascades`; `published`, `published_figures` and `members`
+        of groups, to compare with.
 
     Raises:
         UserError: a setting, file or value is at fault.
@@ -64,6 +65,8 @@ def study(config: ml_collections.ConfigDict, workdir: Path) -> Json:
         "diagnosis": {name: run_diagnosis(steps, options, networks, options.sets[name]) for name in options.diagnose},
         "cascades": [run_cascade(steps, options, networks, plan) for plan in options.cascades],
         "published": options.published,
+        "published_figures": options.published_figures,
+        "members": {group: list(members) for group, members in options.groups.items()},
     }
     write_json(workdir / "study.json", summary)
     report.write(workdir, summary, settings)
@@ -119,10 +122,11 @@ def measure_on(steps: Steps, network: Network, evaluated: EvaluationSet) -> Json
     name = f"{network.name}-{evaluated.name}"
 
     def action(out: Path) -> None:
-        write_json(out, score(steps.directory / "embeddings" / f"{name}.npz", evaluated.trials).metrics)
+        file = steps.directory / "embeddings" / f"{name}.npz"
+        write_json(out, score(file, evaluated.trials, enrol_models=evaluated.models).metrics)
 
-    needs, out, data = (f"embed-{name}",), f"metrics/{name}.json", [evaluated.trials]
-    made = steps.run(f"score-{name}", evaluated.trials, needs, out, action, data=data, recipe=RECIPES["score"])
+    needs, out, data = (f"embed-{name}",), f"metrics/{name}.json", evaluated.lists
+    made = steps.run(f"score-{name}", data, needs, out, action, data=data, recipe=RECIPES["score"])
     found: Json = read_json(made)
     return found
 
@@ -148,15 +152,19 @@ def run_diagnosis(steps: Steps, options: StudyOptions, networks: Sequence[Networ
 
     def action(out: Path) -> None:
         models = {bits: one.path for bits, one in chosen.items()}
-        found = diagnose(networks[0].path, models, evaluated.data, evaluated.trials, how)
+        found = diagnose(networks[0].path, models, evaluated.data, evaluated.trials, how, evaluated.models)
         diagnosis_report.write(out, found)
 
-    name, places = f"diagnose-{evaluated.name}", [evaluated.data, evaluated.trials]
+    name, places = f"diagnose-{evaluated.name}", [evaluated.data, *evaluated.lists]
     needs = ["fp32", *(one.step for one in chosen.values())]
     about, directory = [*places, dataclasses.asdict(how)], f"diagnosis/{evaluated.name}"
     made = steps.run(name, about, needs, directory, action, data=places, recipe=RECIPES["diagnose"])
     found = read_json(made / "diagnosis.json")
-    return {key: found[key] for key in ("systems", "retention", "correlations")} | {
+    short = {key: found[key] for key in ("systems", "retention", "correlations")}
+    whole = [row for row in found["flips"] if row["threshold_name"] == "reference EER" and row["class"] == "all"]
+    return short | {
+        "drift": found["drift"],
+        "flips": [row for row in whole if row["binning"] in ("none", "equal-mass")],
         "knees": found["notes"]["knees"],
         "directory": directory,
     }

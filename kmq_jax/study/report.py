@@ -7,8 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kmq_jax import html
-from kmq_jax.core.files import Json, Row
+from kmq_jax.core.files import Row
 from kmq_jax.study.paired import changes_of
+from kmq_jax.study.published import comparison
 
 METHODS = {  # colour, marker and name of each way to quantize
     "without training": ("tab:gray", "s", "without training"),
@@ -147,29 +148,6 @@ def _legend_by_bits(figure: Figure, *panels: Axes) -> None:
     figure.legend(
         [found[name] for name in names], names, loc="outside upper center", ncols=4, frameon=False, fontsize=8
     )
-
-
-def comparison(summary: Row) -> list[Json]:
-    """Published and measured EER: a row for each group and number of bits that was published.
-
-    >>> row = {"bits": 4, "method": "trained", "groups": {"overall": 1.1}}
-    >>> comparison({"published": {"overall": {"4": 1.0}}, "rows": [row], "cascades": []})
-    [{'group': 'overall', 'bits': '4', 'published': 1.0, 'measured': 1.1}]
-    """
-    rows = []
-    for group, published in summary["published"].items():
-        for bits, eer in published.items():
-            if bits == "cascade":
-                chosen = summary["cascades"][:1]
-                found = [cascade["groups"].get(group) for cascade in chosen]
-            else:
-                found = [
-                    row["groups"].get(group)
-                    for row in summary["rows"]
-                    if str(row["bits"]) == bits and row["method"] in ("full precision", "trained")
-                ]
-            rows.append({"group": group, "bits": bits, "published": eer, "measured": found[0] if found else None})
-    return rows
 
 
 def write(workdir: Path, summary: Row, config: Row) -> None:

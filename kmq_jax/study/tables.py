@@ -94,7 +94,7 @@ def cascade_table(summary: Row) -> str:
             saved = savings(found, last, nested)["utterance"]
             rows.append(
                 [
-                    cascade["name"] + (", nested" if nested else ""),
+                    cascade["name"] + (", nested" if nested else "") + _gates(cascade),
                     name,
                     f"{found['eer']:.2f}",
                     f"{found['reference_eer']:.2f}",
@@ -109,6 +109,10 @@ def cascade_table(summary: Row) -> str:
                 ]
             )
     return _markdown(rows)
+
+
+def _gates(cascade: Row) -> str:
+    return ", gates as published" if cascade.get("gates") == "published" else ""
 
 
 def _gain(saved: float, last: int, nested: bool) -> str:
