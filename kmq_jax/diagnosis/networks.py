@@ -142,7 +142,7 @@ class Networks:
         """Retention of components, and its mirror.
 
         Returns:
-            `bits, experiment` ("reference", "low", "retention", "mirror"), `component, parameters` (share), `trials`,
+            `bits, experiment` ("reference", "low", "retention", "mirror"), `component, parameters` (share), `trials, utterances`,
             `eer` in percent with `eer_ci95, mean_abs_drift` (against the reference), `recovery` and `recovery_ci95` in
             percent of the EER's rise (of mirror: the share of the rise that the component causes alone), None where it
             does not rise in nine of ten draws of speakers, `drift_recovery` in percent of mean |drift| (of mirror: the
@@ -172,7 +172,7 @@ class Networks:
         result = []
         for (bits, kind, component, _), rates in zip(tried, found):
             about: Json = {"bits": bits, "experiment": kind, "component": component}
-            about |= {"parameters": shares.get(component), "trials": len(labels)}
+            about |= {"parameters": shares.get(component), "trials": len(labels), "utterances": len(rows)}
             recovery = _recovery(kind, found[0], lows[bits], rates) if component else {}
             result.append(about | rates.row(found[0]) | recovery)
         return result

@@ -157,7 +157,7 @@ def conditions_table(found: Row) -> str:
         cells += [f"{row['harmful_flip_rate_loss']:.2f} %", _change(row, "harmful_flip_rate_growth", 2)]
         cells += [f"{row['mean_abs_drift_loss']:.3f}", _change(row, "mean_abs_drift_growth", 3)]
         lines.append(cells)
-    return _markdown(lines) + _about_sets({Path(found["notes"]["data"]).name: found["notes"]})
+    return _markdown(lines) + _about_sets({found["notes"]["data"]: found["notes"]})
 
 
 SPEEDS = {

@@ -118,7 +118,7 @@ def test_conditions_have_a_row_for_each_number_of_bits(tmp_path):
     filled = tables.fill("<!-- table: r.json conditions -->\n<!-- end -->", tmp_path).splitlines()
     assert filled[3].startswith("| first 1 s | 1.0 | 7.50 | 2 | 9.00 | +1.50 [-0.50, +2.00] | +1.50 [-0.50, +2.00] |")
     assert filled[3].endswith("| 2.00 % | **+2.00 [+0.50, +3.00]** | 0.100 | **+0.100 [+0.050, +0.200]** |")
-    assert filled[5] == "words: 100 trials, 20 of them targets, 5 speakers, 30 utterances."
+    assert filled[5] == "x/words: 100 trials, 20 of them targets, 5 speakers, 30 utterances."
 
 
 def test_an_accelerator_has_a_row_for_each_speed(tmp_path):
