@@ -142,11 +142,11 @@ class Networks:
         """Retention of components, and its mirror.
 
         Returns:
-            `bits, experiment` ("reference", "low", "retention", "mirror"), `component, parameters` (share), `trials, utterances`,
-            `eer` in percent with `eer_ci95, mean_abs_drift` (against the reference), `recovery` and `recovery_ci95` in
-            percent of the EER's rise (of mirror: the share of the rise that the component causes alone), None where it
-            does not rise in nine of ten draws of speakers, `drift_recovery` in percent of mean |drift| (of mirror: the
-            share).
+            `bits, experiment` ("reference", "low", "retention", "mirror"), `component, parameters` (share), `trials,
+            utterances, eer` in percent with `eer_ci95, mean_abs_drift` (against the reference), `recovery` and
+            `recovery_ci95` in percent of the EER's rise (of mirror: the share of the rise that the component causes
+            alone), None where it does not rise in nine of ten draws of speakers, `drift_recovery` in percent of mean
+            |drift| (of mirror: the share).
         """
         count = self.options.retention_utterances
         if trials.models is not None:  # pairs of utterances tell components apart as well as trials of models do
