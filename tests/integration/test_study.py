@@ -45,7 +45,8 @@ def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
     assert rows["trained", 2]["bytes"] < rows["full precision", 32]["bytes"]
     check_report(tmp_path, summary)
     lines = tables.study_table(summary).splitlines()
-    assert len(lines) == 2 + len(rows) and lines[0].startswith("| bits | weights | KiB | voices")
+    assert len(lines) == 2 + len(rows) + 2 and lines[0].startswith("| bits | weights | KiB | voices")
+    assert re.fullmatch(r"voices: [\d,]+ trials, [\d,]+ of them targets, \d+ speakers, [\d,]+ utterances\.", lines[-1])
 
     capfd.readouterr()
     assert pipeline.study(config, tmp_path) == summary
