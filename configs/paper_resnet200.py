@@ -23,4 +23,18 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = paper_study(paper_config("resnet200", public=arg == "public"))
     config.model.remat = True
     config.study.published = {"in domain": {"32": 0.984, "4": 1.076, "3": 1.081, "2": 1.127}}
+    config.study.published_figures = {
+        "drift": {
+            "in domain": {
+                "full": {"4": 0.0198, "3": 0.0214, "2": 0.0257},
+                "test-only": {"4": 0.0151, "3": 0.0162, "2": 0.0209},
+            },
+            "out of domain": {
+                "full": {"4": 0.0291, "3": 0.0308, "2": 0.0353},
+                "test-only": {"4": 0.0228, "3": 0.0242, "2": 0.0285},
+            },
+        },
+        "flips": {"vox1_h": {"2": (0.2204, 0.0241, 5.8e-5)}},
+        "order": ("stage3", "stage2"),
+    }
     return smoke_study(config) if arg == "smoke" else config

@@ -26,4 +26,19 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         "out of domain": {"32": 7.923, "2": 8.538, "cascade": 7.952},
         "overall": {"32": 3.910, "2": 4.293, "cascade": 3.947},
     }
+    config.study.published_figures = {
+        "min_dcf": {"in domain": {"32": 0.118, "4": 0.124, "3": 0.123, "2": 0.146}},
+        "drift": {
+            "in domain": {
+                "full": {"4": 0.0147, "3": 0.0175, "2": 0.0301},
+                "test-only": {"4": 0.0108, "3": 0.0133, "2": 0.0277},
+            },
+            "out of domain": {
+                "full": {"4": 0.0228, "3": 0.0248, "2": 0.0372},
+                "test-only": {"4": 0.0174, "3": 0.0190, "2": 0.0327},
+            },
+        },
+        "flips": {"vox1_h": {"4": (0.2043, 0.0014, "~0"), "3": (0.2138, 0.0037, "~0"), "2": (0.2389, 0.0335, 1.6e-4)}},
+        "order": ("stage2", "stage3"),
+    }
     return smoke_study(config) if arg == "smoke" else config

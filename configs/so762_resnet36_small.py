@@ -6,11 +6,8 @@ DIR holds the Kaldi directories `so762/train` (speechocean762: English read by M
 (spoken words in Arabic, Mandarin and English), `so762/dev` (validation, other speakers) and `noise/train`.
 
 ResNet-36 of width 32 (1.21 M parameters), 166 speakers at three speeds, 972 steps of 32 crops of 2 s with noise,
-babble, reverberation and SpecAugment, bfloat16. On two cores of an AMD EPYC (AVX-512 with BF16), shared with other
-work, the whole run took 25 min. EER on unseen speakers (60 and 11), with the 95 % speaker-bootstrap interval:
-
-    so762/dev   8.05 [6.11, 10.10] %    (same corpus)
-    words/dev   10.03 [3.07, 18.60] %    (other languages and microphones)
+babble, reverberation and SpecAugment, bfloat16; under an hour on two cores with AVX-512. Evaluated on unseen speakers
+of the same corpus (60, so762/dev) and of other languages and microphones (11, words/dev):
 
     kmq-jax extract --model=runs/so762 --data=DIR/so762/dev --out=dev.npz --compute=bfloat16
     kmq-jax score --embeddings=dev.npz --trials=DIR/so762/dev/trials.txt --out=scores.txt --json=metrics.json

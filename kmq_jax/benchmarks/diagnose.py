@@ -54,7 +54,11 @@ def main(options: DiagnoseBench) -> None:
         "groups": keep("groups", lambda: people.group_rows(trials, kept["flips"][0], recordings, kept["draws"][1])),
         "worst trials": keep("worst", lambda: people.worst_trials(trials, kept["flips"][0], recordings)),
     }
-    systems = {"EER and minDCF": keep("systems", lambda: scores.system_rows(trials, options.replicates))}
+    systems = {
+        "EER and minDCF": keep(
+            "systems", lambda: scores.system_rows(trials, scores.system_draws(trials, options.replicates))
+        )
+    }
     median = medians(in_turns(per_trial | systems, options.repeats, warm_up=0))
     total = sum(median[name] for name in per_trial)
     rate = [row["harmful_rate"] for row in kept["rates"] if row["binning"] == "none" and row["class"] == "all"]

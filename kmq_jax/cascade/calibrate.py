@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from kmq_jax.cascade import gates
+from kmq_jax.cascade.costs import describe_costs
 from kmq_jax.cascade.evaluate import each_alone, equal_error, flip_rates
 from kmq_jax.cascade.fit import Calibration, control_risk, fit, front_of, pareto
 from kmq_jax.cascade.options import CalibrationOptions
@@ -55,6 +56,9 @@ def calibrate(
         joined.sides.test_speaker,
         # By content, not by name: the last level may be a copy of the reference, and then needs no map.
         reference_level=prints[levels[-1][1]] == prints[reference],
+        enrol=joined.sides.enrol,
+        test=joined.sides.test,
+        one_table=joined.one_table,
     )
     try:
         policy, front, notes = _fitted(data, how, point)
@@ -167,10 +171,7 @@ def describe(policy: CascadePolicy) -> str:
         lines.append(f"{bits:2} bits: decides {100 * here['resolved'][str(bits)]:5.1f} %   {knots:11} {gate}")
     rate = "" if here["eer"] is None else f"EER {here['eer']:.3f} % (reference {notes['reference']['eer']:.3f} %), "
     lines.append(f"{rate}harmful flips {100 * here['harmful_flip_rate']:.4f} %, on the calibration trials themselves")
-    lines.append(
-        f"bits a trial: {here['sequential_bits']:.3f} sequential, {here['incremental_bits']:.3f} incremental; "
-        f"an utterance: {here['utterance_bits']:.3f}"
-    )
+    lines += describe_costs(here, policy.bits[-1], bool(notes.get("nested")))
     if notes["rule"] == "risk":
         lines.append(_promise(notes))
     return "\n".join(lines)
@@ -178,10 +179,22 @@ def describe(policy: CascadePolicy) -> str:
 
 def _promise(notes: Row) -> str:
     ends = f"with confidence {1 - notes['delta']:g}" if notes["delta"] else "in expectation"
-    return (
-        f"promise: harmful flips made by stopping early at most {100 * notes['alpha']:g} % on new speakers, {ends} "
-        f"({notes['bound']} bound, {notes['certifying_speakers']} speakers kept apart)"
-    )
+    kind = "approximate" if notes["approximate"] else "proven"
+    needed, every, kept = notes["speakers_needed"], notes["with_last_level"], notes["kept_by"]
+    lines = [
+        f"promise ({kind}): harmful flips made by stopping early at most {100 * notes['alpha']:g} % on new speakers, "
+        f"{ends} ({notes['bound']} bound, {notes['certifying_speakers']} speakers kept apart)",
+        f"proven for these gates: at most {100 * notes['proven_upper_bound']:.3g} % (hoeffding-bentkus, over all "
+        f"{notes['tested']} gates tried); hoeffding-bentkus would keep {kept['hoeffding-bentkus']} of them, conformal "
+        f"{kept['conformal']}",
+        f"a proof of {100 * notes['alpha']:g} % needs {needed['hoeffding-bentkus']:,} speakers kept apart without a "
+        f"flip (hoeffding-bentkus), or {needed['conformal']:,} (conformal, in expectation)",
+        f"the last level's own harmful flips are not in the promise: with them {100 * every['rate']:.4f} % were seen, "
+        f"at most {100 * every['proven_upper_bound']:.3g} % is proven",
+    ]
+    if notes["approximate"]:
+        lines.insert(1, "approximate: the promise is broken more often where few speakers are unlike the others")
+    return "\n".join(lines)
 
 
 def warning(policy: CascadePolicy) -> str | None:

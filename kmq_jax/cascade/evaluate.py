@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kmq_jax.cascade.costs import describe_costs, savings
 from kmq_jax.cascade.options import CascadeOptions
 from kmq_jax.cascade.policy import CascadePolicy, read_policy
 from kmq_jax.cascade.run import Outcome, map_scores, run
@@ -138,6 +139,8 @@ def figures_of(policy: CascadePolicy, outcome: Outcome, joined: LevelScores, opt
         "false_reject_rate": frr,
         **outcome.costs(),
         "top_bits": policy.bits[-1],
+        "nested": bool(policy.notes.get("nested")),
+        "saved": savings(outcome.costs(), policy.bits[-1], bool(policy.notes.get("nested"))),
         "harmful_flip_rate": None,
         "beneficial_flip_rate": None,
         "reference_eer": None,
@@ -283,10 +286,7 @@ def describe(figures: Row) -> str:
         lines.append(f"{bits + ' bits':14}{number(alone.get('eer'), 3):>9}{flips:>18}{share:>12}")
     lines.append(f"{'cascade':14}{number(figures['eer'], 3):>9}{number(figures['harmful_flip_rate'], 4, 100):>18}")
     lines.append(f"{'reference':14}{number(figures['reference_eer'], 3):>9}")
-    lines.append(
-        f"bits a trial: {figures['sequential_bits']:.3f} sequential, {figures['incremental_bits']:.3f} incremental; "
-        f"an utterance: {figures['utterance_bits']:.3f} ({figures['utterance_incremental_bits']:.3f} incremental)"
-    )
+    lines += describe_costs(figures, figures["top_bits"], figures["nested"])
     return "\n".join([*lines, *(_lazily(figures) if "embedded" in figures else ())])
 
 

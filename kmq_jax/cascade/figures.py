@@ -33,7 +33,8 @@ def draw_front(path: str | os.PathLike[str], policy: CascadePolicy) -> None:
 def _panel(axes: Axes, key: str, notes: Row) -> None:
     rows, alone = notes["front"], notes["each_width_alone"]
     scale, label = PANELS[key]
-    bits = [row[f"{notes['cost']}_bits"] for row in rows]
+    cost = "utterance_incremental" if notes["cost"] == "utterance" and notes.get("nested") else notes["cost"]
+    bits = [row[f"{cost}_bits"] for row in rows]
     values = [scale * row[key] for row in rows]
     axes.plot(bits, values, ".-", color="tab:blue", linewidth=1, markersize=4, label="cascade, the front")
     shown = [int(own) for own in alone if int(own) <= max(8, 1.5 * max(bits))]
@@ -44,7 +45,10 @@ def _panel(axes: Axes, key: str, notes: Row) -> None:
     chosen = notes.get("chosen")
     if chosen is not None:
         axes.plot(bits[chosen], values[chosen], "o", color="tab:red", markersize=8, fillstyle="none", label="chosen")
-    axes.set(xlabel=f"mean {notes['cost']} bits a trial", ylabel=label)
+    axes.set(
+        xlabel="mean bits an utterance" if notes["cost"] == "utterance" else f"mean {notes['cost']} bits a trial",
+        ylabel=label,
+    )
     axes.grid(color="0.9", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper right", frameon=False, fontsize=8)

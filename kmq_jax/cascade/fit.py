@@ -7,9 +7,9 @@ import numpy as np
 from scipy import stats
 
 from kmq_jax.cascade import gates, risk
-from kmq_jax.cascade.options import BOUNDS, COSTS, CalibrationOptions
+from kmq_jax.cascade.options import APPROXIMATE, BOUNDS, CalibrationOptions
 from kmq_jax.cascade.policy import CascadePolicy, fit_map
-from kmq_jax.cascade.run import map_scores, prices
+from kmq_jax.cascade.run import map_scores, prices, run_grid
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json
 from kmq_jax.metrics.calibration import AffineMap, fit_logistic
@@ -31,6 +31,9 @@ class Calibration:
         enrol_speaker: `[trials]`, nonnegative integers.
         test_speaker: `[trials]`, nonnegative integers.
         reference_level: whether the last level is the reference itself; its map is then left alone.
+        enrol: `[trials]`, numbers of the enrolled utterances or models; only costs by utterance need them.
+        test: `[trials]`, numbers of the tested utterances; likewise.
+        one_table: both sides number the same utterances.
     """
 
     bits: tuple[int, ...]
@@ -40,14 +43,17 @@ class Calibration:
     enrol_speaker: Array
     test_speaker: Array
     reference_level: bool = False
+    enrol: Array | None = None
+    test: Array | None = None
+    one_table: bool = True
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, chosen: Array) -> "Calibration":
         """The trials at `chosen` `[trials]` bool, or rows of trials."""
-        names = ("reference", "labels", "enrol_speaker", "test_speaker")
-        parts = {name: getattr(self, name)[chosen] for name in names}
+        names = ("reference", "labels", "enrol_speaker", "test_speaker", "enrol", "test")
+        parts = {name: getattr(self, name)[chosen] for name in names if getattr(self, name) is not None}
         return dataclasses.replace(self, scores=self.scores[:, chosen], **parts)
 
 
@@ -78,12 +84,32 @@ def fit(data: Calibration, kind: str = "isotonic", point: OperatingPoint | None 
 def front_of(
     policy: CascadePolicy, data: Calibration, options: CalibrationOptions, objective: str, last_counts: bool = True
 ) -> gates.Front:
-    """The Pareto front of gates for a policy's maps and threshold."""
+    """The Pareto front of gates for a policy's maps and threshold.
+
+    The search is of costs by trial, which are sums over trials. By utterance the front so found is priced anew, and
+    what another point then beats is left out.
+
+    Raises:
+        UserError: costs by utterance are asked for, and the utterances of the trials are not known.
+    """
     mapped = map_scores(policy, data.scores)
-    price = dict(zip(COSTS, prices(policy.bits)))[options.cost]
-    return gates.search(
+    sequential, incremental = prices(policy.bits)
+    price = incremental if options.nests else sequential
+    front = gates.search(
         mapped, data.reference, data.labels, policy.threshold, price, objective, options.symmetric, last_counts
     )
+    if options.cost != "utterance" or not policy.gates:
+        return front
+    if data.enrol is None or data.test is None:
+        raise UserError("`cost` (=utterance) needs the utterances that trials compare")
+    policies = [
+        dataclasses.replace(policy, gates=front.point(i), enrolment=options.enrolment) for i in range(len(front))
+    ]
+    accepted = data.reference >= policy.threshold
+    found = run_grid(policies, data.scores, data.enrol, data.test, accepted, data.labels, data.one_table)
+    bits = found["utterance_incremental_bits" if options.nests else "utterance_bits"].astype(np.float64)
+    keep = gates.pareto(front.objective, bits)
+    return gates.Front(front.gates[keep], front.objective[keep], bits[keep])
 
 
 def pareto(
@@ -112,6 +138,7 @@ def pareto(
     else:
         chosen, most = _cheapest_with_margin(front, data, policy, mapped, options)
     notes = {"rule": "pareto", "objective": options.objective, "cost": options.cost, "delta": options.delta}
+    notes["nested"] = options.nests
     return dataclasses.replace(policy, gates=front.point(chosen)), front, notes | {"at_most": most, "chosen": chosen}
 
 
@@ -211,7 +238,12 @@ def control_risk(data: Calibration, options: CalibrationOptions) -> tuple[Cascad
         options: all but `objective` count here; `delta` does not for the bound "conformal".
 
     Returns:
-        The policy, and what is promised. Where no gates keep the promise, every trial climbs to the last level.
+        The policy, and what is promised: `bound` and whether it is `approximate`; `upper_bounds` of the gates
+        chosen, as if they had been fixed before; `proven_upper_bound` (Hoeffding and Bentkus, over all gates
+        tried at once); `kept_by`, how many of the `tested` gates each bound would keep; `speakers_needed` for a
+        proof of alpha;
+        `with_last_level`, the same for all harmful flips, those of the last level counted. Where no gates keep the
+        promise, every trial climbs to the last level.
 
     Raises:
         UserError: a group of speakers has too few trials.
@@ -220,32 +252,55 @@ def control_risk(data: Calibration, options: CalibrationOptions) -> tuple[Cascad
     if not len(design):
         raise UserError("the risk rule has no trials within one of its two groups of speakers")
     policy = fit(design, options.map, parse_point(options.operating_point))
-    pairs = risk.pair_up(certify.enrol_speaker, certify.test_speaker, certify.labels)
+    # Dealing speakers leaves out nontarget trials alone: the share of targets is that of the whole list.
+    share = float(np.mean(data.labels))
+    pairs = risk.pair_up(certify.enrol_speaker, certify.test_speaker, certify.labels, share)
     path = risk_path(policy, design, options) if len(policy.bits) > 1 else []
     mapped = map_scores(policy, certify.scores)
     flips = gates.harmful_flips(mapped, policy.threshold, certify.reference, certify.labels)
     policies = [dataclasses.replace(policy, gates=point) for point in path]
-    early = (flips_of(one, mapped, flips, last_counts=False) for one in policies)
-    kept = risk.walk(early, flips[0], pairs, options.alpha, options.delta, options.bound)
+
+    def steps(bound: str) -> int:
+        early = (flips_of(one, mapped, flips, last_counts=False) for one in policies)
+        return risk.walk(early, flips[0], pairs, options.alpha, options.delta, bound)
+
+    kept_by = {bound: steps(bound) for bound in BOUNDS}
+    kept = kept_by[options.bound]
     never = ((-np.inf, np.inf),) * (len(policy.bits) - 1)
     found = policies[kept - 1] if kept else dataclasses.replace(policy, gates=never)
     lost = pairs.losses(flips_of(found, mapped, flips, last_counts=False))
     # Behind infinite gates no trial stops early: there is nothing to bound then.
-    upper = risk.bounds(lost, pairs.losses(flips[0]), pairs, options.delta) if kept else dict.fromkeys(BOUNDS, 0.0)
+    much = pairs.losses(flips[0])
+    upper = risk.bounds(lost, much, pairs, options.delta) if kept else dict.fromkeys(BOUNDS, 0.0)
+    # The gates were chosen on these very trials. Divided by the number of gates tried, delta covers all of them.
+    each = options.delta / max(len(path), 1)
+    proven = risk.hoeffding_bentkus(float(lost.mean()), pairs.units, each) if kept else 0.0
+    every = pairs.losses(flips_of(found, mapped, flips))
     notes = {
         "rule": "risk",
         "promise": "mean over new speakers of harmful flips made by stopping early is at most alpha",
         "alpha": options.alpha,
         "delta": None if options.bound == "conformal" else options.delta,
         "bound": options.bound,
+        "approximate": options.bound in APPROXIMATE,
         "rate": float(lost.mean()),
         "upper_bounds": upper,
+        "proven_upper_bound": proven,
+        "kept_by": kept_by,
+        "speakers_needed": risk.speakers_needed(options.alpha, options.delta),
+        "target_share": share,
         "certifying_speakers": pairs.speakers,
         "certifying_trials": pairs.trials,
         "independent_pairs": pairs.units,
         "last_level_flip_rate": float(pairs.losses(flips[-1]).mean()),
+        "with_last_level": {
+            "rate": float(every.mean()),
+            "upper_bounds": risk.bounds(every, much, pairs, options.delta),
+            "proven_upper_bound": risk.hoeffding_bentkus(float(every.mean()), pairs.units, each),
+        },
         "tested": len(path),
         "kept": kept,
         "cost": options.cost,
+        "nested": options.nests,
     }
     return found, notes

@@ -217,7 +217,7 @@ def search(
     else:
         cost = _grid_eer(sums, mapped, labels, bits.shape)
     cost, bits = np.round(cost, 12), np.round(bits, 9)  # sums in different orders are equal again
-    keep = _pareto(cost.ravel(), bits.ravel())
+    keep = pareto(cost.ravel(), bits.ravel())
     places = np.stack(np.unravel_index(keep, bits.shape), axis=-1) if gated else np.zeros((1, 0), int)
     if symmetric:
         places = np.repeat(places, 2, axis=1)
@@ -242,7 +242,7 @@ def _grid_eer(sums: Callable[[Array], Array], mapped: Array, labels: Array, shap
     return best
 
 
-def _pareto(cost: Array, bits: Array) -> Array:
+def pareto(cost: Array, bits: Array) -> Array:
     """Indices of the points that no other beats, from cheapest to dearest."""
     # By bits, ties by cost: along this order a point counts only if it lowers the least cost so far.
     order = np.lexsort((cost, bits))

@@ -8,8 +8,10 @@ from kmq_jax.core.options import Options, option
 MAPS = ("isotonic", "affine", "logistic")
 ENROLMENTS = ("each", "top")
 OBJECTIVES = ("flips", "balanced", "eer")
-COSTS = ("sequential", "incremental")
+COSTS = ("sequential", "incremental", "utterance")
 BOUNDS = ("survey", "hoeffding-bentkus", "conformal")
+APPROXIMATE = ("survey",)
+"""Bounds without a proof: they break where few speakers are unlike the others. The rest of `BOUNDS` is proven."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +27,35 @@ class CalibrationOptions(Options):
     operating_point: str = option(
         "what the threshold is for: eer, far=RATE, frr=RATE or dcf=P_TARGET", "eer", metavar="POINT"
     )
-    rule: Literal["pareto", "risk"] = option("how gates are chosen", "pareto")
+    rule: Literal["pareto", "risk"] = option(
+        "how gates are chosen; risk: its promise is approximate unless --bound is a proven one", "pareto"
+    )
     alpha: float = option("harmful flips a trial that are allowed", 0.001, above=0, below=1)
     delta: float = option("one minus the confidence that new speakers keep to it", 0.05, above=0, below=1)
-    bound: str = option("risk: bound on the rate", "survey", choices=BOUNDS)
+    bound: str = option(
+        "risk: bound on the rate. survey is approximate: it is broken more often than --delta says where few speakers "
+        "are unlike the others. hoeffding-bentkus (with confidence) and conformal (in expectation) are proven, and "
+        "need many speakers",
+        "survey",
+        choices=BOUNDS,
+    )
     certify_share: float = option("risk: share of the speakers kept to test gates on", 0.5, above=0, below=1)
     objective: str = option("pareto: what is kept low", "flips", choices=OBJECTIVES)
-    cost: str = option("bits that count as cost", "sequential", choices=COSTS)
+    cost: str = option(
+        "bits that count as cost: a trial's at every level climbed through, those it adds where codebooks nest, or "
+        "an utterance's, embedded once at every level that a trial needs",
+        "sequential",
+        choices=COSTS,
+    )
+    nested: bool = option("the levels are one nested model, so that climbing reads only the bits that are new", False)
     symmetric: bool = option("gates that reach equally far on both sides of the threshold, as in the paper", False)
     replicates: int = option("bootstrap draws for the threshold's interval; 0: none", 200, at_least=0, at_most=100_000)
     seed: int = option("of the bootstrap and of the deal of speakers", 0, at_least=0, at_most=2**32 - 1)
+
+    @property
+    def nests(self) -> bool:
+        """Whether the levels are one nested model: `incremental` cost says so, too."""
+        return self.nested or self.cost == "incremental"
 
 
 @dataclass(frozen=True, kw_only=True)

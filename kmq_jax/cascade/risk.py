@@ -2,7 +2,8 @@
 
 A trial is lost where stopping early makes a harmful flip: the reference decides right, and the level at which the trial
 stopped, which is not the last, decides wrong. The risk is the mean loss on a new list, made like the calibration list
-from new speakers. `walk` finds the cheapest gates whose risk is bounded. Why the bounds hold stands at the end.
+from new speakers. `walk` finds the cheapest gates whose risk is bounded. Why two of the three bounds hold
+stands at the end; the third, `survey`, is approximate.
 
 References:
     Angelopoulos et al., "Learn then test", 2021; "Conformal risk control", 2022. Bates et al., "Distribution-free,
@@ -35,7 +36,7 @@ class Pairs:
         two: `[pairs]`, the higher one. If all trials are targets, each speaker is paired with itself.
         pair: `[trials]`, the pair of each nontarget trial, or -1.
         target: `[trials]`, the speaker of each target trial, or -1.
-        share: share of target trials.
+        share: share of target trials that the risk counts with.
         units: how many independent terms the mean over pairs is worth.
         degree: the largest share of pairs that one speaker belongs to.
     """
@@ -64,7 +65,7 @@ def _means(group: Array, values: Array, size: int) -> Array:
     return sums / np.maximum(np.bincount(group[used], minlength=size), 1)
 
 
-def pair_up(enrol_speaker: ArrayLike, test_speaker: ArrayLike, labels: ArrayLike) -> Pairs:
+def pair_up(enrol_speaker: ArrayLike, test_speaker: ArrayLike, labels: ArrayLike, share: float | None = None) -> Pairs:
     """Finds which pairs of speakers a trial list compares.
 
     Speakers without target trials are left out, unless the list has none at all.
@@ -73,15 +74,20 @@ def pair_up(enrol_speaker: ArrayLike, test_speaker: ArrayLike, labels: ArrayLike
         enrol_speaker: `[trials]`, nonnegative integers.
         test_speaker: `[trials]`, nonnegative integers.
         labels: `[trials]` bool.
+        share: of target trials in the list that these are a part of; theirs where left out. A part that keeps trials
+            within a group of speakers has more target trials than the whole list.
 
     Raises:
-        UserError: fewer than two speakers are left.
+        UserError: fewer than two speakers are left, or a class that the list has is missing.
     """
     target = np.asarray(labels, bool)
     if not len(target):
         raise UserError("the risk rule has no trials within one of its two groups of speakers")
     enrol, test, speakers = number_speakers(enrol_speaker, test_speaker, len(target))
-    share = float(target.mean())
+    if share is None:
+        share = float(target.mean())
+    elif (share > 0 and not target.any()) or (share < 1 and target.all()):
+        raise UserError("the risk rule has no trials of one class within one of its two groups of speakers")
     has = np.bincount(enrol[target], minlength=speakers) > 0
     own = np.where(target, enrol, -1)
     if share == 1:
@@ -151,13 +157,27 @@ def conformal(rate: float, degree: float) -> float:
     return (rate + 2 * degree) / (1 + 2 * degree)
 
 
+def speakers_needed(alpha: float, delta: float) -> dict[str, int]:
+    """How many certifying speakers the proven bounds need for `alpha`, all compared with all and none with a flip.
+
+    >>> speakers_needed(0.005, 0.05)
+    {'hoeffding-bentkus': 1196, 'conformal': 796}
+    """
+    # No loss among u independent pairs has the chance (1 - alpha)^u; a complete list of n speakers is worth n / 2.
+    pairs = int(np.ceil(np.log(delta) / np.log1p(-alpha) - 1e-9))
+    # `conformal` with rate 0 and a degree of 2 / n.
+    return {"hoeffding-bentkus": 2 * pairs, "conformal": int(np.ceil(4 * (1 - alpha) / alpha - 1e-9))}
+
+
 def survey(losses: Array, worst: Array, pairs: Pairs, delta: float) -> float:
     """Approximate upper bound on the mean of losses, by Korn and Graubard: Clopper and Pearson's for fewer trials.
 
     The number of trials is divided by the design effect: how much more the mean varies over speakers (by the jackknife)
     than it would over independent trials. Few flips do not show this, so the effect is at least that of `worst`.
 
-    The bound trusts that speakers unlike any seen are rare. The other two bounds do not, and are wider.
+    The bound trusts that speakers unlike any seen are rare. It is broken more often than `delta` says where a few
+    speakers in a hundred make most of the flips, or where speakers differ with heavy tails. The other two bounds do not
+    trust it, and are wider.
 
     Args:
         losses: `[pairs]`.
@@ -235,9 +255,9 @@ def walk(path: Iterable[Array], worst: Array, pairs: Pairs, alpha: float, delta:
     return steps
 
 
-# Why the bounds hold.
+# Why the bounds hold: Hoeffding and Bentkus's, and the conformal one. The survey bound has no such reason.
 #
-# The risk. With the share p of target trials that the calibration list has,
+# The risk. With the share p of target trials that the calibration list has (the whole list, before speakers are dealt),
 #
 #     R = p E[l_i] + (1 - p) E[m_ij],
 #

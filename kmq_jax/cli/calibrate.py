@@ -44,7 +44,9 @@ COMMAND = Command(
     "trials need more bits. The rule `pareto` searches all gates and takes the cheapest that flip no more\n"
     "decisions than the last level alone (or than --alpha, where that is more). The rule `risk` takes the\n"
     "cheapest that keep harmful flips made by stopping early at --alpha or less on new speakers, by a test on\n"
-    "speakers kept apart. The last level may be the reference itself: --stage=32:EMB32.npz.",
+    "speakers kept apart; that promise is approximate with --bound=survey, the default, and is broken more often\n"
+    "than --delta says where few speakers are unlike the others. What is proven is printed beside it, and how\n"
+    "many speakers a proof needs. The last level may be the reference itself: --stage=32:EMB32.npz.",
     "kmq-jax calibrate --stage=2:e2.npz --stage=3:e3.npz --stage=4:e4.npz --reference=e32.npz\n"
     "      --trials=dev_trials.txt --out=policy.json",
     (Files, CalibrationOptions),

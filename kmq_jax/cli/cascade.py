@@ -37,10 +37,11 @@ class Files(Options):
 COMMAND = Command(
     "cascade",
     "Runs a cascade over a trial list: each trial is decided at the lowest level that is sure enough.\n"
-    "Costs: `sequential` bits count every level climbed through, `incremental` those that nested codebooks read,\n"
-    "`utterance` the levels at which an utterance must be embedded, once each. Harmful flips: trials that the\n"
-    "reference decides right at the same threshold and the cascade wrong. With --cascade and --data in place of\n"
-    "--policy and --stage it runs lazily from recordings: each level embeds only those still in doubt.",
+    "Costs: `sequential` bits count every level climbed through, `utterance` the levels at which an utterance must\n"
+    "be embedded, once each, and `incremental`, of a cascade calibrated with --nested, only bits that are new.\n"
+    "Harmful flips: trials that the reference decides right at the same threshold and the cascade wrong. With\n"
+    "--cascade and --data in place of --policy and --stage it runs lazily from recordings: each level embeds only\n"
+    "those still in doubt.",
     "kmq-jax cascade --policy=policy.json --stage=2:t2.npz --stage=3:t3.npz --stage=4:t4.npz\n"
     "      --reference=t32.npz --trials=trials.txt --out=decisions.csv --json=cascade.json",
     (Files, CascadeOptions),

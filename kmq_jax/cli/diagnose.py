@@ -19,6 +19,9 @@ class Files(Options):
         "DATA that the trials compare; with embeddings: for durations, gender and age", None, metavar="DATA"
     )
     trials: str = option("trial list, or synthetic:SPLIT; left out: pairs drawn at random", "", metavar="TRIALS")
+    enrol_models: str | None = option(
+        "the list enrols models: `model utterance [utterance ...]` a line", None, metavar="FILE"
+    )
     out: Path = option("directory for tables, figures and report.html", metavar="DIR", writes="directory")
 
 
@@ -39,7 +42,7 @@ def main() -> None:
     from kmq_jax.diagnosis import report, run
 
     quantized = run.parse_quantized(files.quantized)
-    found = run.diagnose(files.reference, quantized, files.data, files.trials, options)
+    found = run.diagnose(files.reference, quantized, files.data, files.trials, options, files.enrol_models)
     report.write(files.out, found)
     print(report.describe(found))
     print(files.out / "report.html")

@@ -19,6 +19,7 @@ COMMANDS = {
     "extract": "embed every utterance of a dataset",
     "score": "score a trial list: EER, minDCF, Cllr with intervals",
     "diagnose": "find where low-bit errors come from",
+    "conditions": "see whether few bits suffer more where speech is short or bad",
     "calibrate": "fit a cascade: maps, threshold, gates",
     "cascade": "run a cascade over a trial list",
     "verify": "decide whether two recordings are of one speaker",

@@ -20,8 +20,8 @@ COMMAND = Command(
     "Writes the results tables of a Markdown file from the JSON files they come from.\n"
     "A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE is a study.json, its path\n"
     "relative to the Markdown file; KIND is `bits`, one row a model, `trained`, those of them that were,\n"
-    "`differences`, what they differ by, or `cascades`, one row a cascade and evaluation set. Of the file that\n"
-    "`bench accelerator` writes, KIND is `accelerator`, one row a figure.",
+    "`differences`, what they differ by, `cascades`, one row a cascade and evaluation set, or `components`. Of the\n"
+    "file that `conditions` writes, KIND is `conditions`; of the one that `bench accelerator` writes, `accelerator`.",
     "kmq-jax tables --file=README.md",
     (Files,),
 )

@@ -150,7 +150,8 @@ def voxtube(root: Path) -> Corpus:
 def commonbench(root: Path) -> Corpus:
     """CommonBench: a Kaldi data directory, or a tree of `speaker/**/audio`, with trial lists beside it.
 
-    Its release is not described publicly, so this layout is a guess; any `*.trials` or `trials*` in `root` is offered.
+    Its release is not described publicly, so this layout is a guess; `comparisons.txt`, and any
+    `*.trials` or `trials*` in `root`, is offered in whichever form `read_trials` knows.
     """
     table = open_kaldi(root) if (root / "wav.scp").is_file() else open_folder(root)
     return Corpus({"train": table}, _any_lists(root))
@@ -177,6 +178,8 @@ def _present(root: Path, names: Mapping[str, str]) -> dict[str, Path]:
 
 def _any_lists(root: Path) -> dict[str, Path]:
     found = [
-        path for pattern in ("trials", "trials.*", "trials*.txt", "*.trials") for path in sorted(root.glob(pattern))
+        path
+        for pattern in ("trials", "trials.*", "trials*.txt", "*.trials", "comparisons*.txt")
+        for path in sorted(root.glob(pattern))
     ]
     return {path.name: path for path in found if path.is_file()}

@@ -11,6 +11,7 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import require_regular
+from kmq_jax.data.audio import SUFFIXES
 from kmq_jax.data.kaldi import read_table
 from kmq_jax.data.table import Trials, Utterances
 
@@ -53,7 +54,9 @@ def read_trials(
     """Reads a trial list in any form the field uses; the first line tells which.
 
     The forms are VoxCeleb's `label enrol test` (1 the same speaker, 0 not), Kaldi's `enrol test target|nontarget`, and
-    CN-Celeb's `enrol test label`. Utterances go by id or by path. CRLF and blank lines are fine.
+    CN-Celeb's `enrol test label`; words are parted by blanks, commas or semicolons. Utterances go by id or by path; a
+    path may end as the list was published, such as in `.wav`, where the recordings came as `.flac` or `.mp3`. CRLF and
+    blank lines are fine.
 
     Args:
         path: the list.
@@ -65,7 +68,7 @@ def read_trials(
         UserError: naming file and line: a line of another form, an unknown utterance; or the file is empty.
     """
     path = Path(path)
-    table = utterance_index(ids, paths)
+    table = _Suffixed(utterance_index(ids, paths), paths)
     enrolled: Mapping[str, int] = table
     members: tuple[np.ndarray, ...] | None = None
     if models is not None:
@@ -77,14 +80,17 @@ def read_trials(
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     form: _Form | None = None
     require_regular(path)
+    separator = ""
     try:
         with path.open("rb") as file:
             while lines := file.readlines(_CHUNK):
                 try:
                     text = b"".join(lines).decode("utf-8" if parts else "utf-8-sig")
-                    tokens = text.split()
                 except UnicodeDecodeError:
                     raise _first_error(path, form or _LABEL_FIRST, enrolled, table) from None
+                if not parts:
+                    separator = _separator(text)
+                tokens = (text.replace(separator, " ") if separator else text).split()
                 if not tokens:
                     continue
                 form = form or _guess_form(tokens, table)
@@ -113,13 +119,43 @@ def read_trials(
     return Trials(enrol, test, label.astype(bool), tuple(numbers), enrol_name, test_name, members)
 
 
-def open_trials(text: str, utterances: Utterances) -> Trials:
+def _separator(text: str) -> str:
+    """The comma or semicolon that parts the words of a list, or nothing where blanks do, by its first line."""
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    for mark in ",;":
+        words = [word.strip() for word in first.split(mark)]
+        if len(words) == 3 and all(len(word.split()) == 1 for word in words):
+            return mark
+    return ""
+
+
+class _Suffixed(dict[str, int]):
+    """Rows by name; a path that is not found as it stands is looked up without its suffix."""
+
+    def __init__(self, table: Mapping[str, int], paths: Sequence[str]):
+        super().__init__(table)
+        self._paths = paths
+        self._stems: dict[str, int] | None = None
+
+    def row(self, name: str) -> int:
+        """The row of a name, or -1."""
+        found = self.get(name)
+        if found is not None:
+            return found
+        if self._stems is None:  # made only for lists that need it
+            self._stems = utterance_index((), [os.path.splitext(path)[0] for path in self._paths])
+        stem, suffix = os.path.splitext(name)
+        return self._stems.get(stem, -1) if suffix.lower() in SUFFIXES else -1
+
+
+def open_trials(text: str, utterances: Utterances, models: str | None = None) -> Trials:
     """Opens a TRIALS argument as indices into `utterances`.
 
     Args:
         text: a file (`read_trials`), `synthetic:SPLIT` for the trials of the embedded corpus, or nothing, which draws
             trials at random (`draw_trials`).
         utterances: the table.
+        models: list of enrolment models (`read_models`), where the trials enrol models.
 
     Raises:
         UserError: the list cannot be read, or names an unknown utterance.
@@ -127,7 +163,7 @@ def open_trials(text: str, utterances: Utterances) -> Trials:
     if not text:
         return draw_trials(utterances)
     if not text.startswith("synthetic:"):
-        return read_trials(text, utterances.ids, utterances.paths)
+        return read_trials(text, utterances.ids, utterances.paths, read_models(models) if models else None)
     from kmq_jax.data.synthetic import synthetic_trials
 
     trials = synthetic_trials(text)
@@ -188,6 +224,8 @@ def read_models(path: str | os.PathLike[str]) -> dict[str, list[str]]:
 
 def _rows(table: Mapping[str, int], names: Sequence[str] | Mapping[str, int]) -> np.ndarray:
     """Rows of `names` in `table`, -1 for the unknown."""
+    if isinstance(table, _Suffixed):
+        return np.fromiter(map(table.row, names), np.int32, len(names))
     return np.fromiter(map(table.get, names, repeat(-1)), np.int32, len(names))
 
 
@@ -208,13 +246,16 @@ def _guess_form(tokens: Sequence[str], table: Mapping[str, int]) -> _Form:
 
 def _first_error(path: Path, form: _Form, enrolled: Mapping[str, int], table: Mapping[str, int]) -> UserError:
     """Finds the first line at fault, line by line: the fast way only tells that there is one."""
+    separator = ""
     columns = "`label enrol test`" if form == _LABEL_FIRST else "`enrol test label`"
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                tokens = line.decode("utf-8-sig" if number == 1 else "utf-8").split()
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
                 return UserError(f"{path}:{number}: not UTF-8 text")
+            separator = separator or _separator(text)
+            tokens = (text.replace(separator, " ") if separator else text).split()
             if not tokens:
                 continue
             if len(tokens) != 3:
@@ -224,10 +265,10 @@ def _first_error(path: Path, form: _Form, enrolled: Mapping[str, int], table: Ma
                 return UserError(
                     f"{path}:{number}: label {label!r} is none of 1, 0, target, nontarget (expected {columns})"
                 )
-            if enrol not in enrolled:
+            if _rows(enrolled, [enrol])[0] < 0:
                 what = "utterance" if enrolled is table else "enrolment model"
                 return UserError(f"{path}:{number}: unknown {what} {enrol}")
-            if test not in table:
+            if _rows(table, [test])[0] < 0:
                 return UserError(f"{path}:{number}: unknown utterance {test}")
     return UserError(f"{path}: is no trial list")
 

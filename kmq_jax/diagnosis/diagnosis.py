@@ -39,7 +39,8 @@ def diagnose_scores(trials: scores.ScoredTrials, recordings: people.Recordings, 
         draws = SpeakerDraws(trials.enrol_speaker, trials.test_speaker, replicates, seed)
         few = SpeakerDraws(trials.enrol_speaker, trials.test_speaker, max(replicates // GROUP_DRAWS, 1), seed)
     flips = scores.all_flips(trials, options.thresholds)
-    systems = scores.system_rows(trials, replicates, seed)
+    found = scores.system_draws(trials, replicates, seed)
+    systems = scores.system_rows(trials, found)
     drift = scores.drift_rows(trials, draws)
     flip_rows = [
         row for f in flips for row in scores.flip_rows(trials, f, draws, options.margin_bins, options.margin_edges)
@@ -61,7 +62,7 @@ def diagnose_scores(trials: scores.ScoredTrials, recordings: people.Recordings, 
         "targets": int(trials.labels.sum()),
         "speakers": len(np.union1d(trials.enrol_speaker, trials.test_speaker)),
         "threshold": flips[0].threshold,
-        "knees": scores.knees(systems, drift, flip_rows),
+        "knees": scores.knees(trials, flips[0], found, draws),
         "snr_rule": people.SNR_RULE,
         "replicates": replicates,
     }

@@ -21,7 +21,7 @@ from kmq_jax.metrics.detection import Array, check_trials, eer
 from kmq_jax.models import walk
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.speaker_model import SpeakerModel, frontend_of
-from kmq_jax.scoring.cosine import cosine_scores
+from kmq_jax.scoring.cosine import average, cosine_scores
 
 COMPONENT_DRAWS = 5
 """Of the draws of speakers, one in so many serves the intervals of components' EER."""
@@ -94,10 +94,10 @@ class Networks:
     ) -> Array:
         """float32 `[variants, rows, dim]`, with the networks' time noted under `desc`."""
         table = self.utterances if rows is None else self.utterances.select(rows)
-        shown, seconds = f"{desc}, {len(trees)} networks", self.options.max_seconds
+        shown, seconds, most = f"{desc}, {len(trees)} networks", self.options.max_seconds, self.options.max_frames
         with self.timed(desc):
             batches = variants.feature_batches(
-                self.network, self.fbank, table, max_seconds=seconds, seen=seen, desc=shown
+                self.network, self.fbank, table, max_seconds=seconds, max_frames=most, seen=seen, desc=shown
             )
             return variants.embed_variants(self.network, batches, trees, len(table))
 
@@ -116,13 +116,17 @@ class Networks:
 
         check_trials(np.zeros(len(trials)), trials.label)  # before minutes of embedding
         own, *others = self._embed(None, [self.base, *self.low.values()], "scores", measure)
-        full = {bits: cosine_scores(rows, rows, trials.enrol, trials.test) for bits, rows in zip(self.models, others)}
-        test_only = {
-            bits: cosine_scores(own, rows, trials.enrol, trials.test) for bits, rows in zip(self.models, others)
-        }
-        base = cosine_scores(own, own, trials.enrol, trials.test)
+
+        def score(enrolled: Array, tested: Array) -> Array:
+            one = enrolled if trials.models is None else average(enrolled, trials.models)
+            return cosine_scores(one, tested, trials.enrol, trials.test)
+
+        full = {bits: score(rows, rows) for bits, rows in zip(self.models, others)}
+        test_only = {bits: score(own, rows) for bits, rows in zip(self.models, others)}
         speaker = self.utterances.labels
-        return scores.scored_trials(base, full, test_only, trials.label, speaker[trials.enrol], speaker[trials.test])
+        enrolled = speaker if trials.models is None else speaker[[members[0] for members in trials.models]]
+        sides = enrolled[trials.enrol], speaker[trials.test]
+        return scores.scored_trials(score(own, own), full, test_only, trials.label, *sides)
 
     def subset(self, count: int) -> tuple[Array, Array, Array, Array]:
         """A subset that `spread_over_speakers` chose, and all pairs of it: `(rows, one, two, labels)`."""
@@ -138,14 +142,16 @@ class Networks:
         """Retention of components, and its mirror.
 
         Returns:
-            `bits, experiment` ("reference", "low", "retention", "mirror"), `component, parameters` (share), `trials`,
-            `eer` in percent with `eer_ci95, mean_abs_drift` (against the reference), `recovery` and `recovery_ci95` in
-            percent of the EER's rise (of mirror: the share of the rise that the component causes alone), None where it
-            does not rise in nine of ten draws of speakers, `drift_recovery` in percent of mean |drift| (of mirror: the
-            share).
+            `bits, experiment` ("reference", "low", "retention", "mirror"), `component, parameters` (share), `trials,
+            utterances, eer` in percent with `eer_ci95, mean_abs_drift` (against the reference), `recovery` and
+            `recovery_ci95` in percent of the EER's rise (of mirror: the share of the rise that the component causes
+            alone), None where it does not rise in nine of ten draws of speakers, `drift_recovery` in percent of mean
+            |drift| (of mirror: the share).
         """
         count = self.options.retention_utterances
-        if 0 < count < len(self.utterances):
+        if trials.models is not None:  # pairs of utterances tell components apart as well as trials of models do
+            count = min(count or len(self.utterances), len(self.utterances))
+        if 0 < count < len(self.utterances) or trials.models is not None:
             rows, one, two, labels = self.subset(count)
         else:
             rows, one, two, labels = np.arange(len(self.utterances)), trials.enrol, trials.test, trials.label
@@ -166,7 +172,7 @@ class Networks:
         result = []
         for (bits, kind, component, _), rates in zip(tried, found):
             about: Json = {"bits": bits, "experiment": kind, "component": component}
-            about |= {"parameters": shares.get(component), "trials": len(labels)}
+            about |= {"parameters": shares.get(component), "trials": len(labels), "utterances": len(rows)}
             recovery = _recovery(kind, found[0], lows[bits], rates) if component else {}
             result.append(about | rates.row(found[0]) | recovery)
         return result
@@ -224,10 +230,16 @@ class Networks:
 
     def _fill_activations(self, subset: Array, rows: list[Json]) -> list[Json]:
         """Adds the activation SQNR of the part that each layer belongs to; gives the rows of all parts."""
-        table, seconds = self.utterances.select(subset), self.options.max_seconds
+        table, options = self.utterances.select(subset), self.options
         with self.timed("activations"):
             batches = variants.feature_batches(
-                self.network, self.fbank, table, max_seconds=seconds, desc="activations", batch_size=_CAPTURED
+                self.network,
+                self.fbank,
+                table,
+                max_seconds=options.max_seconds,
+                max_frames=options.max_frames,
+                desc="activations",
+                batch_size=_CAPTURED,
             )
             sqnr = variants.activation_sqnr(self.network, batches, self.base, list(self.low.values()))
         component = {part.name: part.component for part in self.network.parts()}

@@ -41,6 +41,9 @@ class DiagnosisOptions(Options):
     hessian_seconds: float = option("length of these crops", 2.0, above=0, at_most=60)
     compute: Literal["float32", "bfloat16"] = option("the networks' arithmetic", "float32")
     max_seconds: float = option("only so much from the start of each recording; 0: all", 0.0, at_least=0)
+    max_frames: int = option(
+        "networks see only so many frames of each, less the mean over all of its frames; 0: all", 0, at_least=0
+    )
 
     def __post_init__(self) -> None:
         """Checks the values.

@@ -124,10 +124,10 @@ def describe(found: Diagnosis) -> str:
             f"{100 * row['flips']['beneficial_rate']:10.3f}"
         )
     for row in found.tables.get("retention", []):
-        if row["experiment"] == "retention" and row["drift_recovery"] is not None:
+        if row["experiment"] == "mirror" and row["drift_recovery"] is not None:
             eer = "-" if row["recovery"] is None else f"{row['recovery']:.0f} %"
             lines.append(
-                f"{row['bits']} bits, {row['component']} at full precision: recovers {eer} of the EER's rise, "
+                f"{row['component']} alone at {row['bits']} bits: makes {eer} of the EER's rise, "
                 f"{row['drift_recovery']:.0f} % of the drift"
             )
     return "\n".join(lines)
@@ -170,7 +170,7 @@ def best_predictors(found: Diagnosis) -> list[Json]:
 
 
 def top_components(found: Diagnosis) -> Json | None:
-    """At the fewest bits that were tried, the components in order of what they recover of the drift."""
+    """At the fewest bits that were tried, the components in order of the drift they recover, and of what they make."""
     rows = [row for row in found.tables.get("retention", []) if row["component"]]
     rows = [row for row in rows if row["drift_recovery"] is not None]
     if not rows:

@@ -1,5 +1,6 @@
 """Diagnoses from start to end: of models, or of embeddings that were extracted before."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -16,9 +17,8 @@ from kmq_jax.diagnosis.layers import correlation_rows
 from kmq_jax.diagnosis.networks import Networks
 from kmq_jax.diagnosis.options import DiagnosisOptions
 from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model
-from kmq_jax.scoring.cosine import cosine_scores
-from kmq_jax.scoring.join import Sides
-from kmq_jax.scoring.levels import score_levels
+from kmq_jax.scoring.cosine import average, cosine_scores
+from kmq_jax.scoring.levels import LevelScores, score_levels
 from kmq_jax.scoring.table import EmbeddingTable
 
 
@@ -48,6 +48,7 @@ def diagnose(
     data: str | None,
     trials: str,
     options: DiagnosisOptions,
+    enrol_models: str | None = None,
 ) -> Diagnosis:
     """The diagnosis of models, or of embeddings where every file is an `.npz` of `extract`.
 
@@ -57,6 +58,7 @@ def diagnose(
         data: DATA that the trials compare; with embeddings it only adds durations, gender and age.
         trials: a trial list; empty draws pairs at random (of models only).
         options: how much is computed.
+        enrol_models: list of enrolment models, where the trials enrol models.
 
     Raises:
         UserError: models and embeddings are mixed; or as `diagnose_models` and `diagnose_embeddings`.
@@ -65,12 +67,12 @@ def diagnose(
     if any(tables) and not all(tables):
         raise UserError("--reference and --quantized must be all models or all embeddings (.npz)")
     if all(tables):
-        found = diagnose_embeddings(reference, quantized, trials, data, options)
+        found = diagnose_embeddings(reference, quantized, trials, data, options, enrol_models)
     else:
         if not data:
             raise UserError("--data is needed: the recordings that the models embed")
         models = {bits: load_at(place, bits) for bits, place in quantized.items()}
-        found = diagnose_models(load_model(reference), models, data, trials, options)
+        found = diagnose_models(load_model(reference), models, data, trials, options, enrol_models)
     found.notes["data"], found.notes["trial_list"] = data, trials or "pairs drawn at random"
     return found
 
@@ -92,9 +94,22 @@ def load_at(place: str | Path, bits: int) -> SpeakerModel:
 
 def used_only(utterances: source.Utterances, trials: Trials) -> tuple[source.Utterances, Trials]:
     """Leaves out the utterances that no trial compares."""
-    rows = np.union1d(trials.enrol, trials.test)
-    enrol, test = (np.searchsorted(rows, side).astype(np.int32) for side in (trials.enrol, trials.test))
-    return utterances.select(rows), Trials(enrol, test, trials.label, trials.names, trials.enrol_name, trials.test_name)
+    enrolled = trials.enrol if trials.models is None else np.concatenate(trials.models)
+    rows = np.union1d(enrolled, trials.test)
+
+    def place(side: np.ndarray) -> np.ndarray:
+        return np.searchsorted(rows, side).astype(np.int32)
+
+    models = None if trials.models is None else tuple(place(members) for members in trials.models)
+    enrol = place(trials.enrol) if models is None else trials.enrol
+    return utterances.select(rows), dataclasses.replace(trials, enrol=enrol, test=place(trials.test), models=models)
+
+
+def enrolled_utterances(trials: Trials) -> np.ndarray:
+    """The enrolled utterance of each trial `[trials]`; of a model the first, which stands for it in tables."""
+    if trials.models is None:
+        return trials.enrol
+    return np.array([members[0] for members in trials.models])[trials.enrol]
 
 
 def diagnose_models(
@@ -103,6 +118,7 @@ def diagnose_models(
     data: str,
     trials: str,
     options: DiagnosisOptions,
+    enrol_models: str | None = None,
 ) -> Diagnosis:
     """The diagnosis of models: scores, components, layers.
 
@@ -112,12 +128,13 @@ def diagnose_models(
         data: DATA that the trials compare.
         trials: a trial list; empty draws pairs at random.
         options: how much is computed.
+        enrol_models: list of enrolment models, where the trials enrol models.
 
     Raises:
         UserError: the networks differ, or the trials or recordings cannot be used.
     """
     table = source.open_source(data)
-    utterances, listed = used_only(table, open_trials(trials, table))
+    utterances, listed = used_only(table, open_trials(trials, table, enrol_models))
     try:
         networks = Networks(reference, quantized, utterances, options)
         scored = networks.score(listed)
@@ -127,7 +144,7 @@ def diagnose_models(
         ids=utterances.ids,
         places=utterances.paths if utterances.reader else [str(utterances.location(i)) for i in range(len(utterances))],
         speakers=utterances.speakers,
-        enrol=listed.enrol,
+        enrol=enrolled_utterances(listed),
         test=listed.test,
         seconds=utterances.lengths() / source.SAMPLE_RATE,
         snr=networks.snr,
@@ -151,6 +168,7 @@ def diagnose_embeddings(
     trials: str,
     data: str | None,
     options: DiagnosisOptions,
+    enrol_models: str | None = None,
 ) -> Diagnosis:
     """The diagnosis of embeddings, which is that of scores.
 
@@ -160,6 +178,7 @@ def diagnose_embeddings(
         trials: a trial list.
         data: where durations, gender and age are looked up, or None.
         options: how much is computed.
+        enrol_models: list of enrolment models, where the trials enrol models.
 
     Raises:
         UserError: there are no trials, or the files do not fit them.
@@ -168,13 +187,14 @@ def diagnose_embeddings(
         raise UserError("--trials is needed with embeddings")
     ascending = sorted(quantized)
     places = [*((bits, str(quantized[bits])) for bits in ascending), (32, str(reference))]
-    joined = score_levels(places, None, trials)
+    joined = score_levels(places, None, trials, models_path=enrol_models)
     sides, tables = joined.sides, joined.tables
     own = tables[-1].embeddings
     test_only = None
     if all(table.embeddings.shape == own.shape for table in tables):
+        enrolled = own if joined.trials.models is None else average(own, joined.trials.models)
         test_only = {
-            bits: cosine_scores(own, table.embeddings, sides.enrol, sides.test)
+            bits: cosine_scores(enrolled, table.embeddings, sides.enrol, sides.test)
             for bits, table in zip(ascending, tables)
         }
     full = dict(zip(ascending, joined.scores))
@@ -183,15 +203,16 @@ def diagnose_embeddings(
         scored = scores.scored_trials(joined.scores[-1], full, test_only, joined.trials.label, *speakers)
     except UserError as error:
         raise UserError(f"{trials}: {error}") from error
-    return diagnose_scores(scored, _recordings(tables[0], sides, data), options)
+    return diagnose_scores(scored, _recordings(tables[0], joined, data), options)
 
 
-def _recordings(table: EmbeddingTable, sides: Sides, data: str | None) -> people.Recordings:
+def _recordings(table: EmbeddingTable, joined: LevelScores, data: str | None) -> people.Recordings:
     """What a table of embeddings, and perhaps DATA, tell of the utterances."""
+    sides, enrolled = joined.sides, enrolled_utterances(joined.trials)
     speakers: list[str] = list(table.speakers or ())
     if not speakers:
         number = np.zeros(len(table), int)
-        number[sides.enrol], number[sides.test] = sides.enrol_speaker, sides.test_speaker
+        number[enrolled], number[sides.test] = sides.enrol_speaker, sides.test_speaker
         speakers = [f"speaker {n}" for n in number.tolist()]
     places, seconds = list(table.paths or table.ids), None
     genders: dict[str, str] = {}
@@ -204,4 +225,4 @@ def _recordings(table: EmbeddingTable, sides: Sides, data: str | None) -> people
         seconds = lengths[rows]
         places = [str(known.location(i)) if i >= 0 else place for i, place in zip(rows.tolist(), places)]
         genders, ages = dict(known.genders), dict(known.ages)
-    return people.Recordings(table.ids, places, speakers, sides.enrol, sides.test, seconds, None, genders, ages)
+    return people.Recordings(table.ids, places, speakers, enrolled, sides.test, seconds, None, genders, ages)

@@ -3,7 +3,7 @@
 Arrays are `[models, trials]`, and each statistic is computed for all models at once; nothing steps through trials.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,10 @@ from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Json, Row
+from kmq_jax.core.files import Json
 from kmq_jax.diagnosis.correlation import known, pearson, ranks
 from kmq_jax.diagnosis.resample import SpeakerDraws, in_threads, interval_of_ratio
-from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
+from kmq_jax.metrics.bootstrap import Bootstrap, percentile_interval, speaker_bootstrap
 from kmq_jax.metrics.detection import Array, check_trials, eer, min_dcf
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -24,7 +24,8 @@ EQUAL_MASS_BINS = 3
 KNEE_RULE = (
     "Kneedle (Satopaa et al. 2011): both axes are scaled to 0..1; the knee is where damage lies farthest below the "
     "straight line from the most to the fewest bits, if by at least 0.1; it needs models at three numbers of bits and "
-    "damage that is greatest at the fewest"
+    "damage that is greatest at the fewest; and in 95 of 100 draws of speakers damage must be greater at the fewest "
+    "bits than at the most, and lie below the line there"
 )
 
 
@@ -109,30 +110,42 @@ def scored_trials(
     return ScoredTrials(all_bits, base, stack(full), None if test_only is None else stack(test_only), target, *speakers)
 
 
-def system_rows(trials: ScoredTrials, replicates: int = 1000, seed: int = 0) -> list[Json]:
+def system_draws(trials: ScoredTrials, replicates: int = 1000, seed: int = 0) -> list[Bootstrap]:
+    """Draws of EER and minDCF of the reference and each model, paired; none where the speakers are too few."""
+    if not replicates:
+        return []
+    speakers = trials.enrol_speaker, trials.test_speaker
+    systems = (trials.reference, *trials.full)
+    found = [speaker_bootstrap(row, trials.labels, *speakers, replicates, seed) for row in systems]
+    return found if len(found[0].eer) >= 0.9 * replicates else []
+
+
+def system_rows(trials: ScoredTrials, found: Sequence[Bootstrap] = ()) -> list[Json]:
     """EER and minDCF of the reference (bits 32) and each model, with intervals, paired where differences.
 
+    Args:
+        trials: the scores.
+        found: their `system_draws`, for intervals.
+
     Returns:
-        `bits, eer, eer_ci95, eer_change, eer_change_ci95, min_dcf, min_dcf_ci95, threshold`; rates in percent, the
-        threshold that of the model's own EER.
+        `bits, eer, eer_ci95, eer_change, eer_change_ci95, min_dcf, min_dcf_ci95, min_dcf_change, min_dcf_change_ci95,
+        threshold`; rates in percent, the threshold that of the model's own EER.
     """
     rows: list[Json] = []
-    base: Array | None = None
-    for bits, scores in zip((32, *trials.bits), (trials.reference, *trials.full)):
+    for m, (bits, scores) in enumerate(zip((32, *trials.bits), (trials.reference, *trials.full))):
         rate, threshold = eer(scores, trials.labels)
         row: Json = {"bits": bits, "eer": 100 * rate, "eer_ci95": None}
         row |= {"eer_change": 100 * rate - (rows[0]["eer"] if rows else 100 * rate), "eer_change_ci95": None}
-        row |= {"min_dcf": min_dcf(scores, trials.labels), "min_dcf_ci95": None, "threshold": threshold}
-        if replicates:
-            draws = speaker_bootstrap(
-                scores, trials.labels, trials.enrol_speaker, trials.test_speaker, replicates, seed
-            )
-            if len(draws.eer) >= 0.9 * replicates:
-                # One seed draws the same speakers for every model, so differences of draws are paired.
-                base = draws.eer if base is None else base
-                row["eer_ci95"] = [100 * x for x in percentile_interval(draws.eer)]
-                row["eer_change_ci95"] = [100 * x for x in percentile_interval(draws.eer - base)]
-                row["min_dcf_ci95"] = list(percentile_interval(draws.min_dcf))
+        cost = min_dcf(scores, trials.labels)
+        row |= {"min_dcf": cost, "min_dcf_ci95": None, "min_dcf_change": cost - (rows[0]["min_dcf"] if rows else cost)}
+        row |= {"min_dcf_change_ci95": None, "threshold": threshold}
+        if found:
+            # One seed draws the same speakers for every model, so differences of draws are paired.
+            draws, base = found[m], found[0]
+            row["eer_ci95"] = [100 * x for x in percentile_interval(draws.eer)]
+            row["eer_change_ci95"] = [100 * x for x in percentile_interval(draws.eer - base.eer)]
+            row["min_dcf_ci95"] = list(percentile_interval(draws.min_dcf))
+            row["min_dcf_change_ci95"] = list(percentile_interval(draws.min_dcf - base.min_dcf))
         rows.append(row)
     return rows
 
@@ -317,8 +330,13 @@ def flip_rows(
     return [row for rows in in_threads(of_part, parts) for row in rows]
 
 
-def knee(all_bits: Sequence[int], damage: Sequence[float]) -> int | None:
+def knee(all_bits: Sequence[int], damage: Sequence[float], drawn: Array | None = None) -> int | None:
     """The bits below which damage rises steeply, by `KNEE_RULE`; None where there is no such place.
+
+    Args:
+        all_bits: `[models]`.
+        damage: `[models]`.
+        drawn: `[models, replicates]`, the damage in draws of speakers; without them chance is not looked at.
 
     >>> knee([8, 4, 3, 2], [0.0, 0.1, 0.2, 1.0])
     3
@@ -328,27 +346,41 @@ def knee(all_bits: Sequence[int], damage: Sequence[float]) -> int | None:
     x, y = np.asarray(all_bits, float)[order], np.asarray(damage, float)[order]
     if len(x) < 3 or len(np.unique(x)) < len(x) or not y[-1] > y[0] or y.max() > y[-1]:
         return None
-    below = (x[0] - x) / (x[0] - x[-1]) - (y - y[0]) / (y[-1] - y[0])
+    along = (x[0] - x) / (x[0] - x[-1])
+    below = along - (y - y[0]) / (y[-1] - y[0])
     best = int(np.argmax(below))
-    return int(x[best]) if below[best] >= 0.1 else None
+    if below[best] < 0.1:
+        return None
+    if drawn is not None:
+        draws = np.asarray(drawn, np.float64)[order]
+        risen = draws[-1] - draws[0]
+        steep = (risen > 0) & (draws[best] - draws[0] < along[best] * risen)
+        if not len(steep) or steep.mean() < 0.95:
+            return None
+    return int(x[best])
 
 
-def knees(systems: Sequence[Row], drift: Sequence[Row], flips: Sequence[Row]) -> Json:
-    """The knee of EER, mean |drift| and harmful flips, and the rule."""
+def knees(
+    trials: ScoredTrials, flips: Flips, systems: Sequence[Bootstrap] = (), draws: SpeakerDraws | None = None
+) -> Json:
+    """The knee of EER, mean |drift| and harmful flips, and the rule.
 
-    def curve(rows: Iterator[tuple[int, float]]) -> int | None:
-        points = list(rows)
-        return knee([bits for bits, _ in points], [value for _, value in points])
+    Args:
+        trials: the scores.
+        flips: at the reference's EER threshold.
+        systems: `system_draws`; without them, chance is not looked at.
+        draws: of the trials' speakers; likewise.
+    """
+    size, harmful = np.abs(trials.full - trials.reference), flips.harmful.astype(np.float64)
 
+    def drawn(values: Array) -> Array | None:
+        # The weights are the same for every model: sums are as good as means.
+        return np.stack([draws.sums(row) for row in values]) if draws is not None else None
+
+    rates = [eer(row, trials.labels)[0] for row in trials.full]
     return {
         "rule": KNEE_RULE,
-        "eer": curve((row["bits"], row["eer"]) for row in systems[1:]),
-        "mean_abs_drift": curve(
-            (row["bits"], row["mean_abs"]) for row in drift if row["kind"] == "full" and row["class"] == "all"
-        ),
-        "harmful_flips": curve(
-            (row["bits"], row["harmful_rate"])
-            for row in flips
-            if row["threshold_name"] == "reference EER" and row["binning"] == "none" and row["class"] == "all"
-        ),
+        "eer": knee(trials.bits, rates, np.stack([one.eer for one in systems[1:]]) if systems else None),
+        "mean_abs_drift": knee(trials.bits, size.mean(axis=1).tolist(), drawn(size)),
+        "harmful_flips": knee(trials.bits, harmful.mean(axis=1).tolist(), drawn(harmful)),
     }

@@ -20,7 +20,7 @@ from kmq_jax.core.tree import Array, Variables, map_named, named_leaves
 from kmq_jax.data import source
 from kmq_jax.models.batches import padded_batches, plan_batches, usable_lengths
 from kmq_jax.models.protocol import Part, SpeakerNetwork
-from kmq_jax.models.speaker_model import BATCH_SIZE
+from kmq_jax.models.speaker_model import BATCH_SIZE, normalized_features
 from kmq_jax.nn.layers import expand_mask
 
 
@@ -39,10 +39,7 @@ class FeatureBatch:
     frames: jax.Array
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _features(fbank: frontend.FbankConfig, wave: jax.Array, samples: jax.Array) -> tuple[jax.Array, jax.Array]:
-    frames = frontend.num_frames(samples, fbank)
-    return frontend.mean_normalize(frontend.fbank(wave, fbank), frames), frames
+_features = jax.jit(normalized_features, static_argnums=(0, 3))
 
 
 def feature_batches(
@@ -51,6 +48,7 @@ def feature_batches(
     utterances: source.Utterances,
     *,
     max_seconds: float = 0.0,
+    max_frames: int = 0,
     batch_size: int = BATCH_SIZE,
     seen: Callable[[int, np.ndarray], None] | None = None,
     desc: str = "",
@@ -62,6 +60,7 @@ def feature_batches(
         fbank: its filterbank.
         utterances: the table.
         max_seconds: only so much from the start of each recording; 0 takes all.
+        max_frames: networks see only so many frames, less the mean over all frames; 0: all.
         batch_size: recordings in a batch.
         seen: called with each utterance's number and its samples `[samples]`, as they are read.
         desc: what the progress bar says.
@@ -74,7 +73,7 @@ def feature_batches(
     plan = plan_batches(network, fbank, lengths, min(batch_size, len(lengths)), max_shapes=4)
     shown = progress(plan, desc=desc, unit="batch")
     for batch in padded_batches(shown, lengths, utterances.load, devices, seen=seen):
-        yield FeatureBatch(batch.members, *_features(fbank, batch.wave, batch.samples))
+        yield FeatureBatch(batch.members, *_features(fbank, batch.wave, batch.samples, max_frames))
 
 
 def on_devices(variables: Variables, bits: int | None = None) -> Variables:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey
 
@@ -50,13 +51,39 @@ def frontend_of(name: str) -> frontend.FbankConfig:
     return FRONTENDS[name]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def embed_batch(
-    network: SpeakerNetwork, fbank: frontend.FbankConfig, variables: Variables, wave: jax.Array, samples: jax.Array
-) -> jax.Array:
-    """Embeds recordings `wave` `[batch, longest]` of `samples` `[batch]` real samples each, to `[batch, dim]`."""
+def normalized_features(
+    fbank: frontend.FbankConfig, wave: jax.Array, samples: jax.Array, most: int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """What a network sees of recordings: features less their mean over all frames, then only the first `most` frames.
+
+    Args:
+        fbank: the filterbank.
+        wave: `[batch, longest]`.
+        samples: `[batch]`, real samples.
+        most: frames kept; 0: all.
+
+    Returns:
+        `[batch, time, mel]`, and the real frames `[batch]` among `time`.
+    """
     frames = frontend.num_frames(samples, fbank)
     features = frontend.mean_normalize(frontend.fbank(wave, fbank), frames)
+    return (features[:, :most], jnp.minimum(frames, most)) if most else (features, frames)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
+def embed_batch(
+    network: SpeakerNetwork,
+    fbank: frontend.FbankConfig,
+    variables: Variables,
+    wave: jax.Array,
+    samples: jax.Array,
+    most: int = 0,
+) -> jax.Array:
+    """Embeds recordings `wave` `[batch, longest]` of `samples` `[batch]` real samples each, to `[batch, dim]`.
+
+    Of each, at most the first `most` frames count (0: all); the mean is that of all frames.
+    """
+    features, frames = normalized_features(fbank, wave, samples, most)
     embeddings: Array = network.apply(variables, features, frames, train=False)
     return embeddings
 
@@ -220,6 +247,7 @@ def embed_all(
     dtype: str = "float32",
     max_seconds: float = 0.0,
     batch_size: int = BATCH_SIZE,
+    max_frames: int = 0,
 ) -> np.ndarray:
     """Embeds every utterance of a table.
 
@@ -232,6 +260,7 @@ def embed_all(
         dtype: "float32" or "bfloat16": the network's arithmetic.
         max_seconds: only so much from the start of each recording; 0 takes all.
         batch_size: recordings in a batch.
+        max_frames: the network sees only so many frames, less the mean over all frames; 0: all.
 
     Returns:
         float32 `[utterances, dim]`, in the table's order.
@@ -245,7 +274,7 @@ def embed_all(
     plan = progress(
         plan_batches(network, fbank, lengths, min(batch_size, len(lengths))), desc="embedding", unit="batch"
     )
-    return _embed(model, plan, lengths, utterances.load, dtype)
+    return _embed(model, plan, lengths, utterances.load, dtype, max_frames)
 
 
 def _embed(
@@ -254,6 +283,7 @@ def _embed(
     lengths: np.ndarray,
     load: Callable[[int], np.ndarray],
     dtype: str,
+    max_frames: int = 0,
 ) -> np.ndarray:
     network, fbank = model.network(dtype), frontend_of(model.frontend)
     devices = mesh.make_mesh(jax.local_devices())
@@ -269,7 +299,8 @@ def _embed(
 
     for batch in padded_batches(plan, lengths, load, devices):
         _forget_programs((network, fbank, dtype, batch.wave.shape))
-        under_way.append((batch.members, embed_batch(network, fbank, variables, batch.wave, batch.samples)))
+        made = embed_batch(network, fbank, variables, batch.wave, batch.samples, max_frames)
+        under_way.append((batch.members, made))
         if len(under_way) > 2:  # recordings are decoded while the devices work, but not without bound
             collect()
     while under_way:

@@ -17,7 +17,10 @@ class ExtractionOptions(Options):
         "bits at which a nested model is read; left out: the most it has", None, at_least=1, at_most=64
     )
     compute: Compute = option("the network's arithmetic", "float32")
-    max_seconds: float = option("only so much of each recording; 0: all of it", 0.0, at_least=0)
+    max_seconds: float = option("only so much of each recording, its mean as well; 0: all of it", 0.0, at_least=0)
+    max_frames: int = option(
+        "the network sees only so many frames of each, less the mean over all of its frames; 0: all", 0, at_least=0
+    )
     batch_size: int = option("recordings in one batch", 16, at_least=1, at_most=4096)
 
 

@@ -10,10 +10,13 @@ import numpy as np
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, Row, atomic_write, read_json, write_json
 from kmq_jax.data.trials import Trials
+from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
 from kmq_jax.metrics.calibration import AffineMap, IsotonicMap, fit_logistic, map_from_dict
+from kmq_jax.metrics.detection import eer, min_dcf
 from kmq_jax.metrics.evaluate import evaluate
 from kmq_jax.scoring.cosine import average, cosine_scores
 from kmq_jax.scoring.join import Sides, join
+from kmq_jax.scoring.levels import score_levels
 from kmq_jax.scoring.options import ScoringOptions
 from kmq_jax.scoring.snorm import adaptive_snorm
 from kmq_jax.scoring.table import EmbeddingTable, read_embeddings
@@ -32,7 +35,8 @@ class Scored:
         trials: the list.
         scores: `[trials]` float32, in its order.
         kind: "cosine" or "snorm".
-        metrics: what `metrics.evaluate` tells of them, with `speakers_source` and `snorm` (what was done, or None).
+        metrics: what `metrics.evaluate` tells of them, with `utterances`, `speakers_source` and `snorm`
+            (what was done, or None).
     """
 
     trials: Trials
@@ -84,7 +88,58 @@ def score(
         raise UserError(f"{trials}: {error}") from error
     if calibration:
         metrics["calibration"] = f"given by {calibration}"
-    return Scored(listed, scores, kind, metrics | {"speakers_source": sides.speakers_source, "snorm": notes})
+    about = {"utterances": utterances_of(listed), "speakers_source": sides.speakers_source, "snorm": notes}
+    return Scored(listed, scores, kind, metrics | about)
+
+
+def compare(
+    embeddings: Place,
+    reference: Place,
+    trials: str,
+    options: ScoringOptions | None = None,
+    *,
+    enrol_models: str | None = None,
+) -> Json:
+    """What a network changes against another on one trial list, by cosine.
+
+    Args:
+        embeddings: embedding file of the network.
+        reference: that of the network it is compared with.
+        trials: the list, or `synthetic:SPLIT`.
+        options: the draws, and the prior of minDCF.
+        enrol_models: list of enrolment models, where the trials enrol models.
+
+    Returns:
+        `eer_change` (percent) and `min_dcf_change`, each with `_ci95`: the central 95 % of the difference over draws of
+        speakers that both networks share; None where the speakers are too few to draw.
+
+    Raises:
+        UserError: a file cannot be read or does not fit the others.
+    """
+    how = options or ScoringOptions()
+    joined = score_levels([(1, str(embeddings)), (2, str(reference))], None, trials, models_path=enrol_models)
+    labels, sides = joined.trials.label, joined.sides
+    try:
+        rates = [(100 * eer(row, labels)[0], min_dcf(row, labels, how.p_target)) for row in joined.scores]
+    except UserError as error:
+        raise UserError(f"{trials}: {error}") from error
+    found: Json = {"eer_change": rates[0][0] - rates[1][0], "eer_change_ci95": None}
+    found |= {"min_dcf_change": rates[0][1] - rates[1][1], "min_dcf_change_ci95": None}
+    if how.replicates:
+        speakers = sides.enrol_speaker, sides.test_speaker
+        ours, theirs = (
+            speaker_bootstrap(row, labels, *speakers, how.replicates, how.seed, how.p_target) for row in joined.scores
+        )
+        if len(ours.eer) >= 0.9 * how.replicates:
+            found["eer_change_ci95"] = list(percentile_interval(100 * (ours.eer - theirs.eer)))
+            found["min_dcf_change_ci95"] = list(percentile_interval(ours.min_dcf - theirs.min_dcf))
+    return found
+
+
+def utterances_of(trials: Trials) -> int:
+    """How many different utterances a trial list compares, those of enrolment models counted one by one."""
+    enrolled = trials.enrol if trials.models is None else np.concatenate(trials.models)
+    return len(np.union1d(enrolled, trials.test))
 
 
 def normalise(

@@ -11,6 +11,7 @@ import numpy as np
 from kmq_jax.cascade.calibrate import calibrate
 from kmq_jax.cascade.evaluate import evaluate_embeddings
 from kmq_jax.cascade.figures import draw_front
+from kmq_jax.cascade.options import CalibrationOptions
 from kmq_jax.cascade.verifier import save_cascade
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, Row, atomic_write, read_json, write_json
@@ -19,13 +20,14 @@ from kmq_jax.study.networks import Network
 from kmq_jax.study.options import FULL, NESTED, CascadePlan, EvaluationSet, StudyOptions
 from kmq_jax.study.steps import Steps
 
-RECIPES = {"halves": 1, "calibrate": 1, "cascade": 1}
+RECIPES = {"halves": 1, "calibrate": 2, "cascade": 2}
 """To be raised when a change of the code changes what a step computes: studies then repeat it (see `study.steps`)."""
 
 HALVES = ("a", "b")
 MEANT = (
     "eer", "reference_eer", "harmful_flip_rate", "beneficial_flip_rate", "sequential_bits", "incremental_bits",
-    "utterance_bits", "utterance_incremental_bits", "resolved", "remaining_flips", "each_width_alone",
+    "utterance_bits", "utterance_incremental_bits", "resolved", "remaining_flips", "each_width_alone", "saved",
+    "min_dcf", "reference_min_dcf",
 )  # fmt: skip
 """Figures of two halves that are averaged: those that the report shows."""
 
@@ -60,12 +62,22 @@ class StudiedCascade:
     @property
     def name(self) -> str:
         """Names its steps and its directory."""
-        return f"{self.plan.family}-{'-'.join(map(str, self.plan.bits))}"
+        published = "-published" if self.plan.gates == "published" else ""
+        return f"{self.plan.family}-{'-'.join(map(str, self.plan.bits))}{published}"
 
     @property
     def about(self) -> list[object]:
         """What all of its steps depend on."""
-        return [list(self.plan.bits), dataclasses.asdict(self.options.calibration)]
+        return [list(self.plan.bits), dataclasses.asdict(self.how)]
+
+    @property
+    def how(self) -> CalibrationOptions:
+        """How it is calibrated: bits are counted as new ones only where codebooks nest."""
+        nested = self.plan.family.endswith(NESTED)
+        how = dataclasses.replace(self.options.calibration, nested=nested)
+        if self.plan.gates == "published":
+            how = dataclasses.replace(how, rule="pareto", objective="eer", cost="sequential", symmetric=True)
+        return how
 
     def file(self, network: Network, evaluated: EvaluationSet) -> str:
         """The embedding file of a network on a set."""
@@ -84,7 +96,7 @@ class StudiedCascade:
         base = self.options.sets[self.options.calibrate]
 
         def action(out: Path) -> None:
-            policy = calibrate(self.files(base), self.file(self.reference, base), listed, self.options.calibration)
+            policy = calibrate(self.files(base), self.file(self.reference, base), listed, self.how, base.models)
             policy.save(out)
             draw_front(out.with_suffix(".png"), policy)
             if not suffix:
@@ -101,7 +113,9 @@ class StudiedCascade:
 
         def action(out: Path) -> None:
             file, reference = self.steps.directory / directory / "policy.json", self.file(self.reference, evaluated)
-            found = evaluate_embeddings(file, self.files(evaluated), listed, reference=reference)
+            found = evaluate_embeddings(
+                file, self.files(evaluated), listed, reference=reference, enrol_models=evaluated.models
+            )
             write_json(out, found.figures)
 
         step = f"cascade-{self.name}-{evaluated.name}{suffix}"
@@ -134,16 +148,17 @@ def run_cascade(steps: Steps, options: StudyOptions, networks: Sequence[Network]
         raise UserError(f"study.cascades: there is no network of {missing[0]} bits in {plan.family!r}")
     cascade = StudiedCascade(steps, options, plan, networks[0], tuple(known[bits] for bits in plan.bits))
     base = options.sets[options.calibrate]
-    cascade.calibrate(base.trials, "", cascade.needs(base), data=[base.trials])
+    cascade.calibrate(base.trials, "", cascade.needs(base), data=base.lists)
     results = {base.name: crosswise(cascade, base)}
     for evaluated in options.sets.values():
         if evaluated is not base:
-            results[evaluated.name] = cascade.evaluate("", evaluated.trials, evaluated, "", data=[evaluated.trials])
+            results[evaluated.name] = cascade.evaluate("", evaluated.trials, evaluated, "", data=evaluated.lists)
     groups = {group: [results[one]["eer"] for one in members] for group, members in options.groups.items()}
     return {
         "name": ">".join("FP32" if bits == FULL else str(bits) for bits in plan.bits),
         "family": plan.family,
         "bits": list(plan.bits),
+        "gates": plan.gates,
         "directory": f"cascades/{cascade.name}",
         "sets": results,
         "groups": {group: float(np.mean(eers)) for group, eers in groups.items()},
@@ -163,7 +178,7 @@ def crosswise(cascade: StudiedCascade, base: EvaluationSet) -> Json:
 
 def halve(steps: Steps, evaluated: EvaluationSet) -> Path:
     """Trial lists `a.txt` and `b.txt` of each half of a set's speakers, dealt at random; trials across are left out."""
-    places = [evaluated.data, evaluated.trials]
+    places = [evaluated.data, *evaluated.lists]
     action = functools.partial(_write_halves, evaluated)
     name = f"halves-{evaluated.name}"
     return steps.run(name, places, (), f"halves/{evaluated.name}", action, data=places, recipe=RECIPES["halves"])
@@ -171,15 +186,18 @@ def halve(steps: Steps, evaluated: EvaluationSet) -> Path:
 
 def _write_halves(evaluated: EvaluationSet, out: Path) -> None:
     table = source.open_source(evaluated.data)
-    pairs = trials.open_trials(evaluated.trials, table)
+    pairs = trials.open_trials(evaluated.trials, table, evaluated.models)
     speakers, speaker = np.unique(np.array(table.speakers), return_inverse=True)
     half = np.random.default_rng(0).permutation(len(speakers)) % 2
     # A trial across the halves would show a policy a speaker of the other half.
-    sides = half[speaker[pairs.enrol]], half[speaker[pairs.test]]
-    names = np.array(table.ids)
+    of_enrol = speaker if pairs.models is None else speaker[[members[0] for members in pairs.models]]
+    sides = half[of_enrol[pairs.enrol]], half[speaker[pairs.test]]
+    ids, names = np.array(table.ids), np.array(pairs.names)
+    # A model goes by its own name, an utterance by its id.
+    enrolled = ids[pairs.enrol] if pairs.models is None else names[pairs.enrol_name]
     for number, name in enumerate(HALVES):
         rows = np.flatnonzero((sides[0] == number) & (sides[1] == number))
-        columns = pairs.label[rows].astype(int), names[pairs.enrol[rows]], names[pairs.test[rows]]
+        columns = pairs.label[rows].astype(int), enrolled[rows], ids[pairs.test[rows]]
         with atomic_write(out / f"{name}.txt") as temporary:
             temporary.write_text("".join(f"{y} {a} {b}\n" for y, a, b in zip(*columns)))
 

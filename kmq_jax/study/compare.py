@@ -11,15 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from kmq_jax.core.files import Row
+from kmq_jax.core.files import Json, Row, read_json, write_json
 from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
 from kmq_jax.metrics.detection import Array, eer, min_dcf
 from kmq_jax.scoring.cosine import cosine_scores
 from kmq_jax.scoring.join import join
+from kmq_jax.scoring.run import compare
 from kmq_jax.scoring.table import read_embeddings
 from kmq_jax.study.networks import Network
 from kmq_jax.study.options import FULL, PATTERNED, EvaluationSet, Recipe
+from kmq_jax.study.steps import Steps
 
+RECIPES = {"compare": 1}
+"""To be raised when a change of the code changes what a step computes: studies then repeat it (see `study.steps`)."""
 FULL_PRECISION, CONTROL = "full precision", "control"
 
 
@@ -40,16 +44,16 @@ class Errors:
     min_dcf_draws: Array
 
     @classmethod
-    def of(cls, embeddings: Path, trials: str, replicates: int) -> "Errors":
+    def of(cls, embeddings: Path, evaluated: EvaluationSet, replicates: int) -> "Errors":
         """Scores a trial list by cosine.
 
         Args:
             embeddings: file of a network's embeddings.
-            trials: TRIALS.
+            evaluated: the set, with its trials.
             replicates: draws of speakers.
         """
         table = read_embeddings(embeddings)
-        listed, sides = join(trials, table, table, None)
+        listed, sides = join(evaluated.trials, table, table, evaluated.models)
         scores = cosine_scores(sides.enrol_embeddings, sides.test_embeddings, sides.enrol, sides.test)
         draws = speaker_bootstrap(scores, listed.label, sides.enrol_speaker, sides.test_speaker, replicates)
         return cls(100 * eer(scores, listed.label)[0], min_dcf(scores, listed.label), 100 * draws.eer, draws.min_dcf)
@@ -136,7 +140,7 @@ def differences(
     rows: list[Row] = []
     for evaluated in sets:
         made = {
-            one.name: Errors.of(embeddings(one, evaluated), evaluated.trials, replicates)
+            one.name: Errors.of(embeddings(one, evaluated), evaluated, replicates)
             for one in [networks[0], *(one for group in groups.values() for one in group)]
         }
         errors = {group: Errors.mean([made[one.name] for one in members]) for group, members in groups.items()}
@@ -153,3 +157,19 @@ def differences(
                 }
             )
     return rows
+
+
+def compare_on(steps: Steps, network: Network, reference: Network, evaluated: EvaluationSet) -> Json:
+    """The changes of EER and minDCF against the reference on one evaluation set (`scoring.run.compare`)."""
+    place, name = steps.directory / "embeddings", f"{network.name}-{evaluated.name}"
+
+    def action(out: Path) -> None:
+        pair = place / f"{name}.npz", place / f"{reference.name}-{evaluated.name}.npz"
+        write_json(out, compare(*pair, evaluated.trials, enrol_models=evaluated.models))
+
+    needs = (f"embed-{name}", f"embed-{reference.name}-{evaluated.name}")
+    data = evaluated.lists
+    out, recipe = f"metrics/{name}-change.json", RECIPES["compare"]
+    made = steps.run(f"compare-{name}", data, needs, out, action, data=data, recipe=recipe)
+    found: Json = read_json(made)
+    return found

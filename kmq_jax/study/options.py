@@ -31,6 +31,12 @@ class EvaluationSet(Options):
     name: str = option("for people")
     data: str = option("DATA", metavar="DATA")
     trials: str = option("TRIALS", metavar="TRIALS")
+    models: str | None = option("list of enrolment models, where the trials enrol models", None, metavar="FILE")
+
+    @property
+    def lists(self) -> list[str]:
+        """The files that say which recordings are compared: trials and, where there are any, enrolment models."""
+        return [self.trials, *filter(None, [self.models])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +45,10 @@ class CascadePlan(Options):
 
     family: str = option("of networks: trained or not, nested or not", choices=FAMILIES)
     bits: tuple[int, ...] = option("of its levels, ascending; 32 is full precision", at_least=1)
+    gates: Literal["own", "published"] = option(
+        "how they are chosen: as `calibration` says, or as published, equally wide on both sides by EER against cost",
+        "own",
+    )
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -75,6 +85,9 @@ class StudyOptions(Options):
     label_weight: float = option("of margin softmax of the labels beside the teacher, in distillation", 0.0, at_least=0)
     compute: Compute = option("arithmetic of extraction", "float32")
     max_seconds: float = option("extraction takes only so much of each recording; 0: all of it", 0.0, at_least=0)
+    max_frames: int = option(
+        "networks see only so many frames of each, less the mean over all of its frames; 0: all", 0, at_least=0
+    )
     quick_compile: bool = option("no optimizations, for networks so tiny that compiling is all they cost", False)
     diagnose: tuple[str, ...] = option("names of the evaluation sets that are diagnosed", ())
     diagnosis: DiagnosisOptions = option("how", DiagnosisOptions())
@@ -83,6 +96,7 @@ class StudyOptions(Options):
     cascades: tuple[CascadePlan, ...] = option("cascades to calibrate and to run", ())
     groups: dict[str, tuple[str, ...]] = option("evaluation sets whose mean EER is shown, by the group's name")
     published: dict[str, dict[str, float]] = option("EER in percent, by group and bits (or `cascade`), to compare with")
+    published_figures: dict[str, Any] = option("other published figures, see `study.published`")
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -106,8 +120,8 @@ class StudyOptions(Options):
 
         Args:
             values: the section, as a plain mapping. `evaluate` has `data` and `trials` by name; `cascades` has
-                (family, bits), where the family "trained" stands for the recipe's; `diagnosis` and `calibration` have
-                fields of their options.
+                (family, bits) or (family, bits, gates), where the family "trained" stands for the recipe's; `diagnosis`
+                and `calibration` have fields of their options.
             where: stands before names in errors.
 
         Raises:
@@ -122,9 +136,12 @@ class StudyOptions(Options):
         plans = given.pop("cascades", ())
         own = {TRAINED: given.get("recipe", "distilled")}
         given["cascades"] = tuple(
-            CascadePlan.of({"family": own.get(family, family), "bits": bits}, f"{where}.cascades")
-            for family, bits in plans
+            CascadePlan.of(
+                {"family": own.get(family, family), "bits": bits, **({"gates": gates[0]} if gates else {})},
+                f"{where}.cascades",
+            )
+            for family, bits, *gates in plans
         )
         given["diagnosis"] = DiagnosisOptions.of(given.pop("diagnosis", {}), f"{where}.diagnosis")
         given["calibration"] = CalibrationOptions.of(given.pop("calibration", {}), f"{where}.calibration")
-        return super().of({"epochs": {}, "groups": {}, "published": {}, **given}, where)
+        return super().of({"epochs": {}, "groups": {}, "published": {}, "published_figures": {}, **given}, where)

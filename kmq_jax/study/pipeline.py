@@ -27,12 +27,12 @@ from kmq_jax.scoring.options import ExtractionOptions
 from kmq_jax.scoring.run import score
 from kmq_jax.study import report
 from kmq_jax.study.cascades import family_steps, run_cascade
-from kmq_jax.study.compare import differences
+from kmq_jax.study.compare import compare_on, differences
 from kmq_jax.study.networks import Network, make_networks
 from kmq_jax.study.options import FULL, NESTED, EvaluationSet, StudyOptions
 from kmq_jax.study.steps import Steps
 
-RECIPES = {"embed": 1, "score": 1, "diagnose": 1}
+RECIPES = {"embed": 1, "score": 2, "diagnose": 2}
 """To be raised when a change of the code changes what a step computes: studies then repeat it (see `study.steps`)."""
 
 
@@ -45,8 +45,9 @@ def study(config: ml_collections.ConfigDict, workdir: Path) -> Json:
 
     Returns:
         What `study.json` holds: `rows`, one a model, with `model`, `method`, `bits`, `bytes` and the metrics of each
-        evaluation set; `diagnosis`, by evaluation set; `cascades`; `published`; where several recipes, seeds or a
-        control were trained, `differences`, as `compare.differences` gives them.
+        evaluation set; `diagnosis`, by evaluation set; `cascades`; `published`, `published_figures` and `members`
+        of groups, to compare with; where several recipes, seeds or a control were trained, `differences`, as
+        `compare.differences` gives them.
 
     Raises:
         UserError: a setting, file or value is at fault.
@@ -69,10 +70,12 @@ def _run(config: ml_collections.ConfigDict, options: StudyOptions, settings: Jso
         for network in networks:
             embed(steps, network, evaluated, options)
     summary = {
-        "rows": [measure(steps, network, options) for network in networks],
+        "rows": [measure(steps, network, networks[0], options) for network in networks],
         "diagnosis": {name: run_diagnosis(steps, options, networks, options.sets[name]) for name in options.diagnose},
         "cascades": [run_cascade(steps, options, networks, plan) for plan in options.cascades],
         "published": options.published,
+        "published_figures": options.published_figures,
+        "members": {group: list(members) for group, members in options.groups.items()},
     }
     if options.also or options.seeds > 1 or options.epochs.get(str(FULL)):
         summary["differences"] = differences(networks, list(options.sets.values()), functools.partial(place_of, steps))
@@ -83,15 +86,20 @@ def _run(config: ml_collections.ConfigDict, options: StudyOptions, settings: Jso
 
 def embed(steps: Steps, network: Network, evaluated: EvaluationSet, options: StudyOptions) -> Path:
     """The embeddings of an evaluation set by a network."""
-    name, how = (
-        f"{network.name}-{evaluated.name}",
-        ExtractionOptions(bits=network.read_at, compute=options.compute, max_seconds=options.max_seconds),
+    name = f"{network.name}-{evaluated.name}"
+    how = ExtractionOptions(
+        bits=network.read_at,
+        compute=options.compute,
+        max_seconds=options.max_seconds,
+        max_frames=options.max_frames,
     )
 
     def action(out: Path) -> None:
         extract(network.path, evaluated.data, out, how)
 
-    about, out = [evaluated.data, options.compute, options.max_seconds, network.bits], f"embeddings/{name}.npz"
+    about = [evaluated.data, options.compute, options.max_seconds, network.bits]
+    # Named only where it is set, so that studies done before it was there are not repeated.
+    about, out = [*about, *filter(None, [options.max_frames])], f"embeddings/{name}.npz"
     needs, data = (network.step,), [evaluated.data]
     return steps.run(f"embed-{name}", about, needs, out, action, data=data, recipe=RECIPES["embed"])
 
@@ -101,9 +109,16 @@ def place_of(steps: Steps, network: Network, evaluated: EvaluationSet) -> Path:
     return steps.directory / "embeddings" / f"{network.name}-{evaluated.name}.npz"
 
 
-def measure(steps: Steps, network: Network, options: StudyOptions) -> Json:
-    """One row of the results: a network's size, its metrics on each evaluation set, and mean EERs of groups of sets."""
+def measure(steps: Steps, network: Network, reference: Network, options: StudyOptions) -> Json:
+    """One row of the results: a network's size, its metrics on each evaluation set, and mean EERs of groups of sets.
+
+    Of all networks but the reference, the metrics hold their paired changes against it (`compare.compare_on`).
+    """
     found = {name: measure_on(steps, network, evaluated) for name, evaluated in options.sets.items()}
+    if network is not reference:
+        found = {
+            name: metrics | compare_on(steps, network, reference, options.sets[name]) for name, metrics in found.items()
+        }
     inside = network.path.is_relative_to(steps.directory)
     # Relative, so that results do not depend on where the study lies.
     place = network.path.relative_to(steps.directory) if inside else network.path
@@ -123,10 +138,11 @@ def measure_on(steps: Steps, network: Network, evaluated: EvaluationSet) -> Json
     name = f"{network.name}-{evaluated.name}"
 
     def action(out: Path) -> None:
-        write_json(out, score(place_of(steps, network, evaluated), evaluated.trials).metrics)
+        file = place_of(steps, network, evaluated)
+        write_json(out, score(file, evaluated.trials, enrol_models=evaluated.models).metrics)
 
-    needs, out, data = (f"embed-{name}",), f"metrics/{name}.json", [evaluated.trials]
-    made = steps.run(f"score-{name}", evaluated.trials, needs, out, action, data=data, recipe=RECIPES["score"])
+    needs, out, data = (f"embed-{name}",), f"metrics/{name}.json", evaluated.lists
+    made = steps.run(f"score-{name}", data, needs, out, action, data=data, recipe=RECIPES["score"])
     found: Json = read_json(made)
     return found
 
@@ -142,19 +158,29 @@ def run_diagnosis(steps: Steps, options: StudyOptions, networks: Sequence[Networ
     steps_of = family_steps(options.recipe, options.bits)
     nested = {int(one.bits): one for one in networks if one.step == f"distilled-{NESTED}"}
     chosen = nested | {int(one.bits): one for one in networks if one.step in steps_of}
-    how = dataclasses.replace(options.diagnosis, compute=options.compute)
+    # What is extracted is diagnosed: the arithmetic and how much of a recording counts are the study's.
+    how = dataclasses.replace(
+        options.diagnosis,
+        compute=options.compute,
+        max_seconds=options.max_seconds or options.diagnosis.max_seconds,
+        max_frames=options.max_frames or options.diagnosis.max_frames,
+    )
 
     def action(out: Path) -> None:
         models = {bits: one.path for bits, one in chosen.items()}
-        found = diagnose(networks[0].path, models, evaluated.data, evaluated.trials, how)
+        found = diagnose(networks[0].path, models, evaluated.data, evaluated.trials, how, evaluated.models)
         diagnosis_report.write(out, found)
 
-    name, places = f"diagnose-{evaluated.name}", [evaluated.data, evaluated.trials]
+    name, places = f"diagnose-{evaluated.name}", [evaluated.data, *evaluated.lists]
     needs = ["fp32", *(one.step for one in chosen.values())]
     about, directory = [*places, dataclasses.asdict(how)], f"diagnosis/{evaluated.name}"
     made = steps.run(name, about, needs, directory, action, data=places, recipe=RECIPES["diagnose"])
     found = read_json(made / "diagnosis.json")
-    return {key: found[key] for key in ("systems", "retention", "correlations")} | {
+    short = {key: found[key] for key in ("systems", "retention", "correlations")}
+    whole = [row for row in found["flips"] if row["threshold_name"] == "reference EER" and row["class"] == "all"]
+    return short | {
+        "drift": found["drift"],
+        "flips": [row for row in whole if row["binning"] in ("none", "equal-mass")],
         "knees": found["notes"]["knees"],
         "directory": directory,
     }

@@ -7,7 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kmq_jax import html
-from kmq_jax.core.files import Json, Row
+from kmq_jax.core.files import Row
+from kmq_jax.study.paired import changes_of
+from kmq_jax.study.published import comparison
 
 METHODS = {  # colour, marker and name of each way to quantize
     "without training": ("tab:gray", "s", "without training"),
@@ -21,22 +23,27 @@ TICKS = (2, 3, 4, 6, 8, 16, 32)
 FROM_DIAGNOSIS = ("histograms", "flips", "retention")
 
 
-def bits_figure(rows: Sequence[Row], sets: Sequence[str]) -> Figure:
-    """EER against bits, a panel for each evaluation set, with 95 % intervals."""
+def bits_figure(summary: Row, sets: Sequence[str]) -> Figure:
+    """EER against bits, a panel for each evaluation set, with paired 95 % intervals of the change where known."""
+    rows = summary["rows"]
     figure = Figure(figsize=(html.WIDTH, 3.4 * len(sets)), layout="constrained")
     panels = figure.subplots(len(sets), 1, squeeze=False)[:, 0]
     for axes, name in zip(panels, sets):
-        full = rows[0]["sets"][name]
-        axes.axhline(full["eer"], color="black", linewidth=1, label="full precision")
-        if full["eer_ci95"]:
-            axes.axhspan(*full["eer_ci95"], color="0.93", zorder=0)
+        full = rows[0]["sets"][name]["eer"]
+        axes.axhline(full, color="black", linewidth=1, label="full precision")
         for shift, (method, (colour, marker, label)) in enumerate(METHODS.items()):
             chosen = sorted((row for row in rows if row["method"] == method), key=lambda row: row["bits"])
             # A little apart, so that intervals of different methods do not cover one another.
             places = [row["bits"] + 0.09 * (shift - 1.5) for row in chosen]
             values = [row["sets"][name]["eer"] for row in chosen]
-            ends = [row["sets"][name]["eer_ci95"] or [value, value] for row, value in zip(chosen, values)]
-            spans = [[v - low for v, (low, _) in zip(values, ends)], [high - v for v, (_, high) in zip(values, ends)]]
+            # Paired intervals of the difference, drawn around full precision's EER: one that meets its line is no
+            # difference.
+            changes = [changes_of(summary, row, name).get("eer_change_ci95") for row in chosen]
+            ends = [
+                [full + side for side in found] if found else [value, value] for found, value in zip(changes, values)
+            ]
+            spans = [[max(v - low, 0) for v, (low, _) in zip(values, ends)],
+                     [max(high - v, 0) for v, (_, high) in zip(values, ends)]]  # fmt: skip
             if chosen:
                 look = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1}
                 axes.errorbar(places, values, spans, label=label, elinewidth=0.7, capsize=2, **look)
@@ -145,29 +152,6 @@ def _legend_by_bits(figure: Figure, *panels: Axes) -> None:
     )
 
 
-def comparison(summary: Row) -> list[Json]:
-    """Published and measured EER: a row for each group and number of bits that was published.
-
-    >>> row = {"bits": 4, "method": "trained", "groups": {"overall": 1.1}}
-    >>> comparison({"published": {"overall": {"4": 1.0}}, "rows": [row], "cascades": []})
-    [{'group': 'overall', 'bits': '4', 'published': 1.0, 'measured': 1.1}]
-    """
-    rows = []
-    for group, published in summary["published"].items():
-        for bits, eer in published.items():
-            if bits == "cascade":
-                chosen = summary["cascades"][:1]
-                found = [cascade["groups"].get(group) for cascade in chosen]
-            else:
-                found = [
-                    row["groups"].get(group)
-                    for row in summary["rows"]
-                    if str(row["bits"]) == bits and row["method"] in ("full precision", "trained")
-                ]
-            rows.append({"group": group, "bits": bits, "published": eer, "measured": found[0] if found else None})
-    return rows
-
-
 def write(workdir: Path, summary: Row, config: Row) -> None:
     """Writes `report.html` of a study, and its figures beside it.
 
@@ -177,7 +161,7 @@ def write(workdir: Path, summary: Row, config: Row) -> None:
         config: the study's configuration, as JSON values.
     """
     rows, sets = summary["rows"], list(summary["rows"][0]["sets"])
-    pictures = {"bits": html.png(bits_figure(rows, sets))}
+    pictures = {"bits": html.png(bits_figure(summary, sets))}
     if summary["cascades"]:
         for name, draw in {
             "cascades": cascades_figure,
@@ -200,6 +184,7 @@ def write(workdir: Path, summary: Row, config: Row) -> None:
         pictures,
         sets=sets,
         rows=rows,
+        changes=[{name: changes_of(summary, row, name) for name in sets} for row in rows],
         full=rows[0],
         trained=[row for row in rows if row["method"] == "trained"],
         cascades=summary["cascades"],

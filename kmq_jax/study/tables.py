@@ -2,8 +2,9 @@
 
 A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE is a `study.json`, its path relative to
 the Markdown file; KIND is `bits`, one row a model, `trained`, the trained models alone, `differences`, what they differ
-by, with paired intervals, or `cascades`, one row a cascade and evaluation set. Of the file that `bench accelerator`
-writes, KIND is `accelerator`, one row for each thing measured.
+by, with paired intervals, `cascades`, one row a cascade and evaluation set, or `components`, what each component does
+alone. Of the file that `conditions` writes, KIND is `conditions`; of the one that `bench accelerator` writes,
+`accelerator`, one row for each thing measured.
 """
 
 import json
@@ -12,28 +13,72 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kmq_jax.cascade.costs import savings
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Row, atomic_write, read_json
+from kmq_jax.study.paired import changes_of, told_apart
 
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def study_table(summary: Row) -> str:
-    """The results of a study: size, and EER in percent with its 95 % interval on each evaluation set."""
-    sets = list(summary["rows"][0]["sets"])
-    rows = [["bits", "weights", "KiB", *(f"{name}, EER %" for name in sets)]]
-    for row in summary["rows"]:
-        cells = [str(row["bits"]), row["method"], f"{row['bytes'] / 1024:,.0f}"]
+    """The results of a study: size, EER and minDCF, and what is known of their paired changes against full precision.
+
+    Full precision's own EER has its 95 % interval over speakers; a change that is told apart from none is bold.
+    """
+    sets, rows = list(summary["rows"][0]["sets"]), summary["rows"]
+    changes = {name: [changes_of(summary, row, name) for row in rows] for name in sets}
+    shown = {name: any("eer_change_ci95" in one for one in changes[name]) for name in sets}
+    costs = {name: any("min_dcf_change_ci95" in one for one in changes[name]) for name in sets}
+    header = ["bits", "weights", "KiB"]
+    for name in sets:
+        header += [f"{name}, EER %", *(["against FP32"] if shown[name] else ())]
+        if "min_dcf" in rows[0]["sets"][name]:
+            header += ["minDCF", *(["against FP32"] if costs[name] else ())]
+    lines = [header]
+    for number, row in enumerate(rows):
+        cells = [f"{row['bits']:g}", row["method"], f"{row['bytes'] / 1024:,.0f}"]
         for name in sets:
-            eer, interval = row["sets"][name]["eer"], row["sets"][name]["eer_ci95"]
-            cells.append(f"{eer:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""))
-        rows.append(cells)
-    return _markdown(rows)
+            found, change = row["sets"][name], changes[name][number]
+            interval = found["eer_ci95"] if not number else None
+            cells.append(f"{found['eer']:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""))
+            cells += [_change(change, "eer_change", 2)] if shown[name] else []
+            if "min_dcf" in rows[0]["sets"][name]:
+                cells += [f"{found['min_dcf']:.3f}", *([_change(change, "min_dcf_change", 3)] if costs[name] else ())]
+        lines.append(cells)
+    return _markdown(lines) + _about_sets({name: rows[0]["sets"][name] for name in sets})
+
+
+def _change(change: Row, name: str, digits: int) -> str:
+    """A change with its paired interval, bold where that leaves out zero; nothing where it is not known."""
+    interval = change.get(f"{name}_ci95")
+    if interval is None:
+        return ""
+    text = f"{change[name]:+.{digits}f} [{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]"
+    return f"**{text}**" if told_apart(interval) else text
+
+
+def _about_sets(sets: Row) -> str:
+    """How many trials, speakers and utterances each set's figures come from, as far as a file tells."""
+    parts = []
+    for name, found in sets.items():
+        if "trials" not in found:
+            continue
+        kinds = (
+            ("trials", "trials"),
+            ("targets", "of them targets"),
+            ("speakers", "speakers"),
+            ("utterances", "utterances"),
+        )
+        more = [f"{found[key]:,} {what}" for key, what in kinds if found.get(key) is not None]
+        parts.append(f"{name}: {', '.join(more)}")
+    return f"\n{'; '.join(parts)}.\n" if parts else ""
 
 
 def trained_table(summary: Row) -> str:
     """The same table without the models that were quantized without training."""
-    return study_table({"rows": [row for row in summary["rows"] if not row["method"].startswith("without training")]})
+    chosen = [row for row in summary["rows"] if not row["method"].startswith("without training")]
+    return study_table({**summary, "rows": chosen})
 
 
 def difference_table(summary: Row) -> str:
@@ -54,26 +99,83 @@ def _difference(value: float, interval: list[float], digits: int) -> str:
 
 
 def cascade_table(summary: Row) -> str:
-    """The cascades of a study on each evaluation set: errors, flips against full precision, and costs in bits."""
-    rows = [["cascade", "on", "EER %", "FP32", "harmful flips", "last level's own", "decided first", "bits, sequential",
-             "incremental"]]  # fmt: skip
+    """The cascades of a study on each evaluation set: errors, flips against full precision, and costs in bits.
+
+    The cost by trial stands beside the cost by utterance, each embedded once at every level that some trial needs; new
+    bits alone are counted only where codebooks nest. The last column says what the last level alone would cost.
+    """
+    rows = [["cascade", "on", "EER %", "FP32", "harmful flips", "last level's own", "decided first", "bits a trial",
+             "new bits a trial", "bits an utterance", "new bits an utterance", "by utterance"]]  # fmt: skip
     for cascade in summary["cascades"]:
-        first, last = str(cascade["bits"][0]), str(cascade["bits"][-1])
+        first, last, nested = str(cascade["bits"][0]), cascade["bits"][-1], "nested" in cascade["family"]
         for name, found in cascade["sets"].items():
+            saved = savings(found, last, nested)["utterance"]
             rows.append(
                 [
-                    cascade["name"] + (", nested" if "nested" in cascade["family"] else ""),
+                    cascade["name"] + (", nested" if nested else "") + _gates(cascade),
                     name,
                     f"{found['eer']:.2f}",
                     f"{found['reference_eer']:.2f}",
                     f"{100 * found['harmful_flip_rate']:.3f} %",
-                    f"{100 * found['each_width_alone'][last]['harmful_flip_rate']:.3f} %",
+                    f"{100 * found['each_width_alone'][str(last)]['harmful_flip_rate']:.3f} %",
                     f"{100 * found['resolved'][first]:.1f} %",
                     f"{found['sequential_bits']:.2f}",
-                    f"{found['incremental_bits']:.2f}",
+                    f"{found['incremental_bits']:.2f}" if nested else "",
+                    f"{found['utterance_bits']:.2f}",
+                    f"{found['utterance_incremental_bits']:.2f}" if nested else "",
+                    _gain(saved, last, nested),
                 ]
             )
     return _markdown(rows)
+
+
+def _gates(cascade: Row) -> str:
+    return ", gates as published" if cascade.get("gates") == "published" else ""
+
+
+def _gain(saved: float, last: int, nested: bool) -> str:
+    """What a cascade saves by utterance of the bits of its last level, or that it gains nothing."""
+    if saved <= 0:
+        return f"gains nothing: {last} bits alone cost less"
+    return f"saves {100 * saved:.0f} % of {last}" + (", in new bits" if nested else "")
+
+
+def components_table(summary: Row) -> str:
+    """What each component does alone at the fewest bits, all others in full precision: its share of the whole drift."""
+    found = {
+        name: [row for row in one["retention"] if row["experiment"] == "mirror"]
+        for name, one in summary["diagnosis"].items()
+    }
+    bits = min(row["bits"] for rows in found.values() for row in rows)
+    chosen = {name: {row["component"]: row for row in rows if row["bits"] == bits} for name, rows in found.items()}
+    names = list(dict.fromkeys(component for rows in chosen.values() for component in rows))
+    lines = [[f"alone at {bits} bits", "weights", *(f"{name}, drift it makes" for name in chosen)]]
+    for component in names:
+        share = next(rows[component]["parameters"] for rows in chosen.values() if component in rows)
+        cells = [component, f"{100 * share:.1f} %"]
+        for rows in chosen.values():
+            drift = rows[component]["drift_recovery"] if component in rows else None
+            cells.append("" if drift is None else f"{drift:.0f} %")
+        lines.append(cells)
+    first = {name: next(iter(rows.values())) for name, rows in chosen.items()}
+    return _markdown(lines) + _about_sets(first)
+
+
+def conditions_table(found: Row) -> str:
+    """What few bits lose by condition, and by how much more than on whole recordings; bold where beyond chance."""
+    header = ["recordings", "seconds", "FP32, EER %", "bits", "EER %", "loss", "grows by", "harmful flips", "grow by",
+              "drift", "grows by"]  # fmt: skip
+    lines, full = [header], 0.0
+    for row in found["rows"]:
+        if row["bits"] == 32:
+            full = row["eer"]
+            continue
+        cells = [row["title"], f"{row['seconds']:.1f}", f"{full:.2f}", str(row["bits"]), f"{row['eer']:.2f}"]
+        cells += [_change(row, "eer_loss", 2), _change(row, "eer_growth", 2)]
+        cells += [f"{row['harmful_flip_rate_loss']:.2f} %", _change(row, "harmful_flip_rate_growth", 2)]
+        cells += [f"{row['mean_abs_drift_loss']:.3f}", _change(row, "mean_abs_drift_growth", 3)]
+        lines.append(cells)
+    return _markdown(lines) + _about_sets({found["notes"]["data"]: found["notes"]})
 
 
 SPEEDS = (
@@ -121,6 +223,8 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "trained": trained_table,
     "differences": difference_table,
     "cascades": cascade_table,
+    "components": components_table,
+    "conditions": conditions_table,
     "accelerator": accelerator_table,
 }
 

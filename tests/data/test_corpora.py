@@ -123,6 +123,8 @@ def test_commonbench_and_kaldi(tmp_path):
     root = recordings.kaldi(tmp_path / "k")
     (root / "trials").write_text("s0-u0 s0-u1 target\n")
     assert len(corpora.commonbench(root).trials("trials")) == len(corpora.kaldi(root).trials("trials")) == 1
+    (root / "comparisons.txt").write_text("s0-u0,s0-u1,1\n")
+    assert corpora.commonbench(root).trials("comparisons.txt").label.tolist() == [True]
     recordings.write(tmp_path / "tree" / "ann" / "a.wav")
     assert corpora.commonbench(tmp_path / "tree").splits["train"].speakers == ("ann",)
 

@@ -23,6 +23,9 @@ PATHS = ["a/1.wav", "a/2.wav", "b/3.wav"]
         "\n\nu1 u2 target\nu1 u3 nontarget\n\n",
         "a/1.wav a/2.wav target\nu1 b/3.wav nontarget\n",
         "\ufeffu1 u2 1\nu1 u3 0\n",
+        "u1,u2,1\nu1,u3,0\n",
+        "1; u1; u2\n0; u1; u3\n",
+        "1 a/1.flac a/2.mp3\n0 a/1.wav b/3.WAV\n",
     ],
 )
 def test_every_form(tmp_path, text):
@@ -61,6 +64,8 @@ def test_a_path_that_two_segments_share_names_neither():
     ("text", "message"),
     [
         ("1 u1 u2\n0 u1 u9\n", r"trials:2: unknown utterance u9"),
+        ("u1,u2,1\nu1,u9,0\n", r"trials:2: unknown utterance u9"),
+        ("1 a/1.wav a/2.txt\n", r"trials:1: unknown utterance a/2.txt"),
         ("u1 u2 target\n\nu9 u1 nontarget\n", r"trials:3: unknown utterance u9"),
         ("1 u1 u2\n0 u1\n", r"trials:2: expected `label enrol test`, found 2 columns"),
         ("1 u1 u2 u3\n0 u1\n", r"trials:1: expected `label enrol test`, found 4 columns"),
@@ -75,6 +80,12 @@ def test_mistakes_name_the_line(tmp_path, text, message):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
         read_trials(path, IDS, PATHS)
+
+
+def test_a_path_without_its_suffix_that_two_recordings_share_names_neither(tmp_path):
+    (tmp_path / "trials").write_text("1 x.flac y.flac\n")
+    with pytest.raises(UserError, match=r"unknown utterance x\.flac"):
+        read_trials(tmp_path / "trials", ["a", "b", "c"], ["x.wav", "x.mp3", "y.wav"])
 
 
 def test_missing_list(tmp_path):

@@ -105,7 +105,7 @@ def test_a_perfect_copy_neither_drifts_nor_flips():
         for row in scores.flip_rows(trials, flips, draws):
             assert row["harmful"] == row["beneficial"] == 0
             assert row["mcnemar_p"] in (None, 1.0)
-    assert [row["eer_change"] for row in scores.system_rows(trials, 0)] == [0, 0, 0]
+    assert [row["eer_change"] for row in scores.system_rows(trials)] == [0, 0, 0]
 
 
 def test_the_most_bits_come_first_whatever_their_order():
@@ -135,7 +135,7 @@ def test_intervals_hold_the_value_and_pair_the_differences():
         assert row["mean_abs_ci95"][0] < row["mean_abs"] < row["mean_abs_ci95"][1]
     row = scores.flip_rows(trials, scores.all_flips(trials)[0], draws)[0]
     assert row["harmful_rate_ci95"][0] <= row["harmful_rate"] <= row["harmful_rate_ci95"][1]
-    reference, system = scores.system_rows(trials, 100)
+    reference, system = scores.system_rows(trials, scores.system_draws(trials, 100))
     assert reference["eer_change_ci95"] == [0, 0]
     low_end, high_end = system["eer_change_ci95"]
     assert low_end < high_end < system["eer_ci95"][1]
@@ -160,6 +160,19 @@ def test_knee(damage, wanted):
 def test_a_knee_needs_three_numbers_of_bits_and_finds_the_sharpest():
     assert scores.knee((4, 2), (0.0, 1.0)) is None
     assert scores.knee((8, 6, 4, 3, 2), (0.0, 0.01, 0.02, 0.1, 1.0)) == 3
+
+
+def test_a_knee_is_named_only_beyond_chance():
+    """In each draw damage has the knee, or in half of the draws it has none: then it may be luck."""
+    damage = (0.0, 0.1, 1.0)
+    sure = np.tile(np.array(damage)[:, None], 100)
+    assert scores.knee((4, 3, 2), damage, sure) == 3
+    for spoilt in (1, 2):  # nothing is gained below the line, or nothing lost at all
+        drawn = sure.copy()
+        drawn[spoilt, :10] = {1: 0.9, 2: -0.1}[spoilt]
+        assert scores.knee((4, 3, 2), damage, drawn) is None
+        drawn[spoilt, :6] = damage[spoilt]
+        assert scores.knee((4, 3, 2), damage, drawn) == 3
 
 
 @pytest.mark.parametrize(

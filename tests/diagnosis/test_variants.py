@@ -74,6 +74,16 @@ def test_embeddings_are_those_of_extract(speaker_model, utterances):
     np.testing.assert_array_equal(seen[2], utterances.load(2))
 
 
+@pytest.mark.parametrize("cut", [{"max_seconds": 1.0}, {"max_frames": 60}])
+def test_what_is_left_of_a_recording_is_that_of_extract(speaker_model, utterances, cut):
+    network, fbank = speaker_model.network(), frontend_of(speaker_model.frontend)
+    batches = variants.feature_batches(network, fbank, utterances, batch_size=4, **cut)
+    (found,) = variants.embed_variants(
+        network, batches, [variants.on_devices(speaker_model.variables)], len(utterances)
+    )
+    np.testing.assert_allclose(found, embed_all(speaker_model, utterances, **cut), rtol=1e-4, atol=1e-4)
+
+
 def test_activation_sqnr_against_arithmetic_on_single_utterances(speaker_model, utterances):
     """Padding and batching change nothing: sums over utterances alone, without a mask, give the same ratio."""
     fbank, network = frontend_of(speaker_model.frontend), speaker_model.network()

@@ -165,10 +165,17 @@ def test_risk_rule(run, tmp_path):
     notes = read_policy(tmp_path / "p.json").notes
     assert notes["rate"] <= notes["upper_bounds"]["survey"] <= 0.05
     assert (notes["certifying_speakers"], notes["kept"] > 0) == (SPEAKERS // 2, True)
-    assert "promise: harmful flips" in told.out
+    assert "promise (approximate): harmful flips" in told.out and "proven for these gates" in told.out
+    assert notes["approximate"] and notes["upper_bounds"]["survey"] < notes["proven_upper_bound"]
+    assert notes["kept_by"]["survey"] == notes["kept"] > notes["kept_by"]["hoeffding-bentkus"] == 0
+    assert notes["speakers_needed"]["hoeffding-bentkus"] > SPEAKERS // 2
+    assert notes["with_last_level"]["rate"] >= notes["rate"]
+    ids = load(tmp_path / "dev2.npz")["ids"]
+    listed = np.loadtxt(tmp_path / "dev.txt", dtype=str)
+    assert notes["target_share"] == pytest.approx((listed[:, 0] == "1").mean()) and len(ids)
     # Twelve speakers cannot promise one in a thousand without assumptions: nobody may stop early.
     told = run(calibrate, *stages("dev", (2, 32)), alpha=0.001, bound="hoeffding-bentkus", **given)
-    assert "warning: no gates keep the promise" in told.err
+    assert "warning: no gates keep the promise" in told.err and "promise (proven)" in told.out
     assert read_policy(tmp_path / "p.json").gates == ((-np.inf, np.inf),)
 
 
@@ -262,3 +269,33 @@ def _renamed(directory):
     path = directory / "alien.txt"
     path.write_text((directory / "new.txt").read_text().replace("new", "alien"))
     return path
+
+
+def test_gates_by_the_cost_of_utterances(run, tmp_path):
+    """They cost an utterance no more than gates chosen by trials, at the same limit on flips; and both say the cost."""
+    given = {"reference": "dev32.npz", "trials": "dev.txt", "out": "p.json", "alpha": 0.01}
+    here = {}
+    for cost in ("sequential", "utterance"):
+        told = run(calibrate, *stages("dev"), cost=cost, **given)
+        here[cost] = read_policy(tmp_path / "p.json").notes["here"]
+        front = read_policy(tmp_path / "p.json").notes["front"]
+        bits = [row[f"{cost}_bits"] for row in front]
+        assert bits == sorted(bits) and "incremental" not in told.out
+    assert here["utterance"]["utterance_bits"] <= here["sequential"]["utterance_bits"]
+    assert here["utterance"]["harmful_flip_rate"] <= 0.01
+
+
+def test_new_bits_count_only_where_codebooks_nest(run, tmp_path):
+    told = {}
+    for words in ((), ("--nested",)):
+        run(calibrate, *stages("dev"), *words, reference="dev32.npz", trials="dev.txt", out="p.json")
+        given = {"policy": "p.json", "trials": "new.txt", "json": "c.json", "replicates": 0}
+        told[words] = run(cascade, *stages("new"), **given).out
+        figures = json.loads((tmp_path / "c.json").read_text())
+        assert figures["nested"] == bool(words)
+        kind = "incremental" if words else "sequential"
+        assert figures["saved"]["trial"] == pytest.approx(1 - figures[f"{kind}_bits"] / 4)
+        gains_nothing = figures["saved"]["utterance"] <= 0
+        assert gains_nothing == ("by utterance this cascade gains nothing" in told[words])
+    assert "incremental" in told["--nested",] and "incremental" not in told[()]
+    assert "by utterance this cascade gains nothing" in told[()]  # here nearly every utterance is in a doubtful trial

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from kmq_jax import quant
+from kmq_jax.data.source import open_source
 from kmq_jax.models import registry
-from kmq_jax.models.speaker_model import SpeakerModel, save_model
+from kmq_jax.models.speaker_model import SpeakerModel, embed_all, load_model, save_model
 
 SETTINGS = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8}
 DATA = "synthetic:dev?speakers=6&utterances=4"
@@ -220,3 +221,36 @@ def test_embeddings_of_another_list_are_named(embeddings, tmp_path, monkeypatch,
     words = [f"--reference={embeddings / 'full.npz'}", f"--quantized=2:{tmp_path / 'less.npz'}", f"--trials={DATA}"]
     assert run(monkeypatch, *words, f"--out={tmp_path / 'out'}") == 2
     assert "syn-dev-0005-03" in capsys.readouterr().err
+
+
+def test_enrolment_models_are_averaged(models, tmp_path, monkeypatch):
+    """A list of models of one utterance each gives what the plain list gives; of several, the mean of unit vectors."""
+    table = open_source(DATA)
+    ids, speakers = table.ids, table.speakers
+    lines = [f"{int(speakers[a] == speakers[b])} {ids[a]} {ids[b]}\n" for a in range(0, 24, 4) for b in range(1, 24, 3)]
+    (tmp_path / "list").write_text("".join(lines))
+    for name, width in (("one", 1), ("three", 3)):
+        rows = [f"{ids[a]} {' '.join(ids[a : a + width])}\n" for a in range(0, 24, 4)]
+        (tmp_path / name).write_text("".join(rows))
+    quick = {"retention_utterances": 8, "layer_utterances": 0, "hessian_draws": 0, "replicates": 20, "max_seconds": 1}
+    given = flags(models, (2, "2"), trials=tmp_path / "list", **quick)
+    found = {}
+    for name in ("", "one", "three"):
+        more = [f"--enrol_models={tmp_path / name}"] if name else []
+        run(monkeypatch, *given, *more, f"--out={tmp_path / 'out'}")
+        found[name] = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
+    plain, one, three = (np.array([row["mean_abs"] for row in found[name]["drift"]]) for name in ("", "one", "three"))
+    np.testing.assert_allclose(one, plain, atol=1e-6)  # but for the rounding of unit vectors
+    assert np.abs(three - plain).max() > 1e-3
+    full, low = load_model(models / "full.kmq"), load_model(models / "2.kmq")
+    unit = [
+        e / np.linalg.norm(e, axis=1, keepdims=True) for e in (embed_all(m, table, max_seconds=1) for m in (full, low))
+    ]
+    drifts = []
+    for one, two in ((unit[0], unit[0]), (unit[1], unit[1]), (unit[0], unit[1])):
+        enrolled = np.stack([one[a : a + 3].mean(0) for a in range(0, 24, 4)])
+        enrolled /= np.linalg.norm(enrolled, axis=1, keepdims=True)
+        drifts.append((enrolled @ two[1::3].T).ravel())
+    rows = {row["kind"]: row["mean_abs"] for row in found["three"]["drift"] if row["class"] == "all"}
+    assert rows["full"] == pytest.approx(np.abs(drifts[1] - drifts[0]).mean(), abs=2e-4)
+    assert rows["test-only"] == pytest.approx(np.abs(drifts[2] - drifts[0]).mean(), abs=2e-4)

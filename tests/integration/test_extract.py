@@ -10,11 +10,19 @@ import numpy as np
 import pytest
 import soundfile
 
+from kmq_jax import frontend
 from kmq_jax.cli import extract
 from kmq_jax.core.errors import UserError
 from kmq_jax.data import source
 from kmq_jax.models import registry
-from kmq_jax.models.speaker_model import SpeakerModel, embed_all, fingerprint, load_model, save_model
+from kmq_jax.models.speaker_model import (
+    SpeakerModel,
+    embed_all,
+    fingerprint,
+    frontend_of,
+    load_model,
+    save_model,
+)
 
 DATA = "synthetic:dev?speakers=3&utterances=3"
 SETTINGS = {"width": 8, "blocks": [1, 1, 1, 1], "embedding_size": 16}
@@ -82,6 +90,21 @@ def test_only_the_start_where_asked(speaker_model):
     table = source.open_source(DATA)
     cut = embed_all(speaker_model, table, max_seconds=1.0)
     np.testing.assert_allclose(cut[0], speaker_model.embed(table.load(0)[:16000], 16000), rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_frames_less_the_mean_of_all(speaker_model):
+    """As the paper extracts: another embedding than that of a recording cut before its mean is taken."""
+    table = source.open_source(DATA)
+    most = 98  # the frames of a second
+    found = embed_all(speaker_model, table, max_frames=most)
+    wave, fbank = table.load(0), frontend_of(speaker_model.frontend)
+    features = np.asarray(frontend.fbank(wave[None], fbank))
+    features = features - features.mean(axis=1, keepdims=True)
+    network = speaker_model.network()
+    expected = network.apply(speaker_model.variables, features[:, :most], np.array([most]), train=False)
+    np.testing.assert_allclose(found[0], np.asarray(expected)[0], rtol=1e-4, atol=1e-5)
+    assert np.abs(found - embed_all(speaker_model, table, max_seconds=1.0)).max() > 1e-3
+    np.testing.assert_array_equal(embed_all(speaker_model, table, max_frames=9999), embed_all(speaker_model, table))
 
 
 def test_half_precision_is_close(speaker_model):

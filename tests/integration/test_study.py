@@ -39,10 +39,14 @@ def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
     rows = {(row["method"], row["bits"]): row for row in summary["rows"]}
     assert set(rows) == {("full precision", 32), ("without training", 2), ("trained", 2)}
     assert all(0 <= row["sets"]["voices"]["eer"] <= 100 for row in rows.values())
+    full, low = rows["full precision", 32]["sets"]["voices"], rows["trained", 2]["sets"]["voices"]
+    assert low["eer_change"] == pytest.approx(low["eer"] - full["eer"]) and "eer_change" not in full
+    assert len(low["eer_change_ci95"]) == len(low["min_dcf_change_ci95"]) == 2 and low["utterances"] > 0
     assert rows["trained", 2]["bytes"] < rows["full precision", 32]["bytes"]
     check_report(tmp_path, summary)
     lines = tables.study_table(summary).splitlines()
-    assert len(lines) == 2 + len(rows) and lines[0].startswith("| bits | weights | KiB | voices")
+    assert len(lines) == 2 + len(rows) + 2 and lines[0].startswith("| bits | weights | KiB | voices")
+    assert re.fullmatch(r"voices: [\d,]+ trials, [\d,]+ of them targets, \d+ speakers, [\d,]+ utterances\.", lines[-1])
 
     capfd.readouterr()
     assert pipeline.study(config, tmp_path) == summary
@@ -54,7 +58,14 @@ def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
     cascades |= {f"cascade-distilled-2-32-voices-{half}" for half in "ab"}
     assert (
         begun
-        == {"distilled-2", "embed-distilled-2-2-voices", "score-distilled-2-2-voices", "diagnose-voices"} | cascades
+        == {
+            "distilled-2",
+            "embed-distilled-2-2-voices",
+            "score-distilled-2-2-voices",
+            "compare-distilled-2-2-voices",
+            "diagnose-voices",
+        }
+        | cascades
     )
 
 

@@ -38,16 +38,87 @@ def test_what_was_trained_can_stand_alone(tmp_path):
     assert len(filled.splitlines()) == 6
 
 
+def changed(interval, **more):
+    return {"eer": 3.0, "eer_ci95": [1, 5], "eer_change": 0.5, "eer_change_ci95": interval, **more}
+
+
+def test_only_paired_intervals_tell_apart(tmp_path):
+    """Rows have their own changes, or those the diagnosis found of trained networks; marginal bands are not shown."""
+    rows = [
+        {"bits": 32, "method": "full precision", "bytes": 2048, "sets": {"a": {"eer": 2.5, "eer_ci95": [1.0, 4.0]}}},
+        {"bits": 3, "method": "without training", "bytes": 2048, "sets": {"a": changed([-0.25, 0.75])}},
+        {"bits": 2, "method": "trained", "bytes": 2048, "sets": {"a": {"eer": 3.0, "eer_ci95": [2.0, 5.0]}}},
+        {"bits": 2, "method": "trained, nested", "bytes": 2048, "sets": {"a": {"eer": 3.0, "eer_ci95": [2.0, 5.0]}}},
+    ]
+    systems = [{"bits": 2, "eer_change": 0.5, "eer_change_ci95": [0.1, 0.9]}]
+    (tmp_path / "r.json").write_text(json.dumps({"rows": rows, "diagnosis": {"a": {"systems": systems}}}))
+    filled = tables.fill("<!-- table: r.json bits -->\n<!-- end -->", tmp_path).splitlines()
+    assert filled[1] == "| bits | weights | KiB | a, EER % | against FP32 |"
+    assert filled[3:7] == [
+        "| 32 | full precision | 2 | 2.50 [1.00, 4.00] |  |",
+        "| 3 | without training | 2 | 3.00 | +0.50 [-0.25, +0.75] |",
+        "| 2 | trained | 2 | 3.00 | **+0.50 [+0.10, +0.90]** |",
+        "| 2 | trained, nested | 2 | 3.00 |  |",
+    ]
+
+
+def test_costs_of_detection_and_numbers_of_trials_where_they_are_known(tmp_path):
+    base = {"eer": 2.5, "eer_ci95": None, "min_dcf": 0.25, "trials": 30000, "targets": 6000, "speakers": 60}
+    low = changed([0.1, 0.9], min_dcf=0.5, min_dcf_change=0.25, min_dcf_change_ci95=[-0.125, 0.5])
+    rows = [
+        {"bits": 32, "method": "full precision", "bytes": 2048, "sets": {"a": base | {"utterances": 1250}}},
+        {"bits": 3.144, "method": "trained, mixed", "bytes": 2048, "sets": {"a": base | low}},
+    ]
+    (tmp_path / "r.json").write_text(json.dumps({"rows": rows}))
+    filled = tables.fill("<!-- table: r.json bits -->\n<!-- end -->", tmp_path).splitlines()
+    assert filled[4].endswith("| 3.00 | **+0.50 [+0.10, +0.90]** | 0.500 | +0.250 [-0.125, +0.500] |")
+    assert filled[4].startswith("| 3.144 |")
+    assert filled[6] == "a: 30,000 trials, 6,000 of them targets, 60 speakers, 1,250 utterances."
+
+
 def test_cascades_have_a_row_for_each_set(tmp_path):
     figures = {
         "eer": 2.756, "reference_eer": 2.5, "harmful_flip_rate": 0.00123, "sequential_bits": 2.214,
-        "incremental_bits": 2.1,
+        "incremental_bits": 2.1, "utterance_bits": 5.44, "utterance_incremental_bits": 3.0,
         "resolved": {"2": 0.954, "4": 0.046}, "each_width_alone": {"4": {"harmful_flip_rate": 0.0057}},
     }  # fmt: skip
-    cascade = {"name": "2>4", "family": "distilled-nested", "bits": [2, 4], "sets": {"a": figures}}
-    (tmp_path / "r.json").write_text(json.dumps({"cascades": [cascade]}))
-    filled = tables.fill("<!-- table: r.json cascades -->\n<!-- end -->", tmp_path)
-    assert filled.splitlines()[3] == "| 2>4, nested | a | 2.76 | 2.50 | 0.123 % | 0.570 % | 95.4 % | 2.21 | 2.10 |"
+    cascades = [
+        {"name": "2>4", "family": family, "bits": [2, 4], "sets": {"a": figures}}
+        for family in ("distilled-nested", "distilled")
+    ]
+    (tmp_path / "r.json").write_text(json.dumps({"cascades": cascades}))
+    filled = tables.fill("<!-- table: r.json cascades -->\n<!-- end -->", tmp_path).splitlines()
+    shared = "a | 2.76 | 2.50 | 0.123 % | 0.570 % | 95.4 %"
+    assert filled[3] == f"| 2>4, nested | {shared} | 2.21 | 2.10 | 5.44 | 3.00 | saves 25 % of 4, in new bits |"
+    # New bits are counted only where codebooks nest; by utterance this one gains nothing.
+    assert filled[4] == f"| 2>4 | {shared} | 2.21 |  | 5.44 |  | gains nothing: 4 bits alone cost less |"
+
+
+def test_components_are_told_from_the_mirror_experiment_alone(tmp_path):
+    def row(kind, component, drift):
+        about = {"experiment": kind, "component": component, "bits": 2, "parameters": 0.25, "trials": 7140}
+        return about | {"drift_recovery": drift}
+
+    retention = [row("retention", "stem", -15.0), row("mirror", "stem", 20.2), row("mirror", "head", 74.9)]
+    (tmp_path / "r.json").write_text(json.dumps({"diagnosis": {"a": {"retention": retention}}}))
+    filled = tables.fill("<!-- table: r.json components -->\n<!-- end -->", tmp_path).splitlines()
+    assert filled[3:5] == ["| stem | 25.0 % | 20 % |", "| head | 25.0 % | 75 % |"]
+    assert filled[6] == "a: 7,140 trials."
+
+
+def test_conditions_have_a_row_for_each_number_of_bits(tmp_path):
+    low = {"condition": "first=1", "title": "first 1 s", "seconds": 1.0, "bits": 2, "eer": 9.0}
+    for name, value, interval in (("eer", 1.5, [-0.5, 2.0]), ("harmful_flip_rate", 2.0, [0.5, 3.0]),
+                                  ("mean_abs_drift", 0.1, [0.05, 0.2])):  # fmt: skip
+        for kind in ("loss", "growth"):
+            low |= {f"{name}_{kind}": value, f"{name}_{kind}_ci95": interval}
+    full = {**low, "bits": 32, "eer": 7.5}
+    notes = {"data": "x/words", "trials": 100, "targets": 20, "speakers": 5, "utterances": 30}
+    (tmp_path / "r.json").write_text(json.dumps({"rows": [full, low], "notes": notes}))
+    filled = tables.fill("<!-- table: r.json conditions -->\n<!-- end -->", tmp_path).splitlines()
+    assert filled[3].startswith("| first 1 s | 1.0 | 7.50 | 2 | 9.00 | +1.50 [-0.50, +2.00] | +1.50 [-0.50, +2.00] |")
+    assert filled[3].endswith("| 2.00 % | **+2.00 [+0.50, +3.00]** | 0.100 | **+0.100 [+0.050, +0.200]** |")
+    assert filled[5] == "x/words: 100 trials, 20 of them targets, 5 speakers, 30 utterances."
 
 
 def test_a_difference_whose_interval_holds_zero_is_called_none(tmp_path):
@@ -79,7 +150,8 @@ def test_an_accelerator_has_a_row_for_each_speed(tmp_path):
 
 def test_mistakes(tmp_path):
     with pytest.raises(
-        UserError, match="'colours' of r.json must be one of bits, trained, differences, cascades, accelerator"
+        UserError,
+        match="of r.json must be one of bits, trained, differences, cascades, components, conditions, accelerator",
     ):
         tables.fill("<!-- table: r.json colours -->\n<!-- end -->", tmp_path)
     with pytest.raises(UserError, match=r"absent\.json"):

@@ -1,0 +1,79 @@
+"""Published figures stand beside those that were measured, where they were."""
+
+import importlib.util
+from pathlib import Path
+
+from kmq_jax.study.options import StudyOptions
+from kmq_jax.study.published import comparison
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def row(bits, method, eer, dcf):
+    return {
+        "bits": bits,
+        "method": method,
+        "groups": {"g": eer},
+        "sets": {"a": {"min_dcf": dcf}, "b": {"min_dcf": 0.4}},
+    }
+
+
+def diagnosed(drift):
+    kinds = [{"bits": 2, "kind": kind, "class": "all", "mean_abs": drift} for kind in ("full", "test-only")]
+    flips = [
+        {"bits": 2, "binning": "equal-mass", "bin": i, "harmful_rate": rate} for i, rate in enumerate((0.2, 0.1, 0))
+    ]
+    kept = [("stage1", -5), ("stage3", 20), ("stage2", 30), ("stem", None)]
+    retention = [{"bits": 2, "experiment": "retention", "component": c, "drift_recovery": d} for c, d in kept]
+    return {"drift": kinds, "flips": flips, "retention": retention}
+
+
+SUMMARY = {
+    "rows": [row(32, "full precision", 1.0, 0.1), row(2, "without training", 9.0, 0.9), row(2, "trained", 2.0, 0.2)],
+    "cascades": [{"groups": {"g": 7.0}}, {"groups": {"g": 1.5}, "gates": "published"}],
+    "members": {"g": ["a", "b"]},
+    "diagnosis": {"a": diagnosed(0.1), "b": diagnosed(0.3)},
+    "published": {"g": {"32": 1.1, "2": 2.2, "4": 1.2, "cascade": 1.6}},
+    "published_figures": {
+        "min_dcf": {"g": {"2": 0.25, "3": 0.2}},
+        "drift": {"g": {"test-only": {"2": 0.15}}},
+        "flips": {"a": {"2": [0.25, 0.15, "~0"]}, "c": {"2": [0.3]}},
+        "order": ["stage2", "stage3"],
+    },
+}
+
+
+def test_every_published_figure_has_its_measured_one():
+    found = {(r["figure"], r["where"], r["bits"]): (r["published"], r["measured"]) for r in comparison(SUMMARY)}
+    assert found.pop(("EER %", "g", "32")) == (1.1, 1.0)
+    assert found.pop(("EER %", "g", "2")) == (2.2, 2.0)  # of the trained network
+    assert found.pop(("EER %", "g", "4")) == (1.2, None)
+    assert found.pop(("EER %", "g", "cascade")) == (1.6, 1.5)  # of the one whose gates are the paper's
+    published, measured = found.pop(("minDCF", "g", "2"))
+    assert (published, round(measured, 9)) == (0.25, 0.3)
+    assert found.pop(("minDCF", "g", "3")) == (0.2, None)
+    published, measured = found.pop(("mean |drift|, test-only", "g", "2"))
+    assert (published, round(measured, 9)) == (0.15, 0.2)
+    assert found.pop(("harmful flips, near", "a", "2")) == (0.25, 0.2)
+    assert found.pop(("harmful flips, mid", "a", "2")) == (0.15, 0.1)
+    assert found.pop(("harmful flips, far", "a", "2")) == ("~0", 0.0)
+    assert found.pop(("harmful flips, near", "c", "2")) == (0.3, None)
+    assert found.pop(("components, most first", "a", "")) == ("stage2, stage3", "stage2, stage3")
+    assert found.pop(("components, most first", "b", "")) and not found
+
+
+def test_the_papers_studies_evaluate_as_published():
+    """Its five sets, all diagnosed; enrolment models; its gate rule beside ours; its figures to compare with."""
+    for name in ("paper_resnet36", "paper_resnet200"):
+        spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        study = StudyOptions.of(module.get_config().study.to_dict())
+        assert set(study.diagnose) == {"vox1_o", "vox1_e", "vox1_h", "cnceleb", "commonbench"}
+        assert study.sets["cnceleb"].lists[1].endswith("enroll.map") and study.sets["vox1_o"].models is None
+        assert study.sets["commonbench"].trials.endswith("comparisons.txt")
+        assert [(plan.bits, plan.gates) for plan in study.cascades[:2]] == [
+            ((2, 3, 4), "published"),
+            ((2, 3, 4), "own"),
+        ]
+        assert {"drift", "flips", "order"} <= set(study.published_figures)
