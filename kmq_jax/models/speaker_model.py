@@ -24,12 +24,14 @@ from kmq_jax.data import audio, buckets, source
 from kmq_jax.models import artifact, registry
 from kmq_jax.models.batches import check_lengths, padded_batches, plan_batches, usable_lengths
 from kmq_jax.models.checkpoint import Checkpoints
+from kmq_jax.models.engine import Engine, OnnxModel, chosen, kept_file
 from kmq_jax.models.protocol import SpeakerNetwork
 
 FRONTENDS = {"kiwano": frontend.KIWANO, "wespeaker": frontend.WESPEAKER}
 COMPUTE = ("float32", "bfloat16")
 BATCH_SIZE = 16
 Recording: TypeAlias = str | os.PathLike[str] | Array
+_PREPARED = 8  # models that are held ready
 PER_BITS = "narrow"  # the key in `variables` and in the file of what each smaller number of bits has to itself
 
 
@@ -67,6 +69,7 @@ class SpeakerModel:
             may have `PER_BITS` beside them: for each smaller number of bits, such as "2", the biases and statistics
             that differ at these bits, by their names in the rest.
         bits: at how many bits nested tensors are read; None is the most.
+        origin: where it was read from; what is derived from it is kept there. No part of the tree.
     """
 
     architecture: str
@@ -74,6 +77,7 @@ class SpeakerModel:
     frontend: str
     variables: Variables
     bits: int | None = None
+    origin: Path | None = dataclasses.field(default=None, compare=False)
 
     def __repr__(self) -> str:
         leaves = [x for x in jax.tree.leaves(self.variables, quant.is_codebook_tensor) if quant.is_codebook_tensor(x)]
@@ -87,13 +91,19 @@ class SpeakerModel:
         """The Linen module, computing in `dtype`."""
         return registry.build(self.architecture, **self.settings, dtype=dtype)
 
-    def embed(self, recording: Recording | Sequence[Recording], sample_rate: int | None = None) -> np.ndarray:
+    def embed(
+        self,
+        recording: Recording | Sequence[Recording],
+        sample_rate: int | None = None,
+        engine: Engine = "auto",
+    ) -> np.ndarray:
         """Embeds one recording, or a list of them.
 
         Args:
             recording: a file's path; or an array `[samples]`, `[samples, channels]` or `[channels, samples]`, floating
                 point with full scale 1 or signed integers; or a list of either.
             sample_rate: of arrays, in Hz; they are resampled to 16 kHz where it differs. Files have their own.
+            engine: "jax", "onnxruntime", or "auto": ONNX Runtime on a CPU, JAX on accelerators.
 
         Returns:
             float32 `[dim]`, or `[recordings, dim]` for a list; not length-normalised.
@@ -105,8 +115,8 @@ class SpeakerModel:
         if isinstance(recording, (list, tuple)) and not any(isinstance(x, (int, float)) for x in recording):
             if not recording:
                 raise UserError("there is no recording to embed in an empty list")
-            return embed_waves(self, [self._wave(one, sample_rate) for one in recording])
-        return embed_waves(self, [self._wave(recording, sample_rate)])[0]
+            return embed_waves(self, [self._wave(one, sample_rate) for one in recording], engine=engine)
+        return embed_waves(self, [self._wave(recording, sample_rate)], engine=engine)[0]
 
     def _wave(self, recording: Any, sample_rate: int | None) -> np.ndarray:
         if isinstance(recording, (str, os.PathLike)):
@@ -172,11 +182,17 @@ def at_bits(model: SpeakerModel, bits: int | None) -> SpeakerModel:
     return dataclasses.replace(model, variables=replace_named(whole, own, quant.is_codebook_tensor), bits=bits)
 
 
-def embed_waves(model: SpeakerModel, waves: list[np.ndarray], dtype: str = "float32") -> np.ndarray:
+def embed_waves(
+    model: SpeakerModel, waves: list[np.ndarray], dtype: str = "float32", engine: Engine = "jax"
+) -> np.ndarray:
     """Embeds recordings at 16 kHz held in memory, float32 `[len(waves), dim]`. See `embed_all`."""
     lengths = np.array([len(wave) for wave in waves])
     network, fbank = model.network(dtype), frontend_of(model.frontend)
     check_lengths(network, fbank, lengths, lambda i: f"recording {i + 1} of {len(waves)}")
+    if runner := _runner(model, dtype, engine):
+        if len(waves) == 1:
+            return runner.embed(waves[0])[None]
+        return runner.embed_all(waves.__getitem__, np.argsort(-lengths, kind="stable").tolist(), len(waves))
     # Whole seconds: a service that embeds recordings one by one compiles once a second of length, not once a length.
     plan = plan_batches(network, fbank, lengths, min(BATCH_SIZE, len(waves)), step=source.SAMPLE_RATE)
     return _embed(model, plan, lengths, waves.__getitem__, dtype)
@@ -188,6 +204,7 @@ def embed_all(
     dtype: str = "float32",
     max_seconds: float = 0.0,
     batch_size: int = BATCH_SIZE,
+    engine: Engine = "jax",
 ) -> np.ndarray:
     """Embeds every utterance of a table.
 
@@ -199,7 +216,8 @@ def embed_all(
         utterances: the table.
         dtype: "float32" or "bfloat16": the network's arithmetic.
         max_seconds: only so much from the start of each recording; 0 takes all.
-        batch_size: recordings in a batch.
+        batch_size: recordings in a batch of JAX.
+        engine: "jax", "onnxruntime", or "auto": ONNX Runtime on a CPU, JAX on accelerators.
 
     Returns:
         float32 `[utterances, dim]`, in the table's order.
@@ -209,10 +227,38 @@ def embed_all(
     """
     network, fbank = model.network(dtype), frontend_of(model.frontend)
     lengths = usable_lengths(network, fbank, utterances, max_seconds)
+    if runner := _runner(model, dtype, engine):
+        order = progress(np.argsort(-lengths, kind="stable").tolist(), desc="embedding", unit="recording")
+        return runner.embed_all(lambda i: utterances.load(i)[: lengths[i]], order, len(lengths))
     plan = progress(
         plan_batches(network, fbank, lengths, min(batch_size, len(lengths))), desc="embedding", unit="batch"
     )
     return _embed(model, plan, lengths, utterances.load, dtype)
+
+
+_prepared: collections.OrderedDict[tuple[int, int | None], tuple[Variables, OnnxModel | None]] = (
+    collections.OrderedDict()
+)
+
+
+def _runner(model: SpeakerModel, dtype: str, engine: Engine) -> OnnxModel | None:
+    """The model for ONNX Runtime, where that is the engine, else None; converted at the first call, then kept."""
+    if chosen(engine, dtype) == "jax":
+        return None
+    # By identity: the tree is held beside what was made of it, so that no other can come to lie at its place.
+    key = id(model.variables), model.bits
+    if key not in _prepared:
+        kept = kept_file(model.origin, fingerprint(model)) if model.origin else None
+        try:
+            made = OnnxModel(model.network(), model.variables, frontend_of(model.frontend), model.bits, kept)
+        except UserError:
+            if engine != "auto":
+                raise
+            made = None  # a network without an ONNX form
+        _prepared[key] = model.variables, made
+        while len(_prepared) > _PREPARED:
+            _prepared.popitem(last=False)
+    return _prepared[key][1]
 
 
 def _embed(
@@ -291,13 +337,15 @@ def load_model(path: str | Path, bits: int | None = None) -> SpeakerModel:
     with Checkpoints(path / "checkpoints") as checkpoints:
         if not checkpoints.steps():
             raise UserError(f"{path}/checkpoints holds no finished checkpoint")
-        return dataclasses.replace(model, variables=checkpoints.load(checkpoints.steps()[-1], "network"))
+        variables = checkpoints.load(checkpoints.steps()[-1], "network")
+        return dataclasses.replace(model, variables=variables, origin=path)
 
 
 def _load_kmq(path: Path, bits: int | None) -> SpeakerModel:
     manifest, variables = artifact.load(path)
     try:
-        whole = SpeakerModel(manifest["architecture"], manifest["settings"], manifest["frontend"], variables)
+        about = manifest["architecture"], manifest["settings"], manifest["frontend"]
+        whole = SpeakerModel(*about, variables, origin=path)
     except KeyError as error:
         raise UserError(f"{path}: the manifest lacks {error}") from error
     if bits is None:

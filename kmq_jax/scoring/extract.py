@@ -30,7 +30,7 @@ def extract(model: Place, data: Place, out: Place, options: ExtractionOptions | 
     how = options or ExtractionOptions()
     speaker_model = load_model(model, how.bits)
     utterances = source.open_source(data)
-    embeddings = embed_all(speaker_model, utterances, how.compute, how.max_seconds, how.batch_size)
+    embeddings = embed_all(speaker_model, utterances, how.compute, how.max_seconds, how.batch_size, how.engine)
     write_embeddings(
         Path(out), utterances.ids, utterances.paths, utterances.speakers, embeddings, fingerprint(speaker_model)
     )

@@ -8,6 +8,9 @@ from kmq_jax.core.options import Options, option
 Compute = Literal["float32", "bfloat16"]
 """The arithmetic of a network, as `models.speaker_model.COMPUTE` lists it."""
 
+Engine = Literal["auto", "jax", "onnxruntime"]
+"""What runs a network, as `models.engine.ENGINES` lists it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionOptions(Options):
@@ -16,7 +19,8 @@ class ExtractionOptions(Options):
     bits: int | None = option("bits at which a nested model is read; left out: the most it has", None, at_least=1)
     compute: Compute = option("the network's arithmetic", "float32")
     max_seconds: float = option("only so much of each recording; 0: all of it", 0.0, at_least=0)
-    batch_size: int = option("recordings in one batch", 16, at_least=1)
+    batch_size: int = option("recordings in one batch of JAX", 16, at_least=1)
+    engine: Engine = option("auto: ONNX Runtime on a CPU, JAX on a GPU or TPU", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)

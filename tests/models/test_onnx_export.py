@@ -16,7 +16,7 @@ from kmq_jax.quant.types import CodebookTensor, is_codebook_tensor
 onnx = pytest.importorskip("onnx", reason="the exporter needs onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="exported files are run by ONNX Runtime")
 
-from kmq_jax.interop import onnx_export  # noqa: E402
+from kmq_jax.models import onnx_export  # noqa: E402
 
 SMALL = {"blocks": [1, 1, 1, 1], "width": 4, "embedding_size": 6}
 NETWORKS = {
