@@ -26,7 +26,7 @@ def session(path: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
     try:
         import onnxruntime
     except ImportError:
-        raise UserError("ONNX Runtime is not installed: pip install 'kmq_jax[interop]'") from None
+        raise UserError("ONNX Runtime is not installed: pip install onnxruntime") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -246,7 +246,7 @@ class _Graph:
     def array(self, name: str, value: ArrayLike, dtype: DTypeLike | None = None) -> str:
         """Adds an initializer, once, and returns its name."""
         if name not in self._tensors:
-            self._tensors[name] = self._onnx.numpy_helper.from_array(np.ascontiguousarray(value, dtype), name)
+            self._tensors[name] = self._onnx.numpy_helper.from_array(np.asarray(value, dtype, order="C"), name)
         return name
 
     def integers(self, *values: int) -> str:

@@ -8,7 +8,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Row
 from kmq_jax.core.options import Options, option, shown
 from kmq_jax.diagnosis.options import DiagnosisOptions
-from kmq_jax.scoring.options import Compute
+from kmq_jax.scoring.options import Compute, Engine
 
 NESTED = "nested"
 FULL = 32
@@ -65,6 +65,7 @@ class StudyOptions(Options):
     learning_rate: float = option("of quantization-aware training; 0: as the recipe says", 0.0, at_least=0)
     label_weight: float = option("of margin softmax of the labels beside the teacher, in distillation", 0.0, at_least=0)
     compute: Compute = option("arithmetic of extraction", "float32")
+    engine: Engine = option("what extracts; jax: what was trained, to the last bit", "jax")
     max_seconds: float = option("extraction takes only so much of each recording; 0: all of it", 0.0, at_least=0)
     quick_compile: bool = option("no optimizations, for networks so tiny that compiling is all they cost", False)
     diagnose: tuple[str, ...] = option("names of the evaluation sets that are diagnosed", ())

@@ -73,13 +73,17 @@ def embed(steps: Steps, network: Network, evaluated: EvaluationSet, options: Stu
     """The embeddings of an evaluation set by a network."""
     name, how = (
         f"{network.name}-{evaluated.name}",
-        ExtractionOptions(bits=network.read_at, compute=options.compute, max_seconds=options.max_seconds),
+        ExtractionOptions(
+            bits=network.read_at, compute=options.compute, max_seconds=options.max_seconds, engine=options.engine
+        ),
     )
 
     def action(out: Path) -> None:
         extract(network.path, evaluated.data, out, how)
 
     about, out = [evaluated.data, options.compute, options.max_seconds, network.bits], f"embeddings/{name}.npz"
+    if options.engine != "jax":
+        about.append(options.engine)
     needs, data = (network.step,), [evaluated.data]
     return steps.run(f"embed-{name}", about, needs, out, action, data=data, recipe=RECIPES["embed"])
 
