@@ -93,10 +93,16 @@ def _made_up_speech(seconds: float = 2.0) -> np.ndarray:
 
 
 def properties(speaker_model: SpeakerModel, embedding_size: int) -> dict[str, str]:
-    """What a user of the file must know to compute its input, as text; the first five are WeSpeaker's names."""
+    """What a user of the file must know to compute its input, as text.
+
+    The first seven are the names that sherpa-onnx reads: without one of them its process exits, or its embeddings are
+    others.
+    """
     fbank = frontend_of(speaker_model.frontend)
     return {
         "framework": speaker_model.frontend,
+        "language": "multilingual",
+        "feature_normalize_type": "global-mean",
         "sample_rate": str(fbank.sample_rate),
         "output_dim": str(embedding_size),
         "normalize_samples": str(int(fbank.waveform_scale == 1)),
