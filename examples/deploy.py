@@ -14,6 +14,7 @@ session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProv
 
 
 def embed(path):
+    """The embedding of a recording, of length one."""
     with wave.open(path) as file:  # 16 kHz, 16 bits a sample
         samples = np.frombuffer(file.readframes(file.getnframes()), np.int16).reshape(-1, file.getnchannels())
     (embedding,) = session.run(None, {"wave": np.float32(samples.mean(axis=1) / 32768)[None]})[0]

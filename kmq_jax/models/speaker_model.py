@@ -208,8 +208,10 @@ def embed_all(
 ) -> np.ndarray:
     """Embeds every utterance of a table.
 
-    Recordings of like length are padded to one of a few lengths and share a batch; every batch of a length has the
-    same shape, so there are as many compilations as lengths. Embeddings do not depend on the batch (1e-5).
+    By ONNX Runtime recordings go one by one, as they are. In JAX those of like length are padded to one of a few
+    lengths and share a batch; there are about as many compilations as lengths. On an accelerator, and where a recording
+    is long, at most 5 % is padding where that can be, and a batch has so many samples at most. Embeddings do not depend
+    on the batch (1e-5).
 
     Args:
         model: the network and weights.
@@ -230,9 +232,11 @@ def embed_all(
     if runner := _runner(model, dtype, engine):
         order = progress(np.argsort(-lengths, kind="stable").tolist(), desc="embedding", unit="recording")
         return runner.embed_all(lambda i: utterances.load(i)[: lengths[i]], order, len(lengths))
-    plan = progress(
-        plan_batches(network, fbank, lengths, min(batch_size, len(lengths))), desc="embedding", unit="batch"
-    )
+    rows = min(batch_size, len(lengths))
+    # On a CPU a compilation costs more than the padding it saves, unless recordings are long.
+    few = jax.default_backend() == "cpu" and rows * lengths.max() <= 4 * buckets.MOST_SAMPLES
+    limits = {"max_shapes": 8} if few else {}
+    plan = progress(plan_batches(network, fbank, lengths, rows, **limits), desc="embedding", unit="batch")
     return _embed(model, plan, lengths, utterances.load, dtype)
 
 
