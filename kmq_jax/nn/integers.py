@@ -88,7 +88,7 @@ def round_kernel(kernel: jax.Array, steps: jax.Array) -> jax.Array:
     >>> round_kernel(jnp.array([[0.2, 3.0], [0.8, 4.4]]), jnp.array([0.5, 2.0])).tolist()
     [[0.0, 4.0], [1.0, 4.0]]
     """
-    steps = jnp.maximum(steps, _LEAST_STEP)
+    steps = jnp.maximum(steps, _LEAST_STEP).reshape((1,) * (kernel.ndim - 1) + (-1,))
     exact = jnp.clip(jnp.round(kernel / steps), -LARGEST, LARGEST) * steps
     return _straight_through(exact, kernel).astype(kernel.dtype)
 
