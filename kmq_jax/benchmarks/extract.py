@@ -8,13 +8,14 @@ import jax
 import numpy as np
 
 from kmq_jax import frontend, quant
+from kmq_jax.benchmarks import peers
 from kmq_jax.benchmarks.frontend import kaldi_fbank
 from kmq_jax.benchmarks.options import ExtractBench
-from kmq_jax.benchmarks.timing import in_turns, medians
+from kmq_jax.benchmarks.timing import Figures, in_turns, medians
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import write_json
 from kmq_jax.data import buckets, source
-from kmq_jax.models.speaker_model import BATCH_SIZE, SpeakerModel, embed_all, frontend_of, load_model
+from kmq_jax.models.speaker_model import BATCH_SIZE, SpeakerModel, embed_all, embed_waves, frontend_of, load_model
 
 
 def session(path: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -26,7 +27,7 @@ def session(path: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
     try:
         import onnxruntime
     except ImportError:
-        raise UserError("ONNX Runtime is not installed: pip install 'kmq_jax[interop]'") from None
+        raise UserError("ONNX Runtime is not installed: pip install onnxruntime") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -139,8 +140,70 @@ def _on_our_features(
     return ours, lambda: np.concatenate([onnx(single[i]) for i in range(len(lengths))])
 
 
+def beside_peers(options: ExtractBench) -> Figures:
+    """Models of ours and peers, in turns; what each takes relative to the first peer, and how near it comes.
+
+    Returns:
+        `sides`, a list of rows: name, bytes, median seconds, speedup over the first side named in `peers`, mean and
+        least cosine to the full-precision reference's embeddings, and milliseconds for one recording of 2.5 s, warm.
+    """
+    reference = load_model(str(options.reference))
+    fbank = frontend_of(reference.frontend)
+    utterances = subset(source.open_source(options.data), options.utterances)
+    calibration = source.open_sources(options.calibration) if options.calibration else None
+    sides: dict[str, Callable[[], np.ndarray]] = {}
+    single: dict[str, Callable[[], object]] = {}
+    sizes: dict[str, int] = {}
+    short = utterances.load(int(np.argmax(utterances.lengths())))[: int(2.5 * source.SAMPLE_RATE)]
+    for name in options.peer_names:
+        run, sizes[name] = peers.peer(name, reference, calibration)
+        sides[name] = functools.partial(peers.embed_all, run, utterances, fbank)
+        single[name] = functools.partial(lambda run: run(peers.features(short, fbank)), run)
+    for place in options.model.split(","):
+        model, name = load_model(place), f"ours, {Path(place).stem}"
+        sizes[name] = Path(place).stat().st_size if Path(place).is_file() else quant.size_bytes(model.variables).total
+        sides[name] = functools.partial(embed_all, model, utterances, engine="onnxruntime")
+        single[name] = functools.partial(embed_waves, model, [short], engine="onnxruntime")
+    seconds = medians(in_turns(sides, options.repeats, alternate=True))
+    alone = medians(in_turns(single, 5 * options.repeats, warm_up=2))
+    exact = embed_all(reference, utterances, engine="onnxruntime")
+    first = options.peer_names[0]
+    rows = []
+    for name, run_side in sides.items():
+        near = cosines(run_side(), exact)
+        rows.append(
+            {
+                "side": name,
+                "bytes": sizes[name],
+                "seconds": seconds[name],
+                "speedup": seconds[first] / seconds[name],
+                "milliseconds_alone": 1000 * alone[name],
+                "mean_cosine": float(near.mean()),
+                "min_cosine": float(near.min()),
+            }
+        )
+    audio_seconds = float(utterances.lengths().sum() / source.SAMPLE_RATE)
+    return {"processors": peers.processors(), "audio_seconds": audio_seconds, "sides": rows}
+
+
+def peers_main(options: ExtractBench) -> None:
+    """Prints the comparison with peers."""
+    figures = {"data": options.data, "utterances": options.utterances, **beside_peers(options)}
+    for row in figures["sides"]:
+        print(
+            f"{row['side']:24} {row['bytes'] / 1e6:6.2f} MB {row['seconds']:8.2f} s  x {row['speedup']:.2f}  "
+            f"2.5 s alone {row['milliseconds_alone']:.0f} ms  cosine {row['mean_cosine']:.4f}"
+        )
+    if options.json:
+        write_json(options.json, figures)
+
+
 def main(options: ExtractBench) -> None:
     """Prints the comparison."""
+    if options.peers:
+        peers_main(options)
+        return
+    assert options.onnx is not None
     if options.features == "own":
         try:
             import kaldi_native_fbank  # noqa: F401

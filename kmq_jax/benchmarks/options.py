@@ -9,6 +9,9 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import Options, option
 from kmq_jax.scoring.options import Compute
 
+PEERS = ("onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8")
+"""Runtimes that extraction is compared with, as `benchmarks.peers.PEERS` has them."""
+
 PARTS = {
     "step": 240.0,
     "kmqat": 240.0,
@@ -169,15 +172,39 @@ class ExtractBench(Rounds):
     runs it. With --features=ours our front end computes the features of both in batches beforehand, so that the
     networks alone are timed; with --features=own ONNX Runtime's come from kaldi-native-fbank, and decoding and features
     are timed on both sides.
+
+    With --peers several models of ours stand beside the runtimes named, which run the full-precision --reference or
+    their own int8 form of it, made from --calibration. Every side embeds recordings one by one, by a worker for each
+    processor, from files to embeddings.
     """
 
-    model: str = option("MODEL, such as a directory made by import_model", metavar="MODEL")
-    onnx: Path = option("the same model as ONNX, `feats` to `embs`")
+    model: str = option(
+        "MODEL, such as a directory made by import_model; with --peers several, by commas", metavar="MODEL"
+    )
+    onnx: Path | None = option("the same model as ONNX, `feats` to `embs`; without --peers", None)
+    peers: str = option(f"of {', '.join(PEERS)}; by commas", "", metavar="NAME,...")
+    reference: str | None = option("with --peers: the full-precision MODEL that they run", None, metavar="MODEL")
+    calibration: str | None = option("with --peers: DATA that int8 forms are made from", None, metavar="DATA")
     data: str = option("recordings: any DATA form", metavar="DATA")
     features: Literal["own", "ours"] = option("whose features ONNX Runtime starts from", "own")
     compute: Compute = option("our network's arithmetic", "float32")
     threads: int = option("of ONNX Runtime", 2, at_least=1, at_most=1024)
     utterances: int = option("how many, evenly over the data; 0: all", 0, at_least=0)
+
+    def __post_init__(self) -> None:
+        """See `Options`; also checks what goes together."""
+        super().__post_init__()
+        if unknown := set(self.peer_names) - set(PEERS):
+            raise UserError(f"`peers`: {sorted(unknown)[0]!r} must be one of {', '.join(PEERS)}")
+        if not self.peers and not self.onnx:
+            raise UserError("--onnx is needed, or --peers with --reference")
+        if self.peers and not self.reference:
+            raise UserError("--peers needs --reference: the full-precision MODEL that they run")
+
+    @property
+    def peer_names(self) -> list[str]:
+        """The peers, in order."""
+        return list(filter(None, (name.strip() for name in self.peers.split(","))))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
 from kmq_jax.metrics.calibration import cllr
 from kmq_jax.metrics.detection import eer, min_dcf
 from kmq_jax.metrics.operating import error_rates
+from kmq_jax.models.engine import Engine
 from kmq_jax.scoring.join import join
 from kmq_jax.scoring.levels import LevelScores, score_levels
 from kmq_jax.scoring.table import EmbeddingTable
@@ -79,6 +80,7 @@ def evaluate_recordings(
     options: CascadeOptions | None = None,
     reference: str | None = None,
     compute: str = "float32",
+    engine: Engine = "auto",
 ) -> Evaluation:
     """Runs a cascade over a trial list lazily: each level embeds only the recordings of trials still in doubt.
 
@@ -89,6 +91,7 @@ def evaluate_recordings(
         options: how it is evaluated; the defaults where left out.
         reference: embedding file of the full-precision model, to count flips against.
         compute: arithmetic of the levels below the last, "float32" or "bfloat16".
+        engine: what runs the networks.
 
     Returns:
         The run. Its figures also tell `seconds`, `embedded`, `resident_bytes`, `macs` and `sequential_macs`.
@@ -96,7 +99,7 @@ def evaluate_recordings(
     Raises:
         UserError: a file or a recording is at fault.
     """
-    cascade, utterances = load_cascade(directory, compute), source.open_source(data)
+    cascade, utterances = load_cascade(directory, compute, engine), source.open_source(data)
     names = tuple(utterances.ids), tuple(utterances.paths), tuple(utterances.speakers)
     # Trials are joined by names alone; ones stand where embeddings would.
     table = EmbeddingTable(*names, np.ones((len(utterances), 1), np.float32), str(data))

@@ -22,6 +22,7 @@ from kmq_jax.core.tree import Array
 from kmq_jax.data import audio, source
 from kmq_jax.data.trials import Trials
 from kmq_jax.models import registry
+from kmq_jax.models.engine import Engine
 from kmq_jax.models.speaker_model import (
     SpeakerModel,
     at_bits,
@@ -83,15 +84,19 @@ class LazyRun:
 class Cascade:
     """A policy and the models of its bits."""
 
-    def __init__(self, policy: CascadePolicy, files: Mapping[int, Path], compute: str = "float32"):
+    def __init__(
+        self, policy: CascadePolicy, files: Mapping[int, Path], compute: str = "float32", engine: Engine = "jax"
+    ):
         """Makes a cascade; no model is loaded yet.
 
         Args:
             policy: maps, gates and threshold.
             files: the MODEL of each level, by its bits; levels of one nested model share it.
             compute: arithmetic of the levels below the last, "float32" or "bfloat16".
+            engine: what runs the networks: "jax", "onnxruntime", or "auto", ONNX Runtime on a CPU.
         """
         self.policy, self.files, self.compute = policy, dict(files), compute
+        self.engine: Engine = engine
         self._whole: Callable[[Path], SpeakerModel] = functools.cache(load_model)
         self._models: dict[int, SpeakerModel] = {}
 
@@ -148,7 +153,9 @@ class Cascade:
             # Utterances of undecided trials that this level has not embedded yet.
             missing = np.flatnonzero(np.bincount(rows, minlength=len(utterances)).astype(bool) & ~done[level])
             if missing.size:
-                made = embed_all(self.model_at(level), utterances.select(missing), self.compute_of(level))
+                made = embed_all(
+                    self.model_at(level), utterances.select(missing), self.compute_of(level), engine=self.engine
+                )
                 # How long a level's embeddings are is known with the first of them.
                 if tables[level].shape[1] != made.shape[1]:
                     tables[level] = np.ones((len(utterances), made.shape[1]), np.float32)
@@ -222,17 +229,19 @@ class _Pair:
         )
         start = time.perf_counter()  # after loading
         if needed:
-            made = embed_waves(network, [self._waves[side] for side in needed], self.cascade.compute_of(level))
+            waves, compute = [self._waves[side] for side in needed], self.cascade.compute_of(level)
+            made = embed_waves(network, waves, compute, self.cascade.engine)
             self._embeddings.update({(level, side): row for side, row in zip(needed, made)})
         self.seconds += time.perf_counter() - start
 
 
-def load_cascade(directory: str | os.PathLike[str], compute: str = "float32") -> Cascade:
+def load_cascade(directory: str | os.PathLike[str], compute: str = "float32", engine: Engine = "auto") -> Cascade:
     """Opens a cascade's directory, as `save_cascade` (and `calibrate --cascade`) wrote it.
 
     Args:
         directory: the cascade.
         compute: arithmetic of the levels below the last, "float32" or "bfloat16".
+        engine: what runs the networks: "jax", "onnxruntime", or "auto", ONNX Runtime on a CPU and JAX elsewhere.
 
     Raises:
         UserError: it is no cascade, or one of its files is missing or damaged.
@@ -248,7 +257,7 @@ def load_cascade(directory: str | os.PathLike[str], compute: str = "float32") ->
         # A name that led out of the directory would read a file that its maker chose.
         if not isinstance(name, str) or Path(name).name != name or not (directory / name).is_file():
             raise UserError(f"{directory / INDEX} names {name!r}, which is no file beside it")
-    return Cascade(policy, {int(bits): directory / name for bits, name in files.items()}, compute)
+    return Cascade(policy, {int(bits): directory / name for bits, name in files.items()}, compute, engine)
 
 
 def save_cascade(directory: str | os.PathLike[str], policy: CascadePolicy, models: Mapping[int, str]) -> None:

@@ -8,7 +8,7 @@ from kmq_jax.cli.command import Command
 from kmq_jax.cli.flags import options_of
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import Options, option
-from kmq_jax.scoring.options import Compute
+from kmq_jax.scoring.options import Compute, Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,7 @@ class Files(Options):
     cascade: str | None = option("directory of policy and models, from `calibrate --cascade`", None, metavar="DIR")
     data: str | None = option("with --cascade: DATA that the trials compare", None, metavar="DATA")
     compute: Compute = option("with --cascade: arithmetic below the last level", "float32")
+    engine: Engine = option("with --cascade; auto: ONNX Runtime on a CPU, JAX on a GPU or TPU", "auto")
     reference: str | None = option("full-precision embeddings, to count flips against", None, metavar="FILE")
     trials: str = option("trial list, in VoxCeleb or Kaldi form, or synthetic:SPLIT", metavar="TRIALS")
     enrol_models: str | None = option(
@@ -60,7 +61,7 @@ def main() -> None:
         if not files.data or files.policy or files.levels or files.enrol_models:
             raise UserError("--cascade takes --data and --trials, without --policy, --stage and --enrol_models")
         found = evaluate.evaluate_recordings(
-            files.cascade, files.data, files.trials, options, files.reference, files.compute
+            files.cascade, files.data, files.trials, options, files.reference, files.compute, files.engine
         )
     else:
         if not files.policy or not files.levels:

@@ -38,9 +38,11 @@ def main() -> None:
     from kmq_jax.models.speaker_model import load_model, save_model
     from kmq_jax.ptq.quantize import quantize_model, rules_of
 
+    if options.activations and not files.data:
+        raise UserError("--activations needs --data: speech that their ranges are measured on")
     rules, model = rules_of(options), load_model(files.model)
     try:
-        quantized = quantize_model(model, rules, files.data, biases=options.biases)
+        quantized = quantize_model(model, rules, files.data, biases=options.biases, activations=options.activations)
     except UserError as error:
         raise UserError(f"--model={files.model}: {error}") from error
     save_model(files.out, quantized)

@@ -13,6 +13,7 @@ again, it goes on where it stopped and repeats only what has changed.
   --config    a configuration with a `study` section: a file, or the name of one that comes with the package; `:smoke`
               after it runs it in seconds
   --config.X  changes one of its settings
+  --engine    what extracts embeddings: jax, onnxruntime, or auto; short for --config.study.engine
   --workdir   directory of all models, embeddings and results
 
 example:
@@ -30,6 +31,6 @@ def main() -> None:
     from kmq_jax.study.pipeline import study
     from kmq_jax.study.tables import study_table
 
-    config, workdir = parse_flags(sys.argv)
+    config, workdir = parse_flags([word.replace("--engine=", "--config.study.engine=", 1) for word in sys.argv])
     print(study_table(study(config, workdir)), end="")
     print(workdir / "report.html")

@@ -7,7 +7,7 @@ from pathlib import Path
 from kmq_jax.cli.command import Command
 from kmq_jax.cli.flags import options_of
 from kmq_jax.core.options import Options, option
-from kmq_jax.scoring.options import Compute
+from kmq_jax.scoring.options import Compute, Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,7 @@ class Files(Options):
     enrol: Path = option("recording of the claimed speaker")
     test: Path = option("recording to verify")
     compute: Compute = option("arithmetic below the last level", "float32")
+    engine: Engine = option("auto: ONNX Runtime on a CPU, JAX on a GPU or TPU", "auto")
     json: Path | None = option("write `decision`, `score`, `llr`, `bits`, `seconds` here", None, writes="file")
 
 
@@ -36,7 +37,7 @@ def main() -> None:
     from kmq_jax.cascade.verifier import load_cascade
     from kmq_jax.core.files import write_json
 
-    cascade = load_cascade(files.cascade, files.compute)
+    cascade = load_cascade(files.cascade, files.compute, files.engine)
     found = cascade.verify(files.enrol, files.test)
     if files.json:
         write_json(files.json, dataclasses.asdict(found))

@@ -7,6 +7,8 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 
+MOST_SAMPLES = 16 * 160_000
+"""Samples of a batch: sixteen recordings of ten seconds."""
 _CANDIDATES = 128  # padded lengths considered; more hardly changes the padding
 
 
@@ -71,6 +73,61 @@ def length_buckets(
             part = rows[first : first + batch_size]
             batches.append(Batch(int(edges[i]), np.pad(part, (0, batch_size - len(part)), constant_values=-1)))
     return batches
+
+
+def tight_batches(
+    lengths: Iterable[int] | np.ndarray,
+    batch_size: int,
+    *,
+    max_shapes: int = 20,
+    most_samples: int = MOST_SAMPLES,
+    waste: float = 0.05,
+    step: int = 800,
+) -> list[Batch]:
+    """Groups utterances, the longest first, into batches with little padding and no empty rows.
+
+    Utterances that follow one another in length share a batch. Batches get smaller until the padding is below `waste`:
+    a short list is worth more compilations than a long one's padding. All but the last batch of a length are full.
+
+    Args:
+        lengths: `[n]` samples.
+        batch_size: rows of a batch at most.
+        max_shapes: how many different lengths may occur.
+        most_samples: samples of a batch at most; an utterance that is longer has one of its own.
+        waste: samples of padding, as a share of the real ones, that are allowed where `max_shapes` can do it.
+        step: padded lengths are multiples of this many samples.
+
+    Returns:
+        Batches in which every index of `range(n)` occurs exactly once, none is -1.
+
+    >>> [(batch.size, batch.indices.tolist()) for batch in tight_batches([1590, 3100, 1600], 2)]
+    [(3200, [1]), (1600, [2]), (1600, [0])]
+    """
+    lengths = np.maximum(np.asarray(lengths if isinstance(lengths, np.ndarray) else list(lengths), np.int64), 1)
+    order = np.argsort(-lengths, kind="stable").astype(np.int32)
+    rounded = -(-lengths[order] // step) * step
+    least, best = np.inf, []
+    for rows in sorted({max(1, batch_size * share // 8) for share in range(1, 9)}, reverse=True):
+        ends = _ends(rounded, rows, most_samples)
+        starts = [0, *ends[:-1]]
+        edges = padded_lengths(rounded[starts], 1, max_shapes=max_shapes, step=step) if ends else np.array([])
+        sizes = [int(edges[np.searchsorted(edges, rounded[start])]) for start in starts if ends]
+        processed = sum(size * (end - start) for size, start, end in zip(sizes, starts, ends))
+        if processed < 0.99 * least:  # smaller batches must be worth it
+            least = processed
+            best = [Batch(size, order[start:end]) for size, start, end in zip(sizes, starts, ends)]
+        if processed <= (1 + waste) * lengths.sum():
+            break
+    return best
+
+
+def _ends(sizes: np.ndarray, rows: int, most_samples: int) -> list[int]:
+    """Where batches of descending `sizes` end: after so many rows, or as many as most_samples allows."""
+    ends = [0]
+    while ends[-1] < len(sizes):
+        fitting = max(1, min(rows, most_samples // int(sizes[ends[-1]])))
+        ends.append(min(ends[-1] + fitting, len(sizes)))
+    return ends[1:]
 
 
 def padded_lengths(

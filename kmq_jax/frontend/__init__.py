@@ -9,7 +9,7 @@ from kmq_jax.frontend.augment import (
     simulate_rir,
     spec_augment,
 )
-from kmq_jax.frontend.fbank import KIWANO, WESPEAKER, FbankConfig, fbank, num_frames
+from kmq_jax.frontend.fbank import KIWANO, WESPEAKER, FbankConfig, fbank, num_frames, spectrum_operators
 from kmq_jax.frontend.normalize import crop_frames, mean_normalize
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "reverberate",
     "simulate_rir",
     "spec_augment",
+    "spectrum_operators",
 ]

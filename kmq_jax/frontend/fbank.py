@@ -192,6 +192,29 @@ def _operators(config: FbankConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     )
 
 
+def spectrum_operators(config: FbankConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Pre-emphasis, window and transform as one matrix, and the filters: for engines that multiply matrices.
+
+    Args:
+        config: the settings.
+
+    Returns:
+        `transform` float32 `[length, 2 bins]`, from a frame without its mean to the real and imaginary parts of its
+        spectrum, and `filters` float32 `[2 bins, num_mel_bins]`, from their squares to the filters' energies.
+
+    >>> [matrix.shape for matrix in spectrum_operators(WESPEAKER)]
+    [(400, 510), (510, 80)]
+    """
+    mel = _mel_filters(config)
+    used = np.flatnonzero(mel.sum(1))
+    angle = 2 * np.pi / config.fft_size * np.outer(np.arange(config.length) - (config.length - 1) / 2, used)
+    windowed = np.concatenate([np.cos(angle), np.sin(angle)], axis=1) * _window(config)[:, None]
+    # y[n] = x[n] - p x[n-1], and y[0] = x[0] - p x[0].
+    emphasis = np.eye(config.length) - config.preemphasis * np.eye(config.length, k=1)
+    emphasis[0, 0] -= config.preemphasis
+    return (emphasis @ windowed).astype(np.float32), np.concatenate([mel[used]] * 2).astype(np.float32)
+
+
 def _frames(wave: jax.Array, config: FbankConfig) -> jax.Array:
     """Cuts a waveform [..., samples] into overlapping frames [..., frames, length].
 

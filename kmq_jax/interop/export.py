@@ -1,14 +1,39 @@
 """A MODEL as an ONNX file that says how its input is computed."""
 
+import dataclasses
 from pathlib import Path
 
-from kmq_jax.interop import onnx_export
-from kmq_jax.models.speaker_model import SpeakerModel, frontend_of, load_model
+import jax.numpy as jnp
+import numpy as np
+
+from kmq_jax import frontend
+from kmq_jax.models import onnx_export
+from kmq_jax.models.speaker_model import SpeakerModel, embed_waves, frontend_of, load_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What became of a model.
+
+    Attributes:
+        model: the model.
+        opset: the operator set that was taken.
+        parity: how near the file's embeddings come to ours, in one line; None without ONNX Runtime.
+    """
+
+    model: SpeakerModel
+    opset: int
+    parity: str | None
 
 
 def export_model(
-    model: str | Path, out: Path, bits: int | None = None, opset: int | None = None
-) -> tuple[SpeakerModel, int]:
+    model: str | Path,
+    out: Path,
+    bits: int | None = None,
+    opset: int | None = None,
+    indices: onnx_export.Indices = "smallest",
+    features_inside: bool = False,
+) -> Exported:
     """Writes a MODEL as ONNX. Quantized weights stay packed.
 
     Args:
@@ -16,24 +41,68 @@ def export_model(
         out: the .onnx file.
         bits: at which a nested model is read; the most it has where left out.
         opset: operator set; where left out, the oldest with a type for all of the model's bits.
-
-    Returns:
-        The model, and the operator set that was taken.
+        indices: how indices are stored.
+        features_inside: put the filterbank into the file, whose input is then the wave.
 
     Raises:
         UserError: the model cannot be read or exported.
     """
     speaker_model = load_model(model, bits)
-    network = speaker_model.network()
+    network, fbank = speaker_model.network(), frontend_of(speaker_model.frontend)
     about = properties(speaker_model, network.embedding_size)
-    return speaker_model, onnx_export.export(out, network, speaker_model.variables, about, bits, opset)
+    inside = fbank if features_inside else None
+    taken = onnx_export.export(out, network, speaker_model.variables, about, bits, opset, indices, inside)
+    return Exported(speaker_model, taken, _parity(speaker_model, out, features_inside))
+
+
+def _parity(speaker_model: SpeakerModel, file: Path, features_inside: bool) -> str | None:
+    """Compares the file's embeddings with ours, on a wave of made-up speech."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    wave = _made_up_speech()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base class of their own
+        return f"not compared: this ONNX Runtime cannot open the file ({str(error).splitlines()[0]})"
+    fbank = frontend_of(speaker_model.frontend)
+    given = {"wave": wave[None]} if features_inside else {"feats": _features(wave, fbank)}
+    (theirs,) = session.run(None, given)[0]
+    (ours,) = embed_waves(speaker_model, [wave], engine="jax")
+    cosine = float(ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs)))
+    furthest = float(np.abs(ours - theirs).max() / np.abs(ours).max())
+    return f"against our own network: cosine {cosine:.7f}, largest difference {furthest:.1e} of the largest value"
+
+
+def _features(wave: np.ndarray, fbank: frontend.FbankConfig) -> np.ndarray:
+    return np.asarray(frontend.mean_normalize(frontend.fbank(jnp.asarray(wave)[None], fbank)))
+
+
+def _made_up_speech(seconds: float = 2.0) -> np.ndarray:
+    """Buzzes of a moving pitch in noise, float32 `[samples]`: like speech in level and spectrum."""
+    rng = np.random.default_rng(0)
+    time = np.arange(round(seconds * 16000)) / 16000
+    pitch = 140 + 30 * np.sin(2 * np.pi * 0.7 * time)
+    phase = 2 * np.pi * np.cumsum(pitch) / 16000
+    buzz = sum(np.sin(k * phase) / k for k in range(1, 20))
+    loud = 0.5 + 0.5 * np.sin(2 * np.pi * 3 * time)
+    return np.asarray(0.05 * buzz * loud + 0.002 * rng.standard_normal(len(time)), np.float32)
 
 
 def properties(speaker_model: SpeakerModel, embedding_size: int) -> dict[str, str]:
-    """What a user of the file must know to compute its input, as text; the first five are WeSpeaker's names."""
+    """What a user of the file must know to compute its input, as text.
+
+    The first seven are the names that sherpa-onnx reads: without one of them its process exits, or its embeddings are
+    others.
+    """
     fbank = frontend_of(speaker_model.frontend)
     return {
         "framework": speaker_model.frontend,
+        "language": "multilingual",
+        "feature_normalize_type": "global-mean",
         "sample_rate": str(fbank.sample_rate),
         "output_dim": str(embedding_size),
         "normalize_samples": str(int(fbank.waveform_scale == 1)),

@@ -4,32 +4,12 @@ import math
 import os
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 import numpy as np
 
 from kmq_jax.core.errors import UserError
-
-Onnx: TypeAlias = Any
-"""The package onnx, and what it makes: it is optional, so its types cannot be named."""
-
-Node: TypeAlias = Any
-"""A node of a graph, `onnx.NodeProto`."""
-
-
-def require_onnx() -> Onnx:
-    """Imports onnx.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import onnx
-        import onnx.helper
-        import onnx.numpy_helper
-    except ImportError:
-        raise UserError("ONNX files need the onnx package: pip install 'kmq_jax[interop]'") from None
-    return onnx
+from kmq_jax.models.onnx_export import Node, require_onnx
 
 
 class Graph:

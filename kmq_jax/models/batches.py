@@ -90,16 +90,19 @@ def plan_batches(
         fbank: its filterbank.
         lengths: `[recordings]` samples.
         batch_size: recordings in a batch.
-        **limits: as in `buckets.length_buckets`; they concern networks that mask.
+        **limits: for `buckets.length_buckets`, a few fixed shapes; left out: `buckets.tight_batches`, little padding.
+            They concern networks that mask.
 
     >>> from kmq_jax.models import registry
     >>> network, lengths = registry.build("wespeaker_resnet34", width=4), np.array([16000, 31000, 15000])
     >>> [(batch.size, batch.indices.tolist()) for batch in plan_batches(network, frontend.WESPEAKER, lengths, 2)]
-    [(32000, [1, -1]), (16000, [2, 0])]
+    [(31200, [1]), (16000, [0]), (15200, [2])]
     """
     if network.masks_lengths:
-        plan = buckets.length_buckets(lengths, batch_size, **limits)
-        return [part for batch in plan for part in _of_bounded_size(batch)]
+        if limits:
+            plan = buckets.length_buckets(lengths, batch_size, **limits)
+            return [part for batch in plan for part in _of_bounded_size(batch)]
+        return buckets.tight_batches(lengths, batch_size)
     frames = frontend.num_frames(lengths, fbank)
     plan = []
     for count in np.unique(frames)[::-1]:

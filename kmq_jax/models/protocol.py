@@ -144,6 +144,14 @@ class SpeakerNetwork(nn.Module):
         return 1 + max(part.lost for part in self.parts())
 
     @nn.nowrap
+    def sees_near(self) -> bool:
+        """Whether all before the pooling sees no further than convolutions reach: no mean over the whole utterance.
+
+        Such a network can be run in overlapping chunks. False is always safe.
+        """
+        return False
+
+    @nn.nowrap
     def distilled_parts(self) -> tuple[str, ...]:
         """The parts that distillation compares: those that say so, or all where none does."""
         parts = self.parts()
@@ -235,6 +243,9 @@ class GraphBuilder(Protocol):
 
     def attentive_statistics(self, frames: str, pooling: str, floor: float) -> str:
         """Weighted mean and deviation over time: `nn.pooling.AttentiveStatisticsPooling`, called `pooling`."""
+
+    def rounded(self, x: str, place: str) -> str:
+        """Rounds activations to 8 bits where the network has a step for this place: see `nn.integers.rounded`."""
 
     def node(self, operator: str, *inputs: str, **attributes: object) -> str:
         """An ONNX operator by its name."""

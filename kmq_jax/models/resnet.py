@@ -211,6 +211,11 @@ class ResNet(SpeakerNetwork):
         return (*parts, Part("pool", "pooling"), Part("head", "embedding"))
 
     @nn.nowrap
+    def sees_near(self) -> bool:
+        """True without squeeze-and-excitation and attention."""
+        return not self.squeeze_stages and not self.attentive
+
+    @nn.nowrap
     def without_remat(self) -> "ResNet":
         """The same network that keeps all activations."""
         return self.clone(remat=False)

@@ -44,9 +44,11 @@ def _block(graph: GraphBuilder, resnet: "ResNet", x: str, at: str, stride: int) 
         options = dict(resnet.block_options)
         act = options["activation"]
         y = graph.activation(graph.scale_and_shift(x, f"{at}/bn1", 4), act)
-        y = graph.activation(_conv(graph, y, f"{at}/conv1", f"{at}/bn2", stride=stride), act)
-        y = graph.activation(_conv(graph, y, f"{at}/conv2", f"{at}/bn3"), act)
-        return _finish(graph, x, _conv(graph, y, f"{at}/conv3", None, options["last_taps"]), at, stride)
+        y = graph.rounded(_conv(graph, y, f"{at}/conv1", f"{at}/bn2", stride=stride), f"{at}/inner1")
+        y = graph.rounded(_conv(graph, graph.activation(y, act), f"{at}/conv2", f"{at}/bn3"), f"{at}/inner2")
+        y = _conv(graph, graph.activation(y, act), f"{at}/conv3", None, options["last_taps"])
+        return _finish(graph, x, graph.rounded(y, f"{at}/branch"), at, stride)
+    x = graph.rounded(x, f"{at}/input")
     if resnet.block is Bottleneck:
         y = graph.activation(_conv(graph, x, f"{at}/conv1", f"{at}/bn1", 1), nn.relu)
         y = graph.activation(_conv(graph, y, f"{at}/conv2", f"{at}/bn2", stride=stride), nn.relu)
@@ -54,7 +56,7 @@ def _block(graph: GraphBuilder, resnet: "ResNet", x: str, at: str, stride: int) 
     else:
         y = graph.activation(_conv(graph, x, f"{at}/conv1", f"{at}/bn1", stride=stride), nn.relu)
         y = _conv(graph, y, f"{at}/conv2", f"{at}/bn2")
-    return graph.activation(_finish(graph, x, y, at, stride), nn.relu)
+    return graph.activation(_finish(graph, x, graph.rounded(y, f"{at}/branch"), at, stride), nn.relu)
 
 
 def _finish(graph: GraphBuilder, x: str, y: str, at: str, stride: int) -> str:
@@ -66,4 +68,5 @@ def _finish(graph: GraphBuilder, x: str, y: str, at: str, stride: int) -> str:
         y = graph.node("Mul", y, gate)
     if graph.has(f"{at}/shortcut"):
         x = _conv(graph, x, f"{at}/shortcut/conv", f"{at}/shortcut/bn", 1, stride)
+        x = graph.rounded(x, f"{at}/skipped")
     return graph.node("Add", y, x)

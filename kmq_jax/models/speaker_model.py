@@ -26,6 +26,7 @@ from kmq_jax.data import audio, buckets, source
 from kmq_jax.models import artifact, registry
 from kmq_jax.models.batches import check_lengths, padded_batches, plan_batches, usable_lengths
 from kmq_jax.models.checkpoint import Checkpoints
+from kmq_jax.models.engine import Engine, OnnxModel, chosen, kept_file
 from kmq_jax.models.protocol import SpeakerNetwork
 
 FRONTENDS = {"kiwano": frontend.KIWANO, "wespeaker": frontend.WESPEAKER}
@@ -37,6 +38,7 @@ _programs_lock = threading.Lock()
 _owner: int | None = None  # the process that embeds
 _NO_SOUND = 100.0  # floating point beyond this holds integers, not sound of full scale 1
 Recording: TypeAlias = str | os.PathLike[str] | Array
+_PREPARED = 8  # models that are held ready
 PER_BITS = "narrow"  # the key in `variables` and in the file of what each smaller number of bits has to itself
 
 
@@ -100,6 +102,7 @@ class SpeakerModel:
             may have `PER_BITS` beside them: for each smaller number of bits, such as "2", the biases and statistics
             that differ at these bits, by their names in the rest.
         bits: at how many bits nested tensors are read; None is the most.
+        origin: where it was read from; what is derived from it is kept there. No part of the tree.
 
     >>> weights = quant.quantize_params({"kernel": np.ones((64, 64), "float32")}, bits=4)
     >>> SpeakerModel("resnet34", {}, "wespeaker", {"params": weights})
@@ -111,6 +114,7 @@ class SpeakerModel:
     frontend: str
     variables: Variables
     bits: int | None = None
+    origin: Path | None = dataclasses.field(default=None, compare=False)
 
     def __repr__(self) -> str:
         leaves = [x for x in jax.tree.leaves(self.variables, quant.is_codebook_tensor) if quant.is_codebook_tensor(x)]
@@ -124,13 +128,19 @@ class SpeakerModel:
         """The Linen module, computing in `dtype`."""
         return registry.build(self.architecture, **self.settings, dtype=dtype)
 
-    def embed(self, recording: Recording | Sequence[Recording], sample_rate: int | None = None) -> np.ndarray:
+    def embed(
+        self,
+        recording: Recording | Sequence[Recording],
+        sample_rate: int | None = None,
+        engine: Engine = "auto",
+    ) -> np.ndarray:
         """Embeds one recording, or a list of them.
 
         Args:
             recording: a file's path; or an array `[samples]`, `[samples, channels]` or `[channels, samples]`, floating
                 point with full scale 1 or signed integers; or a list of either.
             sample_rate: of arrays, in Hz; they are resampled to 16 kHz where it differs. Files have their own.
+            engine: "jax", "onnxruntime", or "auto": ONNX Runtime on a CPU, JAX on accelerators.
 
         Returns:
             float32 `[dim]`, or `[recordings, dim]` for a list; not length-normalised.
@@ -142,8 +152,8 @@ class SpeakerModel:
         if isinstance(recording, (list, tuple)) and not any(isinstance(x, (int, float)) for x in recording):
             if not recording:
                 raise UserError("there is no recording to embed in an empty list")
-            return embed_waves(self, [self._wave(one, sample_rate) for one in recording])
-        return embed_waves(self, [self._wave(recording, sample_rate)])[0]
+            return embed_waves(self, [self._wave(one, sample_rate) for one in recording], engine=engine)
+        return embed_waves(self, [self._wave(recording, sample_rate)], engine=engine)[0]
 
     def _wave(self, recording: Any, sample_rate: int | None) -> np.ndarray:
         if isinstance(recording, (str, os.PathLike)):
@@ -230,12 +240,18 @@ def _check_process() -> None:
     _owner = os.getpid()
 
 
-def embed_waves(model: SpeakerModel, waves: list[np.ndarray], dtype: str = "float32") -> np.ndarray:
+def embed_waves(
+    model: SpeakerModel, waves: list[np.ndarray], dtype: str = "float32", engine: Engine = "jax"
+) -> np.ndarray:
     """Embeds recordings at 16 kHz held in memory, float32 `[len(waves), dim]`. See `embed_all`."""
     _check_process()
     lengths = np.array([len(wave) for wave in waves])
     network, fbank = model.network(dtype), frontend_of(model.frontend)
     check_lengths(network, fbank, lengths, lambda i: f"recording {i + 1} of {len(waves)}")
+    if runner := _runner(model, dtype, engine):
+        if len(waves) == 1:
+            return runner.embed(waves[0])[None]
+        return runner.embed_all(waves.__getitem__, np.argsort(-lengths, kind="stable").tolist(), len(waves))
     # Whole seconds: a service that embeds recordings one by one compiles once a second of length, not once a length.
     plan = plan_batches(network, fbank, lengths, min(BATCH_SIZE, len(waves)), step=source.SAMPLE_RATE)
     return _embed(model, plan, lengths, waves.__getitem__, dtype)
@@ -248,19 +264,23 @@ def embed_all(
     max_seconds: float = 0.0,
     batch_size: int = BATCH_SIZE,
     max_frames: int = 0,
+    engine: Engine = "jax",
 ) -> np.ndarray:
     """Embeds every utterance of a table.
 
-    Recordings of like length are padded to one of a few lengths and share a batch; every batch of a length has the
-    same shape, so there are as many compilations as lengths. Embeddings do not depend on the batch (1e-5).
+    By ONNX Runtime recordings go one by one, as they are. In JAX those of like length are padded to one of a few
+    lengths and share a batch; there are about as many compilations as lengths. On an accelerator, and where a recording
+    is long, at most 5 % is padding where that can be, and a batch has so many samples at most. Embeddings do not depend
+    on the batch (1e-5).
 
     Args:
         model: the network and weights.
         utterances: the table.
         dtype: "float32" or "bfloat16": the network's arithmetic.
         max_seconds: only so much from the start of each recording; 0 takes all.
-        batch_size: recordings in a batch.
-        max_frames: the network sees only so many frames, less the mean over all frames; 0: all.
+        batch_size: recordings in a batch of JAX.
+        max_frames: the network sees only so many frames, less the mean over all frames; 0: all. JAX alone does this.
+        engine: "jax", "onnxruntime", or "auto": ONNX Runtime on a CPU, JAX on accelerators.
 
     Returns:
         float32 `[utterances, dim]`, in the table's order.
@@ -271,10 +291,41 @@ def embed_all(
     _check_process()
     network, fbank = model.network(dtype), frontend_of(model.frontend)
     lengths = usable_lengths(network, fbank, utterances, max_seconds)
-    plan = progress(
-        plan_batches(network, fbank, lengths, min(batch_size, len(lengths))), desc="embedding", unit="batch"
-    )
+    runner = None if max_frames else _runner(model, dtype, engine)
+    if runner:
+        order = progress(np.argsort(-lengths, kind="stable").tolist(), desc="embedding", unit="recording")
+        return runner.embed_all(lambda i: utterances.load(i)[: lengths[i]], order, len(lengths))
+    rows = min(batch_size, len(lengths))
+    # On a CPU a compilation costs more than the padding it saves, unless recordings are long.
+    few = jax.default_backend() == "cpu" and rows * lengths.max() <= 4 * buckets.MOST_SAMPLES
+    limits = {"max_shapes": 8} if few else {}
+    plan = progress(plan_batches(network, fbank, lengths, rows, **limits), desc="embedding", unit="batch")
     return _embed(model, plan, lengths, utterances.load, dtype, max_frames)
+
+
+_prepared: collections.OrderedDict[tuple[int, int | None], tuple[Variables, OnnxModel | None]] = (
+    collections.OrderedDict()
+)
+
+
+def _runner(model: SpeakerModel, dtype: str, engine: Engine) -> OnnxModel | None:
+    """The model for ONNX Runtime, where that is the engine, else None; converted at the first call, then kept."""
+    if chosen(engine, dtype) == "jax":
+        return None
+    # By identity: the tree is held beside what was made of it, so that no other can come to lie at its place.
+    key = id(model.variables), model.bits
+    if key not in _prepared:
+        kept = kept_file(model.origin, fingerprint(model)) if model.origin else None
+        try:
+            made = OnnxModel(model.network(), model.variables, frontend_of(model.frontend), model.bits, kept)
+        except UserError:
+            if engine != "auto":
+                raise
+            made = None  # a network without an ONNX form
+        _prepared[key] = model.variables, made
+        while len(_prepared) > _PREPARED:
+            _prepared.popitem(last=False)
+    return _prepared[key][1]
 
 
 def _embed(
@@ -385,7 +436,7 @@ def load_model(path: str | Path, bits: int | None = None) -> SpeakerModel:
     if not isinstance(settings, dict) or "name" not in settings:
         raise UserError(f"{path}/config.json does not name a network")
     settings = dict(settings)
-    model = SpeakerModel(settings.pop("name"), settings, config.get("frontend", ""), None)
+    model = SpeakerModel(settings.pop("name"), settings, config.get("frontend", ""), None, origin=path)
     variables = _newest(path / "checkpoints")
     where = f"{path}/checkpoints"
     artifact.check_finite({name: np.asarray(leaf) for name, leaf in named_leaves(variables)}, where)
@@ -461,7 +512,8 @@ def _shapes_of(architecture: str, settings: str) -> dict[str, tuple[int, ...]]:
 def _load_kmq(path: Path, bits: int | None) -> SpeakerModel:
     manifest, variables = artifact.load(path)
     try:
-        whole = SpeakerModel(manifest["architecture"], manifest["settings"], manifest["frontend"], variables)
+        about = manifest["architecture"], manifest["settings"], manifest["frontend"]
+        whole = SpeakerModel(*about, variables, origin=path)
     except KeyError as error:
         raise UserError(f"{path}: the manifest lacks {error}") from error
     check_network(whole, str(path))

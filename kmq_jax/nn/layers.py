@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer, ones, variance_scaling, zeros
 from jax.typing import DTypeLike
 
+from kmq_jax.nn import integers
 from kmq_jax.nn.channels import channel_sums, scale_and_shift
 from kmq_jax.nn.conv import Window, convolve, window
 
@@ -129,6 +130,7 @@ class Conv(nn.Module):
         """Maps `[batch, time, (freq,) in]` to `[batch, time', (freq',) out]`, with "same" ceil(size / stride) each."""
         moves = self.window(x)
         kernel = self.param("kernel", self.kernel_init, (*moves.taps, x.shape[-1] // self.groups, self.channels))
+        x, kernel = integers.rounded(self, x, "input"), integers.rounded_kernel(self, kernel)
         # The parameter stays float32; only the arithmetic is in the compute dtype.
         y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), moves)
         if self.use_bias:
@@ -284,6 +286,7 @@ class Block(nn.Module):
             y = SqueezeExcite(self.style.dtype, name="se")(y, mask)
         if self.stride != 1 or x.shape[-1] != y.shape[-1]:
             x = ConvNorm(y.shape[-1], 1, self.stride, self.style, name="shortcut")(x, mask, train)
+            x = integers.rounded(self, x, "skipped")
         return x + y
 
 
@@ -294,11 +297,12 @@ class BasicBlock(Block):
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
         """Maps `[batch, time, freq, in]` to `[batch, time', freq', channels]`; `mask` is that of the input."""
         after = stride_mask(mask, self.stride)
+        x = integers.rounded(self, x, "input")
         y = self.style.conv(x, self.channels, 3, self.stride, name="conv1")
         # The next convolution reads beyond an utterance's end, and must find zeros there, as in the utterance alone.
         y = mask_frames(nn.relu(self.style.normalize(y, after, train, name="bn1")), after)
         y = self.style.conv(y, self.channels, 3, name="conv2")
-        y = self.style.normalize(y, after, train, name="bn2")
+        y = integers.rounded(self, self.style.normalize(y, after, train, name="bn2"), "branch")
         return mask_frames(nn.relu(self.finish(x, y, after, train)), after)
 
 
@@ -311,13 +315,14 @@ class Bottleneck(Block):
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
         """Maps `[batch, time, freq, in]` to `[batch, time', freq', 4 channels]`; `mask` is that of the input."""
         after = stride_mask(mask, self.stride)
+        x = integers.rounded(self, x, "input")
         y = self.style.conv(x, self.channels, 1, name="conv1")
         y = mask_frames(nn.relu(self.style.normalize(y, mask, train, name="bn1")), mask)
         y = self.style.conv(y, self.channels, 3, self.stride, name="conv2")
         # Not masked: the 1x1 convolution that follows looks at no neighbour.
         y = nn.relu(self.style.normalize(y, after, train, name="bn2"))
         y = self.style.conv(y, self.expansion * self.channels, 1, name="conv3")
-        y = self.style.normalize(y, after, train, name="bn3")
+        y = integers.rounded(self, self.style.normalize(y, after, train, name="bn3"), "branch")
         return mask_frames(nn.relu(self.finish(x, y, after, train)), after)
 
 
@@ -340,10 +345,14 @@ class PreActivationBlock(Block):
         after = stride_mask(mask, self.stride)
         y = self.style.normalize(x, mask, train, name="bn1", after_conv=False)
         y = self.style.conv(mask_frames(self.activation(y), mask), self.channels, 3, self.stride, name="conv1")
-        y = self.style.normalize(y, after, train, name="bn2")
+        y = self._rounded(self.style.normalize(y, after, train, name="bn2"), "inner1")
         y = self.style.conv(mask_frames(self.activation(y), after), self.channels, 3, name="conv2")
-        y = self.style.normalize(y, after, train, name="bn3")
+        y = self._rounded(self.style.normalize(y, after, train, name="bn3"), "inner2")
         y = mask_frames(self.activation(y), after)
         # No normalisation follows, so with folded ones there is no bias either.
         y = self.style.conv(y, self.channels, self.last_taps, name="conv3", before_norm=False)
-        return self.finish(x, y, after, train)
+        return self.finish(x, integers.rounded(self, y, "branch"), after, train)
+
+    def _rounded(self, y: jax.Array, place: str) -> jax.Array:
+        # An engine rounds once, after the activation, only where that is a ReLU.
+        return y if self.activation is nn.relu else integers.rounded(self, y, place)

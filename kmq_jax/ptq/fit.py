@@ -24,6 +24,7 @@ from kmq_jax.core.tree import Leaf, Params, named_leaves, replace_named
 from kmq_jax.data import source
 from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, frontend_of
 from kmq_jax.models.walk import CONVOLUTION, LINEAR, OTHER, Layer, Run, walk
+from kmq_jax.nn import integers
 from kmq_jax.nn.channels import scale_and_shift
 from kmq_jax.nn.conv import Window, convolve
 from kmq_jax.ptq.moments import coarse_bits, matching, moments, per_bits_leaves, random_features
@@ -109,9 +110,10 @@ def fit(
             raise UserError(f"{name}: fitting needs one codebook for each output channel")
     nested = coarse_bits(quantized.variables)
     found: list[_Fit] = []
+    rounds = dict(named_leaves(quantized.variables.get(integers.COLLECTION, {})))
     for bits in (*nested, None):
         # From the fewest bits on: each number of bits is sought inside the cells of the one before.
-        one = _Fit(quantized.variables["params"], bits, bool(nested), tuple(found), ascending=keep_coarsest)
+        one = _Fit(quantized.variables["params"], bits, bool(nested), tuple(found), keep_coarsest, rounds)
         one.levels = levels or {}
         if keep_coarsest and not found:
             one.keep(quantized.variables[PER_BITS][str(bits)])
@@ -154,9 +156,21 @@ class _Fit:
         levels: as `fit` takes them.
     """
 
-    def __init__(self, params: Params, bits: int | None, nested: bool, coarser: "tuple[_Fit, ...]", ascending: bool):
-        """Takes the quantized network's parameters, the bits to fit (None: the most) and the fits at fewer bits."""
+    def __init__(
+        self,
+        params: Params,
+        bits: int | None,
+        nested: bool,
+        coarser: "tuple[_Fit, ...]",
+        ascending: bool,
+        rounds: Mapping[str, Leaf],
+    ):
+        """Takes the quantized network's parameters, the bits to fit (None: the most) and the fits at fewer bits.
+
+        `rounds` are the steps of the network's activations and kernels, by place, where it computes with integers.
+        """
         self._bits, self._nested, self._coarser, self._ascending = bits, nested, coarser, ascending
+        self._rounds = rounds
         self._tensors = tensors = dict(named_leaves(params, quant.is_codebook_tensor))
         self._values = dict(named_leaves(quant.dequantize_params(params, bits)))
         self.scaled: dict[str, jax.Array] = {}
@@ -178,12 +192,21 @@ class _Fit:
 
     def run(self, reference: SpeakerModel, features: jax.Array) -> None:
         """Fits all layers on features `[batch, time, mel]`."""
-        walk(reference.network(), reference.variables, jnp.concatenate([features, features]), self._visit)
+        with integers.watching(self._rounded):
+            walk(reference.network(), reference.variables, jnp.concatenate([features, features]), self._visit)
         next(self._progress, None)
+
+    def _rounded(self, place: str, x: jax.Array) -> jax.Array:
+        """Rounds the quantized network's activations where it computes with integers, not the reference's."""
+        if place not in self._rounds:
+            return x
+        reference, own = jnp.split(x, 2)
+        return jnp.concatenate([reference, integers.round_activations(own, self._rounds[place])])
 
     def _visit(self, layer: Layer, x: jax.Array, run: Run) -> jax.Array:
         quantized = quant.is_codebook_tensor(self._tensors.get(f"{layer.name}/kernel"))
         if layer.kind == CONVOLUTION:
+            x = self._rounded(f"{layer.name}/input", x)
             return jnp.concatenate(self._convolution(layer, *jnp.split(x, 2)))
         if layer.measures:
             reference, own = jnp.split(x, 2)
@@ -211,6 +234,7 @@ class _Fit:
             if not shared:
                 self._fit_kernel(key, kernel, x, own, layer.window)
                 self.scaled[key] = self.books[key]
+                self._steps(key, self.books[key])
                 last = kernel.ndim - 1
                 value = from_groups(lookup(self.indices[key], self.books[key], 0), tensor.shape, last)
         wanted, y = convolve(x, kernel, layer.window), convolve(own, value, layer.window)
@@ -218,6 +242,11 @@ class _Fit:
             return wanted, y
         wanted, y = wanted + along(layer.get("bias"), y.ndim, y.ndim - 1), self._with_bias(layer, y)
         return (wanted, y) if shared else (wanted, self._matched(layer, wanted, y))
+
+    def _steps(self, key: str, codebook: jax.Array) -> None:
+        """Notes the steps of a kernel whose centroids are whole steps."""
+        if key in self._rounds:
+            self.leaves[f"{integers.COLLECTION}/{key}"] = np.asarray(integers.steps_of(codebook), np.float32)
 
     def _matched(self, layer: Layer, wanted: jax.Array, y: jax.Array) -> jax.Array:
         """Gives the channels of `y` the moments of those of `wanted`, by codebook (or kernel) and bias."""
@@ -227,6 +256,7 @@ class _Fit:
         self.leaves[f"params/{layer.name}/bias"] = np.asarray(bias, self._tensors[f"{layer.name}/bias"].dtype)
         if quant.is_codebook_tensor(tensor):
             self.scaled[key] = self.books[key] * slope[:, None]
+            self._steps(key, self.scaled[key])
         else:
             value = self._values[key] * along(slope, tensor.ndim, tensor.ndim - 1)
             self.leaves[f"params/{key}"] = np.asarray(value, tensor.dtype)
@@ -263,6 +293,11 @@ class _Fit:
         if self._ascending and len(self._coarser) > 1:
             # Parts of neighbouring cells may overlap. Cut at the midpoints they ascend, as training needs them.
             book = _between(book, cells, self._coarser[0].books[key].shape[1])
+            book, indices = gptq.fit(W, book, H, parents, free=False)
+        if key in self._rounds:
+            # Whole steps before the weights are rounded to them: error feedback then makes up for this rounding too.
+            flat = book.reshape(len(W), -1)
+            book = integers.round_kernel(flat.T, integers.steps_of(flat)).T.reshape(book.shape)
             book, indices = gptq.fit(W, book, H, parents, free=False)
         # Rounded as it will be stored: the layers after this one are fitted on what the file will give.
         stored = book.reshape(len(W), -1).astype(tensor.codebook.dtype)

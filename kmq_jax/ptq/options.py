@@ -20,6 +20,7 @@ class QuantizeOptions(Options):
         "kmeans",
     )
     nested: tuple[int, ...] = option("fewer bits at which the same file can be read, such as 2,3", (), at_least=1)
+    activations: int | None = option("bits of activations, 8; needs DATA. Left out: floating point", None)
     biases: Literal["float32", "float16"] = option("the type that biases are stored in", "float32")
     skip: tuple[str, ...] = option("parameters to keep in full precision; repeatable", (), metavar="REGEX")
     rules: Path | None = option('JSON: [{"pattern": REGEX, "bits": B or null}, ...], first match wins', None)
@@ -31,5 +32,7 @@ class QuantizeOptions(Options):
             UserError: "`name` (=value) must be ...".
         """
         super().__post_init__()
+        if self.activations not in (None, 8):
+            raise UserError(f"`activations` (={self.activations}) must be 8, or left out")
         if any(bits >= self.bits for bits in self.nested):
             raise UserError(f"`nested` (={shown(self.nested)}) must be below `bits` (={self.bits})")

@@ -11,12 +11,16 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_json
 from kmq_jax.core.tree import Leaf, Params, map_named, named_leaves
 from kmq_jax.data import source
-from kmq_jax.models.speaker_model import SpeakerModel
-from kmq_jax.ptq.fit import fit_on, patterned
+from kmq_jax.models.speaker_model import SpeakerModel, frontend_of
+from kmq_jax.ptq import activations as ranges
+from kmq_jax.ptq.fit import fit, patterned
+from kmq_jax.ptq.moments import random_features
 from kmq_jax.ptq.options import QuantizeOptions
 
 CROPS = 100
 """Crops of speech that layers are fitted on."""
+SECONDS = 2.0
+"""Length of each."""
 
 
 def quantize_model(
@@ -25,6 +29,7 @@ def quantize_model(
     data: str | None = None,
     crops: int = CROPS,
     biases: str = "float32",
+    activations: int | None = None,
 ) -> SpeakerModel:
     """Replaces a model's tensors by codebooks and packed indices.
 
@@ -35,18 +40,25 @@ def quantize_model(
             weights are quantized as they are.
         crops: how many crops.
         biases: "float16" stores those of convolutions and linear layers at half the size.
+        activations: 8 rounds the inputs of quantized convolutions, so that they compute with integers alone; ranges
+            are measured on the data. None leaves activations as they are.
 
     Raises:
-        UserError: the model is quantized already, a rule names no tensor, or the data cannot be read.
+        UserError: the model is quantized already, a rule names no tensor, the data cannot be read, or there is none
+            to measure activations on.
     """
+    if activations and not data:
+        raise UserError("`activations` needs `data`: speech that their ranges are measured on")
     leaves = jax.tree.leaves(model.variables, is_leaf=quant.is_codebook_tensor)
     if any(quant.is_codebook_tensor(leaf) for leaf in leaves):
         raise UserError("the model is quantized already: quantize the model it was made from")
     params = quant.quantize_params(model.variables["params"], rules)
     packed = dataclasses.replace(model, variables={**model.variables, "params": params})
     if data:
-        levels = patterned(model.variables["params"], rules)
-        packed = fit_on(model, packed, source.open_sources(data), crops, levels=levels)
+        features = random_features(frontend_of(model.frontend), source.open_sources(data), crops, SECONDS)
+        if activations:
+            packed = ranges.with_ranges(packed, ranges.measure(model, features))
+        packed = fit(model, packed, features, levels=patterned(model.variables["params"], rules))
     if biases == "float32":
         return packed
     halved = with_half_biases(packed.variables["params"])

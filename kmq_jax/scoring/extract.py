@@ -31,7 +31,13 @@ def extract(model: Place, data: Place, out: Place, options: ExtractionOptions | 
     speaker_model = load_model(model, how.bits)
     utterances = source.open_source(data)
     embeddings = embed_all(
-        speaker_model, utterances, how.compute, how.max_seconds, how.batch_size, max_frames=how.max_frames
+        speaker_model,
+        utterances,
+        how.compute,
+        how.max_seconds,
+        how.batch_size,
+        max_frames=how.max_frames,
+        engine=how.engine,
     )
     write_embeddings(
         Path(out), utterances.ids, utterances.paths, utterances.speakers, embeddings, fingerprint(speaker_model)

@@ -8,6 +8,9 @@ from kmq_jax.core.options import Options, option
 Compute = Literal["float32", "bfloat16"]
 """The arithmetic of a network, as `models.speaker_model.COMPUTE` lists it."""
 
+Engine = Literal["auto", "jax", "onnxruntime"]
+"""What runs a network, as `models.engine.ENGINES` lists it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionOptions(Options):
@@ -21,7 +24,8 @@ class ExtractionOptions(Options):
     max_frames: int = option(
         "the network sees only so many frames of each, less the mean over all of its frames; 0: all", 0, at_least=0
     )
-    batch_size: int = option("recordings in one batch", 16, at_least=1, at_most=4096)
+    batch_size: int = option("recordings in one batch of JAX", 16, at_least=1, at_most=4096)
+    engine: Engine = option("auto: ONNX Runtime on a CPU, JAX on a GPU or TPU", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,7 @@ def study_config(config: ml_collections.ConfigDict, **settings: object) -> ml_co
         "learning_rate": 0.0,  # of quantization-aware training; 0: as the recipe says
         "label_weight": 0.0,  # of the recipe "distilled": `loss.weight`, of margin softmax beside the teacher
         "compute": "float32",  # the arithmetic of extraction
+        "engine": "jax",  # what extracts: "jax", "onnxruntime", or "auto", ONNX Runtime on a CPU
         "max_seconds": 0.0,  # extraction takes only so much of each recording; 0: all of it
         "max_frames": 0,  # or so many frames, less the mean over all of the recording's; 0: all
         "quick_compile": False,  # without optimizations, for networks so tiny that compiling is all they cost

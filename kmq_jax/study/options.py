@@ -8,7 +8,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Row
 from kmq_jax.core.options import Options, option, shown
 from kmq_jax.diagnosis.options import DiagnosisOptions
-from kmq_jax.scoring.options import Compute
+from kmq_jax.scoring.options import Compute, Engine
 
 Recipe = Literal["distilled", "kmqat", "uniform", "minmax", "powers"]
 """How networks are made at fewer bits: trained by distillation from full precision, or by KMQAT as published; or by
@@ -84,6 +84,7 @@ class StudyOptions(Options):
     learning_rate: float = option("of quantization-aware training; 0: as the recipe says", 0.0, at_least=0)
     label_weight: float = option("of margin softmax of the labels beside the teacher, in distillation", 0.0, at_least=0)
     compute: Compute = option("arithmetic of extraction", "float32")
+    engine: Engine = option("what extracts; jax: what was trained, to the last bit", "jax")
     max_seconds: float = option("extraction takes only so much of each recording; 0: all of it", 0.0, at_least=0)
     max_frames: int = option(
         "networks see only so many frames of each, less the mean over all of its frames; 0: all", 0, at_least=0

@@ -92,14 +92,16 @@ def embed(steps: Steps, network: Network, evaluated: EvaluationSet, options: Stu
         compute=options.compute,
         max_seconds=options.max_seconds,
         max_frames=options.max_frames,
+        engine=options.engine,
     )
 
     def action(out: Path) -> None:
         extract(network.path, evaluated.data, out, how)
 
     about = [evaluated.data, options.compute, options.max_seconds, network.bits]
-    # Named only where it is set, so that studies done before it was there are not repeated.
-    about, out = [*about, *filter(None, [options.max_frames])], f"embeddings/{name}.npz"
+    # Named only where they are set, so that studies done before they were there are not repeated.
+    about += filter(None, [options.max_frames, options.engine if options.engine != "jax" else ""])
+    out = f"embeddings/{name}.npz"
     needs, data = (network.step,), [evaluated.data]
     return steps.run(f"embed-{name}", about, needs, out, action, data=data, recipe=RECIPES["embed"])
 

@@ -4,7 +4,7 @@ A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE
 the Markdown file; KIND is `bits`, one row a model, `trained`, the trained models alone, `differences`, what they differ
 by, with paired intervals, `cascades`, one row a cascade and evaluation set, or `components`, what each component does
 alone. Of the file that `conditions` writes, KIND is `conditions`; of the one that `bench accelerator` writes,
-`accelerator`, one row for each thing measured.
+`accelerator`, one row for each thing measured; of the one by `bench extract --peers`, `extraction`, one row a side.
 """
 
 import json
@@ -218,6 +218,22 @@ def _markdown(rows: list[list[str]]) -> str:
     return "".join([lines[0], "|---" * len(rows[0]) + "|\n", *lines[1:]])
 
 
+def extraction_table(found: Row) -> str:
+    """Runtimes and models side by side: size, speed relative to the first, and nearness to full precision."""
+    rows = [["side", "MB", "times as fast", "one file of 2.5 s, ms", "cosine to full precision"]]
+    for side in found["sides"]:
+        rows.append(
+            [
+                side["side"],
+                f"{side['bytes'] / 1e6:.2f}",
+                f"{side['speedup']:.2f}",
+                f"{side['milliseconds_alone']:.0f}",
+                f"{side['mean_cosine']:.4f}",
+            ]
+        )
+    return _markdown(rows)
+
+
 TABLES: dict[str, Callable[[Any], str]] = {
     "bits": study_table,
     "trained": trained_table,
@@ -226,6 +242,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "components": components_table,
     "conditions": conditions_table,
     "accelerator": accelerator_table,
+    "extraction": extraction_table,
 }
 
 

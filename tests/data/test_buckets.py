@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.data.buckets import length_buckets, padded_lengths
+from kmq_jax.data.buckets import length_buckets, padded_lengths, tight_batches
 
 
 @settings(deadline=None, max_examples=60)
@@ -59,3 +59,31 @@ def test_edges():
     for name in ("batch_size", "max_shapes", "step"):
         with pytest.raises(UserError, match=f"`{name}`"):
             length_buckets([5], **{"batch_size": 1, name: 0})
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 100_000), max_size=60), st.integers(1, 9), st.integers(1, 5))
+def test_tight_batches_hold_every_utterance_once_within_their_limits(lengths, batch_size, max_shapes):
+    batches = tight_batches(lengths, batch_size, max_shapes=max_shapes, most_samples=150_000, step=1000)
+    found = np.concatenate([np.array([], int), *(batch.indices for batch in batches)])
+    assert sorted(found) == list(range(len(lengths)))
+    assert len({batch.size for batch in batches}) <= max_shapes
+    for batch in batches:
+        assert 1 <= len(batch.indices) <= batch_size
+        assert (np.array(lengths)[batch.indices] <= batch.size).all()
+    sizes = [batch.size for batch in batches]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("count", [50, 1250])
+def test_little_of_a_list_s_batches_is_padding(count):
+    seconds = np.random.default_rng(1).lognormal(1.3, 0.3, count).clip(2, 12)  # read sentences
+    lengths = (16_000 * seconds).astype(int)
+    batches = tight_batches(lengths, 16)
+    assert sum(batch.size * len(batch.indices) for batch in batches) <= 1.05 * lengths.sum()
+    assert len({(batch.size, len(batch.indices)) for batch in batches}) <= 21
+
+
+def test_a_batch_of_long_recordings_is_small():
+    batches = tight_batches([16_000 * 300] + [16_000 * 4] * 15, 16, most_samples=16_000 * 40)
+    assert [len(batch.indices) for batch in batches] == [1, 10, 5]

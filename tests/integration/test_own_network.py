@@ -73,8 +73,7 @@ from kmq_jax.core.tree import named_leaves  # noqa: E402
 from kmq_jax.data import source  # noqa: E402
 from kmq_jax.diagnosis.options import DiagnosisOptions  # noqa: E402
 from kmq_jax.diagnosis.run import diagnose_models  # noqa: E402
-from kmq_jax.interop import onnx_export  # noqa: E402
-from kmq_jax.models import walk  # noqa: E402
+from kmq_jax.models import onnx_export, walk  # noqa: E402
 from kmq_jax.models.speaker_model import embed_all, load_model  # noqa: E402
 from kmq_jax.ptq import fit  # noqa: E402
 from kmq_jax.training import loop  # noqa: E402

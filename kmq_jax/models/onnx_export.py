@@ -10,8 +10,11 @@ bytes. Other bits, and these in files of an older operator set, are a stream of 
 arithmetic unpacks: they take no more room than their bits.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -21,8 +24,9 @@ from numpy.typing import ArrayLike, DTypeLike
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, atomic_write
 from kmq_jax.core.tree import Leaf, Variables, named_leaves
-from kmq_jax.interop.onnx_graph import Node, Onnx, require_onnx
+from kmq_jax.frontend import FbankConfig, spectrum_operators
 from kmq_jax.models.protocol import SpeakerNetwork
+from kmq_jax.nn import integers
 from kmq_jax.nn.conv import Window, window
 from kmq_jax.nn.layers import BatchNorm
 from kmq_jax.quant.codes import from_groups
@@ -33,6 +37,34 @@ _NATIVE = {4: (21, "UINT4"), 2: (25, "UINT2"), 7: (OLDEST_OPSET, "UINT8"), 8: (O
 _CONV_AXES = {3: (2, 1, 0), 4: (3, 2, 0, 1)}  # from [time, (freq,) in, out] to [out, in, time, (freq)]
 _LINEAR_AXES = (1, 0)
 Affine = tuple[np.ndarray, np.ndarray]
+_BIAS_LIMIT = 2.0**30  # a bias in steps must fit into 32 bits beside the products
+
+Onnx: TypeAlias = Any
+"""The package onnx, and what it makes: it has no types that can be named."""
+
+Node: TypeAlias = Any
+"""A node of a graph, `onnx.NodeProto`."""
+
+Shape: TypeAlias = Sequence[str | int]
+"""Of a value: sizes, and names of those that are free."""
+
+Indices = Literal["smallest", "uint4"]
+"""How packed indices are stored: as small as the operator set allows; or of up to 4 bits as uint4 (set 21)."""
+
+
+def require_onnx() -> Onnx:
+    """Imports onnx.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import onnx
+        import onnx.helper
+        import onnx.numpy_helper
+    except ImportError:
+        raise UserError("ONNX files need the onnx package: pip install onnx") from None
+    return onnx
 
 
 def export(
@@ -42,6 +74,8 @@ def export(
     metadata: Mapping[str, str] | None = None,
     bits: int | None = None,
     opset: int | None = None,
+    indices: Indices = "smallest",
+    fbank: FbankConfig | None = None,
 ) -> int:
     """Writes a network as an ONNX file.
 
@@ -52,6 +86,8 @@ def export(
         metadata: properties to write into the file.
         bits: read nested codebooks at these; None takes the most.
         opset: operator set; None takes the oldest that has a type for all bits in use.
+        indices: how indices of fewer than 4 bits are stored.
+        fbank: a filterbank to put into the graph, whose input is then `wave` `[batch, samples]`, full scale 1.
 
     Returns:
         The operator set of the file.
@@ -60,7 +96,7 @@ def export(
         UserError: onnx is not installed, the operator set is too old or unknown, a nested tensor lacks these bits, or
             the file cannot be written.
     """
-    model = build(network, variables, metadata, bits, opset)
+    model = build(network, variables, metadata, bits, opset, indices, fbank)
     with atomic_write(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
     return model.opset_import[0].version
@@ -72,26 +108,82 @@ def build(
     metadata: Mapping[str, str] | None = None,
     bits: int | None = None,
     opset: int | None = None,
+    indices: Indices = "smallest",
+    fbank: FbankConfig | None = None,
 ) -> Onnx:
     """Makes the `onnx.ModelProto` that `export` writes; see there."""
+    graph = _graph(network, variables, bits, opset, indices)
+    if fbank is None:
+        shapes: dict[str, Shape] = {"feats": ["B", "T", network.features]}
+    else:
+        shapes = {"wave": ["B", "N"]}
+        graph.named("feats", "Identity", graph.mean_normalize(graph.filterbank("wave", fbank)))
+    graph.named("embs", "Identity", network.to_onnx(graph, "feats"))
+    return graph.model(shapes, {"embs": ["B", network.embedding_size]}, metadata or {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """A model in three graphs, for recordings that are too long for one run.
+
+    Attributes:
+        filterbank: from `wave` `[batch, samples]` to `logmel` `[batch, frames, features]`, the mean not removed.
+        frames: from `feats` `[batch, frames, features]` to what is pooled, `frames` `[batch, frames', values]`.
+        head: from `pooled` `[batch, 2 values]`, the mean and deviation of these, to `embs`.
+        floor: added to the variance.
+        values: of each pooled frame.
+    """
+
+    filterbank: Onnx
+    frames: Onnx
+    head: Onnx
+    floor: float
+    values: int
+
+
+def build_pieces(network: SpeakerNetwork, variables: Variables, fbank: FbankConfig, bits: int | None = None) -> Pieces:
+    """Makes a model's graph in three pieces, cut before and after its statistics pooling; see `build`.
+
+    Raises:
+        UserError: the network's pooling is another.
+    """
+    graph = _graph(network, variables, bits, None, "smallest")
+    graph.named("embs", "Identity", network.to_onnx(graph, "feats"))
+    if graph.pooling is None:
+        raise UserError(f"{type(network).__name__} does not pool by plain statistics")
+    frames, pooled, floor, values = graph.pooling
+    front = _graph(network, {"params": {}}, bits, None, "smallest")
+    front.named("logmel", "Identity", front.filterbank("wave", fbank))
+    shape: dict[str, Shape] = {"logmel": ["B", "T", network.features]}
+    return Pieces(
+        front.model({"wave": ["B", "N"]}, shape, {}),
+        graph.model({"feats": ["B", "T", network.features]}, {frames: ["B", "S", values]}, {}),
+        graph.model({pooled: ["B", 2 * values]}, {"embs": ["B", network.embedding_size]}, {}),
+        floor,
+        values,
+    )
+
+
+def _graph(
+    network: SpeakerNetwork, variables: Variables, bits: int | None, opset: int | None, indices: Indices
+) -> "_Graph":
     onnx = require_onnx()
     leaves = {
         name: leaf if is_codebook_tensor(leaf) else np.asarray(leaf)
         for name, leaf in named_leaves(variables["params"], is_leaf=is_codebook_tensor)
     }
     statistics = {name: np.asarray(leaf) for name, leaf in named_leaves(variables.get("batch_stats", {}))}
-    graph = _Graph(onnx, leaves, statistics, bits, _opset(onnx, leaves, bits, opset))
-    graph.named("embs", "Identity", network.to_onnx(graph, "feats"))
-    return graph.model(network, metadata or {})
+    rounds = {name: np.asarray(leaf) for name, leaf in named_leaves(variables.get(integers.COLLECTION, {}))}
+    return _Graph(onnx, leaves, statistics, rounds, bits, _opset(onnx, leaves, bits, opset, indices), indices)
 
 
-def _opset(onnx: Onnx, leaves: Mapping[str, Leaf], bits: int | None, opset: int | None) -> int:
+def _opset(onnx: Onnx, leaves: Mapping[str, Leaf], bits: int | None, opset: int | None, indices: Indices) -> int:
     newest = onnx.defs.onnx_opset_version()
     if opset is not None:
         if not OLDEST_OPSET <= opset <= newest:
             raise UserError(f"opset (={opset}) must be {OLDEST_OPSET} to {newest}")
         return opset
-    used = {_bits_of(leaf, bits) for leaf in leaves.values() if is_codebook_tensor(leaf)}
+    used = {_stored_bits(_bits_of(leaf, bits), indices) for leaf in leaves.values() if is_codebook_tensor(leaf)}
     needed = [since for native, (since, _) in _NATIVE.items() if native in used and since <= newest]
     return max(needed, default=OLDEST_OPSET)
 
@@ -99,6 +191,11 @@ def _opset(onnx: Onnx, leaves: Mapping[str, Leaf], bits: int | None, opset: int 
 def _bits_of(tensor: CodebookTensor, bits: int | None) -> int:
     """The bits at which a tensor is read; those without nested codebooks leave no choice."""
     return bits if bits is not None and tensor.coarse else tensor.bits
+
+
+def _stored_bits(bits: int, indices: Indices) -> int:
+    """The bits that an index takes in the file."""
+    return 4 if indices == "uint4" and bits < 4 else bits
 
 
 def _indices(tensor: CodebookTensor, bits: int) -> np.ndarray:
@@ -114,13 +211,26 @@ class _Graph:
     """An ONNX graph that grows node by node, and the parameters it is made from."""
 
     def __init__(
-        self, onnx: Onnx, leaves: Mapping[str, Leaf], statistics: Mapping[str, np.ndarray], bits: int | None, opset: int
+        self,
+        onnx: Onnx,
+        leaves: Mapping[str, Leaf],
+        statistics: Mapping[str, np.ndarray],
+        rounds: Mapping[str, np.ndarray],
+        bits: int | None,
+        opset: int,
+        indices: Indices,
     ):
         self._onnx = onnx
         self._leaves = leaves
         self._statistics = statistics
+        self._rounds = rounds
         self._bits = bits
         self._opset = opset
+        self._stored = indices
+        self._before_relu: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}
+        self.pooling: tuple[str, str, float, int] | None = None
+        self._rounded: dict[tuple[str, bytes], str] = {}
         self._nodes: list[Node] = []
         self._tensors: dict[str, Onnx] = {}
 
@@ -136,7 +246,7 @@ class _Graph:
     def array(self, name: str, value: ArrayLike, dtype: DTypeLike | None = None) -> str:
         """Adds an initializer, once, and returns its name."""
         if name not in self._tensors:
-            self._tensors[name] = self._onnx.numpy_helper.from_array(np.ascontiguousarray(value, dtype), name)
+            self._tensors[name] = self._onnx.numpy_helper.from_array(np.asarray(value, dtype, order="C"), name)
         return name
 
     def integers(self, *values: int) -> str:
@@ -166,14 +276,72 @@ class _Graph:
             shift = shift - self._statistics[f"{name}/mean"] * slope
         return slope, shift
 
-    def bias(self, layer: str, norm: str | None) -> str | None:
+    def bias_values(self, layer: str, norm: str | None) -> np.ndarray | None:
         """The bias of a layer, with the normalisation after it folded in; None where there is neither."""
         given = self._leaves.get(f"{layer}/bias")
         affine = self.affine(norm) if norm else None
         if affine is None:
-            return None if given is None else self.array(f"{layer}/bias", given, np.float32)
+            return given
         slope, shift = affine
-        return self.array(f"{layer}/bias", shift if given is None else shift + slope * given, np.float32)
+        return np.asarray(shift if given is None else shift + slope * given)
+
+    def bias(self, layer: str, norm: str | None) -> str | None:
+        """The same as an initializer."""
+        values = self.bias_values(layer, norm)
+        return None if values is None else self.array(f"{layer}/bias", values, np.float32)
+
+    def rounded(self, x: str, place: str) -> str:
+        """Rounds activations to 8 bits where the network has a step for this place: see `nn.integers.rounded`."""
+        if place not in self._rounds:
+            return x
+        grid = self._rounds[place]
+        same = grid.tobytes()
+        if grid[1] == 0:
+            # What lies below the least level is cut there: a ReLU before it has no effect.
+            x = self._before_relu.get(x, x)
+        if (x, same) not in self._rounded:
+            step = self.array(f"{place}.step", grid[0], np.float32)
+            zero = self.array(f"{place}.zero", grid[1], np.uint8)
+            y = self.node("DequantizeLinear", self.node("QuantizeLinear", x, step, zero), step, zero)
+            # What is on these levels already stays as it is: a second rounding would only be more nodes.
+            self._rounded[x, same] = self._rounded[y, same] = y
+        return self._rounded[x, same]
+
+    def integer_weights(self, layer: str, norm: str | None, axes: tuple[int, ...]) -> tuple[str, str | None]:
+        """The kernel of a layer as 8-bit integers `[out, in, ...]`, its bias as 32-bit ones, both in their steps.
+
+        A runtime looks the kernel up in its codebooks when it loads the file, and then multiplies integers.
+        """
+        name = f"{layer}/kernel"
+        tensor, steps = self._leaves[name], self._rounds[name].astype(np.float64)
+        bits = _bits_of(tensor, self._bits)
+        table = np.asarray(tensor.codebook_of(bits), np.float64) / np.maximum(steps, 1e-30)[:, None]
+        table = np.clip(np.round(table), -integers.LARGEST, integers.LARGEST)
+        affine = self.affine(norm) if norm else None
+        slope = np.ones(len(steps)) if affine is None else np.broadcast_to(affine[0], steps.shape)
+        values, inputs = self.bias_values(layer, norm), float(self._rounds[f"{layer}/input"][0])
+        least = np.float64(1e-30) if values is None else np.abs(values) / (inputs * _BIAS_LIMIT)
+        # A dead channel has a step so small that its bias would overflow: it gets a larger one, and smaller integers.
+        scale = np.maximum(steps * np.abs(slope), np.maximum(least, 1e-30))
+        table = np.round(table * (steps * slope / scale)[:, None]).astype(np.int8)
+        indices = _indices(tensor, bits).transpose(axes)
+        rows = indices.reshape(tensor.groups, -1)
+        if bits >= 7:
+            whole = self.array(name, np.take_along_axis(table, rows, axis=1).reshape(indices.shape))
+        else:
+            found = self.indices(f"{name}.indices", rows, bits)
+            first = np.arange(tensor.groups)[:, None] << bits
+            native = self._is_native(_stored_bits(bits, self._stored))
+            offsets = self.array(f"{name}.first", first, np.int32 if native else np.int64)
+            whole = self.node("Gather", self.array(f"{name}.codebook", table.ravel()), self.node("Add", found, offsets))
+            whole = self.node("Reshape", whole, self.integers(*indices.shape))
+        zeros = self.array(f"zeros_{len(steps)}", np.zeros(len(steps), np.int8))
+        weight = self.node("DequantizeLinear", whole, self.array(f"{name}.step", scale, np.float32), zeros, axis=0)
+        if values is None:
+            return weight, None
+        scale = scale.astype(np.float32) * np.float32(inputs)  # as a runtime computes it
+        bias = self.array(f"{layer}/bias", np.round(np.asarray(values, np.float64) / scale), np.int32)
+        return weight, self.node("DequantizeLinear", bias, self.array(f"{layer}/bias.step", scale), axis=0)
 
     def kernel(self, layer: str, norm: str | None, axes: tuple[int, ...]) -> str:
         """The kernel of a layer, transposed by `axes` to `[out, in, ...]`, with the normalisation's slope folded in."""
@@ -211,10 +379,14 @@ class _Graph:
             values = self.node("Transpose", values, perm=back)
         return values
 
+    def _is_native(self, bits: int) -> bool:
+        return bits in _NATIVE and _NATIVE[bits][0] <= self._opset
+
     def indices(self, name: str, rows: np.ndarray, bits: int) -> str:
-        """Stores indices `[groups, n]` in `bits` bits each; gives them as integers."""
-        since, dtype = _NATIVE.get(bits, (None, ""))
-        if since is not None and since <= self._opset:
+        """Stores indices `[groups, n]` of so many bits; gives them as integers: int32 of a native type, else int64."""
+        bits = _stored_bits(bits, self._stored)
+        if self._is_native(bits):
+            dtype = _NATIVE[bits][1]
             per_byte = 8 // bits
             flat = np.pad(rows.ravel(), (0, -rows.size % per_byte)).reshape(-1, per_byte)
             packed = np.bitwise_or.reduce(flat << (bits * np.arange(per_byte, dtype=np.uint8)), axis=1)
@@ -248,7 +420,11 @@ class _Graph:
         """
         shape = self._leaves[f"{layer}/kernel"].shape
         moves = moves or window(len(shape) - 2, shape[:-2])
-        inputs = [x, self.kernel(layer, norm, _CONV_AXES[len(shape)]), self.bias(layer, norm)]
+        axes = _CONV_AXES[len(shape)]
+        if f"{layer}/kernel" in self._rounds:
+            inputs = [self.rounded(x, f"{layer}/input"), *self.integer_weights(layer, norm, axes)]
+        else:
+            inputs = [x, self.kernel(layer, norm, axes), self.bias(layer, norm)]
         more: Json = {} if set(moves.dilations) == {1} else {"dilations": list(moves.dilations)}
         more |= {} if moves.groups == 1 else {"group": moves.groups}
         return self.node(
@@ -287,7 +463,10 @@ class _Graph:
             return self.node("Mul", x, self.node("Sigmoid", x))
         named: dict[Callable[[jax.Array], jax.Array], str] = {nn.relu: "Relu", nn.sigmoid: "Sigmoid", nn.tanh: "Tanh"}
         if function in named:
-            return self.node(named[function], x)
+            y = self.node(named[function], x)
+            if function is nn.relu:
+                self._before_relu[y] = x
+            return y
         raise UserError(f"activation {function} has no ONNX form here")
 
     def frames_of(self, x: str, size: int | None = None) -> str:
@@ -295,7 +474,9 @@ class _Graph:
         if size is None:
             return self.node("Transpose", x, perm=[0, 2, 1])
         frames = self.node("Transpose", x, perm=[0, 2, 3, 1])
-        return self.node("Reshape", frames, self.integers(0, 0, size))
+        flat = self.node("Reshape", frames, self.integers(0, 0, size))
+        self._sizes[flat] = size
+        return flat
 
     def channels_of(self, frames: str) -> str:
         """Turns `[batch, time, channel]` to `[batch, channel, time]`."""
@@ -309,7 +490,10 @@ class _Graph:
         count = self.cast(self.node("Gather", self.node("Shape", frames), self.integers(1)), "FLOAT")
         divisor = self.node("Max", self.node("Sub", count, self.number(1)), self.number(1))
         variance = self.node("Add", self.node("Div", squares, divisor), self.number(floor))
-        return self._concatenate(mean, variance)
+        pooled = self._concatenate(mean, variance)
+        if frames in self._sizes:
+            self.pooling = frames, pooled, floor, self._sizes[frames]
+        return pooled
 
     def attentive_statistics(self, frames: str, pooling: str, floor: float) -> str:
         """Weighted mean and deviation over time, as `nn.pooling.AttentiveStatisticsPooling` of that name."""
@@ -329,15 +513,57 @@ class _Graph:
         """Whether the network has parameters below `module`."""
         return any(name.startswith(f"{module}/") for name in self._leaves)
 
-    def model(self, network: SpeakerNetwork, metadata: Mapping[str, str]) -> Onnx:
-        """The finished model, checked."""
+    def filterbank(self, wave: str, fbank: FbankConfig) -> str:
+        """Log-mel features of `wave` `[batch, samples]`, as `frontend.fbank`, by matrix products."""
+        transform, filters = spectrum_operators(fbank)
+        frames = self._frames(self.node("Mul", wave, self.number(fbank.waveform_scale)), fbank)
+        frames = self.node("Sub", frames, self.node("ReduceMean", frames, self.integers(2), keepdims=1))
+        spectrum = self.node("MatMul", frames, self.array("fbank.transform", transform))
+        energies = self.node("MatMul", self.node("Mul", spectrum, spectrum), self.array("fbank.filters", filters))
+        if fbank.use_energy:
+            energy = self.node("ReduceSum", self.node("Mul", frames, frames), self.integers(2), keepdims=1)
+            energies = self.node("Concat", energy, energies, axis=2)
+        return self.node("Log", self.node("Max", energies, self.number(float(np.finfo(np.float32).eps))))
+
+    def _frames(self, wave: str, fbank: FbankConfig) -> str:
+        """Cuts `[batch, samples]` into overlapping frames `[batch, frames, length]`, as `frontend.fbank` does."""
+        block = math.gcd(fbank.shift, fbank.length)
+        step = fbank.shift // block
+        samples = self.node("Gather", self.node("Shape", wave), self.integers(1))
+        usable = self.node("Div", samples, self.integers(block))
+        usable = self.node("Mul", usable, self.integers(block))
+        wave = self.node("Slice", wave, self.integers(0), usable, self.integers(1))
+        blocks = self.node("Reshape", wave, self.integers(0, -1, block))
+        steps = self.node("Div", self.node("Sub", samples, self.integers(fbank.length)), self.integers(fbank.shift))
+        last = self.node("Mul", steps, self.integers(step))
+        pieces = []
+        for i in range(fbank.length // block):
+            end = self.node("Add", last, self.integers(i + 1))
+            piece = self.node("Slice", blocks, self.integers(i), end, self.integers(1), self.integers(step))
+            pieces.append(piece)
+        return self.node("Concat", *pieces, axis=2)
+
+    def mean_normalize(self, features: str) -> str:
+        """Subtracts the mean over time of `[batch, time, features]`."""
+        return self.node("Sub", features, self.node("ReduceMean", features, self.integers(1), keepdims=1))
+
+    def model(self, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape], metadata: Mapping) -> Onnx:
+        """The finished model of what leads from inputs to outputs, checked.
+
+        Args:
+            inputs: shapes by name; any value of the graph can be one.
+            outputs: shapes by name.
+            metadata: properties of the file.
+        """
         helper, kind = self._onnx.helper, self._onnx.TensorProto.FLOAT
+        nodes = self._between(set(inputs), outputs)
+        read = {name for node in nodes for name in node.input}
         graph = helper.make_graph(
-            self._nodes,
+            nodes,
             "speaker_embedding",
-            [helper.make_tensor_value_info("feats", kind, ["B", "T", network.features])],
-            [helper.make_tensor_value_info("embs", kind, ["B", network.embedding_size])],
-            list(self._tensors.values()),
+            [helper.make_tensor_value_info(name, kind, shape) for name, shape in inputs.items()],
+            [helper.make_tensor_value_info(name, kind, shape) for name, shape in outputs.items()],
+            [tensor for name, tensor in self._tensors.items() if name in read],
         )
         opset = [helper.make_opsetid("", self._opset)]
         model = helper.make_model(graph, opset_imports=opset, producer_name="kmq_jax")
@@ -345,3 +571,14 @@ class _Graph:
         helper.set_model_props(model, dict(metadata))
         self._onnx.checker.check_model(model)
         return model
+
+    def _between(self, inputs: set[str], outputs: Iterable[str]) -> list[Node]:
+        """The nodes, in order, that outputs need once the inputs are given."""
+        makers = {name: node for node in self._nodes for name in node.output}
+        needed, waiting = set(), list(outputs)
+        while waiting:
+            name = waiting.pop()
+            if name in makers and name not in needed and name not in inputs:
+                needed.add(name)
+                waiting += makers[name].input
+        return [node for node in self._nodes if node.output[0] in needed]

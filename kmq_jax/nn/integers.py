@@ -1,0 +1,118 @@
+"""8-bit activations and weights, emulated in floating point: what an integer engine computes, anywhere else.
+
+Layers name the places where an engine rounds their activations, by `rounded`. A place that has a step in the collection
+`COLLECTION` of the network's variables is rounded to it; the others, and all of them in a network without that
+collection, cost nothing. A convolution that has steps for its channels is rounded likewise, by `rounded_kernel`.
+
+    x = step * (q - zero),  0 <= q <= 255        a tensor: one step and one zero
+    w = step * k,          -127 <= k <= 127      a kernel: a step for each output channel
+
+Zero is a number of both, so that padding stays zero. Gradients pass straight through, but not where a value is cut.
+
+References:
+    Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference, 2018.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+COLLECTION = "integers"
+LEVELS = 255
+"""Steps from the least to the greatest activation."""
+LARGEST = 127
+"""The largest weight, in steps."""
+_LEAST_STEP = 1e-30
+
+Watcher = Callable[[str, jax.Array], jax.Array]
+_watcher: contextvars.ContextVar[Watcher | None] = contextvars.ContextVar("watcher", default=None)
+
+
+@contextlib.contextmanager
+def watching(watch: Watcher) -> Iterator[None]:
+    """A context in which `watch(place, x)` stands for the rounding at every place, such as "stage1/block0/input"."""
+    token = _watcher.set(watch)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def rounded(module: nn.Module, x: jax.Array, place: str) -> jax.Array:
+    """Rounds activations where the module has a step for this place.
+
+    Args:
+        module: the Linen module that is running.
+        x: any shape.
+        place: a name within the module.
+    """
+    watch = _watcher.get()
+    if watch is not None:
+        return watch("/".join((*module.path, place)), x)
+    if not module.has_variable(COLLECTION, place):
+        return x
+    return round_activations(x, module.get_variable(COLLECTION, place))
+
+
+def rounded_kernel(module: nn.Module, kernel: jax.Array) -> jax.Array:
+    """Rounds a kernel `[..., out]` where the module has steps for it; see `rounded`."""
+    if _watcher.get() is not None or not module.has_variable(COLLECTION, "kernel"):
+        return kernel
+    return round_kernel(kernel, module.get_variable(COLLECTION, "kernel"))
+
+
+def round_activations(x: jax.Array, grid: jax.Array) -> jax.Array:
+    """Rounds activations to 256 levels.
+
+    Args:
+        x: any shape.
+        grid: `[2]`: the step, and the level of zero.
+
+    >>> round_activations(jnp.array([-9.0, 0.2, 0.3, 9.0]), jnp.array([0.5, 2.0])).tolist()
+    [-1.0, 0.0, 0.5, 9.0]
+    """
+    step, zero = grid[0], grid[1]
+    # Away from the steps at both ends the gradient is one, beyond them zero.
+    inside = jnp.clip(x, -zero * step, (LEVELS - zero) * step)
+    exact = (jnp.clip(jnp.round(x / step) + zero, 0, LEVELS) - zero) * step
+    return _straight_through(exact, inside).astype(x.dtype)
+
+
+def round_kernel(kernel: jax.Array, steps: jax.Array) -> jax.Array:
+    """Rounds a kernel `[..., out]` to whole steps `[out]`, 127 at most.
+
+    >>> round_kernel(jnp.array([[0.2, 3.0], [0.8, 4.4]]), jnp.array([0.5, 2.0])).tolist()
+    [[0.0, 4.0], [1.0, 4.0]]
+    """
+    steps = jnp.maximum(steps, _LEAST_STEP).reshape((1,) * (kernel.ndim - 1) + (-1,))
+    exact = jnp.clip(jnp.round(kernel / steps), -LARGEST, LARGEST) * steps
+    return _straight_through(exact, kernel).astype(kernel.dtype)
+
+
+def _straight_through(exact: jax.Array, smooth: jax.Array) -> jax.Array:
+    """`exact` forwards, without an error of rounding, and the gradient of `smooth`."""
+    return jax.lax.stop_gradient(exact) + (smooth - jax.lax.stop_gradient(smooth))
+
+
+def grid_of(low: float, high: float) -> tuple[float, float]:
+    """The step and the level of zero for activations between two values; zero is always among the levels.
+
+    >>> grid_of(-1.0, 3.0)
+    (0.01568627450980392, 64.0)
+    >>> grid_of(0.0, 0.0)
+    (1.0, 0.0)
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    if low == high:
+        return 1.0, 0.0
+    step = (high - low) / LEVELS
+    return step, float(round(-low / step))
+
+
+def steps_of(codebook: jax.Array) -> jax.Array:
+    """The steps `[groups]` for which the largest centroid of each codebook `[groups, K]` is 127 of them."""
+    return jnp.maximum(jnp.max(jnp.abs(codebook), axis=1) / LARGEST, _LEAST_STEP)

@@ -1,0 +1,179 @@
+"""Integer activations: ranges, the emulation in JAX, and what ONNX Runtime makes of the exported file."""
+
+import collections
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from kmq_jax import quant
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.tree import named_leaves
+from kmq_jax.models import onnx_export, registry
+from kmq_jax.models.speaker_model import SpeakerModel, at_bits, embed_all, load_model, save_model
+from kmq_jax.nn import integers
+from kmq_jax.ptq import activations, quantize
+
+DATA = "synthetic:train?speakers=4&utterances=4"
+SETTINGS = {"width": 8, "blocks": [1, 1, 1, 1], "embedding_size": 16}
+CONVOLUTIONS = 1 + 2 * 4 + 3  # stem, four blocks of two, three shortcuts
+
+
+def reference_of(norm):
+    network = registry.build("wespeaker_resnet34", **SETTINGS, norm=norm)
+    return SpeakerModel(
+        "wespeaker_resnet34", {**SETTINGS, "norm": norm}, "wespeaker", registry.initialize(network, jax.random.key(1))
+    )
+
+
+def quantized_of(reference, bits, **options):
+    rules = [quant.QuantRule("/kernel$", quant.QuantSpec(bits, **options))]
+    return quantize.quantize_model(reference, rules, DATA, crops=8, activations=8)
+
+
+@pytest.fixture(scope="module")
+def four():
+    """A network in full precision and at 4 bits with 8-bit activations."""
+    reference = reference_of("bias")
+    return reference, quantized_of(reference, 4)
+
+
+def session_of(model, tmp_path):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(tmp_path / "optimized.onnx")
+    return session, collections.Counter(node.op_type for node in optimized.graph.node)
+
+
+def cosine(a, b):
+    return float(np.mean(np.sum(a * b, 1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)))
+
+
+def features_of(network):
+    return np.random.default_rng(2).normal(size=(3, 90, network.features)).astype(np.float32)
+
+
+def test_ranges_hold_zero_and_outliers_are_cut_where_that_is_nearer():
+    rng = np.random.default_rng(0)
+    values = np.maximum(rng.normal(size=100_000), 0)
+    step, zero = activations.range_of(values)
+    assert zero == 0
+    assert step == pytest.approx(values.max() / 255, rel=0.2)
+    heavy = rng.laplace(size=200_000)
+    heavy[7] = 20.0
+    step, _ = activations.range_of(heavy)
+    assert step < 0.9 * (heavy.max() - heavy.min()) / 255
+    for drawn in (heavy, values):
+        step, zero = activations.range_of(drawn)
+        whole = integers.grid_of(drawn.min(), drawn.max())
+        errors = [
+            np.mean((np.asarray(integers.round_activations(jnp.asarray(drawn), jnp.array(grid))) - drawn) ** 2)
+            for grid in ((step, zero), whole)
+        ]
+        assert errors[0] <= errors[1] * 1.01
+    step, zero = activations.range_of(np.array([2.0, 3.0]))
+    assert zero == 0 and step * 255 == pytest.approx(3)
+
+
+@pytest.fixture(scope="module")
+def two(four):
+    """The same at 2 bits."""
+    return quantized_of(four[0], 2)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_onnx_runtime_computes_with_integers_what_jax_emulates(bits, four, two, tmp_path):
+    model = {2: two, 4: four[1]}.get(bits) or quantized_of(four[0], bits)
+    network = model.network()
+    session, operators = session_of(onnx_export.build(network, model.variables), tmp_path)
+    assert operators["QLinearConv"] == CONVOLUTIONS
+    assert operators["Conv"] == 0
+    assert operators["QLinearAdd"] == 3  # all blocks but the last, whose sum is pooled
+    features = features_of(network)
+    ours = np.asarray(network.apply(quant.dequantize_params(model.variables), features))
+    assert cosine(session.run(None, {"feats": features})[0], ours) > 0.998
+    without = {key: tree for key, tree in model.variables.items() if key != integers.COLLECTION}
+    floating = np.asarray(network.apply(quant.dequantize_params(without), features))
+    assert 1e-6 < 1 - cosine(floating, ours) < 0.05  # it does round, and not far
+
+
+@pytest.mark.parametrize("indices, opset", [("uint4", None), ("smallest", 18)])
+def test_forms_for_other_runtimes_give_the_same(indices, opset, two, tmp_path):
+    network = two.network()
+    features = features_of(network)
+    built = onnx_export.build(network, two.variables, opset=opset, indices=indices)
+    assert built.opset_import[0].version == (opset or 21)
+    session, operators = session_of(built, tmp_path)
+    assert operators["QLinearConv"] == CONVOLUTIONS
+    expected, _ = session_of(onnx_export.build(network, two.variables), tmp_path)
+    np.testing.assert_array_equal(*(s.run(None, {"feats": features})[0] for s in (session, expected)))
+
+
+def test_centroids_are_whole_steps_and_the_file_keeps_everything(four, tmp_path):
+    _, model = four
+    params = dict(named_leaves(model.variables["params"], quant.is_codebook_tensor))
+    steps = dict(named_leaves(model.variables[integers.COLLECTION]))
+    kernels = [name for name in steps if name.endswith("/kernel")]
+    assert len(kernels) == CONVOLUTIONS
+    for name in kernels:
+        whole = np.asarray(params[name].codebook, np.float32) / np.asarray(steps[name])[:, None]
+        assert np.abs(whole - np.round(whole)).max() < 0.2  # what half precision leaves of it
+        assert np.abs(whole).max() < 127.2
+    save_model(tmp_path / "a.kmq", model)
+    again = load_model(tmp_path / "a.kmq")
+    assert all(map(np.array_equal, jax.tree.leaves(again.variables), jax.tree.leaves(model.variables)))
+
+
+def test_folded_normalisation(tmp_path):
+    model = quantized_of(reference_of("batch"), 4)
+    network = model.network()
+    session, operators = session_of(onnx_export.build(network, model.variables), tmp_path)
+    assert operators["QLinearConv"] == CONVOLUTIONS
+    features = features_of(network)
+    ours = np.asarray(network.apply(quant.dequantize_params(model.variables), features))
+    assert cosine(session.run(None, {"feats": features})[0], ours) > 0.998
+
+
+def test_nested_codebooks_have_steps_of_their_own(four, tmp_path):
+    nested = quantized_of(four[0], 3, coarse=(2,))
+    two, most = at_bits(nested, 2), at_bits(nested, None)
+    name = f"{integers.COLLECTION}/stem/conv/kernel"
+    assert not np.array_equal(*(dict(named_leaves(m.variables))[name] for m in (two, most)))
+    network, features = two.network(), features_of(two.network())
+    session, operators = session_of(onnx_export.build(network, two.variables, bits=2), tmp_path)
+    assert operators["QLinearConv"] == CONVOLUTIONS
+    ours = np.asarray(network.apply(quant.dequantize_params(two.variables, 2), features))
+    assert cosine(session.run(None, {"feats": features})[0], ours) > 0.998
+
+
+def test_emulation_leaves_padding_alone(four):
+    from kmq_jax.data import source
+
+    model = dataclasses.replace(four[1])
+    table = source.open_source("synthetic:dev?speakers=2&utterances=2")
+    together, alone = embed_all(model, table), np.concatenate([embed_all(model, table.select([i])) for i in range(4)])
+    assert cosine(together, alone) > 0.998
+
+
+def test_gradients_pass_straight_through_inside_the_range():
+    grid = jnp.array([0.1, 5.0])
+    slopes = jax.vmap(jax.grad(lambda x: integers.round_activations(x, grid)))(jnp.array([-9.0, 0.33, 24.0, 99.0]))
+    assert slopes.tolist() == [0, 1, 1, 0]
+    slope = jax.grad(lambda w: integers.round_kernel(w, jnp.array([0.1])).sum())(jnp.array([[0.33]]))
+    assert slope.tolist() == [[1]]
+
+
+def test_mistakes():
+    reference = reference_of("bias")
+    rules = [quant.QuantRule("/kernel$", quant.QuantSpec(4))]
+    with pytest.raises(UserError, match="needs `data`"):
+        quantize.quantize_model(reference, rules, activations=8)
+    kept = [quant.QuantRule("conv[12]?/kernel$", None), *rules]
+    with pytest.raises(UserError, match="none is"):
+        quantize.quantize_model(reference, kept, DATA, crops=2, activations=8)
