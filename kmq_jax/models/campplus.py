@@ -1,7 +1,7 @@
 """CAM++: a 2-D head, then a densely connected 1-D network whose layers are masked by their context.
 
-    features [batch, time, mel] -> stem (time x freq, frequency to an eighth) -> tdnn (time to a half)
-      -> block1 -> transit1 -> block2 -> transit2 -> block3 -> transit3 -> out -> pool -> head -> [batch, embedding_size]
+    features [batch, time, mel] -> stem (time x freq, frequency to an eighth) -> tdnn (time to a half) -> block1
+      -> transit1 -> block2 -> transit2 -> block3 -> transit3 -> out -> pool -> head -> embedding [batch, size]
 
 A layer of a block is BN, ReLU, 1x1 convolution, BN, ReLU, CAM; its output is put beside its input. CAM is a dilated
 convolution times a sigmoid mask, made by two 1x1 convolutions of the context: the mean over the utterance plus that

@@ -1,6 +1,7 @@
 """Checks of settings that networks share."""
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kmq_jax.core.errors import UserError
 
@@ -31,7 +32,7 @@ def check_counts(**settings: object) -> None:
         check(name, fits, value, "a positive integer")
 
 
-def check_dtype(dtype: object) -> None:
+def check_dtype(dtype: DTypeLike | None) -> None:
     """Refuses a compute dtype that networks do not know.
 
     Raises:
