@@ -15,17 +15,19 @@ class Files(Options):
 
     source: Path = option("the file to import")
     out: Path = option("directory to write; it is a MODEL for every command", metavar="DIR", writes="directory")
-    format: Literal["wespeaker-onnx", "wespeaker-torch", "kiwano"] | None = option(
+    format: Literal["wespeaker-onnx", "wespeaker-torch", "kiwano", "3dspeaker"] | None = option(
         "of the file; left out: found from the file", None
     )
-    activation: Literal["silu", "relu"] | None = option(
-        "of the blocks of a Kiwano network, which its checkpoints do not record; left out: silu", None
+    activation: Literal["silu", "relu", "none"] | None = option(
+        "what checkpoints do not record: of a Kiwano network's blocks (left out: silu), or of CAM++'s embedding "
+        "(left out: relu with 3D-Speaker's, whose own code has none)",
+        None,
     )
 
 
 COMMAND = Command(
     "import_model",
-    "Imports a pretrained network of WeSpeaker (ONNX, PyTorch) or Kiwano (.ckpt), or its tensors as .safetensors.\n"
+    "Imports a pretrained network of WeSpeaker (ONNX, PyTorch), 3D-Speaker or Kiwano, or its tensors as .safetensors.\n"
     "Nothing in the file is executed; every tensor must have its place.",
     "kmq-jax import_model --source=voxceleb_resnet34.onnx --out=runs/wespeaker34",
     (Files,),

@@ -9,11 +9,12 @@ from kmq_jax.frontend.augment import (
     simulate_rir,
     spec_augment,
 )
-from kmq_jax.frontend.fbank import KIWANO, WESPEAKER, FbankConfig, fbank, num_frames, spectrum_operators
+from kmq_jax.frontend.fbank import KIWANO, SPEAKER3D, WESPEAKER, FbankConfig, fbank, num_frames, spectrum_operators
 from kmq_jax.frontend.normalize import crop_frames, mean_normalize
 
 __all__ = [
     "KIWANO",
+    "SPEAKER3D",
     "WESPEAKER",
     "FbankConfig",
     "RoomConfig",

@@ -144,6 +144,9 @@ KIWANO = FbankConfig(high_freq=-400.0, use_energy=True)
 WESPEAKER = FbankConfig(window="hamming", waveform_scale=32768.0)
 """WeSpeaker's 80 features: 80 filters up to 8,000 Hz, Hamming window, waveform in the range of 16-bit integers."""
 
+SPEAKER3D = FbankConfig()
+"""3D-Speaker's 80 features: 80 filters up to 8,000 Hz, povey window, waveform in [-1, 1)."""
+
 
 def num_frames(samples: Any, config: FbankConfig) -> Any:
     """Counts the whole frames in a waveform (Kaldi's `snip_edges=true`: what is left at the end is dropped).

@@ -15,7 +15,7 @@ from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.resnet import ResNet
 from kmq_jax.nn.pooling import flatten_order
 
-_LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 _BLOCK = re.compile(r"stage(\d)/block(\d+)/(.+)")
 # Axes along which pooled features lie, flattened with the channel fastest here and slowest in PyTorch.
 _POOLED = {"pool/attention1/kernel": 0, "pool/attention2/kernel": 1, "pool/attention2/bias": 0, "head/linear/kernel": 0}
@@ -57,7 +57,7 @@ def torch_names(modules: Mapping[str, str]) -> Callable[[str], str]:
             module = f"layer{stage}.{block}.{modules.get(rest, rest)}"
         else:
             module = modules[module]
-        return f"{module}.{_LEAVES[leaf]}"
+        return f"{module}.{LEAVES[leaf]}"
 
     return translate
 
@@ -121,6 +121,44 @@ def assemble(
     # Three strides of 2, each rounding up, come to an eighth, rounded up.
     freqs = math.ceil(network.features / 8)
     channels = network.channels[-1] * network.block.expansion
+
+    def permute(ours: str, value: np.ndarray) -> np.ndarray:
+        if ours not in _POOLED:
+            return value
+        order = flatten_order(freqs, channels)
+        axis = _POOLED[ours]
+        if value.shape[axis] == 2 * order.size:  # means, then deviations
+            order = np.concatenate([order, order + order.size])
+        return value.take(order, axis)
+
+    return fill(network, tensors, name_of, where, kernel_axes, permute)
+
+
+def fill(
+    network: SpeakerNetwork,
+    tensors: Mapping[str, np.ndarray],
+    name_of: Callable[[str], str],
+    where: str,
+    kernel_axes: tuple[int, int, int, int] = (3, 2, 1, 0),
+    permute: Callable[[str, np.ndarray], np.ndarray] = lambda ours, value: value,
+) -> Variables:
+    """Fills the variables of any network.
+
+    Args:
+        network: what the tensors are of.
+        tensors: theirs by name, kernels `[out, in, ...]`; each must be used once.
+        name_of: their name of a parameter or statistic of ours.
+        where: the file, for messages.
+        kernel_axes: the transposition from their 2-D kernels to `[time, freq, in, out]`, left out from `[out, in, freq,
+            time]`.
+        permute: brings a parameter of ours, in its layout, into our order; the shape stays.
+
+    Returns:
+        `{"params": tree, "batch_stats": tree}`, float32.
+
+    Raises:
+        UserError: a tensor is missing, has the wrong shape or type, is not finite, or is left over; it is named.
+    """
     used = set()
 
     def take(name: str, leaf: Leaf) -> np.ndarray:
@@ -135,6 +173,8 @@ def assemble(
         if ours.endswith("/kernel"):
             if value.ndim == 4:
                 value = value.transpose(kernel_axes)
+            elif value.ndim == 3 and len(leaf.shape) == 3:
+                value = value.transpose(2, 1, 0)
             elif value.ndim == 2 or value.shape[2:] == (1,):  # a Conv1d of one tap is a linear layer
                 value = value.reshape(value.shape[:2]).T
         if value.shape != leaf.shape:
@@ -144,13 +184,7 @@ def assemble(
         value = value.astype(np.float32)
         if not np.isfinite(value).all():
             raise UserError(f"{where}: tensor {theirs} holds values that are not finite")
-        if ours in _POOLED:
-            order = flatten_order(freqs, channels)
-            axis = _POOLED[ours]
-            if value.shape[axis] == 2 * order.size:  # means, then deviations
-                order = np.concatenate([order, order + order.size])
-            value = value.take(order, axis)
-        return np.ascontiguousarray(value)
+        return np.ascontiguousarray(permute(ours, value))
 
     variables = map_named(take, registry.shapes(network))
     if extra := sorted(set(tensors) - used):

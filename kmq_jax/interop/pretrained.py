@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.interop import kiwano, torch_checkpoint, wespeaker, wespeaker_onnx
+from kmq_jax.interop import campplus, kiwano, torch_checkpoint, wespeaker, wespeaker_onnx
 from kmq_jax.interop.assemble import Imported
 
-FORMATS = ("wespeaker-onnx", "wespeaker-torch", "kiwano")
+FORMATS = ("wespeaker-onnx", "wespeaker-torch", "kiwano", "3dspeaker")
 
 
 def read(path: Path, form: str | None = None, activation: str | None = None) -> Imported:
@@ -15,18 +15,20 @@ def read(path: Path, form: str | None = None, activation: str | None = None) -> 
     Args:
         path: an ONNX file, a PyTorch checkpoint, or its tensors as safetensors.
         form: one of `FORMATS`; None finds it from the file.
-        activation: see `kiwano.convert`.
+        activation: see `kiwano.convert` and `campplus.convert`.
 
     Raises:
         UserError: the file cannot be read, is of no known format, or holds another network; see the readers.
     """
-    if activation and form not in (None, "kiwano"):
-        raise UserError("--activation is for Kiwano's checkpoints only")
+    if activation and form not in (None, "kiwano", "3dspeaker"):
+        raise UserError("--activation is for Kiwano's checkpoints and CAM++ only")
     if form == "wespeaker-onnx" or form is None and _looks_like_onnx(path):
         return wespeaker_onnx.read(path)
     checkpoint = torch_checkpoint.read(path)
     if form == "kiwano" or form is None and kiwano.recognizes(checkpoint.tensors):
         return kiwano.convert(checkpoint, str(path), activation)
+    if campplus.recognizes(checkpoint.tensors):
+        return campplus.convert(checkpoint, str(path), form, activation)
     if form == "wespeaker-torch" or wespeaker.recognizes(checkpoint.tensors):
         return wespeaker.convert(checkpoint, str(path))
     raise UserError(f"{path}: its tensors ({', '.join(list(checkpoint.tensors)[:3])}, ...) are of no known network")

@@ -14,6 +14,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json
 from kmq_jax.core.tree import Variables, map_named, named_leaves
 from kmq_jax.models import walk
+from kmq_jax.models.campplus import CamPlusPlus
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.resnet import SMOKE, kiwano, wespeaker
 from kmq_jax.nn.layers import KAIMING_NORMAL, TORCH_DEFAULT, BatchNorm
@@ -282,3 +283,8 @@ def _register_resnets() -> None:
 
 
 _register_resnets()
+register(
+    "campplus",
+    CamPlusPlus,
+    smoke={"layers": (1, 1, 1), "growth": 8, "width": 16, "stem_channels": 4, "embedding_size": 32},
+)

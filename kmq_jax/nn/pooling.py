@@ -39,6 +39,28 @@ def flatten_frames(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1)
 
 
+def segment_means(x: jax.Array, mask: jax.Array | None, size: int) -> jax.Array:
+    """Float32 means over real frames of segments that follow one another; the last may be shorter.
+
+    Args:
+        x: `[batch, time, channel]`; padded frames hold zeros.
+        mask: `[batch, time]`. A segment without a real frame has mean zero.
+        size: frames of a segment.
+
+    Returns:
+        `[batch, ceil(time / size), channel]`.
+
+    >>> segment_means(jnp.array([[[1.0], [3.0], [5.0]]]), None, 2).ravel().tolist()
+    [2.0, 5.0]
+    """
+    batch, time, channels = x.shape
+    real = jnp.ones((1, time)) if mask is None else mask.astype(jnp.float32)
+    pad = -time % size
+    sums = jnp.pad(x, ((0, 0), (0, pad), (0, 0))).reshape(batch, -1, size, channels).sum(2, dtype=jnp.float32)
+    count = jnp.pad(real, ((0, 0), (0, pad))).reshape(len(real), -1, size).sum(2)
+    return sums / jnp.maximum(count, 1)[..., None]
+
+
 class StatisticsPooling(nn.Module):
     """Mean and unbiased standard deviation over time, without parameters (WeSpeaker's TSTP).
 

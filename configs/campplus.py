@@ -1,0 +1,41 @@
+"""CAM++ on VoxCeleb2: trained from the start, or quantized with a full-precision network as its teacher.
+
+    python -m kmq_jax.train --config=configs/campplus.py --workdir=runs/campplus \
+        --config.data.train=/data/voxceleb2/dev --config.validation.data=/data/voxceleb1/test \
+        --config.validation.trials=/data/voxceleb1/veri_test2.txt
+
+7.18 M parameters; 512-dimensional embeddings. The recipe is that of the ResNets' configurations. Not run in full by
+this project: VoxCeleb2 was not at hand. `:4`, `:3` and `:2` train 3D-Speaker's network at so many bits, by distillation, on
+the sets that configs/wespeaker34_kmqat.py uses (`--config.data.root=DIR`):
+
+    kmq-jax import_model --source=3dspeaker-campplus-zh-en.pt --out=runs/campplus-3dspeaker
+    python -m kmq_jax.train --config=configs/campplus.py:2 --workdir=runs/campplus-2bit \
+        --config.init_from=runs/campplus-3dspeaker --config.data.root=DIR
+
+`:smoke` runs the same code in seconds on synthetic voices.
+"""
+
+import ml_collections
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.study.config import EPOCHS
+from kmq_jax.training.config import default_config, distilled, paper_config, smoke
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Returns the configuration; `arg` is the bits (4, 3, 2), "smoke" or nothing."""
+    if arg in (None, "", "smoke"):
+        config = paper_config("campplus")
+        config.frontend = "wespeaker"
+        return smoke(config) if arg == "smoke" else config
+    if arg not in ("2", "3", "4"):
+        raise UserError(f"configs/campplus.py:{arg} must be 2, 3, 4 or smoke")
+    config = default_config("campplus", embedding_size=192, floor=1e-12, activation="relu")
+    config.frontend = "3dspeaker"
+    root = ml_collections.FieldReference("data")
+    config.data.root = root
+    config.data.update(train=root + "/so762/train," + root + "/words/train", crop_seconds=2.0)
+    config.validation.update(data=root + "/so762/dev", trials=root + "/so762/dev/trials.txt", epochs=EPOCHS[arg])
+    distilled(config, int(arg), rules=(("^stem/conv1/", 0),))
+    config.update(batch_size=16, epochs=EPOCHS[arg], dtype="bfloat16")
+    return config
