@@ -79,6 +79,16 @@ def mean_of_all(tree: Params) -> Params:
     return jax.tree.map(lambda values: _from_all(np.asarray(values)).mean(axis=0), tree)
 
 
+def sum_of_all(counts: np.ndarray) -> np.ndarray:
+    """The sum over all processes of an int64 array. All must call it.
+
+    >>> sum_of_all(np.array([1 << 40])).tolist()
+    [1099511627776]
+    """
+    halves = np.ascontiguousarray(counts, np.int64).view(np.uint32)  # JAX itself counts in 32 bits
+    return np.ascontiguousarray(_from_all(halves)).view(np.int64).sum(axis=0)
+
+
 def local(tree: Params) -> Params:
     """Arrays over the devices of all processes as whole arrays of this one. All must call it."""
     if jax.process_count() == 1:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
 
@@ -15,7 +15,16 @@ from kmq_jax.data.audio import SUFFIXES
 from kmq_jax.data.kaldi import read_table
 from kmq_jax.data.table import Trials, Utterances
 
-__all__ = ["Trials", "doubts", "draw_trials", "open_trials", "read_models", "read_trials", "utterance_index"]
+__all__ = [
+    "Trials",
+    "doubts",
+    "draw_trials",
+    "open_trials",
+    "read_in_parts",
+    "read_models",
+    "read_trials",
+    "utterance_index",
+]
 
 _CHUNK = 1 << 24  # bytes of a list held at a time
 _LABELS = {"1": 1, "0": 0, "target": 1, "nontarget": 0}
@@ -67,6 +76,35 @@ def read_trials(
     Raises:
         UserError: naming file and line: a line of another form, an unknown utterance; or the file is empty.
     """
+    parts = list(read_in_parts(path, ids, paths, models))
+    enrol, test, label, enrol_name, test_name = (
+        np.concatenate([getattr(part, column) for part in parts])
+        for column in ("enrol", "test", "label", "enrol_name", "test_name")
+    )
+    return Trials(enrol, test, label, parts[-1].names, enrol_name, test_name, parts[-1].models)
+
+
+def read_in_parts(
+    path: str | os.PathLike[str],
+    ids: Sequence[str],
+    paths: Sequence[str] = (),
+    models: Mapping[str, Sequence[str]] | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[Trials]:
+    """Reads a trial list a part at a time, so that a list of any length takes bounded memory.
+
+    Args and errors as `read_trials`; errors come when their part is read.
+
+    Args:
+        path: the list.
+        ids: the utterances' ids.
+        paths: their paths.
+        models: utterances by enrolment model.
+        share: `(i, n)`: the i-th of n shares of the file's lines, of about equal bytes. A share may be empty.
+
+    Yields:
+        Trials of some megabytes of lines. `names` grows from part to part and keeps its order.
+    """
     path = Path(path)
     table = _Suffixed(utterance_index(ids, paths), paths)
     enrolled: Mapping[str, int] = table
@@ -75,48 +113,73 @@ def read_trials(
         enrolled = {name: i for i, name in enumerate(models)}
         members = tuple(_members(name, utterances, table) for name, utterances in models.items())
 
-    # Names become numbers as they come: a list of millions of trials has few names.
+    # Names become numbers as they come: a list of millions of trials has few names, looked up once each.
     numbers = _Numbers()
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    names: list[str] = []
+    enrol_rows, test_rows = np.empty((2, 0), np.int32)
     form: _Form | None = None
+    separator, found = "", False
     require_regular(path)
-    separator = ""
     try:
-        with path.open("rb") as file:
-            while lines := file.readlines(_CHUNK):
-                try:
-                    text = b"".join(lines).decode("utf-8" if parts else "utf-8-sig")
-                except UnicodeDecodeError:
-                    raise _first_error(path, form or _LABEL_FIRST, enrolled, table) from None
-                if not parts:
-                    separator = _separator(text)
-                tokens = (text.replace(separator, " ") if separator else text).split()
-                if not tokens:
-                    continue
-                form = form or _guess_form(tokens, table)
-                # Words are only counted. Short and long lines that cancel out show below, as unknown names.
-                filled = sum(1 for line in lines if not line.isspace())
-                if len(tokens) != 3 * filled:  # other blanks than ASCII's, such as no-break spaces, need a closer look
-                    filled = sum(1 for line in text.split("\n") if line.strip())
-                if len(tokens) != 3 * filled:
-                    raise _first_error(path, form, enrolled, table)
-                part = (
-                    np.fromiter(map(numbers.__getitem__, tokens[form[0] :: 3]), np.int32),
-                    np.fromiter(map(numbers.__getitem__, tokens[form[1] :: 3]), np.int32),
-                    _rows(_LABELS, tokens[form[2] :: 3]),
-                )
-                parts.append(part)
+        for lines, first in _lines(path, share):
+            try:
+                text = b"".join(lines).decode("utf-8-sig" if first else "utf-8")
+                opening = _opening(path) if form is None else ""
+            except UnicodeDecodeError:
+                raise _first_error(path, form or _LABEL_FIRST, enrolled, table) from None
+            if form is None:
+                separator = _separator(opening)
+            tokens = (text.replace(separator, " ") if separator else text).split()
+            if not tokens:
+                continue
+            if form is None:
+                form = _guess_form((opening.replace(separator, " ") if separator else opening).split(), table)
+            # Words are only counted. Short and long lines that cancel out show below, as unknown names.
+            filled = sum(1 for line in lines if not line.isspace())
+            if len(tokens) != 3 * filled:  # other blanks than ASCII's, such as no-break spaces, need a closer look
+                filled = sum(1 for line in text.split("\n") if line.strip())
+            if len(tokens) != 3 * filled:
+                raise _first_error(path, form, enrolled, table)
+            enrol_name, test_name = (
+                np.fromiter(map(numbers.__getitem__, tokens[column::3]), np.int32) for column in form[:2]
+            )
+            label = _rows(_LABELS, tokens[form[2] :: 3])
+            fresh = list(itertools.islice(numbers, len(names), None))
+            names += fresh
+            enrol_rows = np.append(enrol_rows, _rows(enrolled, fresh))
+            test_rows = np.append(test_rows, _rows(table, fresh))
+            enrol, test = enrol_rows[enrol_name], test_rows[test_name]
+            if min(enrol.min(), test.min(), label.min()) < 0:
+                raise _first_error(path, form, enrolled, table)
+            found = True
+            yield Trials(enrol, test, label.astype(bool), tuple(names), enrol_name, test_name, members)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    if not parts or form is None:
+    if not found and share[1] == 1:
         raise UserError(f"{path}: lists no trial")
-    enrol_name, test_name, label = (np.concatenate(column) for column in zip(*parts))
-    # Looked up once a name, not once a trial.
-    enrol = _rows(enrolled, numbers)[enrol_name]
-    test = _rows(table, numbers)[test_name]
-    if min(enrol.min(), test.min(), label.min()) < 0:
-        raise _first_error(path, form, enrolled, table)
-    return Trials(enrol, test, label.astype(bool), tuple(numbers), enrol_name, test_name, members)
+
+
+def _lines(path: Path, share: tuple[int, int]) -> Iterator[tuple[list[bytes], bool]]:
+    """The lines that begin within a share of a file, some megabytes at a time; and whether they are its first."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start, end = (size * part // share[1] for part in (share[0], share[0] + 1))
+        if start:
+            file.seek(start - 1)
+            file.readline()  # it began in the share before
+        place = file.tell()
+        while place < end:
+            # `readlines` stops once there is more than it was asked for, so that it is asked for a byte less.
+            most = min(_CHUNK, end - place - 1)
+            yield file.readlines(most) if most else [file.readline()], place == 0
+            place = file.tell()
+
+
+def _opening(path: Path) -> str:
+    """The first line of a file that is not blank; it tells the list's form."""
+    with path.open("rb") as file:
+        line = next((line for line in file if line.strip()), b"")
+    return line.decode("utf-8-sig")
 
 
 def _separator(text: str) -> str:

@@ -36,4 +36,9 @@ class ScoringOptions(Options):
     top_n: int | None = option("S-norm: nearest cohort members that count; left out: 300, or all if fewer", None)
     p_target: float = option("prior of a target, for minDCF and actDCF", 0.01, above=0, below=1)
     replicates: int = option("bootstrap draws; 0: no intervals", 1000, at_least=0, at_most=100_000)
+    stream: bool = option(
+        "read the list part by part, in bounded memory: EER and minDCF from a histogram, with bounds and without "
+        "intervals. Processes that are started together share the list",
+        False,
+    )
     seed: int = option("of the bootstrap and of the calibration folds", 0, at_least=0)

@@ -1,0 +1,105 @@
+"""Scoring in parts gives what scoring at once gives; shares of a list are the list; processes share one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.data import trials as lists
+from kmq_jax.data.trials import read_in_parts, read_trials
+from kmq_jax.scoring import run, stream
+from kmq_jax.scoring.options import ScoringOptions
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = ScoringOptions(replicates=0, stream=True)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    place, rng = tmp_path_factory.mktemp("stream"), np.random.default_rng(0)
+    ids = [f"s{speaker}-{take}" for speaker in range(10) for take in range(5)]
+    centres = np.repeat(rng.standard_normal((10, 8)), 5, axis=0)
+    rows = (centres + 0.8 * rng.standard_normal(centres.shape)).astype(np.float32)
+    np.savez(place / "e.npz", embeddings=rows, ids=np.array(ids), speakers=np.array([i.split("-")[0] for i in ids]))
+    cohort = rng.standard_normal((40, 8)).astype(np.float32)
+    np.savez(place / "c.npz", embeddings=cohort, ids=np.array([f"c{i}" for i in range(40)]))
+    pairs = [(a, b) for i, a in enumerate(ids) for b in ids[i + 1 :]]
+    text = "".join(f"{int(a.split('-')[0] == b.split('-')[0])} {a} {b}\n" for a, b in pairs)
+    (place / "trials.txt").write_text(text)
+    (place / "models.txt").write_text("".join(f"m{s} s{s}-0 s{s}-1\n" for s in range(10)))
+    enrolled = [(s, t) for s in range(10) for t in ids if not t.endswith(("-0", "-1"))]
+    (place / "enrolled.txt").write_text("".join(f"m{s} {t} {int(t.startswith(f's{s}-'))}\n" for s, t in enrolled))
+    return place
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(lists, "_CHUNK", 700)
+
+
+@pytest.mark.parametrize("form", ["cosine", "snorm", "models"])
+def test_the_same_scores_and_rates_as_at_once(files, tmp_path, form):
+    cohort = files / "c.npz" if form == "snorm" else None
+    models = files / "models.txt" if form == "models" else None
+    trials = str(files / ("enrolled.txt" if models else "trials.txt"))
+    whole = run.score(files / "e.npz", trials, OPTIONS, cohort=cohort, enrol_models=str(models) if models else None)
+    about = {"cohort": cohort, "enrol_models": str(models) if models else None}
+    found = stream.score_stream(files / "e.npz", trials, OPTIONS, out=tmp_path / "s.txt", **about)
+    stream.score_stream(files / "e.npz", trials, OPTIONS, out=tmp_path / "s.npy", **about)
+    run.write_scores(tmp_path / "whole.txt", whole.trials, whole.scores)
+    if form == "cosine":
+        assert (tmp_path / "s.txt").read_text() == (tmp_path / "whole.txt").read_text()
+    np.testing.assert_allclose(np.load(tmp_path / "s.npy"), whole.scores, rtol=1e-6, atol=1e-6)
+    assert found["trials"] == whole.metrics["trials"] and found["targets"] == whole.metrics["targets"]
+    low, high = found["eer_bounds"]
+    assert low - 1e-9 <= whole.metrics["eer"] <= high + 1e-9
+    assert found["min_dcf"] == pytest.approx(whole.metrics["min_dcf"], abs=1e-9)
+
+
+def test_shares_of_a_list_are_the_list(files):
+    trials, ids = files / "trials.txt", tuple(np.load(files / "e.npz")["ids"].tolist())
+    whole = read_trials(trials, ids)
+    for count in (1, 2, 3, 7):
+        parts = [part for i in range(count) for part in read_in_parts(trials, ids, share=(i, count))]
+        assert np.concatenate([part.enrol for part in parts]).tolist() == whole.enrol.tolist()
+        assert np.concatenate([part.test for part in parts]).tolist() == whole.test.tolist()
+        assert np.concatenate([part.label for part in parts]).tolist() == whole.label.tolist()
+    many = 5 * trials.stat().st_size  # more shares than bytes: most are empty
+    assert sum(len(part) for i in range(0, many, 5) for part in read_in_parts(trials, ids, share=(i, many))) <= len(
+        whole
+    )
+
+
+def test_a_fault_in_a_later_part_names_its_line_and_leaves_no_file(files, tmp_path):
+    lines = (files / "trials.txt").read_text().splitlines()
+    lines[900] = "1 s1-0 nobody"
+    (tmp_path / "t.txt").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match="t.txt:901: unknown utterance nobody"):
+        stream.score_stream(files / "e.npz", str(tmp_path / "t.txt"), OPTIONS, out=tmp_path / "s.txt")
+    assert not (tmp_path / "s.txt").exists()
+
+
+def test_two_processes_give_what_one_gives(files, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    one = stream.score_stream(files / "e.npz", str(files / "trials.txt"), OPTIONS, out=tmp_path / "one.npy")
+    flags = [f"--embeddings={files / 'e.npz'}", f"--trials={files / 'trials.txt'}", "--stream"]
+    flags += [f"--json={tmp_path / 'm.json'}", f"--out={tmp_path / 's.npy'}"]
+    about = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
+    about |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-m", "kmq_jax", "score", *flags]
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, env={**os.environ, **about, "JAX_PROCESS_ID": str(i)}) for i in range(2)
+    ]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert json.loads((tmp_path / "m.json").read_text()) == json.loads(json.dumps(one))
+    halves = [np.load(tmp_path / f"s-{i}-of-2.npy") for i in range(2)]
+    assert min(map(len, halves)) > 0
+    np.testing.assert_array_equal(np.concatenate(halves), np.load(tmp_path / "one.npy"))
