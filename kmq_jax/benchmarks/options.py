@@ -286,6 +286,21 @@ class TrainBench(Rounds):
     repeats: int = option("timed steps of each side", 7, at_least=1, at_most=10_000)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PodsBench(Bench):
+    """Data-parallel training on paper: what a step sends by XLA's program, and seconds a step on TPU slices and GPUs.
+
+    Reckoned from datasheets and a measured share of peak; nothing is timed.
+    """
+
+    model: str = option("a name of the registry", "resnet36")
+    bits: int = option("codebooks of so many bits; 0: full precision", 0, at_least=0, at_most=8)
+    batch: int = option("examples a chip", 256, at_least=1, at_most=65_536)
+    share: float = option("of a chip's peak that a step runs at; what `bench accelerator` measured", 0.4, above=0)
+    devices: int = option("simulated devices that the step is compiled for", 4, at_least=1, at_most=64)
+    tiny: bool = option("the network's smallest form: a rehearsal", False)
+
+
 BENCHMARKS: dict[str, type[Options]] = {
     "accelerator": AcceleratorBench,
     "cascade": CascadeBench,
@@ -295,6 +310,7 @@ BENCHMARKS: dict[str, type[Options]] = {
     "frontend": FrontendBench,
     "kmqat": KmqatBench,
     "lazy": LazyBench,
+    "pods": PodsBench,
     "quant": QuantBench,
     "score": ScoreBench,
     "train": TrainBench,
