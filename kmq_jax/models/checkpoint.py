@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -39,6 +40,9 @@ class Checkpoints:
         self.directory = Path(directory).resolve()
         self._writer = None
         if writes:
+            if jax.process_index() == 0:
+                for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(left, ignore_errors=True)
             try:
                 self._writer = ocp.training.Checkpointer(
                     self.directory,
