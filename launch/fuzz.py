@@ -389,7 +389,16 @@ def _good_lines(base: Path, out: Path) -> list[Line]:
             f"--test={base}/audio/a.flac",
             f"--json={out}/v.json",
         ],
-        ["bench", "score", "--trials=10", "--utterances=4", "--speakers=2", "--replicates=1", "--repeats=1", "--dim=2"],
+        [
+            "bench",
+            "score",
+            "--trials=100",
+            "--utterances=40",
+            "--speakers=10",
+            "--replicates=1",
+            "--repeats=1",
+            "--dim=2",
+        ],
         ["train", "--config=quickstart:smoke", f"--workdir={out}/run", "--config.data.train=no-such-data"],
         ["study", "--config=quickstart:smoke", f"--workdir={out}/run", "--config.data.train=no-such-data"],
     ]

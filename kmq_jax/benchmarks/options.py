@@ -146,7 +146,7 @@ class TrialSizes(Rounds):
 
     trials: int = option("trials, half of them targets", 579_818, at_least=1, at_most=10**8)
     utterances: int = option("utterances", 145_375, at_least=1, at_most=10**7)
-    speakers: int = option("speakers", 1_251, at_least=1, at_most=10**7)
+    speakers: int = option("speakers", 1_251, at_least=10, at_most=10**7)
     replicates: int = option("bootstrap draws", 1000, at_least=1, at_most=100_000)
 
     def __post_init__(self) -> None:

@@ -146,6 +146,8 @@ def _leave(status: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+    if "multiprocessing.util" in sys.modules:  # gives back what processes share
+        sys.modules["multiprocessing.util"]._run_finalizers()
     if "pytest" in sys.modules:  # a test's own process must not end
         sys.exit(status)
     os._exit(status)

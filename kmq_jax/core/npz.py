@@ -17,7 +17,7 @@ _ALWAYS, _TIMES = 1 << 26, 32
 
 
 def read_npz(
-    path: str | os.PathLike[str], needed: Collection[str], more: Collection[str] = ()
+    path: str | os.PathLike[str], needed: Collection[str], more: Collection[str] = (), what: str = "arrays"
 ) -> dict[str, np.ndarray]:
     """Reads arrays of a file by name.
 
@@ -28,6 +28,7 @@ def read_npz(
         path: the file.
         needed: arrays that it must hold.
         more: arrays that are read where it holds them; others are left alone.
+        what: it holds, for messages.
 
     Raises:
         UserError: it cannot be read, is no such file, lacks an array, or an array claims more than there is.
@@ -57,7 +58,7 @@ def read_npz(
         RecursionError, NotImplementedError, zipfile.BadZipFile, zlib.error,
     ) as error:  # fmt: skip
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not an .npz file that can be read: {reason}") from error
+        raise UserError(f"{path} is not an .npz file of {what}: {reason}") from error
 
 
 def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> np.ndarray:

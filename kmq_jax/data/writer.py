@@ -182,6 +182,7 @@ def _write_shard(task: _Task) -> None:
                 try:
                     wave = audio.to_int16(table.load(i, min_seconds=task.min_seconds))
                     row = {"id": table.ids[i], "path": table.paths[i], "speaker": table.speakers[i]}
+                    "".join(row.values()).encode()  # records hold text in UTF-8
                     record = prepared.serialize(features, {"audio": wave, **row})
                 except audio.AudioError as error:
                     rejected.append((table.paths[i], error.reason))

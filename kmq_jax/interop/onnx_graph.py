@@ -9,7 +9,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.models.onnx_export import Node, require_onnx
+from kmq_jax.models.onnx_export import Node, Onnx, require_onnx
+
+_LARGEST_RESULT = 1 << 26  # elements that a node may compute
 
 
 class Graph:
@@ -166,15 +168,29 @@ class Graph:
             copy.CopyFrom(node)
             copy.input[:] = map(self.resolve, node.input)
             renamed.append(copy)
-        value_info = [helper.make_tensor_value_info(n, self._onnx.TensorProto.FLOAT, None) for n in (*inputs, output)]
-        graph = helper.make_graph(renamed, "part", value_info[:-1], value_info[-1:], constants)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)])
+        values = dict(inputs) | {tensor.name: self._onnx.numpy_helper.to_array(tensor) for tensor in constants}
         try:
-            with np.errstate(all="ignore"):
-                (result,) = ReferenceEvaluator(model).run(None, inputs)
-                return np.asarray(result)
+            # Node by node: so the size of each result is known before it is computed.
+            for node in renamed:
+                given = {name: np.asarray(values[name]) for name in node.input if name}
+                if (size := _result_size(node.op_type, list(given.values()))) > _LARGEST_RESULT:
+                    self.fail(f"node {self.describe(node)} would compute {size:,} values")
+                infos = [
+                    helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+                    for name, value in given.items()
+                ]
+                outputs = [
+                    helper.make_tensor_value_info(n, self._onnx.TensorProto.UNDEFINED, None) for n in node.output
+                ]
+                graph = helper.make_graph([node], "part", infos, outputs)
+                model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)])
+                with np.errstate(all="ignore"):
+                    values |= dict(zip(node.output, ReferenceEvaluator(model).run(None, given)))
+            return np.asarray(values[output])
+        except UserError:
+            raise
         except Exception as error:  # shapes or attributes that do not fit
-            reason = str(error).strip().split("\n")[0]
+            reason = (str(error).strip().split("\n") or [""])[0]
             raise UserError(f"{self.where}: the nodes before {output} cannot be computed: {reason}") from error
 
     def check_all_used(self, nodes: list[Node]) -> None:
@@ -189,3 +205,12 @@ class Graph:
                 self.fail(f"node {self.describe(node)} is not part of the network")
         for name in sorted(self._initializers - self._used):
             self.fail(f"tensor {name} is not part of the network")
+
+
+def _result_size(kind: str, given: list[np.ndarray]) -> int:
+    """The most elements that a node of the operators we compute can give."""
+    if kind in ("Add", "Sub", "Mul", "Div", "Pow"):
+        return math.prod(np.broadcast_shapes(*(value.shape for value in given)))
+    if kind == "Gather":
+        return math.prod(value.size for value in given)
+    return sum(max(value.size, value.ndim) for value in given)

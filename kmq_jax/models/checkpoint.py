@@ -1,8 +1,13 @@
 """Checkpoints of a run. The only module that imports orbax."""
 
+import errno
+import logging
 import os
+import shutil
+import sys
 import warnings
 from pathlib import Path
+from types import TracebackType
 
 import jax
 
@@ -12,6 +17,9 @@ from kmq_jax.core.tree import Params
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its imports deprecate one another
     from orbax.checkpoint import v1 as ocp
+
+
+FULL = os.strerror(errno.ENOSPC)
 
 
 class Checkpoints:
@@ -32,6 +40,9 @@ class Checkpoints:
         self.directory = Path(directory).resolve()
         self._writer = None
         if writes:
+            if jax.process_index() == 0:
+                for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(left, ignore_errors=True)
             try:
                 self._writer = ocp.training.Checkpointer(
                     self.directory,
@@ -128,5 +139,26 @@ class Checkpoints:
             raise UserError(f"cannot write to {self.directory}: {_first_line(error)}") from error
 
 
+class _TellOnce(logging.Filter):
+    """Keeps back what threads of orbax log of a failed write, page after page: `Checkpoints` raises it, in one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+logging.getLogger("absl").addFilter(_TellOnce())
+
+
+def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As before, but for callbacks of writes that go on when their failure has been told: tensorstore prints them."""
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        _told_before(kind, error, trace)
+
+
+_told_before, sys.excepthook = sys.excepthook, _tell
+
+
 def _first_line(error: BaseException) -> str:
+    if FULL in str(error):  # which tensorstore tells at length
+        return FULL
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

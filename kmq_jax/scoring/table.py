@@ -92,7 +92,7 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an embedding file, by name, not yet checked."""
-    return read_npz(path, ("ids", "embeddings"), ("paths", "speakers", "model"))
+    return read_npz(path, ("ids", "embeddings"), ("paths", "speakers", "model"), "embeddings")
 
 
 def _check_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

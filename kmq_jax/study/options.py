@@ -108,6 +108,9 @@ class StudyOptions(Options):
         super().__post_init__()
         if not self.sets:
             raise UserError("`evaluate` names no evaluation set")
+        for name, epochs in self.epochs.items():
+            if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not 0 <= epochs <= 1e6:
+                raise UserError(f"`epochs.{name}` (={epochs}) must be a number from 0 to 1000000")
         if self.mixed and not self.epochs.get(MIXED):
             raise UserError(f"`mixed` (={self.mixed}) needs epochs of training: set study.epochs.{MIXED}")
         grouped = [name for members in self.groups.values() for name in members]

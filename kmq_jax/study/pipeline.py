@@ -55,7 +55,12 @@ def study(config: ml_collections.ConfigDict, workdir: Path) -> Json:
     if "study" not in config:
         raise UserError("--config names a configuration without a `study` section: that is for `kmq-jax train`")
     settings = json.loads(config.to_json())
-    options = StudyOptions.of(settings["study"])
+    try:
+        options = StudyOptions.of(settings["study"])
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError) as error:  # a section of another form
+        raise UserError(f"the configuration's section `study` has another form: {error}") from error
     if options.quick_compile:
         jax.config.update("jax_disable_most_optimizations", True)
     with sole_writer(workdir):

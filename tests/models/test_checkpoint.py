@@ -15,7 +15,7 @@ def saved(tmp_path_factory):
 
 
 def test_readers_change_nothing(saved):
-    under_way = saved / "4.orbax-checkpoint-tmp-1"  # as orbax calls one that is being written
+    under_way = saved / "4.orbax-checkpoint-tmp"  # as orbax calls one that is being written
     (under_way / "network").mkdir(parents=True)
     with Checkpoints(saved) as reader:
         assert reader.steps() == [2, 3]

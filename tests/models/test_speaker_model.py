@@ -1,3 +1,6 @@
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,8 +9,8 @@ import soundfile
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
-from kmq_jax.models import registry
-from kmq_jax.models.speaker_model import SpeakerModel, load_model, mono, save_model
+from kmq_jax.models import registry, speaker_model
+from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model, mono, save_model
 
 WAVE = (0.1 * np.random.default_rng(0).standard_normal(16000)).astype(np.float32)
 SETTINGS = {"width": 4, "features": 81, "embedding_size": 8, "blocks": [1, 1, 1, 1]}
@@ -88,3 +91,86 @@ def test_types_without_a_place_in_the_file(model, tmp_path):
     odd = SpeakerModel("resnet18", SETTINGS, "kiwano", {"params": {"w": np.zeros(3, np.complex64)}})
     with pytest.raises(UserError, match="w is complex64"):
         save_model(tmp_path / "odd.kmq", odd)
+
+
+def _without(tree, name):
+    return {key: value for key, value in tree.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: {**v, "params": _without(v["params"], "head")}, r"tensor params/head/\S+ is missing"),
+        (lambda v: {**v, "params": {**v["params"], "own": np.ones(3)}}, "tensor params/own is none of the network's"),
+        (lambda v: jax.tree.map(lambda x: x[..., None], v), r"tensor \S+ has shape .*, but the network's is"),
+        (lambda v: jax.tree.map(lambda x: np.full_like(x, np.nan), v), r"tensor \S+ holds values that are not finite"),
+        (lambda v: jax.tree.map(lambda x: np.full_like(x, np.inf), v), r"tensor \S+ holds values that are not finite"),
+    ],
+    ids=["missing", "extra", "misshapen", "nan", "inf"],
+)
+def test_weights_that_are_not_the_network_s_are_refused(model, tmp_path, change, message):
+    variables = change(jax.device_get(model.variables))
+    save_model(tmp_path / "a.kmq", SpeakerModel("resnet18", SETTINGS, "kiwano", variables))
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(tmp_path / "a.kmq")
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"width": "x"},
+        {"width": -4},
+        {"width": 10**9},
+        {"blocks": [10**7, 1, 1, 1]},
+        {"blocks": 3},
+        {"blocks": [[1], {}]},
+    ],
+)
+def test_settings_that_make_no_network_are_refused_before_anything_is_allocated(model, tmp_path, settings):
+    save_model(tmp_path / "a.kmq", SpeakerModel("resnet18", {**SETTINGS, **settings}, "kiwano", model.variables))
+    with pytest.raises(UserError, match="a.kmq: "):
+        load_model(tmp_path / "a.kmq")
+
+
+def test_workdirs_that_are_none(tmp_path):
+    for text in ("[]", "{}", '{"model": []}', '{"model": {}}', '{"model": {"name": []}, "frontend": 3}', "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError):
+            load_model(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_fingerprint_holds_shapes_and_axes():
+    weights = np.arange(16, dtype=np.float32).reshape(2, 8)
+    square = {"kernel": np.eye(8, dtype=np.float32)}
+    trees = [{"kernel": kernel} for kernel in (weights, weights.reshape(8, 2), weights.view(np.int32))]
+    trees += [quant.quantize_params(square, quant.QuantSpec(2, axis=axis)) for axis in (0, 1)]
+    found = {fingerprint(SpeakerModel("resnet18", SETTINGS, "kiwano", {"params": tree})) for tree in trees}
+    assert len(found) == 5
+
+
+def test_compiled_programs_are_dropped_once_they_are_many(model, monkeypatch):
+    monkeypatch.setattr(speaker_model, "_MOST_PROGRAMS", 2)
+    speaker_model._programs.clear()
+    speaker_model.embed_batch.clear_cache()
+    first = speaker_model.embed_waves(model, [WAVE])
+    for seconds in (2, 3, 4):
+        speaker_model.embed_waves(model, [np.tile(WAVE, seconds)])
+        assert speaker_model.embed_batch._cache_size() <= 2
+    np.testing.assert_array_equal(speaker_model.embed_waves(model, [WAVE]), first)
+
+
+def test_threads_share_a_model_and_forked_processes_are_told(model):
+    expected = speaker_model.embed_waves(model, [WAVE])
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: speaker_model.embed_waves(model, [WAVE]), range(8)):
+            np.testing.assert_array_equal(found, expected)
+    child = os.fork()
+    if child == 0:
+        try:
+            speaker_model.embed_waves(model, [WAVE])
+        except UserError as error:
+            os._exit(42 if "forked" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
