@@ -1,8 +1,8 @@
 """Bits by layer within a budget, without training: measured once, allocated exactly, for any budget.
 
-How much a tensor's rounding matters is the trace of a Hessian in it: that of one minus the cosine to the full-precision
-embedding, on a few crops of speech. Its damage at so many bits is that trace times the squared error of its k-means
-codebook. The bits of all tensors are then those of the least damage within the budget (HAWQ-V2, see
+How much a tensor's rounding matters is the mean diagonal of a Hessian in it: that of one minus the cosine to the
+full-precision embedding, on a few crops of speech. Its damage at so many bits is half of that times the squared error
+of its k-means codebook. The bits of all tensors are then those of the least damage within the budget (HAWQ-V2, see
 `quant.sensitivity`), and the same figures answer for every budget.
 """
 
@@ -33,7 +33,7 @@ class Sensitivities:
 
     Attributes:
         model: fingerprint of the model that was measured.
-        traces: of the Hessian.
+        traces: of the Hessian, divided by the tensor's elements.
         errors: squared error by bits.
         sizes: bytes of indices and codebooks by bits.
         weights: elements.
@@ -59,15 +59,15 @@ class Sensitivities:
             UserError: something is missing, or is not what it should be.
         """
         try:
-            tables = [
+            errors, sizes = (
                 {name: {int(bits): float(value) for bits, value in row.items()} for name, row in found[key].items()}
                 for key in ("errors", "sizes")
-            ]
+            )
             traces = {name: float(value) for name, value in found["traces"].items()}
             weights = {name: int(value) for name, value in found["weights"].items()}
-            if not set(tables[0]) == set(tables[1]) == set(traces) == set(weights) != set():
+            if not set(errors) == set(sizes) == set(traces) == set(weights) != set():
                 raise KeyError("a tensor")
-            return cls(str(found["model"]), traces, *tables, weights, int(found["rest"]))
+            return cls(str(found["model"]), traces, errors, sizes, weights, int(found["rest"]))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"these are no sensitivities: {error}") from error
 
@@ -110,10 +110,11 @@ def measure(
     params = variables["params"]
     leaves = dict(named_leaves(params))
     errors, sizes = quant.distortions(params, rules, BITS)
-    traces = quant.hessian_traces(loss, params, jax.random.key(0), draws=draws, names=list(errors))
-    rest = sum(
-        np.asarray(leaf).nbytes for name, leaf in named_leaves(variables) if name[len("params/") :] not in errors
-    )
+    whole = quant.hessian_traces(loss, params, jax.random.key(0), draws=draws, names=list(errors))
+    # Rounding errors are spread over a tensor, so what counts is the mean of the diagonal.
+    traces = {name: trace / leaves[name].size for name, trace in whole.items()}
+    kept = [leaf for name, leaf in named_leaves(variables) if name.removeprefix("params/") not in errors]
+    rest = sum(np.asarray(leaf).nbytes for leaf in kept)
     arrays = len(named_leaves(variables)) + 2 * len(errors)
     weights = {name: int(leaves[name].size) for name in errors}
     return Sensitivities(fingerprint, traces, errors, sizes, weights, rest + _HEADER * arrays)
