@@ -30,7 +30,7 @@ def thin(enrol: np.ndarray, test: np.ndarray, uses: int, seed: int = 0) -> np.nd
 
 def compare(options: LazyBench) -> Figures:
     """Times both sides in turns, after one round that is not counted."""
-    cascade = load_cascade(options.cascade, options.compute)
+    cascade = load_cascade(options.cascade, options.compute, options.engine)
     reference = load_model(options.reference) if options.reference else cascade.model_at(len(cascade.policy.bits) - 1)
     table = source.open_source(options.data)
     whole = trials.open_trials(options.trials, table)
@@ -39,19 +39,32 @@ def compare(options: LazyBench) -> Figures:
     enrol, test = (np.searchsorted(used, side[rows]).astype(np.int32) for side in (whole.enrol, whole.test))
     utterances = table.select(used)
     pairs = trials.Trials(enrol, test, whole.label[rows], whole.names, whole.enrol_name[rows], whole.test_name[rows])
-    seconds: dict[str, list[float]] = {"cascade": [], "full precision": []}
+    beside = load_model(options.beside) if options.beside else None
+    seconds: dict[str, list[float]] = {"cascade": [], "full precision": [], "beside": []}
     for counted in [False] + [True] * options.repeats:
         start = time.perf_counter()
         lazy = cascade.score(utterances, pairs)
         outcome = run(cascade.policy, lazy.scores, enrol, test)
         middle = time.perf_counter()
-        embeddings = embed_all(reference, utterances)
+        embeddings = embed_all(reference, utterances, engine=options.engine)
         full = cosine_scores(embeddings, embeddings, enrol, test)
+        end = time.perf_counter()
+        if beside is not None:
+            embeddings = embed_all(beside, utterances, engine=options.engine)
+            plain = cosine_scores(embeddings, embeddings, enrol, test)
         if counted:
             seconds["cascade"].append(middle - start)
-            seconds["full precision"].append(time.perf_counter() - middle)
+            seconds["full precision"].append(end - middle)
+            seconds["beside"].append(time.perf_counter() - end)
     median = {name: float(np.median(times)) for name, times in seconds.items()}
     right = (full >= cascade.policy.threshold) == pairs.label
+    more: Figures = {}
+    if beside is not None:
+        more["beside"] = options.beside
+        more["beside_seconds"] = median["beside"]
+        more["beside_ratio"] = median["beside"] / median["full precision"]
+        # Near full precision its scores are on the same scale, so that the threshold is the same.
+        more["beside_harmful_flips"] = int((right & ((plain >= cascade.policy.threshold) != pairs.label)).sum())
     wrong = outcome.accept != pairs.label
     return {
         "trials": len(rows),
@@ -62,6 +75,7 @@ def compare(options: LazyBench) -> Figures:
         "full_precision_seconds": median["full precision"],
         "ratio": median["cascade"] / median["full precision"],
         "harmful_flips": int((right & wrong).sum()),
+        **more,
         **cascade.costs(),
     }
 
@@ -75,5 +89,13 @@ def main(options: LazyBench) -> None:
         f"cascade (below the last level {options.compute}) {found['cascade_seconds']:.1f} s, full precision for all "
         f"{found['full_precision_seconds']:.1f} s: {found['ratio']:.3f}; harmful flips: {found['harmful_flips']}"
     )
+    if options.beside:
+        print(
+            f"{options.beside} for all {found['beside_seconds']:.1f} s: {found['beside_ratio']:.3f}; "
+            f"harmful flips at the same threshold: {found['beside_harmful_flips']}"
+        )
     if options.json:
-        write_json(options.json, {"data": options.data, "uses": options.uses, "compute": options.compute, **found})
+        write_json(
+            options.json,
+            {"data": options.data, "uses": options.uses, "compute": options.compute, "engine": options.engine, **found},
+        )

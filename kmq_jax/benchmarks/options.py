@@ -7,7 +7,7 @@ from typing import Literal
 from kmq_jax.cascade.options import BOUNDS, OBJECTIVES
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import Options, option
-from kmq_jax.scoring.options import Compute
+from kmq_jax.scoring.options import Compute, Engine
 
 PEERS = ("onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8")
 """Runtimes that extraction is compared with, as `benchmarks.peers.PEERS` has them."""
@@ -247,7 +247,15 @@ class LazyBench(Rounds):
     data: str = option("recordings: any DATA form", metavar="DATA")
     trials: str = option("trial list, or synthetic:SPLIT", metavar="TRIALS")
     uses: int = option("trials that a recording takes part in at most; 0: all", 1, at_least=0)
-    compute: Compute = option("arithmetic below the last level", "bfloat16")
+    compute: Compute = option("arithmetic below the last level; bfloat16 is JAX's", "bfloat16")
+    engine: Engine = option("what runs all networks", "jax")
+    beside: str | None = option("one more MODEL, such as one with integer activations, for all", None, metavar="MODEL")
+
+    def __post_init__(self) -> None:
+        """See `Options`; also checks what goes together."""
+        super().__post_init__()
+        if self.engine == "onnxruntime" and self.compute != "float32":
+            raise UserError("--engine=onnxruntime needs --compute=float32: integers are the model's own")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kmq_jax.cli.command import Command
 from kmq_jax.cli.flags import options_of
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import Options, option
 from kmq_jax.ptq.options import QuantizeOptions
+
+if TYPE_CHECKING:
+    from kmq_jax.models.speaker_model import SpeakerModel
+    from kmq_jax.quant.types import QuantRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +45,41 @@ def main() -> None:
 
     if options.activations and not files.data:
         raise UserError("--activations needs --data: speech that their ranges are measured on")
+    if options.bits is None and not files.data:
+        raise UserError("--budget and --size need --data: speech that layers are measured on")
     rules, model = rules_of(options), load_model(files.model)
     try:
+        if options.bits is None:
+            rules = _within_budget(files, options, model)
         quantized = quantize_model(model, rules, files.data, biases=options.biases, activations=options.activations)
     except UserError as error:
         raise UserError(f"--model={files.model}: {error}") from error
     save_model(files.out, quantized)
     before, after = quant.size_bytes(model.variables).total, files.out.stat().st_size
     print(f"{files.out}: {after:,} bytes, {before / after:.1f} times smaller than FP32")
+
+
+def _within_budget(files: Files, options: QuantizeOptions, model: "SpeakerModel") -> "list[QuantRule]":
+    """Prints the curve of predicted damage against size, draws it, and gives the rules of the budget."""
+    from kmq_jax.core.files import write_json
+    from kmq_jax.ptq import budget
+    from kmq_jax.ptq.quantize import rules_within
+
+    kept = files.out.with_suffix(".sensitivities.json")
+    rules, found, bits_of = rules_within(model, options, str(files.data), kept)
+    rows = budget.curve(found)
+    taken = {
+        "average_bits": found.average(bits_of),
+        "bytes": found.bytes_of(bits_of),
+        "damage": found.damage(bits_of),
+    }
+    print(f"{'bits':>6} {'MB':>7}  predicted loss of cosine")
+    for row in rows:
+        print(f"{row['average_bits']:6.2f} {row['bytes'] / 1e6:7.2f}  {row['damage']:.4f}")
+    print(f"taken: {taken['average_bits']:.2f} bits, {taken['bytes'] / 1e6:.2f} MB, {taken['damage']:.4f}")
+    budget.plot(rows, taken, files.out.with_suffix(".budget.png"))
+    write_json(
+        files.out.with_suffix(".rules.json"),
+        [{"pattern": f"^{name}$", "bits": bits} for name, bits in bits_of.items()],
+    )
+    return rules

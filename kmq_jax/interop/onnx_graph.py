@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.models.onnx_export import Node, Onnx, require_onnx
+from kmq_jax.models.onnx_export import Node, require_onnx
 
 _LARGEST_RESULT = 1 << 26  # elements that a node may compute
 

@@ -29,7 +29,7 @@ Engine = Literal["auto", "jax", "onnxruntime"]
 ENGINES = ("auto", "jax", "onnxruntime")
 LONG = 60.0
 """Seconds from which a recording is embedded in chunks."""
-_CHUNK = 3000  # frames
+_CHUNK = 1500  # frames
 _FORM = 1  # of the converted files; another number makes kept ones stale
 
 

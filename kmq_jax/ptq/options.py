@@ -12,7 +12,9 @@ from kmq_jax.core.options import Options, option, shown
 class QuantizeOptions(Options):
     """Which tensors are quantized, and to how many bits."""
 
-    bits: int = option("bits an index", at_least=1, at_most=8)
+    bits: int | None = option("bits an index, 1 to 8; or give `budget` or `size`", None, at_least=1, at_most=8)
+    budget: float | None = option("bits an index on average; layers get what they need; needs DATA", None, above=0)
+    size: str | None = option("or the file's size, such as 2MB; needs DATA", None, metavar="BYTES")
     granularity: Literal["channel", "tensor"] = option("what has a codebook of its own", "channel")
     levels: Literal["kmeans", "uniform", "minmax", "powers"] = option(
         "where levels may lie: anywhere; evenly, scale and offset fitted; evenly over the weights' range; at powers of "
@@ -34,5 +36,9 @@ class QuantizeOptions(Options):
         super().__post_init__()
         if self.activations not in (None, 8):
             raise UserError(f"`activations` (={self.activations}) must be 8, or left out")
-        if any(bits >= self.bits for bits in self.nested):
+        if sum(given is not None for given in (self.bits, self.budget, self.size)) != 1:
+            raise UserError("one of --bits, --budget and --size is needed")
+        if self.nested and self.bits is None:
+            raise UserError(f"`nested` (={shown(self.nested)}) needs `bits`")
+        if any(bits >= (self.bits or 0) for bits in self.nested):
             raise UserError(f"`nested` (={shown(self.nested)}) must be below `bits` (={self.bits})")

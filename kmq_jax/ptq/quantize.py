@@ -2,17 +2,19 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import read_json
+from kmq_jax.core.files import read_json, write_json
 from kmq_jax.core.tree import Leaf, Params, map_named, named_leaves
 from kmq_jax.data import source
-from kmq_jax.models.speaker_model import SpeakerModel, frontend_of
+from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, frontend_of
 from kmq_jax.ptq import activations as ranges
+from kmq_jax.ptq import budget
 from kmq_jax.ptq.fit import fit, patterned
 from kmq_jax.ptq.moments import random_features
 from kmq_jax.ptq.options import QuantizeOptions
@@ -93,10 +95,46 @@ def rules_of(options: QuantizeOptions) -> list[quant.QuantRule]:
     >>> [rule.pattern for rule in rules_of(QuantizeOptions(bits=2, skip=("^stem/",)))]
     ['^stem/', '/kernel$']
     """
-    spec = quant.QuantSpec(options.bits, granularity=options.granularity, coarse=options.nested, levels=options.levels)
+    spec = quant.QuantSpec(
+        options.bits or 8, granularity=options.granularity, coarse=options.nested, levels=options.levels
+    )
     rules = [quant.QuantRule(pattern, None) for pattern in options.skip]
     rules += [_rule(entry, spec, str(options.rules)) for entry in _listed(options)]
     return [*rules, quant.QuantRule(r"/kernel$", spec)]
+
+
+def rules_within(
+    model: SpeakerModel, options: QuantizeOptions, data: str, kept: Path, crops: int = CROPS
+) -> tuple[list[quant.QuantRule], budget.Sensitivities, dict[str, int]]:
+    """The rules that keep to a budget.
+
+    Args:
+        model: in full precision.
+        options: with a budget or a size.
+        data: as in `quantize_model`.
+        kept: JSON of sensitivities: read where it is of this model, else measured and written. Another budget then
+            needs no measurement.
+        crops: how many crops.
+
+    Returns:
+        The rules, what was measured, and the bits of each tensor.
+
+    Raises:
+        UserError: even the fewest bits exceed the budget, or the data cannot be read.
+    """
+    size = budget.bytes_from(options.size) if options.size else None
+    rules, mark = rules_of(options), fingerprint(model)
+    found = None
+    if kept.is_file():
+        found = budget.Sensitivities.from_json(read_json(kept))
+    if found is None or found.model != mark:
+        features = random_features(frontend_of(model.frontend), source.open_sources(data), crops, SECONDS)
+        found = budget.measure(model, mark, rules, features)
+        write_json(kept, found.to_json())
+    bits_of = budget.allocate(found, options.budget, size)
+    spec = quant.QuantSpec(8, granularity=options.granularity)
+    fixed = [quant.QuantRule(pattern, None) for pattern in options.skip]
+    return [*fixed, *quant.rules_of(bits_of, spec)], found, bits_of
 
 
 def _listed(options: QuantizeOptions) -> list[object]:

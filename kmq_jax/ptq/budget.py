@@ -1,0 +1,189 @@
+"""Bits by layer within a budget, without training: measured once, allocated exactly, for any budget.
+
+How much a tensor's rounding matters is the mean diagonal of a Hessian in it: that of one minus the cosine to the
+full-precision embedding, on a few crops of speech. Its damage at so many bits is half of that times the squared error
+of its k-means codebook. The bits of all tensors are then those of the least damage within the budget (HAWQ-V2, see
+`quant.sensitivity`), and the same figures answer for every budget.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kmq_jax import quant
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import Json, Row, atomic_write
+from kmq_jax.core.tree import Params, named_leaves
+from kmq_jax.models.speaker_model import SpeakerModel
+
+BITS = (2, 3, 4, 5, 6)
+"""What a tensor may get."""
+_CROPS = 8
+_DRAWS = 8
+_HEADER = 256  # bytes that a file takes for an array's name, type and place
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivities:
+    """What an allocation needs to know of each tensor, by name.
+
+    Attributes:
+        model: fingerprint of the model that was measured.
+        traces: of the Hessian, divided by the tensor's elements.
+        errors: squared error by bits.
+        sizes: bytes of indices and codebooks by bits.
+        weights: elements.
+        rest: bytes of everything that is not quantized.
+    """
+
+    model: str
+    traces: Mapping[str, float]
+    errors: Mapping[str, Mapping[int, float]]
+    sizes: Mapping[str, Mapping[int, float]]
+    weights: Mapping[str, int]
+    rest: int
+
+    def to_json(self) -> Json:
+        """As JSON holds it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, found: Row) -> "Sensitivities":
+        """From JSON.
+
+        Raises:
+            UserError: something is missing, or is not what it should be.
+        """
+        try:
+            errors, sizes = (
+                {name: {int(bits): float(value) for bits, value in row.items()} for name, row in found[key].items()}
+                for key in ("errors", "sizes")
+            )
+            traces = {name: float(value) for name, value in found["traces"].items()}
+            weights = {name: int(value) for name, value in found["weights"].items()}
+            if not set(errors) == set(sizes) == set(traces) == set(weights) != set():
+                raise KeyError("a tensor")
+            return cls(str(found["model"]), traces, errors, sizes, weights, int(found["rest"]))
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"these are no sensitivities: {error}") from error
+
+    def damage(self, bits_of: Mapping[str, int]) -> float:
+        """The predicted loss of cosine."""
+        return sum(max(self.traces[name], 0.0) * self.errors[name][bits] for name, bits in bits_of.items()) / 2
+
+    def bytes_of(self, bits_of: Mapping[str, int]) -> int:
+        """Bytes of the file."""
+        return self.rest + round(sum(self.sizes[name][bits] for name, bits in bits_of.items()))
+
+    def average(self, bits_of: Mapping[str, int]) -> float:
+        """Bits of an index, on average over the weights."""
+        return sum(bits * self.weights[name] for name, bits in bits_of.items()) / sum(self.weights.values())
+
+
+def measure(
+    model: SpeakerModel, fingerprint: str, rules: quant.transform.Rules, features: jax.Array, draws: int = _DRAWS
+) -> Sensitivities:
+    """Measures every tensor that rules quantize.
+
+    Args:
+        model: in full precision.
+        fingerprint: the model's.
+        rules: which tensors; the bits in them do not matter.
+        features: `[batch, time, mel]`; the first crops are used.
+        draws: random vectors that traces are estimated by.
+    """
+    network = model.network().without_remat()
+    crops = features[:_CROPS]
+    variables = model.variables
+    exact = network.apply(variables, crops, train=False)
+    exact = exact / jnp.linalg.norm(exact, axis=1, keepdims=True)
+
+    def loss(params: Params) -> jax.Array:
+        embeddings = network.apply({**variables, "params": params}, crops, train=False)
+        norms = jnp.linalg.norm(embeddings, axis=1)
+        return jnp.mean(1 - jnp.sum(embeddings * exact, axis=1) / norms)
+
+    params = variables["params"]
+    leaves = dict(named_leaves(params))
+    errors, sizes = quant.distortions(params, rules, BITS)
+    whole = quant.hessian_traces(loss, params, jax.random.key(0), draws=draws, names=list(errors))
+    # Rounding errors are spread over a tensor, so what counts is the mean of the diagonal.
+    traces = {name: trace / leaves[name].size for name, trace in whole.items()}
+    kept = [leaf for name, leaf in named_leaves(variables) if name.removeprefix("params/") not in errors]
+    rest = sum(np.asarray(leaf).nbytes for leaf in kept)
+    arrays = len(named_leaves(variables)) + 2 * len(errors)
+    weights = {name: int(leaves[name].size) for name in errors}
+    return Sensitivities(fingerprint, traces, errors, sizes, weights, rest + _HEADER * arrays)
+
+
+def allocate(found: Sensitivities, average: float | None = None, size: int | None = None) -> dict[str, int]:
+    """The bits of each tensor, of the least predicted damage.
+
+    Args:
+        found: from `measure`.
+        average: bits of an index, on average over the weights.
+        size: or else bytes of the file.
+
+    Raises:
+        UserError: even the fewest bits exceed the budget.
+    """
+    if size is not None:
+        return quant.allocate(found.traces, found.errors, found.sizes, size - found.rest)
+    assert average is not None
+    indices = {name: {bits: bits * found.weights[name] / 8 for bits in row} for name, row in found.sizes.items()}
+    budget = average * sum(found.weights.values()) / 8
+    return quant.allocate(found.traces, found.errors, indices, budget)
+
+
+def curve(found: Sensitivities, points: int = 17) -> list[Json]:
+    """The whole range of budgets: `average_bits`, `bytes` and `damage` of each, ascending."""
+    bits = sorted(next(iter(found.errors.values())))
+    rows = []
+    for average in np.linspace(bits[0], bits[-1], points):
+        chosen = allocate(found, average=float(average))
+        rows.append(
+            {
+                "average_bits": found.average(chosen),
+                "bytes": found.bytes_of(chosen),
+                "damage": found.damage(chosen),
+            }
+        )
+    return rows
+
+
+def plot(rows: list[Json], chosen: Json, path: Path) -> None:
+    """Draws predicted damage against size, and the allocation that was taken."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([row["bytes"] / 1e6 for row in rows], [row["damage"] for row in rows], marker=".")
+    axes.plot([chosen["bytes"] / 1e6], [chosen["damage"]], marker="o")
+    axes.set(xlabel="file, MB", ylabel="predicted loss of cosine", yscale="log")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def bytes_from(text: str) -> int:
+    """A size such as "2MB", "900kB" or "1500000", in bytes.
+
+    >>> bytes_from("1.8MB"), bytes_from("900kB"), bytes_from("1500000")
+    (1800000, 900000, 1500000)
+
+    Raises:
+        UserError: it is no size.
+    """
+    for suffix, unit in (("MB", 1e6), ("kB", 1e3), ("KB", 1e3), ("B", 1.0), ("", 1.0)):
+        if text.endswith(suffix):
+            try:
+                size = int(float(text.removesuffix(suffix)) * unit)
+            except (ValueError, OverflowError):
+                break
+            if size > 0:
+                return size
+            break
+    raise UserError(f"`size` (={text}) must be a number of bytes, such as 2MB")

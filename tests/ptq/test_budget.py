@@ -1,0 +1,89 @@
+"""Bits by layer within a budget: predictions beside what happens, exactness, files and mistakes."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from kmq_jax import quant
+from kmq_jax.core.errors import UserError
+from kmq_jax.models import registry
+from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, save_model
+from kmq_jax.ptq import budget, quantize
+from kmq_jax.ptq.options import QuantizeOptions
+
+SETTINGS = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8, "norm": "bias"}
+DATA = "synthetic:train?speakers=4&utterances=2"
+
+
+@pytest.fixture(scope="module")
+def measured():
+    network = registry.build("wespeaker_resnet34", **SETTINGS)
+    model = SpeakerModel("wespeaker_resnet34", SETTINGS, "wespeaker", registry.initialize(network, jax.random.key(0)))
+    features = np.random.default_rng(0).normal(size=(4, 60, 80)).astype(np.float32)
+    return model, budget.measure(model, fingerprint(model), {"/kernel$": 4}, features, draws=4)
+
+
+def test_the_budget_is_kept_and_nothing_better_fits(measured):
+    _, found = measured
+    for average in (2.0, 2.5, 3.7, 6.0):
+        chosen = budget.allocate(found, average=average)
+        assert found.average(chosen) <= average + 1e-9
+    few = ["stem/conv/kernel", "stage4/block0/conv2/kernel", "head/linear/kernel"]
+
+    def cut(table):
+        return {name: table[name] for name in few}
+
+    small = budget.Sensitivities("", *map(cut, (found.traces, found.errors, found.sizes, found.weights)), 100)
+    chosen = budget.allocate(small, average=3.0)
+    every = [dict(zip(few, bits)) for bits in itertools.product(budget.BITS, repeat=3)]
+    best = min(small.damage(bits_of) for bits_of in every if small.average(bits_of) <= 3)
+    assert small.damage(chosen) == pytest.approx(best)
+
+
+def test_the_curve_falls_and_what_is_predicted_is_near_what_happens(measured):
+    model, found = measured
+    rows = budget.curve(found, points=5)
+    assert all(a["bytes"] <= b["bytes"] and a["damage"] >= b["damage"] for a, b in itertools.pairwise(rows))
+    features = np.random.default_rng(0).normal(size=(4, 60, 80)).astype(np.float32)
+    exact = np.asarray(model.network().apply(model.variables, features))
+    chosen = budget.allocate(found, average=5.0)
+    params = quant.quantize_params(model.variables["params"], quant.rules_of(chosen, quant.QuantSpec(8)))
+    given = np.asarray(model.network().apply({"params": quant.dequantize_params(params)}, features))
+    cosine = np.sum(exact * given, 1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(given, axis=1)
+    assert 0.2 < np.mean(1 - cosine) / found.damage(chosen) < 5
+
+
+def test_a_size_is_kept_by_the_file(measured, tmp_path):
+    model, found = measured
+    size = found.rest + 40_000
+    chosen = budget.allocate(found, size=size)
+    rules = quant.rules_of(chosen, quant.QuantSpec(8))
+    save_model(tmp_path / "a.kmq", quantize.quantize_model(model, rules))
+    assert 0.7 * size < (tmp_path / "a.kmq").stat().st_size <= size
+
+
+def test_another_budget_measures_nothing_again(measured, tmp_path, monkeypatch):
+    model, found = measured
+    kept = tmp_path / "s.json"
+    kept.write_text(json.dumps(found.to_json()))
+    monkeypatch.setattr(budget, "measure", None)
+    rules, again, bits_of = quantize.rules_within(model, QuantizeOptions(budget=3.0), DATA, kept)
+    assert again == found
+    assert bits_of == budget.allocate(found, average=3.0)
+    assert {rule.spec.bits for rule in rules} == set(bits_of.values())
+
+
+def test_mistakes(measured):
+    _, found = measured
+    with pytest.raises(UserError, match="too small"):
+        budget.allocate(found, size=found.rest + 10)
+    with pytest.raises(UserError, match="size"):
+        budget.bytes_from("two")
+    with pytest.raises(UserError, match="no sensitivities"):
+        budget.Sensitivities.from_json({"model": "x", "traces": {}})
+    for given in ({}, {"bits": 2, "budget": 2.5}, {"budget": 2.5, "nested": (2,)}):
+        with pytest.raises(UserError):
+            QuantizeOptions(**given)
