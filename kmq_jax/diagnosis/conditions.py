@@ -13,35 +13,19 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, Row
-from kmq_jax.core.options import Options, option
 from kmq_jax.data import source
 from kmq_jax.data.trials import open_trials
 from kmq_jax.diagnosis import degrade, scores
 from kmq_jax.diagnosis.networks import Networks
-from kmq_jax.diagnosis.options import DiagnosisOptions
+from kmq_jax.diagnosis.options import ConditionOptions, DiagnosisOptions
 from kmq_jax.diagnosis.resample import SpeakerDraws
 from kmq_jax.diagnosis.run import load_at, used_only
 from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
 from kmq_jax.metrics.detection import Array, eer, min_dcf
 from kmq_jax.models.speaker_model import fingerprint, load_model
-from kmq_jax.scoring.options import Compute
 
-STANDARD = ("first=5", "first=3", "first=2", "first=1", "telephone", "noise=15", "noise=5", "codec=ulaw", "codec=opus")
 LOSSES = ("eer", "min_dcf", "harmful_flip_rate", "mean_abs_drift")
 """What a network at few bits loses against full precision, by name; the EER and the flips in percent."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConditionOptions(Options):
-    """Which conditions, and how they are measured."""
-
-    conditions: tuple[str, ...] = option(
-        f"a condition beside whole recordings: {degrade.FORMS}; repeatable", STANDARD, flag="condition", repeat=True
-    )
-    noise: str | None = option("DATA of noise clips; left out: conditions of noise are, too", None, metavar="DATA")
-    replicates: int = option("draws of speakers for intervals; 0: no intervals", 1000, at_least=0)
-    seed: int = option("of the draws and of the noise", 0, at_least=0)
-    compute: Compute = option("the networks' arithmetic", "float32")
 
 
 @dataclass(frozen=True, eq=False)
