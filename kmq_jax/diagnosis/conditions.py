@@ -143,7 +143,8 @@ def losses_of(scored: scores.ScoredTrials, threshold: float, replicates: int, se
     boots = (
         [speaker_bootstrap(row, scored.labels, *speakers, replicates, seed) for row in systems] if replicates else []
     )
-    whole = all(len(one.eer) == replicates for one in boots)  # else draws of two conditions would not be pairs
+    # Draws without a class of trials are left out: the same ones for every network and condition.
+    enough = bool(boots) and len(boots[0].eer) >= 0.9 * replicates
     draws = SpeakerDraws(*speakers, replicates, seed) if replicates else None
     weights = draws.sums(np.ones(len(scored.labels))) if draws else None
     result = {}
@@ -160,7 +161,7 @@ def losses_of(scored: scores.ScoredTrials, threshold: float, replicates: int, se
             share = np.where(weights > 0, weights, np.nan)
             drawn["harmful_flip_rate"] = 100 * draws.sums(flips.harmful[m].astype(float)) / share
             drawn["mean_abs_drift"] = draws.sums(drift) / share
-            if whole:
+            if enough:
                 drawn["eer"] = 100 * (boots[m + 1].eer - boots[0].eer)
                 drawn["min_dcf"] = boots[m + 1].min_dcf - boots[0].min_dcf
         result[bits] = Losses(own, drawn)
