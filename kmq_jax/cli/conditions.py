@@ -6,7 +6,7 @@ from pathlib import Path
 from kmq_jax.cli.command import Command
 from kmq_jax.cli.flags import options_of
 from kmq_jax.core.options import Options, option
-from kmq_jax.diagnosis.conditions import ConditionOptions
+from kmq_jax.diagnosis.options import ConditionOptions
 
 
 @dataclass(frozen=True, kw_only=True)

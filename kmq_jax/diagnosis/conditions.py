@@ -13,35 +13,19 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, Row
-from kmq_jax.core.options import Options, option
 from kmq_jax.data import source
 from kmq_jax.data.trials import open_trials
 from kmq_jax.diagnosis import degrade, scores
 from kmq_jax.diagnosis.networks import Networks
-from kmq_jax.diagnosis.options import DiagnosisOptions
+from kmq_jax.diagnosis.options import ConditionOptions, DiagnosisOptions
 from kmq_jax.diagnosis.resample import SpeakerDraws
 from kmq_jax.diagnosis.run import load_at, used_only
 from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
 from kmq_jax.metrics.detection import Array, eer, min_dcf
 from kmq_jax.models.speaker_model import fingerprint, load_model
-from kmq_jax.scoring.options import Compute
 
-STANDARD = ("first=5", "first=3", "first=2", "first=1", "telephone", "noise=15", "noise=5", "codec=ulaw", "codec=opus")
 LOSSES = ("eer", "min_dcf", "harmful_flip_rate", "mean_abs_drift")
 """What a network at few bits loses against full precision, by name; the EER and the flips in percent."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConditionOptions(Options):
-    """Which conditions, and how they are measured."""
-
-    conditions: tuple[str, ...] = option(
-        f"a condition beside whole recordings: {degrade.FORMS}; repeatable", STANDARD, flag="condition", repeat=True
-    )
-    noise: str | None = option("DATA of noise clips; left out: conditions of noise are, too", None, metavar="DATA")
-    replicates: int = option("draws of speakers for intervals; 0: no intervals", 1000, at_least=0)
-    seed: int = option("of the draws and of the noise", 0, at_least=0)
-    compute: Compute = option("the networks' arithmetic", "float32")
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +143,8 @@ def losses_of(scored: scores.ScoredTrials, threshold: float, replicates: int, se
     boots = (
         [speaker_bootstrap(row, scored.labels, *speakers, replicates, seed) for row in systems] if replicates else []
     )
-    whole = all(len(one.eer) == replicates for one in boots)  # else draws of two conditions would not be pairs
+    # Draws without a class of trials are left out: the same ones for every network and condition.
+    enough = bool(boots) and len(boots[0].eer) >= 0.9 * replicates
     draws = SpeakerDraws(*speakers, replicates, seed) if replicates else None
     weights = draws.sums(np.ones(len(scored.labels))) if draws else None
     result = {}
@@ -176,7 +161,7 @@ def losses_of(scored: scores.ScoredTrials, threshold: float, replicates: int, se
             share = np.where(weights > 0, weights, np.nan)
             drawn["harmful_flip_rate"] = 100 * draws.sums(flips.harmful[m].astype(float)) / share
             drawn["mean_abs_drift"] = draws.sums(drift) / share
-            if whole:
+            if enough:
                 drawn["eer"] = 100 * (boots[m + 1].eer - boots[0].eer)
                 drawn["min_dcf"] = boots[m + 1].min_dcf - boots[0].min_dcf
         result[bits] = Losses(own, drawn)

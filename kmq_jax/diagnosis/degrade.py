@@ -12,8 +12,8 @@ from scipy import signal
 from kmq_jax.core.errors import UserError
 from kmq_jax.data import audio
 from kmq_jax.data.source import SAMPLE_RATE, Utterances
+from kmq_jax.diagnosis.options import CONDITIONS
 
-FORMS = "whole, first=SECONDS, telephone, noise=DB or codec=NAME"
 TELEPHONE_RATE = 8000
 TELEPHONE_BAND = (300.0, 3400.0)  # Hz, of ITU-T G.711's telephone channel
 CODECS = {  # container, coding and sample rate, as libsndfile names them
@@ -82,7 +82,7 @@ def parse_condition(text: str) -> Condition:
         value = float("nan")
     if (kind == "first" and audio.MIN_SECONDS <= value <= audio.MAX_SECONDS) or (kind == "noise" and abs(value) <= 100):
         return Condition(kind, value)
-    raise UserError(f"condition {text!r} must be {FORMS}; NAME is one of {', '.join(CODECS)}")
+    raise UserError(f"condition {text!r} must be {CONDITIONS}; NAME is one of {', '.join(CODECS)}")
 
 
 def telephone(wave: np.ndarray) -> np.ndarray:

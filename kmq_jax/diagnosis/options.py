@@ -8,6 +8,20 @@ from typing import Literal
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import Options, option
 
+CONDITIONS = "whole, first=SECONDS, telephone, noise=DB or codec=NAME"
+"""The forms of a condition that recordings are compared under (`diagnosis.degrade`)."""
+STANDARD_CONDITIONS = (
+    "first=5",
+    "first=3",
+    "first=2",
+    "first=1",
+    "telephone",
+    "noise=15",
+    "noise=5",
+    "codec=ulaw",
+    "codec=opus",
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiagnosisOptions(Options):
@@ -55,3 +69,19 @@ class DiagnosisOptions(Options):
         edges = self.margin_edges
         if any(low >= high for low, high in itertools.pairwise(edges)) or not all(map(math.isfinite, edges)):
             raise UserError(f"`margin_edges` (={','.join(map(str, edges))}) must ascend from above zero")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConditionOptions(Options):
+    """Which conditions, and how they are measured."""
+
+    conditions: tuple[str, ...] = option(
+        f"a condition beside whole recordings: {CONDITIONS}; repeatable",
+        STANDARD_CONDITIONS,
+        flag="condition",
+        repeat=True,
+    )
+    noise: str | None = option("DATA of noise clips; left out: conditions of noise are, too", None, metavar="DATA")
+    replicates: int = option("draws of speakers for intervals; 0: no intervals", 1000, at_least=0)
+    seed: int = option("of the draws and of the noise", 0, at_least=0)
+    compute: Literal["float32", "bfloat16"] = option("the networks' arithmetic", "float32")
