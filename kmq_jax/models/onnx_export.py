@@ -260,7 +260,7 @@ class _Graph:
     def cast(self, x: str, dtype: str) -> str:
         return self.node("Cast", x, to=getattr(self._onnx.TensorProto, dtype))
 
-    def affine(self, name: str) -> Affine | None:
+    def affine(self, name: str, epsilon: float = BatchNorm.epsilon) -> Affine | None:
         """Slope and shift of the batch normalisation `name` in evaluation; None where the network has none there."""
         measured = f"{name}/mean" in self._statistics
         if f"{name}/scale" in self._leaves:
@@ -272,7 +272,7 @@ class _Graph:
         else:
             return None
         if measured:
-            slope = slope / np.sqrt(self._statistics[f"{name}/var"].astype(np.float64) + BatchNorm.epsilon)
+            slope = slope / np.sqrt(self._statistics[f"{name}/var"].astype(np.float64) + epsilon)
             shift = shift - self._statistics[f"{name}/mean"] * slope
         return slope, shift
 
@@ -448,9 +448,21 @@ class _Graph:
         bias = self.bias(layer, None)
         return y if bias is None else self.node("Add", y, bias)
 
-    def scale_and_shift(self, x: str, norm: str, ndim: int) -> str:
+    def parameter(self, name: str) -> str:
+        """A parameter in its own layout."""
+        leaf = self._leaves[name]
+        if is_codebook_tensor(leaf):
+            return self.dequantize(name, leaf, tuple(range(leaf.ndim)))
+        return self.array(name, leaf, np.float32)
+
+    def layer_norm(self, x: str, norm: str, epsilon: float) -> str:
+        """A normalisation over the last axis."""
+        given = [self.parameter(f"{norm}/{leaf}") for leaf in ("scale", "bias")]
+        return self.node("LayerNormalization", x, *given, axis=-1, epsilon=epsilon)
+
+    def scale_and_shift(self, x: str, norm: str, ndim: int, epsilon: float = BatchNorm.epsilon) -> str:
         """A batch normalisation that no layer precedes; channels are axis 1."""
-        affine = self.affine(norm)
+        affine = self.affine(norm, epsilon)
         if affine is None:
             return x
         slope, shift = (value.reshape(1, -1, *[1] * (ndim - 2)) for value in affine)

@@ -223,8 +223,14 @@ class GraphBuilder(Protocol):
     def linear_frames(self, x: str, layer: str) -> str:
         """A linear layer on `[batch, time, in]`."""
 
-    def scale_and_shift(self, x: str, norm: str, ndim: int) -> str:
+    def scale_and_shift(self, x: str, norm: str, ndim: int, epsilon: float = ...) -> str:
         """A batch normalisation, of `ndim` axes, that follows no layer directly."""
+
+    def layer_norm(self, x: str, norm: str, epsilon: float) -> str:
+        """A normalisation over the last axis."""
+
+    def parameter(self, name: str) -> str:
+        """A parameter in its own layout."""
 
     def activation(self, x: str, function: Callable[[jax.Array], jax.Array]) -> str:
         """One of `nn.relu`, `nn.silu`, `nn.sigmoid` and `nn.tanh`."""
@@ -252,6 +258,12 @@ class GraphBuilder(Protocol):
 
     def integers(self, *values: int) -> str:
         """A constant of int64 numbers."""
+
+    def number(self, value: float) -> str:
+        """A constant float32 scalar."""
+
+    def cast(self, x: str, dtype: str) -> str:
+        """Casts to a type by its ONNX name, such as "FLOAT"."""
 
     def has(self, module: str) -> bool:
         """Whether the network has parameters below `module`."""

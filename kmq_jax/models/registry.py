@@ -16,7 +16,9 @@ from kmq_jax.core.tree import Variables, map_named, named_leaves
 from kmq_jax.models import walk
 from kmq_jax.models.campplus import CamPlusPlus
 from kmq_jax.models.protocol import SpeakerNetwork
+from kmq_jax.models.redimnet import TABLES, ReDimNet
 from kmq_jax.models.resnet import SMOKE, kiwano, wespeaker
+from kmq_jax.models.tdnn import SPEECHBRAIN, Ecapa, Xvector
 from kmq_jax.nn.layers import KAIMING_NORMAL, TORCH_DEFAULT, BatchNorm
 
 Factory = Callable[..., SpeakerNetwork]
@@ -282,7 +284,20 @@ def _register_resnets() -> None:
         register(name, wespeaker, fixed=fixed, defaults=defaults, smoke=SMOKE)
 
 
+def _register_tdnns() -> None:
+    tiny = {"width": 16, "aggregated": 16, "embedding_size": 32}
+    for width in (512, 1024):
+        register(f"ecapa_c{width}", Ecapa, defaults={"width": width}, smoke=tiny)
+        defaults = {"width": width, "aggregated": 3 * width, "layout": SPEECHBRAIN}
+        register(f"ecapa_speechbrain_c{width}", Ecapa, defaults=defaults, smoke=tiny)
+    for name, table in TABLES.items():
+        tiny_stages = {"features": 16, "width": 4, "stages": ((1, 1, 2, 0), (2, 1, 1, 8)), "group_divisor": 2}
+        register(name, ReDimNet, defaults=table, smoke={**tiny_stages, "embedding_size": 32})
+    register("xvector", Xvector, smoke={"width": 16, "pooled": 32, "embedding_size": 32})
+
+
 _register_resnets()
+_register_tdnns()
 register(
     "campplus",
     CamPlusPlus,

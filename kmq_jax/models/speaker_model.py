@@ -29,7 +29,13 @@ from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.engine import Engine, OnnxModel, chosen, kept_file
 from kmq_jax.models.protocol import SpeakerNetwork
 
-FRONTENDS = {"kiwano": frontend.KIWANO, "wespeaker": frontend.WESPEAKER, "3dspeaker": frontend.SPEAKER3D}
+FRONTENDS = {
+    "kiwano": frontend.KIWANO,
+    "wespeaker": frontend.WESPEAKER,
+    "3dspeaker": frontend.SPEAKER3D,
+    "wespeaker60": dataclasses.replace(frontend.WESPEAKER, num_mel_bins=60),
+    "wespeaker72": dataclasses.replace(frontend.WESPEAKER, num_mel_bins=72),
+}
 COMPUTE = ("float32", "bfloat16")
 BATCH_SIZE = 16
 _MOST_PROGRAMS = 128  # compiled programs that are kept; each takes megabytes

@@ -56,6 +56,30 @@ def mask_frames(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return x if mask is None else jnp.where(expand_mask(mask, x), x, 0)
 
 
+def reflect_frames(x: jax.Array, mask: jax.Array | None, pad: int) -> jax.Array:
+    """Mirrors each utterance at its two ends, as PyTorch's padding "reflect": the frame at the end is not repeated.
+
+    Args:
+        x: `[batch, time, channel]`.
+        mask: `[batch, time]`; utterances must be longer than `pad`.
+        pad: frames before and after.
+
+    Returns:
+        `[batch, time + 2 * pad, channel]`; the mirror follows an utterance's last real frame.
+
+    >>> x = jnp.array([[[1.0], [2.0], [3.0], [0.0]]])
+    >>> reflect_frames(x, jnp.array([[True, True, True, False]]), 1).ravel().tolist()
+    [2.0, 1.0, 2.0, 3.0, 2.0, 1.0]
+    """
+    if not pad:
+        return x
+    time = x.shape[1]
+    last = jnp.full((1, 1), time - 1) if mask is None else mask.sum(1, keepdims=True) - 1
+    place = jnp.abs(jnp.arange(-pad, time + pad))[None]
+    place = jnp.clip(jnp.where(place > last, 2 * last - place, place), 0, time - 1)
+    return jnp.take_along_axis(x, jnp.broadcast_to(place, (x.shape[0], time + 2 * pad))[..., None], axis=1)
+
+
 def stride_mask(mask: jax.Array | None, stride: int, lost: int = 0) -> jax.Array | None:
     """The mask after a convolution.
 

@@ -6,13 +6,18 @@ which weights that read such features are imported. Means come first in the outp
 order. Statistics are float32 whatever the compute dtype.
 """
 
+from typing import Any, TypeAlias
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from kmq_jax.nn.layers import dense, expand_mask, mask_frames, mean_frames
+from kmq_jax.nn.layers import TORCH_DEFAULT, BatchNorm, Conv, dense, expand_mask, mask_frames, mean_frames
+
+GraphBuilder: TypeAlias = Any
+"""`models.protocol.GraphBuilder`, which this layer does not import."""
 
 
 def flatten_order(freqs: int, channels: int) -> np.ndarray:
@@ -117,3 +122,94 @@ class AttentiveStatisticsPooling(nn.Module):
         # Equal to sum(w x^2) - mean^2, without its cancellation.
         variance = jnp.sum(weights * jnp.square(frames - mean[:, None, :]), axis=1)
         return jnp.concatenate([mean, jnp.sqrt(jnp.maximum(variance, self.floor))], axis=-1)
+
+
+class ContextPooling(nn.Module):
+    """Attentive statistics pooling whose attention may see the utterance: each frame, its mean and its deviation.
+
+    Weights are the softmax over real frames of `attention2(tanh(attention1(x)))`, or in SpeechBrain's form
+    `attention2(tanh(bn(relu(attention1(x)))))`. Both attentions are 1x1 convolutions with a bias.
+
+    Attributes:
+        hidden: channels between the two.
+        floor: the weighted variance is at least this; so is a biased one of the context, added to an unbiased one.
+        context: whether attention sees mean and deviation of the utterance.
+        normalize: SpeechBrain's form.
+        biased: the deviation of the context is biased.
+        dtype: compute dtype of the attentions.
+
+    References: Desplanques et al., ECAPA-TDNN, 2020.
+    """
+
+    hidden: int
+    floor: float
+    context: bool
+    normalize: bool = False
+    biased: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+        """Maps `[batch, time, channel]` to float32 `[batch, 2 * channel]`."""
+        x = mask_frames(x, mask).astype(jnp.float32)
+        seen = x
+        if self.context:
+            mean = mean_frames(x, mask, (1,))
+            squares = mask_frames(jnp.square(x - mean[:, None]), mask).sum(1)
+            count = jnp.full((1, 1), x.shape[1]) if mask is None else mask.sum(1, keepdims=True)
+            if self.biased:
+                deviation = jnp.sqrt(jnp.maximum(squares / jnp.maximum(count, 1), self.floor))
+            else:
+                deviation = jnp.sqrt(squares / jnp.maximum(count - 1, 1) + self.floor)
+            whole = jnp.concatenate([mean, deviation], axis=-1)[:, None]
+            seen = jnp.concatenate([x, jnp.broadcast_to(whole, (*x.shape[:2], whole.shape[-1]))], axis=-1)
+
+        def pointwise(channels: int, name: str) -> Conv:
+            return Conv(channels, 1, use_bias=True, dtype=self.dtype, kernel_init=TORCH_DEFAULT, name=name)
+
+        hidden = pointwise(self.hidden, "attention1")(seen)
+        if self.normalize:
+            hidden = BatchNorm(self.dtype, name="bn")(nn.relu(hidden), mask, train)
+        logits = pointwise(x.shape[-1], "attention2")(jnp.tanh(hidden)).astype(jnp.float32)
+        if mask is not None:
+            logits = jnp.where(expand_mask(mask, logits), logits, jnp.finfo(jnp.float32).min)
+        weights = nn.softmax(logits, axis=1)
+        mean = jnp.sum(weights * x, axis=1)
+        variance = jnp.sum(weights * jnp.square(x - mean[:, None, :]), axis=1)
+        return jnp.concatenate([mean, jnp.sqrt(jnp.maximum(variance, self.floor))], axis=-1)
+
+    @nn.nowrap
+    def to_onnx(self, graph: GraphBuilder, x: str, at: str) -> str:
+        """Adds the pooling to a graph.
+
+        Args:
+            graph: the graph.
+            x: `[batch, channel, time]`.
+            at: path of the module.
+
+        Returns:
+            `[batch, 2 * channel]`.
+        """
+        seen = x
+        if self.context:
+            mean = graph.node("ReduceMean", x, graph.integers(2), keepdims=1)
+            centred = graph.node("Sub", x, mean)
+            squares = graph.node("ReduceSum", graph.node("Mul", centred, centred), graph.integers(2), keepdims=1)
+            count = graph.node("Shape", x, start=2, end=3)
+            if not self.biased:
+                count = graph.node("Max", graph.node("Sub", count, graph.integers(1)), graph.integers(1))
+            variance = graph.node("Div", squares, graph.cast(count, "FLOAT"))
+            floored = graph.node("Max" if self.biased else "Add", variance, graph.number(self.floor))
+            like = graph.node("Shape", x)
+            whole = [graph.node("Expand", value, like) for value in (mean, graph.node("Sqrt", floored))]
+            seen = graph.node("Concat", x, *whole, axis=1)
+        hidden = graph.conv(seen, f"{at}/attention1")
+        if self.normalize:
+            hidden = graph.scale_and_shift(graph.activation(hidden, nn.relu), f"{at}/bn", 3)
+        weights = graph.node("Softmax", graph.conv(graph.node("Tanh", hidden), f"{at}/attention2"), axis=2)
+        mean = graph.node("ReduceSum", graph.node("Mul", weights, x), graph.integers(2), keepdims=1)
+        centred = graph.node("Sub", x, mean)
+        squares = graph.node("Mul", weights, graph.node("Mul", centred, centred))
+        variance = graph.node("ReduceSum", squares, graph.integers(2), keepdims=0)
+        deviation = graph.node("Sqrt", graph.node("Max", variance, graph.number(self.floor)))
+        return graph.node("Concat", graph.node("Squeeze", mean, graph.integers(2)), deviation, axis=1)

@@ -5,6 +5,11 @@ are rounded by GPTQ, for the inputs that the layers quantized before it give (se
 the mean and deviation that they have in the reference: that map folds into codebook and bias, or into the statistics of
 the batch normalisation that follows (see `moments`). The model keeps its size.
 
+Where normalisations stand before convolutions, or behind activations, they cannot be folded backwards, and no
+convolution has a bias. There every normalisation gets the statistics by which its outputs have the moments of the
+reference's. It must not simply take those of its inputs: what the reference gives on these crops need not have the
+mean and deviation of the speech that it was trained on, and layers behind it rely on the difference.
+
 Symbols are GPTQ's: W weights `[out, n]`, Q what they are rounded to, H second moments of the inputs `[n, n]`.
 """
 
@@ -22,8 +27,9 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.progress import progress
 from kmq_jax.core.tree import Leaf, Params, named_leaves, replace_named
 from kmq_jax.data import source
+from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, frontend_of
-from kmq_jax.models.walk import CONVOLUTION, LINEAR, OTHER, Layer, Run, walk
+from kmq_jax.models.walk import CONVOLUTION, LINEAR, NORMALISATION, OTHER, Layer, Run, layers, walk
 from kmq_jax.nn import integers
 from kmq_jax.nn.channels import scale_and_shift
 from kmq_jax.nn.conv import Window, convolve
@@ -178,6 +184,7 @@ class _Fit:
         self.indices: dict[str, jax.Array] = {}
         self.leaves: dict[str, np.ndarray] = {}
         self.levels: Mapping[str, str] = {}
+        self._matching = False
         convolutions = sum(quant.is_codebook_tensor(leaf) and leaf.ndim > 2 for leaf in tensors.values())
         at = f" at {bits} bits" if bits else ""
         self._progress = progress(range(convolutions), desc=f"fitting{at}", unit="layer")
@@ -192,6 +199,7 @@ class _Fit:
 
     def run(self, reference: SpeakerModel, features: jax.Array) -> None:
         """Fits all layers on features `[batch, time, mel]`."""
+        self._matching = normalises_freely(reference.network())
         with integers.watching(self._rounded):
             walk(reference.network(), reference.variables, jnp.concatenate([features, features]), self._visit)
         next(self._progress, None)
@@ -210,6 +218,8 @@ class _Fit:
             return jnp.concatenate(self._convolution(layer, *jnp.split(x, 2)))
         if layer.measures:
             reference, own = jnp.split(x, 2)
+            if self._matching:
+                return jnp.concatenate([run(reference), self._matched_normalisation(layer, reference, own)])
             return jnp.concatenate([run(reference), self._normalisation(layer, own)])
         if layer.kind == LINEAR and quantized:
             reference, own = jnp.split(x, 2)
@@ -306,12 +316,38 @@ class _Fit:
     def _normalisation(self, layer: Layer, x: jax.Array) -> jax.Array:
         """Normalises by the mean and deviation that the inputs have, and notes these as the layer's statistics."""
         mean, deviation = moments(x)
+        return self._normalised(layer, x, mean, deviation**2)
+
+    def _matched_normalisation(self, layer: Layer, wanted: jax.Array, x: jax.Array) -> jax.Array:
+        """Normalises so that outputs have the moments that the reference's have, on `wanted`."""
+        (mean, deviation), (seen, spread) = moments(wanted), moments(x)
+        root = jnp.sqrt(layer.get("var", "batch_stats") + layer.epsilon)
+        # A channel that is dead in the reference tells nothing of its scale; one that is dead here cannot be stretched.
+        stretch = jnp.where(deviation > 1e-6 * root, spread / jnp.maximum(deviation, 1e-12), 1.0)
+        var = jnp.maximum((root * stretch) ** 2 - layer.epsilon, 0.0)
+        centre = layer.get("mean", "batch_stats")
+        return self._normalised(layer, x, seen - (mean - centre) * jnp.sqrt(var + layer.epsilon) / root, var)
+
+    def _normalised(self, layer: Layer, x: jax.Array, mean: jax.Array, var: jax.Array) -> jax.Array:
+        """Normalises by these statistics, and notes them as the layer's."""
         self.leaves[f"batch_stats/{layer.name}/mean"] = np.asarray(mean)
-        self.leaves[f"batch_stats/{layer.name}/var"] = np.asarray(deviation**2)
+        self.leaves[f"batch_stats/{layer.name}/var"] = np.asarray(var)
         scale, bias = (self._values.get(f"{layer.name}/{leaf}") for leaf in ("scale", "bias"))
-        root = jnp.sqrt(deviation**2 + layer.epsilon)
+        root = jnp.sqrt(var + layer.epsilon)
         slope = 1 / root if scale is None else scale / root
         return scale_and_shift(x, slope, (0 if bias is None else bias) - mean * slope)
+
+
+def normalises_freely(network: SpeakerNetwork) -> bool:
+    """Whether frames are normalised anywhere but directly behind a convolution: in pre-activation and dense networks.
+
+    >>> from kmq_jax.models import registry
+    >>> normalises_freely(registry.build("resnet18")), normalises_freely(registry.build("resnet50"))
+    (False, True)
+    """
+    return any(
+        layer.kind == NORMALISATION and layer.follows is None and len(layer.inputs) > 2 for layer in layers(network)
+    )
 
 
 def _groups(

@@ -1,0 +1,150 @@
+"""ReDimNet checkpoints of WeSpeaker. The stage table is read off the tensors.
+
+Structure read in wespeaker/models/redimnet.py (https://github.com/wenet-e2e/wespeaker at dfa7419).
+"""
+
+import re
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import Json
+from kmq_jax.interop.assemble import LEAVES, Imported, fill, shape_of
+from kmq_jax.interop.torch_checkpoint import Checkpoint
+from kmq_jax.models import registry
+from kmq_jax.models.redimnet import TABLES
+
+_OUTER = {
+    "stem/conv": "backbone.stem.0",
+    "stem/norm": "backbone.stem.1",
+    "pool/attention1": "pool.linear1",
+    "pool/attention2": "pool.linear2",
+    "head/linear": "seg_1",
+}
+_BLOCK = {"conv": "dwconvs.0", "bn": "norm", "pointwise": "pwconv1", "pointwise1": "conv1pw", "pointwise2": "conv2pw"}
+_BLOCK |= {"se/fc1": "se.squeeze", "se/fc2": "se.exitation"}
+_SQUEEZE = {"conv": "0", "bn": "1", "pointwise": "3"}
+_CONTEXT = {"reduce": "red_dim_conv.0", "norm": "red_dim_conv.1", "expand": "exp_dim_conv"}
+_ATTEND = {"query": "attention.q_proj", "key": "attention.k_proj", "value": "attention.v_proj"}
+_ATTEND |= {"out": "attention.out_proj", "norm1": "layer_norm", "norm2": "final_layer_norm"}
+_ATTEND |= {"fc1": "feed_forward.intermediate_dense", "fc2": "feed_forward.output_dense"}
+
+
+def recognizes(tensors: dict[str, np.ndarray]) -> bool:
+    """Whether names are those of WeSpeaker's ReDimNet."""
+    return "backbone.stem.0.weight" in tensors and "seg_1.weight" in tensors
+
+
+def convert(checkpoint: Checkpoint, where: str) -> Imported:
+    """Makes our model of a checkpoint's tensors; the stage table and all sizes are read off them.
+
+    The classifier (`projection.*`) and the constant weight of the first stage's only input are left behind.
+
+    Raises:
+        UserError: a tensor is missing, left over or of the wrong shape.
+    """
+    tensors = {
+        name: value
+        for name, value in checkpoint.tensors.items()
+        if not name.startswith("projection.") and not name.endswith(".num_batches_tracked")
+    }
+    tensors.pop("backbone.inputs_weights.0", None)
+    settings = _settings(tensors, where)
+    name = next((n for n in TABLES if _same(TABLES[n], settings)), "redimnet_b2")
+    network = registry.build(name, **settings)
+    count = len(settings["stages"])
+    for n in range(1, count + 1):  # [1, outputs, values, 1]
+        weights = f"backbone.inputs_weights.{n}"
+        shape_of(tensors, weights, 4, where)
+        tensors[weights] = tensors[weights].reshape(tensors[weights].shape[1:3])
+    toolkit = f"wespeaker{settings['features']}"
+    return Imported(name, settings, toolkit, fill(network, tensors, namer(settings["stages"]), where))
+
+
+def _same(table: dict[str, object], settings: Json) -> bool:
+    found = {**table, "stages": [list(stage) for stage in table["stages"]]}  # type: ignore[attr-defined]
+    return all(settings[key] == value for key, value in found.items())
+
+
+def _settings(tensors: dict[str, np.ndarray], where: str) -> Json:
+    width = shape_of(tensors, "backbone.stem.0.weight", 4, where)[0]
+    numbers = {int(match[1]) for name in tensors if (match := re.match(r"backbone\.stage(\d{1,2})\.", name))}
+    if not numbers or numbers != set(range(max(numbers) + 1)):
+        raise UserError(f"{where}: the stages backbone.stage0, backbone.stage1, ... are not complete")
+    values = shape_of(tensors, f"backbone.inputs_weights.{len(numbers)}", 4, where)[2]
+    stages, channels, kinds = [], width, set()
+    divisor = 1
+    for s in range(len(numbers)):
+        at = f"backbone.stage{s}"
+        wide, _, stride, _ = shape_of(tensors, f"{at}.0.weight", 4, where)
+        channels *= stride
+        blocks = [n for n in range(1, 100) if any(k.startswith(f"{at}.{n}.conv_block.") for k in tensors)]
+        first = f"{at}.1.conv_block."
+        kinds.add(
+            "convnext"
+            if f"{first}norm.weight" in tensors
+            else ("resnet_se" if f"{first}se.squeeze.weight" in tensors else "resnet")
+        )
+        conv = f"{first}dwconvs.0.weight" if f"{first}norm.weight" in tensors else f"{first}conv1.weight"
+        divisor = shape_of(tensors, conv, 4, where)[1]
+        reduced = next((v.shape[0] for k, v in tensors.items() if _is_reduction(k, at)), 0)
+        stages.append([stride, len(blocks), wide // channels, values // reduced if reduced else 0])
+    if len(kinds) != 1 or values % width:
+        raise UserError(f"{where}: blocks of {len(kinds)} kinds, {values} values a frame with {width} channels")
+    return {
+        "features": values // width,
+        "embedding_size": shape_of(tensors, "seg_1.weight", 2, where)[0],
+        "width": width,
+        "block": kinds.pop(),
+        "group_divisor": divisor,
+        "stages": stages,
+        "context": shape_of(tensors, "pool.linear1.weight", 3, where)[1] == 3 * values,
+        "head_norm": False,
+    }
+
+
+def _is_reduction(name: str, at: str) -> bool:
+    return name.startswith(f"{at}.") and name.endswith(".red_dim_conv.0.weight")
+
+
+def namer(stages: Iterable[Iterable[int]]) -> Callable[[str], str]:
+    """Makes the function from our names to WeSpeaker's for a stage table.
+
+    >>> name_of = namer([(1, 2, 2, 8)])
+    >>> name_of("stage0/block1/conv1/kernel"), name_of("sum/weights")
+    ('backbone.stage0.2.conv_block.conv1.weight', 'backbone.inputs_weights.1')
+    >>> name_of("stage0/context/mix0/bn/mean")
+    'backbone.stage0.5.tcm.0.norm.running_mean'
+    """
+    table = [tuple(stage) for stage in stages]
+
+    def translate(ours: str) -> str:
+        module, leaf = ours.rsplit("/", 1)
+        if leaf == "weights":
+            place = len(table) if module == "sum" else int(module.split("/")[0].removeprefix("stage"))
+            return f"backbone.inputs_weights.{place}"
+        return f"{_module(module)}.{LEAVES[leaf]}"
+
+    def _module(module: str) -> str:
+        match = re.fullmatch(r"stage(\d+)/(.+)", module)
+        if not match:
+            return _OUTER[module]
+        at, rest = f"backbone.stage{match[1]}", match[2]
+        _, blocks, widening, _ = table[int(match[1])]
+        if rest == "fold":
+            return f"{at}.0"
+        if block := re.fullmatch(r"block(\d+)/(.+)", rest):
+            return f"{at}.{int(block[1]) + 1}.conv_block.{_BLOCK.get(block[2], block[2])}"
+        if rest.startswith("squeeze/"):
+            return f"{at}.{blocks + 1}.{_SQUEEZE[rest.removeprefix('squeeze/')]}"
+        # Behind the blocks stand the squeeze, where there is one, and the change to a row.
+        context = f"{at}.{blocks + 2 + (widening != 1)}"
+        rest = rest.removeprefix("context/")
+        if mix := re.fullmatch(r"mix(\d)/(.+)", rest):
+            return f"{context}.tcm.{mix[1]}.{_BLOCK[mix[2]]}"
+        if rest.startswith("attend/"):
+            return f"{context}.tcm.4.{_ATTEND[rest.removeprefix('attend/')]}"
+        return f"{context}.{_CONTEXT[rest]}"
+
+    return translate

@@ -1,0 +1,125 @@
+"""CAM++, ECAPA-TDNN, x-vector and ReDimNet checkpoints against numbers that the original code gave; ONNX; padding.
+
+golden_networks.json holds outputs of the original code (each entry names repository, commit and file) run by PyTorch
+2.13 in float32 on weights and features from tests/originals.py, and a checksum of the names and shapes of its tensors;
+of tiny networks these themselves.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import originals
+import pytest
+import safetensors.numpy
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.tree import named_leaves
+from kmq_jax.interop import campplus, onnx_export, pretrained, redimnet, tdnn
+from kmq_jax.models import registry
+
+GOLDEN = json.loads((Path(__file__).parent / "golden_networks.json").read_text())
+TINY = [name for name in GOLDEN if "tiny" in name]
+FULL = {
+    "campplus": ("campplus", campplus._name_of),
+    "ecapa c512": ("ecapa_c512", tdnn.wespeaker_name),
+    "ecapa c1024": ("ecapa_c1024", tdnn.wespeaker_name),
+    "xvector": ("xvector", tdnn.xvector_name),
+    "redimnet b0": ("redimnet_b0", redimnet.namer(registry.default_settings("redimnet_b0")["stages"])),
+    "redimnet b2": ("redimnet_b2", redimnet.namer(registry.default_settings("redimnet_b2")["stages"])),
+}
+_imported: dict[str, tuple] = {}
+
+
+def their_shapes(architecture, name_of):
+    """Names and shapes of the original's tensors, from those of our network."""
+    shapes = {}
+    for name, leaf in named_leaves(registry.shapes(registry.build(architecture))):
+        ours = name.split("/", 1)[1]
+        shape = tuple(leaf.shape)
+        if ours.endswith("/kernel"):
+            shape = {4: lambda t, f, i, o: (o, i, f, t), 3: lambda t, i, o: (o, i, t), 2: lambda i, o: (o, i)}[
+                leaf.ndim
+            ](*shape)
+        if ours.endswith("/weights"):
+            shape = (1, *shape, 1)
+        if architecture == "campplus" and ours == "head/linear/kernel":
+            shape = (*shape, 1)
+        shapes[name_of(ours)] = shape
+    return shapes
+
+
+def imported(name, directory):
+    """The imported tiny network, and its variables."""
+    if name not in _imported:
+        shapes = {theirs: tuple(shape) for theirs, shape in GOLDEN[name]["shapes"].items()}
+        path = directory / "model.safetensors"
+        safetensors.numpy.save_file(originals.fill(shapes), path)
+        found = pretrained.read(path, "wespeaker-torch")
+        _imported[name] = registry.build(found.architecture, **found.settings), found.variables
+    return _imported[name]
+
+
+def check(network, variables, golden):
+    features = originals.features(2, golden["frames"], golden["features"])
+    found = np.asarray(jax.jit(network.apply)(variables, features))
+    np.testing.assert_allclose(found[:, :8].ravel(), golden["embedding"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(found), golden["norm"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_networks_are_those_of_the_original_code(name, tmp_path):
+    check(*imported(name, tmp_path), GOLDEN[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_full_networks_are_those_of_the_original_code(name, tmp_path):
+    shapes, golden = their_shapes(*FULL[name]), GOLDEN[name]
+    assert originals.digest(shapes) == golden["names"]
+    safetensors.numpy.save_file(originals.fill(shapes), tmp_path / "model.safetensors")
+    found = pretrained.read(tmp_path / "model.safetensors", "wespeaker-torch")
+    assert found.architecture == FULL[name][0]
+    check(registry.build(found.architecture, **found.settings), found.variables, golden)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_padding_changes_nothing(name, tmp_path):
+    network, variables = imported(name, tmp_path)
+    features = np.random.default_rng(0).normal(size=(2, 90, 16)).astype(np.float32)
+    features[1, 47:] = 1e3
+    together = jax.jit(network.apply)(variables, features, jnp.array([90, 47]))
+    alone = jax.jit(network.apply)(variables, features[1:, :47])
+    np.testing.assert_allclose(together[1], alone[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if "campplus" not in name])
+def test_onnx_runtime_gives_their_embeddings(name, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    network, variables = imported(name, tmp_path)
+    onnx_export.export(tmp_path / "a.onnx", network, variables)
+    features = np.random.default_rng(1).normal(size=(2, 53, 16)).astype(np.float32)
+    (found,) = runtime.InferenceSession(tmp_path / "a.onnx").run(["embs"], {"feats": features})
+    np.testing.assert_allclose(found, jax.jit(network.apply)(variables, features), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_parameter_has_a_component(name, tmp_path):
+    network, variables = imported(name, tmp_path)
+    names = [leaf for leaf, _ in named_leaves(variables["params"])]
+    assert {network.component_of(leaf) for leaf in names} <= set(network.components())
+
+
+def test_a_missing_and_a_left_over_tensor_are_named(tmp_path):
+    shapes = {theirs: tuple(shape) for theirs, shape in GOLDEN["ecapa tiny"]["shapes"].items()}
+    tensors = originals.fill(shapes)
+    path = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file({**tensors, "bn2.weight": np.ones(8, np.float32)}, path)
+    with pytest.raises(UserError, match=r"bn2\.weight is not part of the network"):
+        pretrained.read(path)
+    del tensors["layer3.se_res2block.1.convs.4.weight"]
+    safetensors.numpy.save_file(tensors, path)
+    with pytest.raises(UserError, match=r"layer3\.se_res2block\.1\.convs\.4\.weight is missing"):
+        pretrained.read(path)

@@ -1,0 +1,98 @@
+"""Counts of ECAPA-TDNN, x-vector and ReDimNet; SpeechBrain's layout with its mirrored ends."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.interop import onnx_export
+from kmq_jax.models import registry
+from kmq_jax.nn.layers import reflect_frames
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "parameters", "macs"),
+    [
+        ("xvector", {}, 4_610_524, (0.531, 0.812)),
+        ("ecapa_c512", {}, 6_190_720, (1.037, 1.555)),
+        ("ecapa_c512", {"context": False}, 5_797_504, (0.959, 1.437)),
+        ("ecapa_c1024", {}, 14_657_088, (2.649, 3.973)),
+        ("ecapa_speechbrain_c512", {}, 6_194_048, None),
+        ("ecapa_speechbrain_c1024", {}, 20_767_552, None),
+    ],
+)
+def test_counts_are_those_of_the_originals(name, settings, parameters, macs):
+    network = registry.build(name, **settings)
+    assert registry.parameter_count(network) == parameters
+    if macs:
+        assert tuple(round(registry.macs(network, frames) / 1e9, 3) for frames in (200, 300)) == macs
+
+
+@pytest.mark.parametrize(
+    ("name", "wespeaker", "idrnd", "giga"),
+    [
+        ("redimnet_b0", 1_001_851, 1_004_251, 0.61),
+        ("redimnet_b1", 2_123_481, 2_126_937, 0.88),
+        ("redimnet_b2", 4_888_241, 4_892_849, 1.36),
+        pytest.param("redimnet_b3", 3_220_413, 3_225_021, 4.34, marks=pytest.mark.slow),
+        pytest.param("redimnet_b4", 6_432_305, 6_441_521, 7.05, marks=pytest.mark.slow),
+        pytest.param("redimnet_b5", 7_650_545, 7_659_761, 13.14, marks=pytest.mark.slow),
+        pytest.param("redimnet_b6", 15_006_257, 15_015_473, 30.0, marks=pytest.mark.slow),
+    ],
+)
+def test_counts_of_redimnet(name, wespeaker, idrnd, giga):
+    # Both count a constant 1, the weight of the first stage's only input; IDRnD's have a normalisation more. The paper
+    # counts fewer multiply-accumulates, and 9.2 M parameters for B5: its table is not WeSpeaker's.
+    network = registry.build(name)
+    assert registry.parameter_count(network) + 1 == wespeaker
+    assert registry.parameter_count(network.clone(head_norm=True)) + 1 == idrnd
+    assert round(registry.macs(network, 200) / 1e9, 2) == giga
+
+
+def test_mirrored_frames_are_those_of_numpy():
+    x = np.random.default_rng(0).normal(size=(2, 9, 3)).astype(np.float32)
+    mask = jnp.arange(9)[None] < jnp.array([9, 6])[:, None]
+    found = np.asarray(reflect_frames(jnp.asarray(x), mask, 4))
+    for row, length in enumerate((9, 6)):
+        expected = np.pad(x[row, :length], ((4, 4), (0, 0)), mode="reflect")
+        np.testing.assert_array_equal(found[row, : length + 8], expected)
+
+
+@pytest.fixture(scope="module")
+def speechbrain():
+    network = registry.build("ecapa_speechbrain_c512", width=16, aggregated=24, features=16, embedding_size=8)
+    return network, registry.initialize(network, jax.random.key(0))
+
+
+def test_padding_changes_nothing_in_speechbrains_layout(speechbrain):
+    network, variables = speechbrain
+    features = np.random.default_rng(0).normal(size=(2, 60, 16)).astype(np.float32)
+    features[1, 41:] = 1e3
+    together = jax.jit(network.apply)(variables, features, jnp.array([60, 41]))
+    alone = jax.jit(network.apply)(variables, features[1:, :41])
+    np.testing.assert_allclose(together[1], alone[0], rtol=1e-5, atol=1e-5)
+
+
+def test_onnx_runtime_gives_the_embeddings_of_speechbrains_layout(speechbrain, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    network, variables = speechbrain
+    onnx_export.export(tmp_path / "a.onnx", network, variables)
+    features = np.random.default_rng(1).normal(size=(2, 53, 16)).astype(np.float32)
+    (found,) = runtime.InferenceSession(tmp_path / "a.onnx").run(["embs"], {"feats": features})
+    np.testing.assert_allclose(found, jax.jit(network.apply)(variables, features), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("ecapa_c512", {"width": 12}, "width"),
+        ("ecapa_c512", {"layout": "kaldi"}, "layout"),
+        ("xvector", {"pooled": 0}, "pooled"),
+        ("redimnet_b0", {"block": "plain"}, "block"),
+        ("redimnet_b0", {"features": 61}, "divide"),
+    ],
+)
+def test_a_bad_setting_is_named(name, settings, message):
+    with pytest.raises(UserError, match=message):
+        registry.build(name, **settings)
