@@ -17,8 +17,8 @@ import safetensors.numpy
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import named_leaves
-from kmq_jax.interop import campplus, onnx_export, pretrained, redimnet, tdnn
-from kmq_jax.models import registry
+from kmq_jax.interop import campplus, pretrained, redimnet, tdnn
+from kmq_jax.models import onnx_export, registry
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_networks.json").read_text())
 TINY = [name for name in GOLDEN if "tiny" in name]

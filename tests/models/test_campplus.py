@@ -75,7 +75,7 @@ def test_training_updates_statistics_and_has_gradients_everywhere(tiny):
 @pytest.mark.parametrize("activation", ["none", "relu"])
 def test_onnx_runtime_gives_its_embeddings(activation, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
-    from kmq_jax.interop import onnx_export
+    from kmq_jax.models import onnx_export
 
     network = registry.build("campplus", **TINY, activation=activation)
     variables = registry.initialize(network, jax.random.key(0))
