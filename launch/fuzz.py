@@ -703,10 +703,10 @@ def problems(status: int | None, said: str, make: Maker) -> list[str]:
 
 
 def digest(folder: Path) -> str:
-    """Of all good files: no command may change one."""
+    """Of all good files: no command may change one. Hidden ones are converted models, which the engine keeps there."""
     made = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and "cache" not in path.parts:
+        if path.is_file() and "cache" not in path.parts and not path.name.startswith("."):
             made.update(str(path).encode() + path.read_bytes())
     return made.hexdigest()
 

@@ -73,13 +73,8 @@ def _within_budget(files: Files, options: QuantizeOptions, model: "SpeakerModel"
         "bytes": found.bytes_of(bits_of),
         "damage": found.damage(bits_of),
     }
-    print(f"{'bits':>6} {'MB':>7}  predicted loss of cosine")
-    for row in rows:
-        print(f"{row['average_bits']:6.2f} {row['bytes'] / 1e6:7.2f}  {row['damage']:.4f}")
-    print(f"taken: {taken['average_bits']:.2f} bits, {taken['bytes'] / 1e6:.2f} MB, {taken['damage']:.4f}")
+    print(budget.describe(rows, taken))
     budget.plot(rows, taken, files.out.with_suffix(".budget.png"))
-    write_json(
-        files.out.with_suffix(".rules.json"),
-        [{"pattern": f"^{name}$", "bits": bits} for name, bits in bits_of.items()],
-    )
+    listed = [{"pattern": f"^{name}$", "bits": bits} for name, bits in bits_of.items()]
+    write_json(files.out.with_suffix(".rules.json"), listed)
     return rules

@@ -21,6 +21,7 @@ RATES = (8000, 384000)  # Hz; below the first speech has lost too much, above th
 MIN_SECONDS = 0.1  # four analysis frames; `prepare_data` asks for more
 MAX_SECONDS = 3600.0  # bounds memory, whatever a header claims
 SILENCE = 1e-4  # RMS around the mean below which nothing was recorded: -80 dB of full scale
+_NO_SOUND = 100.0  # an array of floating point beyond this holds integers, not sound of full scale 1
 LOUDEST = 2.0  # what lies above is no sound of full scale 1; a lossy decoder overshoots by less
 MOST_OUTSIDE = 0.01  # share of a lossless recording's samples that may lie outside full scale
 SUFFIXES = frozenset(
@@ -157,8 +158,22 @@ def to_mono_16k(wave: np.ndarray, rate: int) -> np.ndarray:
         raise UserError(f"sample rate {rate} Hz is outside {RATES[0]}-{RATES[1]} Hz")
     if not np.isfinite(wave).all():
         raise UserError("audio holds values that are not finite (NaN or infinity)")
-    wave = in_scale((wave if wave.ndim == 1 else wave.mean(axis=1)).astype(np.float32), "the recording", lossy=True)
-    return np.clip(resample(wave, rate), -1, 1)
+    return resample(of_sound((wave if wave.ndim == 1 else wave.mean(axis=1)).astype(np.float32)), rate)
+
+
+def of_sound(wave: np.ndarray) -> np.ndarray:
+    """Returns an array `[samples]` unchanged if it may be sound of about full scale 1; beyond 100 it holds integers.
+
+    >>> of_sound(np.float32([0.5, -1.5])).tolist()
+    [0.5, -1.5]
+
+    Raises:
+        UserError: it may not.
+    """
+    peak = float(np.abs(wave).max(initial=0.0))
+    if math.isfinite(peak) and peak > _NO_SOUND:
+        raise UserError(f"the recording has values up to {peak:.6g}, where full scale is 1: divide by full scale")
+    return wave
 
 
 def num_samples(path: str | os.PathLike[str]) -> int:

@@ -42,7 +42,6 @@ _MOST_PROGRAMS = 128  # compiled programs that are kept; each takes megabytes
 _programs: set[Hashable] = set()
 _programs_lock = threading.Lock()
 _owner: int | None = None  # the process that embeds
-_NO_SOUND = 100.0  # floating point beyond this holds integers, not sound of full scale 1
 Recording: TypeAlias = str | os.PathLike[str] | Array
 _PREPARED = 8  # models that are held ready
 PER_BITS = "narrow"  # the key in `variables` and in the file of what each smaller number of bits has to itself
@@ -171,8 +170,7 @@ class SpeakerModel:
         wave = audio.resample(mono(np.asarray(recording)), sample_rate)
         if len(wave) > audio.MAX_SECONDS * audio.SAMPLE_RATE:
             raise UserError(f"the recording is longer than {audio.MAX_SECONDS:.0f} s")
-        if (peak := float(np.abs(wave).max(initial=0.0))) > _NO_SOUND and np.isfinite(peak):
-            raise UserError(f"the recording has values up to {peak:.6g}, where full scale is 1: divide by full scale")
+        audio.of_sound(wave)
         if not np.isfinite(wave).all() or frontend.num_frames(len(wave), frontend_of(self.frontend)) < 1:
             raise UserError("the recording is shorter than one analysis frame, or holds values that are not finite")
         return wave

@@ -155,6 +155,15 @@ def curve(found: Sensitivities, points: int = 17) -> list[Json]:
     return rows
 
 
+def describe(rows: list[Json], taken: Json) -> str:
+    """The curve, and the allocation that was taken, as lines for the terminal."""
+    lines = [f"{'bits':>6} {'MB':>7}  predicted loss of cosine"]
+    lines += [f"{row['average_bits']:6.2f} {row['bytes'] / 1e6:7.2f}  {row['damage']:.4f}" for row in rows]
+    return "\n".join(
+        [*lines, f"taken: {taken['average_bits']:.2f} bits, {taken['bytes'] / 1e6:.2f} MB, {taken['damage']:.4f}"]
+    )
+
+
 def plot(rows: list[Json], chosen: Json, path: Path) -> None:
     """Draws predicted damage against size, and the allocation that was taken."""
     from matplotlib.figure import Figure

@@ -57,9 +57,9 @@ def fit_levels(
     Returns:
         `[groups, 2^bits]`, ascending.
 
-    >>> fit_levels(jnp.array([[0.0, 1.0, 2.0, 3.0]]), "uniform", 1).tolist()
+    >>> fit_levels(jnp.array([[0.0, 1.0, 2.0, 3.0]]), "uniform", 1).round(3).tolist()
     [[0.5, 2.5]]
-    >>> fit_levels(jnp.array([[-4.0, -2.0, 2.0, 4.0]]), "powers", 2).tolist()
+    >>> fit_levels(jnp.array([[-4.0, -2.0, 2.0, 4.0]]), "powers", 2).round(3).tolist()
     [[-4.0, -2.0, 2.0, 4.0]]
     """
     rows = jnp.asarray(rows, jnp.float32)

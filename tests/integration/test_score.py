@@ -225,7 +225,7 @@ def test_mistakes_get_one_line_and_leave_nothing(run, tmp_path):
         ({"trials": "one_class"}, "one_class: no nontarget trials among 1 trials"),
         ({"p_target": "1.5"}, r"--p_target \(=1.5\) must be below 1"),
         ({"replicates": "-1"}, r"--replicates \(=-1\) must be at least 0"),
-        ({"out": "trials/below"}, "cannot write trials/below"),
+        ({"out": "trials/below"}, r"--out \(=trials/below\) cannot be written"),
     ]:
         before = sorted(path.name for path in tmp_path.iterdir())
         with pytest.raises(UserError, match=message) as caught:

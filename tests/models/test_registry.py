@@ -200,7 +200,7 @@ def test_width_and_depth_are_settings():
         ("resnet36", {"width": 3.5}, r"width \(=3.5\)"),
         ("resnet36", {"blocks": [3, 4, 6]}, r"blocks \(=\[3, 4, 6\]\)"),
         ("resnet36", {"blocks": "3463"}, r"blocks \(=3463\)"),
-        ("wespeaker_resnet34", {"features": -1}, r"features \(=-1\)"),
+        ("wespeaker_resnet34", {"features": -1}, r"features` \(=-1\)"),
         ("resnet36", {"embedding_size": True}, r"embedding_size \(=True\)"),
         ("resnet36", {"norm": "layer"}, r"norm \(=layer\)"),
         ("resnet36", {"dtype": "float23"}, r"dtype \(=float23\)"),
