@@ -66,10 +66,8 @@ def main() -> None:
     else:
         if not files.policy or not files.levels:
             raise UserError("--policy and --stage are needed, or else --cascade and --data")
-        levels = parse_levels(files.levels)
-        found = evaluate.evaluate_embeddings(
-            files.policy, levels, files.trials, options, files.reference, files.enrol_models
-        )
+        about = files.policy, parse_levels(files.levels), files.trials, options, files.reference, files.enrol_models
+        found = evaluate.evaluate_embeddings(*about)
     llrs = evaluate.log_ratios(found.policy, found.outcome)
     if files.llr and llrs is None:
         name = files.policy or files.cascade

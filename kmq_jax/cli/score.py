@@ -47,7 +47,15 @@ def main() -> None:
     args = COMMAND.parse()
     files, options = options_of(Files, args), options_of(ScoringOptions, args)
     if options.stream:
-        _stream(files, options)
+        if bad := [
+            name for name in ("enrol_embeddings", "calibration", "save_calibration", "det") if getattr(files, name)
+        ]:
+            raise UserError(f"--{bad[0]} cannot be used with --stream")
+        from kmq_jax.scoring.stream import score_together
+
+        models, cohort = files.enrol_models, files.snorm_cohort
+        paths = files.embeddings, files.trials, models, cohort, files.out, files.json
+        score_together(*paths, options)
         return
     from kmq_jax.core.files import write_json
     from kmq_jax.scoring import run
@@ -70,31 +78,3 @@ def main() -> None:
     if files.det:
         run.draw_det(files.det, scored)
     print(run.describe(scored.metrics))
-
-
-def _stream(files: Files, options: ScoringOptions) -> None:
-    """Scores part by part, alone or with the processes that were started together."""
-    for name in ("enrol_embeddings", "calibration", "save_calibration", "det"):
-        if getattr(files, name):
-            raise UserError(f"--{name} cannot be used with --stream")
-    from kmq_jax.core import distributed
-
-    distributed.join()
-    import jax
-
-    from kmq_jax.core.files import write_json
-    from kmq_jax.scoring import stream
-
-    figures = stream.score_stream(
-        files.embeddings,
-        files.trials,
-        options,
-        enrol_models=files.enrol_models,
-        cohort=files.snorm_cohort,
-        out=files.out,
-        share=(jax.process_index(), jax.process_count()),
-    )
-    if jax.process_index() == 0:
-        if files.json:
-            write_json(files.json, figures)
-        print(stream.describe(figures))

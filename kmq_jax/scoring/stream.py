@@ -10,7 +10,7 @@ import numpy as np
 
 from kmq_jax.core import distributed
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Json, atomic_write
+from kmq_jax.core.files import Json, atomic_write, write_json
 from kmq_jax.core.progress import progress
 from kmq_jax.data.trials import Trials, read_in_parts, read_models
 from kmq_jax.metrics.histogram import ScoreHistogram
@@ -79,6 +79,30 @@ def score_stream(
         raise UserError(f"{trials}: {error}") from error
     percent = {"eer": 100 * rates["eer"], "eer_bounds": [100 * rate for rate in rates["eer_bounds"]]}
     return rates | percent | {"p_target": options.p_target, "kind": "snorm" if cohort else "cosine"}
+
+
+def score_together(
+    embeddings: Path,
+    trials: str,
+    enrol_models: str | None,
+    cohort: Path | None,
+    out: Path | None,
+    json: Path | None,
+    options: ScoringOptions,
+) -> None:
+    """`score_stream` by all processes that were started together; the first one prints and writes the figures.
+
+    Args and errors as `score_stream`; `json` is the file of the figures.
+    """
+    distributed.join()
+    import jax
+
+    share = jax.process_index(), jax.process_count()
+    figures = score_stream(embeddings, trials, options, enrol_models=enrol_models, cohort=cohort, out=out, share=share)
+    if share[0] == 0:
+        if json:
+            write_json(json, figures)
+        print(describe(figures))
 
 
 def describe(figures: Json) -> str:
