@@ -40,3 +40,9 @@ def forget_programs():
     """Compiled programs are of little use to other modules, and hundreds of them take gigabytes."""
     yield
     jax.clear_caches()
+
+
+def pytest_collection_modifyitems(items):
+    """Folders of long tests first: a worker that takes a long file last keeps the other one waiting."""
+    long = ("integration", "ptq")
+    items.sort(key=lambda item: item.path.parent.name not in long)

@@ -10,6 +10,7 @@ import numpy as np
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json
 from kmq_jax.core.tree import Leaf, Variables, map_named
+from kmq_jax.interop.torch_checkpoint import Checkpoint
 from kmq_jax.models import registry
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.resnet import ResNet
@@ -36,6 +37,20 @@ class Imported(NamedTuple):
     settings: Json
     frontend: str
     variables: Variables
+
+
+def network_tensors(checkpoint: Checkpoint, classifier: str) -> dict[str, np.ndarray]:
+    """A PyTorch checkpoint's tensors without the classifier, whose names begin with `classifier`, and step counters.
+
+    >>> tensors = {"conv.weight": np.ones(1), "bn.num_batches_tracked": np.ones(()), "projection.weight": np.ones(1)}
+    >>> list(network_tensors(Checkpoint(tensors, {}), "projection."))
+    ['conv.weight']
+    """
+    return {
+        name: value
+        for name, value in checkpoint.tensors.items()
+        if not name.startswith(classifier) and not name.endswith(".num_batches_tracked")
+    }
 
 
 def torch_names(modules: Mapping[str, str]) -> Callable[[str], str]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json
-from kmq_jax.interop.assemble import LEAVES, Imported, fill, shape_of
+from kmq_jax.interop.assemble import LEAVES, Imported, fill, network_tensors, shape_of
 from kmq_jax.interop.torch_checkpoint import Checkpoint
 from kmq_jax.models import registry
 from kmq_jax.nn.pooling import flatten_order
@@ -58,11 +58,7 @@ def convert(checkpoint: Checkpoint, where: str, form: str | None = None, activat
         UserError: a tensor is missing, left over or of the wrong shape.
     """
     theirs_too = any(name.startswith("projection.") for name in checkpoint.tensors)
-    tensors = {
-        name: value
-        for name, value in checkpoint.tensors.items()
-        if not name.startswith("projection.") and not name.endswith(".num_batches_tracked")
-    }
+    tensors = network_tensors(checkpoint, "projection.")
     layers = _layers(tensors, where)
     stem = shape_of(tensors, "head.conv1.weight", 4, where)[0]
     width, flat, _ = shape_of(tensors, "xvector.tdnn.linear.weight", 3, where)

@@ -10,7 +10,7 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json
-from kmq_jax.interop.assemble import Imported, assemble, count_blocks, shape_of, torch_names
+from kmq_jax.interop.assemble import Imported, assemble, count_blocks, network_tensors, shape_of, torch_names
 from kmq_jax.interop.torch_checkpoint import Checkpoint
 from kmq_jax.models import registry
 from kmq_jax.nn.layers import PreActivationBlock
@@ -55,11 +55,7 @@ def convert(checkpoint: Checkpoint, where: str, activation: str | None = None) -
     about = checkpoint.about
     if about.get("name") not in (None, *CLASSES):
         raise UserError(f"{where} holds a {about['name']}; of Kiwano's networks {', '.join(CLASSES)} can be imported")
-    tensors = {
-        name: value
-        for name, value in checkpoint.tensors.items()
-        if not name.startswith("output.") and not name.endswith(".num_batches_tracked")
-    }
+    tensors = network_tensors(checkpoint, "output.")
     prefixed = "pre_conv1.weight" not in tensors
     translate = torch_names(_MODULES)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json
-from kmq_jax.interop.assemble import LEAVES, Imported, fill, shape_of
+from kmq_jax.interop.assemble import LEAVES, Imported, fill, network_tensors, shape_of
 from kmq_jax.interop.torch_checkpoint import Checkpoint
 from kmq_jax.models import registry
 from kmq_jax.models.redimnet import TABLES
@@ -44,11 +44,7 @@ def convert(checkpoint: Checkpoint, where: str) -> Imported:
     Raises:
         UserError: a tensor is missing, left over or of the wrong shape.
     """
-    tensors = {
-        name: value
-        for name, value in checkpoint.tensors.items()
-        if not name.startswith("projection.") and not name.endswith(".num_batches_tracked")
-    }
+    tensors = network_tensors(checkpoint, "projection.")
     tensors.pop("backbone.inputs_weights.0", None)
     settings = _settings(tensors, where)
     name = next((n for n in TABLES if _same(TABLES[n], settings)), "redimnet_b2")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kmq_jax.core.files import Json
-from kmq_jax.interop.assemble import LEAVES, Imported, fill, shape_of
+from kmq_jax.interop.assemble import LEAVES, Imported, fill, network_tensors, shape_of
 from kmq_jax.interop.torch_checkpoint import Checkpoint
 from kmq_jax.models import registry
 from kmq_jax.models.tdnn import SPEECHBRAIN, WESPEAKER
@@ -60,11 +60,7 @@ def convert(checkpoint: Checkpoint, where: str) -> Imported:
     Raises:
         UserError: a tensor is missing, left over or of the wrong shape.
     """
-    tensors = {
-        name: value
-        for name, value in checkpoint.tensors.items()
-        if not name.startswith("projection.") and not name.endswith(".num_batches_tracked")
-    }
+    tensors = network_tensors(checkpoint, "projection.")
     if "frame_1.conv_1d.weight" in tensors:
         return _xvector(tensors, where)
     layout = SPEECHBRAIN if "blocks.0.conv.conv.weight" in tensors else WESPEAKER

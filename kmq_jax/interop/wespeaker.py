@@ -8,7 +8,7 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json
-from kmq_jax.interop.assemble import Imported, assemble, count_blocks, shape_of, torch_names
+from kmq_jax.interop.assemble import Imported, assemble, count_blocks, network_tensors, shape_of, torch_names
 from kmq_jax.interop.torch_checkpoint import Checkpoint
 from kmq_jax.models import registry
 from kmq_jax.nn.layers import Bottleneck
@@ -37,11 +37,7 @@ def convert(checkpoint: Checkpoint, where: str) -> Imported:
     Raises:
         UserError: a tensor is missing, left over or of the wrong shape, or there are two embedding layers.
     """
-    tensors = {
-        name: value
-        for name, value in checkpoint.tensors.items()
-        if not name.startswith("projection.") and not name.endswith(".num_batches_tracked")
-    }
+    tensors = network_tensors(checkpoint, "projection.")
     if two := [name for name in tensors if name.startswith(("seg_bn_1.", "seg_2."))]:
         raise UserError(f"{where}: tensor {two[0]}: networks with two embedding layers are not supported")
     if pool := [name for name in tensors if name.startswith("pool.")]:

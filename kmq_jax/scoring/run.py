@@ -10,10 +10,9 @@ import numpy as np
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, Row, atomic_write, read_json, write_json
 from kmq_jax.data.trials import Trials
-from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
 from kmq_jax.metrics.calibration import AffineMap, IsotonicMap, fit_logistic, map_from_dict
-from kmq_jax.metrics.detection import eer, min_dcf
 from kmq_jax.metrics.evaluate import evaluate
+from kmq_jax.metrics.paired import Errors
 from kmq_jax.scoring.cosine import average, cosine_scores
 from kmq_jax.scoring.join import Sides, join
 from kmq_jax.scoring.levels import score_levels
@@ -110,30 +109,19 @@ def compare(
         enrol_models: list of enrolment models, where the trials enrol models.
 
     Returns:
-        `eer_change` (percent) and `min_dcf_change`, each with `_ci95`: the central 95 % of the difference over draws of
-        speakers that both networks share; None where the speakers are too few to draw.
+        As `metrics.paired.Errors.minus`.
 
     Raises:
         UserError: a file cannot be read or does not fit the others.
     """
     how = options or ScoringOptions()
     joined = score_levels([(1, str(embeddings)), (2, str(reference))], None, trials, models_path=enrol_models)
-    labels, sides = joined.trials.label, joined.sides
+    about = joined.trials.label, joined.sides.enrol_speaker, joined.sides.test_speaker
     try:
-        rates = [(100 * eer(row, labels)[0], min_dcf(row, labels, how.p_target)) for row in joined.scores]
+        ours, theirs = (Errors.of(row, *about, how.replicates, how.seed, how.p_target) for row in joined.scores)
     except UserError as error:
         raise UserError(f"{trials}: {error}") from error
-    found: Json = {"eer_change": rates[0][0] - rates[1][0], "eer_change_ci95": None}
-    found |= {"min_dcf_change": rates[0][1] - rates[1][1], "min_dcf_change_ci95": None}
-    if how.replicates:
-        speakers = sides.enrol_speaker, sides.test_speaker
-        ours, theirs = (
-            speaker_bootstrap(row, labels, *speakers, how.replicates, how.seed, how.p_target) for row in joined.scores
-        )
-        if len(ours.eer) >= 0.9 * how.replicates:
-            found["eer_change_ci95"] = list(percentile_interval(100 * (ours.eer - theirs.eer)))
-            found["min_dcf_change_ci95"] = list(percentile_interval(ours.min_dcf - theirs.min_dcf))
-    return found
+    return ours.minus(theirs)
 
 
 def utterances_of(trials: Trials) -> int:

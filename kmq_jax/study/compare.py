@@ -9,15 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from kmq_jax.core.files import Json, Row, read_json, write_json
-from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
-from kmq_jax.metrics.detection import Array, eer, min_dcf
-from kmq_jax.scoring.cosine import cosine_scores
-from kmq_jax.scoring.join import join
+from kmq_jax.metrics.paired import Errors
+from kmq_jax.scoring.levels import score_levels
 from kmq_jax.scoring.run import compare
-from kmq_jax.scoring.table import read_embeddings
 from kmq_jax.study.networks import Network
 from kmq_jax.study.options import FULL, PATTERNED, EvaluationSet, Recipe
 from kmq_jax.study.steps import Steps
@@ -27,55 +22,11 @@ RECIPES = {"compare": 1}
 FULL_PRECISION, CONTROL = "full precision", "control"
 
 
-@dataclass(frozen=True, eq=False)
-class Errors:
-    """What one or several networks err, all trials and every draw of speakers; several: the mean over them.
-
-    Attributes:
-        eer: percent.
-        min_dcf: at the study's prior.
-        eer_draws: `[replicates]`, percent.
-        min_dcf_draws: `[replicates]`.
-    """
-
-    eer: float
-    min_dcf: float
-    eer_draws: Array
-    min_dcf_draws: Array
-
-    @classmethod
-    def of(cls, embeddings: Path, evaluated: EvaluationSet, replicates: int) -> "Errors":
-        """Scores a trial list by cosine.
-
-        Args:
-            embeddings: file of a network's embeddings.
-            evaluated: the set, with its trials.
-            replicates: draws of speakers.
-        """
-        table = read_embeddings(embeddings)
-        listed, sides = join(evaluated.trials, table, table, evaluated.models)
-        scores = cosine_scores(sides.enrol_embeddings, sides.test_embeddings, sides.enrol, sides.test)
-        draws = speaker_bootstrap(scores, listed.label, sides.enrol_speaker, sides.test_speaker, replicates)
-        return cls(100 * eer(scores, listed.label)[0], min_dcf(scores, listed.label), 100 * draws.eer, draws.min_dcf)
-
-    @classmethod
-    def mean(cls, several: Sequence["Errors"]) -> "Errors":
-        """The mean over networks, draw by draw."""
-        return cls(
-            float(np.mean([one.eer for one in several])),
-            float(np.mean([one.min_dcf for one in several])),
-            np.mean([one.eer_draws for one in several], axis=0),
-            np.mean([one.min_dcf_draws for one in several], axis=0),
-        )
-
-    def minus(self, other: "Errors") -> Row:
-        """The difference to other networks on the same trials, with paired 95 % intervals."""
-        return {
-            "eer": self.eer - other.eer,
-            "eer_ci95": list(percentile_interval(self.eer_draws - other.eer_draws)),
-            "min_dcf": self.min_dcf - other.min_dcf,
-            "min_dcf_ci95": list(percentile_interval(self.min_dcf_draws - other.min_dcf_draws)),
-        }
+def errors_of(embeddings: Path, evaluated: EvaluationSet, replicates: int) -> Errors:
+    """What a network errs on an evaluation set, by cosine scores of its embeddings."""
+    joined = score_levels([(1, str(embeddings))], None, evaluated.trials, models_path=evaluated.models)
+    sides = joined.sides
+    return Errors.of(joined.scores[0], joined.trials.label, sides.enrol_speaker, sides.test_speaker, replicates)
 
 
 @dataclass(frozen=True)
@@ -133,14 +84,14 @@ def differences(
         replicates: draws of speakers.
 
     Returns:
-        Rows with `recipe`, `bits`, `trained`, `seeds`, `against`, `set`; `eer` in points of a percent and `min_dcf`,
-        each with its paired `..._ci95`; and `eer_by_seed`, the EER of every training.
+        Rows with `recipe`, `bits`, `trained`, `seeds`, `against`, `set`; what `Errors.minus` gives; and `eer_by_seed`,
+        the EER of every training in percent.
     """
     groups = grouped(networks)
     rows: list[Row] = []
     for evaluated in sets:
         made = {
-            one.name: Errors.of(embeddings(one, evaluated), evaluated, replicates)
+            one.name: errors_of(embeddings(one, evaluated), evaluated, replicates)
             for one in [networks[0], *(one for group in groups.values() for one in group)]
         }
         errors = {group: Errors.mean([made[one.name] for one in members]) for group, members in groups.items()}

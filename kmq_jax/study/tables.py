@@ -82,20 +82,16 @@ def trained_table(summary: Row) -> str:
 
 
 def difference_table(summary: Row) -> str:
-    """What trained networks differ by on each evaluation set, with paired 95 % intervals; "none" where one holds 0."""
+    """What networks differ by on each evaluation set; "none" where the paired 95 % interval of the EER's holds zero."""
     rows = [["network", "bits", "less", "on", "EER, points", "minDCF", "EER apart"]]
     for one in summary["differences"]:
-        apart = not one["eer_ci95"][0] <= 0 <= one["eer_ci95"][1]
-        verdict = ("lower" if one["eer"] < 0 else "higher") if apart else "none"
+        interval = one["eer_change_ci95"]
+        apart = ("lower" if one["eer_change"] < 0 else "higher") if interval and told_apart(interval) else "none"
         against = {"control": "full precision, trained alike"}.get(one["against"], one["against"])
         name = one["recipe"] + ("" if one["trained"] else ", without training")
-        cells = [_difference(one["eer"], one["eer_ci95"], 2), _difference(one["min_dcf"], one["min_dcf_ci95"], 3)]
-        rows.append([name, str(one["bits"]), against, one["set"], *cells, verdict])
+        cells = [_change(one, "eer_change", 2), _change(one, "min_dcf_change", 3), apart if interval else ""]
+        rows.append([name, str(one["bits"]), against, one["set"], *cells])
     return _markdown(rows)
-
-
-def _difference(value: float, interval: list[float], digits: int) -> str:
-    return f"{value:+.{digits}f} [{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]"
 
 
 def cascade_table(summary: Row) -> str:

@@ -60,18 +60,25 @@ def test_everything_is_compared_once(found):
 
 def test_the_same_embeddings_differ_in_nothing(found):
     row = found["kmqat", 2, "full precision"]
-    assert (row["eer"], row["eer_ci95"], row["min_dcf"], row["min_dcf_ci95"]) == (0, [0, 0], 0, [0, 0])
+    assert (row["eer_change"], row["eer_change_ci95"], row["min_dcf_change"], row["min_dcf_change_ci95"]) == (
+        0,
+        [0, 0],
+        0,
+        [0, 0],
+    )
 
 
 def test_a_worse_network_is_told_apart_and_seeds_are_averaged(found):
     row = found["distilled", 2, "control"]
     full = found["distilled", 2, "full precision"]
-    assert row["eer"] == full["eer"] and row["eer_ci95"] == full["eer_ci95"]  # the control is as good
-    assert 0 < row["eer_ci95"][0] < row["eer"] < row["eer_ci95"][1]
+    assert (
+        row["eer_change"] == full["eer_change"] and row["eer_change_ci95"] == full["eer_change_ci95"]
+    )  # the control is as good
+    assert 0 < row["eer_change_ci95"][0] < row["eer_change"] < row["eer_change_ci95"][1]
     few, many = full["eer_by_seed"]
     better = found["kmqat", 2, "distilled"]
-    assert few < many and better["eer"] == -full["eer"]
-    assert full["eer"] == pytest.approx((few + many) / 2 - found["kmqat", 2, "full precision"]["eer_by_seed"][0])
+    assert few < many and better["eer_change"] == -full["eer_change"]
+    assert full["eer_change"] == pytest.approx((few + many) / 2 - found["kmqat", 2, "full precision"]["eer_by_seed"][0])
 
 
 def settings(**changes):

@@ -123,17 +123,17 @@ def test_conditions_have_a_row_for_each_number_of_bits(tmp_path):
 
 def test_a_difference_whose_interval_holds_zero_is_called_none(tmp_path):
     one = {"recipe": "kmqat", "bits": 2, "trained": True, "against": "control", "set": "a"}
-    one |= {"eer": 1.5, "min_dcf": 0.1}
-    rows = [one | {"eer_ci95": [0.5, 2.0], "min_dcf_ci95": [-0.1, 0.2]}]
-    rows += [
-        one
-        | {"against": "distilled", "trained": False, "eer": -0.1, "eer_ci95": [-0.4, 0.3], "min_dcf_ci95": [-0.1, 0.2]}
-    ]
+    one |= {"min_dcf_change": 0.1, "min_dcf_change_ci95": [-0.1, 0.2]}
+    rows = [one | {"eer_change": 1.5, "eer_change_ci95": [0.5, 2.0]}]
+    rows += [one | {"against": "distilled", "trained": False, "eer_change": -0.1, "eer_change_ci95": [-0.4, 0.3]}]
+    rows += [one | {"eer_change": -0.1, "eer_change_ci95": None}]
     (tmp_path / "r.json").write_text(json.dumps({"differences": rows}))
     filled = tables.fill("<!-- table: r.json differences -->\n<!-- end -->", tmp_path).splitlines()
     minimum = "+0.100 [-0.100, +0.200]"
-    assert filled[3] == f"| kmqat | 2 | full precision, trained alike | a | +1.50 [+0.50, +2.00] | {minimum} | higher |"
+    shown = "**+1.50 [+0.50, +2.00]**"
+    assert filled[3] == f"| kmqat | 2 | full precision, trained alike | a | {shown} | {minimum} | higher |"
     assert filled[4] == f"| kmqat, without training | 2 | distilled | a | -0.10 [-0.40, +0.30] | {minimum} | none |"
+    assert filled[5] == f"| kmqat | 2 | full precision, trained alike | a |  | {minimum} |  |"
 
 
 def test_an_accelerator_has_a_row_for_each_speed(tmp_path):

@@ -1,0 +1,80 @@
+"""Differences of systems on the same trials, drawn together: what a draw of speakers does to both is no difference."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from kmq_jax.core.files import Json
+from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
+from kmq_jax.metrics.detection import Array, eer, min_dcf
+
+_USABLE = 0.9  # share of the draws that must hold both kinds of trials, or else there is no interval
+
+
+@dataclass(frozen=True, eq=False)
+class Errors:
+    """What a system errs, on all trials and in every draw of speakers.
+
+    Attributes:
+        eer: percent.
+        min_dcf: normalised detection cost.
+        eer_draws: `[draws]`, percent; draws without target or nontarget trials are left out.
+        min_dcf_draws: `[draws]`.
+        replicates: draws that were asked for.
+    """
+
+    eer: float
+    min_dcf: float
+    eer_draws: Array
+    min_dcf_draws: Array
+    replicates: int
+
+    @classmethod
+    def of(
+        cls,
+        scores: ArrayLike,
+        labels: ArrayLike,
+        enrol_speaker: ArrayLike,
+        test_speaker: ArrayLike,
+        replicates: int = 1000,
+        seed: int = 0,
+        p_target: float = 0.01,
+    ) -> "Errors":
+        """Measures a system; arguments and errors as of `bootstrap.speaker_bootstrap`, no replicates: no draws."""
+        eers = costs = np.empty(0)
+        if replicates:
+            draws = speaker_bootstrap(scores, labels, enrol_speaker, test_speaker, replicates, seed, p_target)
+            eers, costs = 100 * draws.eer, draws.min_dcf
+        return cls(100 * eer(scores, labels)[0], min_dcf(scores, labels, p_target), eers, costs, replicates)
+
+    @classmethod
+    def mean(cls, several: Sequence["Errors"]) -> "Errors":
+        """The mean over systems measured on the same trials with the same seed, draw by draw."""
+        return cls(
+            float(np.mean([one.eer for one in several])),
+            float(np.mean([one.min_dcf for one in several])),
+            np.mean([one.eer_draws for one in several], axis=0),
+            np.mean([one.min_dcf_draws for one in several], axis=0),
+            several[0].replicates,
+        )
+
+    def minus(self, other: "Errors") -> Json:
+        """The change against another system on the same trials, drawn with the same seed.
+
+        Returns:
+            `eer_change` (points of a percent) and `min_dcf_change`, each with `_ci95`: the central 95 % over draws that
+            both share; None where the speakers are too few to draw.
+
+        >>> scores, labels, speakers = [0.9, 0.8, 0.1, 0.2], [1, 1, 0, 0], ([0, 1, 0, 1], [0, 1, 1, 0])
+        >>> errors = Errors.of(scores, labels, *speakers, replicates=0)
+        >>> errors.minus(errors)["eer_change"], errors.minus(errors)["eer_change_ci95"]
+        (0.0, None)
+        """
+        known = self.replicates > 0 and len(self.eer_draws) >= _USABLE * self.replicates
+        pairs = {"eer": (self.eer_draws, other.eer_draws), "min_dcf": (self.min_dcf_draws, other.min_dcf_draws)}
+        found: Json = {"eer_change": self.eer - other.eer, "min_dcf_change": self.min_dcf - other.min_dcf}
+        for name, (ours, theirs) in pairs.items():
+            found[f"{name}_change_ci95"] = list(percentile_interval(ours - theirs)) if known else None
+        return found
