@@ -15,6 +15,10 @@ of the same corpus (60, so762/dev) and of other languages and microphones (11, w
 Its study at 4, 3 and 2 bits, by this project's recipe or, with `--config.study.recipe=kmqat`, by KMQAT as published:
 
     python -m kmq_jax.study --config=configs/so762_resnet36_small.py --workdir=runs/so762-study --config.data.root=DIR
+
+`:compare` is the comparison of recipes and of level sets at equal steps, one epoch (324) each and three seeds: this
+project's recipe, KMQAT as published, uniform levels of a learned scale and of the smallest squared error, powers of
+two, and full precision trained on as the control. `study.json` then holds `differences` with paired intervals.
 """
 
 import ml_collections
@@ -24,8 +28,8 @@ from kmq_jax.training.config import default_config, known_arg
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Returns the configuration; `arg` is "smoke" or nothing."""
-    known_arg(arg, "smoke")
+    """Returns the configuration; `arg` is "smoke", "compare" or nothing."""
+    known_arg(arg, "smoke", "compare")
     config = default_config("resnet36", width=32)
     root = ml_collections.FieldReference("data")
     config.data.root = root
@@ -43,6 +47,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         calibrate="so762",
         cascades=(("trained", (2, 3, 4)), ("trained", (2, 32))),
     )
+    if arg == "compare":
+        epochs = dict.fromkeys(("4", "3", "2", "32"), 1.0)
+        config.study.update(also=("kmqat", "uniform", "minmax", "powers"), seeds=3, label_weight=0.1)
+        config.study.update(nested=False, epochs=epochs, cascades=(), diagnose=())
     for name in ("so762", "words"):
         config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
     return smoke_study(config) if arg == "smoke" else config

@@ -1,5 +1,6 @@
 """The flags of `train` and `study`: a configuration, changes of its settings, and a working directory."""
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from absl import flags as absl_flags
 
 BOTH = ("--help", "--config=", "--workdir=")
-FLAGS = {"train": ("--tensorboard",), "study": ()}
+FLAGS = {"train": ("--tensorboard",), "study": ("--engine=", "--only=")}
 """The flags of each command that takes a configuration, for tab completion."""
 
 PLACES = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
@@ -93,10 +94,13 @@ def parse_flags(
 
 
 def _with_files(argv: list[str]) -> list[str]:
-    """The command line with the configuration's name replaced by its file."""
+    """The command line as the library reads it: with the configuration's file in place of its name."""
     words, before = [], ""
     for word in argv:
         flag, equals, value = word.partition("=")
+        if flag.startswith(("--config.", "-config.")):
+            # A key that is a number, as in study.epochs.2, is written as a subscript for the library.
+            word = re.sub(r"\.(\d+)(?=\.|$)", r"['\1']", flag) + equals + value
         if flag in ("--config", "-config") and equals:
             word = f"{flag}={find_config(value)}"
         elif before in ("--config", "-config"):
@@ -108,6 +112,8 @@ def _with_files(argv: list[str]) -> list[str]:
 
 def _told(message: str) -> str:
     """An error of absl's, without the traceback of a configuration file that it may hold."""
+    if re.fullmatch(r"\W*\w+\W*", message):  # of a missing key it gives the name alone
+        return "the configuration has no setting " + message.strip("\"'")
     if "Traceback" not in message:
         return message
     last = message.strip().splitlines()[-1]

@@ -14,6 +14,8 @@ again, it goes on where it stopped and repeats only what has changed.
               after it runs it in seconds
   --config.X  changes one of its settings
   --engine    what extracts embeddings: jax, onnxruntime, or auto; short for --config.study.engine
+  --only      makes and measures these networks alone, such as distilled-2,kmqat-2: several processes may share a study
+              so, on one host or as an array of jobs, before the same command without it; `list` prints all names
   --workdir   directory of all models, embeddings and results
 
 example:
@@ -25,12 +27,23 @@ def main() -> None:
     if asks_for_help():
         print(HELP)
         return
+    from absl import flags as absl_flags
+
     from kmq_jax.core.memory import keep_freed_memory
 
     keep_freed_memory()  # before JAX starts its threads
-    from kmq_jax.study.pipeline import study
+    from kmq_jax.study.networks import training_steps
+    from kmq_jax.study.pipeline import options_of, study
     from kmq_jax.study.tables import study_table
 
-    config, workdir = parse_flags([word.replace("--engine=", "--config.study.engine=", 1) for word in sys.argv])
-    print(study_table(study(config, workdir)), end="")
-    print(workdir / "report.html")
+    own = absl_flags.FlagValues()
+    absl_flags.DEFINE_list("only", [], "", flag_values=own)
+    words = [word.replace("--engine=", "--config.study.engine=", 1) for word in sys.argv]
+    config, workdir = parse_flags(words, own)
+    if own["only"].value == ["list"]:
+        print("\n".join(training_steps(options_of(config))))
+        return
+    summary = study(config, workdir, own["only"].value or ())
+    if summary:
+        print(study_table(summary), end="")
+        print(workdir / "report.html")

@@ -1,4 +1,4 @@
-"""One writer a directory, by a lock that ends with its process, however that ends."""
+"""Locks between processes, which end with their holder, however that ends: one writer a directory, one at a time."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ NAME = ".lock"
 
 
 @contextlib.contextmanager
-def sole_writer(directory: str | os.PathLike[str], flag: str = "workdir") -> Iterator[None]:
+def sole_writer(directory: str | os.PathLike[str], flag: str = "workdir", shared: bool = False) -> Iterator[None]:
     """Makes a directory where it is missing, and lets no other process write into it while the block runs.
 
     The system drops the lock when its holder ends, killed or not; what then is left of `.lock` hinders nobody. Readers
@@ -25,6 +25,7 @@ def sole_writer(directory: str | os.PathLike[str], flag: str = "workdir") -> Ite
     Args:
         directory: what is written into.
         flag: the one that named it, for messages.
+        shared: admits other processes that share it too, but none that wants it alone.
 
     Raises:
         UserError: another process holds it (the message tells which), or it cannot be written to.
@@ -37,7 +38,7 @@ def sole_writer(directory: str | os.PathLike[str], flag: str = "workdir") -> Ite
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        held = _hold(directory, flag)
+        held = _hold(directory, flag, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
     except UserError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
@@ -47,18 +48,65 @@ def sole_writer(directory: str | os.PathLike[str], flag: str = "workdir") -> Ite
     try:
         yield
     finally:
-        # While it is still held: whoever waits for it looks whether it is still there.
-        with contextlib.suppress(OSError):
-            os.unlink(directory / NAME)
-        os.close(held)
+        _drop(held, directory / NAME)
 
 
-def _hold(directory: Path, flag: str) -> int:
+@contextlib.contextmanager
+def in_turn(path: Path, waiting: str = "") -> Iterator[None]:
+    """Lets one process at a time run the block; others wait.
+
+    Args:
+        path: of the lock's file, in a directory that exists; it is removed afterwards.
+        waiting: a line for stderr, where it has to be waited for.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as place, in_turn(Path(place) / ".step.lock"):
+    ...     os.listdir(place)
+    ['.step.lock']
+    """
+    held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with contextlib.suppress(OSError):  # a file system without locks
+        _wait(held, waiting)
+        while not _is_at(held, path):
+            os.close(held)
+            held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            _wait(held, "")
+    try:
+        yield
+    finally:
+        _drop(held, path)
+
+
+def _wait(held: int, waiting: str) -> None:
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if waiting:
+            print(waiting, file=sys.stderr)
+        fcntl.flock(held, fcntl.LOCK_EX)
+
+
+def _is_at(held: int, path: Path) -> bool:
+    """Whether an open file is the one at `path`: its holder before may have removed it before it was locked."""
+    with contextlib.suppress(OSError):
+        return os.fstat(held).st_ino == os.stat(path).st_ino
+    return False
+
+
+def _drop(held: int, path: Path) -> None:
+    """Ends a lock. The last to hold it removes its file, while it is still held: whoever waits looks for that."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+    os.close(held)
+
+
+def _hold(directory: Path, flag: str, how: int) -> int:
     path = directory / NAME
     while True:
         held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held, how | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.pread(held, 1000, 0).decode(errors="replace").strip()
             os.close(held)
@@ -69,10 +117,8 @@ def _hold(directory: Path, flag: str) -> int:
                 ) from None
             print(f"warning: {directory} cannot be locked ({error.strerror}): start one process there", file=sys.stderr)
             return os.open(directory, os.O_RDONLY)
-        # The one before may have removed the file between opening and locking.
-        with contextlib.suppress(OSError):
-            if os.fstat(held).st_ino == os.stat(path).st_ino:
-                break
+        if _is_at(held, path):
+            break
         os.close(held)
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     command = " ".join(sys.argv)[:500]

@@ -1,6 +1,7 @@
 """Settings of a study with their defaults. A configuration file adds them to those of the full-precision training."""
 
 import dataclasses
+from typing import Any
 
 import ml_collections
 
@@ -9,11 +10,12 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.diagnosis.options import DiagnosisOptions
 from kmq_jax.training.config import smoke
 
-EPOCHS = {"4": 1.0, "3": 1.5, "2": 7.5, "nested": 3.0}
-"""Epochs of quantization-aware training by bits, for a few thousand utterances."""
+EPOCHS = {"4": 1.0, "3": 1.5, "2": 7.5, "nested": 3.0, "mixed": 0.0, "32": 0.0}
+"""Epochs of quantization-aware training by bits, for a few thousand utterances. What has none is not trained."""
+NO_EPOCHS = dict.fromkeys(EPOCHS, 0.0)
 
 
-def study_config(config: ml_collections.ConfigDict, **settings: object) -> ml_collections.ConfigDict:
+def study_config(config: ml_collections.ConfigDict, **settings: Any) -> ml_collections.ConfigDict:
     """Adds the section `study`, which says what `kmq_jax.study` does with the network. Training does not look at it.
 
     Args:
@@ -32,7 +34,7 @@ def study_config(config: ml_collections.ConfigDict, **settings: object) -> ml_co
         "mixed": 0.0,  # also mixed precision of so many bits a weight on average
         "nested": True,  # also all bits in one file
         "rules": (),  # as quant.rules
-        # By bits. What is left out is quantized without training alone. Nested codebooks are trained where the
+        # By bits. What has none is quantized without training alone. Nested codebooks are trained where the
         # smallest number of bits is. "32": full precision trains on by each recipe's loss, as a control.
         "epochs": EPOCHS,
         "learning_rate": 0.0,  # of quantization-aware training; 0: as the recipe says
@@ -59,7 +61,7 @@ def study_config(config: ml_collections.ConfigDict, **settings: object) -> ml_co
         if name in ("diagnosis", "calibration"):
             config.study[name].update(value)
         else:
-            config.study[name] = value
+            config.study[name] = NO_EPOCHS | value if name == "epochs" else value  # all can then be set by flags
     return config
 
 
@@ -101,7 +103,7 @@ def smoke_study(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     smoke(config)
     voices = {"data": config.validation.data, "trials": config.validation.trials}
     config.study.quick_compile = True
-    config.study.bits, config.study.epochs = (4, 2), {"2": 1.0, "nested": 1.0}
+    config.study.bits, config.study.epochs = (4, 2), NO_EPOCHS | {"2": 1.0, "nested": 1.0}
     if config.study.mixed:
         config.study.epochs["mixed"] = 1.0
     config.study.evaluate = ml_collections.ConfigDict({"voices": voices})

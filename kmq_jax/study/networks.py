@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_collections
@@ -114,13 +115,22 @@ def runs_of(options: StudyOptions) -> list[Run]:
     return runs + [run for run in more if run.step not in known and (run.untrained or options.epochs.get(run.name))]
 
 
-def make_networks(config: ml_collections.ConfigDict, options: StudyOptions, steps: Steps) -> list[Network]:
+def training_steps(options: StudyOptions) -> list[str]:
+    """The names of the steps that make networks: full precision, then each quantization, which may be its own job."""
+    return ["fp32", *(run.step for run in runs_of(options))]
+
+
+def make_networks(
+    config: ml_collections.ConfigDict, options: StudyOptions, steps: Steps, only: Sequence[str] = ()
+) -> list[Network]:
     """Trains, imports and quantizes.
 
     Args:
         config: of the full-precision training.
         options: of the study.
         steps: of the study.
+        only: names of training steps, such as "distilled-2", and "fp32"; what is not among them is not made, but for
+            full precision. Empty: all.
 
     Returns:
         The full-precision network, then those of each quantization: without training, and trained.
@@ -128,11 +138,16 @@ def make_networks(config: ml_collections.ConfigDict, options: StudyOptions, step
     Raises:
         UserError: a setting, file or value is at fault.
     """
+    runs, known = runs_of(options), training_steps(options)
+    for name in only:
+        if name not in known:
+            raise UserError(f"--only (={name}) must be of {', '.join(known)}")
     reference = full_precision(config, steps)
     networks = [Network("fp32", "full precision", FULL, reference)]
-    for run in runs_of(options):
-        make = mixed_network if run.name == MIXED else quantized_networks
-        networks += make(config, options, steps, run, reference)
+    for run in runs:
+        if not only or run.step in only:
+            make = mixed_network if run.name == MIXED else quantized_networks
+            networks += make(config, options, steps, run, reference)
     return networks
 
 

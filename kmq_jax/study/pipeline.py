@@ -17,7 +17,7 @@ import numpy as np
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Json, read_json, sweep, write_json
+from kmq_jax.core.files import Json, Row, read_json, sweep, write_json
 from kmq_jax.core.locks import sole_writer
 from kmq_jax.diagnosis import report as diagnosis_report
 from kmq_jax.diagnosis.run import diagnose
@@ -36,46 +36,61 @@ RECIPES = {"embed": 1, "score": 2, "diagnose": 2}
 """To be raised when a change of the code changes what a step computes: studies then repeat it (see `study.steps`)."""
 
 
-def study(config: ml_collections.ConfigDict, workdir: Path) -> Json:
+def study(config: ml_collections.ConfigDict, workdir: Path, only: Sequence[str] = ()) -> Json:
     """Runs what is not done yet.
 
     Args:
         config: of the full-precision run, with its `study` section.
         workdir: gets models, embeddings, scores, `diagnosis/`, `cascades/`, `steps.json`, `study.json`, `report.html`.
+        only: makes and measures these networks alone (see `networks.make_networks`). Several processes may do so at
+            once; a study of all then finds them done.
 
     Returns:
-        What `study.json` holds: `rows`, one a model, with `model`, `method`, `bits`, `bytes` and the metrics of each
-        evaluation set; `diagnosis`, by evaluation set; `cascades`; `published`, `published_figures` and `members`
-        of groups, to compare with; where several recipes, seeds or a control were trained, `differences`, as
-        `compare.differences` gives them.
+        Of `only`, nothing. Else what `study.json` holds: `rows`, one a model, with `model`, `method`, `bits`, `bytes`
+        and the metrics of each evaluation set; `diagnosis`, by evaluation set; `cascades`; `published`,
+        `published_figures` and `members` of groups, to compare with; where several recipes, seeds or a control were
+        trained, `differences`, as `compare.differences` gives them.
 
     Raises:
         UserError: a setting, file or value is at fault.
     """
+    settings = json.loads(config.to_json())
+    options = options_of(config)
+    if options.quick_compile:
+        jax.config.update("jax_disable_most_optimizations", True)
+    with sole_writer(workdir, shared=bool(only)):
+        if not only:
+            sweep(workdir)
+        steps = Steps(workdir)
+        networks = make_networks(config, options, steps, only)
+        for evaluated in options.sets.values():
+            for network in networks:
+                embed(steps, network, evaluated, options)
+        rows = [measure(steps, network, networks[0], options) for network in networks]
+        return {} if only else _summed_up(steps, networks, rows, options, settings)
+
+
+def options_of(config: ml_collections.ConfigDict) -> StudyOptions:
+    """The options in a configuration's section `study`.
+
+    Raises:
+        UserError: there is no such section, or a setting has a value that cannot be used.
+    """
     if "study" not in config:
         raise UserError("--config names a configuration without a `study` section: that is for `kmq-jax train`")
-    settings = json.loads(config.to_json())
     try:
-        options = StudyOptions.of(settings["study"])
+        return StudyOptions.of(json.loads(config.to_json())["study"])
     except UserError:
         raise
     except (TypeError, ValueError, AttributeError, KeyError) as error:  # a section of another form
         raise UserError(f"the configuration's section `study` has another form: {error}") from error
-    if options.quick_compile:
-        jax.config.update("jax_disable_most_optimizations", True)
-    with sole_writer(workdir):
-        sweep(workdir)
-        return _run(config, options, settings, workdir)
 
 
-def _run(config: ml_collections.ConfigDict, options: StudyOptions, settings: Json, workdir: Path) -> Json:
-    steps = Steps(workdir)
-    networks = make_networks(config, options, steps)
-    for evaluated in options.sets.values():
-        for network in networks:
-            embed(steps, network, evaluated, options)
+def _summed_up(
+    steps: Steps, networks: Sequence[Network], rows: Sequence[Row], options: StudyOptions, settings: Json
+) -> Json:
     summary = {
-        "rows": [measure(steps, network, networks[0], options) for network in networks],
+        "rows": rows,
         "diagnosis": {name: run_diagnosis(steps, options, networks, options.sets[name]) for name in options.diagnose},
         "cascades": [run_cascade(steps, options, networks, plan) for plan in options.cascades],
         "published": options.published,
@@ -84,8 +99,8 @@ def _run(config: ml_collections.ConfigDict, options: StudyOptions, settings: Jso
     }
     if options.also or options.seeds > 1 or options.epochs.get(str(FULL)):
         summary["differences"] = differences(networks, list(options.sets.values()), functools.partial(place_of, steps))
-    write_json(workdir / "study.json", summary)
-    report.write(workdir, summary, settings)
+    write_json(steps.directory / "study.json", summary)
+    report.write(steps.directory, summary, settings)
     return summary
 
 

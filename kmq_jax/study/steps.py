@@ -19,6 +19,7 @@ from pathlib import Path
 import kmq_jax
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, read_object, write_json
+from kmq_jax.core.locks import in_turn
 
 _LISTS = ("wav.scp", "dataset_info.json")
 """A directory with one of these is described by the files that lie in it; what they name is not looked at."""
@@ -26,16 +27,17 @@ _SHORT = 1 << 26  # bytes of a file that is read whole
 
 
 class Steps:
-    """The steps of a job, remembered in `steps.json` of its directory."""
+    """The steps of a job, remembered in `steps.json` of its directory.
+
+    A step that another process is doing is waited for, and then found done.
+    """
 
     def __init__(self, directory: Path):
-        """Opens (and makes) the directory."""
+        """Opens (and makes) the directory. Other processes may do other steps in it at the same time."""
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._file = directory / "steps.json"
-        self._known: dict[str, Json] = read_object(self._file) if self._file.exists() else {}
-        if not all(isinstance(known, dict) for known in self._known.values()):
-            raise UserError(f"{self._file} does not tell what was done: remove it, and all steps are done again")
+        self._known()
         self._stamp = functools.cache(stamp)  # data is looked at once a run
 
     def run(
@@ -66,13 +68,29 @@ class Steps:
         Returns:
             The output's path.
         """
-        path = self.directory / output
+        with in_turn(self.directory / f".{name}.lock", f"{name}: waits for another process that is at it"):
+            return self._run(name, settings, needs, self.directory / output, action, data, recipe)
+
+    def _run(
+        self,
+        name: str,
+        settings: object,
+        needs: Sequence[str],
+        path: Path,
+        action: Callable[[Path], object],
+        data: Sequence[str],
+        recipe: int,
+    ) -> Path:
+        done = self._known()
+        for other in needs:
+            if other not in done:
+                raise UserError(f"{self.directory}: {name} needs {other}, which was not made yet")
         # Digests of the steps before: a change travels down to all that depends on it.
-        before = [self._known[other]["digest"] for other in needs]
+        before = [done[other]["digest"] for other in needs]
         read = [self._stamp(place) for place in data]
         about = [kmq_jax.__version__, recipe, settings, read, before]
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-        known = self._known.get(name, {})
+        known = done.get(name, {})
         if known == {"digest": digest, "done": True} and path.exists():
             print(f"{name}: done before", file=sys.stderr)
             return path
@@ -88,9 +106,16 @@ class Steps:
         self._remember(name, digest, True)
         return path
 
+    def _known(self) -> dict[str, Json]:
+        """Digest of each step, and whether it is done."""
+        known: dict[str, Json] = read_object(self._file) if self._file.exists() else {}
+        if not all(isinstance(one, dict) for one in known.values()):
+            raise UserError(f"{self._file} does not tell what was done: remove it, and all steps are done again")
+        return known
+
     def _remember(self, name: str, digest: str, done: bool) -> None:
-        self._known[name] = {"digest": digest, "done": done}
-        write_json(self._file, self._known)
+        with in_turn(self.directory / ".steps.lock"):
+            write_json(self._file, {**self._known(), name: {"digest": digest, "done": done}})
 
 
 def stamp(data: str) -> str:

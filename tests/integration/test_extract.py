@@ -104,7 +104,9 @@ def test_the_first_frames_less_the_mean_of_all(speaker_model):
     expected = network.apply(speaker_model.variables, features[:, :most], np.array([most]), train=False)
     np.testing.assert_allclose(found[0], np.asarray(expected)[0], rtol=1e-4, atol=1e-5)
     assert np.abs(found - embed_all(speaker_model, table, max_seconds=1.0)).max() > 1e-3
-    np.testing.assert_array_equal(embed_all(speaker_model, table, max_frames=9999), embed_all(speaker_model, table))
+    # Two compiled programs: equal but for rounding.
+    whole, all_frames = embed_all(speaker_model, table), embed_all(speaker_model, table, max_frames=9999)
+    np.testing.assert_allclose(all_frames, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_half_precision_is_close(speaker_model):
