@@ -38,6 +38,10 @@ FRONTENDS = {
 }
 COMPUTE = ("float32", "bfloat16")
 BATCH_SIZE = 16
+SPEECH_A_PROGRAM = 20 * 3600 * source.SAMPLE_RATE
+"""Samples that an accelerator embeds in about the time that padding saves by one more shape, which takes a compilation:
+an H200 compiles in 1.5 s or more and embeds 12,000 s of speech a second (.github/results/accelerator-h200.jsonl)."""
+PROGRAMS = 3, 16  # shapes on an accelerator, at least and at most
 _MOST_PROGRAMS = 128  # compiled programs that are kept; each takes megabytes
 _programs: set[Hashable] = set()
 _programs_lock = threading.Lock()
@@ -273,9 +277,7 @@ def embed_all(
     """Embeds every utterance of a table.
 
     By ONNX Runtime recordings go one by one, as they are. In JAX those of like length are padded to one of a few
-    lengths and share a batch; there are about as many compilations as lengths. On an accelerator, and where a recording
-    is long, at most 5 % is padding where that can be, and a batch has so many samples at most. Embeddings do not depend
-    on the batch (1e-5).
+    lengths and share a batch (`embedding_plan`). Embeddings do not depend on the batch (1e-5).
 
     Args:
         model: the network and weights.
@@ -299,12 +301,33 @@ def embed_all(
     if runner:
         order = progress(np.argsort(-lengths, kind="stable").tolist(), desc="embedding", unit="recording")
         return runner.embed_all(lambda i: utterances.load(i)[: lengths[i]], order, len(lengths))
-    rows = min(batch_size, len(lengths))
-    # On a CPU a compilation costs more than the padding it saves, unless recordings are long.
-    few = jax.default_backend() == "cpu" and rows * lengths.max() <= 4 * buckets.MOST_SAMPLES
-    limits = {"max_shapes": 8} if few else {}
-    plan = progress(plan_batches(network, fbank, lengths, rows, **limits), desc="embedding", unit="batch")
+    plan = progress(embedding_plan(network, fbank, lengths, batch_size), desc="embedding", unit="batch")
     return _embed(model, plan, lengths, utterances.load, dtype, max_frames)
+
+
+def embedding_plan(
+    network: SpeakerNetwork, fbank: frontend.FbankConfig, lengths: np.ndarray, batch_size: int
+) -> list[buckets.Batch]:
+    """Decides which recordings are embedded together: as many shapes as are worth their compilations.
+
+    On an accelerator a shape takes seconds to compile, in which some hours of speech could be embedded. On a CPU that
+    costs more than the padding it saves, unless recordings are long; then at most 5 % is padding where that can be.
+
+    Args:
+        network: what embeds them.
+        fbank: its filterbank.
+        lengths: `[recordings]` samples.
+        batch_size: recordings in a batch at most.
+
+    Returns:
+        Batches that together hold every recording once.
+    """
+    rows = min(batch_size, len(lengths))
+    if jax.default_backend() != "cpu":
+        shapes = int(np.clip(lengths.sum() / SPEECH_A_PROGRAM, *PROGRAMS))
+        return plan_batches(network, fbank, lengths, rows, max_shapes=shapes)
+    short = rows * lengths.max() <= 4 * buckets.MOST_SAMPLES
+    return plan_batches(network, fbank, lengths, rows, **({"max_shapes": 8} if short else {}))
 
 
 _prepared: collections.OrderedDict[tuple[int, int | None], tuple[Variables, OnnxModel | None]] = (

@@ -16,7 +16,7 @@ from kmq_jax.data.table import Utterances
 from kmq_jax.models import registry
 from kmq_jax.models.batches import check_lengths, padded_batches, plan_batches, usable_lengths
 from kmq_jax.models.protocol import Part, SpeakerNetwork
-from kmq_jax.models.speaker_model import SpeakerModel, embed_all, embed_waves
+from kmq_jax.models.speaker_model import PROGRAMS, SpeakerModel, embed_all, embed_waves, embedding_plan
 
 LENGTHS = np.array([8000, 16000, 8070, 8000, 16010, 24000])  # 8000 and 8070 samples are 48 frames
 
@@ -79,3 +79,19 @@ def test_recordings_that_are_too_short_for_the_network_are_named(model):
         usable_lengths(Blind(), frontend.WESPEAKER, table, max_seconds=0.1)
     with pytest.raises(UserError, match="x: shorter than one analysis frame"):
         check_lengths(Blind(), frontend.WESPEAKER, np.array([399]), lambda i: "x")
+
+
+@pytest.mark.parametrize(("hours", "shapes"), [(3, 3), (100, 5), (10_000, 16)])
+def test_an_accelerator_compiles_no_more_than_the_speech_is_worth(monkeypatch, hours, shapes):
+    """A list of VoxCeleb1's length took longer to compile for, twenty shapes, than to embed."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    network, longest = registry.build("wespeaker_resnet34", width=4), 20 * 16000
+    lengths = np.random.default_rng(0).integers(4 * 16000, longest, 2000)
+    lengths = np.tile(lengths, -(-hours * 3600 * 16000 // int(lengths.sum())))
+    plan = embedding_plan(network, frontend.WESPEAKER, lengths, 64)
+    made = {(len(batch.indices), batch.size) for batch in plan}
+    assert abs(len({size for _, size in made}) - shapes) <= 1 and len(made) <= PROGRAMS[1]
+    members = np.concatenate([batch.indices for batch in plan])
+    assert np.array_equal(np.sort(members[members >= 0]), np.arange(len(lengths)))
+    processed = sum(len(batch.indices) * batch.size for batch in plan)
+    assert processed < {3: 1.3, 100: 1.2, 10_000: 1.06}[hours] * lengths.sum()

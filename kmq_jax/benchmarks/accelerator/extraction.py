@@ -14,10 +14,9 @@ from kmq_jax.benchmarks.accelerator import device
 from kmq_jax.benchmarks.accelerator.lines import Log
 from kmq_jax.benchmarks.options import AcceleratorBench
 from kmq_jax.core import mesh
-from kmq_jax.data import buckets
 from kmq_jax.data.table import Utterances
 from kmq_jax.models import registry
-from kmq_jax.models.speaker_model import SpeakerModel, embed_all, embed_batch, frontend_of
+from kmq_jax.models.speaker_model import SpeakerModel, embed_all, embed_batch, embedding_plan, frontend_of
 
 SECONDS, SHORTEST, LONGEST, SPREAD = 8.0, 4.0, 20.0, 0.45
 NETWORKS = (("resnet36", "kiwano", "bfloat16"), ("wespeaker_resnet34", "wespeaker", "bfloat16"))
@@ -65,16 +64,16 @@ def compile_all(made: SpeakerModel, table: Utterances, batch: int, compute: str)
     devices = mesh.make_mesh(jax.local_devices())
     variables = jax.device_put(made.variables, mesh.replicated(devices))
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=mesh.batch_sharding(devices))
-    lengths = {plan.size for plan in buckets.length_buckets(table.lengths(), min(batch, len(table)))}
     network, fbank = made.network(compute), frontend_of(made.frontend)
+    shapes = {(len(plan.indices), plan.size) for plan in embedding_plan(network, fbank, table.lengths(), batch)}
 
-    def one(length: int) -> None:
-        wave, samples = shape((batch, length), jnp.float32), shape((batch,), jnp.int32)
+    def one(size: tuple[int, int]) -> None:
+        wave, samples = shape(size, jnp.float32), shape(size[:1], jnp.int32)
         embed_batch.lower(network, fbank, variables, wave, samples).compile()
 
     start = time.perf_counter()
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(one, lengths))
+        list(pool.map(one, shapes))
     return time.perf_counter() - start
 
 
