@@ -127,3 +127,13 @@ def test_a_command_is_a_thin_layer():
     for name in main.COMMANDS:
         lines = (ROOT / "kmq_jax" / "cli" / f"{name}.py").read_text().splitlines()
         assert len(lines) <= 80, name
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ml_collections' way to load a file
+def test_numbered_settings_are_set_by_flags():
+    words = ["study", "--config=quickstart", "--workdir=w", "--config.study.epochs.2=40", "--config.study.epochs.32=.5"]
+    config, _ = config_flags.parse_flags(words)
+    assert (config.study.epochs["2"], config.study.epochs["32"], config.study.epochs["nested"]) == (40, 0.5, 2)
+    for setting in ("study.epochs.9", "study.nothing"):
+        with pytest.raises(UserError, match=f"the configuration has no setting {setting.rpartition('.')[2]}"):
+            config_flags.parse_flags(["study", "--config=quickstart", "--workdir=w", f"--config.{setting}=1"])

@@ -39,3 +39,15 @@ def test_two_in_one_process_and_a_directory_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--out=.*file cannot be written to"), sole_writer(tmp_path / "file", "out"):
         pass
+
+
+def test_those_who_share_keep_out_who_wants_it_alone(tmp_path):
+    with sole_writer(tmp_path, shared=True):
+        with sole_writer(tmp_path, shared=True):
+            pass
+        assert (tmp_path / NAME).exists()
+        with pytest.raises(UserError, match="is being written to by process"), sole_writer(tmp_path):
+            pass
+    assert os.listdir(tmp_path) == []
+    with sole_writer(tmp_path), pytest.raises(UserError, match="is being written"), sole_writer(tmp_path, shared=True):
+        pass

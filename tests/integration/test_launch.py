@@ -37,6 +37,34 @@ def test_scripts_are_sound_strict_and_explained(script):
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
 
 
+STUDY = """#!/usr/bin/env bash
+if [[ "$*" == *--only=list* ]]; then printf 'fp32\\ndistilled-2\\ndistilled-nested\\nkmqat-2\\n'; exit; fi
+echo "$*" >>"$LOG"
+[[ "$*" != *"--only=${FAIL:-none}"* ]]
+"""
+
+
+def test_the_networks_of_a_study_are_made_beside_each_other_and_then_measured(tmp_path):
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(STUDY)
+    python.chmod(0o755)
+
+    def run(*words, **environment):
+        log.write_text("")
+        more = {"PYTHON": python, "LOG": log, "CONFIG": "configs/x.py:compare", "WORKDIR": "runs/s", **environment}
+        result = launch("study_jobs.sh", *words, **more)
+        return result, [line.removeprefix("-m kmq_jax.study ") for line in log.read_text().splitlines()]
+
+    study = "--config=configs/x.py:compare --workdir=runs/s --config.seed=1"
+    _, made = run("--config.seed=1", JOBS=1)
+    assert made == [f"{study} --only={name}" for name in ("fp32", "distilled-2", "kmqat-2")] + [study]
+    _, made = run("--config.seed=1", SLURM_ARRAY_TASK_ID=3)
+    assert made == [f"{study} --only=kmqat-2"]
+    assert run(SLURM_ARRAY_TASK_ID=9)[1] == []
+    result, made = run(JOBS=1, FAIL="distilled-2")
+    assert result.returncode and not any(line.endswith("--workdir=runs/s") for line in made)
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing():
     found = subprocess.run(["shellcheck", *SCRIPTS], capture_output=True, text=True, check=False)

@@ -1,8 +1,12 @@
+import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import kmq_jax
+from kmq_jax.core.errors import UserError
 from kmq_jax.study.steps import Steps, stamp
 
 
@@ -118,3 +122,41 @@ def test_a_kaldi_directory_is_known_by_its_lists(tmp_path):
     (tmp_path / "utt2spk").write_text("u s\n")
     assert stamp(str(tmp_path)) != before
     assert stamp(f"{tmp_path},synthetic:dev") == f"{stamp(str(tmp_path))},synthetic:dev"
+
+
+def test_what_another_process_does_is_waited_for_and_found_done(tmp_path, capsys):
+    begun, go_on, done = threading.Event(), threading.Event(), []
+
+    def slow(path):
+        begun.set()
+        assert go_on.wait(20)
+        done.append("first")
+        path.write_text("")
+
+    def quick(path):
+        done.append("again")
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(Steps(tmp_path).run, "a", 1, (), "a.txt", slow)
+        assert begun.wait(20)
+        other = pool.submit(Steps(tmp_path).run, "a", 1, (), "a.txt", quick)
+        while "waits for another process" not in capsys.readouterr().err:
+            assert not other.done()
+        go_on.set()
+        assert one.result() == other.result() and done == ["first"]
+
+
+def test_many_processes_steps_are_all_remembered(tmp_path):
+    def make(number):
+        Steps(tmp_path).run(f"step-{number}", number, (), f"{number}.txt", lambda path: path.write_text(""))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(make, range(24)))
+    known = json.loads((tmp_path / "steps.json").read_text())
+    assert len(known) == 24 and all(step["done"] for step in known.values())
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_step_says_what_it_lacks(tmp_path):
+    with pytest.raises(UserError, match="grown needs distilled-2, which was not made yet"):
+        Steps(tmp_path).run("grown", 1, ("distilled-2",), "grown", print)
