@@ -1,5 +1,6 @@
 """Weight distortion of every quantized tensor, and how well it predicts the damage to scores."""
 
+import re
 from collections.abc import Sequence
 
 import jax
@@ -68,6 +69,42 @@ def weight_row(reference: Array, leaf: Leaf, bits: int | None = None) -> Json:
         "effective_bits": None,
     }
     return row | _codebook_row(leaf, read_at) if packed else row
+
+
+def more_bits(rows: Sequence[Row], bits: float) -> list[Json]:
+    """Rules by which the layers that do half of the damage, with the fewest weights for it, get one bit more.
+
+    Damage was measured with each layer quantized alone. Whether more bits there are worth what they cost is for
+    `quantize --rules` and a measurement to tell.
+
+    Args:
+        rows: of the table `layers`.
+        bits: of the model in question.
+
+    Returns:
+        A rule for each layer, as `quantize --rules` reads them; none where damage was not measured.
+
+    >>> layers = [("a", 100, 4.0), ("b", 900, 5.0), ("c", 500, 1.0)]
+    >>> rows = [{"layer": n, "weights": w, "damage": d, "bits": 2, "tensor_bits": 2} for n, w, d in layers]
+    >>> [(rule["pattern"], rule["bits"]) for rule in more_bits(rows, 2)]
+    [('^a/kernel$', 3), ('^b/kernel$', 3), ('^c/kernel$', 2)]
+    """
+    here = [row for row in rows if row["bits"] == bits]
+    packed = [row for row in here if row["tensor_bits"] is not None]
+    if any(row["damage"] is None for row in packed):
+        return []
+    half, done, raised = sum(row["damage"] for row in packed) / 2, 0.0, set()
+    for row in sorted(packed, key=lambda row: row["damage"] / row["weights"], reverse=True):
+        if done < half:
+            raised.add(row["layer"])
+            done += row["damage"]
+    return [
+        {
+            "pattern": f"^{re.escape(row['layer'])}/kernel$",
+            "bits": row["tensor_bits"] and min(row["tensor_bits"] + (row["layer"] in raised), 8),
+        }
+        for row in here
+    ]
 
 
 def _codebook_row(leaf: quant.CodebookTensor, bits: int | None) -> Json:

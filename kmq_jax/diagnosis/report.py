@@ -9,6 +9,7 @@ from kmq_jax import html
 from kmq_jax.core.files import Json, Row, atomic_write, write_json
 from kmq_jax.diagnosis import figures, scores
 from kmq_jax.diagnosis.diagnosis import GROUP_DRAWS, Diagnosis
+from kmq_jax.diagnosis.layers import more_bits
 from kmq_jax.diagnosis.networks import COMPONENT_DRAWS
 
 _FIGURE_PREFIX = "figure-"
@@ -24,6 +25,10 @@ def write(out: Path, found: Diagnosis) -> None:
     for name, rows in found.tables.items():
         if rows:
             write_csv(out / f"{name}.csv", rows)
+    layers = found.tables.get("layers", ())
+    for bits in {row["bits"]: None for row in layers}:
+        if rules := more_bits(layers, bits):
+            write_json(out / f"rules-{bits:g}.json", rules)
     write_json(out / "diagnosis.json", finite({"notes": found.notes, **found.tables}))
     html.write(
         out / "report.html",

@@ -1,6 +1,7 @@
 """Weight distortion by hand, Hessian traces against the exact Hessian, rank correlations against scipy."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from kmq_jax import quant
 from kmq_jax.diagnosis import layers
 from kmq_jax.diagnosis.correlation import spearman
 from kmq_jax.models import registry
+from kmq_jax.ptq.options import QuantizeOptions
+from kmq_jax.ptq.quantize import rules_of
 
 
 def tensor(indices, codebook, bits=1, shape=(4, 2)):
@@ -118,3 +121,19 @@ def test_kernels_of_finds_quantized_ones_too(small):
     params = quant.quantize_params(variables["params"], [quant.QuantRule("stage1.*kernel$", quant.QuantSpec(2))])
     assert layers.kernels_of({"params": params}) == names and "head/linear/kernel" in names
     assert dataclasses.is_dataclass(params["stage1"]["block0"]["conv1"]["kernel"])
+
+
+def test_half_of_the_damage_gets_a_bit_more_where_it_costs_least(tmp_path):
+    def row(layer, weights, damage, tensor_bits=2):
+        return {"layer": layer, "weights": weights, "damage": damage, "bits": 2, "tensor_bits": tensor_bits}
+
+    rows = [row("stem", 9, 0.0, None), row("big", 1000, 5.0), row("s.1/conv", 10, 4.0), row("last", 500, 2.0, 8)]
+    rules = layers.more_bits([*rows, row("other", 1, 99.0) | {"bits": 4}], 2)
+    assert [rule["bits"] for rule in rules] == [None, 3, 3, 8]
+    assert rules[2]["pattern"] == r"^s\.1/conv/kernel$"
+    assert layers.more_bits([row("unmeasured", 10, None)], 2) == layers.more_bits(rows, 3) == []
+    # As the command that takes them reads them.
+    file = tmp_path / "rules-2.json"
+    file.write_text(json.dumps(rules))
+    read = rules_of(QuantizeOptions(bits=2, rules=file))
+    assert [rule.spec and rule.spec.bits for rule in read] == [None, 3, 3, 8, 2]
