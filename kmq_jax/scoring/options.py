@@ -55,5 +55,5 @@ class ThresholdOptions(Options):
         "bits at which a nested model is read; left out: the most it has", None, at_least=1, at_most=64
     )
     engine: Engine = option("auto: ONNX Runtime on a CPU, JAX on a GPU or TPU", "auto")
-    replicates: int = option("bootstrap draws of speakers", 1000, at_least=100, at_most=100_000)
+    replicates: int = option("bootstrap draws of speakers", 1000, at_least=100, at_most=10_000)
     seed: int = option("of the bootstrap", 0, at_least=0)

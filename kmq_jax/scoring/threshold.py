@@ -99,6 +99,7 @@ def save_threshold(path: Place, found: Found, model: Place, data: str, command: 
         "smallest_false_accept": chosen.smallest,
         "rule_of_three": chosen.rule_of_three,
         "speakers": chosen.speakers,
+        "speakers_to_halve": chosen.speakers_to_halve,
         "speaker_pairs": chosen.pairs,
         "recordings": found.recordings,
         "trials": chosen.false_accept.trials + chosen.false_reject.trials,
@@ -188,10 +189,10 @@ def _from_file(path: str) -> Decider:
         model = held["fingerprint"]
         if not isinstance(model, str):
             raise TypeError
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"`threshold` (={path}) is damaged: a number or the model's fingerprint is missing") from None
     known = (
-        f"at it {_with_interval(accepts)} of different speakers are accepted and {_with_interval(rejects)} of same "
+        f"at it {_with_interval(accepts)} of different speakers are accepted, {_with_interval(rejects)} of same "
         f"speakers rejected (95 %, from {speakers} speakers)"
     )
     return Decider(value, model, known)
@@ -263,5 +264,5 @@ def _percent(rate: float) -> str:
 
 
 def _with_interval(rate: Rate) -> str:
-    value, low, high = (f"{round(100 * one, 2):g}" for one in (rate.value, rate.low, rate.high))
+    value, low, high = (f"{round(100 * one, 2):.3g}" for one in (rate.value, rate.low, rate.high))
     return f"{value} % [{low}, {high}]"

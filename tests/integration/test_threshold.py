@@ -112,6 +112,7 @@ def test_verify_refuses_what_does_not_fit(place, file, tmp_path, monkeypatch, ca
         (json.dumps(held | {"false_reject_ci95": [0]}), "is damaged"),
         (json.dumps(held | {"fingerprint": None}), "is damaged"),
         (json.dumps(held | {"threshold": True}), "is damaged"),
+        (json.dumps(held | {"threshold": 10**400}), "is damaged"),
     ]:
         bad.write_text(text)
         line = refused(one, f"--threshold={bad}")
