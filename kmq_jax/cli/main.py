@@ -22,6 +22,7 @@ COMMANDS = {
     "conditions": "see whether few bits suffer more where speech is short or bad",
     "calibrate": "fit a cascade: maps, threshold, gates",
     "cascade": "run a cascade over a trial list",
+    "threshold": "find the threshold for a wanted false-accept rate, from own recordings",
     "verify": "decide whether two recordings are of one speaker",
     "tables": "write tables of a Markdown file from the JSON of studies",
     "bench": "measure parts of the library beside other tools",

@@ -42,3 +42,18 @@ class ScoringOptions(Options):
         False,
     )
     seed: int = option("of the bootstrap and of the calibration folds", 0, at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdOptions(Options):
+    """Which threshold is wanted, and how recordings are embedded for it."""
+
+    false_accept: float = option(
+        "the share of comparisons of two speakers that may be accepted, a fraction", 0.01, above=0, below=1
+    )
+    bits: int | None = option(
+        "bits at which a nested model is read; left out: the most it has", None, at_least=1, at_most=64
+    )
+    engine: Engine = option("auto: ONNX Runtime on a CPU, JAX on a GPU or TPU", "auto")
+    replicates: int = option("bootstrap draws of speakers", 1000, at_least=100, at_most=10_000)
+    seed: int = option("of the bootstrap", 0, at_least=0)

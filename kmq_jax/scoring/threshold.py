@@ -1,0 +1,268 @@
+"""A threshold from one's own recordings, its file, and decisions by it: `kmq-jax threshold`, `verify --threshold`."""
+
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import Json, read_object, write_json
+from kmq_jax.data import audio, source
+from kmq_jax.metrics.threshold import Rate, Threshold, choose_threshold
+from kmq_jax.models.engine import Engine
+from kmq_jax.models.speaker_model import embed_all, embed_waves, fingerprint, load_model
+from kmq_jax.scoring.cosine import cosine_scores
+from kmq_jax.scoring.options import ThresholdOptions
+
+Place = str | os.PathLike[str]
+
+KIND, VERSION = "threshold", 1
+_MOST = 3000  # recordings: all pairs of them take some hundred megabytes
+
+
+@dataclass(frozen=True)
+class Found:
+    """A threshold found on recordings.
+
+    Attributes:
+        threshold: with its error rates.
+        recordings: how many there were.
+        model: the fingerprint of the model that scored them.
+    """
+
+    threshold: Threshold
+    recordings: int
+    model: str
+
+
+def find_threshold(model: Place, data: str, options: ThresholdOptions | None = None) -> Found:
+    """Embeds recordings of a few speakers, scores all pairs by cosine, and finds the threshold.
+
+    Args:
+        model: the MODEL.
+        data: the DATA.
+        options: what is wanted; the defaults where left out.
+
+    Raises:
+        UserError: the recordings cannot tell a threshold, or the model or one of them cannot be read.
+    """
+    how = options or ThresholdOptions()
+    utterances = source.open_source(data)
+    _check_speakers(utterances, data)
+    network = load_model(os.fspath(model), how.bits)
+    embeddings = embed_all(network, utterances, engine=how.engine)
+    one, two = np.triu_indices(len(utterances), 1)
+    speaker = utterances.labels
+    scores = cosine_scores(embeddings, embeddings, one, two)
+    same = speaker[one] == speaker[two]
+    try:
+        found = choose_threshold(scores, same, speaker[one], speaker[two], how.false_accept, how.replicates, how.seed)
+    except UserError as error:
+        raise UserError(f"`data` (={data}): {error}") from error
+    return Found(found, len(utterances), fingerprint(network))
+
+
+def _check_speakers(utterances: source.Utterances, data: str) -> None:
+    """Refuses recordings that cannot tell a threshold, before any is embedded."""
+    names = utterances.speaker_names
+    if len(names) < 2:
+        raise UserError(f"`data` (={data}) has recordings of one speaker only ({names[0]}): it takes two or more")
+    if len(names) == len(utterances):
+        raise UserError(f"`data` (={data}) has one recording a speaker only: some must have two or more")
+    if len(utterances) > _MOST:
+        raise UserError(f"`data` (={data}) has {len(utterances)} recordings: all pairs are of at most {_MOST}")
+
+
+def save_threshold(path: Place, found: Found, model: Place, data: str, command: str) -> None:
+    """Writes a threshold for `read_threshold`, as JSON; rates are fractions.
+
+    Args:
+        path: the file.
+        found: what `find_threshold` gave.
+        model: the MODEL it was found with.
+        data: the DATA it was found on.
+        command: the command line that found it.
+    """
+    chosen = found.threshold
+    value: Json = {
+        "kind": KIND,
+        "version": VERSION,
+        "threshold": chosen.value,
+        "threshold_ci95": [chosen.low, chosen.high],
+        "wanted_false_accept": chosen.wanted,
+    }
+    for name, rate in (("false_accept", chosen.false_accept), ("false_reject", chosen.false_reject)):
+        value |= {name: rate.value, f"{name}_ci95": [rate.low, rate.high]}
+        value |= {f"{name}_trials": rate.trials, f"{name}_units": rate.units}
+    value |= {
+        "smallest_false_accept": chosen.smallest,
+        "rule_of_three": chosen.rule_of_three,
+        "speakers": chosen.speakers,
+        "speakers_to_halve": chosen.speakers_to_halve,
+        "speaker_pairs": chosen.pairs,
+        "recordings": found.recordings,
+        "trials": chosen.false_accept.trials + chosen.false_reject.trials,
+        "fingerprint": found.model,
+        "model": os.fspath(model),
+        "data": data,
+        "command": command,
+    }
+    write_json(path, value)
+
+
+def describe(found: Found) -> str:
+    """A threshold for people, in a few lines."""
+    chosen = found.threshold
+    accepts, rejects = chosen.false_accept, chosen.false_reject
+    top = "no upper end" if chosen.high is None else f"{chosen.high:.4f}"
+    return "\n".join(
+        [
+            f"threshold      {chosen.value:.4f} [{chosen.low:.4f}, {top}] for {_percent(chosen.wanted)} false accepts",
+            f"false accepts  {_with_interval(accepts)} of {accepts.trials:,} comparisons of two speakers",
+            f"false rejects  {_with_interval(rejects)} of {rejects.trials:,} comparisons within a speaker",
+            f"{found.recordings} recordings of {chosen.speakers} speakers, worth {accepts.units:.0f} independent pairs "
+            "of speakers; intervals: 95 %",
+            f"an estimate: {chosen.speakers_to_halve} more speakers would halve the intervals; more recordings of the "
+            "same speakers help less",
+        ]
+    )
+
+
+def warning(found: Found) -> str | None:
+    """What to say where the speakers are too few for the wanted rate."""
+    chosen = found.threshold
+    if chosen.wanted >= chosen.smallest:
+        return None
+    units = f"{chosen.false_accept.units:.0f}"
+    return (
+        f"warning: {chosen.speakers} speakers are too few for {_percent(chosen.wanted)} false accepts: they are worth "
+        f"{units} independent pairs, and no rate below {_percent(chosen.smallest)} (1/{units}) can be told; without a "
+        f"false accept it could still be {_percent(chosen.rule_of_three)} (rule of three); an estimate: it takes "
+        f"{chosen.speakers_needed} speakers"
+    )
+
+
+@dataclass(frozen=True)
+class Decider:
+    """A threshold to decide by.
+
+    Attributes:
+        value: accept when `score >= value`.
+        model: fingerprint of the model it is for; None where it was given as a number.
+        known: what is known of its error rates, in one sentence; empty where nothing is.
+    """
+
+    value: float
+    model: str | None = None
+    known: str = ""
+
+
+def read_threshold(text: str) -> Decider:
+    """Reads a threshold: a number, or a file that `save_threshold` wrote.
+
+    Raises:
+        UserError: it is neither, or the file is damaged.
+
+    >>> read_threshold("0.5")
+    Decider(value=0.5, model=None, known='')
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        return _from_file(text)
+    if not math.isfinite(number):
+        raise UserError(f"`threshold` (={text}) must be a finite number, or a file of `kmq-jax threshold`")
+    return Decider(number)
+
+
+def _from_file(path: str) -> Decider:
+    try:
+        held = read_object(path)
+    except UserError as error:
+        raise UserError(f"`threshold`: {error}") from error
+    if held.get("kind") != KIND or held.get("version") != VERSION:
+        raise UserError(f"`threshold` (={path}) is no file of `kmq-jax threshold --out` that this version reads")
+    try:
+        value, speakers = _number(held["threshold"], -math.inf), int(_number(held["speakers"]))
+        accepts, rejects = (_read_rate(held, name) for name in ("false_accept", "false_reject"))
+        model = held["fingerprint"]
+        if not isinstance(model, str):
+            raise TypeError
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise UserError(f"`threshold` (={path}) is damaged: a number or the model's fingerprint is missing") from None
+    known = (
+        f"at it {_with_interval(accepts)} of different speakers are accepted, {_with_interval(rejects)} of same "
+        f"speakers rejected (95 %, from {speakers} speakers)"
+    )
+    return Decider(value, model, known)
+
+
+def _read_rate(held: Json, name: str) -> Rate:
+    low, high = held[f"{name}_ci95"]
+    value, low, high = (_number(one, 0, 1) for one in (held[name], low, high))
+    return Rate(value, low, high, int(_number(held[f"{name}_trials"])), _number(held[f"{name}_units"]))
+
+
+def _number(value: object, low: float = 0, high: float = math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{value!r} is no number from {low} to {high}")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one model says of two recordings.
+
+    Attributes:
+        decision: whether it takes them for one speaker.
+        score: their cosine.
+        threshold: what it was compared with.
+    """
+
+    decision: bool
+    score: float
+    threshold: float
+
+
+def decide(
+    model: Place, enrol: Place, test: Place, threshold: Decider, bits: int | None = None, engine: Engine = "auto"
+) -> Decision:
+    """Decides whether two recordings are of one speaker, by one model.
+
+    Args:
+        model: the MODEL.
+        enrol: recording of the claimed speaker.
+        test: recording to verify.
+        threshold: what to decide by.
+        bits: at which a nested model is read; None is the most.
+        engine: what runs the network.
+
+    Raises:
+        UserError: the threshold was found with another model, or a recording or the model cannot be read.
+    """
+    network = load_model(os.fspath(model), bits)
+    own = fingerprint(network)
+    if threshold.model not in (None, own):
+        raise UserError(f"`threshold` was found with the model {threshold.model}, but {os.fspath(model)} is {own}")
+    waves = [audio.read_audio(place) for place in (enrol, test)]
+    rows = embed_waves(network, waves, engine=engine)
+    score = float(cosine_scores(rows, rows, [0], [1])[0])
+    return Decision(score >= float(np.float32(threshold.value)), score, threshold.value)
+
+
+def describe_decision(found: Decision, threshold: Decider) -> str:
+    """The verdict in one line, with what is known of the threshold."""
+    sides = "same speaker: score" if found.decision else "different speakers: score"
+    where = "at least" if found.decision else "below"
+    told = f"; {threshold.known}" if threshold.known else ""
+    return f"{sides} {found.score:.4f} is {where} the threshold {found.threshold:.4f}{told}"
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.3g} %"
+
+
+def _with_interval(rate: Rate) -> str:
+    value, low, high = (f"{round(100 * one, 2):.3g}" for one in (rate.value, rate.low, rate.high))
+    return f"{value} % [{low}, {high}]"

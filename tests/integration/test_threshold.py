@@ -1,0 +1,144 @@
+"""`kmq-jax threshold`, and `verify` by what it wrote, on a tiny network."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+from commands import run
+
+from kmq_jax.data import source
+from kmq_jax.models import registry
+from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model, save_model
+
+SETTINGS = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """`one.kmq`, `two.kmq`, and `people`: recordings of 4 speakers, 3 of each."""
+    directory = tmp_path_factory.mktemp("threshold")
+    for name, seed in (("one", 0), ("two", 1)):
+        variables = registry.initialize(registry.build("wespeaker_resnet34", **SETTINGS), jax.random.key(seed))
+        model = SpeakerModel("wespeaker_resnet34", SETTINGS, "wespeaker", jax.device_get(variables))
+        save_model(directory / f"{name}.kmq", model)
+    spoken = source.open_source("synthetic:dev?speakers=4&utterances=3")
+    for row in range(len(spoken)):
+        file = directory / "people" / spoken.speakers[row] / f"{row}.wav"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(file, spoken.load(row), source.SAMPLE_RATE, subtype="FLOAT")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def file(place):
+    with pytest.MonkeyPatch.context() as patch:
+        flags = [f"--model={place}/one.kmq", f"--data={place}/people", f"--out={place}/threshold.json"]
+        assert run(patch, "threshold", *flags, "--false_accept=0.2", "--replicates=100") == 0
+    return place / "threshold.json"
+
+
+def recordings(place):
+    files = sorted((place / "people").rglob("*.wav"), key=lambda path: int(path.stem))
+    return [f"--enrol={files[0]}", f"--test={files[-1]}"]
+
+
+def test_the_file_holds_what_the_embeddings_tell(place, file):
+    held = json.loads(file.read_text())
+    model = load_model(place / "one.kmq")
+    files = sorted((place / "people").rglob("*.wav"))
+    rows = np.stack([model.embed(path) for path in files])
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    owner = np.array([path.parent.name for path in files])
+    one, two = np.triu_indices(len(files), 1)
+    scores, same = (rows[one] * rows[two]).sum(axis=1), owner[one] == owner[two]
+    accepted = scores >= held["threshold"] - 1e-5
+    assert held["false_accept"] == pytest.approx(accepted[~same].mean()) and held["false_accept"] <= 0.2
+    assert held["false_reject"] == pytest.approx(1 - accepted[same].mean())
+    assert held["fingerprint"] == fingerprint(model)
+    counts = {"recordings": 12, "speakers": 4, "speaker_pairs": 6, "trials": 66}
+    counts |= {"false_accept_trials": 54, "false_reject_trials": 12, "wanted_false_accept": 0.2}
+    assert {name: held[name] for name in counts} == counts
+    for name in ("false_accept", "false_reject"):
+        low, high = held[f"{name}_ci95"]
+        assert 0 <= low <= held[name] <= high <= 1
+    assert held["command"].startswith("kmq-jax threshold --model=")
+
+
+def test_what_is_printed_says_how_little_few_speakers_tell(place, monkeypatch, capsys):
+    flags = [f"--model={place}/one.kmq", f"--data={place}/people", "--replicates=100"]
+    assert run(monkeypatch, "threshold", *flags, "--false_accept=0.15") == 0
+    shown = capsys.readouterr()
+    assert "12 recordings of 4 speakers" in shown.out and "12 more speakers would halve" in shown.out
+    (told,) = (line for line in shown.err.splitlines() if line.startswith("warning"))
+    # Six pairs at most: 1/6, and three over six.
+    assert "4 speakers are too few for 15 % false accepts" in told and "rule of three" in told
+
+
+def test_verify_decides_by_the_file_and_by_a_number(place, file, tmp_path, monkeypatch, capsys):
+    flags = [f"--model={place}/one.kmq", *recordings(place), f"--json={tmp_path}/v.json"]
+    assert run(monkeypatch, "verify", *flags, f"--threshold={file}") == 0
+    line = capsys.readouterr().out.strip()
+    held, found = (json.loads(path.read_text()) for path in (file, tmp_path / "v.json"))
+    assert found["threshold"] == held["threshold"] and found["decision"] == (found["score"] >= held["threshold"])
+    assert "\n" not in line and line.startswith("same speaker" if found["decision"] else "different speakers")
+    assert "of different speakers are accepted" in line and "from 4 speakers" in line
+    for number, decision in (("-1", True), ("1.5", False)):
+        assert run(monkeypatch, "verify", *flags, f"--threshold={number}") == 0
+        assert "accepted" not in capsys.readouterr().out
+        assert json.loads((tmp_path / "v.json").read_text())["decision"] is decision
+
+
+def test_verify_refuses_what_does_not_fit(place, file, tmp_path, monkeypatch, capsys):
+    def refused(*flags):
+        assert run(monkeypatch, "verify", *recordings(place), *flags) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        return line
+
+    one, two = f"--model={place}/one.kmq", f"--model={place}/two.kmq"
+    assert "--threshold was found with the model" in refused(two, f"--threshold={file}")
+    assert "kmq-jax threshold --model=" in refused(one)
+    assert "one of --cascade and --model" in refused()
+    assert "--threshold and --bits go with --model" in refused(f"--cascade={place}", "--threshold=0.5")
+    assert "cannot both be given" in refused(one, f"--cascade={place}")
+    bad = tmp_path / "bad.json"
+    held = json.loads(file.read_text())
+    for text, what in [
+        ("{", "is not valid JSON"),
+        ("[]", "does not hold a JSON object"),
+        ("{}", "is no file of"),
+        (json.dumps(held | {"false_accept": 2}), "is damaged"),
+        (json.dumps(held | {"false_reject_ci95": [0]}), "is damaged"),
+        (json.dumps(held | {"fingerprint": None}), "is damaged"),
+        (json.dumps(held | {"threshold": True}), "is damaged"),
+        (json.dumps(held | {"threshold": 10**400}), "is damaged"),
+    ]:
+        bad.write_text(text)
+        line = refused(one, f"--threshold={bad}")
+        assert "--threshold" in line and what in line and str(bad) in line
+    assert "--threshold" in refused(one, f"--threshold={tmp_path}/absent.json")
+    assert "(=nan) must be a finite number" in refused(one, "--threshold=nan")
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        ("synthetic:dev?speakers=1&utterances=4", "recordings of one speaker only"),
+        ("synthetic:dev?speakers=4&utterances=1", "one recording a speaker only"),
+        ("synthetic:dev?speakers=1001&utterances=3", "3003 recordings: all pairs are of at most 3000"),
+    ],
+)
+def test_recordings_that_cannot_tell_are_refused_before_the_model_is_read(tmp_path, monkeypatch, capsys, data, what):
+    out = tmp_path / "threshold.json"
+    assert run(monkeypatch, "threshold", "--model=/nowhere", f"--data={data}", f"--out={out}") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"--data (={data})" in line and what in line and not out.exists()
+
+
+@pytest.mark.parametrize("rate", ["0", "1", "-1", "nan", "a"])
+def test_rates_that_are_none_are_refused(tmp_path, monkeypatch, capsys, rate):
+    flags = ["--model=m", "--data=d", f"--out={tmp_path}/t.json", f"--false_accept={rate}"]
+    assert run(monkeypatch, "threshold", *flags) == 2
+    assert f"--false_accept (={rate}) must be" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
