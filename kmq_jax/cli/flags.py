@@ -26,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
     """Adds a flag for each field of an `Options` class.
 
     A flag's help is the field's text and its default. A bool is a switch. A tuple of texts is given by repeating the
-    flag, a tuple of numbers is separated by commas.
+    flag, a tuple of numbers is separated by commas. A positional field has no flag, only values.
 
     >>> from dataclasses import dataclass
     >>> from kmq_jax.core.options import option
@@ -53,6 +53,10 @@ def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
         # No `type=` and no `choices=` for argparse: `options_of` reads the text, and its errors name the value.
         choices = limits.choices or kind.choices
         listed = "{" + ",".join(map(str, choices)) + "}" if choices else METAVARS.get(kind.type, "TEXT")
+        if limits.positional:
+            nargs = ("+" if required else "*") if kind.many else (None if required else "?")
+            parser.add_argument(field.name, nargs=nargs, metavar=_flag(field), help=words["help"], default=default)
+            continue
         words |= {"required": required, "metavar": limits.metavar or listed}
         if kind.many and (kind.type in (str, Path) or limits.repeat):
             parser.add_argument(_flag(field), action=_Append, **words)
@@ -133,7 +137,8 @@ def name_flags(message: str, *options: type[Options]) -> str:
 
 
 def _flag(field: "dataclasses.Field[object]") -> str:
-    return f"--{limits_of(field).flag or field.name}"
+    limits = limits_of(field)
+    return limits.metavar or field.name.upper() if limits.positional else f"--{limits.flag or field.name}"
 
 
 def _help(text: str, default: object) -> str:
