@@ -45,11 +45,11 @@ def main() -> None:
 
     store = SpeakerStore(files.store, files.model, files.bits, files.engine)
     if files.again:
-        print(f"{files.store}: {store.enrol_again()} recordings embedded with {files.model}")
+        print(f"{files.store}: recordings embedded with {files.model}: {store.enrol_again()}")
         return
     assert files.speaker is not None  # checked
     found = store.enrol(files.speaker, files.recordings, files.replace)
-    print(f"{files.store}: {found.name} has {found.recordings} recordings, {found.seconds:.1f} s")
+    print(f"{files.store}: {found.name}: recordings: {found.recordings}, {found.seconds:.1f} s")
 
 
 def _check(files: Files) -> None:

@@ -18,7 +18,7 @@ class Files(Options):
 
 COMMAND = Command(
     "speakers",
-    "Lists the speakers of a store: name, recordings, seconds, since when (UTC). --remove takes one out.",
+    "Lists the speakers of a store: name, recordings, seconds, since when. --remove takes one out.",
     "kmq-jax speakers --store=runs/people --remove=alice",
     (Files,),
 )
@@ -31,10 +31,10 @@ def main() -> None:
 
     store = SpeakerStore(files.store)
     if files.remove is not None:
-        print(f"{files.store}: {files.remove} is removed, with {store.remove(files.remove)} recordings")
+        print(f"{files.store}: {files.remove} is removed; recordings: {store.remove(files.remove)}")
         return
     listed = store.speakers()
     width = max([len("speaker"), *(len(speaker.name) for speaker in listed)])
-    print(f"{'speaker':{width}}  recordings  seconds  since")
+    print(f"{'speaker':{width}}  recordings  seconds  since (UTC)")
     for one in listed:
         print(f"{one.name:{width}}  {one.recordings:10}  {one.seconds:7.1f}  {one.since:%Y-%m-%d %H:%M}")

@@ -37,7 +37,7 @@ COMMAND = Command(
     "kmq-jax verify --cascade=runs/cascade --enrol=alice.wav --test=unknown.wav",
     (Files,),
 )
-_OWN = {"cascade": ("enrol", "test"), "store": ("speaker", "recording", "threshold", "model")}
+_OWN = {"cascade": ("enrol", "test", "compute"), "store": ("speaker", "recording", "threshold", "model")}
 
 
 def main() -> None:
@@ -76,5 +76,5 @@ def _check(files: Files) -> None:
         if not getattr(files, name):
             raise UserError(f"`{name}` must be given with `{here}`")
     for name in _OWN[other]:
-        if getattr(files, name) not in (None, ()):
+        if getattr(files, name) not in (None, (), "float32"):
             raise UserError(f"`{name}` does not go with `{here}`")

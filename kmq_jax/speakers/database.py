@@ -234,6 +234,7 @@ def _transaction(path: Path, mode: str, begin: str) -> Iterator[sqlite3.Connecti
             connection.text_factory = bytes  # decoded here, where what is not UTF-8 can be told
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
             connection.execute("PRAGMA trusted_schema = OFF")
+            connection.execute("PRAGMA secure_delete = ON")  # whoever is removed leaves no embedding in a free page
             connection.execute(begin)
             try:
                 yield connection

@@ -38,7 +38,7 @@ def test_the_readmes_block_runs_as_printed(place, monkeypatch, capsys):
         program, *words = shlex.split(line, comments=True)
         assert program == "kmq-jax" and run(monkeypatch, *words) == 0, line
     out = capsys.readouterr().out
-    assert "alice has 2 recordings, 2.0 s" in out and "2 recordings embedded with runs/r34-2bit.kmq" in out
+    assert "alice: recordings: 2, 2.0 s" in out and "recordings embedded with runs/r34-2bit.kmq: 2" in out
     assert re.search(r"^alice +2 +2\.0 +\d{4}-\d\d-\d\d \d\d:\d\d$", out, re.MULTILINE)
     assert re.search(r"^alice: (accepted|rejected), score -?\d\.\d{4}", out, re.MULTILINE)
 
@@ -62,7 +62,7 @@ def test_identify_tells_what_is_known_and_no_more(place, monkeypatch, capsys):
     assert "about 0.875 if comparisons err independently, of at most 1 in any case" in out
     assert json.loads((place / "i.json").read_text())["false_accept"] == pytest.approx(7 / 8)
     assert run(monkeypatch, "speakers", "--store=s", "--remove=bob") == 0
-    assert "bob is removed, with 1 recordings" in capsys.readouterr().out
+    assert "bob is removed; recordings: 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,7 @@ def test_identify_tells_what_is_known_and_no_more(place, monkeypatch, capsys):
         ("verify --store=s bob.wav", "--speaker must be given with --store"),
         ("verify --store=s --speaker=a", "RECORDING must be given with --store"),
         ("verify --store=s --speaker=a bob.wav --enrol=bob.wav", "--enrol does not go with --store"),
+        ("verify --store=s --speaker=a bob.wav --compute=bfloat16", "--compute does not go with --store"),
         ("verify --cascade=s --enrol=bob.wav --test=bob.wav --threshold=0.1", "--threshold does not go with --cascade"),
         ("verify --cascade=s --test=bob.wav", "--enrol must be given with --cascade"),
         ("verify --store=s --cascade=s", "either --cascade or --store must be given"),

@@ -42,7 +42,7 @@ def store(tmp_path, model):
 
 
 def bytes_of(store):
-    return (store._file).read_bytes()
+    return store._file.read_bytes()
 
 
 def test_a_speaker_is_compared_by_the_mean_of_unit_embeddings(store, model, files):
@@ -82,6 +82,15 @@ def test_recordings_are_added_replaced_and_removed(store, files):
     assert [one.name for one in store.speakers()] == ["Zoë"]
     with pytest.raises(UserError, match="has no speaker 'alice'"):
         store.remove("alice")
+
+
+def test_who_is_removed_leaves_no_trace(store, files, model):
+    store.enrol("alice", files[:1])
+    store.enrol("bob", files[1:2])
+    traces = [model.embed(files[0], engine="jax").astype("<f4").tobytes(), b"alice", b"0.wav"]
+    assert all(trace in bytes_of(store) for trace in traces)
+    store.remove("alice")
+    assert not any(trace in bytes_of(store) for trace in traces)
 
 
 def test_what_fails_changes_nothing(store, files, tmp_path):
