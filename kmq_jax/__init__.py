@@ -11,6 +11,7 @@ model = kmq_jax.load("runs/quickstart-2bit.kmq")         # a speaker model
 embedding = model.embed("a.wav")                         # or an array and its sample rate, or a list of either
 cascade = kmq_jax.load_cascade("runs/cascade")           # several bits, each trial at the fewest that suffice
 result = cascade.verify("a.wav", "b.wav")                # decision, score, bits used
+store = kmq_jax.SpeakerStore("runs/people", model)       # enrolled speakers: enrol, verify, identify
 """
 
 import importlib
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOMES` says the same 
     from kmq_jax.quant import partition as partition
     from kmq_jax.quant import quantize_params as quantize_params
     from kmq_jax.quant import size_bytes as size_bytes
+    from kmq_jax.speakers.store import SpeakerStore as SpeakerStore
 
 __version__ = "0.1.0"
 
@@ -40,6 +42,7 @@ _HOMES = {
     "QuantRule": ("kmq_jax.quant", "QuantRule"),
     "QuantSpec": ("kmq_jax.quant", "QuantSpec"),
     "SpeakerModel": ("kmq_jax.models.speaker_model", "SpeakerModel"),
+    "SpeakerStore": ("kmq_jax.speakers.store", "SpeakerStore"),
     "combine": ("kmq_jax.quant", "combine"),
     "dequantize_params": ("kmq_jax.quant", "dequantize_params"),
     "fake_quantize": ("kmq_jax.quant", "fake_quantize"),

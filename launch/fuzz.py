@@ -21,6 +21,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import struct
 import sys
 import tempfile
@@ -382,6 +383,10 @@ def _good_lines(base: Path, out: Path) -> list[Line]:
         ["tables", f"--file={base}/readme.md"],
         ["prepare_data", f"--source={base}/no-such-data", f"--out={out}/prepared", "--workers=1", "--min_seconds=0.2"],
         ["diagnose", f"--reference={base}/e4.npz", f"--quantized=2:{base}/e2.npz", listed, f"--out={out}/diagnosis"],
+        ["enroll", f"--store={out}/people", model, "--speaker=c", "--replace", f"{base}/audio/a.wav"],
+        ["identify", f"--store={base}/people", f"{base}/audio/a.wav", "--threshold=0.5", "--false_accept=0.01"],
+        ["speakers", f"--store={base}/people"],
+        ["verify", f"--store={base}/people", "--speaker=a", f"{base}/audio/a.wav", f"--json={out}/v.json"],
         [
             "verify",
             f"--cascade={base}",
@@ -557,6 +562,24 @@ def rules(make: Maker) -> Line:
     return [*line, "--rules=" + make.file("rules.json", make.json(good))]
 
 
+def stores(make: Maker) -> Line:
+    """Stores of speakers: files that are damaged, and rows that no store of ours has."""
+    place = Path(make.file("people/speakers.sqlite", (make.base / "people" / "speakers.sqlite").read_bytes()))
+    if make.rng.random() < 0.6:
+        place.write_bytes(make.damaged(place.read_bytes()))
+    else:
+        column = make.rng.choice(("speaker", "path", "hash", "seconds", "enrolled", "embedding"))
+        table, column = make.rng.choice((("recording", column), ("model", make.rng.choice(("place", "bits", "dim")))))
+        value = make.rng.choice(("NULL", "''", "x'00ff'", "-1", "1e300", "'\x1b[2J'", "zeroblob(100000)", "1 << 40"))
+        with contextlib.closing(sqlite3.connect(place)) as raw, contextlib.suppress(sqlite3.Error), raw:
+            raw.execute(f"UPDATE {table} SET {column} = {value}")
+    sound = f"{make.base}/audio/a.wav"
+    store = f"--store={place.parent}"
+    lines = [["speakers", store], ["identify", store, sound], ["enroll", store, "--speaker=c", sound]]
+    lines += [["verify", store, "--speaker=a", sound], ["enroll", store, f"--model={make.base}/two.kmq", "--again"]]
+    return make.rng.choice(lines)
+
+
 CLASSES: dict[str, Callable[[Maker], Line]] = {
     "kmq": kmq,
     "policies": policies,
@@ -570,6 +593,7 @@ CLASSES: dict[str, Callable[[Maker], Line]] = {
     "imports": imports,
     "workdirs": workdirs,
     "rules": rules,
+    "stores": stores,
 }
 """What inputs there are, by class."""
 
@@ -584,6 +608,7 @@ def base_files(base: Path) -> None:
     from kmq_jax.models import registry
     from kmq_jax.models.speaker_model import SpeakerModel, save_model
     from kmq_jax.scoring.table import write_embeddings
+    from kmq_jax.speakers.store import SpeakerStore
 
     name = "wespeaker_resnet18"
     own = registry.smoke_settings(name)
@@ -632,6 +657,9 @@ def base_files(base: Path) -> None:
     }.items():  # fmt: skip
         soundfile.write(base / "audio" / f"a.{suffix}", wave, 16000, format=form)
     soundfile.write(base / "audio" / "float.wav", wave, 16000, subtype="FLOAT")
+    store = SpeakerStore(base / "people", base / "model.kmq")
+    store.enrol("a", [base / "audio" / "a.flac"])
+    store.enrol("b", [base / "audio" / "float.wav"])
     (base / "data" / "ann").mkdir(parents=True)
     shutil.copy(base / "audio" / "a.wav", base / "data" / "ann" / "a.wav")
 
@@ -788,6 +816,7 @@ def _import_all() -> None:
         "diagnosis.run",
         "diagnosis.report",
         "cascade.verifier",
+        "speakers.store",
     ):
         importlib.import_module(f"kmq_jax.{name}")
     for name in ("torch", "onnx", "onnx.reference", "ml_collections.config_flags", "matplotlib.figure"):

@@ -7,8 +7,9 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ from kmq_jax.models.speaker_model import (
     load_model,
     save_model,
 )
-from kmq_jax.scoring.cosine import cosine_scores
+from kmq_jax.scoring.cosine import average, cosine_scores
 
 POLICY, INDEX = "policy.json", "cascade.json"
 Recording = str | os.PathLike[str] | tuple[np.ndarray, int]
@@ -116,17 +117,20 @@ class Cascade:
         """The arithmetic of a level: the last one's is exact."""
         return self.compute if level < len(self.policy.bits) - 1 else "float32"
 
-    def verify(self, enrol: Recording, test: Recording) -> Verification:
+    def verify(self, enrol: Recording | list[Recording], test: Recording) -> Verification:
         """Decides whether two recordings are of one speaker.
 
         Args:
-            enrol: a file, or `(wave, sample rate)` with float `[samples]` or `[samples, channels]`.
-            test: the same.
+            enrol: a file, or `(wave, sample rate)` with float `[samples]` or `[samples, channels]`; or a list of
+                either: the mean of their length-normalised embeddings is compared. Maps and threshold stay those that
+                the policy was calibrated with.
+            test: a file, or `(wave, sample rate)`.
 
         Raises:
-            UserError: a recording cannot be read, is too short or silent.
+            UserError: a recording cannot be read, is too short or silent; or the list is empty.
         """
-        pair, policy = _Pair(self, enrol, test), self.policy
+        several: Any = enrol if isinstance(enrol, list) else [enrol]
+        pair, policy = _Pair(self, several, test), self.policy
         top = len(policy.bits) - 1
         for level in range(top + 1):
             score = pair.score(level)
@@ -195,43 +199,46 @@ class Cascade:
 
 
 class _Pair:
-    """Two recordings that a cascade compares: each is embedded at a level when that is first needed.
+    """Recordings of a claimed speaker and the one to verify: each is embedded at a level when that is first needed.
 
     Attributes:
         seconds: spent on embedding so far.
     """
 
-    def __init__(self, cascade: Cascade, enrol: Recording, test: Recording):
+    def __init__(self, cascade: Cascade, enrol: list[Recording], test: Recording):
         """Reads the recordings."""
+        if not enrol:
+            raise UserError("there is no recording of the claimed speaker")
         self.cascade, self.seconds = cascade, 0.0
-        self._waves = [_wave(recording) for recording in (enrol, test)]
-        self._embeddings: dict[tuple[int, int], np.ndarray] = {}  # by level and side
+        self._waves = [_wave(recording) for recording in (*enrol, test)]  # the one to verify is the last
+        self._embeddings: dict[tuple[int, int], np.ndarray] = {}  # by level and place among the waves
 
     def score(self, level: int) -> float:
         """Their score at a level, on the reference's scale."""
         policy = self.cascade.policy
         top = len(policy.bits) - 1
         enrolled = top if policy.enrolment == "top" else level
+        *enrol, test = range(len(self._waves))
         if policy.enrolment == "top":
-            self._embed(enrolled, (0,))
-            self._embed(level, (1,))
+            self._embed(enrolled, enrol)
+            self._embed(level, (test,))
         else:
-            self._embed(level, (0, 1))
-        rows = np.stack([self._embeddings[enrolled, 0], self._embeddings[level, 1]])
+            self._embed(level, (*enrol, test))
+        several = np.stack([self._embeddings[enrolled, one] for one in enrol])
+        speaker = several[0] if len(enrol) == 1 else average(several, [enrol])[0]
+        rows = np.stack([speaker, self._embeddings[level, test]])
         own = np.zeros((top + 1, 1), np.float32)
         own[level] = cosine_scores(rows, rows, np.array([0]), np.array([1]))
         return float(map_scores(policy, own)[level, 0])
 
-    def _embed(self, level: int, sides: tuple[int, ...]) -> None:
-        network, needed = (
-            self.cascade.model_at(level),
-            [side for side in sides if (level, side) not in self._embeddings],
-        )
+    def _embed(self, level: int, which: Sequence[int]) -> None:
+        network = self.cascade.model_at(level)
+        needed = [one for one in which if (level, one) not in self._embeddings]
         start = time.perf_counter()  # after loading
         if needed:
-            waves, compute = [self._waves[side] for side in needed], self.cascade.compute_of(level)
+            waves, compute = [self._waves[one] for one in needed], self.cascade.compute_of(level)
             made = embed_waves(network, waves, compute, self.cascade.engine)
-            self._embeddings.update({(level, side): row for side, row in zip(needed, made)})
+            self._embeddings.update({(level, one): row for one, row in zip(needed, made)})
         self.seconds += time.perf_counter() - start
 
 

@@ -40,7 +40,8 @@ class Command:
 
     def parse(self) -> argparse.Namespace:
         """The flags of this process's command line, for `flags.options_of`."""
-        return self.parser().parse_args()
+        # Intermixed: what has no flag may stand before, between and after flags.
+        return self.parser().parse_intermixed_args()
 
 
 class _Parser(argparse.ArgumentParser):

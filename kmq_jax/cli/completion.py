@@ -55,6 +55,8 @@ def flags_of(name: str) -> list[str]:
         return list(module.benchmarks())
     words = ["--help"]
     for action in module.COMMAND.parser()._actions[1:]:
+        if not action.option_strings:
+            continue  # a file, which the shell completes
         flag, listed = action.option_strings[-1], str(action.metavar or "")
         words.append(flag if action.nargs == 0 else f"{flag}=")
         if listed.startswith("{"):

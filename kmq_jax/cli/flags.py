@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
     """Adds a flag for each field of an `Options` class.
 
     A flag's help is the field's text and its default. A bool is a switch. A tuple of texts is given by repeating the
-    flag, a tuple of numbers is separated by commas.
+    flag, a tuple of numbers is separated by commas. A positional field has no flag, only values.
 
     >>> from dataclasses import dataclass
     >>> from kmq_jax.core.options import option
@@ -53,6 +54,10 @@ def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
         # No `type=` and no `choices=` for argparse: `options_of` reads the text, and its errors name the value.
         choices = limits.choices or kind.choices
         listed = "{" + ",".join(map(str, choices)) + "}" if choices else METAVARS.get(kind.type, "TEXT")
+        if limits.positional:
+            nargs = ("+" if required else "*") if kind.many else (None if required else "?")
+            parser.add_argument(field.name, nargs=nargs, metavar=_flag(field), help=words["help"], default=default)
+            continue
         words |= {"required": required, "metavar": limits.metavar or listed}
         if kind.many and (kind.type in (str, Path) or limits.repeat):
             parser.add_argument(_flag(field), action=_Append, **words)
@@ -133,7 +138,8 @@ def name_flags(message: str, *options: type[Options]) -> str:
 
 
 def _flag(field: "dataclasses.Field[object]") -> str:
-    return f"--{limits_of(field).flag or field.name}"
+    limits = limits_of(field)
+    return limits.metavar or field.name.upper() if limits.positional else f"--{limits.flag or field.name}"
 
 
 def _help(text: str, default: object) -> str:
@@ -166,3 +172,31 @@ class _Append(argparse.Action):
     ) -> None:
         before = getattr(namespace, self.dest)
         setattr(namespace, self.dest, [*(before if isinstance(before, list) else ()), values])
+
+
+def way_of(options: Options, ways: Mapping[str, tuple[Sequence[str], Sequence[str]]], always: Sequence[str]) -> str:
+    """Which of several ways a command is to go, each of which has an option of its name and its own further options.
+
+    Args:
+        options: as given.
+        ways: by name what each needs and what else it takes. A way's name may be among what a way before it takes.
+        always: options that go with all.
+
+    Raises:
+        UserError: none or two are asked for, something is missing, or something goes with another way.
+    """
+    asked = [way for way in ways if getattr(options, way)]
+    asked = asked[:1] if asked and set(asked[1:]) <= set(ways[asked[0]][1]) else asked
+    if len(asked) != 1:
+        names = [f"`{way}`" for way in ways]
+        raise UserError(f"one of {', '.join(names[:-1])} and {names[-1]} must be given")
+    way = asked[0]
+    needed, taken = ways[way]
+    for name in needed:
+        if not getattr(options, name):
+            raise UserError(f"`{name}` must be given with `{way}`")
+    own = {way, *needed, *taken, *always}
+    for field in dataclasses.fields(options):
+        if field.name not in own and getattr(options, field.name) != field.default:
+            raise UserError(f"`{field.name}` does not go with `{way}`")
+    return way

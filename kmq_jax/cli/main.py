@@ -24,6 +24,9 @@ COMMANDS = {
     "cascade": "run a cascade over a trial list",
     "threshold": "find the threshold for a wanted false-accept rate, from own recordings",
     "verify": "decide whether two recordings are of one speaker",
+    "enroll": "add recordings of a speaker to a store",
+    "identify": "find whose voice of a store a recording is",
+    "speakers": "list the speakers of a store, or remove one",
     "tables": "write tables of a Markdown file from the JSON of studies",
     "bench": "measure parts of the library beside other tools",
 }

@@ -41,6 +41,7 @@ class Limits:
     flag: str | None = None
     repeat: bool = False
     writes: str = ""
+    positional: bool = False
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with one value, as "must be ...", or None."""
@@ -79,6 +80,7 @@ def option(
     flag: str | None = None,
     repeat: bool = False,
     writes: Literal["", "file", "directory"] = "",
+    positional: bool = False,
 ) -> Any:
     """A field of an `Options` dataclass.
 
@@ -96,10 +98,10 @@ def option(
         repeat: a tuple of numbers is given by repeating the flag, not separated by commas.
         writes: the field names a file or a directory that is written; everything else that names one is read. What
             cannot be written is found before the work (`core.outputs`).
+        positional: its values stand on the command line by themselves, without a flag; `metavar` names them there.
     """
-    limits = Limits(
-        help, at_least, above, at_most, below, tuple(choices), tuple(suffixes), metavar, flag, repeat, writes
-    )
+    ends = at_least, above, at_most, below
+    limits = Limits(help, *ends, tuple(choices), tuple(suffixes), metavar, flag, repeat, writes, positional)
     return dataclasses.field(default=default, metadata={"option": limits})
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from kmq_jax.data import audio, source
 from kmq_jax.metrics.threshold import Rate, Threshold, choose_threshold
 from kmq_jax.models.engine import Engine
 from kmq_jax.models.speaker_model import embed_all, embed_waves, fingerprint, load_model
-from kmq_jax.scoring.cosine import cosine_scores
+from kmq_jax.scoring.cosine import average, cosine_scores
 from kmq_jax.scoring.options import ThresholdOptions
 
 Place = str | os.PathLike[str]
@@ -157,6 +158,19 @@ class Decider:
     model: str | None = None
     known: str = ""
 
+    def require(self, own: str, name: str) -> None:
+        """Refuses another model than the threshold was found with.
+
+        Args:
+            own: the model's fingerprint.
+            name: what messages call the model.
+
+        Raises:
+            UserError: it is another.
+        """
+        if self.model not in (None, own):
+            raise UserError(f"`threshold` was found with the model {self.model}, but {name} is {own}")
+
 
 def read_threshold(text: str) -> Decider:
     """Reads a threshold: a number, or a file that `save_threshold` wrote.
@@ -174,6 +188,18 @@ def read_threshold(text: str) -> Decider:
     if not math.isfinite(number):
         raise UserError(f"`threshold` (={text}) must be a finite number, or a file of `kmq-jax threshold`")
     return Decider(number)
+
+
+def needed_threshold(text: str | None, model: str) -> Decider:
+    """As `read_threshold`; where none is given, the error says how to get one for this model.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    if not text:
+        how = f"kmq-jax threshold --model={model} --data=FOLDER --out=threshold.json"
+        raise UserError(f"`model` needs `threshold`; to get one from recordings of a few speakers: {how}")
+    return read_threshold(text)
 
 
 def _from_file(path: str) -> Decider:
@@ -226,13 +252,18 @@ class Decision:
 
 
 def decide(
-    model: Place, enrol: Place, test: Place, threshold: Decider, bits: int | None = None, engine: Engine = "auto"
+    model: Place,
+    enrol: Sequence[Place],
+    test: Place,
+    threshold: Decider,
+    bits: int | None = None,
+    engine: Engine = "auto",
 ) -> Decision:
-    """Decides whether two recordings are of one speaker, by one model.
+    """Decides whether a recording is of the speaker of others, by one model.
 
     Args:
         model: the MODEL.
-        enrol: recording of the claimed speaker.
+        enrol: recordings of the claimed speaker; their length-normalised embeddings are averaged.
         test: recording to verify.
         threshold: what to decide by.
         bits: at which a nested model is read; None is the most.
@@ -242,12 +273,11 @@ def decide(
         UserError: the threshold was found with another model, or a recording or the model cannot be read.
     """
     network = load_model(os.fspath(model), bits)
-    own = fingerprint(network)
-    if threshold.model not in (None, own):
-        raise UserError(f"`threshold` was found with the model {threshold.model}, but {os.fspath(model)} is {own}")
-    waves = [audio.read_audio(place) for place in (enrol, test)]
+    threshold.require(fingerprint(network), os.fspath(model))
+    waves = [audio.read_audio(place) for place in (*enrol, test)]
     rows = embed_waves(network, waves, engine=engine)
-    score = float(cosine_scores(rows, rows, [0], [1])[0])
+    speaker = average(rows, [range(len(enrol))]) if len(enrol) > 1 else rows[:1]
+    score = float(cosine_scores(speaker, rows, [0], [len(enrol)])[0])
     return Decision(score >= float(np.float32(threshold.value)), score, threshold.value)
 
 

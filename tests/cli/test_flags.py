@@ -68,3 +68,41 @@ def test_help_is_the_fields_text_and_a_computed_default():
         "--out FILE file to write --",
     ):
         assert shown in text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positional(Options):
+    name: str | None = option("who", None)
+    files: tuple[Path, ...] = option("recordings", (), positional=True, metavar="RECORDING")
+    quick: bool = option("hurry", False)
+
+
+@pytest.mark.parametrize("words", ["--name=a x y", "x --name=a y", "x y --name=a"])
+def test_positional_values_stand_anywhere_among_flags(words, monkeypatch):
+    found = command.Command("example", "Does.", "kmq-jax example", (Positional,))
+    monkeypatch.setattr("sys.argv", ["kmq-jax example", *words.split()])
+    assert options_of(Positional, found.parse()) == Positional(name="a", files=(Path("x"), Path("y")))
+    monkeypatch.setattr("sys.argv", ["kmq-jax example"])
+    assert options_of(Positional, found.parse()) == Positional()
+
+
+def test_errors_name_a_positional_value_as_help_does(tmp_path, monkeypatch):
+    found = command.Command("example", "Does.", "kmq-jax example", (Positional,))
+    monkeypatch.setattr("sys.argv", ["kmq-jax example", "/dev/null"])
+    with pytest.raises(UserError, match="^RECORDING: cannot read /dev/null"):
+        options_of(Positional, found.parse())
+
+
+def test_one_positional_value_may_be_required(monkeypatch, capsys):
+    @dataclass(frozen=True, kw_only=True)
+    class One(Options):
+        file: Path = option("recording", positional=True)
+
+    found = command.Command("example", "Does.", "kmq-jax example", (One,))
+    monkeypatch.setattr("sys.argv", ["kmq-jax example", "x"])
+    assert options_of(One, found.parse()) == One(file=Path("x"))
+    for words in ([], ["x", "y"]):
+        monkeypatch.setattr("sys.argv", ["kmq-jax example", *words])
+        with pytest.raises(SystemExit) as stopped:
+            found.parse()
+        assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1

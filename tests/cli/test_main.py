@@ -47,6 +47,7 @@ def test_every_help_comes_without_jax_or_numpy():
     [
         ("kmq-jax ver", ["verify"]),
         ("kmq-jax verify --enr", ["--enrol="]),
+        ("kmq-jax enroll --re", ["--replace"]),
         ("kmq-jax quantize --granularity=", ["channel", "tensor"]),
         ("kmq-jax train --config=quick", ["quickstart"]),
         ("kmq-jax study --wo", ["--workdir="]),

@@ -99,9 +99,9 @@ def test_verify_refuses_what_does_not_fit(place, file, tmp_path, monkeypatch, ca
     one, two = f"--model={place}/one.kmq", f"--model={place}/two.kmq"
     assert "--threshold was found with the model" in refused(two, f"--threshold={file}")
     assert "kmq-jax threshold --model=" in refused(one)
-    assert "one of --cascade and --model" in refused()
-    assert "--threshold and --bits go with --model" in refused(f"--cascade={place}", "--threshold=0.5")
-    assert "cannot both be given" in refused(one, f"--cascade={place}")
+    assert "one of --cascade, --store and --model" in refused()
+    assert "--threshold does not go with --cascade" in refused(f"--cascade={place}", "--threshold=0.5")
+    assert "--model does not go with --cascade" in refused(one, f"--cascade={place}")
     bad = tmp_path / "bad.json"
     held = json.loads(file.read_text())
     for text, what in [

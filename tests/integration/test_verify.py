@@ -134,6 +134,28 @@ def test_two_recordings(place, tmp_path, monkeypatch, capsys):
     assert "\n" not in line and line.startswith("same speaker" if found["decision"] else "different speakers")
 
 
+def test_several_recordings_of_the_claimed_speaker_are_averaged(place, tmp_path, monkeypatch):
+    utterances, cascade = source.open_source(DATA), kmq_jax.load_cascade(place / "cascade")
+    policy = cascade.policy
+    cascade.policy = dataclasses.replace(policy, gates=((-9.0, 9.0),) * (len(policy.bits) - 1))  # to the last level
+    waves = [(utterances.load(row), source.SAMPLE_RATE) for row in (0, 1, 5)]
+    table = np.load(place / "32.npz")["embeddings"][[0, 1, 5]].astype(np.float64)
+    unit = table / np.linalg.norm(table, axis=1, keepdims=True)
+    mean = unit[:2].mean(axis=0)
+    found = cascade.verify(waves[:2], waves[2])
+    assert found.score == pytest.approx(mean @ unit[2] / np.linalg.norm(mean), abs=1e-4) and found.bits == 32
+    for row, (wave, _) in enumerate(waves):
+        soundfile.write(tmp_path / f"{row}.wav", wave, source.SAMPLE_RATE, subtype="FLOAT")
+    scores = {}
+    for rows in ((0,), (1,), (0, 1), (1, 0)):
+        flags = [f"--cascade={place / 'cascade'}", f"--test={tmp_path}/2.wav", f"--json={tmp_path}/v.json"]
+        assert run(monkeypatch, "verify", *flags, *(f"--enrol={tmp_path}/{row}.wav" for row in rows)) == 0
+        scores[rows] = json.loads((tmp_path / "v.json").read_text())["score"]
+    assert scores[0, 1] == pytest.approx(scores[1, 0]) and scores[0, 1] not in (scores[0,], scores[1,])
+    with pytest.raises(UserError, match="no recording of the claimed speaker"):
+        cascade.verify([], waves[0])
+
+
 def test_models_are_loaded_once_and_only_when_needed(place, monkeypatch):
     loaded = []
     load = load_model

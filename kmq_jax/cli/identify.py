@@ -1,0 +1,68 @@
+"""`kmq-jax identify`: whose voice of a store is a recording?"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from kmq_jax.cli.command import Command
+from kmq_jax.cli.flags import options_of
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.options import Options, option
+from kmq_jax.scoring.options import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files(Options):
+    """What the command reads and writes."""
+
+    store: Path = option("directory of a store, as `enroll` makes it", metavar="DIR")
+    recording: Path = option("recording of somebody", positional=True, metavar="RECORDING")
+    top: int = option("speakers to show", 5, at_least=1)
+    threshold: str | None = option("scores from here on are accepted: a number, or a file of `threshold`", None)
+    false_accept: float | None = option(
+        "rate at which one comparison accepts a stranger at --threshold, where it is known", None, at_least=0, at_most=1
+    )
+    model: str | None = option("MODEL; left out: the one that the store remembers", None, metavar="MODEL")
+    engine: Engine = option("auto: ONNX Runtime on a CPU, JAX on a GPU or TPU", "auto")
+    json: Path | None = option("write `matches`, `speakers`, `false_accept` here", None, writes="file")
+
+
+COMMAND = Command(
+    "identify",
+    "Compares a recording with every speaker of a store. The set is open: with --threshold, the answer may be that it\n"
+    "is none of them. Without, the best are shown and nothing is decided.",
+    "kmq-jax identify --store=runs/people unknown.wav --threshold=0.5 --false_accept=0.01",
+    (Files,),
+)
+
+
+def main() -> None:
+    """Runs the command."""
+    files = options_of(Files, COMMAND.parse())
+    if files.false_accept is not None and files.threshold is None:
+        raise UserError("`false_accept` is a rate at a threshold: give `threshold`, too")
+    from kmq_jax.core.files import write_json
+    from kmq_jax.speakers.store import SpeakerStore, false_accept_rate, threshold_of
+
+    store = SpeakerStore(files.store, files.model, engine=files.engine)
+    threshold = threshold_of(files.threshold, store)
+    matches = store.identify(files.recording, threshold)
+    one, count = files.false_accept, len(matches)
+    rate = None if one is None else false_accept_rate(one, count)
+    shown = matches[: files.top]
+    if files.json:
+        listed = [dataclasses.asdict(match) for match in shown]
+        write_json(files.json, {"matches": listed, "speakers": count, "false_accept": rate})
+    for match in shown:
+        print(f"{match.score:7.4f}  {match.speaker}")
+    if threshold is None:
+        print(f"nothing is decided among {count} speakers: --threshold is not given")
+    elif matches[0].decision:
+        print(f"{matches[0].speaker}: the score is at least the threshold {threshold:.4f}")
+    else:
+        print(f"none of {count} speakers: all scores are below the threshold {threshold:.4f}")
+    if one is not None:
+        print(
+            f"a stranger is accepted as one of {count} at a rate of about {rate:.4g} if comparisons err independently, "
+            f"of at most {min(1, one * count):.4g} in any case"
+        )

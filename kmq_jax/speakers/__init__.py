@@ -1,0 +1,1 @@
+"""Enrolled speakers: a store of their embeddings; verification and identification against it."""

@@ -1,0 +1,410 @@
+"""Speakers enrolled with recordings; a recording verified as one of them, or identified among all."""
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import file_hash
+from kmq_jax.core.progress import progress
+from kmq_jax.data import audio
+from kmq_jax.models.engine import Engine
+from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model
+from kmq_jax.scoring.cosine import average, cosine_scores, lengths, unusable
+from kmq_jax.scoring.threshold import read_threshold
+from kmq_jax.speakers.database import (
+    FILE,
+    Database,
+    ModelRow,
+    RecordingRow,
+    reading,
+    shown_path,
+    valid_name,
+    writing,
+)
+
+Recording = str | os.PathLike[str] | tuple[np.ndarray, int]
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """An enrolled speaker.
+
+    Attributes:
+        name: as enrolled.
+        recordings: how many there are.
+        seconds: of all of them together.
+        since: when the first of them was enrolled.
+    """
+
+    name: str
+    recordings: int
+    seconds: float
+    since: datetime
+
+
+@dataclass(frozen=True)
+class Match:
+    """How a recording compares with an enrolled speaker.
+
+    Attributes:
+        speaker: the name.
+        score: cosine of the recording's embedding and the speaker's mean, -1 to 1.
+        decision: whether the score is at least the threshold; None where no threshold was given.
+    """
+
+    speaker: str
+    score: float
+    decision: bool | None
+
+    def describe(self, threshold: float | None) -> str:
+        """The verdict in one line.
+
+        >>> Match("alice", 0.625, True).describe(0.5)
+        'alice: accepted, score 0.6250 is at least the threshold 0.5000'
+        """
+        if threshold is None:
+            return f"{self.speaker}: score {self.score:.4f}; nothing is decided without a threshold"
+        side = "accepted, score {} is at least" if self.decision else "rejected, score {} is below"
+        return f"{self.speaker}: {side.format(f'{self.score:.4f}')} the threshold {threshold:.4f}"
+
+
+class SpeakerStore:
+    """Enrolled speakers, in a directory that several processes may use at once.
+
+    A speaker is compared by the mean of the length-normalised embeddings of all its recordings. The store remembers the
+    model, and where each recording lies, with its hash; sound is not kept. A method that fails has changed nothing.
+
+    >>> import tempfile
+    >>> import jax
+    >>> import soundfile
+    >>> from kmq_jax.data import source
+    >>> from kmq_jax.models import registry
+    >>> settings = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8}
+    >>> weights = registry.initialize(registry.build("wespeaker_resnet34", **settings), jax.random.key(0))
+    >>> model = SpeakerModel("wespeaker_resnet34", settings, "wespeaker", weights)
+    >>> speech, place = source.open_source("synthetic:dev?speakers=2&utterances=2"), tempfile.mkdtemp()
+    >>> files = [f"{place}/{row}.wav" for row in range(4)]
+    >>> for row, file in enumerate(files):
+    ...     soundfile.write(file, speech.load(row), source.SAMPLE_RATE)
+    >>> store = SpeakerStore(f"{place}/store", model)
+    >>> store.enrol("alice", files[:2]).recordings, store.enrol("bob", files[2:3]).recordings
+    (2, 1)
+    >>> store.verify("bob", files[2], threshold=0.99).decision
+    True
+    >>> [match.speaker for match in store.identify(files[2], top=1)]
+    ['bob']
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        model: SpeakerModel | str | os.PathLike[str] | None = None,
+        bits: int | None = None,
+        engine: Engine = "auto",
+    ):
+        """Names the store; nothing is read or written yet.
+
+        Args:
+            directory: of the store; the first enrolment makes it.
+            model: what embeds recordings, or the MODEL to load; left out: the one that the store remembers.
+            bits: at which a nested MODEL is read; None: the most it has.
+            engine: what runs the network: "jax", "onnxruntime", or "auto", ONNX Runtime on a CPU.
+        """
+        self._file, self._given, self._bits = Path(directory) / FILE, model, bits
+        self._engine: Engine = engine
+        self._loaded: tuple[SpeakerModel, ModelRow] | None = None
+
+    def enrol(self, name: str, recordings: Sequence[str | os.PathLike[str]], replace: bool = False) -> Speaker:
+        """Adds recordings to a speaker, who is new where the name is.
+
+        Args:
+            name: of the speaker: at most 200 printable characters.
+            recordings: files. They are read again by `enrol_again`, so they must stay where they are until then.
+            replace: the speaker's recordings so far are dropped.
+
+        Returns:
+            The speaker with all recordings.
+
+        Raises:
+            UserError: the name cannot be one; a recording cannot be read or is enrolled already; the store is of
+                another model, or is no store.
+        """
+        _check_name(name)
+        if not recordings:
+            raise UserError(f"there is no recording to enroll of `speaker` (={name})")
+        network = self._model()
+        rows = [self._embedded(network, name, path) for path in recordings]
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"`store` (={self._file.parent}) cannot be written: {reason}") from error
+        with writing(self._file) as database:
+            # Once more: another process may have enrolled meanwhile.
+            model = self._checked(database.model())
+            database.set_model(model)
+            if replace:
+                database.remove(name)
+            for row in rows:
+                database.add(row)
+            return _summary(name, database.recordings(name))
+
+    def enrol_again(self) -> int:
+        """Embeds every recording again with the model given to the store, which takes the place of the one before.
+
+        Returns:
+            How many recordings there are.
+
+        Raises:
+            UserError: a recording is missing or is another file than was enrolled; or the store was changed meanwhile.
+        """
+        if self._given is None:
+            raise UserError("`model` must be given: the one to embed all recordings with again")
+        with reading(self._file) as database:
+            before, rows = database.model(), database.recordings()
+        for row in rows:
+            _check_unchanged(row)
+        network, model = self._load(before)
+        paths = [os.fsdecode(row.path) for row in rows]
+        made = [self._embed(network, path)[0] for path in progress(paths, desc="embedding", unit="recording")]
+        with writing(self._file) as database:
+            now = [(row.number, row.hash) for row in database.recordings()]
+            if database.model() != before or now != [(row.number, row.hash) for row in rows]:
+                raise UserError(f"{self._file.parent} was changed by another process meanwhile: run this again")
+            database.set_model(model)
+            for row, embedding in zip(rows, made):
+                assert row.number is not None  # it was read
+                database.set_embedding(row.number, embedding)
+        return len(rows)
+
+    def speakers(self) -> list[Speaker]:
+        """All speakers, by name.
+
+        Raises:
+            UserError: there is no store, or the file is another.
+        """
+        with reading(self._file) as database:
+            groups = _by_speaker(database.recordings())
+        return [_summary(name, groups[name]) for name in sorted(groups)]
+
+    def remove(self, name: str) -> int:
+        """Removes a speaker.
+
+        Returns:
+            How many recordings that were.
+
+        Raises:
+            UserError: there is no such speaker, or no store.
+        """
+        with reading(self._file) as database:
+            self._of(database, name)
+        with writing(self._file) as database:
+            self._of(database, name)
+            return database.remove(name)
+
+    def verify(self, name: str, recording: Recording, threshold: float | None = None) -> Match:
+        """Compares a recording with the speaker it is claimed to be of.
+
+        Args:
+            name: of the speaker.
+            recording: a file, or `(wave, sample rate)` with float `[samples]` or `[samples, channels]`.
+            threshold: scores from here on are accepted; None: nothing is decided.
+
+        Raises:
+            UserError: there is no such speaker; the recording cannot be read; the model is not the store's.
+        """
+        return self._matches(recording, threshold, name)[0]
+
+    def identify(self, recording: Recording, threshold: float | None = None, top: int | None = None) -> list[Match]:
+        """Compares a recording with every speaker.
+
+        Args:
+            recording: as for `verify`.
+            threshold: scores from here on are accepted. The set is open: where none is, the speaker is a stranger.
+            top: how many of the best to give; None: all.
+
+        Returns:
+            The best first.
+
+        Raises:
+            UserError: nobody is enrolled; the recording cannot be read; the model is not the store's.
+        """
+        return self._matches(recording, threshold)[:top]
+
+    def _matches(self, recording: Recording, threshold: float | None, name: str | None = None) -> list[Match]:
+        with reading(self._file) as database:
+            known = database.model()
+            groups = _by_speaker(database.recordings() if name is None else self._of(database, name))
+        if not groups:
+            raise UserError(f"{self._file.parent} holds no speakers: enroll them first")
+        self._checked(known)
+        network, _ = self._load(known)
+        test, _ = self._embed(network, recording)
+        rows = [row for group in groups.values() for row in group]
+        ends = np.cumsum([len(group) for group in groups.values()])
+        means = average(np.stack([row.embedding for row in rows]), np.split(np.arange(len(rows)), ends[:-1]))
+        scores = cosine_scores(means, test[None], np.arange(len(groups)), np.zeros(len(groups), np.int64))
+        names = list(groups)
+        return [_match(names[i], scores[i], threshold) for i in np.argsort(-scores, kind="stable")]
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the model, which is loaded.
+
+        Raises:
+            UserError: the model is not the store's, or cannot be read.
+        """
+        return fingerprint(self._model())
+
+    def _model(self) -> SpeakerModel:
+        """The model given, or else the one remembered. Another model than the store's is told before the work.
+
+        Raises:
+            UserError: it is not the store's.
+        """
+        known = None
+        # An empty file is what another process leaves for a moment that makes the store.
+        if self._file.is_file() and self._file.stat().st_size:
+            with reading(self._file) as database:
+                known = database.model()
+        self._checked(known)
+        return self._load(known)[0]
+
+    def _load(self, known: ModelRow | None) -> tuple[SpeakerModel, ModelRow]:
+        """The model, loaded once, and what the store remembers of it."""
+        if self._loaded is None:
+            given, bits = self._given, self._bits
+            if given is None:
+                if known is None or not known.place:
+                    raise UserError(f"`model` must be given: {self._file.parent} does not know where its model lies")
+                given, bits = os.fsdecode(known.place), known.bits
+            network = given if isinstance(given, SpeakerModel) else load_model(Path(given), bits)
+            place = network.origin if isinstance(given, SpeakerModel) else Path(given)
+            about = b"" if place is None else os.fsencode(place.absolute())
+            dim = network.network().embedding_size
+            self._loaded = network, ModelRow(about, network.bits, fingerprint(network), dim)
+        return self._loaded
+
+    def _checked(self, known: ModelRow | None) -> ModelRow:
+        """What a store remembers of its model, or is to remember of ours where it has none.
+
+        Raises:
+            UserError: it is of another model.
+        """
+        network, model = self._load(known)
+        if known is None:
+            return model
+        if known.fingerprint != model.fingerprint:
+            shown = shown_path(model.place) or repr(network)
+            raise UserError(
+                f"`model` (={shown}) is not the one of {self._file.parent}, which was made with "
+                f"{shown_path(known.place)} as it was then: name that one, or embed all again (enroll --again)"
+            )
+        return known
+
+    def _of(self, database: Database, name: str) -> list[RecordingRow]:
+        """A speaker's recordings.
+
+        Raises:
+            UserError: there are none.
+        """
+        rows = database.recordings(name) if valid_name(name) else []
+        if not rows:
+            raise UserError(f"{self._file.parent} has no speaker {repr(name)[:100]}")
+        return rows
+
+    def _embedded(self, network: SpeakerModel, name: str, path: str | os.PathLike[str]) -> RecordingRow:
+        """A recording to be enrolled."""
+        embedding, seconds = self._embed(network, path)
+        place = os.fsencode(Path(path).absolute())
+        return RecordingRow(name, place, file_hash(path), seconds, time.time(), embedding)
+
+    def _embed(self, network: SpeakerModel, recording: Recording) -> tuple[np.ndarray, float]:
+        """A recording's embedding `[dim]` and its seconds.
+
+        Raises:
+            UserError: it cannot be read, or is too short; the message names it.
+        """
+        if isinstance(recording, tuple):
+            where, wave = "the recording", audio.checked(audio.to_mono_16k(*recording), "the recording")
+        else:
+            where, wave = os.fspath(recording), audio.read_audio(recording)
+        try:
+            embedding = network.embed(wave, audio.SAMPLE_RATE, self._engine)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        if unusable(lengths(embedding[None]))[0]:
+            raise UserError(f"{where}: its embedding is zero or not finite")
+        return embedding, len(wave) / audio.SAMPLE_RATE
+
+
+def false_accept_rate(rate: float, speakers: int) -> float:
+    """How often a stranger is accepted as somebody, if comparisons with different speakers err independently.
+
+    That is `1 - (1 - rate)^speakers`. It is less where the same strangers are accepted by several, and
+    `speakers * rate` bounds it in any case.
+
+    Args:
+        rate: how often a single comparison accepts a stranger, at the threshold in use.
+        speakers: how many are enrolled.
+
+    >>> round(false_accept_rate(0.01, speakers=20), 4)
+    0.1821
+    """
+    return 1 - (1 - rate) ** speakers
+
+
+def threshold_of(text: str | None, store: SpeakerStore) -> float | None:
+    """The threshold that a number or a file of `kmq-jax threshold` gives.
+
+    Raises:
+        UserError: it is neither, or was found with another model than the store's.
+    """
+    if text is None:
+        return None
+    threshold = read_threshold(text)
+    if threshold.model is not None:
+        threshold.require(store.fingerprint, "the store's")
+    return threshold.value
+
+
+def _match(name: str, score: float, threshold: float | None) -> Match:
+    return Match(name, float(score), None if threshold is None else bool(score >= np.float32(threshold)))
+
+
+def _check_name(name: str) -> None:
+    if not valid_name(name):
+        raise UserError(f"`speaker` (={repr(name)[:100]}) must be 1 to 200 printable characters, no space around")
+
+
+def _check_unchanged(row: RecordingRow) -> None:
+    """Refuses a recording that is gone, or is another file now.
+
+    Raises:
+        UserError: the message names it.
+    """
+    path, shown = os.fsdecode(row.path), shown_path(row.path)
+    if not os.path.isfile(path):
+        raise UserError(f"{shown}, a recording of {row.speaker}, is missing: nothing was changed")
+    if file_hash(path) != row.hash:
+        raise UserError(
+            f"{shown}, a recording of {row.speaker}, is another file than was enrolled: nothing was changed"
+        )
+
+
+def _by_speaker(rows: Iterable[RecordingRow]) -> dict[str, list[RecordingRow]]:
+    groups: dict[str, list[RecordingRow]] = {}
+    for row in rows:
+        groups.setdefault(row.speaker, []).append(row)
+    return groups
+
+
+def _summary(name: str, rows: Sequence[RecordingRow]) -> Speaker:
+    since = datetime.fromtimestamp(min(row.enrolled for row in rows), UTC)
+    return Speaker(name, len(rows), sum(row.seconds for row in rows), since)

@@ -1,0 +1,105 @@
+"""The commands of a store of speakers: enroll, verify, identify, speakers."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import jax
+import pytest
+from commands import run
+from recordings import tone, write
+
+from kmq_jax.models import registry
+from kmq_jax.models.speaker_model import SpeakerModel, save_model
+
+SETTINGS = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8}
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The working directory, with what the README's block names."""
+    for key, name in enumerate(("r34-4bit", "r34-2bit")):
+        variables = registry.initialize(registry.build("wespeaker_resnet34", **SETTINGS), jax.random.key(key))
+        model = SpeakerModel("wespeaker_resnet34", SETTINGS, "wespeaker", jax.device_get(variables))
+        save_model(tmp_path / "runs" / f"{name}.kmq", model)
+    for i, name in enumerate(("alice1", "alice2", "unknown", "bob")):
+        write(tmp_path / f"{name}.wav", tone(hertz=150 + 100 * i, seed=i))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_readmes_block_runs_as_printed(place, monkeypatch, capsys):
+    section = README.read_text().split("\n## Enrolled speakers\n")[1].split("\n## ")[0]
+    assert len(section.splitlines()) <= 20
+    (block,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    for line in block.splitlines():
+        program, *words = shlex.split(line, comments=True)
+        assert program == "kmq-jax" and run(monkeypatch, *words) == 0, line
+    out = capsys.readouterr().out
+    assert "alice: recordings: 2, 2.0 s" in out and "recordings embedded with runs/r34-2bit.kmq: 2" in out
+    assert re.search(r"^alice +2 +2\.0 +\d{4}-\d\d-\d\d \d\d:\d\d$", out, re.MULTILINE)
+    assert re.search(r"^alice: (accepted|rejected), score -?\d\.\d{4}", out, re.MULTILINE)
+
+
+def test_identify_tells_what_is_known_and_no_more(place, monkeypatch, capsys):
+    for name in ("alice1", "alice2", "bob"):
+        assert (
+            run(monkeypatch, "enroll", "--store=s", "--model=runs/r34-4bit.kmq", f"--speaker={name}", f"{name}.wav")
+            == 0
+        )
+    capsys.readouterr()
+    assert run(monkeypatch, "identify", "--store=s", "bob.wav", "--top=2", "--json=i.json") == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split() == ["1.0000", "bob"] and len(out) == 3 and "nothing is decided among 3 speakers" in out[2]
+    found = json.loads((place / "i.json").read_text())
+    assert found["speakers"] == 3 and found["false_accept"] is None and len(found["matches"]) == 2
+    assert found["matches"][0]["speaker"] == "bob" and found["matches"][0]["decision"] is None
+    flags = ["--store=s", "bob.wav", "--threshold=1", "--false_accept=0.5", "--json=i.json"]
+    assert run(monkeypatch, "identify", *flags) == 0
+    out = capsys.readouterr().out
+    assert "about 0.875 if comparisons err independently, of at most 1 in any case" in out
+    assert json.loads((place / "i.json").read_text())["false_accept"] == pytest.approx(7 / 8)
+    assert run(monkeypatch, "speakers", "--store=s", "--remove=bob") == 0
+    assert "bob is removed; recordings: 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ("enroll --store=s --speaker=alice alice1.wav", "--model must be given: s does not know where its model lies"),
+        ("enroll --store=s --model=runs/r34-4bit.kmq alice1.wav", "--speaker and at least one RECORDING must be given"),
+        (
+            "enroll --store=s --model=runs/r34-4bit.kmq --speaker=a",
+            "--speaker and at least one RECORDING must be given",
+        ),
+        ("enroll --store=s --model=runs/r34-4bit.kmq --speaker=a no.wav", "no.wav: missing"),
+        ("enroll --store=s --again", "--again needs --model"),
+        ("enroll --store=s --again --model=m --speaker=a", "--again embeds all recordings of the store: it takes"),
+        ("enroll --store=s --bits=2 --speaker=a alice1.wav", "--bits needs --model"),
+        ("enroll --store=bob.wav --speaker=a alice1.wav", "--store (=bob.wav) cannot be written: Not a directory"),
+        ("speakers --store=s", "s holds no speakers yet: enroll them first"),
+        ("identify --store=s bob.wav", "s holds no speakers yet: enroll them first"),
+        (
+            "identify --store=s bob.wav --false_accept=0.1",
+            "--false_accept is a rate at a threshold: give --threshold, too",
+        ),
+        ("identify --store=s", "the following arguments are required: RECORDING (see --help)"),
+        ("verify --store=s --speaker=a bob.wav", "s holds no speakers yet: enroll them first"),
+        ("verify --store=s bob.wav", "--speaker must be given with --store"),
+        ("verify --store=s --speaker=a", "RECORDING must be given with --store"),
+        ("verify --store=s --speaker=a bob.wav --enrol=bob.wav", "--enrol does not go with --store"),
+        ("verify --store=s --speaker=a bob.wav --compute=bfloat16", "--compute does not go with --store"),
+        ("verify --cascade=s --enrol=bob.wav --test=bob.wav --threshold=0.1", "--threshold does not go with --cascade"),
+        ("verify --cascade=s --test=bob.wav", "--enrol must be given with --cascade"),
+        ("verify --store=s --cascade=s", "one of --cascade, --store and --model must be given"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(place, monkeypatch, capsys, words, line):
+    before = sorted(place.rglob("*"))
+    command, *flags = words.split()
+    assert run(monkeypatch, command, *flags) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"kmq-jax {command}: {line}") and said.count("\n") == 1
+    assert sorted(place.rglob("*")) == before
