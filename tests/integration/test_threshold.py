@@ -8,9 +8,11 @@ import pytest
 import soundfile
 from commands import run
 
+from kmq_jax.core.errors import UserError
 from kmq_jax.data import source
 from kmq_jax.models import registry
 from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model, save_model
+from kmq_jax.speakers.store import SpeakerStore, threshold_of
 
 SETTINGS = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8}
 
@@ -101,7 +103,7 @@ def test_verify_refuses_what_does_not_fit(place, file, tmp_path, monkeypatch, ca
     assert "kmq-jax threshold --model=" in refused(one)
     assert "one of --cascade, --store and --model" in refused()
     assert "--threshold does not go with --cascade" in refused(f"--cascade={place}", "--threshold=0.5")
-    assert "--model does not go with --cascade" in refused(one, f"--cascade={place}")
+    assert "one of --cascade, --store and --model" in refused(one, f"--cascade={place}")
     bad = tmp_path / "bad.json"
     held = json.loads(file.read_text())
     for text, what in [
@@ -142,3 +144,11 @@ def test_rates_that_are_none_are_refused(tmp_path, monkeypatch, capsys, rate):
     assert run(monkeypatch, "threshold", *flags) == 2
     assert f"--false_accept (={rate}) must be" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_store_takes_a_threshold_of_its_own_model_alone(place, file, tmp_path):
+    store = SpeakerStore(tmp_path, f"{place}/one.kmq")
+    assert threshold_of(str(file), store) == json.loads(file.read_text())["threshold"]
+    assert (threshold_of("0.25", store), threshold_of(None, store)) == (0.25, None)
+    with pytest.raises(UserError, match="`threshold` was found with the model .*, but the store's is"):
+        threshold_of(str(file), SpeakerStore(tmp_path, f"{place}/two.kmq"))
