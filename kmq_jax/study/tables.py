@@ -230,6 +230,21 @@ def extraction_table(found: Row) -> str:
     return _markdown(rows)
 
 
+def threshold_table(found: Row) -> str:
+    """A threshold from own recordings: what it was found to do there, with intervals, and on other speakers."""
+
+    def rate(name: str) -> str:
+        low, high = (100 * end for end in found[f"{name}_ci95"])
+        return f"{100 * found[name]:.3g} % [{low:.2g}, {high:.3g}]"
+
+    other = found["judged_on"]
+    head = ["threshold", "speakers, recordings", "false accepts", "false rejects"]
+    own = [f"{found['threshold']:.4f}", f"{found['speakers']}, {found['recordings']}"]
+    judged = [f"the same, on {other['set']}", f"{other['speakers']}, {other['trials']:,} trials"]
+    rates = [f"{100 * other[name]:.3g} %" for name in ("false_accept", "false_reject")]
+    return _markdown([head, [*own, rate("false_accept"), rate("false_reject")], [*judged, *rates]])
+
+
 TABLES: dict[str, Callable[[Any], str]] = {
     "bits": study_table,
     "trained": trained_table,
@@ -239,6 +254,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "conditions": conditions_table,
     "accelerator": accelerator_table,
     "extraction": extraction_table,
+    "threshold": threshold_table,
 }
 
 
