@@ -105,5 +105,8 @@ def test_committed_results_say_how_many_trials_they_come_from(path):
     if "notes" in found:
         assert found["notes"]["trials"] > 0 and found["notes"]["utterances"] > 0
         return
+    if found.get("kind") == "threshold":
+        assert all(one["trials"] > 0 and one["speakers"] > 0 for one in (found, found["judged_on"]))
+        return
     for row in found["rows"]:
         assert all(one["trials"] > 0 and one["speakers"] > 0 for one in row["sets"].values())
