@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import shlex
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ FRONTENDS = {
     "wespeaker72": dataclasses.replace(frontend.WESPEAKER, num_mel_bins=72),
 }
 COMPUTE = ("float32", "bfloat16")
+FOREIGN = (".onnx", ".pt", ".pth", ".ckpt")
+"""What files of other toolkits end in; `interop.import_model` makes a MODEL of them."""
 BATCH_SIZE = 16
 _MOST_PROGRAMS = 128  # compiled programs that are kept; each takes megabytes
 _programs: set[Hashable] = set()
@@ -428,6 +431,11 @@ def load_model(path: str | Path, bits: int | None = None) -> SpeakerModel:
     SpeakerModel(resnet34, kiwano features, 32 bits, 0.00 MB)
     """
     path = Path(path)
+    if path.suffix.lower() in FOREIGN and path.is_file():
+        given, made = shlex.quote(str(path)), shlex.quote(path.stem)
+        raise UserError(
+            f"{path} is no MODEL yet: run kmq-jax import_model --source={given} --out={made}, then use {made}"
+        )
     for file in (path, path / "averaged.kmq", path / "model.kmq"):
         if file.is_file():
             return _load_kmq(file, bits)
