@@ -120,7 +120,7 @@ class Cascade:
         """Decides whether two recordings are of one speaker.
 
         Args:
-            enrol: a file, or `(wave, sample rate)` with float `[samples]` or `[samples, channels]`.
+            enrol: a file, or `(wave, sample rate)`, the wave as in `data.audio.to_mono_16k`.
             test: the same.
 
         Raises:

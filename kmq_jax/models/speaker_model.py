@@ -208,7 +208,9 @@ def mono(wave: np.ndarray) -> np.ndarray:
     >>> mono(np.int16([16384, -32768])).tolist()
     [0.5, -1.0]
     """
-    if wave.ndim not in (1, 2) or (wave.ndim == 2 and (min(wave.shape) > 32 or wave.shape[0] == wave.shape[1])):
+    if wave.ndim not in (1, 2) or (
+        wave.ndim == 2 and (min(wave.shape) > audio.MOST_CHANNELS or wave.shape[0] == wave.shape[1])
+    ):
         raise UserError(f"wave (of shape {wave.shape}) must be [samples], [samples, channels] or [channels, samples]")
     if np.issubdtype(wave.dtype, np.signedinteger):
         wave = wave / -float(np.iinfo(wave.dtype).min)

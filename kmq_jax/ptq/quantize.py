@@ -81,7 +81,7 @@ def fitting(data: str | None) -> str:
     if data is None:
         return "not fitted: at few bits expect several times the errors of a fitted model"
     if data == EMBEDDED:
-        return f"fitted on embedded voices ({data}); speech like yours, by --data=DATA, serves better at few bits"
+        return f"fitted on embedded voices ({data}); speech like yours, by --data=DATA, may serve better"
     return f"fitted on crops of {data}"
 
 

@@ -39,7 +39,8 @@ class QuantSpec:
         init, retention, iterations, symmetric, pinned_zero: see `kmeans.kmeans`. At 1 bit, `symmetric` is the static
             binary quantizer (plus and minus the mean magnitude); without it both centroids are free.
         only_smaller: tensors that would not shrink stay as they are. A small tensor does not where its codebooks take
-            what its indices save: at 8 bits, 512 bytes of codebook a channel. False quantizes every tensor.
+            what its indices save: at 8 bits, 512 bytes of codebook a channel.
+            The `quantize` command sets this.
     """
 
     bits: int
@@ -54,7 +55,7 @@ class QuantSpec:
     iterations: int = 60
     symmetric: bool = False
     pinned_zero: bool = False
-    only_smaller: bool = True
+    only_smaller: bool = False
 
     def __post_init__(self):
         """Checks every field.

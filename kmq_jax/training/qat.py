@@ -41,7 +41,6 @@ def spec_of(options: QatOptions, bits: int) -> quant.QuantSpec:
         retention=options.retention,
         symmetric=options.symmetric,
         levels=options.levels,
-        only_smaller=False,  # networks of more bits grow from those of fewer, so all train the same tensors
     )
 
 

@@ -114,11 +114,11 @@ def test_any_magnitude_in_single_precision(scale):
         np.testing.assert_allclose(np.float64(found) / scale, plain, rtol=2e-2, atol=1e-2)
 
 
-def test_tensors_that_would_not_shrink_are_kept_unless_the_rule_takes_them():
+def test_tensors_that_would_not_shrink_are_kept_where_the_rule_says_so():
     params = {"small": {"kernel": RNG.standard_normal((9, 32)).astype(np.float32)}, "kernel": np.ones((600, 8), "f4")}
-    grown = quant.quantize_params(params, QuantSpec(8, only_smaller=False))
+    grown = quant.quantize_params(params, QuantSpec(8))
     assert quant.size_bytes(grown["small"]).total > quant.size_bytes(params["small"]).total
-    kept = quant.quantize_params(params, bits=8)
+    kept = quant.quantize_params(params, QuantSpec(8, only_smaller=True))
     assert kept["small"]["kernel"] is params["small"]["kernel"] and quant.is_codebook_tensor(kept["kernel"])
 
 
@@ -135,7 +135,7 @@ def test_tensors_that_would_not_shrink_are_kept_unless_the_rule_takes_them():
 )
 def test_a_tensor_is_packed_only_if_that_is_smaller(shape, dtype, bits, shrinks):
     params = {"kernel": RNG.standard_normal(shape).astype(dtype)}
-    packed = quant.quantize_params(params, bits=bits)
+    packed = quant.quantize_params(params, QuantSpec(bits, only_smaller=True))
     assert quant.is_codebook_tensor(packed["kernel"]) == shrinks
     assert quant.size_bytes(packed).total <= quant.size_bytes(params).total
 
