@@ -102,14 +102,16 @@ def test_a_quantized_model_is_not_quantized_again(original, tmp_path, monkeypatc
 
 
 def test_without_data_it_is_fitted_on_the_embedded_voices_and_says_so(original, tmp_path, monkeypatch, capsys):
-    asked = {"plain": [], "voices": ["--data=synthetic:train"], "unfitted": ["--unfitted"]}
-    files, said = {}, {}
-    for name, flags in asked.items():
-        out = tmp_path / f"{name}.kmq"
-        assert run(monkeypatch, "quantize", f"--model={original}", "--bits=2", f"--out={out}", *flags) == 0
-        files[name], said[name] = out.read_bytes(), capsys.readouterr().out
-    assert files["plain"] == files["voices"] != files["unfitted"]
-    assert "fitted on embedded voices (synthetic:train)" in said["plain"] and "not fitted" in said["unfitted"]
+    fitted_on = []
+    monkeypatch.setattr(
+        "kmq_jax.ptq.quantize.quantize_model", lambda model, rules, data, **more: fitted_on.append(data) or model
+    )
+    for flags in ([], ["--data=synthetic:dev"], ["--unfitted"]):
+        assert run(monkeypatch, "quantize", f"--model={original}", "--bits=2", f"--out={tmp_path}/q.kmq", *flags) == 0
+    assert fitted_on == ["synthetic:train", "synthetic:dev", None]
+    plain, own, unfitted = capsys.readouterr().out.splitlines()
+    assert "fitted on embedded voices (synthetic:train)" in plain
+    assert "fitted on crops of synthetic:dev" in own and "not fitted" in unfitted
 
 
 def test_a_kernel_that_would_not_shrink_stays_as_it_is(original, tmp_path, monkeypatch):
