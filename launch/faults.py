@@ -45,7 +45,13 @@ def commands(base: Path) -> dict[str, Callable[[Path], Line]]:
         "train": lambda out: ["train", *CONFIG, *steps, f"--workdir={out}"],
         "train quantized": lambda out: ["train", *CONFIG, *steps, *quantized, f"--workdir={out}"],
         "prepare_data": lambda out: ["prepare_data", f"--source={base}/many", f"--out={out}/set", "--workers=1"],
-        "quantize": lambda out: ["quantize", f"--model={base}/model.kmq", "--bits=2", f"--out={out}/q.kmq"],
+        "quantize": lambda out: [
+            "quantize",
+            f"--model={base}/model.kmq",
+            "--bits=2",
+            "--unfitted",
+            f"--out={out}/q.kmq",
+        ],
         "calibrate": lambda out: [
             *("calibrate", *stages, f"--reference={base}/e4.npz", f"--trials={base}/trials", f"--out={out}/p.json")
         ],

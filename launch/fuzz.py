@@ -340,8 +340,8 @@ def _good_lines(base: Path, out: Path) -> list[Line]:
     listed = f"--trials={base}/trials"
     model, data = f"--model={base}/model.kmq", f"--data={base}/data"
     return [
-        ["quantize", model, "--bits=2", f"--out={out}/q.kmq", "--skip=^stem/", "--granularity=channel"],
-        ["quantize", model, "--bits=4", "--nested=2", f"--out={out}/q.kmq", f"--rules={base}/rules.json"],
+        ["quantize", model, "--bits=2", "--unfitted", f"--out={out}/q.kmq", "--skip=^stem/", "--granularity=channel"],
+        ["quantize", model, "--bits=4", "--unfitted", "--nested=2", f"--out={out}/q.kmq", f"--rules={base}/rules.json"],
         ["summarize", model, f"--json={out}/s.json"],
         [
             "extract",
@@ -555,7 +555,7 @@ def rules(make: Maker) -> Line:
         "(.|.)*$",
         "((((" * 50,
     ]
-    line = ["quantize", f"--model={make.base}/model.kmq", "--bits=2", f"--out={make.out}/q.kmq"]
+    line = ["quantize", f"--model={make.base}/model.kmq", "--bits=2", "--unfitted", f"--out={make.out}/q.kmq"]
     if make.rng.random() < 0.5:
         return [*line, f"--skip={make.rng.choice(patterns)}"]
     good = [{"pattern": "kernel$", "bits": 4}, {"pattern": make.rng.choice(patterns), "bits": None}]

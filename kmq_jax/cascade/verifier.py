@@ -121,9 +121,9 @@ class Cascade:
         """Decides whether two recordings are of one speaker.
 
         Args:
-            enrol: a file, or `(wave, sample rate)` with float `[samples]` or `[samples, channels]`; or a list of
-                either: the mean of their length-normalised embeddings is compared. Maps and threshold stay those that
-                the policy was calibrated with.
+            enrol: a file, or `(wave, sample rate)`, the wave as in `data.audio.to_mono_16k`; or a list of either: the
+                mean of their length-normalised embeddings is compared. Maps and threshold stay those that the policy
+                was calibrated with.
             test: a file, or `(wave, sample rate)`.
 
         Raises:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from kmq_jax.cli.flags import RENAMED, add_flags, name_flags
+from kmq_jax.cli.flags import RENAMED, add_flags, meant_flag, name_flags
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import Options
 
@@ -57,6 +57,9 @@ class _Parser(argparse.ArgumentParser):
         renamed = RENAMED.get(self.prog.removeprefix("kmq-jax "), {})
         for word in sys.argv[1:] if args is None else args:
             name = word.partition("=")[0]
+            # Only where it would be a flag: a file may be named so.
+            if (meant := meant_flag(word)) and meant[0].partition("=")[0] in self._option_string_actions:
+                self.error(meant[1])
             if name in renamed:
                 self.error(f"{name} is now {renamed[name]}")
             if name.startswith("--") and name not in self._option_string_actions:

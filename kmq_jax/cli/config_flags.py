@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kmq_jax.cli.flags import meant_flag
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.outputs import check_outputs
 
@@ -97,6 +98,8 @@ def _with_files(argv: list[str]) -> list[str]:
     """The command line as the library reads it: with the configuration's file in place of its name."""
     words, before = [], ""
     for word in argv:
+        if meant := meant_flag(word):
+            raise UserError(f"{meant[1]} (see --help)")
         flag, equals, value = word.partition("=")
         if flag.startswith(("--config.", "-config.")):
             # A key that is a number, as in study.epochs.2, is written as a subscript for the library.
@@ -112,8 +115,11 @@ def _with_files(argv: list[str]) -> list[str]:
 
 def _told(message: str) -> str:
     """An error of absl's, without the traceback of a configuration file that it may hold."""
-    if re.fullmatch(r"\W*\w+\W*", message):  # of a missing key it gives the name alone
-        return "the configuration has no setting " + message.strip("\"'")
+    # Of a missing key it gives the name alone, or the name and the nearest, quoted twice.
+    plain = message.strip("\"'").replace("\\n", "\n").replace("\\", "")
+    if found := re.fullmatch(r"\W*(\w+)\W*?(?:\s*Did you mean \W(\w+)\W instead of .*)?", plain):
+        near = f"; did you mean {found[2]}?" if found[2] else ""
+        return f"the configuration has no setting {found[1]}{near}"
     if "Traceback" not in message:
         return message
     last = message.strip().splitlines()[-1]

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,9 @@ RENAMED: dict[str, dict[str, str]] = {
     "quantize": {"--recalibrate": "--data"},
 }
 """Old flag -> new flag, by command: for one release an error names the new one."""
+
+LOOKALIKES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
+"""Dashes that word processors and web pages put in place of hyphens."""
 
 METAVARS = {int: "N", float: "X", Path: "FILE", str: "TEXT"}
 
@@ -135,6 +139,21 @@ def name_flags(message: str, *options: type[Options]) -> str:
     """
     known = {field.name: _flag(field) for group in options for field in dataclasses.fields(group)}
     return re.sub(r"`(\w+)`", lambda found: known.get(found[1], found[0]), message)
+
+
+def meant_flag(word: str) -> tuple[str, str] | None:
+    """Of a word that begins with dashes which are no hyphens: the word as it was meant, and what to say.
+
+    >>> meant_flag("\u2013bits=2")[0]
+    '--bits=2'
+    >>> meant_flag("--bits=2")
+    """
+    rest = word.lstrip("-" + LOOKALIKES)
+    strange = word[: len(word) - len(rest)].strip("-")
+    if not strange:
+        return None
+    meant = f"--{rest}"
+    return meant, f"{word} begins with {unicodedata.name(strange[0])}, not with two hyphens; type {meant}"
 
 
 def _flag(field: "dataclasses.Field[object]") -> str:

@@ -21,7 +21,16 @@ class Files(Options):
 
     model: str = option("MODEL to quantize", metavar="MODEL")
     out: Path = option("the .kmq file to write", writes="file")
-    data: str | None = option("fit layers on crops of these recordings", None, metavar="DATA")
+    data: str | None = option(
+        "fit layers on crops of these recordings; left out: of the embedded synthetic voices", None, metavar="DATA"
+    )
+    unfitted: bool = option("round weights as they are: errors multiply at few bits", False)
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        super().__post_init__()
+        if self.unfitted and self.data:
+            raise UserError("`unfitted` and `data` exclude each other")
 
 
 COMMAND = Command(
@@ -41,40 +50,31 @@ def main() -> None:
     keep_freed_memory()  # before JAX starts its threads
     from kmq_jax import quant
     from kmq_jax.models.speaker_model import load_model, save_model
-    from kmq_jax.ptq.quantize import quantize_model, rules_of
+    from kmq_jax.ptq.quantize import EMBEDDED, fitting, quantize_model, rules_of
 
     if options.activations and not files.data:
         raise UserError("--activations needs --data: speech that their ranges are measured on")
     if options.bits is None and not files.data:
         raise UserError("--budget and --size need --data: speech that layers are measured on")
     rules, model = rules_of(options), load_model(files.model)
+    data = None if files.unfitted else files.data or EMBEDDED
     try:
         if options.bits is None:
             rules = _within_budget(files, options, model)
-        quantized = quantize_model(model, rules, files.data, biases=options.biases, activations=options.activations)
+        quantized = quantize_model(model, rules, data, biases=options.biases, activations=options.activations)
     except UserError as error:
         raise UserError(f"--model={files.model}: {error}") from error
     save_model(files.out, quantized)
     before, after = quant.size_bytes(model.variables).total, files.out.stat().st_size
-    print(f"{files.out}: {after:,} bytes, {before / after:.1f} times smaller than FP32")
+    print(f"{files.out}: {after:,} bytes, {before / after:.1f} times smaller than FP32; {fitting(data)}")
 
 
 def _within_budget(files: Files, options: QuantizeOptions, model: "SpeakerModel") -> "list[QuantRule]":
     """Prints the curve of predicted damage against size, draws it, and gives the rules of the budget."""
-    from kmq_jax.core.files import write_json
     from kmq_jax.ptq import budget
     from kmq_jax.ptq.quantize import rules_within
 
     kept = files.out.with_suffix(".sensitivities.json")
     rules, found, bits_of = rules_within(model, options, str(files.data), kept)
-    rows = budget.curve(found)
-    taken = {
-        "average_bits": found.average(bits_of),
-        "bytes": found.bytes_of(bits_of),
-        "damage": found.damage(bits_of),
-    }
-    print(budget.describe(rows, taken))
-    budget.plot(rows, taken, files.out.with_suffix(".budget.png"))
-    listed = [{"pattern": f"^{name}$", "bits": bits} for name, bits in bits_of.items()]
-    write_json(files.out.with_suffix(".rules.json"), listed)
+    print(budget.report(found, bits_of, files.out))
     return rules

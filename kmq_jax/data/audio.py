@@ -134,11 +134,16 @@ def in_scale(wave: np.ndarray, path: str | os.PathLike[str], lossy: bool = False
     return wave
 
 
+MOST_CHANNELS = 32
+"""The most channels that an array of sound may have; a longer axis is that of samples."""
+
+
 def to_mono_16k(wave: np.ndarray, rate: int) -> np.ndarray:
     """Makes mono float32 at 16 kHz of samples in memory.
 
     Args:
-        wave: `[samples]` or `[samples, channels]`, floating point in [-1, 1) or 16-bit integers.
+        wave: `[samples]`, `[samples, channels]` or `[channels, samples]`, floating point in [-1, 1) or 16-bit
+            integers. An axis longer than 32 is that of samples.
         rate: its sample rate in Hz.
 
     Raises:
@@ -154,6 +159,10 @@ def to_mono_16k(wave: np.ndarray, rate: int) -> np.ndarray:
         raise UserError(
             f"audio must be [samples] or [samples, channels] of float or int16, not {wave.shape} {wave.dtype}"
         )
+    if wave.ndim == 2 and min(wave.shape) > MOST_CHANNELS:
+        raise UserError(f"audio of shape {wave.shape} has more than {MOST_CHANNELS} channels on either axis")
+    if wave.ndim == 2 and wave.shape[0] <= MOST_CHANNELS < wave.shape[1]:
+        wave = wave.T
     if not RATES[0] <= rate <= RATES[1]:
         raise UserError(f"sample rate {rate} Hz is outside {RATES[0]}-{RATES[1]} Hz")
     if not np.isfinite(wave).all():

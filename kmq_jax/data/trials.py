@@ -1,9 +1,11 @@
 """Trial lists: pairs of an enrolment and a test utterance, and whether the speaker is the same."""
 
+import bisect
 import dataclasses
+import difflib
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
 
@@ -26,6 +28,7 @@ __all__ = [
     "utterance_index",
 ]
 
+_COMPARED = 100  # names on either side that an unknown one is compared with
 _CHUNK = 1 << 24  # bytes of a list held at a time
 _LABELS = {"1": 1, "0": 0, "target": 1, "nontarget": 0}
 _Form = tuple[int, int, int]  # the columns of enrolment, test and label
@@ -235,7 +238,9 @@ def open_trials(text: str, utterances: Utterances, models: str | None = None) ->
     unknown = np.flatnonzero(np.minimum(enrol, test) < 0)
     if unknown.size:
         first = (trials.enrol_name if enrol[unknown[0]] < 0 else trials.test_name)[unknown[0]]
-        raise UserError(f"trials {text}: unknown utterance {trials.names[first]}")
+        raise UserError(
+            f"trials {text}: unknown utterance {trials.names[first]}{_nearest(trials.names[first], utterances.ids)}"
+        )
     return dataclasses.replace(trials, enrol=enrol, test=test)
 
 
@@ -296,8 +301,26 @@ def _members(model: str, utterances: Sequence[str], table: Mapping[str, int]) ->
     rows = _rows(table, utterances)
     if not len(rows) or rows.min() < 0:
         unknown = utterances[int(rows.argmin())] if len(rows) else "nothing"
-        raise UserError(f"enrolment model {model} names the unknown utterance {unknown}")
+        raise UserError(f"enrolment model {model} names the unknown utterance {unknown}{_nearest(unknown, table)}")
     return rows
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """The known names that are nearest to an unknown one, as the end of a message; or one, to show their form.
+
+    >>> _nearest("id1/a-2.wav", ["id1/a-1.wav", "id1/a-3.wav", "b"])
+    '; the nearest known are id1/a-3.wav, id1/a-1.wav'
+    >>> _nearest("zzzz", ["a", "b"])
+    '; known is, for example, a'
+    """
+    ordered = sorted(known)
+    # A table may hold millions: only names that begin or end alike are compared letter by letter.
+    place, last = bisect.bisect(ordered, name), name.rsplit("/", 1)[-1]
+    alike = [one for one in ordered if one.rsplit("/", 1)[-1] == last][:_COMPARED]
+    near = dict.fromkeys([*ordered[max(0, place - _COMPARED) : place + _COMPARED], *alike])
+    if found := difflib.get_close_matches(name, near, n=2):
+        return f"; the nearest known {'are' if found[1:] else 'is'} {', '.join(found)}"
+    return f"; known is, for example, {ordered[0]}" if ordered else ""
 
 
 def _guess_form(tokens: Sequence[str], table: Mapping[str, int]) -> _Form:
@@ -330,9 +353,9 @@ def _first_error(path: Path, form: _Form, enrolled: Mapping[str, int], table: Ma
                 )
             if _rows(enrolled, [enrol])[0] < 0:
                 what = "utterance" if enrolled is table else "enrolment model"
-                return UserError(f"{path}:{number}: unknown {what} {enrol}")
+                return UserError(f"{path}:{number}: unknown {what} {enrol}{_nearest(enrol, enrolled)}")
             if _rows(table, [test])[0] < 0:
-                return UserError(f"{path}:{number}: unknown utterance {test}")
+                return UserError(f"{path}:{number}: unknown utterance {test}{_nearest(test, table)}")
     return UserError(f"{path}: is no trial list")
 
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import shlex
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ FRONTENDS = {
     "wespeaker72": dataclasses.replace(frontend.WESPEAKER, num_mel_bins=72),
 }
 COMPUTE = ("float32", "bfloat16")
+FOREIGN = (".onnx", ".pt", ".pth", ".ckpt")
+"""What files of other toolkits end in; `interop.import_model` makes a MODEL of them."""
 BATCH_SIZE = 16
 SPEECH_A_PROGRAM = 20 * 3600 * source.SAMPLE_RATE
 """Samples that an accelerator embeds in about the time that padding saves by one more shape, which takes a compilation:
@@ -209,7 +212,9 @@ def mono(wave: np.ndarray) -> np.ndarray:
     >>> mono(np.int16([16384, -32768])).tolist()
     [0.5, -1.0]
     """
-    if wave.ndim not in (1, 2) or (wave.ndim == 2 and (min(wave.shape) > 32 or wave.shape[0] == wave.shape[1])):
+    if wave.ndim not in (1, 2) or (
+        wave.ndim == 2 and (min(wave.shape) > audio.MOST_CHANNELS or wave.shape[0] == wave.shape[1])
+    ):
         raise UserError(f"wave (of shape {wave.shape}) must be [samples], [samples, channels] or [channels, samples]")
     if np.issubdtype(wave.dtype, np.signedinteger):
         wave = wave / -float(np.iinfo(wave.dtype).min)
@@ -451,6 +456,11 @@ def load_model(path: str | Path, bits: int | None = None) -> SpeakerModel:
     SpeakerModel(resnet34, kiwano features, 32 bits, 0.00 MB)
     """
     path = Path(path)
+    if path.suffix.lower() in FOREIGN and path.is_file():
+        given, made = shlex.quote(str(path)), shlex.quote(path.stem)
+        raise UserError(
+            f"{path} is no MODEL yet: run kmq-jax import_model --source={given} --out={made}, then use {made}"
+        )
     for file in (path, path / "averaged.kmq", path / "model.kmq"):
         if file.is_file():
             return _load_kmq(file, bits)

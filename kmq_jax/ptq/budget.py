@@ -16,7 +16,7 @@ import numpy as np
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Json, Row, atomic_write
+from kmq_jax.core.files import Json, Row, atomic_write, write_json
 from kmq_jax.core.tree import Params, named_leaves
 from kmq_jax.models.speaker_model import SpeakerModel
 
@@ -162,6 +162,21 @@ def describe(rows: list[Json], taken: Json) -> str:
     return "\n".join(
         [*lines, f"taken: {taken['average_bits']:.2f} bits, {taken['bytes'] / 1e6:.2f} MB, {taken['damage']:.4f}"]
     )
+
+
+def report(found: Sensitivities, bits_of: Mapping[str, int], out: Path) -> str:
+    """The curve in words; beside a model's file `out` its picture, and the bits of each tensor as a file of rules."""
+    rows = curve(found)
+    taken = {
+        "average_bits": found.average(bits_of),
+        "bytes": found.bytes_of(bits_of),
+        "damage": found.damage(bits_of),
+    }
+    plot(rows, taken, out.with_suffix(".budget.png"))
+    write_json(
+        out.with_suffix(".rules.json"), [{"pattern": f"^{name}$", "bits": bits} for name, bits in bits_of.items()]
+    )
+    return describe(rows, taken)
 
 
 def plot(rows: list[Json], chosen: Json, path: Path) -> None:

@@ -19,6 +19,8 @@ from kmq_jax.ptq.fit import fit, patterned
 from kmq_jax.ptq.moments import random_features
 from kmq_jax.ptq.options import QuantizeOptions
 
+EMBEDDED = "synthetic:train"
+"""What layers are fitted on where no recordings are given: synthetic voices that come with the package."""
 CROPS = 100
 """Crops of speech that layers are fitted on."""
 SECONDS = 2.0
@@ -67,6 +69,22 @@ def quantize_model(
     return dataclasses.replace(packed, variables={**packed.variables, "params": halved})
 
 
+def fitting(data: str | None) -> str:
+    """What was done to a model without training, and what to expect of it.
+
+    >>> fitting("speech")
+    'fitted on crops of speech'
+
+    Args:
+        data: as in `quantize_model`.
+    """
+    if data is None:
+        return "not fitted: at few bits expect several times the errors of a fitted model"
+    if data == EMBEDDED:
+        return f"fitted on embedded voices ({data}); speech like yours, by --data=DATA, may serve better"
+    return f"fitted on crops of {data}"
+
+
 def with_half_biases(params: Params) -> Params:
     """Rounds the biases of layers with a kernel to float16: all but those of normalisations.
 
@@ -96,7 +114,11 @@ def rules_of(options: QuantizeOptions) -> list[quant.QuantRule]:
     ['^stem/', '/kernel$']
     """
     spec = quant.QuantSpec(
-        options.bits or 8, granularity=options.granularity, coarse=options.nested, levels=options.levels
+        options.bits or 8,
+        granularity=options.granularity,
+        coarse=options.nested,
+        levels=options.levels,
+        only_smaller=options.bits is not None,  # a budget looks at fewer bits than the 8 that stand here
     )
     rules = [quant.QuantRule(pattern, None) for pattern in options.skip]
     rules += [_rule(entry, spec, str(options.rules)) for entry in _listed(options)]

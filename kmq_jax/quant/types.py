@@ -38,8 +38,9 @@ class QuantSpec:
             of the stored one, and each has a codebook of its own.
         init, retention, iterations, symmetric, pinned_zero: see `kmeans.kmeans`. At 1 bit, `symmetric` is the static
             binary quantizer (plus and minus the mean magnitude); without it both centroids are free.
-        only_smaller: tensors that would grow stay as they are. A small tensor grows where its codebooks take more than
-            its indices save: at 8 bits, 512 bytes of codebook a channel.
+        only_smaller: tensors that would not shrink stay as they are. A small tensor does not where its codebooks take
+            what its indices save: at 8 bits, 512 bytes of codebook a channel.
+            The `quantize` command sets this.
     """
 
     bits: int

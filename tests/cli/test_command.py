@@ -52,3 +52,20 @@ def test_progress_without_a_terminal_is_plain_lines(capsys):
     assert list(progress([1, 2, 3], desc="embedding", interval=0.0)) == [1, 2, 3]
     err = capsys.readouterr().err
     assert "embedding: 1/3 (33 %)" in err and "\r" not in err
+
+
+@pytest.mark.parametrize("dash", ["\u2013", "\u2014", "\u2010", "\u2013-", "\u2212\u2212"])
+def test_a_dash_that_is_no_hyphen_is_told(dash, capsys):
+    parser = command.parser("quantize", "Quantizes.", "kmq-jax quantize")
+    parser.add_argument("--bits", required=True)
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args([f"{dash}bits=2"])
+    name = {"\u2013": "EN DASH", "\u2014": "EM DASH", "\u2010": "HYPHEN", "\u2212": "MINUS SIGN"}[dash[0]]
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and name in err and "type --bits=2" in err
+
+
+def test_a_file_may_be_named_with_a_dash():
+    parser = command.parser("quantize", "Quantizes.", "kmq-jax quantize")
+    parser.add_argument("--model")
+    assert parser.parse_args(["--model", "\u2013a.kmq"]).model == "\u2013a.kmq"

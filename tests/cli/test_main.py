@@ -114,6 +114,25 @@ def test_a_configuration_is_found_by_its_name_from_any_directory(tmp_path, monke
         config_flags.parse_flags(["train", "--config=quickstar", "--workdir=w"])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ml_collections' way to load a file
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("--config.study.epohs=1", "the configuration has no setting epohs; did you mean epochs?"),
+        ("--config.data.trian=x", "the configuration has no setting trian; did you mean train?"),
+        ("--config.zz=1", "the configuration has no setting zz"),
+        (
+            "\u2014\u2014workdir=x",
+            "\u2014\u2014workdir=x begins with EM DASH, not with two hyphens; type --workdir=x (see --help)",
+        ),
+    ],
+)
+def test_a_mistake_in_a_configuration_is_one_clean_line(word, told):
+    with pytest.raises(UserError) as error:
+        config_flags.parse_flags(["study", "--config=quickstart", "--workdir=w", word])
+    assert str(error.value) == told
+
+
 def test_a_wheel_and_a_source_tree_hold_the_same_configurations():
     assert {path.stem for path in (ROOT / "configs").glob("*.py")} == set(config_flags.configurations())
 

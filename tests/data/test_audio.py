@@ -216,3 +216,11 @@ def test_real_speech(shared):
         wave = audio.read_audio(path)
         assert len(wave) == audio.num_samples(path) == soundfile.info(path).frames
         assert 0.001 < wave.std() < 0.5
+
+
+def test_channels_are_told_from_samples():
+    left, right = np.zeros(16000, np.float32), np.full(16000, 0.5, np.float32)
+    for both in (np.stack([left, right]), np.stack([left, right], axis=1)):
+        np.testing.assert_array_equal(audio.to_mono_16k(both, 16000), np.full(16000, 0.25, np.float32))
+    with pytest.raises(UserError, match=r"audio of shape \(40, 16000\) has more than 32 channels"):
+        audio.to_mono_16k(np.zeros((40, 16000), np.float32), 16000)

@@ -216,3 +216,12 @@ def test_people_s_lists(shared):
         trials, sides = join(path, table, table)
         found = doubts(path, trials, sides.enrol_speaker, sides.test_speaker)
         assert any(words in line for line in found) if words else not found
+
+
+def test_an_unknown_utterance_is_told_with_the_nearest_known(tmp_path):
+    (tmp_path / "trials").write_text("1 id1/a.wav id1/b.wav\n0 id1/a.wav id2/bb.wav\n")
+    with pytest.raises(UserError, match=r"trials:2: unknown utterance id2/bb.wav; the nearest known .*id2/b.wav"):
+        read_trials(tmp_path / "trials", ["id1/a.wav", "id1/b.wav", "id2/b.wav"])
+    (tmp_path / "trials").write_text("1 xx yy\n")
+    with pytest.raises(UserError, match=r"unknown utterance xx; known is, for example, id1/a.wav"):
+        read_trials(tmp_path / "trials", ["id1/a.wav", "id1/b.wav"])

@@ -96,7 +96,8 @@ def workdir(tmp_path_factory):
     place = tmp_path_factory.mktemp("own")
     assert loop.train(config(), place / "full")["steps"] == 4
     patch = pytest.MonkeyPatch()
-    assert commands.run(patch, "quantize", f"--model={place / 'full'}", "--bits=2", f"--out={place / '2.kmq'}") == 0
+    flags = (f"--model={place / 'full'}", "--bits=2", "--unfitted", f"--out={place / '2.kmq'}")
+    assert commands.run(patch, "quantize", *flags) == 0
     patch.undo()
     return place
 

@@ -25,7 +25,7 @@ def original(tmp_path_factory):
 @pytest.mark.parametrize("bits", [1, 3, 8])
 def test_every_kernel_has_as_many_values_as_its_width_allows(original, bits, tmp_path, monkeypatch):
     out = tmp_path / "q.kmq"
-    assert run(monkeypatch, "quantize", f"--model={original}", f"--bits={bits}", f"--out={out}") == 0
+    assert run(monkeypatch, "quantize", f"--model={original}", f"--bits={bits}", f"--out={out}", "--unfitted") == 0
     params = quant.dequantize_params(load_model(out).variables)["params"]
     kernel = np.asarray(params["stage1"]["block0"]["conv1"]["kernel"]).reshape(-1, 8)
     assert all(len(np.unique(kernel[:, c])) <= 2**bits for c in range(8))
@@ -35,7 +35,7 @@ def test_every_kernel_has_as_many_values_as_its_width_allows(original, bits, tmp
 
 def test_totals_add_up(original, tmp_path, monkeypatch, capsys):
     out, totals_path = tmp_path / "q.kmq", tmp_path / "t.json"
-    run(monkeypatch, "quantize", f"--model={original}", "--bits=2", f"--out={out}", "--skip=stem")
+    run(monkeypatch, "quantize", f"--model={original}", "--bits=2", f"--out={out}", "--skip=stem", "--unfitted")
     assert run(monkeypatch, "summarize", f"--model={out}", f"--json={totals_path}") == 0
     totals = json.loads(totals_path.read_text())
     kernels = [
@@ -52,7 +52,8 @@ def test_totals_add_up(original, tmp_path, monkeypatch, capsys):
 
 def test_a_nested_file_is_read_at_each_of_its_widths(original, tmp_path, monkeypatch):
     out = tmp_path / "q.kmq"
-    assert run(monkeypatch, "quantize", f"--model={original}", "--bits=4", "--nested=2,3", f"--out={out}") == 0
+    flags = (f"--model={original}", "--bits=4", "--nested=2,3", "--unfitted", f"--out={out}")
+    assert run(monkeypatch, "quantize", *flags) == 0
     for bits, distinct in ((2, 4), (3, 8), (None, 16)):
         loaded = load_model(out, bits)
         kernel = np.asarray(quant.dequantize_params(loaded.variables, bits)["params"]["head"]["linear"]["kernel"])
@@ -62,7 +63,7 @@ def test_a_nested_file_is_read_at_each_of_its_widths(original, tmp_path, monkeyp
 def test_rules_decide_by_layer(original, tmp_path, monkeypatch):
     (tmp_path / "rules.json").write_text('[{"pattern": "stage1/", "bits": 4}, {"pattern": "^head", "bits": null}]')
     out = tmp_path / "q.kmq"
-    flags = (f"--model={original}", "--bits=2", f"--out={out}", f"--rules={tmp_path}/rules.json")
+    flags = (f"--model={original}", "--bits=2", "--unfitted", f"--out={out}", f"--rules={tmp_path}/rules.json")
     assert run(monkeypatch, "quantize", *flags) == 0
     params = load_model(out).variables["params"]
     assert params["stage1"]["block0"]["conv1"]["kernel"].bits == 4
@@ -79,6 +80,9 @@ def test_rules_decide_by_layer(original, tmp_path, monkeypatch):
         (["--bits=2", "--model=nowhere"], "nowhere"),
         (["--bits=2", "--granularity=tensor", "--data=nowhere"], "nowhere"),
         (["--bits=2", "--recalibrate=nowhere"], "--recalibrate is now --data"),
+        (["--bits=2", "--unfitted", "--data=synthetic:dev"], "--unfitted and --data exclude each other"),
+        (["--bits=2", "--activations=8"], "--activations needs --data"),
+        (["--budget=3"], "--budget and --size need --data"),
         (["--bits=2", "--nested=3"], "--nested (=3) must be below --bits (=2)"),
     ],
 )
@@ -92,6 +96,27 @@ def test_a_mistake_is_one_line_and_leaves_nothing(original, flags, named, tmp_pa
 
 def test_a_quantized_model_is_not_quantized_again(original, tmp_path, monkeypatch, capsys):
     out = tmp_path / "q.kmq"
-    run(monkeypatch, "quantize", f"--model={original}", "--bits=4", f"--out={out}")
+    run(monkeypatch, "quantize", f"--model={original}", "--bits=4", f"--out={out}", "--unfitted")
     assert run(monkeypatch, "quantize", f"--model={out}", "--bits=2", f"--out={tmp_path}/r.kmq") == 2
     assert "quantized already" in capsys.readouterr().err
+
+
+def test_without_data_it_is_fitted_on_the_embedded_voices_and_says_so(original, tmp_path, monkeypatch, capsys):
+    fitted_on = []
+    monkeypatch.setattr(
+        "kmq_jax.ptq.quantize.quantize_model", lambda model, rules, data, **more: fitted_on.append(data) or model
+    )
+    for flags in ([], ["--data=synthetic:dev"], ["--unfitted"]):
+        assert run(monkeypatch, "quantize", f"--model={original}", "--bits=2", f"--out={tmp_path}/q.kmq", *flags) == 0
+    assert fitted_on == ["synthetic:train", "synthetic:dev", None]
+    plain, own, unfitted = capsys.readouterr().out.splitlines()
+    assert "fitted on embedded voices (synthetic:train)" in plain
+    assert "fitted on crops of synthetic:dev" in own and "not fitted" in unfitted
+
+
+def test_a_kernel_that_would_not_shrink_stays_as_it_is(original, tmp_path, monkeypatch):
+    out = tmp_path / "q.kmq"
+    assert run(monkeypatch, "quantize", f"--model={original}", "--bits=8", f"--out={out}", "--unfitted") == 0
+    kept, before = load_model(out).variables["params"], load_model(original).variables["params"]
+    # Nine weights in float32 take 36 bytes a channel; a codebook of 8 bits alone takes 512.
+    np.testing.assert_array_equal(kept["stem"]["conv"]["kernel"], before["stem"]["conv"]["kernel"])

@@ -1,4 +1,5 @@
 import os
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -174,3 +175,14 @@ def test_threads_share_a_model_and_forked_processes_are_told(model):
             os._exit(42 if "forked" in str(error) else 1)
         os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+
+
+@pytest.mark.parametrize("name", ["resnet.onnx", "a net.pt", "last.ckpt"])
+def test_another_toolkits_file_is_told_with_the_command_that_imports_it(name, tmp_path):
+    file = tmp_path / name
+    file.write_bytes(b"weights")
+    with pytest.raises(UserError) as told:
+        load_model(file)
+    command = str(told.value).split("run kmq-jax ")[1].split(", then")[0]
+    words = shlex.split(command)
+    assert words == ["import_model", f"--source={file}", f"--out={file.stem}"] and "\n" not in str(told.value)

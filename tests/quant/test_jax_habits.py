@@ -114,12 +114,30 @@ def test_any_magnitude_in_single_precision(scale):
         np.testing.assert_allclose(np.float64(found) / scale, plain, rtol=2e-2, atol=1e-2)
 
 
-def test_tensors_that_would_grow_are_kept_where_the_rule_says_so():
+def test_tensors_that_would_not_shrink_are_kept_where_the_rule_says_so():
     params = {"small": {"kernel": RNG.standard_normal((9, 32)).astype(np.float32)}, "kernel": np.ones((600, 8), "f4")}
-    grown = quant.quantize_params(params, bits=8)
+    grown = quant.quantize_params(params, QuantSpec(8))
     assert quant.size_bytes(grown["small"]).total > quant.size_bytes(params["small"]).total
     kept = quant.quantize_params(params, QuantSpec(8, only_smaller=True))
     assert kept["small"]["kernel"] is params["small"]["kernel"] and quant.is_codebook_tensor(kept["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "bits", "shrinks"),
+    [  # a channel's bytes as they are, and packed: a float16 codebook and the indices, up to whole bytes
+        ((9, 4), "float32", 4, False),  # 36; 32 + 5
+        ((10, 4), "float32", 4, True),  # 40; 32 + 5
+        ((9, 4), "float16", 2, True),  # 18; 8 + 3
+        ((5, 4), "float16", 2, False),  # 10; 8 + 2: no smaller
+        ((6, 4), "float16", 2, True),  # 12; 8 + 2
+        ((2, 4), "float32", 2, False),  # 8; 8 + 1
+    ],
+)
+def test_a_tensor_is_packed_only_if_that_is_smaller(shape, dtype, bits, shrinks):
+    params = {"kernel": RNG.standard_normal(shape).astype(dtype)}
+    packed = quant.quantize_params(params, QuantSpec(bits, only_smaller=True))
+    assert quant.is_codebook_tensor(packed["kernel"]) == shrinks
+    assert quant.size_bytes(packed).total <= quant.size_bytes(params).total
 
 
 def test_stacks_of_layers_keep_biases_and_scales():
