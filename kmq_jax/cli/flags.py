@@ -68,7 +68,7 @@ def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
         else:
             if kind.many and not limits.metavar:
                 words["metavar"] = f"{listed},..."
-            parser.add_argument(_flag(field), **words)
+            parser.add_argument(_flag(field), action=_Once, **words)
 
 
 def options_of(options: type[T], args: argparse.Namespace) -> T:
@@ -177,6 +177,20 @@ def _read(text: str, kind: type, flag: str, whole: str, many: bool) -> object:
     except ValueError:
         what = f"{NAMES[kind].removeprefix('a ')}s separated by commas" if many else NAMES[kind]
         raise UserError(f"{flag} (={whole}) must be {what}") from None
+
+
+class _Once(argparse.Action):
+    """Takes a value, and refuses a second one: which of two recordings was meant nobody can tell."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        """Keeps the value."""
+        given = namespace.__dict__.setdefault("_given", set())
+        if self.dest in given:
+            parser.error(f"{option_string} is given twice")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
 
 
 class _Append(argparse.Action):

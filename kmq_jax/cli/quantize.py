@@ -52,10 +52,8 @@ def main() -> None:
     from kmq_jax.models.speaker_model import load_model, save_model
     from kmq_jax.ptq.quantize import EMBEDDED, fitting, quantize_model, rules_of
 
-    if options.activations and not files.data:
-        raise UserError("--activations needs --data: speech that their ranges are measured on")
-    if options.bits is None and not files.data:
-        raise UserError("--budget and --size need --data: speech that layers are measured on")
+    if not files.data and (options.activations or options.bits is None):
+        raise UserError("--activations, --budget and --size need --data: speech that ranges and layers are measured on")
     rules, model = rules_of(options), load_model(files.model)
     data = None if files.unfitted else files.data or EMBEDDED
     try:
@@ -65,7 +63,8 @@ def main() -> None:
     except UserError as error:
         raise UserError(f"--model={files.model}: {error}") from error
     save_model(files.out, quantized)
-    before, after = quant.size_bytes(model.variables).total, files.out.stat().st_size
+    before, packed = (quant.size_bytes(made.variables).total for made in (model, quantized))
+    after = files.out.stat().st_size or packed  # a device has no size
     print(f"{files.out}: {after:,} bytes, {before / after:.1f} times smaller than FP32; {fitting(data)}")
 
 

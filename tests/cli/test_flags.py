@@ -51,7 +51,7 @@ def test_flags_become_options():
 )
 def test_errors_name_the_flag(word, message):
     with pytest.raises(UserError) as error:
-        parsed("--bits=2", word)
+        parsed(*(() if word.startswith("--bits") else ("--bits=2",)), word)
     assert str(error.value) == message
 
 
@@ -106,3 +106,11 @@ def test_one_positional_value_may_be_required(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stopped:
             found.parse()
         assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_flag_of_one_value_is_not_given_twice(capsys):
+    """The last one used to count, in silence."""
+    with pytest.raises((SystemExit, UserError)) as caught:
+        parsed("--bits=2", "--bits=3")
+    assert "--bits is given twice" in f"{caught.value} {capsys.readouterr().err}"
+    assert parsed("--bits=2", "--threshold=1", "--threshold=2").thresholds == (1.0, 2.0)

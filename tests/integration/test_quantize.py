@@ -81,8 +81,8 @@ def test_rules_decide_by_layer(original, tmp_path, monkeypatch):
         (["--bits=2", "--granularity=tensor", "--data=nowhere"], "nowhere"),
         (["--bits=2", "--recalibrate=nowhere"], "--recalibrate is now --data"),
         (["--bits=2", "--unfitted", "--data=synthetic:dev"], "--unfitted and --data exclude each other"),
-        (["--bits=2", "--activations=8"], "--activations needs --data"),
-        (["--budget=3"], "--budget and --size need --data"),
+        (["--bits=2", "--activations=8"], "--activations, --budget and --size need --data"),
+        (["--budget=3"], "--activations, --budget and --size need --data"),
         (["--bits=2", "--nested=3"], "--nested (=3) must be below --bits (=2)"),
     ],
 )
