@@ -88,7 +88,8 @@ def test_rules_decide_by_layer(original, tmp_path, monkeypatch):
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(original, flags, named, tmp_path, monkeypatch, capsys):
     out = tmp_path / "q.kmq"
-    assert run(monkeypatch, "quantize", f"--model={original}", f"--out={out}", *flags) == 2
+    model = [] if any(flag.startswith("--model") for flag in flags) else [f"--model={original}"]
+    assert run(monkeypatch, "quantize", *model, f"--out={out}", *flags) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and named in err
     assert not out.exists()
