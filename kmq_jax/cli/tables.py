@@ -20,8 +20,10 @@ COMMAND = Command(
     "Writes the results tables of a Markdown file from the JSON files they come from.\n"
     "A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE is a study.json, its path\n"
     "relative to the Markdown file; KIND is `bits`, one row a model, `trained`, those of them that were,\n"
-    "`differences`, what they differ by, `cascades`, one row a cascade and evaluation set, or `components`. Of the\n"
-    "file that `conditions` writes, KIND is `conditions`; of the one that `bench accelerator` writes, `accelerator`.",
+    "`gains`, what of them a first page needs, `differences`, what they differ by, `cascades`, one row a cascade\n"
+    "and evaluation set, or `components`. Of what `conditions` writes, KIND is `conditions`; of `bench\n"
+    "accelerator`, `accelerator`; of `bench extract --peers --json`, `extraction`; of `threshold`, with `judged_on`\n"
+    "added, `threshold`.",
     "kmq-jax tables --file=README.md",
     (Files,),
 )

@@ -81,6 +81,21 @@ def trained_table(summary: Row) -> str:
     return study_table({**summary, "rows": chosen})
 
 
+def gains_table(summary: Row) -> str:
+    """The first table of a page: full precision and its trained networks, bytes and EER alone."""
+    sets = list(summary["rows"][0]["sets"])
+    heads = [head for name in sets for head in (f"EER %, {name}", "against full precision")]
+    rows, full = [["bits", "MB", "times smaller", *heads]], summary["rows"][0]["bytes"]
+    for row in summary["rows"]:
+        if row["method"] not in ("full precision", "trained"):
+            continue
+        cells = [f"{row['bits']:g}", f"{row['bytes'] / 1e6:.1f}", f"{full / row['bytes']:.1f}"]
+        for name in sets:
+            cells += [f"{row['sets'][name]['eer']:.2f}", _change(changes_of(summary, row, name), "eer_change", 2)]
+        rows.append(cells)
+    return _markdown(rows)
+
+
 def difference_table(summary: Row) -> str:
     """What networks differ by on each evaluation set; "none" where the paired 95 % interval of the EER's holds zero."""
     rows = [["network", "bits", "less", "on", "EER, points", "minDCF", "EER apart"]]
@@ -247,6 +262,7 @@ def threshold_table(found: Row) -> str:
 
 TABLES: dict[str, Callable[[Any], str]] = {
     "bits": study_table,
+    "gains": gains_table,
     "trained": trained_table,
     "differences": difference_table,
     "cascades": cascade_table,

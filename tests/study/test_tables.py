@@ -148,10 +148,31 @@ def test_an_accelerator_has_a_row_for_each_speed(tmp_path):
     assert filled.splitlines()[3:-1] == ["| step | whole | 1,387 examples/s, 40.4 % of peak | H200 |"]
 
 
+def test_a_first_page_has_bytes_errors_and_their_changes(tmp_path):
+    def row(method, bits, size, **found):
+        return {"method": method, "bits": bits, "bytes": size, "sets": {"a": found}}
+
+    rows = [row("full precision", 32, 8_000_000, eer=2.0), row("without training", 2, 500_000, eer=9.0)]
+    rows += [row("trained", 2, 500_000, eer=3.5, eer_change=1.5, eer_change_ci95=[0.5, 2.0])]
+    (tmp_path / "r.json").write_text(json.dumps({"rows": rows, "diagnosis": {}}))
+    filled = tables.fill("<!-- table: r.json gains -->\n<!-- end -->", tmp_path).splitlines()
+    assert filled[3:-1] == ["| 32 | 8.0 | 1.0 | 2.00 |  |", "| 2 | 0.5 | 16.0 | 3.50 | **+1.50 [+0.50, +2.00]** |"]
+
+
+def test_a_threshold_stands_with_its_intervals_and_what_it_did_to_others(tmp_path):
+    found = {"threshold": 0.25, "speakers": 8, "recordings": 40, "false_accept": 0.05, "false_reject": 0.0}
+    found |= {"false_accept_ci95": [0.001, 0.25], "false_reject_ci95": [0.0, 0.489]}
+    found |= {"judged_on": {"set": "b", "speakers": 11, "trials": 9000, "false_accept": 0.118, "false_reject": 0.0005}}
+    (tmp_path / "r.json").write_text(json.dumps(found))
+    filled = tables.fill("<!-- table: r.json threshold -->\n<!-- end -->", tmp_path).splitlines()
+    assert filled[3] == "| 0.2500 | 8, 40 | 5 % [0.1, 25] | 0 % [0, 48.9] |"
+    assert filled[4] == "| the same, on b | 11, 9,000 trials | 11.8 % | 0.05 % |"
+
+
 def test_mistakes(tmp_path):
     with pytest.raises(
         UserError,
-        match="of r.json must be one of bits, trained, differences, cascades, components, conditions, accelerator",
+        match="of r.json must be one of bits, gains, trained, differences, cascades, components, conditions",
     ):
         tables.fill("<!-- table: r.json colours -->\n<!-- end -->", tmp_path)
     with pytest.raises(UserError, match=r"absent\.json"):
