@@ -21,6 +21,7 @@ from kmq_jax import frontend, quant
 from kmq_jax.core import mesh
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_object
+from kmq_jax.core.hub import fetch, is_place
 from kmq_jax.core.progress import progress
 from kmq_jax.core.tree import Array, Variables, named_leaves, replace_named
 from kmq_jax.data import audio, buckets, source
@@ -443,7 +444,7 @@ def load_model(path: str | Path, bits: int | None = None) -> SpeakerModel:
     """Loads a MODEL: a training workdir (newest good checkpoint, or its average), a `.kmq` file, or an imported model.
 
     Args:
-        path: the model.
+        path: the model; `hf://ORG/NAME` is fetched from the Hugging Face Hub (`core.hub.fetch`).
         bits: at how many bits a nested model is read; None is the most.
 
     Raises:
@@ -455,7 +456,7 @@ def load_model(path: str | Path, bits: int | None = None) -> SpeakerModel:
     >>> load_model(file)
     SpeakerModel(resnet34, kiwano features, 32 bits, 0.00 MB)
     """
-    path = Path(path)
+    path = fetch(str(path)) if is_place(str(path)) else Path(path)
     if path.suffix.lower() in FOREIGN and path.is_file():
         given, made = shlex.quote(str(path)), shlex.quote(path.stem)
         raise UserError(
