@@ -152,6 +152,29 @@ def _legend_by_bits(figure: Figure, *panels: Axes) -> None:
     )
 
 
+def verdict(summary: Row) -> Row | None:
+    """The row of the smallest model that is not told to err more than full precision on any evaluation set.
+
+    Of several of one size it is the one whose errors change least for the worse.
+
+    None where there is no such model. Not told apart is not the same as equal: few speakers tell little.
+
+    >>> def row(size, interval):
+    ...     return {"method": "m", "bytes": size, "sets": {"a": {"eer_change": 0.1, "eer_change_ci95": interval}}}
+    >>> verdict({"rows": [row(99, None), row(20, [-1, 1]), row(10, [-2, 1]), row(5, [0.1, 2])]})["bytes"]
+    10
+    """
+
+    def is_worse(row: Row, name: str) -> bool:
+        interval = changes_of(summary, row, name).get("eer_change_ci95")
+        return interval is None or interval[0] > 0
+
+    kept = [row for row in summary["rows"][1:] if not any(is_worse(row, name) for name in row["sets"])]
+    changes = [sum(changes_of(summary, row, name)["eer_change"] for name in row["sets"]) for row in kept]
+    ranked = sorted(zip(kept, changes), key=lambda pair: (pair[0]["bytes"], pair[1]))
+    return ranked[0][0] if ranked else None
+
+
 def write(workdir: Path, summary: Row, config: Row) -> None:
     """Writes `report.html` of a study, and its figures beside it.
 
@@ -186,7 +209,7 @@ def write(workdir: Path, summary: Row, config: Row) -> None:
         rows=rows,
         changes=[{name: changes_of(summary, row, name) for name in sets} for row in rows],
         full=rows[0],
-        trained=[row for row in rows if row["method"] == "trained"],
+        verdict=verdict(summary),
         cascades=summary["cascades"],
         diagnosis=summary["diagnosis"],
         comparison=comparison(summary),
