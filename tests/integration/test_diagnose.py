@@ -208,7 +208,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(models, tmp_path, monkeypatch,
         return text
 
     out = tmp_path / "out"
-    words = [f"--reference={models / 'full.kmq'}", f"--data={DATA}", f"--trials={DATA}", *map(filled, given)]
+    usual = [f"--reference={models / 'full.kmq'}", f"--data={DATA}", f"--trials={DATA}"]
+    words = commands.replaced(usual, list(map(filled, given)))
     assert run(monkeypatch, *words, f"--out={out}") == 2
     shown = capsys.readouterr().err.strip().splitlines()
     assert re.search(filled(message), shown[-1]) and "Traceback" not in "".join(shown)

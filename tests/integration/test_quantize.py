@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from commands import run
+from commands import replaced, run
 
 from kmq_jax import quant
 from kmq_jax.models import registry
@@ -88,8 +88,7 @@ def test_rules_decide_by_layer(original, tmp_path, monkeypatch):
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(original, flags, named, tmp_path, monkeypatch, capsys):
     out = tmp_path / "q.kmq"
-    model = [] if any(flag.startswith("--model") for flag in flags) else [f"--model={original}"]
-    assert run(monkeypatch, "quantize", *model, f"--out={out}", *flags) == 2
+    assert run(monkeypatch, "quantize", *replaced([f"--model={original}", f"--out={out}"], flags)) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and named in err
     assert not out.exists()
