@@ -43,8 +43,8 @@ FOREIGN = (".onnx", ".pt", ".pth", ".ckpt")
 """What files of other toolkits end in; `interop.import_model` makes a MODEL of them."""
 BATCH_SIZE = 16
 SPEECH_A_PROGRAM = 20 * 3600 * source.SAMPLE_RATE
-"""Samples that an accelerator embeds in about the time that padding saves by one more shape, which takes a compilation:
-an H200 compiles in 1.5 s or more and embeds 12,000 s of speech a second (.github/results/accelerator-h200.jsonl)."""
+"""Samples of a list for each shape on an accelerator: a shape takes seconds to compile, and one more of them saves less
+time than that in padding, unless there are so many samples (how fast: .github/results/accelerator-h200.jsonl)."""
 PROGRAMS = 3, 16  # shapes on an accelerator, at least and at most
 _MOST_PROGRAMS = 128  # compiled programs that are kept; each takes megabytes
 _programs: set[Hashable] = set()
