@@ -16,6 +16,7 @@ COMMANDS = {
     "quantize": "pack a model into codebooks and indices",
     "summarize": "show what a model weighs, layer by layer",
     "export": "write a model as ONNX",
+    "demo": "try a model in a browser, on a page of this machine",
     "push": "put a model and its card on the Hugging Face Hub",
     "extract": "embed every utterance of a dataset",
     "score": "score a trial list: EER, minDCF, Cllr with intervals",

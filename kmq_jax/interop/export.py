@@ -3,12 +3,14 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kmq_jax import frontend
 from kmq_jax.models import onnx_export
-from kmq_jax.models.speaker_model import SpeakerModel, embed_waves, frontend_of, load_model
+from kmq_jax.models.speaker_model import SpeakerModel, embed_waves, fingerprint, frontend_of, load_model
+from kmq_jax.quant.types import is_codebook_tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ def export_model(
     opset: int | None = None,
     indices: onnx_export.Indices = "smallest",
     features_inside: bool = False,
+    compare: bool = True,
 ) -> Exported:
     """Writes a MODEL as ONNX. Quantized weights stay packed.
 
@@ -43,6 +46,7 @@ def export_model(
         opset: operator set; where left out, the oldest with a type for all of the model's bits.
         indices: how indices are stored.
         features_inside: put the filterbank into the file, whose input is then the wave.
+        compare: run the file and compare its embeddings with ours.
 
     Raises:
         UserError: the model cannot be read or exported.
@@ -52,7 +56,7 @@ def export_model(
     about = properties(speaker_model, network.embedding_size)
     inside = fbank if features_inside else None
     taken = onnx_export.export(out, network, speaker_model.variables, about, bits, opset, indices, inside)
-    return Exported(speaker_model, taken, _parity(speaker_model, out, features_inside))
+    return Exported(speaker_model, taken, _parity(speaker_model, out, features_inside) if compare else None)
 
 
 def _parity(speaker_model: SpeakerModel, file: Path, features_inside: bool) -> str | None:
@@ -114,4 +118,13 @@ def properties(speaker_model: SpeakerModel, embedding_size: int) -> dict[str, st
         "low_freq": str(fbank.low_freq),
         "high_freq": str(fbank.high_freq),
         "use_energy": str(int(fbank.use_energy)),
+        "bits": bits_of(speaker_model),
+        "fingerprint": fingerprint(speaker_model),
     }
+
+
+def bits_of(speaker_model: SpeakerModel) -> str:
+    """The bits of a model's quantized weights as they are read, such as "4" or "2 to 4"; "32" where there are none."""
+    leaves = [leaf for leaf in jax.tree.leaves(speaker_model.variables, is_codebook_tensor) if is_codebook_tensor(leaf)]
+    read = sorted({(leaf.coarse and speaker_model.bits) or leaf.bits for leaf in leaves}) or [32]
+    return str(read[0]) if len(read) == 1 else f"{read[0]} to {read[-1]}"

@@ -1,0 +1,87 @@
+"""The page, served on this machine alone."""
+
+import contextlib
+import functools
+import http.server
+import signal
+import tempfile
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from kmq_jax.core.errors import UserError
+
+HOST = "127.0.0.1"
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    """Answers for the files of one directory, to pages of its own origin."""
+
+    # Not by the system's table, which may know neither of them.
+    extensions_map = {
+        ".html": "text/html; charset=utf-8",
+        ".js": "text/javascript",
+        ".mjs": "text/javascript",
+        ".css": "text/css",
+        ".wasm": "application/wasm",
+        "": "application/octet-stream",
+    }
+
+    def send_head(self) -> Any:
+        # By another name, a page from elsewhere could have pointed that name here to read the model.
+        if self.headers.get("Host", "") not in {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}:  # type: ignore[attr-defined]
+            self.send_error(HTTPStatus.FORBIDDEN)
+            return None
+        return super().send_head()
+
+    def list_directory(self, path: Any) -> None:
+        self.send_error(HTTPStatus.NOT_FOUND)
+
+    def end_headers(self) -> None:
+        # The first two let the page use threads; a static host does without.
+        self.send_header("Cross-Origin-Opener-Policy", "same-origin")
+        self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
+        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
+        self.send_header("Content-Security-Policy", "frame-ancestors 'none'")  # the page itself holds the rest
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Cache-Control", "no-store")
+        super().end_headers()
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+def server(folder: Path, port: int = 0) -> http.server.ThreadingHTTPServer:
+    """A server of a directory on 127.0.0.1, listening; `serve_forever` runs it.
+
+    Args:
+        folder: what is served.
+        port: 0 takes a free one.
+
+    Raises:
+        UserError: the port is taken.
+    """
+    try:
+        return http.server.ThreadingHTTPServer((HOST, port), functools.partial(_Handler, directory=str(folder)))
+    except (OSError, OverflowError) as error:
+        raise UserError(f"`port` (={port}): {getattr(error, 'strerror', None) or error}") from error
+
+
+def serve(write: Callable[[Path], None], port: int, tell: Callable[[str], None]) -> None:
+    """Serves a page until the process is interrupted (Ctrl-C) or told to end (SIGTERM).
+
+    Args:
+        write: writes the page into a directory, which is gone afterwards.
+        port: 0 takes a free one.
+        tell: is called with the page's address once it is served.
+
+    Raises:
+        UserError: the port is taken.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory() as place, server(Path(place), port) as running:
+        write(Path(place))
+        tell(f"http://{HOST}:{running.server_port}/  (Ctrl-C ends)")
+        with contextlib.suppress(KeyboardInterrupt):
+            running.serve_forever()
