@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--remote-debugging-pipe",
-)  # fmt: skip
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-pipe"),
+)
 
 # The browser reads descriptor 3 and writes descriptor 4.
 _WIRED = """
@@ -35,7 +35,7 @@ class Page:
     """
 
     def __init__(self, read: int, write: int):
-        self._read, self._write = os.fdopen(read, "rb", buffering=0), os.fdopen(write, "wb", buffering=0)
+        self._read, self._write = read, write
         self._rest, self._last, self._session = b"", 0, None
         self.events: list[dict] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -49,7 +49,7 @@ class Page:
         message = {"id": self._last, "method": method, "params": params}
         if self._session:
             message["sessionId"] = self._session
-        self._write.write(json.dumps(message).encode() + b"\0")
+        os.write(self._write, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._next()
             if answer.get("id") != self._last:
@@ -60,7 +60,7 @@ class Page:
 
     def _next(self) -> dict:
         while b"\0" not in self._rest:
-            more = self._read.read(1 << 20)
+            more = os.read(self._read, 1 << 20)
             assert more, "the browser has ended"
             self._rest += more
         message, _, self._rest = self._rest.partition(b"\0")
@@ -74,13 +74,18 @@ class Page:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 60):
+    def wait(self, script: str, seconds: float = 30):
         """The value of an expression, once it is true."""
         end = time.monotonic() + seconds
         while not (value := self.do(script)):
             assert time.monotonic() < end, f"{script} is not so after {seconds} s; the page says: {self.text()}"
             time.sleep(0.05)
         return value
+
+    def close(self) -> None:
+        """Ends the browser."""
+        self._session = None
+        self.call("Browser.close")
 
     def text(self) -> str:
         """What the page shows."""
@@ -109,17 +114,21 @@ def browser(home: Path, *flags: str) -> Iterator[Page]:
     with (home.parent / "browser.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-ISc", _WIRED, str(theirs_in), str(theirs_out), *command],
-            pass_fds=(theirs_in, theirs_out), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-        )  # fmt: skip
+            pass_fds=(theirs_in, theirs_out),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
     os.close(theirs_in)
     os.close(theirs_out)
     try:
         page = Page(ours_in, ours_out)
         yield page
-        page._session = None
-        page.call("Browser.close")
+        page.close()
         process.wait(20)
     finally:
+        for end in (ours_in, ours_out):
+            os.close(end)
         if process.poll() is None:
             process.kill()
             process.wait()

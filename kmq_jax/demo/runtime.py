@@ -25,6 +25,7 @@ INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7Q
 """SHA-512 of the package, as npm writes it."""
 FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 REGISTRY = "https://registry.npmjs.org"
+_REGISTRY_SET = "npm_config_registry"  # npm's own name, in small letters
 _LARGEST, _UNPACKED = 64 << 20, 256 << 20  # bytes of a package, and of what it unpacks to
 _BROKEN = (gzip.BadGzipFile, EOFError, zlib.error, tarfile.TarError)
 
@@ -57,7 +58,7 @@ def cache_directory() -> Path:
 
 
 def download(integrity: str = INTEGRITY, largest: int = _LARGEST) -> bytes:
-    """The package from the registry (`npm_config_registry`, as npm has it, names another one).
+    """The package from the registry (the environment's `npm_config_registry` names another one).
 
     Args:
         integrity: SHA-512 that it must have, in base 64.
@@ -66,9 +67,9 @@ def download(integrity: str = INTEGRITY, largest: int = _LARGEST) -> bytes:
     Raises:
         UserError: it cannot be had, or is another.
     """
-    address = f"{os.environ.get('npm_config_registry') or REGISTRY}/onnxruntime-web/-/onnxruntime-web-{VERSION}.tgz"
+    address = f"{os.environ.get(_REGISTRY_SET) or REGISTRY}/onnxruntime-web/-/onnxruntime-web-{VERSION}.tgz"
     if not address.startswith(("https://", "http://")):
-        raise UserError(f"npm_config_registry: {address} must begin with https:// or http://")
+        raise UserError(f"{_REGISTRY_SET}: {address} must begin with https:// or http://")
     print(f"downloading {address}, once", file=sys.stderr)
     without = f"; without network: `runtime`, a file had by `npm pack onnxruntime-web@{VERSION}`"
     try:

@@ -98,7 +98,13 @@ function wavFile(wave) {
 // ---- embeddings and decisions
 
 const sessions = settings.levels.map(() => null);
-let last = Promise.resolve(); // one run at a time
+let last = Promise.resolve();
+
+// One thing at a time: the runtime neither opens two models at once, nor runs one meanwhile.
+function queued(task) {
+  last = last.catch(() => {}).then(task);
+  return last;
+}
 
 function session(level) {
   sessions[level] ??= ort.InferenceSession.create(settings.levels[level].file, { executionProviders: ["wasm"] })
@@ -108,12 +114,13 @@ function session(level) {
 
 // A recording's embedding at a level, of length one, made when it is first needed; and the milliseconds that took.
 function embedding(recording, level) {
-  recording.embeddings[level] ??= (last = last.catch(() => {}).then(async () => {
+  recording.embeddings[level] ??= queued(async () => {
     const model = await session(level);
     const start = performance.now();
-    const { embs } = await model.run({ wave: new ort.Tensor("float32", recording.wave, [1, recording.wave.length]) });
+    const wave = recording.wave.slice(); // it is handed over to the worker
+    const { embs } = await model.run({ wave: new ort.Tensor("float32", wave, [1, wave.length]) });
     return { unit: unit(embs.data), milliseconds: performance.now() - start };
-  }));
+  });
   return recording.embeddings[level];
 }
 
@@ -233,8 +240,8 @@ function add(side, name, wave, notes) {
   const address = URL.createObjectURL(wavFile(recording.wave));
   const part = (selector) => item.querySelector(selector);
   part(".name").textContent = name;
-  part(".about").textContent = `${(recording.wave.length / RATE).toFixed(1)} s`;
-  part(".notes").textContent = notes.join("; ");
+  const about = [`${(recording.wave.length / RATE).toFixed(1)} s`, ...notes];
+  part(".about").textContent = about.join("; ");
   part("audio").src = part(".save").href = address;
   part("audio").setAttribute("aria-label", `Play ${name}`);
   part(".save").download = `${name.replace(/\.\w+$/, "")}.wav`;
@@ -252,7 +259,7 @@ function add(side, name, wave, notes) {
   document.querySelector(`#${side} .recordings`).append(item);
   draw(part("canvas"), recording.wave);
   embedding(recording, 0).then(
-    ({ milliseconds }) => { part(".about").textContent += `, embedded in ${Math.round(milliseconds)} ms`; },
+    ({ milliseconds }) => { part(".about").textContent = [...about, `embedded in ${Math.round(milliseconds)} ms`].join("; "); },
     () => {}, // told where it is needed
   );
   update();
@@ -276,6 +283,7 @@ async function update() {
   }
 }
 
+const shown = (number) => number.toFixed(4).replace("-", "\u2212");
 const limit = () => (threshold.value === "" ? null : Number(threshold.value));
 
 // What is known of a recording: score, decision, bits, time.
@@ -289,10 +297,10 @@ function show({ part, found }) {
   }
   const heading = document.createElement("b");
   const accepted = least !== null && found.score >= Math.fround(least);
-  heading.textContent = least === null ? `Score ${found.score.toFixed(4)}` : accepted ? "Same speaker" : "Different speakers";
+  heading.textContent = least === null ? `Score ${shown(found.score)}` : accepted ? "Same speaker" : "Different speakers";
   heading.className = least === null ? "" : accepted ? "yes" : "no";
   const beside = [];
-  if (least !== null) beside.push(`score ${found.score.toFixed(4)} is ${accepted ? "at least" : "below"} the threshold ${least.toFixed(4)}`);
+  if (least !== null) beside.push(`score ${shown(found.score)} is ${accepted ? "at least" : "below"} the threshold ${shown(least)}`);
   beside.push(`${found.bits ? `decided at ${found.bits} bits` : "scored"} in ${Math.round(found.milliseconds)} ms`);
   verdict.replaceChildren(heading, document.createElement("br"), beside.join("; "));
   verdict.dataset.score = found.score;
@@ -392,4 +400,4 @@ for (const side of Object.keys(sides)) {
 }
 threshold.oninput = showThreshold;
 showThreshold();
-session(0).catch((error) => tell(error.message)); // loaded while the first recording is made
+queued(() => session(0)).catch((error) => tell(error.message)); // loaded while the first recording is made
