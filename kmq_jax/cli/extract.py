@@ -15,7 +15,10 @@ class Files(Options):
 
     model: str = option("MODEL: a training workdir, a .kmq file or an imported directory", metavar="MODEL")
     data: str = option("DATA: Kaldi directory, VoxCeleb tree, folder, CSV, prepared set", metavar="DATA")
-    out: Path = option("the .npz to write: ids, paths, speakers, embeddings, model", writes="file")
+    out: Path = option(
+        "the .npz to write: ids, paths, speakers, embeddings, model; or Kaldi's .ark, or .scp with its .ark beside",
+        writes="file",
+    )
 
 
 COMMAND = Command(

@@ -14,7 +14,7 @@ from kmq_jax.scoring.options import ScoringOptions
 class Files(Options):
     """What the command reads and writes."""
 
-    embeddings: Path = option("embeddings (.npz of `extract`) of the test utterances")
+    embeddings: Path = option("embeddings (.npz of `extract`, or Kaldi's .scp or .ark) of the test utterances")
     enrol_embeddings: Path | None = option("those of the enrolment utterances; left out: --embeddings", None)
     trials: str = option("trial list, in VoxCeleb or Kaldi form, or synthetic:SPLIT", metavar="TRIALS")
     enrol_models: str | None = option(

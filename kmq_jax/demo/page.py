@@ -126,7 +126,7 @@ def _gate(policy: CascadePolicy, level: int) -> tuple[float | None, float | None
 def _exported(model: Place, bits: int | None, name: str) -> Level:
     with tempfile.TemporaryDirectory() as place:
         file = Path(place, name)
-        export_model(model, file, bits, features_inside=True, compare=False)
+        export_model(os.fspath(model), file, bits, features_inside=True, compare=False)
         return _read_level(file, name)
 
 

@@ -1,4 +1,7 @@
-"""The embedding file, as `extract` writes it: `ids`, `paths`, `speakers`, `embeddings` and `model` in an .npz."""
+"""The embedding file, as `extract` writes it: `ids`, `paths`, `speakers`, `embeddings` and `model` in an .npz.
+
+Kaldi's archives (`scoring.archive`) stand for it where a name ends in .ark or .scp; they hold ids and embeddings alone.
+"""
 
 import os
 from collections.abc import Sequence
@@ -10,6 +13,7 @@ import numpy as np
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import atomic_write
 from kmq_jax.core.npz import read_npz
+from kmq_jax.scoring.archive import is_archive, read_archive, write_archive
 from kmq_jax.scoring.cosine import lengths, unusable
 
 
@@ -48,13 +52,16 @@ def write_embeddings(
     """Writes an embedding file.
 
     Args:
-        path: the .npz.
+        path: the .npz; or Kaldi's .ark or .scp, which have ids and embeddings alone.
         ids: `[utterances]`.
         paths: `[utterances]`.
         speakers: `[utterances]`.
         embeddings: `[utterances, dim]` float32.
         model: fingerprint of the model that made them.
     """
+    if is_archive(path):
+        write_archive(Path(path), ids, embeddings)
+        return
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
@@ -74,11 +81,16 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
             embedding is zero or not finite.
     """
     path = Path(path)
-    arrays = _read_arrays(path)
-    _check_arrays(path, arrays)
-    embeddings, model = arrays.pop("embeddings").astype(np.float32), arrays.pop("model", None)
-    names = {name: tuple(values.tolist()) for name, values in arrays.items()}
-    ids = names["ids"]
+    names: dict[str, tuple[str, ...]]
+    if is_archive(path):
+        ids, embeddings = read_archive(path)
+        names, model = {}, None
+    else:
+        arrays = _read_arrays(path)
+        _check_arrays(path, arrays)
+        embeddings, model = arrays.pop("embeddings").astype(np.float32), arrays.pop("model", None)
+        names = {name: tuple(values.tolist()) for name, values in arrays.items()}
+        ids = names["ids"]
     if len(set(ids)) < len(ids):
         raise UserError(f"{path}: the id {_first_repeated(ids)} occurs twice")
     bad = unusable(lengths(embeddings))

@@ -1,0 +1,216 @@
+"""Embeddings as Kaldi holds them: an `.ark` of vectors by key, and a `.scp` that says where in it each one is.
+
+kaldiio writes and parses them. What is read may come from anyone, and kaldiio would run what an index calls a command
+and load what an archive calls a pickle: here both are refused before it sees them, and a vector's claimed size is
+compared with the file's before memory is taken.
+"""
+
+import contextlib
+import os
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import atomic_write, require_regular
+from kmq_jax.data.kaldi import read_table
+
+SUFFIXES = ".ark", ".scp"
+_LONGEST_KEY = 4096
+_LARGEST = 1 << 20  # dimensions of an embedding
+_LONGEST_TEXT = 32 * _LARGEST  # letters
+_BYTES = {b"FV ": 4, b"DV ": 8, b"FM ": 4, b"DM ": 8}
+
+
+def _library() -> Any:
+    try:
+        import kaldiio
+    except ImportError:
+        raise UserError('Kaldi\'s archives need kaldiio: pip install "kmq_jax[kaldi]"') from None
+    return kaldiio
+
+
+def is_archive(path: str | os.PathLike[str]) -> bool:
+    """Whether a file of embeddings is Kaldi's, by its name.
+
+    >>> is_archive("xvector.scp"), is_archive("dev.npz")
+    (True, False)
+    """
+    return Path(path).suffix in SUFFIXES
+
+
+def write_archive(path: Path, ids: Sequence[str], embeddings: np.ndarray) -> None:
+    """Writes embeddings as float vectors.
+
+    Args:
+        path: `.ark`; or `.scp`, beside which an `.ark` of the same name is written, which the index names absolutely.
+        ids: `[utterances]`, the keys.
+        embeddings: `[utterances, dim]`.
+
+    Raises:
+        UserError: kaldiio is not installed, an id has a space or is empty, or a file cannot be written.
+    """
+    kaldiio = _library()
+    for key in ids:
+        if not key or re.search(r"\s", key):
+            raise UserError(f"{path}: the id {key!r} has a space, which keys of Kaldi's files have not")
+    ark = path.with_suffix(".ark")
+    rows = dict(zip(ids, np.asarray(embeddings, np.float32)))
+    with contextlib.ExitStack() as written:
+        index = written.enter_context(atomic_write(path)) if path.suffix == ".scp" else None
+        archive = written.enter_context(atomic_write(ark))
+        with archive.open("wb") as file, open(os.devnull if index is None else index, "w", encoding="utf-8") as listed:
+            kaldiio.save_ark(file, rows, scp=listed)
+        if index is not None:
+            # The index was made for the archive's temporary name.
+            places = re.sub(r" \S.*:(?=\d+$)", lambda _: f" {ark.resolve()}:", index.read_text("utf-8"), flags=re.M)
+            index.write_text(places, "utf-8")
+
+
+def read_archive(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
+    """Reads embeddings.
+
+    Args:
+        path: an archive, of binary or text vectors or matrices of one row; or an index of such. Relative places in an
+            index are of the working directory, as in Kaldi, or else of the index's own.
+
+    Returns:
+        Keys, and `[utterances, dim]` float32.
+
+    Raises:
+        UserError: kaldiio is not installed, a file cannot be read, or something is no embedding; the message names the
+            file, and the key or the line.
+    """
+    kaldiio = _library()
+    ids: list[str] = []
+    rows: list[np.ndarray] = []
+    for key, place, row in _indexed(path, kaldiio) if path.suffix == ".scp" else _listed(path, kaldiio):
+        if rows and len(row) != len(rows[0]):
+            raise UserError(f"{place}: {key} has {len(row)} dimensions, those before it {len(rows[0])}")
+        ids.append(key)
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} holds no embedding")
+    return tuple(ids), np.stack(rows)
+
+
+def _listed(path: Path, kaldiio: Any) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Every vector of an archive."""
+    with _opened(path, str(path)) as (file, size):
+        while key := _key(file, path):
+            yield key, str(path), _vector(file, size, f"{path}: {key}", kaldiio)
+
+
+def _indexed(path: Path, kaldiio: Any) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Every vector that an index names. Archives stay open while the next line is of the same."""
+    places, lines = read_table(path)
+    with contextlib.ExitStack() as held:
+        last: Path | None = None
+        for key, place in places.items():
+            where = f"{path}:{lines[key]}"
+            archive, offset = _place(place, path, f"{where}: {key}")
+            if archive != last:
+                held.close()
+                file, size = held.enter_context(_opened(archive, where))
+                last = archive
+            if offset > size:
+                raise UserError(f"{where}: {key} begins behind the end of {archive}")
+            file.seek(offset)
+            yield key, where, _vector(file, size, f"{where}: {key}", kaldiio)
+
+
+def _place(text: str, index: Path, where: str) -> tuple[Path, int]:
+    """The file and the offset that a line of an index names."""
+    if text.startswith("|") or text.endswith("|"):
+        raise UserError(f"{where} is a command ({text!r}), which is not run; write its output to an .ark file")
+    if text.endswith("]"):
+        raise UserError(f"{where} is part of a matrix ({text!r}), which is no embedding")
+    name, colon, offset = text.rpartition(":")
+    if not colon or not re.fullmatch(r"[0-9]{1,18}", offset):
+        name, offset = text, "0"
+    path = Path(name)
+    return (path if path.is_absolute() or path.exists() else index.parent / path), int(offset)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, where: str) -> Iterator[tuple[BinaryIO, int]]:
+    try:
+        require_regular(path)
+        with path.open("rb") as file:
+            yield file, os.fstat(file.fileno()).st_size
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{where}: cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _key(file: BinaryIO, path: Path) -> str:
+    """The next key of an archive; empty at its end."""
+    read = bytearray()
+    while (letter := file.read(1)) not in (b" ", b""):
+        read += letter
+        if len(read) > _LONGEST_KEY:
+            raise UserError(f"{path} is no archive of Kaldi: a key has over {_LONGEST_KEY} letters")
+    try:
+        text = read.decode().strip("\n")  # a line of text ends before it
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no archive of Kaldi: a key is not UTF-8") from None
+    if text and not letter:
+        raise UserError(f"{path} was cut short: the key {text} has no vector")
+    return text
+
+
+def _vector(file: BinaryIO, size: int, where: str, kaldiio: Any) -> np.ndarray:
+    """The vector that begins here, float32 `[dim]`."""
+    start = file.tell()
+    head = file.read(15)
+    file.seek(start)
+    if head[:2] == b"\0B":
+        _check_binary(head, size - start, where)
+        parse = kaldiio.matio.read_matrix_or_vector
+    elif re.match(rb"\s*\[", head):  # anything else could be a pickle or a sound, which kaldiio reads, too
+        _check_text(file, where)
+        parse = kaldiio.matio.read_ascii_mat
+    else:
+        raise UserError(f"{where} is no vector of Kaldi")
+    try:
+        value = np.asarray(parse(file))
+    except (ValueError, AssertionError, RuntimeError, struct.error) as error:
+        reason = (str(error).strip().splitlines() or ["damaged"])[0]
+        raise UserError(f"{where} is no vector of Kaldi: {reason}") from error
+    if value.ndim == 2 and len(value) == 1:
+        value = value[0]
+    if value.ndim != 1 or not value.size:
+        raise UserError(f"{where} is of shape {value.shape}: an embedding is a vector")
+    return value.astype(np.float32)
+
+
+def _check_binary(head: bytes, left: int, where: str) -> None:
+    """Compares what a vector claims with what is left of the file."""
+    kind = head[2:5]
+    if kind not in _BYTES:
+        raise UserError(f"{where} is no vector of floating point")
+    sizes = [head[6:10]] if kind.endswith(b"V ") else [head[6:10], head[11:15]]
+    left -= 5 + 5 * len(sizes)  # the header
+    if any(len(one) < 4 for one in sizes):
+        raise UserError(f"{where} was cut short")
+    counts = [struct.unpack("<i", one)[0] for one in sizes]
+    if any(count < 0 or count > _LARGEST for count in counts):
+        raise UserError(f"{where} claims {' x '.join(map(str, counts))} numbers, more than an embedding has")
+    if int(np.prod(counts, dtype=np.int64)) * _BYTES[kind] > left:
+        raise UserError(f"{where} claims more than is left of the file: it was cut short")
+
+
+def _check_text(file: BinaryIO, where: str) -> None:
+    """Finds a text's end within bounds."""
+    start, left = file.tell(), _LONGEST_TEXT
+    while left > 0 and (line := file.readline(left)):
+        if b"]" in line:
+            file.seek(start)
+            return
+        left -= len(line)
+    raise UserError(f"{where} was cut short: its bracket is not closed")
