@@ -23,6 +23,7 @@ class Files(Options):
         "(left out: relu with 3D-Speaker's, whose own code has none)",
         None,
     )
+    license: str | None = option("short name of the file's licence, such as cc-by-4.0; it stays with the model", None)
 
 
 COMMAND = Command(
@@ -39,4 +40,5 @@ def main() -> None:
     files = options_of(Files, COMMAND.parse())
     from kmq_jax.interop.import_model import describe, import_model
 
-    print(f"{files.out}: {describe(import_model(files.source, files.out, files.format, files.activation))}")
+    made = import_model(files.source, files.out, files.format, files.activation, files.license)
+    print(f"{files.out}: {describe(made)}")

@@ -3,12 +3,16 @@
 from pathlib import Path
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import file_hash
 from kmq_jax.core.tree import named_leaves
 from kmq_jax.interop import pretrained
+from kmq_jax.models.about import made_by
 from kmq_jax.models.speaker_model import SpeakerModel, frontend_of, save_model
 
 
-def import_model(source: Path, out: Path, form: str | None = None, activation: str | None = None) -> SpeakerModel:
+def import_model(
+    source: Path, out: Path, form: str | None = None, activation: str | None = None, license: str | None = None
+) -> SpeakerModel:
     """Reads a checkpoint and writes it as a MODEL directory.
 
     Args:
@@ -16,6 +20,7 @@ def import_model(source: Path, out: Path, form: str | None = None, activation: s
         out: the directory.
         form: its format (`pretrained.FORMATS`); found from the file where left out.
         activation: of a Kiwano network's blocks, which its checkpoints do not record.
+        license: of the checkpoint, where known.
 
     Raises:
         UserError: the checkpoint cannot be read, does not fit its toolkit's front end, or `out` is a file.
@@ -29,7 +34,10 @@ def import_model(source: Path, out: Path, form: str | None = None, activation: s
         )
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file; name a directory")
-    model = SpeakerModel(*imported)
+    about = {"source": source.name, "source_sha256": file_hash(source), "made_by": made_by()}
+    if license:
+        about["license"] = license
+    model = SpeakerModel(*imported, about=about)
     save_model(out / "model.kmq", model)
     return model
 

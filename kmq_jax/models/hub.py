@@ -1,46 +1,86 @@
 """Models that travel: a model card, and both pushed to the Hugging Face Hub (`core.hub` fetches)."""
 
-from collections.abc import Mapping
+import dataclasses
+import html
+import re
 from pathlib import Path
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Json
+from kmq_jax.core.files import Row
 from kmq_jax.core.hub import FILE, library, said
 from kmq_jax.models import summary
+from kmq_jax.models.about import METRICS, NAMES, About, numbers, printable
 from kmq_jax.models.speaker_model import SpeakerModel
 
 CARD = "README.md"
 
 
-def card(model: SpeakerModel, repo: str, about: Mapping[str, str], metrics: Json | None = None) -> str:
+def card(model: SpeakerModel, repo: str) -> str:
     """The model card: what the Hub shows of a model, with its front matter.
 
     Args:
-        model: what is pushed.
+        model: what is pushed; its `about` must tell `license`, a licence's short name, and `source`, what it was made
+            from and how.
         repo: `ORG/NAME`.
-        about: `license`, a licence's short name; `source`, what the model was made from and how.
-        metrics: as `score --json` writes them.
+
+    Raises:
+        UserError: it tells no licence or no source, or the licence is not one word.
 
     >>> from kmq_jax.models import registry
     >>> import jax
     >>> variables = registry.initialize(registry.build("wespeaker_resnet34", width=4), jax.random.key(0))
     >>> tiny = SpeakerModel("wespeaker_resnet34", {"width": 4}, "wespeaker", variables)
-    >>> print(card(tiny, "org/name", {"license": "mit", "source": "nowhere"}).splitlines()[1])
+    >>> tiny = dataclasses.replace(tiny, about={"license": "mit", "source": "nowhere"})
+    >>> print(card(tiny, "org/name").splitlines()[1])
     license: mit
     """
+    about = model.about
+    for name in ("license", "source"):
+        if not about.get(name):
+            raise UserError(f"`{name}` must be given: the model does not tell it")
+    # Both files have forms of their own, which a text from elsewhere must not break out of.
+    if not re.fullmatch(r"[\w.+-]+", about["license"]):
+        raise UserError(f"`license` (={printable(about['license'])}) must be a short name such as cc-by-4.0")
     totals = summary.totals_of(model)
     lines = ["---", f"license: {about['license']}", "library_name: kmq_jax", "tags:"]
     lines += ["- speaker-verification", "- quantization", "---", "", f"# {repo}", ""]
-    lines += [f"{model!r}, for speaker verification.", "", f"Source: {about['source']}", ""]
+    lines += [f"{model!r}, for speaker verification.", "", *_facts(about), ""]
     lines += ["```python", "import kmq_jax", f'model = kmq_jax.load("hf://{repo}")']
     lines += ['embedding = model.embed("alice.wav")', "```", ""]
     facts = {name: value for name, value in totals.items() if isinstance(value, (int, float))}
     lines += ["| | |", "|---|---|", *(f"| {name.replace('_', ' ')} | {value:,} |" for name, value in facts.items())]
-    if metrics:
-        shown = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+    if metrics := about.get(METRICS):
         lines += ["", "By `kmq-jax score`:", "", "| | |", "|---|---|"]
-        lines += [f"| {name.replace('_', ' ')} | {value:.6g} |" for name, value in shown.items()]
+        lines += [f"| {_plain(name.replace('_', ' '))} | {value:.6g} |" for name, value in metrics.items()]
     return "\n".join(lines) + "\n"
+
+
+def _facts(about: About) -> list[str]:
+    """What a model tells of itself, as a list of Markdown."""
+    names = ["source", *(name for name in NAMES if name not in ("source", "license"))]
+    facts = {"source": "Source", **{name: NAMES[name][0].upper() + NAMES[name][1:] for name in names[1:]}}
+    return [f"- {facts[name]}: {_plain(about[name])}" for name in names if name in about]
+
+
+def _plain(text: str) -> str:
+    """A text as Markdown shows it as it is: no HTML, no table, one line."""
+    return html.escape(printable(text), quote=False).replace("|", "\\|")
+
+
+def with_about(
+    model: SpeakerModel, license: str | None = None, source: str | None = None, metrics: Row | None = None
+) -> SpeakerModel:
+    """The model with what it is to tell of itself; what is left out stays as the model tells it.
+
+    Args:
+        model: any.
+        license: a licence's short name.
+        source: what it was made from and how.
+        metrics: as `score --json` writes them.
+    """
+    given = {"license": license, "source": source, METRICS: numbers(metrics) if metrics else None}
+    about = {**model.about, **{name: value for name, value in given.items() if value}}
+    return dataclasses.replace(model, about=about)
 
 
 def push(file: Path, text: str, repo: str, private: bool = False) -> str:

@@ -26,6 +26,7 @@ from kmq_jax.core.progress import progress
 from kmq_jax.core.tree import Array, Variables, named_leaves, replace_named
 from kmq_jax.data import audio, buckets, source
 from kmq_jax.models import artifact, registry
+from kmq_jax.models.about import About, checked
 from kmq_jax.models.batches import check_lengths, padded_batches, plan_batches, usable_lengths
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.engine import Engine, OnnxModel, chosen, kept_file
@@ -116,6 +117,7 @@ class SpeakerModel:
             that differ at these bits, by their names in the rest.
         bits: at how many bits nested tensors are read; None is the most.
         origin: where it was read from; what is derived from it is kept there. No part of the tree.
+        about: what it tells of itself: source, licence, data. No part of the tree.
 
     >>> weights = quant.quantize_params({"kernel": np.ones((64, 64), "float32")}, bits=4)
     >>> SpeakerModel("resnet34", {}, "wespeaker", {"params": weights})
@@ -128,6 +130,7 @@ class SpeakerModel:
     variables: Variables
     bits: int | None = None
     origin: Path | None = dataclasses.field(default=None, compare=False)
+    about: About = dataclasses.field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
         leaves = [x for x in jax.tree.leaves(self.variables, quant.is_codebook_tensor) if quant.is_codebook_tensor(x)]
@@ -437,6 +440,8 @@ def save_model(path: str | Path, model: SpeakerModel) -> None:
         "settings": dict(model.settings),
         "frontend": model.frontend,
     }
+    if model.about:
+        manifest["about"] = dict(model.about)
     artifact.save(path, manifest, jax.device_get(model.variables))
 
 
@@ -551,7 +556,8 @@ def _load_kmq(path: Path, bits: int | None) -> SpeakerModel:
     manifest, variables = artifact.load(path)
     try:
         about = manifest["architecture"], manifest["settings"], manifest["frontend"]
-        whole = SpeakerModel(*about, variables, origin=path)
+        told = checked(manifest.get("about", {}), str(path))
+        whole = SpeakerModel(*about, variables, origin=path, about=told)
     except KeyError as error:
         raise UserError(f"{path}: the manifest lacks {error}") from error
     check_network(whole, str(path))

@@ -12,6 +12,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_json, write_json
 from kmq_jax.core.tree import Leaf, Params, map_named, named_leaves
 from kmq_jax.data import source
+from kmq_jax.models.about import METRICS, made_by, told
 from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, frontend_of
 from kmq_jax.ptq import activations as ranges
 from kmq_jax.ptq import budget
@@ -57,7 +58,9 @@ def quantize_model(
     if any(quant.is_codebook_tensor(leaf) for leaf in leaves):
         raise UserError("the model is quantized already: quantize the model it was made from")
     params = quant.quantize_params(model.variables["params"], rules)
-    packed = dataclasses.replace(model, variables={**model.variables, "params": params})
+    about = {**model.about, "fitted_on": told(data) if data else "nothing", "made_by": made_by()}
+    about.pop(METRICS, None)  # they are of the model before
+    packed = dataclasses.replace(model, variables={**model.variables, "params": params}, about=about)
     if data:
         features = random_features(frontend_of(model.frontend), source.open_sources(data), crops, SECONDS)
         if activations:

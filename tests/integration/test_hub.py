@@ -18,7 +18,7 @@ from commands import run
 from kmq_jax.core import hub
 from kmq_jax.core.errors import UserError
 from kmq_jax.models import registry
-from kmq_jax.models.speaker_model import SpeakerModel, load_model, save_model
+from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model, save_model
 
 COMMIT = "c" * 40
 
@@ -91,8 +91,6 @@ def test_a_model_is_fetched_once_and_is_the_same(server, file, tmp_path):
         [sys.executable, "-c", code, str(file)], env={**os.environ, **more}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    from kmq_jax.models.speaker_model import fingerprint
-
     own, same, absent = done.stdout.strip().splitlines()
     assert own == fingerprint(load_model(file)) and same == "True"
     assert absent.startswith("hf://me/tiny: ") and "absent.kmq" in absent
@@ -136,7 +134,8 @@ def test_a_model_and_its_card_are_pushed_as_one_commit(monkeypatch, file, tmp_pa
         def create_commit(self, repo, operations, commit_message):
             if repo == "me/closed":
                 raise OSError("401 Client Error:\n  Invalid user token")
-            calls.append({one.path_in_repo: one.path_or_fileobj for one in operations})
+            held = {one.path_in_repo: one.path_or_fileobj for one in operations}
+            calls.append(held | {"loaded": load_model(held["model.kmq"])})
             return SimpleNamespace(commit_url=f"https://hub/{repo}/commit/1")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
@@ -144,7 +143,9 @@ def test_a_model_and_its_card_are_pushed_as_one_commit(monkeypatch, file, tmp_pa
     flags = [f"--model={file}", "--license=cc-by-4.0", "--source=made by a test", f"--metrics={tmp_path}/m.json"]
     assert run(monkeypatch, "push", *flags, "--repo=me/tiny", "--private") == 0
     assert capsys.readouterr().out == "https://hub/me/tiny/commit/1\n"
-    assert calls[0] == ("repo", "me/tiny", True, True) and Path(calls[1]["model.kmq"]) == file
+    assert calls[0] == ("repo", "me/tiny", True, True)
+    told = {"license": "cc-by-4.0", "source": "made by a test", "metrics": {"eer": 2.5, "min_dcf": 0.25}}
+    assert calls[1]["loaded"].about == told and fingerprint(calls[1]["loaded"]) == fingerprint(load_model(file))
     text = calls[1]["README.md"].decode()
     assert text.startswith("---\nlicense: cc-by-4.0\nlibrary_name: kmq_jax\n") and "made by a test" in text
     assert "| eer | 2.5 |" in text and 'kmq_jax.load("hf://me/tiny")' in text
@@ -155,3 +156,19 @@ def test_a_model_and_its_card_are_pushed_as_one_commit(monkeypatch, file, tmp_pa
     del calls[:]
     assert run(monkeypatch, "push", *flags, "--repo=me/tiny", f"--card={tmp_path}/card.md") == 0
     assert (tmp_path / "card.md").read_text() == text and not calls
+    # A file that tells all this of itself needs no flags.
+    assert run(monkeypatch, "push", *flags, "--repo=me/tiny", f"--out={tmp_path}/told.kmq") == 0
+    assert run(monkeypatch, "push", f"--model={tmp_path}/told.kmq", "--repo=me/tiny") == 0
+    assert calls[1]["README.md"].decode() == text and calls[1]["loaded"].about == told
+
+
+def test_a_card_needs_a_licence_and_a_source_and_says_nothing_else_by_them(monkeypatch, file, tmp_path, capsys):
+    card = f"--card={tmp_path}/card.md", "--repo=me/tiny", f"--model={file}"
+    assert run(monkeypatch, "push", *card, "--source=x") == 2
+    assert capsys.readouterr().err == "kmq-jax push: --license must be given: the model does not tell it\n"
+    assert run(monkeypatch, "push", *card, "--license=mit") == 2
+    assert "--source must be given" in capsys.readouterr().err
+    assert run(monkeypatch, "push", *card, "--license=mit\ntags: x", "--source=x") == 2
+    assert "must be a short name such as cc-by-4.0" in capsys.readouterr().err
+    assert run(monkeypatch, "push", *card, "--license=mit", "--source=<script>\n---\n| x") == 0
+    assert "- Source: &lt;script&gt;?---?\\| x\n" in (tmp_path / "card.md").read_text()
