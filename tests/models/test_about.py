@@ -10,6 +10,7 @@ from commands import run
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.interop import pretrained
+from kmq_jax.interop.assemble import Imported
 from kmq_jax.models import artifact, registry
 from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model, save_model
 
@@ -26,7 +27,7 @@ def test_an_import_notes_its_file_and_quantization_what_it_was_fitted_on(monkeyp
     source = tmp_path / "theirs.onnx"
     source.write_bytes(b"what is read of it is tested elsewhere")
     settings = {**SETTINGS, "features": 80}
-    read = "wespeaker_resnet34", settings, "wespeaker", model.variables
+    read = Imported("wespeaker_resnet34", settings, "wespeaker", model.variables)
     monkeypatch.setattr(pretrained, "read", lambda *given: read)
     flags = f"--source={source}", "--license=cc-by-4.0", f"--out={tmp_path}/m"
     assert run(monkeypatch, "import_model", *flags) == 0
