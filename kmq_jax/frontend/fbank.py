@@ -203,13 +203,13 @@ def _operators(config: FbankConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def spectrum_operators(config: FrontEnd) -> tuple[np.ndarray, np.ndarray]:
-    """Window and transform (and Kaldi's pre-emphasis) as one matrix, and the filters: for engines that multiply matrices.
+    """Pre-emphasis, window and transform as one matrix, and the filters: for engines that multiply matrices.
 
     Args:
         config: the settings.
 
     Returns:
-        `transform` float32 `[length, 2 bins]`, from a frame (Kaldi's: without its mean) to the real and imaginary parts
+        `transform` float32 `[length, 2 bins]`, from a frame, Kaldi's without its mean, to the real and imaginary parts
         of its spectrum, and `filters` float32 `[2 bins, num_mel_bins]`, from their squares to the filters' energies.
 
     >>> [matrix.shape for matrix in spectrum_operators(WESPEAKER)]

@@ -2,8 +2,8 @@
 
 Unlike Kaldi's, their frames are centred: frame `t` lies about sample `t * shift`, so that the first and the last reach
 beyond the recording, where they see zeros or its mirror image. The offset of a frame stays, the window is not quite
-symmetric (it is one period of a cosine), and the filters are straight-sided in Hz. What is taken of the filters' energies
-differs: decibels no more than 80 below the recording's loudest, a logarithm, or nothing.
+symmetric (it is one period of a cosine), and the filters are straight-sided in Hz. Of their
+energies are taken decibels, no more than 80 below the recording's loudest, the logarithm, or themselves.
 
 References: speechbrain/processing/features.py (https://github.com/speechbrain/speechbrain at 9c826ef),
 redimnet/layers/features.py (https://github.com/IDRnD/redimnet at dd9f519) with torchaudio's `MelSpectrogram`, and
@@ -130,7 +130,7 @@ def mel_filters(config: MelConfig) -> np.ndarray:
     slaney = config.filters == "librosa"
     to_mel, to_hertz = (_slaney, _from_slaney) if slaney else (_htk, _from_htk)
     ends = to_mel(np.array([config.low_freq, config.high_freq]))
-    edges = to_hertz(np.linspace(*ends, config.num_mel_bins + 2))
+    edges = to_hertz(np.linspace(ends[0], ends[1], config.num_mel_bins + 2))
     hertz = np.arange(config.fft_size // 2 + 1)[:, None] * config.sample_rate / config.fft_size
     left, right = np.diff(edges)[:-1], np.diff(edges)[1:]
     if config.filters == "speechbrain":

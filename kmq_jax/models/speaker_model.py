@@ -31,7 +31,7 @@ from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.engine import Engine, OnnxModel, chosen, kept_file
 from kmq_jax.models.protocol import SpeakerNetwork
 
-FRONTENDS = {
+FRONTENDS: dict[str, frontend.FrontEnd] = {
     "kiwano": frontend.KIWANO,
     "wespeaker": frontend.WESPEAKER,
     "3dspeaker": frontend.SPEAKER3D,

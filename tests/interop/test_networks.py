@@ -1,4 +1,4 @@
-"""CAM++, ECAPA-TDNN, x-vector and ReDimNet checkpoints against numbers that the original code gave; ONNX; padding.
+"""CAM++, ECAPA-TDNN, x-vector, ReDimNet and GE2E checkpoints against numbers that the original code gave; ONNX; padding.
 
 golden_networks.json holds outputs of the original code (each entry names repository, commit and file) run by PyTorch
 2.13 in float32 on weights and features from tests/originals.py, and a checksum of the names and shapes of its tensors;
@@ -22,21 +22,24 @@ from kmq_jax.models import onnx_export, registry
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_networks.json").read_text())
 TINY = [name for name in GOLDEN if "tiny" in name]
+IDRND = redimnet.namer(registry.default_settings("redimnet_b2")["stages"], redimnet.IDRND)
 FULL = {
     "campplus": ("campplus", campplus._name_of),
     "ecapa c512": ("ecapa_c512", tdnn.wespeaker_name),
     "ecapa c1024": ("ecapa_c1024", tdnn.wespeaker_name),
     "xvector": ("xvector", tdnn.xvector_name),
+    "ecapa speechbrain c1024": ("ecapa_speechbrain_c1024", tdnn.speechbrain_name),
     "redimnet b0": ("redimnet_b0", redimnet.namer(registry.default_settings("redimnet_b0")["stages"])),
     "redimnet b2": ("redimnet_b2", redimnet.namer(registry.default_settings("redimnet_b2")["stages"])),
+    "redimnet idrnd b2": ("redimnet_b2", IDRND),
 }
 _imported: dict[str, tuple] = {}
 
 
-def their_shapes(architecture, name_of):
+def their_shapes(architecture, name_of, **settings):
     """Names and shapes of the original's tensors, from those of our network."""
     shapes = {}
-    for name, leaf in named_leaves(registry.shapes(registry.build(architecture))):
+    for name, leaf in named_leaves(registry.shapes(registry.build(architecture, **settings))):
         ours = name.split("/", 1)[1]
         shape = tuple(leaf.shape)
         if ours.endswith("/kernel"):
@@ -47,17 +50,34 @@ def their_shapes(architecture, name_of):
             shape = (1, *shape, 1)
         if architecture == "campplus" and ours == "head/linear/kernel":
             shape = (*shape, 1)
+        if "speechbrain" in architecture and ours.endswith("/kernel") and len(shape) == 2:
+            shape = (*shape, 1)  # all their linear layers are convolutions
         shapes[name_of(ours)] = shape
     return shapes
+
+
+def saved(directory, shapes, golden):
+    """A file of tensors of these shapes; IDRnD's hold their settings, too."""
+    tensors = originals.fill(shapes)
+    if "model_config" not in golden:
+        safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+        return directory / "model.safetensors"
+    torch = pytest.importorskip("torch", reason="PyTorch checkpoints need torch")
+    state = {name: torch.from_numpy(value) for name, value in tensors.items()}
+    torch.save({"state_dict": state, "model_config": golden["model_config"]}, directory / "model.pt")
+    return directory / "model.pt"
+
+
+def read(path, name):
+    """Both toolkits' CAM++ have the same names: the numbers here are WeSpeaker's."""
+    return pretrained.read(path, "wespeaker-torch" if "campplus" in name else None)
 
 
 def imported(name, directory):
     """The imported tiny network, and its variables."""
     if name not in _imported:
         shapes = {theirs: tuple(shape) for theirs, shape in GOLDEN[name]["shapes"].items()}
-        path = directory / "model.safetensors"
-        safetensors.numpy.save_file(originals.fill(shapes), path)
-        found = pretrained.read(path, "wespeaker-torch")
+        found = read(saved(directory, shapes, GOLDEN[name]), name)
         _imported[name] = registry.build(found.architecture, **found.settings), found.variables
     return _imported[name]
 
@@ -69,7 +89,7 @@ def check(network, variables, golden):
     np.testing.assert_allclose(np.linalg.norm(found), golden["norm"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*TINY, "ge2e"])
 def test_tiny_networks_are_those_of_the_original_code(name, tmp_path):
     check(*imported(name, tmp_path), GOLDEN[name])
 
@@ -77,10 +97,11 @@ def test_tiny_networks_are_those_of_the_original_code(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_full_networks_are_those_of_the_original_code(name, tmp_path):
-    shapes, golden = their_shapes(*FULL[name]), GOLDEN[name]
+    golden = GOLDEN[name]
+    settings = {"head_norm": True} if "model_config" in golden else {}
+    shapes = their_shapes(*FULL[name], **settings)
     assert originals.digest(shapes) == golden["names"]
-    safetensors.numpy.save_file(originals.fill(shapes), tmp_path / "model.safetensors")
-    found = pretrained.read(tmp_path / "model.safetensors", "wespeaker-torch")
+    found = read(saved(tmp_path, shapes, golden), name)
     assert found.architecture == FULL[name][0]
     check(registry.build(found.architecture, **found.settings), found.variables, golden)
 
@@ -95,7 +116,7 @@ def test_padding_changes_nothing(name, tmp_path):
     np.testing.assert_allclose(together[1], alone[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if "campplus" not in name])
+@pytest.mark.parametrize("name", [name for name in TINY if "campplus" not in name and "ge2e" not in name])
 def test_onnx_runtime_gives_their_embeddings(name, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     network, variables = imported(name, tmp_path)
