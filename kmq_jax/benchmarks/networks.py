@@ -139,7 +139,7 @@ def measure(options: NetworksBench) -> Figures:
             row |= {"seconds": seconds[name], "time_of_reference": seconds[name] / seconds[REFERENCE]}
         rows.append(row)
     about = {"frames": FRAMES, "seconds": options.seconds, "engine": options.engine, "repeats": options.repeats}
-    return {"reference": REFERENCE, **about, "rows": rows}
+    return {"kind": "networks", "reference": REFERENCE, **about, "rows": rows}
 
 
 def main(options: NetworksBench) -> None:

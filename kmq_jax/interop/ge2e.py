@@ -42,7 +42,8 @@ def convert(checkpoint: Checkpoint, where: str) -> Imported:
             raise UserError(f"{where}: tensors {own} and {other} have different shapes")
         tensors[own] = tensors[own] + tensors.pop(other)  # nothing lies between the two
         taps = f"lstm.weight_ih_l{n}"
-        tensors[taps] = tensors[taps].reshape(*shape_of(tensors, taps, 2, where), 1)
+        shape = shape_of(tensors, taps, 2, where)
+        tensors[taps] = tensors[taps].reshape(*shape, 1)  # a convolution of one tap
     network = registry.build("ge2e", **settings)
     return Imported("ge2e", settings, "resemblyzer", fill(network, tensors, _name_of, where))
 

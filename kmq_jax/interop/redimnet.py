@@ -50,7 +50,7 @@ def convert(checkpoint: Checkpoint, where: str) -> Imported:
     """Makes our model of a checkpoint's tensors; the stage table and all sizes are read off them.
 
     The classifier (WeSpeaker's `projection.*`, IDRnD's `cls_head.*`), the constant weight of the first stage's only
-    input and IDRnD's filterbank (`spec.*`) are left behind. IDRnD's files hold `model_config`, which tells the filterbank.
+    input and IDRnD's filterbank (`spec.*`) are left behind. `model_config` in IDRnD's files tells their filterbank.
 
     Raises:
         UserError: a tensor is missing, left over or of the wrong shape, or IDRnD's settings are missing or unknown.

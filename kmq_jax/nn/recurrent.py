@@ -40,7 +40,7 @@ def recur(x: jax.Array, kernel: jax.Array, window: int) -> jax.Array:
 
 
 def before(x: jax.Array, window: int) -> jax.Array:
-    """Each frame's predecessor in its window; zeros at the start of one. `[batch, windows * window, width]` to the same.
+    """Each frame's predecessor in its window, zeros at the start: `[batch, windows * window, width]` to the same.
 
     >>> before(jnp.arange(1.0, 5.0).reshape(1, 4, 1), 2).ravel().tolist()
     [0.0, 1.0, 0.0, 3.0]

@@ -1,8 +1,8 @@
-"""CAM++, ECAPA-TDNN, x-vector, ReDimNet and GE2E checkpoints against numbers that the original code gave; ONNX; padding.
+"""CAM++, ECAPA-TDNN, x-vector, ReDimNet and GE2E checkpoints against numbers of the original code; ONNX; padding.
 
 golden_networks.json holds outputs of the original code (each entry names repository, commit and file) run by PyTorch
-2.13 in float32 on weights and features from tests/originals.py, and a checksum of the names and shapes of its tensors;
-of tiny networks these themselves.
+2.13 or 2.14 in float32 on weights and features from tests/originals.py, and a checksum of the names and shapes of its
+tensors; of tiny networks these themselves.
 """
 
 import json
@@ -15,10 +15,13 @@ import originals
 import pytest
 import safetensors.numpy
 
+from kmq_jax import frontend
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import named_leaves
 from kmq_jax.interop import campplus, pretrained, redimnet, tdnn
+from kmq_jax.interop.import_model import import_model
 from kmq_jax.models import onnx_export, registry
+from kmq_jax.models.speaker_model import FRONTENDS, embed_waves, load_model
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_networks.json").read_text())
 TINY = [name for name in GOLDEN if "tiny" in name]
@@ -144,3 +147,78 @@ def test_a_missing_and_a_left_over_tensor_are_named(tmp_path):
     safetensors.numpy.save_file(tensors, path)
     with pytest.raises(UserError, match=r"layer3\.se_res2block\.1\.convs\.4\.weight is missing"):
         pretrained.read(path)
+
+
+@pytest.fixture
+def idrnd(tmp_path):
+    """Writes a checkpoint of IDRnD's tiny network with other settings, or without any."""
+    torch = pytest.importorskip("torch", reason="PyTorch checkpoints need torch")
+    golden = GOLDEN["redimnet idrnd tiny"]
+    tensors = originals.fill({theirs: tuple(shape) for theirs, shape in golden["shapes"].items()})
+    state = {name: torch.from_numpy(value) for name, value in tensors.items()}
+
+    def write(config):
+        content = {"state_dict": state} | ({"model_config": golden["model_config"] | config} if config else {})
+        torch.save(content, tmp_path / "b.pt")
+        return tmp_path / "b.pt"
+
+    return write
+
+
+def test_settings_of_idrnd_choose_the_front_end_or_are_refused(idrnd):
+    assert pretrained.read(idrnd({"hop_length": 160})).frontend == "redimnet16"
+    assert pretrained.read(idrnd({"hop_length": 240})).frontend == "redimnet16-15ms"
+    assert pretrained.read(idrnd({"num_classes": 3, "spec_params": {"f_max": 7600}})).settings["head_norm"]
+    for config, said in (
+        ({"hop_length": 200}, r"hop_length \(=200\) must be one of 160, 240"),
+        ({"feat_type": "tf"}, "feat_type"),
+        ({"block_2d_type": "convnext_like_relu"}, "block_2d_type"),
+        ({"spec_params": {"norm_signal": True}}, r"spec_params.norm_signal \(=True\) must be False"),
+        ({}, "`model_config`, which tells the step of the filterbank, is not in the file"),
+    ):
+        with pytest.raises(UserError, match=said):
+            pretrained.read(idrnd(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop("lstm.bias_hh_l1"), r"lstm\.bias_hh_l1 is missing"),
+        (lambda t: t.pop("lstm.weight_ih_l1"), r"lstm\.weight_ih_l1 is missing"),
+        (lambda t: t.update({"lstm.bias_ih_l0": np.ones(4, np.float32)}), "different shapes"),
+        (lambda t: t.update({"lstm.weight_hr_l0": np.ones((8, 4), np.float32)}), r"lstm\.weight_hr_l0 is not part"),
+    ],
+)
+def test_a_tensor_of_ge2e_that_does_not_fit_is_named(change, said, tmp_path):
+    tensors = originals.fill({theirs: tuple(shape) for theirs, shape in GOLDEN["ge2e tiny"]["shapes"].items()})
+    change(tensors)
+    safetensors.numpy.save_file(tensors, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match=said):
+        pretrained.read(tmp_path / "m.safetensors")
+
+
+def test_ge2e_without_any_input_weight_is_told(tmp_path):
+    shapes = {theirs: tuple(shape) for theirs, shape in GOLDEN["ge2e tiny"]["shapes"].items()}
+    tensors = {name: value for name, value in originals.fill(shapes).items() if "weight_ih" not in name}
+    safetensors.numpy.save_file(tensors, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="of no known network"):
+        pretrained.read(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("name", ["ge2e", "ecapa speechbrain"])
+def test_a_file_becomes_a_model_with_its_own_front_end(name, tmp_path):
+    """From the file to embeddings of waves: front end and network are those of the toolkit."""
+    if name == "ge2e":
+        shapes, front = {theirs: tuple(shape) for theirs, shape in GOLDEN[name]["shapes"].items()}, "resemblyzer"
+    else:
+        shapes = their_shapes("ecapa_speechbrain_c512", tdnn.speechbrain_name, width=16, aggregated=48)
+        front = "speechbrain"
+    safetensors.numpy.save_file(originals.fill(shapes), tmp_path / "m.safetensors")
+    model = import_model(tmp_path / "m.safetensors", tmp_path / "out")
+    assert model.frontend == front
+    wave = 0.05 * np.random.default_rng(0).standard_normal(30000).astype(np.float32)
+    features = frontend.features_of(wave[None], FRONTENDS[front])
+    expected = jax.jit(model.network().apply)(model.variables, features)
+    found = embed_waves(load_model(tmp_path / "out"), [wave, wave[:9000]])
+    np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=1e-3 * np.abs(expected).max())
+    assert np.isfinite(found).all()

@@ -55,7 +55,7 @@ def test_each_window_is_an_lstm_of_its_own():
 
 
 def windows_by_rule(samples: int) -> int:
-    """Resemblyzer's rule: 1.3 windows a second; the last must be covered by three quarters, unless it is the only one."""
+    """Resemblyzer's rule: 1.3 windows a second; three quarters of the last must be covered but for an only one."""
     frames, step = int(np.ceil((samples + 1) / 160)), round(16000 / 1.3 / 160)
     starts = list(range(0, max(1, frames - 160 + step + 1), step))
     covered = (samples - 160 * starts[-1]) / (160 * 160)
