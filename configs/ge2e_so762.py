@@ -29,7 +29,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         bits=(8, 4, 3, 2),
         epochs={},
         nested=False,
-        diagnose=("so762", "words"),
+        diagnose=("words",),
         diagnosis={"retention_utterances": 120, "layer_utterances": 24, "hessian_draws": 6},
     )
     for name in ("so762", "words"):

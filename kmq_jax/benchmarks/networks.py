@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from kmq_jax.benchmarks.options import NetworksBench
@@ -12,7 +11,7 @@ from kmq_jax.benchmarks.timing import Figures, in_turns, medians
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import write_json
 from kmq_jax.core.progress import progress
-from kmq_jax.core.tree import named_leaves
+from kmq_jax.core.tree import Leaf, map_named, named_leaves
 from kmq_jax.models import registry
 from kmq_jax.models.speaker_model import FRONTENDS, SpeakerModel, embed_waves
 
@@ -113,10 +112,16 @@ def front_end_of(network: Any) -> str:
 
 
 def embedder(name: str, settings: Figures, options: NetworksBench) -> Callable[[], object]:
-    """Embeds a recording by a network of random weights."""
-    network = registry.build(name, **settings)
-    model = SpeakerModel(name, settings, front_end_of(network), registry.initialize(network, jax.random.key(0)))
-    wave = np.random.default_rng(0).standard_normal(round(options.seconds * 16000)).astype(np.float32) * 0.05
+    """Embeds a recording by a network of random weights, drawn without compiling what training starts from."""
+    network, rng = registry.build(name, **settings), np.random.default_rng(0)
+
+    def draw(name: str, leaf: Leaf) -> np.ndarray:
+        if leaf.ndim < 2:
+            return np.full(leaf.shape, name.endswith(("/scale", "/var")), np.float32)
+        return rng.standard_normal(leaf.shape, np.float32) / np.float32(np.sqrt(leaf.size / leaf.shape[-1]))
+
+    model = SpeakerModel(name, settings, front_end_of(network), map_named(draw, registry.shapes(network)))
+    wave = 0.05 * rng.standard_normal(round(options.seconds * 16000), np.float32)
     return lambda: embed_waves(model, [wave], engine=options.engine)
 
 
