@@ -19,9 +19,10 @@ from kmq_jax import frontend
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import named_leaves
 from kmq_jax.interop import campplus, pretrained, redimnet, tdnn
+from kmq_jax.interop.export import export_model
 from kmq_jax.interop.import_model import import_model
 from kmq_jax.models import onnx_export, registry
-from kmq_jax.models.speaker_model import FRONTENDS, embed_waves, load_model
+from kmq_jax.models.speaker_model import FRONTENDS, SpeakerModel, embed_waves, load_model, save_model
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_networks.json").read_text())
 TINY = [name for name in GOLDEN if "tiny" in name]
@@ -222,3 +223,18 @@ def test_a_file_becomes_a_model_with_its_own_front_end(name, tmp_path):
     found = embed_waves(load_model(tmp_path / "out"), [wave, wave[:9000]])
     np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=1e-3 * np.abs(expected).max())
     assert np.isfinite(found).all()
+
+
+def test_files_with_features_that_are_not_kaldi_s_do_not_look_like_it(tmp_path):
+    """sherpa-onnx would compute Kaldi's features by these names, and give embeddings that mean nothing."""
+    onnx = pytest.importorskip("onnx")
+    settings = {"width": 16, "aggregated": 16, "embedding_size": 8, "layout": "speechbrain"}
+    network = registry.build("ecapa_speechbrain_c512", **settings)
+    model = SpeakerModel(
+        "ecapa_speechbrain_c512", settings, "speechbrain", registry.initialize(network, jax.random.key(0))
+    )
+    save_model(tmp_path / "model.kmq", model)
+    said = export_model(tmp_path / "model.kmq", tmp_path / "m.onnx", features_inside=True).parity
+    names = {entry.key for entry in onnx.load(tmp_path / "m.onnx").metadata_props}
+    assert "filters" in names and not names & {"framework", "feature_normalize_type", "window_type"}
+    assert said is None or "cosine 0.99999" in said or "cosine 1.0000" in said
