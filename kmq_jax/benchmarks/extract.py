@@ -47,15 +47,15 @@ def subset(utterances: source.Utterances, count: int) -> source.Utterances:
     return utterances.select(np.linspace(0, len(utterances) - 1, count).astype(int))
 
 
-def own_features(utterances: source.Utterances, fbank: frontend.FbankConfig, i: int) -> np.ndarray:
+def own_features(utterances: source.Utterances, fbank: frontend.FrontEnd, i: int) -> np.ndarray:
     """Decodes an utterance; its mean-normalised features by kaldi-native-fbank, `[1, frames, features]`."""
     features = kaldi_fbank(utterances.load(i), fbank)
     return (features - features.mean(axis=0))[None]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _features(fbank: frontend.FbankConfig, wave: jax.Array, samples: jax.Array) -> jax.Array:
-    return frontend.mean_normalize(frontend.fbank(wave, fbank), frontend.num_frames(samples, fbank))
+def _features(fbank: frontend.FrontEnd, wave: jax.Array, samples: jax.Array) -> jax.Array:
+    return frontend.features_of(wave, fbank, samples)
 
 
 @functools.partial(jax.jit, static_argnums=0)

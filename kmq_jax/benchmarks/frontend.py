@@ -11,15 +11,21 @@ from kmq_jax.benchmarks.timing import Figures, in_turns, medians
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import write_json
 from kmq_jax.data.source import open_source
-from kmq_jax.frontend import KIWANO, WESPEAKER, FbankConfig, RoomConfig, augment_batch, fbank, num_frames
+from kmq_jax.frontend import KIWANO, WESPEAKER, FbankConfig, FrontEnd, RoomConfig, augment_batch, fbank, num_frames
 
 _PRESETS = {"kiwano": KIWANO, "wespeaker": WESPEAKER}
 
 
-def kaldi_fbank(wave: np.ndarray, config: FbankConfig) -> np.ndarray:
-    """Computes the features of one waveform [samples] by kaldi-native-fbank -> [frames, features]."""
+def kaldi_fbank(wave: np.ndarray, config: FrontEnd) -> np.ndarray:
+    """Computes the features of one waveform [samples] by kaldi-native-fbank -> [frames, features].
+
+    Raises:
+        UserError: the front end is not Kaldi's.
+    """
     import kaldi_native_fbank as knf
 
+    if not isinstance(config, FbankConfig):
+        raise UserError("kaldi-native-fbank has no features but Kaldi's, and this model's are others")
     options = knf.FbankOptions()
     options.frame_opts.samp_freq = config.sample_rate
     options.frame_opts.frame_length_ms = config.frame_length_ms

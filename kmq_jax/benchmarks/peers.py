@@ -17,7 +17,7 @@ import numpy as np
 from kmq_jax.benchmarks.frontend import kaldi_fbank
 from kmq_jax.core.errors import UserError
 from kmq_jax.data import source
-from kmq_jax.frontend import FbankConfig
+from kmq_jax.frontend import FrontEnd
 from kmq_jax.models import onnx_export
 from kmq_jax.models.speaker_model import SpeakerModel, frontend_of
 
@@ -56,7 +56,7 @@ def _examples(reference: SpeakerModel, calibration: source.Utterances | None) ->
         yield features(calibration.load(int(i)), fbank)
 
 
-def features(wave: np.ndarray, fbank: FbankConfig) -> np.ndarray:
+def features(wave: np.ndarray, fbank: FrontEnd) -> np.ndarray:
     """Mean-normalised features by kaldi-native-fbank, `[1, frames, features]`."""
     found = kaldi_fbank(wave, fbank)
     return np.asarray(found - found.mean(axis=0), np.float32)[None]
@@ -147,7 +147,7 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def embed_all(run: Run, utterances: source.Utterances, fbank: FbankConfig) -> np.ndarray:
+def embed_all(run: Run, utterances: source.Utterances, fbank: FrontEnd) -> np.ndarray:
     """Embeds every utterance by a peer, a worker for each processor; `[utterances, dim]`."""
 
     def one(i: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""`kmq-jax import_model`: a pretrained model of WeSpeaker or Kiwano as a MODEL of ours."""
+"""`kmq-jax import_model`: a pretrained model of another toolkit as a MODEL of ours."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +28,10 @@ class Files(Options):
 
 COMMAND = Command(
     "import_model",
-    "Imports a pretrained network of WeSpeaker (ONNX, PyTorch), 3D-Speaker or Kiwano, or its tensors as .safetensors.\n"
-    "Nothing in the file is executed; every tensor must have its place.",
+    "Imports a pretrained network, or its tensors as .safetensors, together with the front end it was trained on: of\n"
+    "WeSpeaker (ResNet as ONNX or PyTorch; CAM++, ECAPA-TDNN, x-vector, ReDimNet), 3D-Speaker (CAM++), SpeechBrain\n"
+    "(ECAPA-TDNN), IDRnD (ReDimNet), Resemblyzer (GE2E) or Kiwano (ResNet). Nothing in the file is executed; every\n"
+    "tensor must have its place.",
     "kmq-jax import_model --source=voxceleb_resnet34.onnx --out=runs/wespeaker34",
     (Files,),
 )

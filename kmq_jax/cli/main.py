@@ -12,7 +12,7 @@ COMMANDS = {
     "train": "train a network from a configuration; resumes where it stopped",
     "study": "a whole study from one configuration, with a report",
     "prepare_data": "decode a corpus once into shards",
-    "import_model": "bring a WeSpeaker or Kiwano checkpoint",
+    "import_model": "bring a checkpoint of another toolkit",
     "quantize": "pack a model into codebooks and indices",
     "summarize": "show what a model weighs, layer by layer",
     "export": "write a model as ONNX",

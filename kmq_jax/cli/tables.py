@@ -22,8 +22,8 @@ COMMAND = Command(
     "relative to the Markdown file; KIND is `bits`, one row a model, `trained`, those of them that were,\n"
     "`gains`, what of them a first page needs, `differences`, what they differ by, `cascades`, one row a cascade\n"
     "and evaluation set, or `components`. Of what `conditions` writes, KIND is `conditions`; of `bench\n"
-    "accelerator`, `accelerator`; of `bench extract --peers --json`, `extraction`; of `threshold`, with `judged_on`\n"
-    "added, `threshold`.",
+    "accelerator`, `accelerator`; of `bench extract --peers --json`, `extraction`; of `bench networks --json`,\n"
+    "`networks`; of `threshold`, with `judged_on` added, `threshold`.",
     "kmq-jax tables --file=README.md",
     (Files,),
 )

@@ -44,7 +44,7 @@ _features = jax.jit(normalized_features, static_argnums=(0, 3))
 
 def feature_batches(
     network: SpeakerNetwork,
-    fbank: frontend.FbankConfig,
+    fbank: frontend.FrontEnd,
     utterances: source.Utterances,
     *,
     max_seconds: float = 0.0,

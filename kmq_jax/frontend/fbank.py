@@ -25,13 +25,16 @@ References:
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.frontend import mel
+from kmq_jax.frontend.normalize import mean_normalize
 
 _FLOOR = float(np.finfo(np.float32).eps)
 
@@ -70,6 +73,9 @@ class FbankConfig:
     high_freq: float = 0.0
     use_energy: bool = False
     waveform_scale: float = 1.0
+
+    margin = 0  # samples beyond both ends that frames see
+    subtract_mean = True  # networks are fed features less their mean
 
     def __post_init__(self) -> None:
         """Checks the settings.
@@ -120,7 +126,7 @@ class FbankConfig:
         return self.num_mel_bins + self.use_energy
 
 
-def _mel(hertz: np.ndarray | float) -> np.ndarray:
+def _to_mel(hertz: np.ndarray | float) -> np.ndarray:
     """The mel scale as Kaldi has it: linear below about 700 Hz, logarithmic above."""
     return 1127.0 * np.log1p(np.asarray(hertz, np.float64) / 700.0)
 
@@ -132,11 +138,14 @@ def _mel_filters(config: FbankConfig) -> np.ndarray:
     Returns:
         Weights [fft_size / 2, num_mel_bins]; Kaldi leaves out the Nyquist frequency itself.
     """
-    edges = np.linspace(_mel(config.low_freq), _mel(config.top_freq), config.num_mel_bins + 2)
+    edges = np.linspace(_to_mel(config.low_freq), _to_mel(config.top_freq), config.num_mel_bins + 2)
     width = edges[1] - edges[0]
-    mel = _mel(np.arange(config.fft_size // 2) * config.sample_rate / config.fft_size)[:, None]
-    return np.maximum(0, np.minimum(mel - edges[:-2], edges[2:] - mel) / width)
+    freqs = _to_mel(np.arange(config.fft_size // 2) * config.sample_rate / config.fft_size)[:, None]
+    return np.maximum(0, np.minimum(freqs - edges[:-2], edges[2:] - freqs) / width)
 
+
+FrontEnd: TypeAlias = FbankConfig | mel.MelConfig
+"""The settings of any front end."""
 
 KIWANO = FbankConfig(high_freq=-400.0, use_energy=True)
 """Kiwano's 81 features: log energy and 80 filters up to 7,600 Hz, povey window, waveform in [-1, 1)."""
@@ -148,8 +157,8 @@ SPEAKER3D = FbankConfig()
 """3D-Speaker's 80 features: 80 filters up to 8,000 Hz, povey window, waveform in [-1, 1)."""
 
 
-def num_frames(samples: Any, config: FbankConfig) -> Any:
-    """Counts the whole frames in a waveform (Kaldi's `snip_edges=true`: what is left at the end is dropped).
+def num_frames(samples: Any, config: FrontEnd) -> Any:
+    """Counts the frames of a waveform: whole ones (Kaldi's `snip_edges=true`), or centred ones (`MelConfig`).
 
     Args:
         samples: an int, or a NumPy or JAX array of lengths.
@@ -158,13 +167,11 @@ def num_frames(samples: Any, config: FbankConfig) -> Any:
     Returns:
         Frames, in the form that `samples` came in; 0 for anything shorter than one frame.
 
-    >>> num_frames(16000, WESPEAKER), num_frames(399, WESPEAKER)
-    (98, 0)
+    >>> num_frames(16000, WESPEAKER), num_frames(399, WESPEAKER), num_frames(16000, mel.SPEECHBRAIN)
+    (98, 0, 101)
     """
-    frames = (samples - config.length) // config.shift + 1
-    if isinstance(frames, int):
-        return max(frames, 0)
-    return frames.clip(0)
+    frames = (samples + config.margin - config.length) // config.shift + 1
+    return frames * (samples >= config.length)
 
 
 def _window(config: FbankConfig) -> np.ndarray:
@@ -195,38 +202,39 @@ def _operators(config: FbankConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     )
 
 
-def spectrum_operators(config: FbankConfig) -> tuple[np.ndarray, np.ndarray]:
+def spectrum_operators(config: FrontEnd) -> tuple[np.ndarray, np.ndarray]:
     """Pre-emphasis, window and transform as one matrix, and the filters: for engines that multiply matrices.
 
     Args:
         config: the settings.
 
     Returns:
-        `transform` float32 `[length, 2 bins]`, from a frame without its mean to the real and imaginary parts of its
-        spectrum, and `filters` float32 `[2 bins, num_mel_bins]`, from their squares to the filters' energies.
+        `transform` float32 `[length, 2 bins]`, from a frame, Kaldi's without its mean, to the real and imaginary parts
+        of its spectrum, and `filters` float32 `[2 bins, num_mel_bins]`, from their squares to the filters' energies.
 
     >>> [matrix.shape for matrix in spectrum_operators(WESPEAKER)]
     [(400, 510), (510, 80)]
     """
-    mel = _mel_filters(config)
-    used = np.flatnonzero(mel.sum(1))
+    if isinstance(config, mel.MelConfig):
+        return mel.operators(config)
+    kaldi = _mel_filters(config)
+    used = np.flatnonzero(kaldi.sum(1))
     angle = 2 * np.pi / config.fft_size * np.outer(np.arange(config.length) - (config.length - 1) / 2, used)
     windowed = np.concatenate([np.cos(angle), np.sin(angle)], axis=1) * _window(config)[:, None]
     # y[n] = x[n] - p x[n-1], and y[0] = x[0] - p x[0].
     emphasis = np.eye(config.length) - config.preemphasis * np.eye(config.length, k=1)
     emphasis[0, 0] -= config.preemphasis
-    return (emphasis @ windowed).astype(np.float32), np.concatenate([mel[used]] * 2).astype(np.float32)
+    return (emphasis @ windowed).astype(np.float32), np.concatenate([kaldi[used]] * 2).astype(np.float32)
 
 
-def _frames(wave: jax.Array, config: FbankConfig) -> jax.Array:
-    """Cuts a waveform [..., samples] into overlapping frames [..., frames, length].
+def _frames(wave: jax.Array, config: FrontEnd, count: int) -> jax.Array:
+    """Cuts a waveform [..., samples] into `count` overlapping frames [..., frames, length].
 
     A frame is a few whole blocks of gcd(shift, length) samples, so all frames are a handful of strided slices laid
     side by side: no gather, and no table of indices as large as the output.
     """
     block = math.gcd(config.shift, config.length)
     step = config.shift // block
-    count = num_frames(wave.shape[-1], config)
     blocks = wave[..., : wave.shape[-1] // block * block].reshape(*wave.shape[:-1], -1, block)
     last = (count - 1) * step + 1
     pieces = [blocks[..., i : i + last : step, :] for i in range(config.length // block)]
@@ -238,7 +246,7 @@ def _features(wave: jax.Array, config: FbankConfig) -> jax.Array:
     cosines, sines, filters = _operators(config)
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
-    frames = _frames(wave * config.waveform_scale, config)
+    frames = _frames(wave * config.waveform_scale, config, num_frames(wave.shape[-1], config))
     frames = frames - frames.mean(-1, keepdims=True)
     before = jnp.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)
     lifted = frames - config.preemphasis * before
@@ -253,32 +261,78 @@ def _features(wave: jax.Array, config: FbankConfig) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def fbank(wave: jax.Array, config: FbankConfig) -> jax.Array:
-    """Computes log-mel filterbank features.
+def fbank(wave: jax.Array, config: FrontEnd, samples: jax.Array | None = None) -> jax.Array:
+    """Computes filterbank features.
 
-    Frames never look beyond their own samples, so padding at the end of a waveform adds frames (count the real ones
-    with `num_frames`) and changes none. A NaN sample makes the frames that hold it NaN, and no others.
+    Kaldi's frames never look beyond their own samples, so padding at the end of a waveform adds frames (count the real
+    ones with `num_frames`) and changes none. Centred frames do: they need `samples`. A NaN sample makes the frames that
+    hold it NaN, and no others.
 
     Args:
         wave: waveforms [..., samples], floating point in [-1, 1).
         config: the settings.
+        samples: real samples of each waveform [...], integer; None when every sample is real.
 
     Returns:
         Features [..., frames, num_features], float32. `frames` is `num_frames(samples, config)`: zero when the
-        waveform is shorter than a frame.
+        waveform is shorter than a frame. Frames beyond the real ones hold anything.
 
     Raises:
         UserError: the waveform is a scalar, or not floating point (16-bit integers would be off by 32768).
 
-    >>> fbank(jnp.zeros((2, 16000)), KIWANO).shape
-    (2, 98, 81)
+    >>> fbank(jnp.zeros((2, 16000)), KIWANO).shape, fbank(jnp.zeros(16000), mel.SPEECHBRAIN).shape
+    ((2, 98, 81), (101, 80))
     """
     if wave.ndim == 0 or not jnp.issubdtype(wave.dtype, jnp.floating):
         raise UserError(f"wave (of {wave.dtype}, shape {wave.shape}) must be [..., samples], floating point")
     if num_frames(wave.shape[-1], config) == 0:
         return jnp.zeros((*wave.shape[:-1], 0, config.num_features), jnp.float32)
-    compute = functools.partial(_features, config=config)
     rows = wave.astype(jnp.float32).reshape(-1, wave.shape[-1])
-    # A CPU is several times faster when the frames of one utterance stay in its cache; an accelerator wants them all.
-    features = jax.lax.platform_dependent(rows, cpu=lambda x: jax.lax.map(compute, x), default=compute)
+    if isinstance(config, mel.MelConfig):
+        full = jnp.full(wave.shape[:-1], wave.shape[-1]) if samples is None else samples
+        # Of row by row: the ends of each lie elsewhere.
+        features = _by_row(_mel_features, config, rows, full.reshape(-1))
+    else:
+        features = _by_row(_features, config, rows)
     return features.reshape(*wave.shape[:-1], *features.shape[1:])
+
+
+def _by_row(compute: Callable[..., jax.Array], config: FrontEnd, *rows: jax.Array) -> jax.Array:
+    """Features of each row."""
+    one = functools.partial(compute, config=config)
+    # A CPU is several times faster when the frames of one utterance stay in its cache; an accelerator wants them all.
+    return jax.lax.platform_dependent(
+        *rows, cpu=lambda *x: jax.lax.map(lambda row: one(*row), x), default=lambda *x: jax.vmap(one)(*x)
+    )
+
+
+def _mel_features(wave: jax.Array, samples: jax.Array, config: mel.MelConfig) -> jax.Array:
+    """Computes the features [frames, num_features] of one waveform [longest] of at least one frame."""
+    transform, filters = mel.operators(config)
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    frames = _frames(mel.padded(wave, samples, config), config, num_frames(wave.shape[-1], config))
+    energies = product(product(frames, transform) ** 2, filters)
+    return mel.scaled(energies, num_frames(samples, config), config)
+
+
+def features_of(wave: jax.Array, config: FrontEnd, samples: jax.Array | None = None) -> jax.Array:
+    """What a network sees of waveforms: filterbank features, less their mean over the waveform where that is usual.
+
+    Args:
+        wave: waveforms [batch, samples], floating point in [-1, 1).
+        config: the settings.
+        samples: real samples of each waveform [batch], integer; None when every sample is real.
+
+    Returns:
+        Features [batch, frames, num_features], float32; frames beyond the real ones are zero.
+
+    >>> features_of(jnp.zeros((2, 16000)), WESPEAKER, jnp.array([16000, 9000])).shape
+    (2, 98, 80)
+    """
+    features = fbank(wave, config, samples)
+    lengths = None if samples is None else num_frames(samples, config)
+    if config.subtract_mean:
+        return mean_normalize(features, lengths)
+    if lengths is None:
+        return features
+    return jnp.where((jnp.arange(features.shape[1])[None] < lengths[:, None])[..., None], features, 0)

@@ -81,8 +81,8 @@ def _parity(speaker_model: SpeakerModel, file: Path, features_inside: bool) -> s
     return f"against our own network: cosine {cosine:.7f}, largest difference {furthest:.1e} of the largest value"
 
 
-def _features(wave: np.ndarray, fbank: frontend.FbankConfig) -> np.ndarray:
-    return np.asarray(frontend.mean_normalize(frontend.fbank(jnp.asarray(wave)[None], fbank)))
+def _features(wave: np.ndarray, fbank: frontend.FrontEnd) -> np.ndarray:
+    return np.asarray(frontend.features_of(jnp.asarray(wave)[None], fbank))
 
 
 def _made_up_speech(seconds: float = 2.0) -> np.ndarray:
@@ -100,9 +100,13 @@ def properties(speaker_model: SpeakerModel, embedding_size: int) -> dict[str, st
     """What a user of the file must know to compute its input, as text.
 
     The first seven are the names that sherpa-onnx reads: without one of them its process exits, or its embeddings are
-    others.
+    others. It has no features but Kaldi's, so that files of networks on others do without these names.
     """
     fbank = frontend_of(speaker_model.frontend)
+    if not isinstance(fbank, frontend.FbankConfig):
+        settings = {name: str(value) for name, value in dataclasses.asdict(fbank).items()}
+        comment = f"{speaker_model.architecture}, exported by kmq_jax; features {speaker_model.frontend}, not Kaldi's"
+        return {"comment": comment, "sample_rate": str(fbank.sample_rate), **settings}
     return {
         "framework": speaker_model.frontend,
         "language": "multilingual",

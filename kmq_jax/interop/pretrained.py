@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.interop import campplus, kiwano, redimnet, tdnn, torch_checkpoint, wespeaker, wespeaker_onnx
+from kmq_jax.interop import campplus, ge2e, kiwano, redimnet, tdnn, torch_checkpoint, wespeaker, wespeaker_onnx
 from kmq_jax.interop.assemble import Imported
 
 FORMATS = ("wespeaker-onnx", "wespeaker-torch", "kiwano", "3dspeaker")
@@ -33,6 +33,8 @@ def read(path: Path, form: str | None = None, activation: str | None = None) -> 
         return tdnn.convert(checkpoint, str(path))
     if redimnet.recognizes(checkpoint.tensors):
         return redimnet.convert(checkpoint, str(path))
+    if ge2e.recognizes(checkpoint.tensors):
+        return ge2e.convert(checkpoint, str(path))
     if form == "wespeaker-torch" or wespeaker.recognizes(checkpoint.tensors):
         return wespeaker.convert(checkpoint, str(path))
     raise UserError(f"{path}: its tensors ({', '.join(list(checkpoint.tensors)[:3])}, ...) are of no known network")

@@ -11,7 +11,7 @@ import numpy as np
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, require_regular
 
-_CONTAINERS = ("state_dict", "model", "model_state_dict")
+_CONTAINERS = ("state_dict", "model", "model_state_dict", "model_state")
 
 
 class Checkpoint(NamedTuple):
@@ -37,8 +37,9 @@ def read(path: Path) -> Checkpoint:
     """Reads a checkpoint.
 
     PyTorch's own format is read by `torch.load(weights_only=True)`, which builds tensors and plain containers only. A
-    bare dict of tensors and a dict with them under "state_dict", "model" or "model_state_dict" both do. A prefix that
-    all names share, such as the "module." of distributed training, is taken off. bfloat16 becomes float32.
+    bare dict of tensors and a dict with them under "state_dict", "model", "model_state_dict" or "model_state" both do.
+    A prefix that all names share, such as the "module." of distributed training, is taken off. bfloat16 becomes
+    float32.
 
     Raises:
         UserError: the file cannot be read, is damaged, holds anything but plain data, or PyTorch is not installed.

@@ -33,7 +33,7 @@ class PaddedBatch:
 
 
 def usable_lengths(
-    network: SpeakerNetwork, fbank: frontend.FbankConfig, utterances: source.Utterances, max_seconds: float = 0.0
+    network: SpeakerNetwork, fbank: frontend.FrontEnd, utterances: source.Utterances, max_seconds: float = 0.0
 ) -> np.ndarray:
     """Samples of each utterance that are used, `[utterances]`.
 
@@ -54,7 +54,7 @@ def usable_lengths(
 
 
 def check_lengths(
-    network: SpeakerNetwork, fbank: frontend.FbankConfig, lengths: np.ndarray, name: Callable[[int], str]
+    network: SpeakerNetwork, fbank: frontend.FrontEnd, lengths: np.ndarray, name: Callable[[int], str]
 ) -> None:
     """Refuses recordings of fewer frames than a network needs, before any of them is read.
 
@@ -78,7 +78,7 @@ def check_lengths(
 
 
 def plan_batches(
-    network: SpeakerNetwork, fbank: frontend.FbankConfig, lengths: np.ndarray, batch_size: int, **limits: int
+    network: SpeakerNetwork, fbank: frontend.FrontEnd, lengths: np.ndarray, batch_size: int, **limits: int
 ) -> list[buckets.Batch]:
     """Decides which recordings share a batch, the longest first.
 

@@ -63,7 +63,7 @@ class OnnxModel:
         self,
         network: SpeakerNetwork,
         variables: Variables,
-        fbank: frontend.FbankConfig,
+        fbank: frontend.FrontEnd,
         bits: int | None = None,
         kept: Path | None = None,
     ):
@@ -131,7 +131,7 @@ class OnnxModel:
     @cached_property
     def _pieces(self) -> "tuple[onnx_export.Pieces, tuple[Any, Any, Any], int, int] | None":
         """The model in pieces, their sessions, its stride and how far it sees; None where it cannot be cut."""
-        if not self._network.sees_near():
+        if not self._network.sees_near() or not isinstance(self._fbank, frontend.FbankConfig):
             return None
         pieces = onnx_export.build_pieces(self._network, self._variables, self._fbank, self._bits)
         sessions = tuple(

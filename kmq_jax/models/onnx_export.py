@@ -24,7 +24,8 @@ from numpy.typing import ArrayLike, DTypeLike
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, atomic_write
 from kmq_jax.core.tree import Leaf, Variables, named_leaves
-from kmq_jax.frontend import FbankConfig, spectrum_operators
+from kmq_jax.frontend import FbankConfig, FrontEnd, MelConfig, spectrum_operators
+from kmq_jax.frontend.mel import DECIBEL_FLOOR, LOG_OFFSET, LOUDEST
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.nn import integers
 from kmq_jax.nn.conv import Window, window
@@ -75,7 +76,7 @@ def export(
     bits: int | None = None,
     opset: int | None = None,
     indices: Indices = "smallest",
-    fbank: FbankConfig | None = None,
+    fbank: FrontEnd | None = None,
 ) -> int:
     """Writes a network as an ONNX file.
 
@@ -109,7 +110,7 @@ def build(
     bits: int | None = None,
     opset: int | None = None,
     indices: Indices = "smallest",
-    fbank: FbankConfig | None = None,
+    fbank: FrontEnd | None = None,
 ) -> Onnx:
     """Makes the `onnx.ModelProto` that `export` writes; see there."""
     graph = _graph(network, variables, bits, opset, indices)
@@ -117,7 +118,7 @@ def build(
         shapes: dict[str, Shape] = {"feats": ["B", "T", network.features]}
     else:
         shapes = {"wave": ["B", "N"]}
-        graph.named("feats", "Identity", graph.mean_normalize(graph.filterbank("wave", fbank)))
+        graph.named("feats", "Identity", graph.features("wave", fbank))
     graph.named("embs", "Identity", network.to_onnx(graph, "feats"))
     return graph.model(shapes, {"embs": ["B", network.embedding_size]}, metadata or {})
 
@@ -525,6 +526,38 @@ class _Graph:
         """Whether the network has parameters below `module`."""
         return any(name.startswith(f"{module}/") for name in self._leaves)
 
+    def features(self, wave: str, fbank: FrontEnd) -> str:
+        """What a network sees of `wave` `[batch, samples]`, as `frontend.features_of`."""
+        features = self.mel(wave, fbank) if isinstance(fbank, MelConfig) else self.filterbank(wave, fbank)
+        return self.mean_normalize(features) if fbank.subtract_mean else features
+
+    def mel(self, wave: str, config: MelConfig) -> str:
+        """Features of `wave` `[batch, samples]`, as `frontend.fbank` with these settings, by matrix products."""
+        if config.raised_to is not None:
+            squares = self.node("ReduceMean", self.node("Mul", wave, wave), self.integers(1), keepdims=1)
+            # Digital silence has no level; it is left as it is whatever the factor.
+            level = self.node("Max", self.node("Sqrt", squares), self.number(1e-30))
+            factor = self.node("Div", self.number(10 ** (config.raised_to / 20)), level)
+            wave = self.node("Mul", wave, self.node("Max", factor, self.number(1)))
+        if config.preemphasis:
+            first = self.node("Slice", wave, self.integers(1), self.integers(2), self.integers(1))
+            others = self.node("Slice", wave, self.integers(0), self.integers(-1), self.integers(1))
+            before = self.node("Concat", first, others, axis=1)
+            wave = self.node("Sub", wave, self.node("Mul", before, self.number(config.preemphasis)))
+        ends = self.integers(0, config.margin // 2, 0, config.margin // 2)
+        wave = self.node("Pad", wave, ends, mode="reflect" if config.mirrored else "constant")
+        transform, filters = spectrum_operators(config)
+        spectrum = self.node("MatMul", self._frames(wave, config), self.array("mel.transform", transform))
+        energies = self.node("MatMul", self.node("Mul", spectrum, spectrum), self.array("mel.filters", filters))
+        if config.scale == "power":
+            return energies
+        if config.scale == "log":
+            return self.node("Log", self.node("Add", energies, self.number(LOG_OFFSET)))
+        nepers = self.node("Log", self.node("Max", energies, self.number(DECIBEL_FLOOR)))
+        decibels = self.node("Mul", nepers, self.number(10 / math.log(10)))
+        loudest = self.node("ReduceMax", decibels, self.integers(1, 2), keepdims=1)
+        return self.node("Max", decibels, self.node("Sub", loudest, self.number(LOUDEST)))
+
     def filterbank(self, wave: str, fbank: FbankConfig) -> str:
         """Log-mel features of `wave` `[batch, samples]`, as `frontend.fbank`, by matrix products."""
         transform, filters = spectrum_operators(fbank)
@@ -537,7 +570,7 @@ class _Graph:
             energies = self.node("Concat", energy, energies, axis=2)
         return self.node("Log", self.node("Max", energies, self.number(float(np.finfo(np.float32).eps))))
 
-    def _frames(self, wave: str, fbank: FbankConfig) -> str:
+    def _frames(self, wave: str, fbank: FrontEnd) -> str:
         """Cuts `[batch, samples]` into overlapping frames `[batch, frames, length]`, as `frontend.fbank` does."""
         block = math.gcd(fbank.shift, fbank.length)
         step = fbank.shift // block

@@ -15,6 +15,7 @@ from kmq_jax.core.files import Json
 from kmq_jax.core.tree import Variables, map_named, named_leaves
 from kmq_jax.models import walk
 from kmq_jax.models.campplus import CamPlusPlus
+from kmq_jax.models.ge2e import Ge2e
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.redimnet import TABLES, ReDimNet
 from kmq_jax.models.resnet import SMOKE, kiwano, wespeaker
@@ -196,7 +197,7 @@ def _starts(model: SpeakerNetwork) -> tuple[Variables, dict[str, str | None]]:
             ones = ("params/{}/scale", "batch_stats/{}/var")
             known.update({name.format(layer.name): "ones" for name in ones})
             known.update({name.format(layer.name): "zeros" for name in ("params/{}/bias", "batch_stats/{}/mean")})
-        elif layer.kind in (walk.CONVOLUTION, walk.LINEAR):
+        elif layer.kind in (walk.CONVOLUTION, walk.LINEAR, walk.RECURRENCE):
             # Initializers are functions, told apart by identity. An unknown one stays None.
             kinds = {id(KAIMING_NORMAL): "normal", id(TORCH_DEFAULT): "uniform"}
             known[f"params/{layer.name}/kernel"] = kinds.get(id(module.kernel_init))
@@ -303,3 +304,4 @@ register(
     CamPlusPlus,
     smoke={"layers": (1, 1, 1), "growth": 8, "width": 16, "stem_channels": 4, "embedding_size": 32},
 )
+register("ge2e", Ge2e, smoke={"width": 16, "layers": 2, "embedding_size": 32})

@@ -32,12 +32,18 @@ from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.engine import Engine, OnnxModel, chosen, kept_file
 from kmq_jax.models.protocol import SpeakerNetwork
 
-FRONTENDS = {
+FRONTENDS: dict[str, frontend.FrontEnd] = {
     "kiwano": frontend.KIWANO,
     "wespeaker": frontend.WESPEAKER,
     "3dspeaker": frontend.SPEAKER3D,
     "wespeaker60": dataclasses.replace(frontend.WESPEAKER, num_mel_bins=60),
     "wespeaker72": dataclasses.replace(frontend.WESPEAKER, num_mel_bins=72),
+    "speechbrain": frontend.SPEECHBRAIN,
+    "redimnet60": dataclasses.replace(frontend.REDIMNET, num_mel_bins=60),
+    "redimnet72": frontend.REDIMNET,
+    "redimnet60-15ms": dataclasses.replace(frontend.REDIMNET, num_mel_bins=60, frame_shift_ms=15.0),
+    "redimnet72-15ms": dataclasses.replace(frontend.REDIMNET, frame_shift_ms=15.0),
+    "resemblyzer": frontend.RESEMBLYZER,
 }
 COMPUTE = ("float32", "bfloat16")
 FOREIGN = (".onnx", ".pt", ".pth", ".ckpt")
@@ -56,7 +62,7 @@ _PREPARED = 8  # models that are held ready
 PER_BITS = "narrow"  # the key in `variables` and in the file of what each smaller number of bits has to itself
 
 
-def frontend_of(name: str) -> frontend.FbankConfig:
+def frontend_of(name: str) -> frontend.FrontEnd:
     """The filterbank setting of that name.
 
     Raises:
@@ -68,7 +74,7 @@ def frontend_of(name: str) -> frontend.FbankConfig:
 
 
 def normalized_features(
-    fbank: frontend.FbankConfig, wave: jax.Array, samples: jax.Array, most: int = 0
+    fbank: frontend.FrontEnd, wave: jax.Array, samples: jax.Array, most: int = 0
 ) -> tuple[jax.Array, jax.Array]:
     """What a network sees of recordings: features less their mean over all frames, then only the first `most` frames.
 
@@ -82,14 +88,14 @@ def normalized_features(
         `[batch, time, mel]`, and the real frames `[batch]` among `time`.
     """
     frames = frontend.num_frames(samples, fbank)
-    features = frontend.mean_normalize(frontend.fbank(wave, fbank), frames)
+    features = frontend.features_of(wave, fbank, samples)
     return (features[:, :most], jnp.minimum(frames, most)) if most else (features, frames)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5))
 def embed_batch(
     network: SpeakerNetwork,
-    fbank: frontend.FbankConfig,
+    fbank: frontend.FrontEnd,
     variables: Variables,
     wave: jax.Array,
     samples: jax.Array,
@@ -315,7 +321,7 @@ def embed_all(
 
 
 def embedding_plan(
-    network: SpeakerNetwork, fbank: frontend.FbankConfig, lengths: np.ndarray, batch_size: int
+    network: SpeakerNetwork, fbank: frontend.FrontEnd, lengths: np.ndarray, batch_size: int
 ) -> list[buckets.Batch]:
     """Decides which recordings are embedded together: as many shapes as are worth their compilations.
 

@@ -18,8 +18,10 @@ from kmq_jax.core.tree import Array, Variables
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.nn.conv import Window
 from kmq_jax.nn.layers import BatchNorm, Conv
+from kmq_jax.nn.recurrent import Recurrence
 
-CONVOLUTION, LINEAR, NORMALISATION, OTHER = "convolution", "linear", "normalisation", "other"
+CONVOLUTION, LINEAR, RECURRENCE, NORMALISATION = "convolution", "linear", "recurrence", "normalisation"
+OTHER = "other"
 
 Run = Callable[[jax.Array], jax.Array]
 Visitor = Callable[["Layer", jax.Array, Run], jax.Array]
@@ -32,8 +34,8 @@ class Layer:
 
     Attributes:
         name: its path, such as "stage1/block0/conv1".
-        kind: CONVOLUTION, LINEAR, NORMALISATION (by batch statistics or what they are folded into), or OTHER: any
-            module with a kernel that is none of these.
+        kind: CONVOLUTION, LINEAR, RECURRENCE, NORMALISATION (by batch statistics or what they are folded into), or
+            OTHER: any module with a kernel that is none of these.
         module: the Linen module; its parameters are read by `get`.
         window: of a convolution, how it moves over its input.
         follows: the layer whose output, unchanged, is this layer's input; None where something lies between, such as
@@ -164,6 +166,8 @@ def _kind(module: nn.Module) -> str | None:
         return CONVOLUTION
     if isinstance(module, nn.Dense):
         return LINEAR
+    if isinstance(module, Recurrence):
+        return RECURRENCE
     if isinstance(module, BatchNorm | nn.BatchNorm):
         return NORMALISATION
     return OTHER if module.has_variable("params", "kernel") else None

@@ -29,10 +29,11 @@ from kmq_jax.core.tree import Leaf, Params, named_leaves, replace_named
 from kmq_jax.data import source
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, frontend_of
-from kmq_jax.models.walk import CONVOLUTION, LINEAR, NORMALISATION, OTHER, Layer, Run, layers, walk
+from kmq_jax.models.walk import CONVOLUTION, LINEAR, NORMALISATION, OTHER, RECURRENCE, Layer, Run, layers, walk
 from kmq_jax.nn import integers
 from kmq_jax.nn.channels import scale_and_shift
-from kmq_jax.nn.conv import Window, convolve
+from kmq_jax.nn.conv import Window, convolve, window
+from kmq_jax.nn.recurrent import before, recur
 from kmq_jax.ptq.moments import coarse_bits, matching, moments, per_bits_leaves, random_features
 from kmq_jax.quant import gptq
 from kmq_jax.quant.codes import along, from_groups, lookup, to_groups
@@ -224,6 +225,8 @@ class _Fit:
         if layer.kind == LINEAR and quantized:
             reference, own = jnp.split(x, 2)
             return jnp.concatenate([run(reference), self._with_bias(layer, own @ self._values[f"{layer.name}/kernel"])])
+        if layer.kind == RECURRENCE and quantized:
+            return jnp.concatenate(self._recurrence(layer, *jnp.split(x, 2)))
         if layer.kind == OTHER and quantized:
             raise UserError(f"{layer.name}: a {type(layer.module).__name__} cannot be fitted; leave it unquantized")
         return run(x)
@@ -252,6 +255,18 @@ class _Fit:
             return wanted, y
         wanted, y = wanted + along(layer.get("bias"), y.ndim, y.ndim - 1), self._with_bias(layer, y)
         return (wanted, y) if shared else (wanted, self._matched(layer, wanted, y))
+
+    def _recurrence(self, layer: Layer, x: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Fits what an LSTM sees of its past, on the outputs that its kernel gives before it is fitted."""
+        kernel, key, frames = layer.get("kernel"), f"{layer.name}/kernel", layer.module.window
+        wanted, y = recur(x, kernel, frames), recur(own, self._values[key], frames)
+        tensor = self._tensors[key]
+        if self._nested and not tensor.coarse:
+            return wanted, y
+        self._fit_kernel(key, kernel, before(wanted, frames), before(y, frames), window(1, 1))
+        self.scaled[key] = self.books[key]
+        value = from_groups(lookup(self.indices[key], self.books[key], 0), tensor.shape, 1)
+        return wanted, recur(own, value, frames)
 
     def _steps(self, key: str, codebook: jax.Array) -> None:
         """Notes the steps of a kernel whose centroids are whole steps."""

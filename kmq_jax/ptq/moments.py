@@ -24,14 +24,12 @@ from kmq_jax.models.walk import CONVOLUTION, Layer, Run, walk
 Moments = tuple[jax.Array, jax.Array]
 
 
-def random_features(
-    fbank: frontend.FbankConfig, utterances: source.Utterances, crops: int, seconds: float
-) -> jax.Array:
-    """Mean-normalised features `[crops, time, mel]` of random clean crops."""
+def random_features(fbank: frontend.FrontEnd, utterances: source.Utterances, crops: int, seconds: float) -> jax.Array:
+    """Features `[crops, time, mel]` of random clean crops."""
     batches = pipeline.training_batches(
         utterances, batch_size=crops, crop_samples=round(seconds * source.SAMPLE_RATE), seed=0, augment=False, threads=0
     )
-    return frontend.mean_normalize(frontend.fbank(jnp.asarray(next(iter(batches))["wave"]), fbank), None)
+    return frontend.features_of(jnp.asarray(next(iter(batches))["wave"]), fbank)
 
 
 def coarse_bits(variables: Variables) -> tuple[int, ...]:

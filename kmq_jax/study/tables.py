@@ -4,7 +4,8 @@ A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE
 the Markdown file; KIND is `bits`, one row a model, `trained`, the trained models alone, `differences`, what they differ
 by, with paired intervals, `cascades`, one row a cascade and evaluation set, or `components`, what each component does
 alone. Of the file that `conditions` writes, KIND is `conditions`; of the one that `bench accelerator` writes,
-`accelerator`, one row for each thing measured; of the one by `bench extract --peers`, `extraction`, one row a side.
+`accelerator`, one row for each thing measured; of the one by `bench extract --peers`, `extraction`, one row a side; of
+the one by `bench networks`, `networks`.
 """
 
 import json
@@ -245,6 +246,20 @@ def extraction_table(found: Row) -> str:
     return _markdown(rows)
 
 
+def networks_table(found: Row) -> str:
+    """All networks: parameters, whether these are the source's, arithmetic, and time as a ratio to the reference's."""
+    head = ["network", "features", "embedding", "parameters", "as in", "GMAC", f"time, {found['reference']} = 1"]
+    rows, notes = [head], dict[str, int]()
+    for row in found["rows"]:
+        mark = f" ({notes.setdefault(row['why'], len(notes) + 1)})" if row.get("why") else ""
+        source = f"{row['source']}{mark}" if row.get("parameters_as_source") else ""
+        cells = [row["network"], str(row["features"]), str(row["embedding_size"]), f"{row['parameters']:,}", source]
+        time = f"{row['time_of_reference']:.2f}" if "time_of_reference" in row else ""
+        rows.append([*cells, f"{row['macs'] / 1e9:.2f}", time])
+    listed = "; ".join(f"({number}) {why}" for why, number in notes.items())
+    return _markdown(rows) + (f"\nBut for {listed}.\n" if listed else "")
+
+
 def threshold_table(found: Row) -> str:
     """A threshold from own recordings: what it was found to do there, with intervals, and on other speakers."""
 
@@ -270,6 +285,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "conditions": conditions_table,
     "accelerator": accelerator_table,
     "extraction": extraction_table,
+    "networks": networks_table,
     "threshold": threshold_table,
 }
 

@@ -299,7 +299,7 @@ class TrainOptions(Options):
         "a MODEL to start from: its network, and its classifier where that has at least as many classes", ""
     )
     model: Mapping[str, Any] = option("the network's `name` and its settings, see models.registry")
-    frontend: str = option("filterbank setting: kiwano or wespeaker", "kiwano")
+    frontend: str = option("filterbank setting, such as kiwano, wespeaker or speechbrain", "kiwano")
     dtype: Literal["float32", "bfloat16"] = option(
         "of the network's arithmetic; parameters and statistics stay float32", "float32"
     )

@@ -38,7 +38,7 @@ class Objective:
     """
 
     network: SpeakerNetwork
-    fbank: frontend.FbankConfig
+    fbank: frontend.FrontEnd
     margin: losses.MarginSchedule
     mesh: Mesh
     options: TrainOptions
@@ -82,7 +82,7 @@ def init_params(network: SpeakerNetwork, options: TrainOptions, classes: int) ->
     return Trainable(centres, variables["params"]), variables.get("batch_stats", {})
 
 
-def check_features(options: TrainOptions, fbank: frontend.FbankConfig) -> None:
+def check_features(options: TrainOptions, fbank: frontend.FrontEnd) -> None:
     """Checks that the network takes the features that the front end gives.
 
     Raises:
@@ -96,7 +96,7 @@ def check_features(options: TrainOptions, fbank: frontend.FbankConfig) -> None:
 
 
 def make_objective(
-    network: SpeakerNetwork, fbank: frontend.FbankConfig, options: TrainOptions, mesh: Mesh, epoch_steps: int
+    network: SpeakerNetwork, fbank: frontend.FrontEnd, options: TrainOptions, mesh: Mesh, epoch_steps: int
 ) -> Objective:
     """Gathers network, front end and margin."""
     loss = options.loss
@@ -148,13 +148,12 @@ def features_of(objective: Objective, key: jax.Array, batch: Batch) -> jax.Array
     wave = batch["wave"]
     if options.data.augment:
         wave = frontend.augment_batch(key_wave, batch, frontend.RoomConfig(), objective.mesh)
-    features = frontend.fbank(wave, objective.fbank)
-    if options.data.normalize == "utterance":
+    whole = options.data.normalize == "utterance"
+    features = frontend.features_of(wave, objective.fbank, batch["length"] if whole else None)
+    if whole:
         lengths = frontend.num_frames(batch["length"], objective.fbank)
         wanted = frontend.num_frames(options.data.crop_samples, objective.fbank)
-        features = frontend.crop_frames(frontend.mean_normalize(features, lengths), lengths, batch["place"], wanted)
-    else:
-        features = frontend.mean_normalize(features, None)
+        features = frontend.crop_frames(features, lengths, batch["place"], wanted)
     if options.spec_augment:
         masks = frontend.SpecAugmentConfig(probability=options.spec_augment)
         features = frontend.spec_augment(key_mask, features, masks)
