@@ -28,10 +28,8 @@ def random_features(
     fbank: frontend.FbankConfig, utterances: source.Utterances, crops: int, seconds: float
 ) -> jax.Array:
     """Mean-normalised features `[crops, time, mel]` of random clean crops."""
-    batches = pipeline.training_batches(
-        utterances, batch_size=crops, crop_samples=round(seconds * source.SAMPLE_RATE), seed=0, augment=False, threads=0
-    )
-    return frontend.mean_normalize(frontend.fbank(jnp.asarray(next(iter(batches))["wave"]), fbank), None)
+    waves = pipeline.clean_crops(utterances, crops, round(seconds * source.SAMPLE_RATE))
+    return frontend.mean_normalize(frontend.fbank(jnp.asarray(waves), fbank), None)
 
 
 def coarse_bits(variables: Variables) -> tuple[int, ...]:
