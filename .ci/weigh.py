@@ -3,7 +3,7 @@
 
     .ci/weigh.py >.github/results/install.json
 
-Megabytes are those that the packages take on the disk, compiled modules included, pip left out.
+Megabytes (of 10^6 bytes) are those that the packages take on the disk, compiled modules included, pip left out.
 """
 
 import json
@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FORMS = {  # the arguments of each `pip install`
     "whole": (["."],),
-    "light": (["--group", "light"], ["--no-deps", "."]),
-    "example": (["numpy", "onnxruntime"],),
+    "light": (["--no-deps", "--group", "light", "."],),
+    "example": (["--no-compile", "numpy", "onnxruntime"],),
 }
 LISTED = 5.0  # MB from which a package is named
 
@@ -46,9 +46,9 @@ def weigh(form: str, directory: Path) -> dict:
 
 
 def main() -> None:
-    """Prints the weights."""
+    """Prints the weights of the forms that are named, or of all."""
     found = {"python": platform.python_version(), "platform": f"{sys.platform} {platform.machine()}"}
-    for form in FORMS:
+    for form in sys.argv[1:] or FORMS:
         with tempfile.TemporaryDirectory() as directory:
             found[form] = weigh(form, Path(directory))
     print(json.dumps(found, indent=2))

@@ -14,7 +14,11 @@ from kmq_jax.models.speaker_model import SpeakerModel, save_model
 
 ROOT = Path(__file__).parents[2]
 TRAINING_ALONE = ("grain", "tensorflow_datasets", "array_record")
-LEFT_OUT = (*TRAINING_ALONE, "matplotlib", "jinja2", "librosa", "sklearn", "onnx", "onnxruntime")
+LEFT_OUT = (
+    *TRAINING_ALONE,
+    *("matplotlib", "jinja2", "librosa", "sklearn", "onnx", "onnxruntime"),
+    *("orbax", "tensorstore", "optax", "etils", "ml_collections"),
+)
 
 
 def run_without(blocked, code, cwd):
