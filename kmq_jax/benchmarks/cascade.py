@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kmq_jax.benchmarks.options import CascadeBench
-from kmq_jax.benchmarks.timing import Figures, in_turns, medians, peak_memory_mb
+from kmq_jax.benchmarks.timing import Figures, in_turns, medians
 from kmq_jax.cascade import fit as fitting
 from kmq_jax.cascade.evaluate import equal_error, flip_rates
 from kmq_jax.cascade.options import CalibrationOptions
@@ -14,6 +14,7 @@ from kmq_jax.cascade.policy import CascadePolicy, fit_map, symmetric_gates
 from kmq_jax.cascade.risk import pair_up
 from kmq_jax.cascade.run import Outcome, prices, run, run_grid
 from kmq_jax.core.files import write_json
+from kmq_jax.core.memory import peak_memory_mb
 from kmq_jax.core.progress import progress
 from kmq_jax.scoring.levels import parse_levels, score_levels
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from kmq_jax.benchmarks.options import ScoreBench
-from kmq_jax.benchmarks.timing import Figures, in_turns, medians, peak_memory_mb
+from kmq_jax.benchmarks.timing import Figures, in_turns, medians
 from kmq_jax.core.files import write_json
+from kmq_jax.core.memory import peak_memory_mb
 from kmq_jax.data.trials import Trials, read_trials
 from kmq_jax.metrics.evaluate import evaluate
 from kmq_jax.scoring.cosine import cosine_scores

@@ -1,8 +1,6 @@
 """Seconds of functions that take turns, so that a busy machine slows all of them alike; and what is found."""
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -49,9 +47,3 @@ def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     {'a': 2.0}
     """
     return {name: statistics.median(times) for name, times in seconds.items()}
-
-
-def peak_memory_mb() -> float:
-    """The most memory this process has held so far, in MB."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

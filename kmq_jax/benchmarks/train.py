@@ -10,10 +10,10 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from kmq_jax.benchmarks.options import TrainBench
-from kmq_jax.benchmarks.timing import Figures, peak_memory_mb
+from kmq_jax.benchmarks.timing import Figures
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import write_json
-from kmq_jax.core.memory import keep_freed_memory
+from kmq_jax.core.memory import keep_freed_memory, peak_memory_mb
 
 NETWORK, CLASSES, SCALE, MARGIN = "wespeaker_resnet34", 1000, 32.0, 0.2
 BLOCKS, CHANNELS, FEATURES, EMBEDDING = (3, 4, 6, 3), 32, 80, 256  # of the same network in PyTorch

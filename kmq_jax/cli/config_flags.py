@@ -88,8 +88,6 @@ def parse_flags(
         raise UserError(f"argument {rest[1]!r} is not a flag (see --help)")
     if config is None or workdir is None:
         raise UserError("--config and --workdir are both needed (see --help)")
-    if "://" in workdir:
-        raise UserError(f"--workdir={workdir} is no directory: mount the bucket (launch/README.md)")
     check_outputs({}, {"--workdir": Path(workdir or " ")}, {})
     return config, Path(workdir)
 

@@ -1,5 +1,6 @@
 """`kmq-jax study`: a network in full precision and at fewer bits, from training to a cascade and a report."""
 
+import os
 import sys
 
 from kmq_jax.cli.config_flags import asks_for_help, parse_flags
@@ -27,6 +28,8 @@ def main() -> None:
     if asks_for_help():
         print(HELP)
         return
+    # Read when XLA is loaded: what it says of compilations that take long would stand between the steps.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from absl import flags as absl_flags
 
     from kmq_jax.core.memory import keep_freed_memory

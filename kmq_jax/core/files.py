@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.flock import HAS_LOCKS, lock
 
 Json: TypeAlias = dict[str, Any]
 """A JSON object, read or to be written: values are numbers, texts, true and false, null, lists and objects."""
@@ -54,24 +54,29 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         target = path if through else Path(os.path.realpath(path))
         folder = Path(tempfile.gettempdir()) if through else target.parent
         folder.mkdir(parents=True, exist_ok=True)
-        temporary, held = _temporary(folder, target)
+        temporary, handle = _temporary(folder, target)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+    held: int | None = handle
     try:
         yield temporary
         if through:
             _copy_into(temporary, path)
             return
         # On the disk before it gets its name: a crash leaves the old file or the whole new one.
-        with temporary.open("rb") as written:
+        with temporary.open("r+b") as written:  # Windows flushes only what may be written
             os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_mask())  # mkstemp gives 0600; a finished file is as readable as any other
+        if not HAS_LOCKS:  # Windows renames no open file
+            os.close(handle)
+            held = None
         temporary.replace(target)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
+        if held is not None:
+            os.close(held)
         temporary.unlink(missing_ok=True)
-        os.close(held)
 
 
 def _is_special(path: Path) -> bool:
@@ -112,7 +117,7 @@ def _temporary(folder: Path, target: Path) -> tuple[Path, int]:
     while True:
         held, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=folder)
         with contextlib.suppress(OSError):  # a file system without locks: then nothing is swept there, either
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(held)
         # Another process may have swept it between the two lines above.
         if os.fstat(held).st_nlink:
             return Path(name), held
@@ -129,7 +134,7 @@ def sweep(folder: Path, prefix: str = ".") -> None:
         with contextlib.suppress(OSError):
             opened = os.open(name, os.O_RDWR)
             try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(opened)
                 os.unlink(name)
             finally:
                 os.close(opened)

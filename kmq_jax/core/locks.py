@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import platform
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.flock import lock
 
 NAME = ".lock"
 
@@ -38,7 +38,7 @@ def sole_writer(directory: str | os.PathLike[str], flag: str = "workdir", shared
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        held = _hold(directory, flag, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        held = _hold(directory, flag, shared)
     except UserError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
@@ -79,11 +79,11 @@ def in_turn(path: Path, waiting: str = "") -> Iterator[None]:
 
 def _wait(held: int, waiting: str) -> None:
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(held)
     except BlockingIOError:
         if waiting:
             print(waiting, file=sys.stderr)
-        fcntl.flock(held, fcntl.LOCK_EX)
+        lock(held, wait=True)
 
 
 def _is_at(held: int, path: Path) -> bool:
@@ -96,17 +96,17 @@ def _is_at(held: int, path: Path) -> bool:
 def _drop(held: int, path: Path) -> None:
     """Ends a lock. The last to hold it removes its file, while it is still held: whoever waits looks for that."""
     with contextlib.suppress(OSError):
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(held)
         os.unlink(path)
     os.close(held)
 
 
-def _hold(directory: Path, flag: str, how: int) -> int:
+def _hold(directory: Path, flag: str, shared: bool) -> int:
     path = directory / NAME
     while True:
         held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(held, how | fcntl.LOCK_NB)
+            lock(held, shared=shared)
         except OSError as error:
             holder = os.pread(held, 1000, 0).decode(errors="replace").strip()
             os.close(held)
@@ -116,7 +116,7 @@ def _hold(directory: Path, flag: str, how: int) -> int:
                     "another directory"
                 ) from None
             print(f"warning: {directory} cannot be locked ({error.strerror}): start one process there", file=sys.stderr)
-            return os.open(directory, os.O_RDONLY)
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         if _is_at(held, path):
             break
         os.close(held)

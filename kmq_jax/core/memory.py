@@ -1,7 +1,8 @@
-"""What the C library does with memory that JAX gives back."""
+"""Memory: the most that was held, and what the C library does with what JAX gives back."""
 
 import ctypes
 import os
+import sys
 from pathlib import Path
 
 # From glibc's malloc.h.
@@ -37,3 +38,21 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for setting, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
             mallopt(setting, value)
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has held so far, in MB; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
+def peak_device_mb() -> float | None:
+    """The most memory that this process has held on its first device so far, in MB; None where that does not tell."""
+    import jax
+
+    memory = jax.local_devices()[0].memory_stats() or {}
+    return round(memory["peak_bytes_in_use"] / 1e6, 1) if "peak_bytes_in_use" in memory else None

@@ -2,12 +2,15 @@
 
 import errno
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kmq_jax.core.errors import UserError
+
+_BUCKET = re.compile(r"((?:gs|gcs|s3|hdfs|abfss?|https?):)/+(.*)", re.DOTALL)  # `Path` leaves one slash of two
 
 _PARTS = {"model.kmq", "averaged.kmq", "config.json", "policy.json", "cascade.json", "dataset_info.json"}
 _PARTS |= {"wav.scp", "utt2spk", "segments"}
@@ -65,9 +68,21 @@ def _is_device(path: Path) -> bool:
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
+def check_no_bucket(flag: str, place: str) -> None:
+    """Refuses an address such as gs://: a path of that name would be made on the local disk instead.
+
+    >>> check_no_bucket("--out", "gs://bucket/data")
+    Traceback (most recent call last):
+    kmq_jax.core.errors.UserError: --out (=gs://bucket/data) is no path: mount the bucket (launch/README.md)
+    """
+    if found := _BUCKET.match(place):
+        raise UserError(f"{flag} (={found[1]}//{found[2]}) is no path: mount the bucket (launch/README.md)")
+
+
 def _check_writable(flag: str, path: Path, folder: bool) -> None:
     if not str(path).strip():
         raise UserError(f"{flag} must name a {'directory' if folder else 'file'}")
+    check_no_bucket(flag, str(path))
     target = Path(os.path.realpath(path))
     if _is_device(path):
         if folder:

@@ -1,9 +1,14 @@
-"""What a result was made with: the revision of the source, the versions of Python and of the libraries."""
+"""What a result was made with: the command, the revision of the source, the versions of libraries, the machine."""
 
 import importlib.metadata
 import json
+import os
 import platform
+import shlex
 import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from kmq_jax.core.files import Json
@@ -23,6 +28,54 @@ def provenance() -> Json:
         "python": platform.python_version(),
         **{name: _version(name) for name in LIBRARIES},
     }
+
+
+def start() -> Json:
+    """This process as a record: `command`, `began`, `machine`, `cores`, `memory_gb`, `devices`, and `provenance`."""
+    import jax
+
+    devices = jax.devices()
+    return {
+        "command": command_line(sys.orig_argv),
+        "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "machine": processor(),
+        "cores": os.cpu_count(),
+        "memory_gb": _memory_gb(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        **provenance(),
+    }
+
+
+def command_line(words: Sequence[str]) -> str:
+    """A process's command line as it was typed: programs by their names, not their places.
+
+    >>> command_line(["/opt/venv/bin/python3", "/opt/venv/bin/kmq-jax", "study", "--workdir=my runs"])
+    "kmq-jax study '--workdir=my runs'"
+    >>> command_line([".venv/bin/python", "-m", "kmq_jax.study", "--config=quickstart"])
+    'python -m kmq_jax.study --config=quickstart'
+    """
+    program, *rest = words or [""]
+    if rest and not rest[0].startswith("-") and not rest[0].endswith(".py"):  # an installed script
+        program, *rest = rest
+    return shlex.join([Path(program).name, *rest])
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:  # no Linux
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory_gb() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
 
 
 def revision_of(file: Path) -> tuple[str | None, bool | None]:

@@ -209,15 +209,19 @@ def resampled_length(samples: int, rate: int) -> int:
     return math.ceil(samples * SAMPLE_RATE / rate)
 
 
-def resample(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Resamples `[samples]` from `rate` Hz to 16 kHz (soxr, high quality); the samples themselves at 16 kHz."""
-    if rate == SAMPLE_RATE or not wave.size:
-        return wave
-    import librosa  # slow to import, and needed for few corpora
+def resample(wave: np.ndarray, rate: int, to: int = SAMPLE_RATE) -> np.ndarray:
+    """Resamples `[samples]` from `rate` Hz to 16 kHz or another rate (soxr, high quality); as it is at that rate.
 
-    return librosa.resample(wave, orig_sr=rate, target_sr=SAMPLE_RATE, res_type="soxr_hq").astype(
-        np.float32, copy=False
-    )
+    >>> resample(np.zeros(44100, np.float32), 44100).shape
+    (16000,)
+    """
+    if rate == to or not wave.size:
+        return wave
+    import soxr  # needed for few corpora
+
+    made = soxr.resample(wave, rate, to, quality="HQ")
+    wanted = math.ceil(len(wave) * (to / rate))  # soxr may give a sample less or more
+    return np.pad(made[:wanted], (0, max(wanted - len(made), 0))).astype(np.float32, copy=False)
 
 
 def to_int16(wave: np.ndarray) -> np.ndarray:

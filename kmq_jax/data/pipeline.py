@@ -5,14 +5,18 @@ its number alone. So a resumed run sees the same batches, and so does a run with
 """
 
 import dataclasses
+import importlib.util
 import logging
 import threading
 from collections.abc import MutableMapping, Sequence
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
-from kmq_jax.core.errors import UserError
+if TYPE_CHECKING:
+    import grain
+
+from kmq_jax.core.errors import UserError, needed
 from kmq_jax.data import audio
 from kmq_jax.data.table import Utterances
 
@@ -225,7 +229,7 @@ def training_batches(
     threads: int = 2,
     cache_bytes: int = 1 << 30,
     failures: MutableMapping[str, str] | None = None,
-) -> grain.IterDataset:
+) -> "grain.IterDataset":
     """Makes the endless sequence of training batches.
 
     Every epoch is a new permutation of all utterances at all speeds. Each example gets one disturbance out of those at
@@ -261,6 +265,7 @@ def training_batches(
     Raises:
         UserError: no utterance, or a setting out of range.
     """
+    grain = needed("grain", "training")
     _check(utterances, batch_size, crop_samples, speeds, process_index, process_count)
     voices = len(utterances.speaker_names)
     at_hand = {"noise": noise is not None, "music": music is not None, "babble": babble is not None or voices > 1}
@@ -280,6 +285,28 @@ def training_batches(
     # Sliced last, so that a process's random draws follow from the place in the whole sequence.
     dataset = dataset[process_index::process_count].batch(batch_size, drop_remainder=True)
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 1)))
+
+
+def clean_crops(utterances: Utterances, count: int, crop_samples: int) -> np.ndarray:
+    """Random clean crops of utterances -> `[count, crop_samples]`.
+
+    They are the first batch of training without augmentation. Without grain, which a light install leaves out, they are
+    other crops, drawn alike.
+
+    Raises:
+        UserError: no utterance, or a setting out of range.
+    """
+    if importlib.util.find_spec("grain"):
+        batches = training_batches(
+            utterances, batch_size=count, crop_samples=crop_samples, seed=0, augment=False, threads=0
+        )
+        waves: np.ndarray = next(iter(batches))["wave"]
+        return waves
+    _check(utterances, count, crop_samples, (1.0,), 0, 1)
+    clips, rng = Crops(utterances), np.random.default_rng(0)
+    epochs = -(-count // len(utterances))
+    order = np.concatenate([rng.permutation(len(utterances)) for _ in range(epochs)])[:count]
+    return np.stack([clips.crop(int(place), crop_samples, rng)[0] for place in order])
 
 
 def _check(

@@ -17,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, needed
 from kmq_jax.core.files import Row, atomic_write
 from kmq_jax.data import audio
 from kmq_jax.data.table import Utterances, concatenate
@@ -25,13 +25,27 @@ from kmq_jax.data.table import Utterances, concatenate
 COLUMNS = ("id", "path", "speaker", "samples", "gender", "age")
 
 
+def _tfds() -> Any:
+    needed("array_record.python.array_record_module", "a dataset in shards")  # which tfds looks for late
+    return needed("tensorflow_datasets", "a dataset in shards")
+
+
+def require_tfds() -> Any:
+    """Imports tfds, and what it reads and writes shards by.
+
+    Raises:
+        UserError: one of them is not installed.
+    """
+    needed("array_record.python.array_record_module", "a dataset in shards")  # tfds itself would miss it late
+    return needed("tensorflow_datasets", "a dataset in shards")
+
+
 def features() -> "tfds.features.FeaturesDict":
     """The tfds features of a record: `audio` int16 at 16 kHz, and `id`, `path`, `speaker` as text.
 
     Audio is stored as bytes: as tfds's default, a list of integers, it would take longer to read and more space.
     """
-    import tensorflow_datasets as tfds
-
+    tfds = _tfds()
     text = tfds.features.Text()
     samples = tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding="bytes")
     return tfds.features.FeaturesDict({"audio": samples, "id": text, "path": text, "speaker": text})
@@ -40,9 +54,7 @@ def features() -> "tfds.features.FeaturesDict":
 @functools.cache
 def _example() -> Any:
     """The protocol buffer of a record."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    return tf_example_pb2.Example
+    return needed("tensorflow_datasets.proto.tf_example_pb2", "a dataset in shards").Example
 
 
 def serialize(features: "tfds.features.FeaturesDict", record: Row) -> bytes:
@@ -64,8 +76,7 @@ def open_prepared(root: Path) -> Utterances:
     Raises:
         UserError: tfds cannot open it, or it is none of ours.
     """
-    import tensorflow_datasets as tfds
-
+    tfds = _tfds()
     try:
         builder = tfds.builder_from_directory(root)
         counts = {name: split.num_examples for name, split in builder.info.splits.items()}
@@ -116,9 +127,7 @@ class _Records:
 
     @cached_property
     def _source(self) -> Any:  # tfds does not say the type
-        import tensorflow_datasets as tfds
-
-        return tfds.builder_from_directory(self.root).as_data_source(split=self.split)
+        return _tfds().builder_from_directory(self.root).as_data_source(split=self.split)
 
     @cached_property
     def _plain(self) -> bool:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.outputs import check_no_bucket
 from kmq_jax.data.audio import SAMPLE_RATE, AudioError, read_audio, to_mono_16k
 from kmq_jax.data.folder import open_csv, open_folder
 from kmq_jax.data.kaldi import open_kaldi
@@ -37,6 +38,7 @@ def open_source(data: str | os.PathLike[str], speakers: bool = True) -> Utteranc
         from kmq_jax.data.synthetic import open_synthetic
 
         return open_synthetic(text)
+    check_no_bucket("DATA", text)
     path = Path(text)
     try:
         path.stat()

@@ -52,6 +52,7 @@ def prepare(utterances: Utterances, out: Path, *, workers: int = 1, min_seconds:
     Raises:
         UserError: `out` holds something else, the disk is full, or no recording can be used.
     """
+    prepared.require_tfds()  # before the work
     with sole_writer(out, "out"):
         return _prepare(utterances, out, workers, min_seconds)
 
@@ -235,8 +236,7 @@ def _finish(utterances: Utterances, out: Path, tasks: list[_Task], fingerprint: 
 
 def _assemble(utterances: Utterances, out: Path, tasks: list[_Task], staged: Path, fingerprint: str) -> None:
     """Gives the shards their names and writes what describes them."""
-    import tensorflow_datasets as tfds
-
+    tfds = prepared.require_tfds()
     staged.mkdir(exist_ok=True)
     reports = [read_json(task.report) for task in tasks]
     rejected = [row for report in reports for row in report["rejected"]]

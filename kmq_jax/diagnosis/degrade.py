@@ -97,9 +97,7 @@ def telephone(wave: np.ndarray) -> np.ndarray:
 
 def _narrow(wave: np.ndarray) -> np.ndarray:
     """`[samples]` at 8 kHz within the telephone band."""
-    import librosa  # slow to import, and needed for this alone
-
-    low = librosa.resample(wave, orig_sr=SAMPLE_RATE, target_sr=TELEPHONE_RATE, res_type="soxr_hq")
+    low = audio.resample(wave, SAMPLE_RATE, TELEPHONE_RATE)
     band = signal.butter(4, TELEPHONE_BAND, "bandpass", fs=TELEPHONE_RATE, output="sos")
     return np.asarray(signal.sosfilt(band, low), np.float32)
 

@@ -54,17 +54,17 @@ def write(path: Path, page: str, pictures: Mapping[str, bytes], **values: object
         temporary.write_text(text, encoding="utf-8")
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A number with a true minus sign; a dash where there is none.
+def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
+    """A number with a true minus sign, and a plus where wanted; a dash where there is none.
 
-    >>> number(-0.5), number(None)
-    ('−0.500', '–')
+    >>> number(-0.5), number(0.5, 1, signed=True), number(None)
+    ('−0.500', '+0.5', '–')
     """
     if value is None:
         return "–"
     if not math.isfinite(value):
         return "∞"
-    return f"{value:.{digits}f}".replace("-", "−")
+    return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
 
 
 def percent(value: float | None, digits: int = 2) -> str:

@@ -54,7 +54,8 @@ def det_figure(systems: Mapping[str, tuple[ArrayLike, ArrayLike]], title: str = 
     axes.set_yticks(ndtri(ticks), names)
     axes.grid(color="0.9", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper right", frameon=False)
+    # Where the curves are not: they bend around the lower left, of bad systems around the upper right.
+    axes.legend(loc="lower left" if highest > 0.25 else "upper right", frameon=False)
     return figure
 
 

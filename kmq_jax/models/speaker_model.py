@@ -28,7 +28,6 @@ from kmq_jax.data import audio, buckets, source
 from kmq_jax.models import artifact, registry
 from kmq_jax.models.about import About, checked
 from kmq_jax.models.batches import check_lengths, padded_batches, plan_batches, usable_lengths
-from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.engine import Engine, OnnxModel, chosen, kept_file
 from kmq_jax.models.protocol import SpeakerNetwork
 
@@ -496,6 +495,8 @@ def load_model(path: str | Path, bits: int | None = None) -> SpeakerModel:
 
 def _newest(directory: Path) -> Variables:
     """The network of the newest checkpoint. A run that is at work may remove the one that is being read."""
+    from kmq_jax.models.checkpoint import Checkpoints  # orbax is slow to import, and a packed model needs none
+
     checkpoints = Checkpoints(directory)
     for tries_left in reversed(range(3)):
         steps = checkpoints.steps()

@@ -26,10 +26,8 @@ Moments = tuple[jax.Array, jax.Array]
 
 def random_features(fbank: frontend.FrontEnd, utterances: source.Utterances, crops: int, seconds: float) -> jax.Array:
     """Features `[crops, time, mel]` of random clean crops."""
-    batches = pipeline.training_batches(
-        utterances, batch_size=crops, crop_samples=round(seconds * source.SAMPLE_RATE), seed=0, augment=False, threads=0
-    )
-    return frontend.features_of(jnp.asarray(next(iter(batches))["wave"]), fbank)
+    waves = pipeline.clean_crops(utterances, crops, round(seconds * source.SAMPLE_RATE))
+    return frontend.features_of(jnp.asarray(waves), fbank)
 
 
 def coarse_bits(variables: Variables) -> tuple[int, ...]:

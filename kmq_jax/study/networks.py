@@ -58,6 +58,11 @@ class Network:
         """Names its embeddings and scores."""
         return f"{self.step}-{self.bits}"
 
+    @property
+    def trained(self) -> bool:
+        """Whether it was trained at its bits; else it is full precision, or fitted without training."""
+        return self.run is not None and self.step == self.run.step
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -222,6 +227,14 @@ def _trained(own: ml_collections.ConfigDict, steps: Steps, run: Run) -> Path:
     return steps.run(run.step, settings_of(own), needs, run.step, train, data=data_of(own), recipe=recipe)
 
 
+def epochs_of(options: StudyOptions, run: Run) -> float:
+    """How long a quantization is trained; 0 where it is not."""
+    if run.coarse and not options.epochs.get(str(min(run.coarse))):
+        # Nested codebooks grow from the trained network of the fewest bits; without it they are not trained.
+        return 0.0
+    return options.epochs.get(run.name, 0.0)
+
+
 def training_config(
     config: ml_collections.ConfigDict, options: StudyOptions, run: Run, reference: str, grow_from: str = ""
 ) -> ml_collections.ConfigDict:
@@ -240,10 +253,7 @@ def training_config(
     own.average_last = 0
     if run.recipe != "kmqat":
         own.loss.weight = options.label_weight
-    own.epochs = options.epochs.get(run.name, 0.0)
-    if run.coarse and not options.epochs.get(str(min(run.coarse))):
-        # Nested codebooks grow from the trained network of the fewest bits; without it they are not trained.
-        own.epochs = 0.0
+    own.epochs = epochs_of(options, run)
     if options.learning_rate:
         own.learning_rate.peak = options.learning_rate
     # The study measures when training is done; nothing is chosen on the way.

@@ -17,12 +17,14 @@ import numpy as np
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Json, Row, read_json, sweep, write_json
+from kmq_jax.core.files import Json, Row, atomic_write, read_json, sweep, write_json
 from kmq_jax.core.locks import sole_writer
 from kmq_jax.diagnosis import report as diagnosis_report
 from kmq_jax.diagnosis.run import diagnose
+from kmq_jax.metrics.det_plot import save_det
 from kmq_jax.models.speaker_model import load_model
 from kmq_jax.scoring.extract import extract
+from kmq_jax.scoring.levels import score_levels
 from kmq_jax.scoring.options import ExtractionOptions
 from kmq_jax.scoring.run import score
 from kmq_jax.study import report
@@ -30,9 +32,10 @@ from kmq_jax.study.cascades import family_steps, run_cascade
 from kmq_jax.study.compare import compare_on, differences
 from kmq_jax.study.networks import Network, make_networks
 from kmq_jax.study.options import FULL, NESTED, EvaluationSet, StudyOptions
+from kmq_jax.study.plan import planned, seconds_left
 from kmq_jax.study.steps import Steps
 
-RECIPES = {"embed": 1, "score": 2, "diagnose": 2}
+RECIPES = {"embed": 1, "score": 2, "diagnose": 2, "det": 1}
 """To be raised when a change of the code changes what a step computes: studies then repeat it (see `study.steps`)."""
 
 
@@ -41,7 +44,8 @@ def study(config: ml_collections.ConfigDict, workdir: Path, only: Sequence[str] 
 
     Args:
         config: of the full-precision run, with its `study` section.
-        workdir: gets models, embeddings, scores, `diagnosis/`, `cascades/`, `steps.json`, `study.json`, `report.html`.
+        workdir: gets models, embeddings, scores, `diagnosis/`, `cascades/`, `study.json`, `report.html`; `steps.json`
+            holds what each step took, `starts.json` the commands, and what they ran with.
         only: makes and measures these networks alone (see `networks.make_networks`). Several processes may do so at
             once; a study of all then finds them done.
 
@@ -61,7 +65,8 @@ def study(config: ml_collections.ConfigDict, workdir: Path, only: Sequence[str] 
     with sole_writer(workdir, shared=bool(only)):
         if not only:
             sweep(workdir)
-        steps = Steps(workdir)
+        plan = planned(options, 0.0 if config.init_from else config.epochs, only)
+        steps = Steps(workdir, plan, functools.partial(seconds_left, plan))
         networks = make_networks(config, options, steps, only)
         for evaluated in options.sets.values():
             for network in networks:
@@ -89,6 +94,8 @@ def options_of(config: ml_collections.ConfigDict) -> StudyOptions:
 def _summed_up(
     steps: Steps, networks: Sequence[Network], rows: Sequence[Row], options: StudyOptions, settings: Json
 ) -> Json:
+    for evaluated in options.sets.values():
+        draw_det(steps, networks, evaluated)
     summary = {
         "rows": rows,
         "diagnosis": {name: run_diagnosis(steps, options, networks, options.sets[name]) for name in options.diagnose},
@@ -100,7 +107,7 @@ def _summed_up(
     if options.also or options.seeds > 1 or options.epochs.get(str(FULL)):
         summary["differences"] = differences(networks, list(options.sets.values()), functools.partial(place_of, steps))
     write_json(steps.directory / "study.json", summary)
-    report.write(steps.directory, summary, settings)
+    report.write(steps.directory, summary, settings, steps.costs())
     return summary
 
 
@@ -167,6 +174,33 @@ def measure_on(steps: Steps, network: Network, evaluated: EvaluationSet) -> Json
     made = steps.run(f"score-{name}", data, needs, out, action, data=data, recipe=RECIPES["score"])
     found: Json = read_json(made)
     return found
+
+
+def draw_det(steps: Steps, networks: Sequence[Network], evaluated: EvaluationSet) -> Path:
+    """The DET curves of full precision and of one network at each number of bits."""
+    shown = one_of_each(networks)
+
+    def action(out: Path) -> None:
+        levels = [(number, str(place_of(steps, one, evaluated))) for number, one in enumerate(shown)]
+        joined = score_levels(levels, None, evaluated.trials, models_path=evaluated.models)
+        names = [f"{one.bits:g} bits" if one.run else "full precision" for one in shown]
+        with atomic_write(out) as temporary:
+            save_det(
+                temporary, {name: (row, joined.trials.label) for name, row in zip(names, joined.scores)}, evaluated.name
+            )
+
+    needs = [f"embed-{one.name}-{evaluated.name}" for one in shown]
+    name, data, recipe = f"det-{evaluated.name}", evaluated.lists, RECIPES["det"]
+    return steps.run(name, data, needs, f"figure-{name}.png", action, data=data, recipe=recipe)
+
+
+def one_of_each(networks: Sequence[Network]) -> list[Network]:
+    """Full precision, then one network at each number of bits: the first that was trained, else the first."""
+    chosen: dict[float, Network] = {}
+    for one in networks[1:]:
+        if one.bits != FULL and (one.bits not in chosen or one.trained and not chosen[one.bits].trained):
+            chosen[one.bits] = one
+    return [networks[0], *(chosen[bits] for bits in sorted(chosen, reverse=True))]
 
 
 def run_diagnosis(steps: Steps, options: StudyOptions, networks: Sequence[Network], evaluated: EvaluationSet) -> Json:

@@ -1,15 +1,20 @@
-"""The report of a study: one HTML page of results, cascades and the main figures of the diagnosis."""
+"""The report of a study: one HTML page of results, cascades, the diagnosis, and how all of it was made."""
 
-from collections.abc import Sequence
+import json
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kmq_jax import html
-from kmq_jax.core.files import Row
+from kmq_jax.core.files import Json, Row, read_json
+from kmq_jax.study.options import FULL
 from kmq_jax.study.paired import changes_of
 from kmq_jax.study.published import comparison
+from kmq_jax.study.steps import duration
+from kmq_jax.training.runlog import read_runlog
 
 METHODS = {  # colour, marker and name of each way to quantize
     "without training": ("tab:gray", "s", "without training"),
@@ -20,12 +25,22 @@ METHODS = {  # colour, marker and name of each way to quantize
     "trained, nested": ("tab:orange", "D", "nested, trained"),
 }
 TICKS = (2, 3, 4, 6, 8, 16, 32)
+EER_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+KINDS = {  # of steps, by the first word of their names
+    "training": ("fp32", "distilled", "kmqat", "uniform", "minmax", "powers"),
+    "quantizing without training": ("ptq",),
+    "embedding": ("embed",),
+    "scoring": ("score", "compare", "det"),
+    "diagnosis": ("diagnose",),
+    "cascades": ("halves", "calibrate", "cascade"),
+}
 FROM_DIAGNOSIS = ("histograms", "flips", "retention")
 
 
 def bits_figure(summary: Row, sets: Sequence[str]) -> Figure:
     """EER against bits, a panel for each evaluation set, with paired 95 % intervals of the change where known."""
     rows = summary["rows"]
+    all_bits = sorted({row["bits"] for row in rows[1:]}, reverse=True)
     figure = Figure(figsize=(html.WIDTH, 3.4 * len(sets)), layout="constrained")
     panels = figure.subplots(len(sets), 1, squeeze=False)[:, 0]
     for axes, name in zip(panels, sets):
@@ -34,7 +49,7 @@ def bits_figure(summary: Row, sets: Sequence[str]) -> Figure:
         for shift, (method, (colour, marker, label)) in enumerate(METHODS.items()):
             chosen = sorted((row for row in rows if row["method"] == method), key=lambda row: row["bits"])
             # A little apart, so that intervals of different methods do not cover one another.
-            places = [row["bits"] + 0.09 * (shift - 1.5) for row in chosen]
+            places = [all_bits.index(row["bits"]) + 0.07 * (shift - 2.5) for row in chosen]
             values = [row["sets"][name]["eer"] for row in chosen]
             # Paired intervals of the difference, drawn around full precision's EER: one that meets its line is no
             # difference.
@@ -47,13 +62,77 @@ def bits_figure(summary: Row, sets: Sequence[str]) -> Figure:
             if chosen:
                 look = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1}
                 axes.errorbar(places, values, spans, label=label, elinewidth=0.7, capsize=2, **look)
-        all_bits = sorted({row["bits"] for row in rows[1:]})
-        axes.set(title=name, xlabel="bits a weight", ylabel="EER (%)", xticks=all_bits)
-        axes.invert_xaxis()
+        axes.set(title=name, xlabel="bits a weight", ylabel="EER (%)", xlim=(-0.5, len(all_bits) - 0.5))
+        axes.set_xticks(range(len(all_bits)), [f"{bits:g}" for bits in all_bits])
+        _log_where_wide(axes, [row["sets"][name]["eer"] for row in rows])
         axes.grid(axis="y", color="0.9", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False, fontsize=8)
     return figure
+
+
+def _log_where_wide(axes: Axes, eers: Sequence[float]) -> None:
+    """A logarithmic axis where one network errs so much more that the others would lie on one another."""
+    if 0 < 8 * min(eers) < max(eers):
+        low, high = min(eers) / 1.5, min(1.3 * max(eers), 100)
+        axes.set_yscale("log")
+        axes.set_ylim(low, high)
+        ticks = [tick for tick in EER_TICKS if low <= tick <= high]
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+
+
+def learning_figure(workdir: Path, rows: Sequence[Row]) -> Figure | None:
+    """Loss against epochs of every network that was trained here, a panel for each way; and validation, if there is.
+
+    None where none was trained.
+    """
+    logs = {row["model"]: _log_of(workdir / row["model"]) for row in rows}
+    panels: dict[str, dict[str, list[Row]]] = {}
+    for model, lines in logs.items():
+        if any("loss" in line for line in lines):
+            kind, _, rest = model.partition("-")
+            panels.setdefault(kind, {})[rest] = lines
+    validated = [lines for lines in logs.values() if any("validation_eer" in line for line in lines)]
+    count = len(panels) + bool(validated)
+    if not panels:
+        return None
+    figure = Figure(figsize=(html.WIDTH, 0.3 + 2.1 * count), layout="constrained")
+    drawn = figure.subplots(count, 1, squeeze=False)[:, 0]
+    for axes, (kind, made) in zip(drawn, panels.items()):
+        for rest, lines in made.items():
+            told = [line for line in lines if "loss" in line]
+            axes.plot([line["epoch"] for line in told], [line["loss"] for line in told], label=_trained_name(rest))
+        title = "full precision" if kind == "fp32" else f"trained at few bits: {kind}"
+        axes.set(title=title, xlabel="epoch", ylabel="loss")
+        if kind != "fp32":
+            axes.legend(frameon=False, fontsize=8)
+    for lines in validated:
+        told = [line for line in lines if line.get("validation_eer") is not None]
+        scale = next(line["epoch"] / line["step"] for line in lines if "epoch" in line)
+        epochs = [line["step"] * scale for line in told]
+        drawn[-1].plot(epochs, [line["validation_eer"] for line in told], "o-", markersize=4)
+        drawn[-1].set(title="full precision on validation trials", xlabel="epoch", ylabel="EER (%)")
+    for axes in drawn:
+        axes.grid(axis="y", color="0.9", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _log_of(run: Path) -> list[Row]:
+    file = run / "metrics.jsonl"
+    return list(read_runlog(file)) if file.is_file() else []
+
+
+def _trained_name(rest: str) -> str:
+    """What a network is called after the recipe in its step's name.
+
+    >>> _trained_name("2"), _trained_name("nested"), _trained_name("32"), _trained_name("4-seed1")
+    ('2 bits', 'nested', 'full precision', '4 bits, seed 1')
+    """
+    bits, _, seed = rest.partition("-seed")
+    name = "full precision" if bits == str(FULL) else f"{bits} bits" if bits.isdigit() else bits
+    return f"{name}, seed {seed}" if seed else name
 
 
 def cascades_figure(cascades: Sequence[Row], sets: Sequence[str]) -> Figure:
@@ -175,44 +254,148 @@ def verdict(summary: Row) -> Row | None:
     return ranked[0][0] if ranked else None
 
 
-def write(workdir: Path, summary: Row, config: Row) -> None:
+def level_as_good(found: Row) -> str | None:
+    """The bits of a cascade's level that alone costs no more an utterance and makes no more harmful flips, if any does.
+
+    >>> alone = {"2": {"harmful_flip_rate": 0.04}, "4": {"harmful_flip_rate": 0.01}}
+    >>> level_as_good({"saved": {"utterance": 0.25}, "harmful_flip_rate": 0.01, "each_width_alone": alone})
+    >>> level_as_good({"saved": {"utterance": -0.5}, "harmful_flip_rate": 0.01, "each_width_alone": alone})
+    '4'
+    """
+    levels = found["each_width_alone"]
+    cost = (1 - found["saved"]["utterance"]) * max(map(int, levels))
+    fit = [bits for bits in levels if int(bits) <= cost]
+    return next((bits for bits in fit if levels[bits]["harmful_flip_rate"] <= found["harmful_flip_rate"]), None)
+
+
+def headlined(cascades: Sequence[Row], name: str) -> Row | None:
+    """The cascade that saves most bits by utterance on a set, of those that gain something over each of their levels.
+
+    None where none does.
+    """
+    gaining = [
+        one for one in cascades if one["sets"][name]["saved"]["utterance"] > 0 and not level_as_good(one["sets"][name])
+    ]
+    return max(gaining, key=lambda one: one["sets"][name]["saved"]["utterance"], default=None)
+
+
+def files_of(workdir: Path, rows: Sequence[Row]) -> list[Json]:
+    """The model files, most bits first: `file`, `method`, `bits`, `bytes`, and `models`, as rows name them.
+
+    A run's packed file stands for its directory, and a nested file once for all of its bits. Places are relative to the
+    report where they lie in the study.
+    """
+    found: dict[str, Json] = {}
+    for row in rows:
+        place = workdir / row["model"]
+        packed = [name for name in ("model.kmq", "averaged.kmq") if (place / name).is_file()]
+        file = f"{row['model']}/{packed[0]}" if packed else row["model"]
+        one = found.setdefault(row["model"], {key: row[key] for key in ("model", "method", "bytes")})
+        one |= {"file": file, "bits": [*one.get("bits", ()), row["bits"]]}
+    return list(found.values())
+
+
+def rules_of(workdir: Path, summary: Row, model: str, data: str) -> list[Json]:
+    """The rules that diagnoses propose, as `quantize --rules` reads them: `file`, `bits`, `text`, and the `command`."""
+    found = []
+    for one in summary["diagnosis"].values():
+        for path in sorted((workdir / one["directory"]).glob("rules-*.json")):
+            file, bits = str(path.relative_to(workdir)), path.stem.removeprefix("rules-")
+            text = "[\n" + ",\n".join(f"  {json.dumps(rule)}" for rule in read_json(path)) + "\n]"
+            words = [
+                f"--model={model}",
+                f"--bits={bits}",
+                f"--rules={file}",
+                f"--data={data}",
+                f"--out=mixed-{bits}.kmq",
+            ]
+            found.append(
+                {"file": file, "bits": bits, "text": text, "command": shlex.join(["kmq-jax", "quantize", *words])}
+            )
+    return found
+
+
+def by_kind(costs: Mapping[str, Row]) -> list[Json]:
+    """What steps took, summed by kind: `kind`, `steps`, `seconds`, `memory_mb`, `device_mb`; those that are known.
+
+    >>> by_kind({"embed-a": {"seconds": 2.0, "memory_mb": 9.0, "device_mb": None}, "embed-b": {"seconds": None}})
+    [{'kind': 'embedding', 'steps': 1, 'seconds': 2.0, 'memory_mb': 9.0, 'device_mb': None}]
+    """
+    rows = []
+    for kind, words in KINDS.items():
+        known = [
+            cost for name, cost in costs.items() if name.partition("-")[0] in words and cost["seconds"] is not None
+        ]
+        if known:
+            most = {
+                key: max((one[key] for one in known if one[key]), default=None) for key in ("memory_mb", "device_mb")
+            }
+            rows.append({"kind": kind, "steps": len(known), "seconds": sum(one["seconds"] for one in known), **most})
+    return rows
+
+
+def data_of(workdir: Path, config: Row, full: Row) -> list[Json]:
+    """What the study read: `use`, `data`, `trials` and `about`, how much there is of it."""
+    summary = workdir / "fp32" / "summary.json"
+    trained = read_json(summary) if summary.is_file() else {}
+    about = f"{trained['utterances']:,} utterances, {trained['classes']:,} classes" if trained else ""
+    rows = [{"use": "training", "data": config["data"]["train"], "trials": "", "about": about}]
+    for name, one in config["study"]["evaluate"].items():
+        found = full["sets"][name]
+        about = ", ".join(f"{found[key]:,} {key}" for key in ("trials", "speakers", "utterances") if found.get(key))
+        rows.append({"use": name, "data": one["data"], "trials": one["trials"], "about": about})
+    return rows
+
+
+def write(workdir: Path, summary: Row, config: Row, costs: Mapping[str, Row]) -> None:
     """Writes `report.html` of a study, and its figures beside it.
 
     Args:
         workdir: of the study, which holds the diagnosis.
         summary: as in `study.json`.
         config: the study's configuration, as JSON values.
+        costs: what each step took (`Steps.costs`).
     """
     rows, sets = summary["rows"], list(summary["rows"][0]["sets"])
-    pictures = {"bits": html.png(bits_figure(summary, sets))}
+    figures = {"bits": bits_figure(summary, sets), "learning": learning_figure(workdir, rows)}
     if summary["cascades"]:
         for name, draw in {
             "cascades": cascades_figure,
             "resolved": resolved_figure,
             "remaining": remaining_figure,
         }.items():
-            pictures[name] = html.png(draw(summary["cascades"], sets))
+            figures[name] = draw(summary["cascades"], sets)
+    pictures = {name: html.png(figure) for name, figure in figures.items() if figure}
     for name, data in pictures.items():
         (workdir / f"figure-{name}.png").write_bytes(data)
-    for cascade in summary["cascades"]:  # drawn by the calibration
-        pictures[cascade["directory"]] = (workdir / cascade["directory"] / "policy.png").read_bytes()
+    drawn = {f"det-{name}": workdir / f"figure-det-{name}.png" for name in sets}  # by steps of their own
+    drawn |= {one["directory"]: workdir / one["directory"] / "policy.png" for one in summary["cascades"]}
     for found in summary["diagnosis"].values():
         for name in FROM_DIAGNOSIS:
-            file = workdir / found["directory"] / f"figure-{name}.png"
-            if file.exists():
-                pictures[f"{found['directory']}-{name}"] = file.read_bytes()
+            drawn[f"{found['directory']}-{name}"] = workdir / found["directory"] / f"figure-{name}.png"
+    pictures |= {name: file.read_bytes() for name, file in drawn.items() if file.is_file()}
+    starts, files = workdir / "starts.json", files_of(workdir, rows)
     html.write(
         workdir / "report.html",
         "study",
         pictures,
         sets=sets,
         rows=rows,
+        files=files,
         changes=[{name: changes_of(summary, row, name) for name in sets} for row in rows],
         full=rows[0],
         verdict=verdict(summary),
         cascades=summary["cascades"],
+        headlined=headlined(summary["cascades"], config["study"]["calibrate"]),
         diagnosis=summary["diagnosis"],
+        rules=rules_of(workdir, summary, files[0]["file"], config["data"]["train"]),
         comparison=comparison(summary),
         settings=config,
         calibrated=config["study"]["calibrate"],
+        costs={name: cost for name, cost in costs.items() if cost["seconds"] is not None},
+        kinds=by_kind(costs),
+        starts=read_json(starts) if starts.is_file() else [],
+        data=data_of(workdir, config, rows[0]),
+        duration=duration,
+        level_as_good=level_as_good,
     )

@@ -14,30 +14,64 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import kmq_jax
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Json, read_object, write_json
+from kmq_jax.core.files import Json, read_json, read_object, write_json
 from kmq_jax.core.locks import in_turn
+from kmq_jax.core.memory import peak_device_mb, peak_memory_mb
+from kmq_jax.core.provenance import start
 
 _LISTS = ("wav.scp", "dataset_info.json")
 """A directory with one of these is described by the files that lie in it; what they name is not looked at."""
+_COSTS = ("seconds", "memory_mb", "device_mb")
 _SHORT = 1 << 26  # bytes of a file that is read whole
 
 
-class Steps:
-    """The steps of a job, remembered in `steps.json` of its directory.
+@dataclass(frozen=True)
+class Work:
+    """A step as a plan has it.
 
-    A step that another process is doing is waited for, and then found done.
+    Attributes:
+        kind: what its seconds are typical of; the first word of its name.
+        amount: how much of that it is, such as epochs of training.
     """
 
-    def __init__(self, directory: Path):
-        """Opens (and makes) the directory. Other processes may do other steps in it at the same time."""
+    kind: str
+    amount: float = 1.0
+
+
+class Steps:
+    """The steps of a job, remembered in `steps.json` of its directory, with what each took.
+
+    A step that another process is doing is waited for, and then found done. `starts.json` holds, for every process
+    that did any, its command line and what it ran with.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        plan: Sequence[Work] = (),
+        left: Callable[[int, dict[str, Json]], float | None] = lambda at, done: None,
+    ):
+        """Opens (and makes) the directory. Other processes may do other steps in it at the same time.
+
+        Args:
+            directory: of the job.
+            plan: all steps of the job, in order, as far as that is known.
+            left: seconds that are left, from how many steps are behind, and `seconds` and `amount` of the steps that
+                are done, by kind.
+        """
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._file = directory / "steps.json"
         self._known()
+        self._plan, self._left = plan, left
+        self._met: list[str] = []  # steps of this process, in order
+        self._amounts: dict[str, Work] = {}
+        self._noted = False  # whether this process stands in `starts.json`
         self._stamp = functools.cache(stamp)  # data is looked at once a run
 
     def run(
@@ -81,6 +115,8 @@ class Steps:
         data: Sequence[str],
         recipe: int,
     ) -> Path:
+        again = name in self._met
+        self._meet(name)
         done = self._known()
         for other in needs:
             if other not in done:
@@ -91,20 +127,60 @@ class Steps:
         about = [kmq_jax.__version__, recipe, settings, read, before]
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         known = done.get(name, {})
-        if known == {"digest": digest, "done": True} and path.exists():
-            print(f"{name}: done before", file=sys.stderr)
+        if known.get("digest") == digest and known["done"] and path.exists():
+            if not again:
+                self._say(name, "done before")
             return path
         if known.get("digest") != digest and path.exists():
             # Made with other settings: to go on from it would mix the two.
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         # Noted before the work: what is found after an interruption is then known to be of these settings.
-        self._remember(name, digest, False)
-        print(f"{name}: begins", file=sys.stderr)
-        start = time.monotonic()
+        self._remember(name, {"digest": digest, "done": False})
+        self._note_start()
+        self._say(name, f"begins{self._time_left()}")
+        begun = time.monotonic()
         action(path)
-        print(f"{name}: took {time.monotonic() - start:.1f} s", file=sys.stderr)
-        self._remember(name, digest, True)
+        seconds = time.monotonic() - begun
+        self._say(name, f"took {seconds:.1f} s")
+        costs = dict(zip(_COSTS, (round(seconds, 2), peak_memory_mb(), peak_device_mb())))
+        self._remember(name, {"digest": digest, "done": True, **costs})
         return path
+
+    def costs(self) -> dict[str, Json]:
+        """What each step of this run took, in order: `seconds`, `memory_mb`, `device_mb`, as far as that is known."""
+        known = self._known()
+        return {name: {key: known[name].get(key) for key in _COSTS} for name in self._met}
+
+    def _meet(self, name: str) -> None:
+        if name not in self._met:
+            at = len(self._met)
+            self._met.append(name)
+            self._amounts[name] = self._plan[at] if at < len(self._plan) else Work(name.partition("-")[0])
+
+    def _say(self, name: str, what: str) -> None:
+        place = f"[{self._met.index(name) + 1}/{len(self._plan)}] " if self._plan else ""
+        print(f"{place}{name}: {what}", file=sys.stderr, flush=True)
+
+    def _time_left(self) -> str:
+        """How long this step and all after it may take, as far as the steps done so far tell."""
+        done: dict[str, Json] = {}
+        for name, known in self._known().items():
+            if name in self._amounts and known.get("done") and "seconds" in known:
+                work = self._amounts[name]
+                sums = done.setdefault(work.kind, {"seconds": 0.0, "amount": 0.0})
+                sums["seconds"] += known["seconds"]
+                sums["amount"] += work.amount
+        seconds = self._left(len(self._met) - 1, done)
+        return "" if seconds is None else f", about {duration(seconds)} left"
+
+    def _note_start(self) -> None:
+        """Adds this process to `starts.json`, once it does a step."""
+        if not self._noted:
+            with in_turn(self.directory / ".starts.lock"):
+                path = self.directory / "starts.json"
+                before = read_json(path) if path.exists() else []
+                write_json(path, [*(before if isinstance(before, list) else ()), start()])
+            self._noted = True
 
     def _known(self) -> dict[str, Json]:
         """Digest of each step, and whether it is done."""
@@ -113,9 +189,21 @@ class Steps:
             raise UserError(f"{self._file} does not tell what was done: remove it, and all steps are done again")
         return known
 
-    def _remember(self, name: str, digest: str, done: bool) -> None:
+    def _remember(self, name: str, step: Json) -> None:
         with in_turn(self.directory / ".steps.lock"):
-            write_json(self._file, {**self._known(), name: {"digest": digest, "done": done}})
+            write_json(self._file, {**self._known(), name: step})
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it.
+
+    >>> duration(0.42), duration(80), duration(100), duration(5000), duration(400000)
+    ('0.4 s', '80 s', '2 min', '1.4 h', '4.6 days')
+    """
+    for unit, size, from_seconds, digits in (("days", 86400, 1.5e5, 1), ("h", 3600, 3600, 1), ("min", 60, 90, 0)):
+        if seconds >= from_seconds:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def stamp(data: str) -> str:

@@ -6,11 +6,14 @@ import functools
 import itertools
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+    import grain
 
 from kmq_jax.core import distributed, mesh
 from kmq_jax.core.errors import UserError
@@ -47,7 +50,7 @@ class Data:
     classes: int
     epoch_steps: int
     failures: MutableMapping[str, str]
-    batches: grain.DatasetIterator
+    batches: "grain.DatasetIterator"
 
 
 @dataclasses.dataclass
@@ -178,7 +181,7 @@ def open_data(options: TrainOptions) -> Data:
 
 def _batches(
     options: TrainOptions, utterances: source.Utterances, failures: MutableMapping[str, str]
-) -> grain.IterDataset:
+) -> "grain.IterDataset":
     """This process's part of the endless sequence of batches."""
     data = options.data
 
@@ -255,7 +258,7 @@ def _start(
 
 
 def _restore(
-    checkpoints: Checkpoints, shapes: TrainState, shardings: TrainState, batches: grain.DatasetIterator
+    checkpoints: Checkpoints, shapes: TrainState, shardings: TrainState, batches: "grain.DatasetIterator"
 ) -> TrainState:
     """Restores the newest state onto the mesh, and moves the data to the same position."""
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -269,7 +272,7 @@ def allocate(
     params: Trainable,
     batch_stats: Params,
     teacher: Variables | None,
-    batches: grain.DatasetIterator,
+    batches: "grain.DatasetIterator",
 ) -> dict[str, int]:
     """The bits of mixed precision: those in `workdir/bits.json`, else chosen by the loss's curvature on one batch."""
     path = workdir / "bits.json"

@@ -5,6 +5,7 @@ import pytest
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.outputs import check_outputs
+from kmq_jax.data.source import open_source
 
 
 def test_what_cannot_be_written_is_found_and_nothing_is_left(tmp_path):
@@ -46,3 +47,13 @@ def test_outputs_that_are_equal_or_read(tmp_path):
         with pytest.raises(UserError, match="they must differ"):
             check_outputs(outputs, {}, inputs)
     check_outputs({"--out": Path("/dev/null"), "--json": Path("/dev/null")}, {}, {"--data": ["synthetic:dev"]})
+
+
+def test_buckets_are_no_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for files, folders in (({"--out": Path("gs://bucket/a.npz")}, {}), ({}, {"--workdir": Path("s3://bucket/run")})):
+        with pytest.raises(UserError, match=r"--\w+ \(=\w+://bucket/\S+\) is no path: mount the bucket"):
+            check_outputs(files, folders, {})
+    assert not os.listdir(tmp_path)
+    with pytest.raises(UserError, match=r"DATA \(=gs://bucket/data\) is no path"):
+        open_source("gs://bucket/data")

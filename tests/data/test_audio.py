@@ -224,3 +224,12 @@ def test_channels_are_told_from_samples():
         np.testing.assert_array_equal(audio.to_mono_16k(both, 16000), np.full(16000, 0.25, np.float32))
     with pytest.raises(UserError, match=r"audio of shape \(40, 16000\) has more than 32 channels"):
         audio.to_mono_16k(np.zeros((40, 16000), np.float32), 16000)
+
+
+@pytest.mark.parametrize("rate", [7999, 8000, 22050, 44100, 48000])
+@pytest.mark.parametrize("samples", [1, 3, 12345])
+def test_resampling_is_librosa_s(rate, samples):
+    librosa = pytest.importorskip("librosa", reason="librosa is not installed")
+    wave = np.random.default_rng(0).standard_normal(samples).astype(np.float32)
+    theirs = librosa.resample(wave, orig_sr=rate, target_sr=audio.SAMPLE_RATE, res_type="soxr_hq")
+    np.testing.assert_array_equal(audio.resample(wave, rate), theirs)

@@ -1,6 +1,11 @@
 """The notebooks: valid, without outputs, and sound from top to bottom in their small form."""
 
+import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -25,6 +30,81 @@ def test_a_notebook_is_valid_and_kept_without_outputs(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert all(not cell.outputs and cell.execution_count is None for cell in code_of(notebook))
+
+
+class Machine:
+    """Runs a notebook's first cell in a directory without the package, and notes what it would install."""
+
+    def __init__(self, path, directory, monkeypatch, smi=""):
+        (self.cell,) = [cell.source for cell in code_of(nbformat.read(path, as_version=4))[:1]]
+        self.installed, self.directory, find = [], directory, importlib.util.find_spec
+        monkeypatch.chdir(directory)
+        monkeypatch.setattr(os, "environ", {"PATH": "/bin"})
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "kmq_jax" else find(name))
+
+        def run(command, **settings):
+            if command == "nvidia-smi":
+                if not smi:
+                    raise FileNotFoundError(command)
+                return SimpleNamespace(stdout=smi)
+            self.installed.append(command[-1])
+            assert command[:-1] == [sys.executable, "-m", "pip", "install", "-q"] and settings["check"]
+            return None
+
+        monkeypatch.setattr(subprocess, "run", run)
+
+    def start(self, **form):
+        """Runs the cell as a form with these values would."""
+        cell = self.cell
+        for name, value in form.items():
+            before = [line for line in cell.splitlines() if line.startswith(f"{name} = ")]
+            cell = cell.replace(before[0], f"{name} = {value!r}")
+        names = {}
+        exec(cell, names)
+        return names
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_finds_the_package(path, tmp_path, monkeypatch):
+    machine = Machine(path, tmp_path, monkeypatch, "NVIDIA-SMI 550  Driver Version: 550  CUDA Version: 12.4 |")
+    with pytest.raises(SystemExit, match="upload its wheel beside this notebook, or set REPOSITORY"):
+        machine.start()
+    machine.start(REPOSITORY="https://example.org/kmq_jax")
+    machine.start(REPOSITORY="https://example.org/kmq_jax.zip")
+    (tmp_path / "kmq_jax-0.1.0-py3-none-any.whl").write_text("")
+    names = machine.start()
+    assert machine.installed == [
+        "kmq_jax[cuda12] @ git+https://example.org/kmq_jax",
+        "kmq_jax[cuda12] @ https://example.org/kmq_jax.zip",
+        f"{tmp_path}/kmq_jax-0.1.0-py3-none-any.whl[cuda12]",
+    ]
+    assert names["RUNS"] == Path("runs") / path.stem and (tmp_path / names["RUNS"]).is_dir()
+    clone = tmp_path / "clone"
+    (clone / "colab").mkdir(parents=True)
+    (clone / "kmq_jax").mkdir()
+    monkeypatch.chdir(clone / "colab")
+    machine.start()
+    assert len(machine.installed) == 3 and Path.cwd() == clone
+
+
+@pytest.mark.parametrize(
+    ("smi", "extra"), [("", ""), ("CUDA Version: 13.0", "[cuda13]"), ("CUDA Version: 11.8", "[cuda12]")]
+)
+def test_what_is_installed_fits_the_driver(smi, extra, tmp_path, monkeypatch):
+    machine = Machine(NOTEBOOKS[0], tmp_path, monkeypatch, smi)
+    machine.start(REPOSITORY="https://example.org/kmq_jax")
+    assert machine.installed == [f"kmq_jax{extra} @ git+https://example.org/kmq_jax"]
+
+
+def test_work_is_kept_on_drive_where_wanted(tmp_path, monkeypatch):
+    mounted, colab = [], ModuleType("google.colab")
+    colab.drive = SimpleNamespace(mount=mounted.append)
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.setattr(Path, "mkdir", lambda path, **settings: None)
+    machine = Machine(NOTEBOOKS[0], tmp_path, monkeypatch)
+    names = machine.start(REPOSITORY="https://example.org/kmq_jax", KEEP_ON_DRIVE=True)
+    assert mounted == ["/content/drive"]
+    assert names["RUNS"] == Path("/content/drive/MyDrive/kmq_jax") / NOTEBOOKS[0].stem
 
 
 @pytest.mark.slow

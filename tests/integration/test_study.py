@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import kmq_jax
 from kmq_jax.core.errors import UserError
 from kmq_jax.data.source import open_source
-from kmq_jax.study import cascades, pipeline, tables
+from kmq_jax.study import cascades, pipeline, plan, tables
 from kmq_jax.study.config import smoke_study, study_config
 from kmq_jax.study.options import EvaluationSet
 from kmq_jax.study.steps import Steps
@@ -48,14 +49,23 @@ def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
     assert len(lines) == 2 + len(rows) + 2 and lines[0].startswith("| bits | weights | KiB | voices")
     assert re.fullmatch(r"voices: [\d,]+ trials, [\d,]+ of them targets, \d+ speakers, [\d,]+ utterances\.", lines[-1])
 
-    capfd.readouterr()
+    planned = [work.kind for work in plan.planned(pipeline.options_of(config), config.epochs)]
+    known = json.loads((tmp_path / "steps.json").read_text())
+    assert [name.partition("-")[0] for name in known] == planned and all(
+        step["seconds"] >= 0 for step in known.values()
+    )
+    told = capfd.readouterr().err
+    assert f"[1/{len(planned)}] fp32: begins\n" in told and re.search(rf"\[{len(planned)}/.* about .* left\n", told)
+    (start,) = json.loads((tmp_path / "starts.json").read_text())
+    assert start["jax"] == jax.__version__ and "pytest" in start["command"]
+
     assert pipeline.study(config, tmp_path) == summary
-    assert "begins" not in capfd.readouterr().err
+    assert "begins" not in capfd.readouterr().err and len(json.loads((tmp_path / "starts.json").read_text())) == 1
     config.study.epochs["2"] = 0.5
 
     def begun(only=()):
         pipeline.study(config, tmp_path, only)
-        return {line.split(":")[0] for line in capfd.readouterr().err.splitlines() if line.endswith("begins")}
+        return set(re.findall(r"^\[\d+/\d+\] (\S+): begins", capfd.readouterr().err, re.M))
 
     with pytest.raises(UserError, match=r"--only \(=kmqat-2\) must be of fp32, distilled-2$"):
         begun(("kmqat-2",))
@@ -64,7 +74,7 @@ def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
     assert begun(("distilled-2",)) == {"distilled-2", *of_one}
     calibrated = {f"calibrate-distilled-2-32{half}" for half in ("", "-a", "-b")}
     calibrated |= {f"cascade-distilled-2-32-voices-{half}" for half in "ab"}
-    assert begun() == {"diagnose-voices"} | calibrated
+    assert begun() == {"det-voices", "diagnose-voices"} | calibrated
 
 
 def check_report(workdir, summary):
@@ -72,7 +82,11 @@ def check_report(workdir, summary):
     page = (workdir / "report.html").read_text()
     loads = re.findall(r'(?:src|href)="([^"]*)"', page)
     outside = [place for place in loads if not place.startswith(("data:image/png", "#"))]
-    assert outside == ["diagnosis/voices/report.html"] and (workdir / outside[0]).is_file()
+    models = {"fp32", "ptq-2.kmq", "distilled-2/model.kmq"}
+    told = {"study.json", "steps.json", "starts.json"}
+    assert set(outside) == models | told | {"diagnosis/voices/report.html", "cascades/distilled-2-32"}
+    assert all((workdir / place).exists() for place in outside)
+    assert {'alt="Misses against', 'alt="Loss over'} <= set(re.findall(r'alt="\w+ \w+', page))
     for row in summary["rows"]:
         assert f"{row['sets']['voices']['eer']:.2f}" in page
     (cascade,) = summary["cascades"]
@@ -80,8 +94,11 @@ def check_report(workdir, summary):
     assert len(halves) == 2
     for key in ("eer", "sequential_bits", "harmful_flip_rate"):
         assert cascade["sets"]["voices"][key] == pytest.approx(sum(half[key] for half in halves) / 2)
-    assert f"<td>1.500</td><td>{summary['rows'][-1]['groups']['all']:.3f}</td>" in page
-    assert f"<td>1.250</td><td>{cascade['groups']['all']:.3f}</td>" in page
+    compared = re.findall(r'="published">([\d.]+)</td>\s*<td data-column="measured here">([\d.]+)<', page)
+    assert compared == [
+        ("1.500", f"{summary['rows'][-1]['groups']['all']:.3f}"),
+        ("1.250", f"{cascade['groups']['all']:.3f}"),
+    ]
     verifier = kmq_jax.load_cascade(workdir / cascade["directory"])
     wave = (np.random.default_rng(0).standard_normal(16000).astype(np.float32), 16000)
     assert verifier.verify(wave, wave).decision

@@ -7,7 +7,9 @@ import pytest
 
 import kmq_jax
 from kmq_jax.core.errors import UserError
-from kmq_jax.study.steps import Steps, stamp
+from kmq_jax.study.plan import USUAL, seconds_left
+from kmq_jax.study.report import KINDS
+from kmq_jax.study.steps import Steps, Work, stamp
 
 
 class Job:
@@ -160,3 +162,41 @@ def test_many_processes_steps_are_all_remembered(tmp_path):
 def test_a_step_says_what_it_lacks(tmp_path):
     with pytest.raises(UserError, match="grown needs distilled-2, which was not made yet"):
         Steps(tmp_path).run("grown", 1, ("distilled-2",), "grown", print)
+
+
+def test_steps_are_counted_and_the_time_left_is_told_from_those_before(tmp_path, capsys):
+    plan = [Work("fp32", 2), Work("distilled", 1), Work("embed")]
+
+    def run():
+        steps = Steps(tmp_path, plan, lambda at, done: seconds_left(plan, at, done))
+        for name in ("fp32", "distilled-2", "embed-fp32", "fp32"):
+            steps.run(name, 1, (), f"{name}.txt", lambda path: path.write_text(""))
+        return steps.costs(), capsys.readouterr().err.splitlines()
+
+    costs, lines = run()
+    assert lines[0] == "[1/3] fp32: begins" and lines[1].startswith("[1/3] fp32: took ")
+    assert lines[2].startswith("[2/3] distilled-2: begins, about ") and lines[2].endswith(" left")
+    assert len(lines) == 6 and list(costs) == ["fp32", "distilled-2", "embed-fp32"]
+    assert all(one["seconds"] >= 0 and one["memory_mb"] > 10 for one in costs.values())
+    (start,) = json.loads((tmp_path / "starts.json").read_text())
+    assert start["cores"] == os.cpu_count() and start["devices"].endswith("cpu")
+    again, lines = run()
+    assert again == costs and lines == [f"[{i}/3] {name}: done before" for i, name in enumerate(costs, 1)]
+    assert len(json.loads((tmp_path / "starts.json").read_text())) == 1  # a run that did nothing is none
+
+
+def test_what_an_earlier_version_did_is_not_done_again(tmp_path):
+    def make(path):
+        path.write_text("")
+
+    Steps(tmp_path).run("a", 1, (), "a.txt", make)
+    file = tmp_path / "steps.json"
+    step = json.loads(file.read_text())["a"]
+    file.write_text(json.dumps({"a": {key: step[key] for key in ("digest", "done")}}))  # before times were kept
+    steps = Steps(tmp_path)
+    steps.run("a", 1, (), "a.txt", lambda path: pytest.fail("done again"))
+    assert steps.costs() == {"a": {"seconds": None, "memory_mb": None, "device_mb": None}}
+
+
+def test_every_kind_of_step_has_its_usual_time_and_its_place_in_the_report():
+    assert {kind for kinds in KINDS.values() for kind in kinds} == USUAL.keys()

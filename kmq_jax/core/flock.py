@@ -1,0 +1,32 @@
+"""Locks on open files, which end with their holder. Windows has none: there nothing is locked."""
+
+import errno
+import os
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+HAS_LOCKS = fcntl is not None
+
+
+def lock(handle: int, *, shared: bool = False, wait: bool = False) -> None:
+    """Locks an open file for this process.
+
+    Args:
+        handle: of the file.
+        shared: admits others that share it.
+        wait: for whoever holds it.
+
+    Raises:
+        BlockingIOError: another holds it, and it is not waited for.
+        OSError: the system or the file system has no locks.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryFile() as file:
+    ...     lock(file.fileno())
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))

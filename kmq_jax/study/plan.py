@@ -1,0 +1,74 @@
+"""The steps that lie before a study, in order, and how long they may take."""
+
+from collections.abc import Mapping, Sequence
+
+from kmq_jax.core.files import Row
+from kmq_jax.study.networks import epochs_of, runs_of
+from kmq_jax.study.options import MIXED, StudyOptions
+from kmq_jax.study.steps import Work
+
+USUAL = {
+    "fp32": 1.0, "distilled": 2.0, "kmqat": 1.2, "uniform": 2.0, "minmax": 2.0, "powers": 2.0, "ptq": 0.2,
+    "embed": 0.15, "score": 0.005, "compare": 0.005, "det": 0.01, "diagnose": 1.0, "halves": 0.001, "calibrate": 0.02,
+    "cascade": 0.01,
+}  # fmt: skip
+"""How long steps take beside each other, roughly, as a study of WeSpeaker's ResNet34 had it; of training, an epoch. It
+counts until a step of the kind is done."""
+
+
+def planned(options: StudyOptions, epochs: float, only: Sequence[str] = ()) -> list[Work]:
+    """The steps of a study in the order in which it takes them.
+
+    Args:
+        options: of the study.
+        epochs: of the full-precision training; 0 where it is imported.
+        only: names of training steps: of these networks alone, as `networks.make_networks` has it.
+    """
+    plan, networks = [Work("fp32", epochs)], 1
+    for run in runs_of(options):
+        if only and run.step not in only:
+            continue
+        trained = epochs_of(options, run)
+        if run.untrained and run.name != MIXED:
+            plan.append(Work("ptq"))
+            networks += 1 + len(run.coarse)
+        if trained:
+            plan.append(Work(run.recipe, trained))
+            networks += 1 + len(run.coarse)
+    sets = len(options.sets)
+    plan += [Work("embed")] * (sets * networks)
+    plan += [Work("score")] * sets
+    plan += ([Work("score")] * sets + [Work("compare")] * sets) * (networks - 1)
+    if only:
+        return plan
+    plan += [Work("det")] * sets
+    plan += [Work("diagnose")] * len(options.diagnose)
+    for number, _ in enumerate(options.cascades):
+        crosswise = [Work("calibrate"), Work("cascade")] * 2
+        plan += [Work("calibrate"), *([] if number else [Work("halves")]), *crosswise]
+        plan += [Work("cascade")] * (sets - 1)
+    return plan
+
+
+def seconds_left(plan: Sequence[Work], at: int, done: Mapping[str, Row]) -> float | None:
+    """Seconds that the steps from number `at` on may take, by those that are done; None where nothing is known.
+
+    A kind of which steps are done takes what they took. Any other takes its usual share beside them.
+
+    Args:
+        plan: all steps.
+        at: how many of them are behind.
+        done: by kind, `seconds` and `amount` of the steps that are done.
+
+    >>> plan = [Work("fp32", 4), Work("distilled", 2), Work("distilled", 2)]
+    >>> seconds_left(plan, 1, {"fp32": {"seconds": 8.0, "amount": 4}})  # two seconds an epoch, so four when distilled
+    16.0
+    >>> seconds_left(plan, 2, {"fp32": {"seconds": 8.0, "amount": 4}, "distilled": {"seconds": 6.0, "amount": 2}})
+    6.0
+    """
+    usual = sum(USUAL[kind] * known["amount"] for kind, known in done.items())
+    if not usual:
+        return None
+    scale = sum(known["seconds"] for known in done.values()) / usual
+    rates = {kind: known["seconds"] / known["amount"] for kind, known in done.items() if known["amount"]}
+    return sum(work.amount * rates.get(work.kind, scale * USUAL[work.kind]) for work in plan[at:])
