@@ -9,7 +9,7 @@ before, until the embedding stands still; as many passes as there are such layer
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import numpy as np
 
 from kmq_jax import frontend
 from kmq_jax.core.tree import Array, Variables
+from kmq_jax.data import source
 from kmq_jax.models import walk
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.nn import whole
@@ -151,6 +152,28 @@ def embed(
     return embedding
 
 
+def is_long(samples: Any) -> Any:
+    """Whether recordings of so many samples at 16 kHz, a number or an array, are embedded in chunks."""
+    return samples > LONG * source.SAMPLE_RATE
+
+
+def mean_of_parts(embed_all: Callable[[list[np.ndarray]], np.ndarray], wave: np.ndarray) -> np.ndarray:
+    """Stands for the embedding of a recording where its network cannot be run in chunks.
+
+    Args:
+        embed_all: embeds recordings, none of them long.
+        wave: `[samples]`.
+
+    Returns:
+        `[size]`: the mean of the length-normalised embeddings of equal parts, as long as these are on average.
+    """
+    parts = np.array_split(wave, -(-len(wave) // int(LONG * source.SAMPLE_RATE)))
+    each = np.concatenate([embed_all([part]) for part in parts])  # one at a time: memory is what this is for
+    sizes = np.maximum(np.linalg.norm(each, axis=1, keepdims=True), _TINY)
+    mean: np.ndarray = (each / sizes).mean(axis=0) * sizes.mean()
+    return mean.astype(np.float32)
+
+
 def features_of(
     filterbank: Callable[[np.ndarray], np.ndarray], fbank: frontend.FbankConfig, wave: np.ndarray
 ) -> np.ndarray:
@@ -224,7 +247,7 @@ class JaxPieces:
     def moments(self, features: np.ndarray, own: Own, given: Given) -> dict[str, Moments]:
         """See `Pieces`."""
         padded = np.pad(features, ((0, self._window - len(features)), (0, 0)))
-        length, ends = np.int32([len(features)]), {name: np.int32(ends) for name, ends in own.items()}
+        length, ends = jnp.array([len(features)]), {name: jnp.array(ends) for name, ends in own.items()}
         found = _chunk_moments(self._network, self._variables, padded[None], length, ends, _single(given))
         return {name: Moments(*(np.asarray(value[0]) for value in one)) for name, one in found.items()}
 
@@ -234,7 +257,7 @@ class JaxPieces:
 
 
 def _single(given: Given) -> dict[str, Moments]:
-    return {name: Moments(*(np.float32(value)[None] for value in one)) for name, one in given.items()}
+    return {name: Moments(*(np.asarray(value, np.float32)[None] for value in one)) for name, one in given.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)

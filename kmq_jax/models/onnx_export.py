@@ -147,7 +147,7 @@ class Whole:
 
     def values(self, moments: Moments) -> dict[str, np.ndarray]:
         """The outputs by name, float32."""
-        return {name: np.float32(value) for name, value in zip(self.outputs, self.finish(moments))}
+        return {name: np.asarray(value, np.float32) for name, value in zip(self.outputs, self.finish(moments))}
 
 
 @dataclasses.dataclass(frozen=True)
