@@ -88,6 +88,13 @@ def read_audio(
     return checked(np.clip(wave, -1, 1, out=wave), path, min_seconds, silence)
 
 
+def read_recording(recording: "str | os.PathLike[str] | tuple[np.ndarray, int]") -> np.ndarray:
+    """A file, or `(wave, sample rate)`, as float32 `[samples]` at 16 kHz; see `read_audio` and `to_mono_16k`."""
+    if isinstance(recording, tuple):
+        return checked(to_mono_16k(*recording), "the recording")
+    return read_audio(recording)
+
+
 def _regular(path: Path) -> int:
     """The size of a file in bytes. A pipe or a device, which may never end, is refused before it is opened."""
     try:
