@@ -350,14 +350,10 @@ def _decode(path: Path, start: float, seconds: float | None, max_seconds: float)
 
 
 def _joined(blocks: Iterator[np.ndarray]) -> np.ndarray:
-    parts = list(blocks)
-    wave = np.empty(sum(map(len, parts)), np.float32)
-    end = len(wave)
-    while parts:  # each part is given back as soon as it is copied: hours are never held twice
-        part = parts.pop()
-        wave[end - len(part) : end] = part
-        end -= len(part)
-    return wave
+    held = bytearray()  # grows in place, so that hours are never held twice
+    for block in blocks:
+        held += np.ascontiguousarray(block, np.float32).tobytes()
+    return np.frombuffer(held, np.float32) if held else np.zeros(0, np.float32)
 
 
 def _decode_ffmpeg(path: Path, start: float, seconds: float | None, max_seconds: float) -> np.ndarray:
