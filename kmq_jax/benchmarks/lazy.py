@@ -1,17 +1,27 @@
-"""A cascade from recordings beside full precision for all of them, in turns in one run: seconds and their ratio."""
+"""A cascade from recordings beside single models for all of them, in turns in one run: seconds, cost, size, errors."""
 
+import dataclasses
+import functools
 import time
+from collections.abc import Callable
 
 import numpy as np
 
+from kmq_jax import quant
 from kmq_jax.benchmarks.options import LazyBench
-from kmq_jax.benchmarks.timing import Figures
+from kmq_jax.benchmarks.timing import Figures, in_turns, medians
 from kmq_jax.cascade.run import run
-from kmq_jax.cascade.verifier import load_cascade
+from kmq_jax.cascade.verifier import Cascade, LazyRun, load_cascade
 from kmq_jax.core.files import write_json
 from kmq_jax.data import source, trials
-from kmq_jax.models.speaker_model import embed_all, load_model
+from kmq_jax.frontend import num_frames
+from kmq_jax.metrics.detection import eer
+from kmq_jax.models import registry
+from kmq_jax.models.speaker_model import SpeakerModel, embed_all, frontend_of, load_model
 from kmq_jax.scoring.cosine import cosine_scores
+
+CASCADE, FULL = "cascade", "full precision"
+_DETECTOR_ROUNDS = 20
 
 
 def thin(enrol: np.ndarray, test: np.ndarray, uses: int, seed: int = 0) -> np.ndarray:
@@ -28,74 +38,136 @@ def thin(enrol: np.ndarray, test: np.ndarray, uses: int, seed: int = 0) -> np.nd
     return np.sort(np.array(kept))
 
 
-def compare(options: LazyBench) -> Figures:
-    """Times both sides in turns, after one round that is not counted."""
-    cascade = load_cascade(options.cascade, options.compute, options.engine)
-    reference = load_model(options.reference) if options.reference else cascade.model_at(len(cascade.policy.bits) - 1)
-    table = source.open_source(options.data)
-    whole = trials.open_trials(options.trials, table)
-    rows = thin(whole.enrol, whole.test, options.uses)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """A list of trials and the recordings that take part in it.
+
+    Attributes:
+        data: the DATA.
+        utterances: the recordings.
+        pairs: the trials; their sides are rows of these.
+        frames: of a recording, on average.
+    """
+
+    data: str
+    utterances: source.Utterances
+    pairs: trials.Trials
+    frames: int
+
+
+def open_task(data: str, listed: str, uses: int, fbank: str) -> Task:
+    """Reads a trial list, thins it, and keeps the recordings that take part.
+
+    Raises:
+        UserError: either cannot be read.
+    """
+    table = source.open_source(data)
+    whole = trials.open_trials(listed, table)
+    rows = thin(whole.enrol, whole.test, uses)
     used = np.union1d(whole.enrol[rows], whole.test[rows])
     enrol, test = (np.searchsorted(used, side[rows]).astype(np.int32) for side in (whole.enrol, whole.test))
-    utterances = table.select(used)
     pairs = trials.Trials(enrol, test, whole.label[rows], whole.names, whole.enrol_name[rows], whole.test_name[rows])
-    beside = load_model(options.beside) if options.beside else None
-    seconds: dict[str, list[float]] = {"cascade": [], "full precision": [], "beside": []}
-    for counted in [False] + [True] * options.repeats:
-        start = time.perf_counter()
-        lazy = cascade.score(utterances, pairs)
-        outcome = run(cascade.policy, lazy.scores, enrol, test)
-        middle = time.perf_counter()
-        embeddings = embed_all(reference, utterances, engine=options.engine)
-        full = cosine_scores(embeddings, embeddings, enrol, test)
-        end = time.perf_counter()
-        if beside is not None:
-            embeddings = embed_all(beside, utterances, engine=options.engine)
-            plain = cosine_scores(embeddings, embeddings, enrol, test)
-        if counted:
-            seconds["cascade"].append(middle - start)
-            seconds["full precision"].append(end - middle)
-            seconds["beside"].append(time.perf_counter() - end)
-    median = {name: float(np.median(times)) for name, times in seconds.items()}
-    right = (full >= cascade.policy.threshold) == pairs.label
-    more: Figures = {}
-    if beside is not None:
-        more["beside"] = options.beside
-        more["beside_seconds"] = median["beside"]
-        more["beside_ratio"] = median["beside"] / median["full precision"]
-        # Near full precision its scores are on the same scale, so that the threshold is the same.
-        more["beside_harmful_flips"] = int((right & ((plain >= cascade.policy.threshold) != pairs.label)).sum())
-    wrong = outcome.accept != pairs.label
+    utterances = table.select(used)
+    frames = int(num_frames(utterances.lengths(), frontend_of(fbank)).mean())
+    return Task(data, utterances, pairs, frames)
+
+
+def compare(options: LazyBench) -> Figures:
+    """Measures all sides on all lists; each list after a round that is not counted."""
+    cascade = load_cascade(options.cascade, options.compute, options.engine)
+    reference = load_model(options.reference) if options.reference else cascade.model_at(len(cascade.policy.bits) - 1)
+    models = {FULL: reference} | {place: load_model(place) for place in options.beside}
+    sets = []
+    for data, listed in zip(options.data, options.trials):
+        task = open_task(data, listed, options.uses, reference.frontend)
+        sets.append(compare_on(task, cascade, models, options))
+    return {"sets": sets, "uses": options.uses, "compute": options.compute, "engine": options.engine}
+
+
+def compare_on(task: Task, cascade: Cascade, models: dict[str, SpeakerModel], options: LazyBench) -> Figures:
+    """Measures the cascade and single models on one list.
+
+    Returns:
+        What the list holds, how many trials were escalated, what the detector costs, and `rows`, one a side: `seconds`
+        in all, a trial and a recording; multiplications likewise; `bytes` held; `eer` in percent; `harmful_flips`,
+        trials that full precision decides right and this side wrong, at the policy's threshold.
+    """
+    policy, pairs = cascade.policy, task.pairs
+    found: dict[str, np.ndarray] = {}
+    lazy: list[LazyRun] = []
+
+    def by_cascade() -> None:
+        lazy[:] = [cascade.score(task.utterances, pairs)]
+        found[CASCADE] = run(policy, lazy[0].scores, pairs.enrol, pairs.test).score
+
+    def by_model(name: str) -> None:
+        rows = embed_all(models[name], task.utterances, engine=options.engine)
+        found[name] = cosine_scores(rows, rows, pairs.enrol, pairs.test)
+
+    sides: dict[str, Callable[[], None]] = {CASCADE: by_cascade}
+    sides |= {name: functools.partial(by_model, name) for name in models}
+    seconds = medians(in_turns(sides, options.repeats))
+    outcome = run(policy, lazy[0].scores, pairs.enrol, pairs.test)
+    costs = cascade.costs(task.frames)
+    embedded = {str(bits): count for bits, count in lazy[0].embedded.items()}
+    macs = {name: len(task.utterances) * registry.macs(model.network(), task.frames) for name, model in models.items()}
+    macs[CASCADE] = sum(costs["macs"][bits] * count for bits, count in embedded.items())
+    held = {name: quant.size_bytes(model.variables).total for name, model in models.items()}
+    held[CASCADE] = costs["resident_bytes"]
+    right = (found[FULL] >= policy.threshold) == pairs.label
+    rows = [
+        {
+            "system": name,
+            "seconds": seconds[name],
+            "ratio": seconds[name] / seconds[FULL],
+            "seconds_a_trial": seconds[name] / len(pairs),
+            "seconds_a_recording": seconds[name] / len(task.utterances),
+            "macs_a_trial": macs[name] / len(pairs),
+            "macs_a_recording": macs[name] / len(task.utterances),
+            "bytes": held[name],
+            "eer": 100 * float(eer(found[name], pairs.label)[0]),
+            # Near full precision a model's scores are on the same scale, so that the threshold is the same.
+            "harmful_flips": int((right & ((found[name] >= policy.threshold) != pairs.label)).sum()),
+        }
+        for name in sides
+    ]
     return {
-        "trials": len(rows),
-        "recordings": len(used),
-        "embedded": {str(bits): count for bits, count in lazy.embedded.items()},
-        "resolved": {str(bits): share for bits, share in outcome.resolved.items()},
-        "cascade_seconds": median["cascade"],
-        "full_precision_seconds": median["full precision"],
-        "ratio": median["cascade"] / median["full precision"],
-        "harmful_flips": int((right & wrong).sum()),
-        **more,
-        **cascade.costs(),
+        "data": task.data,
+        "trials": len(pairs),
+        "targets": int(pairs.label.sum()),
+        "recordings": len(task.utterances),
+        "escalated": 1 - outcome.resolved[policy.bits[0]],
+        "embedded": embedded,
+        "detector_microseconds_a_trial": _detector(cascade, lazy[0], task) / len(pairs) * 1e6,
+        "rows": rows,
     }
+
+
+def _detector(cascade: Cascade, lazy: LazyRun, task: Task) -> float:
+    """Seconds of maps, gates and decisions of all trials, once their scores are there; the median of some rounds."""
+    times = []
+    for _ in range(_DETECTOR_ROUNDS):
+        start = time.perf_counter()
+        run(cascade.policy, lazy.scores, task.pairs.enrol, task.pairs.test)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
 
 
 def main(options: LazyBench) -> None:
     """Prints the comparison."""
     found = compare(options)
-    embedded = ", ".join(f"{count:,} at {bits} bits" for bits, count in found["embedded"].items())
-    print(f"{found['trials']:,} trials of {found['recordings']:,} recordings; embedded: {embedded}")
-    print(
-        f"cascade (below the last level {options.compute}) {found['cascade_seconds']:.1f} s, full precision for all "
-        f"{found['full_precision_seconds']:.1f} s: {found['ratio']:.3f}; harmful flips: {found['harmful_flips']}"
-    )
-    if options.beside:
+    for one in found["sets"]:
+        embedded = ", ".join(f"{count:,} at {bits} bits" for bits, count in one["embedded"].items())
         print(
-            f"{options.beside} for all {found['beside_seconds']:.1f} s: {found['beside_ratio']:.3f}; "
-            f"harmful flips at the same threshold: {found['beside_harmful_flips']}"
+            f"{one['data']}: {one['trials']:,} trials of {one['recordings']:,} recordings, "
+            f"{100 * one['escalated']:.1f} % escalated; embedded: {embedded}; "
+            f"the detector: {one['detector_microseconds_a_trial']:.2f} microseconds a trial"
         )
+        for row in one["rows"]:
+            print(
+                f"  {row['system']}: {row['seconds']:.2f} s ({row['ratio']:.3f} of full precision), "
+                f"{1e3 * row['seconds_a_trial']:.1f} ms and {row['macs_a_trial'] / 1e9:.2f} G multiplications a trial, "
+                f"{row['bytes'] / 1e6:.2f} MB, EER {row['eer']:.2f} %, harmful flips: {row['harmful_flips']}"
+            )
     if options.json:
-        write_json(
-            options.json,
-            {"data": options.data, "uses": options.uses, "compute": options.compute, "engine": options.engine, **found},
-        )
+        write_json(options.json, found)

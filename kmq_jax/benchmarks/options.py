@@ -235,27 +235,32 @@ class KmqatBench(Rounds):
 
 @dataclass(frozen=True, kw_only=True)
 class LazyBench(Rounds):
-    """A cascade from recordings beside full precision for all of them: seconds and their ratio.
+    """A cascade from recordings beside single models for all of them: seconds, multiplications, bytes, errors.
 
     The cascade embeds every recording at its first level and only those in doubt at the next. Where a list uses each
     recording in many trials, as evaluation lists do, nearly all of them are in doubt somewhere; --uses=1 thins the list
-    to trials of fresh recordings, as a service sees them. Compilation is not counted.
+    to trials of fresh recordings, as a service sees them. Compilation is not counted. --data and --trials may be
+    repeated, as pairs: in and out of domain. `tables` writes the JSON as a table of the kind `lazy`.
     """
 
     cascade: str = option("directory of a policy and its models", metavar="DIR")
     reference: str | None = option("full-precision MODEL; left out: the cascade's last", None, metavar="MODEL")
-    data: str = option("recordings: any DATA form", metavar="DATA")
-    trials: str = option("trial list, or synthetic:SPLIT", metavar="TRIALS")
+    data: tuple[str, ...] = option("recordings: any DATA form; once for each list", metavar="DATA")
+    trials: tuple[str, ...] = option("trial list, or synthetic:SPLIT; once for each --data", metavar="TRIALS")
     uses: int = option("trials that a recording takes part in at most; 0: all", 1, at_least=0)
     compute: Compute = option("arithmetic below the last level; bfloat16 is JAX's", "bfloat16")
     engine: Engine = option("what runs all networks", "jax")
-    beside: str | None = option("one more MODEL, such as one with integer activations, for all", None, metavar="MODEL")
+    beside: tuple[str, ...] = option("more MODELs for all recordings, such as 2, 4 bits, W8A8", (), metavar="MODEL")
 
     def __post_init__(self) -> None:
         """See `Options`; also checks what goes together."""
         super().__post_init__()
         if self.engine == "onnxruntime" and self.compute != "float32":
             raise UserError("--engine=onnxruntime needs --compute=float32: integers are the model's own")
+        if not self.data or len(self.data) != len(self.trials):
+            raise UserError(f"`trials` (={len(self.trials)} given) must be one for each of {len(self.data)} --data")
+        if len({"cascade", "full precision", *self.beside}) < 2 + len(self.beside):
+            raise UserError("`beside` names a model twice")
 
 
 @dataclass(frozen=True, kw_only=True)

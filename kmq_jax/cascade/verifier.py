@@ -210,7 +210,7 @@ class _Pair:
         if not enrol:
             raise UserError("there is no recording of the claimed speaker")
         self.cascade, self.seconds = cascade, 0.0
-        self._waves = [_wave(recording) for recording in (*enrol, test)]  # the one to verify is the last
+        self._waves = [audio.read_recording(recording) for recording in (*enrol, test)]  # the one to verify is the last
         self._embeddings: dict[tuple[int, int], np.ndarray] = {}  # by level and place among the waves
 
     def score(self, level: int) -> float:
@@ -311,10 +311,3 @@ def _climbs(policy: CascadePolicy, level: int, score: Array) -> Array:
     # In float32, as the compiled cascade compares.
     low, high = np.asarray(policy.gates[level], np.float32)
     return (low < score) & (score < high)
-
-
-def _wave(recording: Recording) -> np.ndarray:
-    """A recording as float32 `[samples]` at 16 kHz."""
-    if isinstance(recording, tuple):
-        return audio.checked(audio.to_mono_16k(*recording), "the recording")
-    return audio.read_audio(recording)

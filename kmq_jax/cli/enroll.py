@@ -25,6 +25,7 @@ class Files(Options):
     )
     replace: bool = option("drop the speaker's recordings so far", False)
     again: bool = option("embed all recordings of all speakers again, with another --model", False)
+    vad: bool = option("leave out what is not speech, and say how much was used", False)
     engine: Engine = option("auto: ONNX Runtime on a CPU, JAX on a GPU or TPU", "auto")
 
 
@@ -43,7 +44,7 @@ def main() -> None:
     _check(files)
     from kmq_jax.speakers.store import SpeakerStore
 
-    store = SpeakerStore(files.store, files.model, files.bits, files.engine)
+    store = SpeakerStore(files.store, files.model, files.bits, files.engine, files.vad)
     if files.again:
         print(f"{files.store}: recordings embedded with {files.model}: {store.enrol_again()}")
         return

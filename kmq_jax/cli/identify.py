@@ -23,6 +23,7 @@ class Files(Options):
         "rate at which one comparison accepts a stranger at --threshold, where it is known", None, at_least=0, at_most=1
     )
     model: str | None = option("MODEL; left out: the one that the store remembers", None, metavar="MODEL")
+    vad: bool = option("leave out what is not speech, and say how much was used", False)
     engine: Engine = option("auto: ONNX Runtime on a CPU, JAX on a GPU or TPU", "auto")
     json: Path | None = option("write `matches`, `speakers`, `false_accept` here", None, writes="file")
 
@@ -44,7 +45,7 @@ def main() -> None:
     from kmq_jax.core.files import write_json
     from kmq_jax.speakers.store import SpeakerStore, false_accept_rate, threshold_of
 
-    store = SpeakerStore(files.store, files.model, engine=files.engine)
+    store = SpeakerStore(files.store, files.model, engine=files.engine, vad=files.vad)
     threshold = threshold_of(files.threshold, store)
     matches = store.identify(files.recording, threshold)
     one, count = files.false_accept, len(matches)

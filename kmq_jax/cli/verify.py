@@ -24,6 +24,7 @@ class Files(Options):
     threshold: str | None = option("of --model or --store: a number, or a file of `threshold`", None, metavar="X|FILE")
     bits: int | None = option("bits at which a nested --model is read; left out: the most", None, at_least=1)
     compute: Compute = option("arithmetic below the cascade's last level", "float32")
+    vad: bool = option("leave out what is not speech, and say how much was used", False)
     engine: Engine = option("auto: ONNX Runtime on a CPU, JAX on a GPU or TPU", "auto")
     json: Path | None = option("write the decision, the score and what else is known here", None, writes="file")
 
@@ -46,7 +47,7 @@ _WAYS = {
 def main() -> None:
     """Runs the command."""
     files = options_of(Files, COMMAND.parse())
-    way = way_of(files, _WAYS, ("engine", "json"))
+    way = way_of(files, _WAYS, ("engine", "vad", "json"))
     from kmq_jax.core.files import write_json
 
     found, line = {"cascade": _by_cascade, "store": _by_store, "model": _by_model}[way](files)
@@ -59,14 +60,14 @@ def _by_cascade(files: Files) -> tuple[Any, str]:
     from kmq_jax.cascade.verifier import load_cascade
 
     cascade = load_cascade(files.cascade or "", files.compute, files.engine)
-    found = cascade.verify(list(files.enrol), files.test or "")
+    found = cascade.verify([_heard(files, path) for path in files.enrol], _heard(files, files.test or ""))
     return found, found.describe(cascade.policy.threshold)
 
 
 def _by_store(files: Files) -> tuple[Any, str]:
     from kmq_jax.speakers.store import SpeakerStore, threshold_of
 
-    store = SpeakerStore(files.store or "", files.model, engine=files.engine)
+    store = SpeakerStore(files.store or "", files.model, engine=files.engine, vad=files.vad)
     threshold = threshold_of(files.threshold, store)
     found = store.verify(files.speaker or "", files.recording or "", threshold)
     return found, found.describe(threshold)
@@ -76,5 +77,15 @@ def _by_model(files: Files) -> tuple[Any, str]:
     from kmq_jax.scoring.threshold import decide, describe_decision, needed_threshold
 
     threshold = needed_threshold(files.threshold, str(files.model))
-    found = decide(str(files.model), files.enrol, files.test or "", threshold, files.bits, files.engine)
+    recordings = [_heard(files, path) for path in (*files.enrol, files.test or "")]
+    found = decide(str(files.model), recordings[:-1], recordings[-1], threshold, files.bits, files.engine)
     return found, describe_decision(found, threshold)
+
+
+def _heard(files: Files, path: Path | str) -> Any:
+    """A recording's file; or with --vad its speech, and the rate of that."""
+    if not files.vad:
+        return path
+    from kmq_jax.data import audio, speech
+
+    return speech.only(audio.read_audio(path), str(path)), audio.SAMPLE_RATE

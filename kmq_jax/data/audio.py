@@ -19,7 +19,7 @@ from kmq_jax.data import containers
 SAMPLE_RATE = 16000  # Hz, of everything behind this module
 RATES = (8000, 384000)  # Hz; below the first speech has lost too much, above the second a header is nonsense
 MIN_SECONDS = 0.1  # four analysis frames; `prepare_data` asks for more
-MAX_SECONDS = 3600.0  # bounds memory, whatever a header claims
+MAX_SECONDS = 4 * 3600.0  # bounds memory, whatever a header claims
 SILENCE = 1e-4  # RMS around the mean below which nothing was recorded: -80 dB of full scale
 _NO_SOUND = 100.0  # an array of floating point beyond this holds integers, not sound of full scale 1
 LOUDEST = 2.0  # what lies above is no sound of full scale 1; a lossy decoder overshoots by less
@@ -84,7 +84,15 @@ def read_audio(
         wave, rate = _decode_ffmpeg(path, start, seconds, max_seconds), SAMPLE_RATE
     else:
         wave, rate = _decode(path, start, seconds, max_seconds)
-    return checked(np.clip(resample(wave, rate), -1, 1), path, min_seconds, silence)
+    wave = resample(wave, rate)
+    return checked(np.clip(wave, -1, 1, out=wave), path, min_seconds, silence)
+
+
+def read_recording(recording: "str | os.PathLike[str] | tuple[np.ndarray, int]") -> np.ndarray:
+    """A file, or `(wave, sample rate)`, as float32 `[samples]` at 16 kHz; see `read_audio` and `to_mono_16k`."""
+    if isinstance(recording, tuple):
+        return checked(to_mono_16k(*recording), "the recording")
+    return read_audio(recording)
 
 
 def _regular(path: Path) -> int:
@@ -110,9 +118,16 @@ def checked(
         raise AudioError(path, "values that are not finite (NaN or infinity)")
     if len(wave) < min_seconds * SAMPLE_RATE:
         raise AudioError(path, f"too short ({len(wave) / SAMPLE_RATE:.2f} s)")
-    if wave.std(dtype=np.float64) < silence:
+    if _deviation(wave) < silence:
         raise AudioError(path, "silent")
     return wave
+
+
+def _deviation(wave: np.ndarray) -> float:
+    """The standard deviation in float64, block by block: of hours in one piece it would take twice their memory."""
+    blocks = [wave[start : start + _BLOCK] for start in range(0, len(wave), _BLOCK)]
+    mean = sum(float(block.sum(dtype=np.float64)) for block in blocks) / len(wave)
+    return math.sqrt(sum(float(np.square(block - mean, dtype=np.float64).sum()) for block in blocks) / len(wave))
 
 
 def in_scale(wave: np.ndarray, path: str | os.PathLike[str], lossy: bool = False) -> np.ndarray:
@@ -128,7 +143,7 @@ def in_scale(wave: np.ndarray, path: str | os.PathLike[str], lossy: bool = False
     Raises:
         AudioError: it is not.
     """
-    peak = float(np.abs(wave).max(initial=0.0))
+    peak = float(max(wave.max(initial=0.0), -wave.min(initial=0.0)))
     if 1 < peak < math.inf and (peak > LOUDEST or not lossy and np.mean(np.abs(wave) > 1) > MOST_OUTSIDE):
         raise AudioError(path, f"values up to {peak:.6g}, where full scale is 1: scale them to [-1, 1]")
     return wave
@@ -179,7 +194,7 @@ def of_sound(wave: np.ndarray) -> np.ndarray:
     Raises:
         UserError: it may not.
     """
-    peak = float(np.abs(wave).max(initial=0.0))
+    peak = float(max(wave.max(initial=0.0), -wave.min(initial=0.0)))
     if math.isfinite(peak) and peak > _NO_SOUND:
         raise UserError(f"the recording has values up to {peak:.6g}, where full scale is 1: divide by full scale")
     return wave
@@ -339,7 +354,10 @@ def _decode(path: Path, start: float, seconds: float | None, max_seconds: float)
 
 
 def _joined(blocks: Iterator[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.zeros(0, np.float32), *blocks])
+    held = bytearray()  # grows in place, so that hours are never held twice
+    for block in blocks:
+        held += np.ascontiguousarray(block, np.float32).tobytes()
+    return np.frombuffer(held, np.float32) if held else np.zeros(0, np.float32)
 
 
 def _decode_ffmpeg(path: Path, start: float, seconds: float | None, max_seconds: float) -> np.ndarray:

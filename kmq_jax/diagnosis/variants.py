@@ -21,7 +21,7 @@ from kmq_jax.data import source
 from kmq_jax.models.batches import padded_batches, plan_batches, usable_lengths
 from kmq_jax.models.protocol import Part, SpeakerNetwork
 from kmq_jax.models.speaker_model import BATCH_SIZE, normalized_features
-from kmq_jax.nn.layers import expand_mask
+from kmq_jax.nn.frames import expand_mask
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,17 +33,10 @@ from jax.typing import DTypeLike
 
 from kmq_jax.models.protocol import GraphBuilder, Part, SpeakerNetwork
 from kmq_jax.models.settings import check, check_counts, check_dtype, check_features
+from kmq_jax.nn import whole
 from kmq_jax.nn.conv import window
-from kmq_jax.nn.layers import (
-    TORCH_DEFAULT,
-    BatchNorm,
-    Conv,
-    LayerStyle,
-    frame_mask,
-    mask_frames,
-    mean_frames,
-    stride_mask,
-)
+from kmq_jax.nn.frames import frame_mask, mask_frames, stride_mask
+from kmq_jax.nn.layers import TORCH_DEFAULT, BatchNorm, Conv, LayerStyle
 from kmq_jax.nn.pooling import StatisticsPooling, flatten_frames, segment_means
 
 LAYERS = (12, 24, 16)
@@ -130,7 +123,7 @@ class ContextMask(nn.Module):
         time, inner = x.shape[1:]
         local = Conv(self.channels, 3, dtype=self.dtype, kernel_init=_INIT, dilation=self.dilation, name="local")(x)
         # All frames of a segment have one context, so the gates are made once a segment.
-        context = mean_frames(x, mask, (1,))[:, None] + segment_means(x, mask, SEGMENT)
+        context = whole.mean(self, x, mask, (1,))[:, None] + segment_means(x, mask, SEGMENT)
 
         def pointwise(channels: int, name: str) -> Conv:
             return Conv(channels, 1, use_bias=True, dtype=self.dtype, kernel_init=_INIT, name=name)
@@ -292,6 +285,11 @@ class CamPlusPlus(SpeakerNetwork):
         return (*parts, Part("out", "pooling", 2), Part("pool", "pooling"), Part("head", "embedding"))
 
     @nn.nowrap
+    def chunk_step(self) -> int:
+        """A segment. What lies more than a segment behind the convolutions' reach is felt through gates alone."""
+        return 2 * SEGMENT
+
+    @nn.nowrap
     def to_onnx(self, graph: GraphBuilder, feats: str) -> str:
         """Adds the network to a graph."""
         x = _stem_to_onnx(graph, graph.node("Unsqueeze", feats, graph.integers(1)))
@@ -328,9 +326,9 @@ def _dense_to_onnx(graph: GraphBuilder, x: str, at: str, dilation: int) -> str:
     y = graph.activation(graph.scale_and_shift(x, f"{at}/bn1", 3), nn.relu)
     y = graph.activation(graph.conv(y, f"{at}/conv1", norm=f"{at}/bn2"), nn.relu)
     local = graph.conv(y, f"{at}/cam/local", window(1, 3, dilation=dilation))
-    whole = graph.node("ReduceMean", y, graph.integers(2), keepdims=1)
+    mean = graph.node("Unsqueeze", graph.mean_over_time(y, f"{at}/cam"), graph.integers(2))
     pooling = {"kernel_shape": [SEGMENT], "strides": [SEGMENT], "ceil_mode": 1}
-    context = graph.node("Add", graph.node("AveragePool", y, **pooling), whole)
+    context = graph.node("Add", graph.node("AveragePool", y, **pooling), mean)
     hidden = graph.activation(graph.conv(context, f"{at}/cam/context1"), nn.relu)
     gates = graph.activation(graph.conv(hidden, f"{at}/cam/context2"), nn.sigmoid)
     # Each segment's gates for all of its frames; the last segment may have fewer.

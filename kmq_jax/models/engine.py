@@ -2,8 +2,7 @@
 
 A model is converted once. The graph goes from a wave to its embedding and is kept beside the model's file, under a name
 that holds the model's fingerprint: another model never takes it, and writers at the same time write the same bytes.
-Recordings are embedded one by one, so nothing is padded. Long ones go through the network in overlapping chunks, whose
-statistics are put together exactly.
+Recordings are embedded one by one, so nothing is padded. Long ones go through the network in chunks (`models.long`).
 """
 
 import contextlib
@@ -22,14 +21,12 @@ from kmq_jax import frontend
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import atomic_write
 from kmq_jax.core.tree import Variables
-from kmq_jax.models import onnx_export, walk
+from kmq_jax.models import long, onnx_export
 from kmq_jax.models.protocol import SpeakerNetwork
+from kmq_jax.nn.whole import Moments
 
 Engine = Literal["auto", "jax", "onnxruntime"]
 ENGINES = ("auto", "jax", "onnxruntime")
-LONG = 60.0
-"""Seconds from which a recording is embedded in chunks."""
-_CHUNK = 1500  # frames
 _FORM = 1  # of the converted files; another number makes kept ones stale
 
 
@@ -113,11 +110,13 @@ class OnnxModel:
                 done.result()
         return embeddings
 
+    def embed_long(self, wave: np.ndarray) -> np.ndarray:
+        """Embeds one recording in chunks, where `long.can_be_cut`."""
+        assert isinstance(self._fbank, frontend.FbankConfig)
+        return long.embed(self._pieces, self._network, self._fbank, wave)
+
     def _embed(self, wave: np.ndarray, run: Any) -> np.ndarray:
-        wave = np.ascontiguousarray(wave, np.float32)
-        if len(wave) > LONG * self._fbank.sample_rate and self._pieces is not None:
-            return self._in_chunks(wave)
-        embedding: np.ndarray = run.run(None, {"wave": wave[None]})[0][0]
+        embedding: np.ndarray = run.run(None, {"wave": np.ascontiguousarray(wave, np.float32)[None]})[0][0]
         return embedding
 
     @cached_property
@@ -129,45 +128,57 @@ class OnnxModel:
         return _session(self._model, 1)
 
     @cached_property
-    def _pieces(self) -> "tuple[onnx_export.Pieces, tuple[Any, Any, Any], int, int] | None":
-        """The model in pieces, their sessions, its stride and how far it sees; None where it cannot be cut."""
-        if not self._network.sees_near() or not isinstance(self._fbank, frontend.FbankConfig):
-            return None
-        pieces = onnx_export.build_pieces(self._network, self._variables, self._fbank, self._bits)
-        sessions = tuple(
-            _session(part.SerializeToString(), _processors())
-            for part in (pieces.filterbank, pieces.frames, pieces.head)
-        )
-        stride = max(part.stride for part in self._network.parts())
-        return pieces, sessions, stride, -(-_reach(self._network) // stride) * stride
+    def _pieces(self) -> "_OnnxPieces":
+        assert isinstance(self._fbank, frontend.FbankConfig)
+        return _OnnxPieces(onnx_export.build_pieces(self._network, self._variables, self._fbank, self._bits))
 
-    def _in_chunks(self, wave: np.ndarray) -> np.ndarray:
-        assert self._pieces is not None
-        pieces, (filterbank, network, head), stride, reach = self._pieces
-        shift, length = self._fbank.shift, self._fbank.length
-        frames = int(frontend.num_frames(len(wave), self._fbank))
-        features = np.empty((frames, self._network.features), np.float32)
-        for start in range(0, frames, _CHUNK):
-            stop = min(start + _CHUNK, frames)
-            part = wave[start * shift : (stop - 1) * shift + length]
-            features[start:stop] = filterbank.run(None, {"wave": part[None]})[0][0]
-        features -= features.mean(axis=0, dtype=np.float64).astype(np.float32)
-        # Counts, means and sums of squares about them add up exactly (Chan et al., 1979), in float64.
-        count, mean, squares = 0, np.zeros(pieces.values), np.zeros(pieces.values)
-        core = _CHUNK // stride * stride
-        for start in range(0, frames, core):
-            low, stop = max(0, start - reach), min(start + core, frames)
-            seen = network.run(None, {network.get_inputs()[0].name: features[None, low : stop + reach]})[0][0]
-            own = seen[(start - low) // stride :][: -(-(stop - start) // stride)].astype(np.float64)
-            its_mean = own.mean(axis=0)
-            apart, total = its_mean - mean, count + len(own)
-            squares += np.square(own - its_mean).sum(axis=0) + np.square(apart) * (count * len(own) / total)
-            mean += apart * (len(own) / total)
-            count = total
-        deviation = np.sqrt(squares / max(count - 1, 1) + pieces.floor)
-        pooled = np.concatenate([mean, deviation]).astype(np.float32)
-        embedding: np.ndarray = head.run(None, {head.get_inputs()[0].name: pooled[None]})[0][0]
+
+class _OnnxPieces:
+    """A model's graphs as `long.Pieces`, each with a session from when it is first needed."""
+
+    def __init__(self, pieces: onnx_export.Pieces):
+        self._pieces = pieces
+        self._sessions: dict[str, Any] = {}
+
+    def features(self, wave: np.ndarray) -> np.ndarray:
+        """See `long.Pieces`."""
+        features: np.ndarray = self._session("filterbank").run(None, {"wave": np.float32(wave[None])})[0][0]
+        return features
+
+    def moments(self, features: np.ndarray, own: long.Own, given: long.Given) -> dict[str, Moments]:
+        """See `long.Pieces`."""
+        session = self._session("given" if given else "alone")
+        if given:
+            self._sessions.pop("alone", None)  # it ran for the first chunk, and its weights take room
+        seen = dict(zip((one.name for one in session.get_outputs()), self._run(session, features, given)))
+        return {whole.place: _moments(whole, seen, own[whole.place]) for whole in self._pieces.wholes}
+
+    def embed(self, given: long.Given) -> np.ndarray:
+        """See `long.Pieces`."""
+        embedding: np.ndarray = self._run(self._session("head"), None, given)[0][0]
         return embedding
+
+    def _session(self, name: str) -> Any:
+        if name not in self._sessions:
+            self._sessions[name] = _session(getattr(self._pieces, name).SerializeToString(), _processors())
+        return self._sessions[name]
+
+    def _run(self, session: Any, features: np.ndarray | None, given: long.Given) -> list[np.ndarray]:
+        fed = {} if features is None else {"feats": features[None]}
+        for whole in self._pieces.wholes if given else ():
+            fed |= whole.values(given[whole.place])
+        names = {one.name for one in session.get_inputs()}
+        outputs: list[np.ndarray] = session.run(None, {name: value for name, value in fed.items() if name in names})
+        return outputs
+
+
+def _moments(whole: onnx_export.Whole, seen: dict[str, np.ndarray], own: tuple[int, int]) -> Moments:
+    """The moments of a chunk's own frames."""
+
+    def rows(name: str) -> np.ndarray:
+        return np.moveaxis(seen[name][0], whole.axis - 1, 0)[slice(*own)]
+
+    return long.moments_of(rows(whole.frames), None if whole.logits is None else rows(whole.logits))
 
 
 def kept_file(origin: Path, fingerprint: str) -> Path:
@@ -184,16 +195,6 @@ def _keep(kept: Path, model: bytes) -> None:
     # A directory that cannot be written to costs a conversion each time, no more.
     with contextlib.suppress(UserError), atomic_write(kept) as temporary:
         temporary.write_bytes(model)
-
-
-def _reach(network: SpeakerNetwork) -> int:
-    """Frames on either side that an output frame may depend on."""
-    reach = 0
-    for layer in walk.layers(network):
-        if layer.window is not None:
-            step = network.part_of(f"{layer.name}/kernel").stride // layer.window.strides[0]
-            reach += layer.window.taps[0] // 2 * layer.window.dilations[0] * max(step, 1)
-    return reach
 
 
 def _session(model: bytes | str, threads: int) -> Any:

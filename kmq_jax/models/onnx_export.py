@@ -11,6 +11,7 @@ arithmetic unpacks: they take no more room than their bits.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.nn import integers
 from kmq_jax.nn.conv import Window, window
 from kmq_jax.nn.layers import BatchNorm
+from kmq_jax.nn.pooling import weighted_statistics
+from kmq_jax.nn.whole import Moments
 from kmq_jax.quant.codes import from_groups
 from kmq_jax.quant.types import CodebookTensor, is_codebook_tensor
 
@@ -124,44 +127,69 @@ def build(
 
 
 @dataclasses.dataclass(frozen=True)
+class Whole:
+    """Where a graph looks at all frames of an utterance, as `nn.whole` has it.
+
+    Attributes:
+        place: its name.
+        frames: the value that holds them, `[batch, time, values]` or `[batch, values, time]`.
+        logits: the value of their weights' logits, of that shape; None: each weighs 1.
+        axis: that of time.
+        outputs: the values that are made of them, with their shapes.
+        finish: makes these of the whole utterance's moments.
+    """
+
+    place: str
+    frames: str
+    logits: str | None
+    axis: int
+    outputs: Mapping[str, Shape]
+    finish: Callable[[Moments], Sequence[np.ndarray]]
+
+    def values(self, moments: Moments) -> dict[str, np.ndarray]:
+        """The outputs by name, float32."""
+        return {name: np.asarray(value, np.float32) for name, value in zip(self.outputs, self.finish(moments))}
+
+
+@dataclasses.dataclass(frozen=True)
 class Pieces:
-    """A model in three graphs, for recordings that are too long for one run.
+    """A model in graphs for recordings that are too long for one run.
 
     Attributes:
         filterbank: from `wave` `[batch, samples]` to `logmel` `[batch, frames, features]`, the mean not removed.
-        frames: from `feats` `[batch, frames, features]` to what is pooled, `frames` `[batch, frames', values]`.
-        head: from `pooled` `[batch, 2 values]`, the mean and deviation of these, to `embs`.
-        floor: added to the variance.
-        values: of each pooled frame.
+        alone: from `feats` `[batch, frames, features]` to the frames and logits of all places.
+        given: the same, but what places give is an input; None where only the embedding depends on it.
+        head: from what places give to `embs`.
+        wholes: the places, in running order.
     """
 
     filterbank: Onnx
-    frames: Onnx
+    alone: Onnx
+    given: Onnx | None
     head: Onnx
-    floor: float
-    values: int
+    wholes: tuple[Whole, ...]
 
 
 def build_pieces(network: SpeakerNetwork, variables: Variables, fbank: FbankConfig, bits: int | None = None) -> Pieces:
-    """Makes a model's graph in three pieces, cut before and after its statistics pooling; see `build`.
+    """Makes a model's graph in pieces, cut where it looks at all frames of an utterance; see `build`.
 
     Raises:
-        UserError: the network's pooling is another.
+        UserError: the network has no ONNX form.
     """
     graph = _graph(network, variables, bits, None, "smallest")
     graph.named("embs", "Identity", network.to_onnx(graph, "feats"))
-    if graph.pooling is None:
-        raise UserError(f"{type(network).__name__} does not pool by plain statistics")
-    frames, pooled, floor, values = graph.pooling
     front = _graph(network, {"params": {}}, bits, None, "smallest")
     front.named("logmel", "Identity", front.filterbank("wave", fbank))
-    shape: dict[str, Shape] = {"logmel": ["B", "T", network.features]}
+    feats: dict[str, Shape] = {"feats": ["B", "T", network.features]}
+    values = [value for whole in graph.wholes for value in (whole.frames, whole.logits) if value is not None]
+    seen: dict[str, Shape] = {value: ["B", f"{value}.1", f"{value}.2"] for value in values}
+    made = {name: shape for whole in graph.wholes for name, shape in whole.outputs.items()}
     return Pieces(
-        front.model({"wave": ["B", "N"]}, shape, {}),
-        graph.model({"feats": ["B", "T", network.features]}, {frames: ["B", "S", values]}, {}),
-        graph.model({pooled: ["B", 2 * values]}, {"embs": ["B", network.embedding_size]}, {}),
-        floor,
-        values,
+        front.model({"wave": ["B", "N"]}, {"logmel": ["B", "T", network.features]}, {}),
+        graph.model(feats, seen, {}),
+        graph.model({**feats, **made}, seen, {}) if len(graph.wholes) > 1 else None,
+        graph.model(made, {"embs": ["B", network.embedding_size]}, {}),
+        tuple(graph.wholes),
     )
 
 
@@ -229,8 +257,7 @@ class _Graph:
         self._opset = opset
         self._stored = indices
         self._before_relu: dict[str, str] = {}
-        self._sizes: dict[str, int] = {}
-        self.pooling: tuple[str, str, float, int] | None = None
+        self.wholes: list[Whole] = []
         self._rounded: dict[tuple[str, bytes], str] = {}
         self._nodes: list[Node] = []
         self._tensors: dict[str, Onnx] = {}
@@ -486,16 +513,31 @@ class _Graph:
         """Turns `[batch, channel, time]`, or with a `size` `[batch, channel, time, freq]`, to `[batch, time, size]`."""
         if size is None:
             return self.node("Transpose", x, perm=[0, 2, 1])
-        frames = self.node("Transpose", x, perm=[0, 2, 3, 1])
-        flat = self.node("Reshape", frames, self.integers(0, 0, size))
-        self._sizes[flat] = size
-        return flat
+        return self.node("Reshape", self.node("Transpose", x, perm=[0, 2, 3, 1]), self.integers(0, 0, size))
 
     def channels_of(self, frames: str) -> str:
         """Turns `[batch, time, channel]` to `[batch, channel, time]`."""
         return self.node("Transpose", frames, perm=[0, 2, 1])
 
-    def statistics(self, frames: str, floor: float) -> str:
+    def whole(
+        self,
+        place: str,
+        frames: str,
+        outputs: Mapping[str, Shape],
+        finish: Callable[[Moments], Sequence[np.ndarray]],
+        logits: str | None = None,
+        axis: int = 1,
+    ) -> None:
+        """Notes a place where the graph looks at all frames; see `Whole`."""
+        self.wholes.append(Whole(place, frames, logits, axis, outputs, finish))
+
+    def mean_over_time(self, x: str, place: str) -> str:
+        """Mean over time of `[batch, channel, time]`, as `nn.whole.mean` in the module `place`."""
+        mean = self.node("ReduceMean", x, self.integers(2), keepdims=0)
+        self.whole(f"{place}/mean", x, {mean: ["B", "C"]}, lambda found: [found.mean[None]], axis=2)
+        return mean
+
+    def statistics(self, frames: str, floor: float, pooling: str = "pool") -> str:
         """Mean and unbiased deviation over time of `[batch, time, in]`, as `nn.pooling.StatisticsPooling`."""
         mean = self.node("ReduceMean", frames, self.integers(1), keepdims=1)
         centred = self.node("Sub", frames, mean)
@@ -504,19 +546,27 @@ class _Graph:
         divisor = self.node("Max", self.node("Sub", count, self.number(1)), self.number(1))
         variance = self.node("Add", self.node("Div", squares, divisor), self.number(floor))
         pooled = self._concatenate(mean, variance)
-        if frames in self._sizes:
-            self.pooling = frames, pooled, floor, self._sizes[frames]
+
+        def finish(found: Moments) -> list[np.ndarray]:
+            deviation = np.sqrt(found.squares / np.maximum(found.weight - 1, 1) + floor)
+            return [np.concatenate([found.mean, deviation])[None]]
+
+        self.whole(f"{pooling}/statistics", frames, {pooled: ["B", "P"]}, finish)
         return pooled
 
     def attentive_statistics(self, frames: str, pooling: str, floor: float) -> str:
         """Weighted mean and deviation over time, as `nn.pooling.AttentiveStatisticsPooling` of that name."""
         hidden = self.node("Tanh", self.linear_frames(frames, f"{pooling}/attention1"))
-        weights = self.node("Softmax", self.linear_frames(hidden, f"{pooling}/attention2"), axis=1)
+        logits = self.linear_frames(hidden, f"{pooling}/attention2")
+        weights = self.node("Softmax", logits, axis=1)
         mean = self.node("ReduceSum", self.node("Mul", weights, frames), self.integers(1), keepdims=1)
         centred = self.node("Sub", frames, mean)
         squares = self.node("Mul", weights, self.node("Mul", centred, centred))
         variance = self.node("ReduceSum", squares, self.integers(1), keepdims=0)
-        return self._concatenate(mean, self.node("Max", variance, self.number(floor)))
+        pooled = self._concatenate(mean, self.node("Max", variance, self.number(floor)))
+        finish = functools.partial(weighted_statistics, floor=floor)
+        self.whole(f"{pooling}/weighted", frames, {pooled: ["B", "P"]}, finish, logits)
+        return pooled
 
     def _concatenate(self, mean: str, variance: str) -> str:
         mean = self.node("Squeeze", mean, self.integers(1))
@@ -596,7 +646,7 @@ class _Graph:
         """The finished model of what leads from inputs to outputs, checked.
 
         Args:
-            inputs: shapes by name; any value of the graph can be one.
+            inputs: shapes by name; any value of the graph can be one. Those that nothing reads are left out.
             outputs: shapes by name.
             metadata: properties of the file.
         """
@@ -606,7 +656,7 @@ class _Graph:
         graph = helper.make_graph(
             nodes,
             "speaker_embedding",
-            [helper.make_tensor_value_info(name, kind, shape) for name, shape in inputs.items()],
+            [helper.make_tensor_value_info(name, kind, shape) for name, shape in inputs.items() if name in read],
             [helper.make_tensor_value_info(name, kind, shape) for name, shape in outputs.items()],
             [tensor for name, tensor in self._tensors.items() if name in read],
         )

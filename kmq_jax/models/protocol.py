@@ -6,15 +6,17 @@ quantization, fitting, diagnosis and cascades then work on it; for ONNX files it
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Variables, named_leaves
 from kmq_jax.nn.conv import Window
+from kmq_jax.nn.whole import Moments
 
 Frames = TypeVar("Frames", int, jax.Array)
 
@@ -144,12 +146,12 @@ class SpeakerNetwork(nn.Module):
         return 1 + max(part.lost for part in self.parts())
 
     @nn.nowrap
-    def sees_near(self) -> bool:
-        """Whether all before the pooling sees no further than convolutions reach: no mean over the whole utterance.
+    def chunk_step(self) -> int:
+        """Frames that chunks of a long utterance begin at a multiple of; 0 where it cannot be run in chunks.
 
-        Such a network can be run in overlapping chunks. False is always safe.
+        It can where frames mix by convolutions and by what `nn.whole` gives alone. 0 is always safe.
         """
-        return False
+        return 0
 
     @nn.nowrap
     def distilled_parts(self) -> tuple[str, ...]:
@@ -244,7 +246,21 @@ class GraphBuilder(Protocol):
     def channels_of(self, frames: str) -> str:
         """Turns `[batch, time, channel]` to `[batch, channel, time]`."""
 
-    def statistics(self, frames: str, floor: float) -> str:
+    def whole(
+        self,
+        place: str,
+        frames: str,
+        outputs: Mapping[str, Sequence[str | int]],
+        finish: Callable[[Moments], Sequence[np.ndarray]],
+        logits: str | None = None,
+        axis: int = 1,
+    ) -> None:
+        """Notes a place of `nn.whole`: what `finish` makes of all frames' moments are the `outputs`, with shapes."""
+
+    def mean_over_time(self, x: str, place: str) -> str:
+        """Mean over time `[batch, channel]` of `[batch, channel, time]`: `nn.whole.mean` in the module `place`."""
+
+    def statistics(self, frames: str, floor: float, pooling: str = "pool") -> str:
         """Mean and unbiased deviation over time of `[batch, time, in]`: `nn.pooling.StatisticsPooling`."""
 
     def attentive_statistics(self, frames: str, pooling: str, floor: float) -> str:

@@ -33,8 +33,10 @@ from jax.typing import DTypeLike
 from kmq_jax.core.errors import UserError
 from kmq_jax.models.protocol import GraphBuilder, Part, SpeakerNetwork
 from kmq_jax.models.settings import check, check_counts, check_dtype, check_features
+from kmq_jax.nn import whole
 from kmq_jax.nn.conv import window
-from kmq_jax.nn.layers import TORCH_DEFAULT, BatchNorm, Conv, dense, frame_mask, mask_frames, mean_frames
+from kmq_jax.nn.frames import frame_mask, mask_frames
+from kmq_jax.nn.layers import TORCH_DEFAULT, BatchNorm, Conv, dense
 from kmq_jax.nn.pooling import ContextPooling, flatten_frames
 
 BLOCKS = ("convnext", "resnet", "resnet_se")
@@ -81,7 +83,7 @@ class _FrequencySqueeze(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        means = mean_frames(x, mask, (1,)).mean(-1)
+        means = whole.mean(self, x, mask, (1,)).mean(-1)
         hidden = nn.relu(dense(self.hidden, "fc1", self.dtype)(means))
         return x * nn.sigmoid(dense(x.shape[2], "fc2", self.dtype)(hidden))[:, None, :, None]
 

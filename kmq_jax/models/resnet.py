@@ -46,6 +46,7 @@ from jax.typing import DTypeLike
 from kmq_jax.core.errors import UserError
 from kmq_jax.models import resnet_onnx
 from kmq_jax.models.protocol import GraphBuilder, Part, SpeakerNetwork
+from kmq_jax.nn.frames import frame_mask, mask_frames, stride_mask
 from kmq_jax.nn.layers import (
     KAIMING_NORMAL,
     TORCH_DEFAULT,
@@ -56,9 +57,6 @@ from kmq_jax.nn.layers import (
     LayerStyle,
     PreActivationBlock,
     dense,
-    frame_mask,
-    mask_frames,
-    stride_mask,
 )
 from kmq_jax.nn.pooling import AttentiveStatisticsPooling, StatisticsPooling
 
@@ -211,9 +209,9 @@ class ResNet(SpeakerNetwork):
         return (*parts, Part("pool", "pooling"), Part("head", "embedding"))
 
     @nn.nowrap
-    def sees_near(self) -> bool:
-        """True without squeeze-and-excitation and attention."""
-        return not self.squeeze_stages and not self.attentive
+    def chunk_step(self) -> int:
+        """A frame of the last stage."""
+        return max(part.stride for part in self.parts())
 
     @nn.nowrap
     def without_remat(self) -> "ResNet":

@@ -62,7 +62,8 @@ def _block(graph: GraphBuilder, resnet: "ResNet", x: str, at: str, stride: int) 
 def _finish(graph: GraphBuilder, x: str, y: str, at: str, stride: int) -> str:
     """Squeeze-and-excitation of the branch `y`, where there is any, and the sum with the block's input `x`."""
     if graph.has(f"{at}/se"):
-        squeezed = graph.node("ReduceMean", y, graph.integers(2, 3), keepdims=0)
+        over_frequency = graph.node("ReduceMean", y, graph.integers(3), keepdims=0)
+        squeezed = graph.mean_over_time(over_frequency, f"{at}/se")
         gate = graph.linear(graph.activation(graph.linear(squeezed, f"{at}/se/fc1"), nn.silu), f"{at}/se/fc2")
         gate = graph.node("Unsqueeze", graph.node("Sigmoid", gate), graph.integers(2, 3))
         y = graph.node("Mul", y, gate)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shlex
+import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from kmq_jax.core.hub import fetch, is_place
 from kmq_jax.core.progress import progress
 from kmq_jax.core.tree import Array, Variables, named_leaves, replace_named
 from kmq_jax.data import audio, buckets, source
-from kmq_jax.models import artifact, registry
+from kmq_jax.models import artifact, long, registry
 from kmq_jax.models.about import About, checked
 from kmq_jax.models.batches import check_lengths, padded_batches, plan_batches, usable_lengths
 from kmq_jax.models.engine import Engine, OnnxModel, chosen, kept_file
@@ -270,13 +271,15 @@ def embed_waves(
     lengths = np.array([len(wave) for wave in waves])
     network, fbank = model.network(dtype), frontend_of(model.frontend)
     check_lengths(network, fbank, lengths, lambda i: f"recording {i + 1} of {len(waves)}")
-    if runner := _runner(model, dtype, engine):
-        if len(waves) == 1:
-            return runner.embed(waves[0])[None]
-        return runner.embed_all(waves.__getitem__, np.argsort(-lengths, kind="stable").tolist(), len(waves))
-    # Whole seconds: a service that embeds recordings one by one compiles once a second of length, not once a length.
-    plan = plan_batches(network, fbank, lengths, min(BATCH_SIZE, len(waves)), step=source.SAMPLE_RATE)
-    return _embed(model, plan, lengths, waves.__getitem__, dtype)
+    runner = _runner(model, dtype, engine)
+    if runner and len(waves) == 1 and not long.is_long(lengths[0]):
+        return runner.embed(waves[0])[None]
+
+    def plan(lengths: np.ndarray) -> list[buckets.Batch]:
+        # Whole seconds: a service that embeds recordings one by one compiles once a second of length, not each length.
+        return plan_batches(network, fbank, lengths, min(BATCH_SIZE, len(lengths)), step=source.SAMPLE_RATE)
+
+    return _embed_rows(model, lengths, waves.__getitem__, dtype, runner, plan)
 
 
 def embed_all(
@@ -312,11 +315,80 @@ def embed_all(
     network, fbank = model.network(dtype), frontend_of(model.frontend)
     lengths = usable_lengths(network, fbank, utterances, max_seconds)
     runner = None if max_frames else _runner(model, dtype, engine)
+
+    def plan(lengths: np.ndarray) -> list[buckets.Batch]:
+        return embedding_plan(network, fbank, lengths, batch_size)
+
+    return _embed_rows(model, lengths, utterances.load, dtype, runner, plan, max_frames, progress)
+
+
+def _embed_rows(
+    model: SpeakerModel,
+    lengths: np.ndarray,
+    load: Callable[[int], np.ndarray],
+    dtype: str,
+    runner: OnnxModel | None,
+    plan: Callable[[np.ndarray], list[buckets.Batch]],
+    max_frames: int = 0,
+    show: Callable[..., Any] = lambda rows, **words: rows,
+) -> np.ndarray:
+    """Embeds recordings: long ones one after the other in bounded memory, the others several at a time.
+
+    Args:
+        model: the network and weights.
+        lengths: `[recordings]` samples; what a recording has beyond is cut.
+        load: gives the samples of a recording by its number.
+        dtype: of the network's arithmetic in JAX.
+        runner: the model for ONNX Runtime; None: JAX.
+        plan: which recordings of such lengths share a batch of JAX.
+        max_frames: see `embed_all`.
+        show: `progress`, or nothing.
+    """
+    network = model.network(dtype)
+    embeddings = np.zeros((len(lengths), network.embedding_size), np.float32)
+    # What sees an utterance as a whole is embedded in parts; the first frames alone are no part but all it sees.
+    apart = long.is_long(lengths) & (long.can_be_cut(network, frontend_of(model.frontend)) or not max_frames)
+    order = np.argsort(-lengths, kind="stable")
+    if apart.any():
+        embed_one = _long_embedder(model, network, dtype, runner, max_frames)
+        for row in show(order[apart[order]].tolist(), desc="embedding", unit="long recording"):
+            embeddings[row] = embed_one(load(row)[: lengths[row]])
+    rest = order[~apart[order]]
+    if not rest.size:
+        return embeddings
     if runner:
-        order = progress(np.argsort(-lengths, kind="stable").tolist(), desc="embedding", unit="recording")
-        return runner.embed_all(lambda i: utterances.load(i)[: lengths[i]], order, len(lengths))
-    plan = progress(embedding_plan(network, fbank, lengths, batch_size), desc="embedding", unit="batch")
-    return _embed(model, plan, lengths, utterances.load, dtype, max_frames)
+        shown = show(range(len(rest)), desc="embedding", unit="recording")
+        embeddings[rest] = runner.embed_all(lambda i: load(int(rest[i]))[: lengths[rest[i]]], shown, len(rest))
+        return embeddings
+    rest = np.sort(rest)
+    batches = show(plan(lengths[rest]), desc="embedding", unit="batch")
+    embeddings[rest] = _embed(model, batches, lengths[rest], lambda i: load(int(rest[i])), dtype, max_frames)
+    return embeddings
+
+
+def _long_embedder(
+    model: SpeakerModel, network: SpeakerNetwork, dtype: str, runner: OnnxModel | None, max_frames: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    """What embeds a recording that is too long for one run."""
+    fbank = frontend_of(model.frontend)
+    if isinstance(fbank, frontend.FbankConfig) and long.can_be_cut(network, fbank):
+        if runner:
+            return runner.embed_long
+        pieces = long.JaxPieces(network, quant.dequantize_params(model.variables, model.bits, np.float32), fbank)
+        return lambda wave: long.embed(pieces, network, fbank, wave, max_frames)
+    engine: Engine = "onnxruntime" if runner else "jax"
+    _tell_of_parts(model.architecture)
+    return lambda wave: long.mean_of_parts(lambda parts: embed_waves(model, parts, dtype, engine), wave)
+
+
+@functools.cache
+def _tell_of_parts(architecture: str) -> None:
+    """Says once what stands for a long recording, for it is not what one run would give."""
+    print(
+        f"{architecture} or its features look at an utterance as a whole: of recordings over {long.LONG:.0f} s, the mean embedding of "
+        f"equal parts of at most {long.LONG:.0f} s is taken",
+        file=sys.stderr,
+    )
 
 
 def embedding_plan(

@@ -31,18 +31,10 @@ from jax.typing import DTypeLike
 
 from kmq_jax.models.protocol import GraphBuilder, Part, SpeakerNetwork
 from kmq_jax.models.settings import check, check_counts, check_dtype, check_features
+from kmq_jax.nn import whole
 from kmq_jax.nn.conv import window
-from kmq_jax.nn.layers import (
-    TORCH_DEFAULT,
-    BatchNorm,
-    Conv,
-    dense,
-    frame_mask,
-    mask_frames,
-    mean_frames,
-    reflect_frames,
-    stride_mask,
-)
+from kmq_jax.nn.frames import frame_mask, mask_frames, reflect_frames, stride_mask
+from kmq_jax.nn.layers import TORCH_DEFAULT, BatchNorm, Conv, dense
 from kmq_jax.nn.pooling import ContextPooling, StatisticsPooling
 
 SCALE = 8  # chunks of a Res2 part
@@ -111,7 +103,7 @@ class _Squeeze(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        hidden = nn.relu(dense(SQUEEZE, "fc1", self.dtype)(mean_frames(x, mask, (1,))))
+        hidden = nn.relu(dense(SQUEEZE, "fc1", self.dtype)(whole.mean(self, x, mask, (1,))))
         return x * nn.sigmoid(dense(x.shape[-1], "fc2", self.dtype)(hidden))[:, None]
 
 
@@ -223,6 +215,11 @@ class Ecapa(SpeakerNetwork):
         return (*layers, Part("mfa", "aggregation"), Part("pool", "pooling"), Part("head", "embedding"))
 
     @nn.nowrap
+    def chunk_step(self) -> int:
+        """Any frame."""
+        return 1
+
+    @nn.nowrap
     def least_frames(self) -> int:
         """A mirror of four frames needs five."""
         return 5 if self.layout == SPEECHBRAIN else 1
@@ -271,7 +268,7 @@ def _block_to_onnx(graph: GraphBuilder, x: str, at: str, dilation: int, reflect:
         done.append(_unit_to_onnx(graph, given, f"{at}/res2/unit{n}", 3, dilation, reflect))
     y = graph.node("Concat", *([passed, *done] if reflect else [*done, passed]), axis=1)
     y = _unit_to_onnx(graph, y, f"{at}/out", 1, 1, False)
-    squeezed = graph.node("ReduceMean", y, graph.integers(2), keepdims=0)
+    squeezed = graph.mean_over_time(y, f"{at}/se")
     hidden = graph.activation(graph.linear(squeezed, f"{at}/se/fc1"), nn.relu)
     gate = graph.activation(graph.linear(hidden, f"{at}/se/fc2"), nn.sigmoid)
     return graph.node("Add", x, graph.node("Mul", y, graph.node("Unsqueeze", gate, graph.integers(2))))
@@ -339,6 +336,11 @@ class Xvector(SpeakerNetwork):
             lost += dilation * (taps - 1)
             parts.append(Part(name, name, lost=lost))
         return (*parts, Part("pool", "pooling"), Part("head", "embedding"))
+
+    @nn.nowrap
+    def chunk_step(self) -> int:
+        """Any frame."""
+        return 1
 
     @nn.nowrap
     def to_onnx(self, graph: GraphBuilder, feats: str) -> str:

@@ -6,6 +6,7 @@ which weights that read such features are imported. Means come first in the outp
 order. Statistics are float32 whatever the compute dtype.
 """
 
+import functools
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -14,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from kmq_jax.nn.layers import TORCH_DEFAULT, BatchNorm, Conv, dense, expand_mask, mask_frames, mean_frames
+from kmq_jax.nn import whole
+from kmq_jax.nn.frames import mask_frames
+from kmq_jax.nn.layers import TORCH_DEFAULT, BatchNorm, Conv, dense
 
 GraphBuilder: TypeAlias = Any
 """`models.protocol.GraphBuilder`, which this layer does not import."""
@@ -66,6 +69,12 @@ def segment_means(x: jax.Array, mask: jax.Array | None, size: int) -> jax.Array:
     return sums / jnp.maximum(count, 1)[..., None]
 
 
+def weighted_statistics(found: whole.Moments, floor: float) -> list[np.ndarray]:
+    """Weighted mean and deviation `[1, 2 * values]` of an utterance, by numpy; the variance is at least `floor`."""
+    variance = np.maximum(found.squares / np.maximum(found.weight, 1e-30), floor)
+    return [np.concatenate([found.mean, np.sqrt(variance)])[None]]
+
+
 class StatisticsPooling(nn.Module):
     """Mean and unbiased standard deviation over time, without parameters (WeSpeaker's TSTP).
 
@@ -81,10 +90,7 @@ class StatisticsPooling(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Maps `[batch, time, freq, channel]` to float32 `[batch, 2 * freq * channel]`."""
         frames = flatten_frames(x).astype(jnp.float32)
-        mean = mean_frames(frames, mask, (1,))
-        # In two passes: E[x^2] - mean^2 would cancel.
-        squares = mask_frames(jnp.square(frames - mean[:, None, :]), mask).sum(1)
-        count = jnp.full((1, 1), x.shape[1]) if mask is None else mask.sum(1, keepdims=True)
+        mean, squares, count = whole.statistics(self, frames, mask)
         # A single frame is divided by 1 and not by 0: its deviation is the root of `floor`.
         deviation = jnp.sqrt(squares / jnp.maximum(count - 1, 1) + self.floor)
         return jnp.concatenate([mean, deviation], axis=-1)
@@ -113,14 +119,7 @@ class AttentiveStatisticsPooling(nn.Module):
         frames = mask_frames(flatten_frames(x), mask)
         hidden = jnp.tanh(dense(self.hidden, "attention1", self.dtype)(frames))
         logits = dense(frames.shape[-1], "attention2", self.dtype)(hidden).astype(jnp.float32)
-        if mask is not None:
-            # The lowest finite number and not -inf: an utterance without frames must not turn into NaN.
-            logits = jnp.where(expand_mask(mask, logits), logits, jnp.finfo(jnp.float32).min)
-        weights = nn.softmax(logits, axis=1)
-        frames = frames.astype(jnp.float32)
-        mean = jnp.sum(weights * frames, axis=1)
-        # Equal to sum(w x^2) - mean^2, without its cancellation.
-        variance = jnp.sum(weights * jnp.square(frames - mean[:, None, :]), axis=1)
+        mean, variance = whole.weighted(self, frames.astype(jnp.float32), logits, mask)
         return jnp.concatenate([mean, jnp.sqrt(jnp.maximum(variance, self.floor))], axis=-1)
 
 
@@ -154,15 +153,13 @@ class ContextPooling(nn.Module):
         x = mask_frames(x, mask).astype(jnp.float32)
         seen = x
         if self.context:
-            mean = mean_frames(x, mask, (1,))
-            squares = mask_frames(jnp.square(x - mean[:, None]), mask).sum(1)
-            count = jnp.full((1, 1), x.shape[1]) if mask is None else mask.sum(1, keepdims=True)
+            mean, squares, count = whole.statistics(self, x, mask)
             if self.biased:
                 deviation = jnp.sqrt(jnp.maximum(squares / jnp.maximum(count, 1), self.floor))
             else:
                 deviation = jnp.sqrt(squares / jnp.maximum(count - 1, 1) + self.floor)
-            whole = jnp.concatenate([mean, deviation], axis=-1)[:, None]
-            seen = jnp.concatenate([x, jnp.broadcast_to(whole, (*x.shape[:2], whole.shape[-1]))], axis=-1)
+            context = jnp.concatenate([mean, deviation], axis=-1)[:, None]
+            seen = jnp.concatenate([x, jnp.broadcast_to(context, (*x.shape[:2], context.shape[-1]))], axis=-1)
 
         def pointwise(channels: int, name: str) -> Conv:
             return Conv(channels, 1, use_bias=True, dtype=self.dtype, kernel_init=TORCH_DEFAULT, name=name)
@@ -171,11 +168,7 @@ class ContextPooling(nn.Module):
         if self.normalize:
             hidden = BatchNorm(self.dtype, name="bn")(nn.relu(hidden), mask, train)
         logits = pointwise(x.shape[-1], "attention2")(jnp.tanh(hidden)).astype(jnp.float32)
-        if mask is not None:
-            logits = jnp.where(expand_mask(mask, logits), logits, jnp.finfo(jnp.float32).min)
-        weights = nn.softmax(logits, axis=1)
-        mean = jnp.sum(weights * x, axis=1)
-        variance = jnp.sum(weights * jnp.square(x - mean[:, None, :]), axis=1)
+        mean, variance = whole.weighted(self, x, logits, mask)
         return jnp.concatenate([mean, jnp.sqrt(jnp.maximum(variance, self.floor))], axis=-1)
 
     @nn.nowrap
@@ -201,15 +194,31 @@ class ContextPooling(nn.Module):
             variance = graph.node("Div", squares, graph.cast(count, "FLOAT"))
             floored = graph.node("Max" if self.biased else "Add", variance, graph.number(self.floor))
             like = graph.node("Shape", x)
-            whole = [graph.node("Expand", value, like) for value in (mean, graph.node("Sqrt", floored))]
-            seen = graph.node("Concat", x, *whole, axis=1)
+            deviation = graph.node("Sqrt", floored)
+            outputs = {name: ["B", "C", 1] for name in (mean, deviation)}
+            graph.whole(f"{at}/statistics", x, outputs, self._context_of, axis=2)
+            context = [graph.node("Expand", value, like) for value in (mean, deviation)]
+            seen = graph.node("Concat", x, *context, axis=1)
         hidden = graph.conv(seen, f"{at}/attention1")
         if self.normalize:
             hidden = graph.scale_and_shift(graph.activation(hidden, nn.relu), f"{at}/bn", 3)
-        weights = graph.node("Softmax", graph.conv(graph.node("Tanh", hidden), f"{at}/attention2"), axis=2)
+        logits = graph.conv(graph.node("Tanh", hidden), f"{at}/attention2")
+        weights = graph.node("Softmax", logits, axis=2)
         mean = graph.node("ReduceSum", graph.node("Mul", weights, x), graph.integers(2), keepdims=1)
         centred = graph.node("Sub", x, mean)
         squares = graph.node("Mul", weights, graph.node("Mul", centred, centred))
         variance = graph.node("ReduceSum", squares, graph.integers(2), keepdims=0)
         deviation = graph.node("Sqrt", graph.node("Max", variance, graph.number(self.floor)))
-        return graph.node("Concat", graph.node("Squeeze", mean, graph.integers(2)), deviation, axis=1)
+        pooled = graph.node("Concat", graph.node("Squeeze", mean, graph.integers(2)), deviation, axis=1)
+        finish = functools.partial(weighted_statistics, floor=self.floor)
+        graph.whole(f"{at}/weighted", x, {pooled: ["B", "P"]}, finish, logits, axis=2)
+        return pooled
+
+    @nn.nowrap
+    def _context_of(self, found: whole.Moments) -> list[np.ndarray]:
+        """Mean and deviation `[1, channel, 1]` of the whole utterance, as attention sees them."""
+        if self.biased:
+            variance = np.maximum(found.squares / np.maximum(found.weight, 1), self.floor)
+        else:
+            variance = found.squares / np.maximum(found.weight - 1, 1) + self.floor
+        return [value[None, :, None] for value in (np.asarray(found.mean), np.sqrt(variance))]

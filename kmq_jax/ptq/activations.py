@@ -13,7 +13,7 @@ import numpy as np
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import Variables, named_leaves
+from kmq_jax.core.tree import Array, Variables, named_leaves
 from kmq_jax.models.speaker_model import SpeakerModel
 from kmq_jax.nn import integers
 
@@ -81,25 +81,42 @@ def with_ranges(quantized: SpeakerModel, ranges: Ranges) -> SpeakerModel:
     Raises:
         UserError: no convolution is quantized.
     """
-    params = dict(named_leaves(quantized.variables["params"], quant.is_codebook_tensor))
-    tree: Variables = {}
-    kernels = 0
-    for place, grid in ranges.items():
-        module, _, last = place.rpartition("/")
-        tensor = params.get(f"{module}/kernel")
-        if tensor is not None and not quant.is_codebook_tensor(tensor):
-            continue  # a convolution in full precision
-        _put(tree, place, np.asarray(grid, np.float32))
-        if tensor is not None:
-            steps = integers.steps_of(jnp.asarray(tensor.codebook, jnp.float32))
-            _put(tree, f"{module}/kernel", np.asarray(np.broadcast_to(steps, tensor.shape[-1:]), np.float32))
-            kernels += 1
-    if not kernels:
-        raise UserError("activations are rounded where convolutions are quantized, and none is")
+    kernels = {
+        name: (leaf.shape[-1], np.asarray(leaf.codebook, np.float32) if quant.is_codebook_tensor(leaf) else None)
+        for name, leaf in named_leaves(quantized.variables["params"], quant.is_codebook_tensor)
+    }
+    tree = jax.tree.map(np.asarray, steps_of(ranges, kernels))
     return dataclasses.replace(quantized, variables={**quantized.variables, integers.COLLECTION: tree})
 
 
-def _put(tree: Variables, name: str, value: np.ndarray) -> None:
+def steps_of(ranges: Ranges, kernels: Mapping[str, tuple[int, Array | None]]) -> Variables:
+    """The collection `nn.integers.COLLECTION` of a network: steps of its activations and of its quantized kernels.
+
+    Args:
+        ranges: from `measure`.
+        kernels: by name of a parameter, its output channels and codebooks `[groups, K]`; None is full precision.
+
+    Raises:
+        UserError: no convolution is quantized.
+    """
+    tree: Variables = {}
+    quantized = 0
+    for place, grid in ranges.items():
+        module, _, _ = place.rpartition("/")
+        channels, codebook = kernels.get(f"{module}/kernel", (0, None))
+        if channels and codebook is None:
+            continue  # a convolution in full precision
+        _put(tree, place, jnp.asarray(grid, jnp.float32))
+        if codebook is not None:
+            steps = integers.steps_of(jnp.asarray(codebook, jnp.float32))
+            _put(tree, f"{module}/kernel", jnp.broadcast_to(steps, (channels,)))
+            quantized += 1
+    if not quantized:
+        raise UserError("activations are rounded where convolutions are quantized, and none is")
+    return tree
+
+
+def _put(tree: Variables, name: str, value: Array) -> None:
     *folders, last = name.split("/")
     for folder in folders:
         tree = tree.setdefault(folder, {})

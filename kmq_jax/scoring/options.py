@@ -24,6 +24,7 @@ class ExtractionOptions(Options):
     max_frames: int = option(
         "the network sees only so many frames of each, less the mean over all of its frames; 0: all", 0, at_least=0
     )
+    vad: bool = option("leave out what is not speech, and say how much was used", False)
     batch_size: int = option("recordings in one batch of JAX", 16, at_least=1, at_most=4096)
     engine: Engine = option("auto: ONNX Runtime on a CPU, JAX on a GPU or TPU", "auto")
 

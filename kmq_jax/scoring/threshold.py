@@ -17,6 +17,7 @@ from kmq_jax.scoring.cosine import average, cosine_scores
 from kmq_jax.scoring.options import ThresholdOptions
 
 Place = str | os.PathLike[str]
+Recording = Place | tuple[np.ndarray, int]
 
 KIND, VERSION = "threshold", 1
 _MOST = 3000  # recordings: all pairs of them take some hundred megabytes
@@ -253,8 +254,8 @@ class Decision:
 
 def decide(
     model: Place,
-    enrol: Sequence[Place],
-    test: Place,
+    enrol: Sequence[Recording],
+    test: Recording,
     threshold: Decider,
     bits: int | None = None,
     engine: Engine = "auto",
@@ -263,7 +264,8 @@ def decide(
 
     Args:
         model: the MODEL.
-        enrol: recordings of the claimed speaker; their length-normalised embeddings are averaged.
+        enrol: recordings of the claimed speaker, files or `(wave, sample rate)`; the mean of their length-normalised
+            embeddings is compared.
         test: recording to verify.
         threshold: what to decide by.
         bits: at which a nested model is read; None is the most.
@@ -274,7 +276,7 @@ def decide(
     """
     network = load_model(os.fspath(model), bits)
     threshold.require(fingerprint(network), os.fspath(model))
-    waves = [audio.read_audio(place) for place in (*enrol, test)]
+    waves = [audio.read_recording(one) for one in (*enrol, test)]
     rows = embed_waves(network, waves, engine=engine)
     speaker = average(rows, [range(len(enrol))]) if len(enrol) > 1 else rows[:1]
     score = float(cosine_scores(speaker, rows, [0], [len(enrol)])[0])

@@ -12,7 +12,7 @@ import numpy as np
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import file_hash
 from kmq_jax.core.progress import progress
-from kmq_jax.data import audio
+from kmq_jax.data import audio, speech
 from kmq_jax.models.engine import Engine
 from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model
 from kmq_jax.scoring.cosine import average, cosine_scores, lengths, unusable
@@ -107,6 +107,7 @@ class SpeakerStore:
         model: SpeakerModel | str | os.PathLike[str] | None = None,
         bits: int | None = None,
         engine: Engine = "auto",
+        vad: bool = False,
     ):
         """Names the store; nothing is read or written yet.
 
@@ -115,9 +116,11 @@ class SpeakerStore:
             model: what embeds recordings, or the MODEL to load; left out: the one that the store remembers.
             bits: at which a nested MODEL is read; None: the most it has.
             engine: what runs the network: "jax", "onnxruntime", or "auto", ONNX Runtime on a CPU.
+            vad: leave out of all recordings what is not speech (`data.speech.only`).
         """
         self._file, self._given, self._bits = Path(directory) / FILE, model, bits
         self._engine: Engine = engine
+        self._vad = vad
         self._loaded: tuple[SpeakerModel, ModelRow] | None = None
 
     def enrol(self, name: str, recordings: Sequence[str | os.PathLike[str]], replace: bool = False) -> Speaker:
@@ -335,6 +338,7 @@ class SpeakerStore:
             where, wave = "the recording", audio.checked(audio.to_mono_16k(*recording), "the recording")
         else:
             where, wave = os.fspath(recording), audio.read_audio(recording)
+        wave = speech.only(wave, where) if self._vad else wave
         try:
             embedding = network.embed(wave, audio.SAMPLE_RATE, self._engine)
         except UserError as error:

@@ -5,7 +5,7 @@ the Markdown file; KIND is `bits`, one row a model, `trained`, the trained model
 by, with paired intervals, `cascades`, one row a cascade and evaluation set, or `components`, what each component does
 alone. Of the file that `conditions` writes, KIND is `conditions`; of the one that `bench accelerator` writes,
 `accelerator`, one row for each thing measured; of the one by `bench extract --peers`, `extraction`, one row a side; of
-the one by `bench networks`, `networks`.
+the one by `bench networks`, `networks`; of the one by `bench lazy`, `lazy`, one row a side and list.
 """
 
 import json
@@ -260,6 +260,40 @@ def networks_table(found: Row) -> str:
     return _markdown(rows) + (f"\nBut for {listed}.\n" if listed else "")
 
 
+def lazy_table(found: Row) -> str:
+    """A cascade beside single models on each list: time, multiplications, bytes and errors."""
+    head = ["on", "system", "escalated", "detector, us a trial", "ms a trial", "ms a recording", "of full precision",
+            "G multiplications a trial", "a recording", "MB held", "EER %", "harmful flips"]  # fmt: skip
+    rows = [head]
+    for one in found["sets"]:
+        for row in one["rows"]:
+            own = row["system"] == "cascade"
+            detector = f"{one['detector_microseconds_a_trial']:.2f}" if own else ""
+            rows.append(
+                [
+                    _corpus(one["data"]),
+                    row["system"].rpartition("/")[2],
+                    f"{100 * one['escalated']:.1f} %" if own else "",
+                    detector,
+                    f"{1e3 * row['seconds_a_trial']:.1f}",
+                    f"{1e3 * row['seconds_a_recording']:.1f}",
+                    f"{row['ratio']:.2f}",
+                    f"{row['macs_a_trial'] / 1e9:.2f}",
+                    f"{row['macs_a_recording'] / 1e9:.2f}",
+                    f"{row['bytes'] / 1e6:.1f}",
+                    f"{row['eer']:.2f}",
+                    str(row["harmful_flips"]),
+                ]
+            )
+    about = {_corpus(one["data"]): {**one, "utterances": one["recordings"]} for one in found["sets"]}
+    return _markdown(rows) + _about_sets(about)
+
+
+def _corpus(data: str) -> str:
+    """The name of DATA without the place where it lies, nor its part: "words" of "/data/words/dev"."""
+    return "/".join(data.rstrip("/").split("/")[-2:-1]) or data
+
+
 def threshold_table(found: Row) -> str:
     """A threshold from own recordings: what it was found to do there, with intervals, and on other speakers."""
 
@@ -287,6 +321,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "extraction": extraction_table,
     "networks": networks_table,
     "threshold": threshold_table,
+    "lazy": lazy_table,
 }
 
 

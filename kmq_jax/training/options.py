@@ -148,6 +148,10 @@ class QatOptions(Options):
         False,
     )
     biases: Literal["float32", "float16"] = option("the type of the packed network's biases", "float32")
+    activations: int = option(
+        "8: steps compute with activations rounded to 8 bits as well, as an integer engine does; 0: in floating point",
+        0,
+    )
 
     def __post_init__(self) -> None:
         """See `Options`; also checks what goes together."""
@@ -169,6 +173,13 @@ class QatOptions(Options):
         if self.mixed and (self.bits or self.coarse or self.rules):
             name = "budget" if self.budget else "average_bits"
             raise UserError(f"`{name}` chooses bits itself: it cannot be used with bits, coarse or rules")
+        if self.activations not in (0, 8):
+            raise UserError(f"`activations` (={self.activations}) must be 8, or 0: in floating point")
+        if self.activations and (self.granularity != "channel" or self.coarse or not self.fit_crops):
+            raise UserError(
+                f"`activations` (={self.activations}) needs granularity='channel', fit_crops, on which ranges are "
+                "measured, and no coarse codebooks"
+            )
         if self.budget and self.average_bits:
             raise UserError("`budget` and `average_bits` cannot be used together")
 

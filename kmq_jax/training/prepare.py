@@ -23,7 +23,8 @@ from kmq_jax.core.tree import Params, Variables
 from kmq_jax.data import pipeline, source
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import SpeakerModel, frontend_of
-from kmq_jax.ptq import moments
+from kmq_jax.nn import integers
+from kmq_jax.ptq import activations, moments
 from kmq_jax.training import qat
 from kmq_jax.training import step as steps
 from kmq_jax.training.from_models import describe, load_parent, load_start, load_teacher
@@ -241,6 +242,9 @@ def _start(
         params, batch_stats = load_start(options, params, batch_stats, data.utterances)
     teacher = load_teacher(options, params.network, batch_stats)
     task = steps.make_task(options, data.epoch_steps, load_parent(options))
+    reference = dataclasses.replace(model, variables={"params": params.network, "batch_stats": batch_stats})
+    if isinstance(task, Quantized) and options.quant.activations:
+        task = dataclasses.replace(task, ranges=measured_ranges(objective, workdir, reference, data))
     named = dataclasses.replace(params, network=task.shapes(params.network))
     recipe = steps.make_recipe(objective, task, named)
     if isinstance(task, Quantized) and options.quant.mixed:
@@ -252,7 +256,6 @@ def _start(
     if resumes:
         network = task.shapes(params.network)
     else:
-        reference = dataclasses.replace(model, variables={"params": params.network, "batch_stats": batch_stats})
         network, batch_stats = task.init(reference, speech_of(objective, data))
     return recipe, dataclasses.replace(params, network=network), batch_stats, teacher
 
@@ -264,6 +267,25 @@ def _restore(
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     newest = checkpoints.steps()[-1]
     return from_checkpoint(checkpoints.restore(newest, **checkpoint_parts(target), data=batches))
+
+
+def measured_ranges(
+    objective: steps.Objective, workdir: Path, reference: SpeakerModel, data: Data
+) -> activations.Ranges:
+    """The ranges of activations: those in `workdir/ranges.json`, else of the full-precision network on crops."""
+    path = workdir / "ranges.json"
+    if not path.exists():
+        found = activations.measure(reference, random_crops(objective.options, data.utterances))
+        grids = distributed.of_first(np.array(list(found.values()), np.float32))
+        if jax.process_index() == 0:
+            write_json(path, {place: grid.tolist() for place, grid in zip(found, grids)})
+        return {place: (float(step), float(zero)) for place, (step, zero) in zip(found, grids)}
+    held = read_object(path)
+    for place, grid in held.items():
+        numbers = isinstance(grid, list) and len(grid) == 2 and all(isinstance(n, int | float) for n in grid)
+        if not numbers or not grid[0] > 0 or not 0 <= grid[1] <= integers.LEVELS:
+            raise UserError(f"{path}: {place} must have a step above 0 and a level of zero")
+    return {place: (float(grid[0]), float(grid[1])) for place, grid in held.items()}
 
 
 def allocate(

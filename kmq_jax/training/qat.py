@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from kmq_jax import quant
 from kmq_jax.core.tree import Params, Variables, map_named, named_leaves
 from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel
-from kmq_jax.ptq import fit, moments
+from kmq_jax.nn import integers
+from kmq_jax.ptq import activations, fit, moments
 from kmq_jax.ptq.quantize import with_half_biases
 from kmq_jax.quant.codes import along
 from kmq_jax.training.options import QatOptions
@@ -130,6 +131,7 @@ def init_fitted(
     features: jax.Array | None,
     allocation: Allocation | None = None,
     parent: Params | None = None,
+    ranges: activations.Ranges | None = None,
 ) -> tuple[QatParams, Params]:
     """As `init_params`, then brings the network near to the full-precision one on some crops of speech.
 
@@ -144,6 +146,7 @@ def init_fitted(
         features: `[batch, time, mel]`, as training gives them; None leaves the network as k-means makes it.
         allocation: see `rules_of`.
         parent: see `init_params`.
+        ranges: of activations that are rounded to 8 bits; None rounds none.
 
     Returns:
         Parameters and running statistics.
@@ -154,7 +157,7 @@ def init_fitted(
     network, batch_stats = reference.variables["params"], reference.variables.get("batch_stats", {})
     can_fit = options.granularity == "channel" and options.recipe == "normalized" and not options.multi_stage
     if features is not None and can_fit:
-        return _fit(options, reference, features, allocation, parent)
+        return _fit(options, reference, features, allocation, parent, ranges)
     params = init_params(options, network, allocation, parent)
     if features is None or parent is not None:
         return params, batch_stats
@@ -167,6 +170,7 @@ def _fit(
     features: jax.Array,
     allocation: Allocation | None,
     parent: Params | None,
+    ranges: activations.Ranges | None,
 ) -> tuple[QatParams, Params]:
     network, rules = reference.variables["params"], rules_of(options, allocation)
     if parent is None:
@@ -175,6 +179,7 @@ def _fit(
         grown = init_params(options, network, allocation, parent)
         packed = packed_variables(grown, parent_indices(grown, parent))
     quantized = dataclasses.replace(reference, variables={**reference.variables, **packed})
+    quantized = activations.with_ranges(quantized, ranges) if ranges else quantized
     levels = fit.patterned(network, rules)
     fitted = fit.fit(reference, quantized, features, keep_coarsest=parent is not None, levels=levels).variables
     own = {bits: _by_name(leaves) for bits, leaves in fitted.get(PER_BITS, {}).items()} if parent is not None else {}
@@ -257,6 +262,30 @@ def effective_weights(
     # One program serves all bits: which are trained in this step is known only when it runs.
     bits = jnp.array(options.trained_bits)[step % len(options.trained_bits)]
     return quant.fake_quantize(_with_biases(latents, params.per_bits, bits), books, bits=bits)
+
+
+def integer_steps(
+    ranges: activations.Ranges | None, params: QatParams, names: Collection[str] | None = None
+) -> Variables:
+    """What a step's variables hold beside weights where activations are rounded: the collection of `nn.integers`.
+
+    Args:
+        ranges: of the activations; None: nothing.
+        params: whose codebooks give the steps of kernels.
+        names: as in `effective_weights`.
+    """
+    if not ranges:
+        return {}
+    used = set(params.codebooks) if names is None else set(names)
+    kernels = {
+        name: (
+            latent.shape[-1],
+            jax.lax.stop_gradient(params.codebooks[name]).values() if name in used & set(params.codebooks) else None,
+        )
+        for name, latent in named_leaves(params.latents)
+        if latent.ndim
+    }
+    return {integers.COLLECTION: activations.steps_of(ranges, kernels)}
 
 
 def _trained_parts(options: QatOptions, book: quant.Codebook, thawed: jax.Array) -> quant.Codebook:

@@ -183,6 +183,7 @@ def total_loss(
     labels: jax.Array,
     step: jax.Array,
     teacher: Variables | None = None,
+    beside: Variables | None = None,
 ) -> tuple[jax.Array, tuple[Metrics, Params]]:
     """The weighted sum of classification loss and distillation.
 
@@ -195,12 +196,13 @@ def total_loss(
         labels: speakers, int `[batch]`.
         step: of the run.
         teacher: variables of the full-precision network, where `distill.weight` is above zero.
+        beside: variables of the network beside parameters and statistics, see `Task.beside`.
 
     Returns:
         The loss, and with it metrics and the updated running statistics.
     """
     distill, weight = objective.options.distill.weight, objective.options.loss.weight
-    variables = {"params": network, "batch_stats": batch_stats}
+    variables = {"params": network, "batch_stats": batch_stats, **(beside or {})}
     parts = objective.network.distilled_parts() if distill else ()
     embeddings, outputs, updates = objective.network.taps(
         variables, features, train=True, names=parts, mutable=["batch_stats"]
@@ -241,9 +243,9 @@ def train_step(
 
     def loss_of(params: Trainable) -> tuple[jax.Array, tuple[Metrics, Params]]:
         network = task.weights(params.network, state.indices, state.step, phase)
-        labels = batch["speaker"]
+        labels, beside = batch["speaker"], task.beside(params.network, phase)
         return total_loss(
-            objective, params.classifier, network, state.batch_stats, features, labels, state.step, teacher
+            objective, params.classifier, network, state.batch_stats, features, labels, state.step, teacher, beside
         )
 
     gradients, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)

@@ -15,7 +15,7 @@ from kmq_jax.core import distributed
 from kmq_jax.core.tree import Params, Variables
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import SpeakerModel
-from kmq_jax.ptq import moments
+from kmq_jax.ptq import activations, moments
 from kmq_jax.training import qat
 from kmq_jax.training.options import QatOptions
 from kmq_jax.training.state import Network, QatParams, TrainState, load_network
@@ -88,6 +88,9 @@ class Task(Protocol):
     def weights(self, network: Network, indices: qat.Indices, step: jax.Array, phase: Phase | None) -> Params:
         """The weights a step computes with; differentiable in `network`."""
 
+    def beside(self, network: Network, phase: Phase | None) -> Variables:
+        """The variables that a step computes with beside weights and statistics."""
+
     def after_update(
         self, before: Network, after: Network, indices: qat.Indices, step: jax.Array
     ) -> tuple[Network, qat.Indices]:
@@ -144,6 +147,10 @@ class FullPrecision:
         """See `Task`."""
         return network
 
+    def beside(self, network: Network, phase: Phase | None) -> Variables:
+        """See `Task`."""
+        return {}
+
     def after_update(
         self, before: Network, after: Network, indices: qat.Indices, step: jax.Array
     ) -> tuple[Network, qat.Indices]:
@@ -173,6 +180,7 @@ class Quantized:
         last_move: centroids rest after this step.
         allocation: bits by name, in mixed precision.
         parent: parameters of the packed network that nested codebooks grow from.
+        ranges: of activations that are rounded to 8 bits; None rounds none.
     """
 
     options: QatOptions
@@ -180,6 +188,7 @@ class Quantized:
     last_move: float = 0.0
     allocation: qat.Allocation | None = None
     parent: Params | None = None
+    ranges: activations.Ranges | None = None
     saved_as: str | None = "model.kmq"
 
     @property
@@ -194,7 +203,7 @@ class Quantized:
     def init(self, reference: SpeakerModel, speech: Speech) -> tuple[QatParams, Params]:
         """See `Task`."""
         features = speech.crops() if self.options.fit_crops else None
-        return qat.init_fitted(self.options, reference, features, self.allocation, self.parent)
+        return qat.init_fitted(self.options, reference, features, self.allocation, self.parent, self.ranges)
 
     def init_indices(self, network: Network) -> qat.Indices:
         """See `Task`."""
@@ -223,13 +232,19 @@ class Quantized:
         if not self.options.bn_passes or not model.variables.get("batch_stats"):
             return None
         weights = qat.effective_weights(self.options, network, indices, jnp.zeros((), jnp.int32), names=phase)
-        used = dataclasses.replace(model, variables={**model.variables, "params": weights})
+        beside = self.beside(network, phase)
+        used = dataclasses.replace(model, variables={**model.variables, "params": weights, **beside})
         return distributed.mean_of_all(moments.averaged_statistics(used, speech.passes(self.options.bn_passes)))
 
     def weights(self, network: Network, indices: qat.Indices, step: jax.Array, phase: Phase | None) -> Params:
         """See `Task`."""
         assert isinstance(network, QatParams)
         return qat.effective_weights(self.options, network, indices, step, self.thaw, phase)
+
+    def beside(self, network: Network, phase: Phase | None) -> Variables:
+        """See `Task`."""
+        assert isinstance(network, QatParams)
+        return qat.integer_steps(self.ranges, network, phase)
 
     def after_update(
         self, before: Network, after: Network, indices: qat.Indices, step: jax.Array
@@ -244,7 +259,8 @@ class Quantized:
         """See `Task`."""
         assert isinstance(state.params.network, QatParams)
         packed = qat.packed_variables(state.params.network, state.indices, self.options.biases == "float16")
-        return {**packed, "batch_stats": state.batch_stats}
+        steps = jax.device_get(self.beside(state.params.network, None))
+        return {**packed, "batch_stats": state.batch_stats, **steps}
 
     def finish(self, trained: SpeakerModel, checkpoints: Checkpoints, speech: Speech) -> Final | None:
         """Measures batch normalisation afresh."""

@@ -17,7 +17,8 @@ import flax.linen as nn  # isort: skip
 from kmq_jax.models import registry  # isort: skip
 from kmq_jax.models.protocol import Part, SpeakerNetwork  # isort: skip
 from kmq_jax.nn.conv import window  # isort: skip
-from kmq_jax.nn.layers import BatchNorm, Conv, dense, frame_mask, mask_frames, stride_mask  # isort: skip
+from kmq_jax.nn.frames import frame_mask, mask_frames, stride_mask  # isort: skip
+from kmq_jax.nn.layers import BatchNorm, Conv, dense  # isort: skip
 from kmq_jax.nn.pooling import StatisticsPooling  # isort: skip
 
 FRAMES = {"frame1": (5, 1), "frame2": (3, 2), "frame3": (1, 1)}  # taps and dilation, without padding

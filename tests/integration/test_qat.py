@@ -183,3 +183,31 @@ def test_mistakes_are_told_before_any_step(full, tmp_path):
     with pytest.raises(UserError, match="distill.teacher or init_from must name"):
         loop.train(config, tmp_path)
     assert not list(tmp_path.glob("checkpoints/*"))
+
+
+@pytest.mark.slow
+def test_training_with_rounded_activations_and_what_both_engines_make_of_it(full, tmp_path):
+    config = qat_config(full, 4, activations=8)
+    config.epochs = 1.0
+    loop.train(config, tmp_path / "run")
+    ranges = json.loads((tmp_path / "run" / "ranges.json").read_text())
+    trained = load_model(tmp_path / "run" / "model.kmq")
+    rounds = dict(named_leaves(trained.variables["integers"]))
+    assert set(ranges) <= set(rounds) and any(name.endswith("/kernel") for name in rounds)
+    for place, grid in ranges.items():
+        np.testing.assert_allclose(rounds[place], grid, rtol=1e-6)
+    tensors = dict(named_leaves(trained.variables["params"], quant.is_codebook_tensor))
+    for name, found in rounds.items():
+        if name.endswith("/kernel"):  # those of the codebooks as they are now, not as they were
+            np.testing.assert_allclose(found * 127, np.abs(tensors[name].codebook).max(axis=1), rtol=1e-5)
+    speech = source.open_source("synthetic:dev?speakers=2&utterances=1")
+    waves = [speech.load(row) for row in range(2)]
+    ours, theirs = (trained.embed(waves, 16000, engine=name) for name in ("jax", "onnxruntime"))
+    cosines = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+    assert (cosines > 0.999).all()
+    plain = dataclasses.replace(trained, variables={k: v for k, v in trained.variables.items() if k != "integers"})
+    assert not np.allclose(plain.embed(waves, 16000, engine="jax"), ours, rtol=1e-3)
+    # A run that goes on reads its ranges, and refuses what are none.
+    (tmp_path / "run" / "ranges.json").write_text(json.dumps({"stem/conv/input": [0, 3]}))
+    with pytest.raises(UserError, match=r"ranges\.json: stem/conv/input"):
+        loop.train(config, tmp_path / "run")

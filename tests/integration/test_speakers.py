@@ -103,3 +103,37 @@ def test_a_mistake_is_one_line_and_nothing_is_written(place, monkeypatch, capsys
     said = capsys.readouterr().err
     assert said.startswith(f"kmq-jax {command}: {line}") and said.count("\n") == 1
     assert sorted(place.rglob("*")) == before
+
+
+def test_speech_alone_of_long_recordings(place, monkeypatch, capsys):
+    pytest.importorskip("webrtcvad")
+    import numpy as np
+
+    from kmq_jax.data import source
+
+    table = source.open_source("synthetic:dev?speakers=2&utterances=2")
+    (place / "DATA" / "x").mkdir(parents=True)
+    for row, name in enumerate(("a1", "a2", "b1", "b2")):
+        speech = np.concatenate([table.load(row)] * 8)
+        write(place / "DATA" / "x" / f"{name}.wav", np.concatenate([speech, np.zeros(60 * 16000, np.float32)]))
+    model, a1, a2 = "--model=runs/r34-4bit.kmq", "DATA/x/a1.wav", "DATA/x/a2.wav"
+    said = {}
+    for command in (
+        ("enroll", "--store=s", model, "--speaker=a", "--vad", a1),
+        ("verify", "--store=s", "--speaker=a", "--vad", "--threshold=0.5", a2),
+        ("identify", "--store=s", "--vad", a2),
+        ("verify", model, f"--enrol={a1}", f"--test={a2}", "--vad", "--threshold=0.5"),
+        ("extract", model, "--data=DATA", "--out=x.npz", "--vad"),
+    ):
+        assert run(monkeypatch, *command) == 0
+        out, err = capsys.readouterr()
+        said[command[0], command[1]] = out
+        assert re.search(r"used \d+\.\d s of speech of \d+\.\d s", err), command
+        assert "warning: mostly no speech" in err
+    assert (
+        float(re.search(r", (\d+\.\d) s", said["enroll", "--store=s"])[1]) < 45
+    )  # of speech: the minute is not counted
+    score = [re.search(r"-?\d\.\d{4}", said[key])[0] for key in said if key[0] in ("verify", "identify")]
+    embeddings = np.load(place / "x.npz")["embeddings"]
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    assert len(set(score)) == 1 and float(score[0]) == pytest.approx(float(unit[0] @ unit[1]), abs=2e-4)

@@ -156,6 +156,38 @@ def test_several_recordings_of_the_claimed_speaker_are_averaged(place, tmp_path,
         cascade.verify([], waves[0])
 
 
+def test_a_cascade_beside_single_models_in_one_table(place, tmp_path, monkeypatch, capsys):
+    from kmq_jax.cli import bench
+    from kmq_jax.metrics.detection import eer
+    from kmq_jax.scoring.cosine import cosine_scores
+    from kmq_jax.study.tables import lazy_table
+
+    nested, lists = str(place / "nested.kmq"), [f"--data={DATA}", f"--trials={DATA}"]
+    flags = [f"--cascade={place / 'cascade'}", *lists, *lists, f"--beside={nested}", "--uses=0", "--repeats=1"]
+    bench.run("lazy", [*flags, "--engine=onnxruntime", "--compute=float32", f"--json={tmp_path / 'l.json'}"])
+    out, found = capsys.readouterr().out, json.loads((tmp_path / "l.json").read_text())
+    assert len(found["sets"]) == 2 and out.count("microseconds a trial") == 2
+    one, cascade = found["sets"][0], kmq_jax.load_cascade(place / "cascade")
+    rows = {row["system"]: row for row in one["rows"]}
+    assert list(rows) == ["cascade", "full precision", nested]
+    pairs = trials.open_trials(DATA, source.open_source(DATA))
+    full = np.load(place / "32.npz")["embeddings"]
+    scores = cosine_scores(full, full, pairs.enrol, pairs.test)
+    assert rows["full precision"]["eer"] == pytest.approx(100 * eer(scores, pairs.label)[0], abs=0.3)
+    assert rows["full precision"]["harmful_flips"] == 0 and rows["full precision"]["ratio"] == 1
+    assert one["embedded"]["2"] == one["recordings"] == 24 and one["trials"] == len(pairs)
+    assert rows["cascade"]["bytes"] == cascade.costs()["resident_bytes"] > rows[nested]["bytes"]
+    each = rows["full precision"]["macs_a_recording"]
+    assert rows[nested]["macs_a_recording"] == each
+    assert rows["cascade"]["macs_a_recording"] == pytest.approx(each * sum(one["embedded"].values()) / 24)
+    assert rows["cascade"]["seconds_a_trial"] == pytest.approx(rows["cascade"]["seconds"] / len(pairs))
+    assert 0 <= one["escalated"] <= 1 and one["detector_microseconds_a_trial"] > 0
+    table = lazy_table(found)
+    assert table.count("| cascade |") == 2 and f"{rows['cascade']['eer']:.2f}" in table
+    with pytest.raises(UserError, match="trials"):
+        bench.run("lazy", [*flags, f"--data={DATA}"])
+
+
 def test_models_are_loaded_once_and_only_when_needed(place, monkeypatch):
     loaded = []
     load = load_model

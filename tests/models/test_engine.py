@@ -41,25 +41,6 @@ def test_engines_agree_on_any_length(frontend, wespeaker):
     np.testing.assert_allclose(alone, theirs[1:2], rtol=0, atol=1e-5 * np.abs(ours).max())
 
 
-@pytest.mark.parametrize("samples", [16000 * 5 + 77, 16000 * 4])
-def test_chunks_give_what_the_whole_gives(monkeypatch, wespeaker, samples):
-    (wave,) = waves_of(samples)
-    (whole,) = embed_waves(wespeaker, [wave], engine="onnxruntime")
-    monkeypatch.setattr(engine, "LONG", 1.0)
-    monkeypatch.setattr(engine, "_CHUNK", 104)
-    (parts,) = embed_waves(wespeaker, [wave], engine="onnxruntime")
-    assert not np.array_equal(parts, whole)  # it did go in chunks
-    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
-
-
-def test_a_network_that_looks_at_the_whole_utterance_is_not_cut(monkeypatch):
-    model = model_of("resnet36", "kiwano")
-    (wave,) = waves_of(16000)
-    (whole,) = embed_waves(model, [wave], engine="onnxruntime")
-    monkeypatch.setattr(engine, "LONG", 0.5)
-    np.testing.assert_array_equal(embed_waves(model, [wave], engine="onnxruntime")[0], whole)
-
-
 def test_the_converted_model_is_kept_and_belongs_to_its_weights(tmp_path, wespeaker):
     save_model(tmp_path / "a.kmq", wespeaker)
     (wave,) = waves_of(8000)

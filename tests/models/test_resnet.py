@@ -10,7 +10,7 @@ import pytest
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import map_named, named_leaves
 from kmq_jax.models import registry
-from kmq_jax.nn.layers import frame_mask, mask_frames
+from kmq_jax.nn.frames import frame_mask, mask_frames
 
 SMALL = {"width": 8, "features": 20, "embedding_size": 16}
 NETWORKS = {

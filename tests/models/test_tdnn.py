@@ -7,7 +7,7 @@ import pytest
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.models import onnx_export, registry
-from kmq_jax.nn.layers import reflect_frames
+from kmq_jax.nn.frames import reflect_frames
 
 
 @pytest.mark.parametrize(

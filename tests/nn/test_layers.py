@@ -5,15 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kmq_jax.nn.layers import (
-    BatchNorm,
-    Conv,
-    SqueezeExcite,
-    frame_mask,
-    mask_frames,
-    mean_frames,
-    stride_mask,
-)
+from kmq_jax.nn.frames import frame_mask, mask_frames, mean_frames, stride_mask
+from kmq_jax.nn.layers import BatchNorm, Conv, SqueezeExcite
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from kmq_jax.nn.layers import frame_mask
+from kmq_jax.nn.frames import frame_mask
 from kmq_jax.nn.pooling import AttentiveStatisticsPooling, StatisticsPooling, flatten_order
 
 

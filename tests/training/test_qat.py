@@ -12,10 +12,14 @@ import pytest
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import named_leaves
-from kmq_jax.models.speaker_model import SpeakerModel, at_bits
+from kmq_jax.models import registry
+from kmq_jax.models.speaker_model import SpeakerModel, at_bits, embed_waves
+from kmq_jax.nn import integers
+from kmq_jax.ptq import activations
 from kmq_jax.training import qat
 from kmq_jax.training.options import QatOptions
 from kmq_jax.training.state import QatParams, Trainable, TrainState, checkpoint_parts, from_checkpoint
+from kmq_jax.training.tasks import Quantized
 
 RNG = np.random.default_rng(0)
 NETWORK = {
@@ -221,3 +225,45 @@ def test_names_by_which_the_optimizer_groups_parameters():
     }
     found = {pattern: sum(bool(re.search(pattern, name)) for name in names) for pattern in of}
     assert found == of and sum(of.values()) == len(names)
+
+
+@pytest.mark.slow
+def test_steps_with_rounded_activations_compute_with_what_is_shipped():
+    settings = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8}
+    network = registry.build("wespeaker_resnet34", **settings)
+    variables = registry.initialize(network, jax.random.key(0))
+    reference = SpeakerModel("wespeaker_resnet34", settings, "wespeaker", variables)
+    features = jax.random.normal(jax.random.key(1), (2, 60, 80))
+    options = QatOptions(bits=4, activations=8, rules=((r"^stem/", 0),), biases="float32")
+    task = Quantized(options, ranges=activations.measure(reference, features))
+    params = qat.init_params(options, variables["params"])
+    beside = task.beside(params, None)
+    rounds = dict(named_leaves(beside[integers.COLLECTION]))
+    assert "stage1/block0/conv1/input" in rounds and "stem/conv/input" not in rounds
+
+    def embed(params, task):
+        weights = task.weights(params, {}, jnp.zeros((), jnp.int32), None)
+        used = {"params": weights, "batch_stats": variables["batch_stats"], **task.beside(params, None)}
+        return network.apply(used, features, train=False)
+
+    state = TrainState(jnp.array(0), Trainable(jnp.ones((2, 1, 8)), params), variables["batch_stats"], ())
+    shipped = task.variables(state)
+    packed = {**shipped, "params": quant.dequantize_params(shipped["params"])}
+    np.testing.assert_allclose(embed(params, task), network.apply(packed, features, train=False), rtol=1e-5, atol=1e-6)
+    plain = embed(params, dataclasses.replace(task, ranges=None))
+    assert not np.allclose(embed(params, task), plain, rtol=1e-4, atol=1e-5)
+    gradients = jax.grad(lambda p: jnp.square(embed(p, task)).sum())(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    assert np.abs(dict(named_leaves(gradients.latents))["stage1/block0/conv1/kernel"]).max() > 0
+    model = dataclasses.replace(reference, variables=jax.device_get(shipped))
+    wave = np.cumsum(np.random.default_rng(0).normal(size=9000)).astype(np.float32) * 1e-3
+    ours, theirs = (embed_waves(model, [wave], engine=name)[0] for name in ("jax", "onnxruntime"))
+    assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) > 0.999
+
+
+def test_rounded_activations_need_ranges_and_a_codebook_a_channel():
+    for more in ({"granularity": "tensor"}, {"fit_crops": 0}, {"coarse": (2,), "grow_from": "runs/2bit"}):
+        with pytest.raises(UserError, match="activations"):
+            QatOptions(bits=4, activations=8, **more)
+    with pytest.raises(UserError, match="activations"):
+        QatOptions(bits=4, activations=4)
