@@ -15,7 +15,7 @@ class Files(Options):
 
     source: Path = option("the file to import")
     out: Path = option("directory to write; it is a MODEL for every command", metavar="DIR", writes="directory")
-    format: Literal["wespeaker-onnx", "wespeaker-torch", "kiwano", "3dspeaker"] | None = option(
+    format: Literal["wespeaker-onnx", "onnx", "wespeaker-torch", "kiwano", "3dspeaker"] | None = option(
         "of the file; left out: found from the file", None
     )
     activation: Literal["silu", "relu", "none"] | None = option(
@@ -23,12 +23,20 @@ class Files(Options):
         "(left out: relu with 3D-Speaker's, whose own code has none)",
         None,
     )
+    frontend: Literal["kiwano", "wespeaker", "3dspeaker", "wespeaker60", "wespeaker72"] | None = option(
+        "that an ONNX graph was trained with; left out: what the file names, or WeSpeaker's of so many features", None
+    )
+    layout: Literal["frames-first", "features-first"] | None = option(
+        "of an ONNX graph's input, where its shape does not tell", None
+    )
+    output: str | None = option("of an ONNX graph that has several: the embedding's name", None)
 
 
 COMMAND = Command(
     "import_model",
     "Imports a pretrained network of WeSpeaker (ONNX, PyTorch), 3D-Speaker or Kiwano, or its tensors as .safetensors.\n"
-    "Nothing in the file is executed; every tensor must have its place.",
+    "Nothing in the file is executed; every tensor must have its place. Any other ONNX network from features to an\n"
+    "embedding is imported as a graph, where ONNX Runtime gives the same embeddings.",
     "kmq-jax import_model --source=voxceleb_resnet34.onnx --out=runs/wespeaker34",
     (Files,),
 )
@@ -38,5 +46,8 @@ def main() -> None:
     """Runs the command."""
     files = options_of(Files, COMMAND.parse())
     from kmq_jax.interop.import_model import describe, import_model
+    from kmq_jax.interop.onnx_network import Asked
 
-    print(f"{files.out}: {describe(import_model(files.source, files.out, files.format, files.activation))}")
+    asked = Asked(files.frontend, files.layout, files.output)
+    model = import_model(files.source, files.out, files.format, files.activation, asked)
+    print(f"{files.out}: {describe(model)}")
