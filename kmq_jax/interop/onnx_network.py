@@ -156,6 +156,7 @@ class _Reader:
         self._literals: dict[int, np.ndarray] = {}
         self._known: dict[tuple[str, tuple[int, ...], bytes], int] = {}
         self._nodes: list[list[Any]] = []
+        self._unbiased: dict[int, dict[str, Any]] = {}  # linear layers, by what they give
         self._next = graphs.FIRST
         self._largest = 16 * Path(graph.where).stat().st_size + (1 << 16)  # elements of a constant: one bit makes one
         x = graphs.FEATURES
@@ -191,6 +192,9 @@ class _Reader:
             if made is not None:
                 self._numbers[outputs[0]] = made
                 return
+        if node.op_type == "Add" and (joined := self._with_bias(operands)):
+            self._numbers[outputs[0]] = joined
+            return
         if node.op_type == "Gelu":
             self._numbers[outputs[0]] = self._gelu(self._number(operands[0]), attributes.get("approximate") == "tanh")
             return
@@ -341,7 +345,7 @@ class _Reader:
         """The Gaussian error linear unit, of simpler operators: operator set 18 has none."""
 
         def made(kind: str, *inputs: int | float) -> int:
-            given = [self._number(np.float32(n).reshape(())) if isinstance(n, float) else n for n in inputs]
+            given = [self._number(np.array(n, np.float32)) if isinstance(n, float) else n for n in inputs]
             return self._add(kind, given, {})[0]
 
         if approximate:
@@ -396,6 +400,19 @@ class _Reader:
             return None
         return self._layer("linear", "Linear", operands, kernel, None, {"size": kernel.shape[1]})
 
+    def _with_bias(self, operands: list[Operand]) -> int | None:
+        """Gives a linear layer the bias that is added to its output and nowhere else; None where this is no bias."""
+        for one, other in (operands, operands[::-1]):
+            layer = self._unbiased.get(self._numbers.get(one, graphs.LEFT_OUT)) if isinstance(one, str) else None
+            if layer is None or not self._is_constant(other) or len(self.graph.users(one)) != 1:
+                continue
+            bias = self._array(other)
+            if bias is not None and bias.shape == (layer["size"],) and one != self.graph.resolve(self.graph.output):
+                layer["bias"] = True
+                self.variables["params"][layer["layer"]]["bias"] = bias.astype(np.float32)
+                return self._numbers[one]
+        return None
+
     def _layer(
         self,
         word: str,
@@ -409,7 +426,10 @@ class _Reader:
         leaves = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias.reshape(-1)}
         self.variables["params"][name] = {leaf: np.ascontiguousarray(x, np.float32) for leaf, x in leaves.items()}
         about = {**about, "bias": bias is not None, "layer": name}
-        return self._add(kind, [self._number(operands[0])], about)[0]
+        made = self._add(kind, [self._number(operands[0])], about)[0]
+        if kind == "Linear" and bias is None:
+            self._unbiased[made] = self._nodes[-1][3]
+        return made
 
     def _norm(self, operands: list[Operand], attributes: dict[str, Any]) -> int:
         if not all(map(self._is_constant, operands[1:])) or attributes.get("training_mode", 0):
@@ -474,7 +494,7 @@ def components_of(layers: Sequence[str]) -> dict[str, str]:
         shared += 1
     for depth in range(shared + 1, shared + 4):
         found = {name: ".".join(path[shared:depth]) for name, path in paths.items()}
-        if _FEWEST <= len(set(found.values())) <= min(_MOST, max(len(paths) - 1, _FEWEST)):
+        if _FEWEST <= len(set(found.values())) <= _MOST:
             return found
     count = len(layers)
     sections = min(_SECTIONS, count)
