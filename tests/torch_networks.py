@@ -35,9 +35,7 @@ class Res2Block(nn.Module):
         super().__init__()
         self.width = channels // scale
         self.enter, self.leave = conv_bn(channels, channels, 1), conv_bn(channels, channels, 1)
-        self.convs = nn.ModuleList(
-            conv_bn(self.width, self.width, 3, dilation=2, padding=2) for _ in range(scale - 1)
-        )
+        self.convs = nn.ModuleList(conv_bn(self.width, self.width, 3, dilation=2, padding=2) for _ in range(scale - 1))
         self.se = nn.Sequential(nn.Conv1d(channels, 8, 1), nn.ReLU(), nn.Conv1d(8, channels, 1), nn.Sigmoid())
 
     def forward(self, x):
@@ -64,7 +62,9 @@ class Ecapa(nn.Module):
         x3 = self.block2(x1 + x2)
         x = torch.relu(self.aggregate(torch.cat([x1, x2, x3], 1)))
         time = x.size(2)
-        seen = torch.cat([x, x.mean(2, keepdim=True).repeat(1, 1, time), x.std(2, keepdim=True).expand(-1, -1, time)], 1)
+        seen = torch.cat(
+            [x, x.mean(2, keepdim=True).repeat(1, 1, time), x.std(2, keepdim=True).expand(-1, -1, time)], 1
+        )
         weight = torch.softmax(self.attention(seen), 2)
         mean = (x * weight).sum(2)
         deviation = ((x**2 * weight).sum(2) - mean**2).clamp(min=1e-4).sqrt()
@@ -81,7 +81,9 @@ class CamPlusPlus(nn.Module):
         self.enter, self.local, self.mask1, self.mask2 = (nn.ModuleList() for _ in range(4))
         for n in range(layers):
             channels = 16 + n * growth
-            self.enter.append(nn.Sequential(nn.BatchNorm1d(channels), nn.ReLU(), nn.Conv1d(channels, 16, 1, bias=False)))
+            self.enter.append(
+                nn.Sequential(nn.BatchNorm1d(channels), nn.ReLU(), nn.Conv1d(channels, 16, 1, bias=False))
+            )
             self.local.append(nn.Conv1d(16, growth, 3, padding=1, bias=False))
             self.mask1.append(nn.Conv1d(16, 8, 1))
             self.mask2.append(nn.Conv1d(8, growth, 1))
@@ -127,7 +129,9 @@ class ReDimNet(nn.Module):
         rows.append(y.flatten(1, 2))
         z = self.norm(self.reduce(rows[-1]).transpose(1, 2))
         batch, time, size = z.shape
-        q, k, v = (layer(z).reshape(batch, time, 4, size // 4).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        q, k, v = (
+            layer(z).reshape(batch, time, 4, size // 4).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
         attended = torch.softmax(q @ k.transpose(-1, -2) / 2.0, -1) @ v
         z = z + self.mix(attended.transpose(1, 2).reshape(batch, time, size))
         rows.append(rows[-1] + self.expand(F.gelu(z, approximate="tanh").transpose(1, 2)))
@@ -165,7 +169,9 @@ class ERes2Net(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(1, 8, 3, padding=1, stride=2), nn.BatchNorm2d(8)
         self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
-        self.fuse = nn.Sequential(nn.Conv2d(8, 2, 1), nn.BatchNorm2d(2), nn.SiLU(), nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4))
+        self.fuse = nn.Sequential(
+            nn.Conv2d(8, 2, 1), nn.BatchNorm2d(2), nn.SiLU(), nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4)
+        )
         self.last, self.fc = nn.Conv2d(8, 8, 1), nn.Linear(2 * 8 * 40, 12)
 
     def forward(self, x):
@@ -184,7 +190,11 @@ class Titanet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.depth, self.point, self.bn = nn.Conv1d(80, 80, 7, padding=3, groups=80), nn.Conv1d(80, 16, 1), nn.BatchNorm1d(16)
+        self.depth, self.point, self.bn = (
+            nn.Conv1d(80, 80, 7, padding=3, groups=80),
+            nn.Conv1d(80, 16, 1),
+            nn.BatchNorm1d(16),
+        )
         self.attention, self.fc = nn.Conv1d(16, 16, 1), nn.Linear(32, 12)
         self.classes = nn.Linear(12, 5)
 

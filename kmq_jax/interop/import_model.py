@@ -5,12 +5,12 @@ from pathlib import Path
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import named_leaves
 from kmq_jax.interop import pretrained
-from kmq_jax.interop.onnx_network import Asked
+from kmq_jax.interop.onnx_network import NOTHING_ASKED, Asked
 from kmq_jax.models.speaker_model import SpeakerModel, frontend_of, save_model
 
 
 def import_model(
-    source: Path, out: Path, form: str | None = None, activation: str | None = None, asked: Asked = Asked()
+    source: Path, out: Path, form: str | None = None, activation: str | None = None, asked: Asked = NOTHING_ASKED
 ) -> SpeakerModel:
     """Reads a checkpoint and writes it as a MODEL directory.
 

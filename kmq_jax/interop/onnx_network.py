@@ -33,6 +33,7 @@ _HALVES |= {"int4": "int8", "uint16": "int64", "int16": "int64", "uint32": "int6
 _FRAMES = 150  # of the features that both embed
 _TOLERANCE = 1e-3  # of the largest value of an embedding
 _LONGEST_LEAST = 512  # frames that a network may need at least
+_LEAF = re.compile(r"[./](weight|kernel|gamma|scale|slope)([._](codebook|quantized|slope))?$")  # of a weight's name
 _FEWEST, _MOST = 4, 24  # components that names may make
 _SECTIONS = 6  # components where names make none
 
@@ -51,7 +52,10 @@ class Asked(NamedTuple):
     output: str | None = None
 
 
-def read(path: Path, asked: Asked = Asked()) -> Imported:
+NOTHING_ASKED = Asked()
+
+
+def read(path: Path, asked: Asked = NOTHING_ASKED) -> Imported:
     """Makes our model of any ONNX file.
 
     Raises:
@@ -61,6 +65,8 @@ def read(path: Path, asked: Asked = Asked()) -> Imported:
     graph = Graph(path)
     if not _OLDEST <= graph.opset <= _NEWEST:
         graph.fail(f"operator set {graph.opset}; {_OLDEST} to {_NEWEST} are supported")
+    if graph.metadata.get("sample_rate", "16000") != "16000":
+        graph.fail(f"the model is for {graph.metadata['sample_rate']} Hz, not 16000")
     layout, features = _input(graph, asked)
     frontend = asked.frontend or _frontend(graph, features)
     features = features or frontend_of(frontend).num_features
@@ -103,29 +109,33 @@ def _input(graph: Graph, asked: Asked) -> tuple[str, int | None]:
 
 def _frontend(graph: Graph, features: int | None) -> str:
     """The front end that a file names, or the usual one of so many features."""
+    normalised = graph.metadata.get("feature_normalize_type", "")
+    if normalised not in ("", "global-mean"):
+        graph.fail(
+            f"its features are normalised by {normalised!r}, ours by their mean; --frontend takes ours all the same"
+        )
     named = graph.metadata.get("framework", "").replace("3d-speaker", "3dspeaker")
-    usual = (named, *_USUAL) if named in FRONTENDS else _USUAL
-    for name in usual:
-        if features in (None, frontend_of(name).num_features):
-            return name
-    graph.fail(f"no front end gives {features} features a frame")
+    known = (named, *_USUAL) if named in FRONTENDS else _USUAL
+    fitting = [name for name in known if features in (None, frontend_of(name).num_features)]
+    if not fitting:
+        graph.fail(f"no front end gives {features} features a frame")
+    return fitting[0]
 
 
 def _output(graph: Graph, asked: str | None) -> str:
     names = [value.name for value in graph.outputs]
-    if asked:
-        if asked not in names:
-            graph.fail(f"--output={asked} must be one of {', '.join(names)}")
-        return asked
+    if asked and asked not in names:
+        graph.fail(f"--output={asked} must be one of {', '.join(names)}")
     likely = [
         value.name
         for value in graph.outputs
         if len(value.type.tensor_type.shape.dim) in (0, 2) and value.type.tensor_type.elem_type == 1
     ]
-    for some in (names, likely, [name for name in names if name in _EMBEDDINGS]):
-        if len(some) == 1:
-            return str(some[0])
-    graph.fail(f"outputs {', '.join(names)}: name the embedding by --output")
+    named = [name for name in names if name in _EMBEDDINGS]
+    sole = [asked] if asked else [some[0] for some in (names, likely, named) if len(some) == 1]
+    if not sole:
+        graph.fail(f"outputs {', '.join(names)}: name the embedding by --output")
+    return str(sole[0])
 
 
 def _before(graph: Graph, output: str) -> list[Node]:
@@ -153,6 +163,7 @@ class _Reader:
         self.sources: list[str] = []  # of each node, for messages
         self._constants: dict[str, np.ndarray] = {}
         self._numbers = {"": graphs.LEFT_OUT}
+        self._origins: dict[str, str] = {}  # of what was computed from constants: the first of them
         self._literals: dict[int, np.ndarray] = {}
         self._known: dict[tuple[str, tuple[int, ...], bytes], int] = {}
         self._nodes: list[list[Any]] = []
@@ -307,6 +318,8 @@ class _Reader:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{self.graph.where}: node {self._source}: {reason}") from error
         self._constants.update(zip(outputs, map(np.asarray, made)))
+        if isinstance(operands[0], str):
+            self._origins |= dict.fromkeys(outputs, self._origins.get(operands[0], operands[0]))
 
     def _canonical(
         self, kind: str, operands: list[Operand], attributes: dict[str, Any]
@@ -362,7 +375,12 @@ class _Reader:
         if weight is None or weight.ndim not in (3, 4):
             self.graph.fail(f"node {self._source} is no convolution over one or two axes")
         rank, taps = weight.ndim - 2, list(weight.shape[2:])
-        about = {"kernel_shape": taps, "strides": [1] * rank, "pads": [0] * 2 * rank, "dilations": [1] * rank}
+        about: dict[str, Any] = {
+            "kernel_shape": taps,
+            "strides": [1] * rank,
+            "pads": [0] * 2 * rank,
+            "dilations": [1] * rank,
+        }
         about |= {"group": 1, **attributes}
         padding = about.pop("auto_pad", "NOTSET")
         if padding in ("SAME_UPPER", "SAME_LOWER") and set(about["strides"]) == {1}:
@@ -403,7 +421,9 @@ class _Reader:
     def _with_bias(self, operands: list[Operand]) -> int | None:
         """Gives a linear layer the bias that is added to its output and nowhere else; None where this is no bias."""
         for one, other in (operands, operands[::-1]):
-            layer = self._unbiased.get(self._numbers.get(one, graphs.LEFT_OUT)) if isinstance(one, str) else None
+            if not isinstance(one, str):
+                continue
+            layer = self._unbiased.get(self._numbers.get(one, graphs.LEFT_OUT))
             if layer is None or not self._is_constant(other) or len(self.graph.users(one)) != 1:
                 continue
             bias = self._array(other)
@@ -444,7 +464,8 @@ class _Reader:
 
     def _name_layer(self, word: str, weight: Operand) -> str:
         """A name for a layer that no other has: that of its weight, or of its node, where these say something."""
-        base = name_of(weight if isinstance(weight, str) else "", self._source.split(" ", 1)[1])
+        given = self._origins.get(weight, weight) if isinstance(weight, str) else ""
+        base = name_of(given, self._source.split(" ", 1)[1])
         taken = self.variables["params"]
         if not base:
             return next(name for n in range(len(taken) + 1) if (name := f"{word}{n}") not in taken)
@@ -457,11 +478,11 @@ def name_of(weight: str, node: str) -> str:
 
     >>> name_of("layer1.0.conv1.weight", "Conv_3"), name_of("onnx::Conv_367", "Conv_3")
     ('layer1.0.conv1', '')
-    >>> name_of("onnx::Conv_367", "/layer1/layer1.0/conv1/Conv")
-    'layer1.0.conv1'
+    >>> name_of("onnx::Conv_367", "/layer1/layer1.0/conv1/Conv"), name_of("stem/conv/kernel.codebook", "")
+    ('layer1.0.conv1', 'stem.conv')
     """
-    if "::" not in weight and "." in weight.strip("."):
-        path = re.sub(r"[./](weight|kernel|running_mean|gamma)(_quantized)?$", "", weight)
+    if "::" not in weight and re.search(r"\w[./]\w", weight):
+        path = _LEAF.sub("", weight).replace("/", ".")
     elif "/" in node.strip("/"):
         steps: list[str] = []
         for step in node.strip("/").split("/")[:-1]:

@@ -5,12 +5,12 @@ from pathlib import Path
 from kmq_jax.core.errors import UserError
 from kmq_jax.interop import campplus, kiwano, onnx_network, redimnet, tdnn, torch_checkpoint, wespeaker, wespeaker_onnx
 from kmq_jax.interop.assemble import Imported
-from kmq_jax.interop.onnx_network import Asked
+from kmq_jax.interop.onnx_network import NOTHING_ASKED, Asked
 
 FORMATS = ("wespeaker-onnx", "onnx", "wespeaker-torch", "kiwano", "3dspeaker")
 
 
-def read(path: Path, form: str | None = None, activation: str | None = None, asked: Asked = Asked()) -> Imported:
+def read(path: Path, form: str | None = None, activation: str | None = None, asked: Asked = NOTHING_ASKED) -> Imported:
     """Reads a model of another toolkit.
 
     Args:
@@ -29,7 +29,7 @@ def read(path: Path, form: str | None = None, activation: str | None = None, ask
         return wespeaker_onnx.read(path)
     if form == "onnx" or form is None and _looks_like_onnx(path):
         return _read_onnx(path, form, asked)
-    if asked != Asked():
+    if asked != NOTHING_ASKED:
         raise UserError("--frontend, --layout and --output are for ONNX files only")
     checkpoint = torch_checkpoint.read(path)
     if form == "kiwano" or form is None and kiwano.recognizes(checkpoint.tensors):
@@ -46,7 +46,7 @@ def read(path: Path, form: str | None = None, activation: str | None = None, ask
 
 
 def _read_onnx(path: Path, form: str | None, asked: Asked) -> Imported:
-    if form is None and asked == Asked():
+    if form is None and asked == NOTHING_ASKED:
         try:
             return wespeaker_onnx.read(path)
         except UserError:

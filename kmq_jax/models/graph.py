@@ -168,20 +168,16 @@ def _node(kind: str, inputs: list[int], outputs: list[int], attributes: dict[str
     if not all(isinstance(n, int) for n in (*inputs, *outputs)) or not outputs or min(outputs) < FIRST:
         raise ValueError(f"values of a node {kind} are numbers")
     for name, value in attributes.items():
-        many = value if isinstance(value, list) else [value]
-        if not all(isinstance(one, int | float) for one in many) and not isinstance(value, str):
+        many: list[Any] = value if isinstance(value, list) else [value]
+        if not (isinstance(value, str) or all(isinstance(one, int | float) for one in many)):
             raise ValueError(f"attribute {name!r} of a node {kind}")
     if kind in LAYERS:
         for name in ("layer", "component"):
             value = attributes[name]
             if not isinstance(value, str) or not value or "/" in value or "#" in value:
                 raise ValueError(f"{value!r} cannot name a {name}")
-        if any(
-            isinstance(one, int) and not 0 <= one <= _LARGEST_NUMBER
-            for value in attributes.values()
-            for one in (value if isinstance(value, list) else [value])
-            if kind != "Parameter"
-        ):
+        flat = [one for value in attributes.values() for one in (value if isinstance(value, list) else [value])]
+        if kind != "Parameter" and any(isinstance(one, int) and not 0 <= one <= _LARGEST_NUMBER for one in flat):
             raise ValueError(f"a number of layer {attributes['layer']}")
     return Node(kind, tuple(inputs), tuple(outputs), attributes, ())
 
@@ -306,7 +302,7 @@ class GraphNetwork(SpeakerNetwork):
             except Exception as error:  # shapes or attributes that do not fit, of whatever kind numpy and JAX raise
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise NodeError(number, node.kind, reason) from error
-            known -= sum(np.size(one) for one in made if operators.is_static(one))
+            known -= sum(one.size for one in made if isinstance(one, np.ndarray))
             values.update(zip(node.outputs, made, strict=True))
             for n in node.last:
                 values.pop(n)
@@ -332,22 +328,19 @@ class GraphNetwork(SpeakerNetwork):
             shape = tuple(attributes["shape"])
             _check_parameter(shape)
             return _Held(Values(shape, name=node.layer)(), tuple(range(len(shape))))
-        x = given[0]
-        if not isinstance(x, _Held):
+        held = given[0]
+        if not isinstance(held, _Held):
             raise ValueError("its input does not depend on the sound")
         if node.kind == "Linear":
-            x = x.plain()
-            _check_parameter((x.shape[-1], attributes["size"]))
-            y = nn.Dense(
-                attributes["size"], attributes["bias"], self.dtype, kernel_init=TORCH_DEFAULT, name=node.layer
-            )(x)
-            return _Held(y, tuple(range(y.ndim)))
-        order = _channels_last(x.array.ndim)
-        x = x.ordered(order)
+            x, size = held.plain(), attributes["size"]
+            _check_parameter((x.shape[-1], size))
+            layer = nn.Dense(size, attributes["bias"], self.dtype, kernel_init=TORCH_DEFAULT, name=node.layer)
+            return _Held(layer(x), tuple(range(x.ndim)))
+        order = _channels_last(held.array.ndim)
+        x = held.ordered(order)
         if node.kind == "BatchNormalization":
-            return _Held(
-                BatchNorm(x.dtype, epsilon=attributes["epsilon"], name=node.layer)(x, None, train=False), order
-            )
+            norm = BatchNorm(x.dtype, epsilon=attributes["epsilon"], name=node.layer)
+            return _Held(norm(x, None, train=False), order)
         return _Held(self._conv(node, x, most), order)
 
     def _conv(self, node: Node, x: jax.Array, most: int) -> jax.Array:
@@ -439,7 +432,10 @@ def _aligned(node: Node, given: list[_Value]) -> tuple[Order | None, list[Any], 
         return None, [one.plain() if isinstance(one, _Held) else one for one in given], node.attributes
     order = orders[0]
     if reduces:
-        axes = None if given[1] is None else np.array([order.index(int(n) % rank) for n in np.ravel(given[1])])
+        known = given[1]
+        if isinstance(known, _Held):
+            raise ValueError("its axes depend on the sound")
+        axes = None if known is None else np.array([order.index(int(n) % rank) for n in known.ravel()])
         return order, [kept[0].array, axes], node.attributes
     attributes = dict(node.attributes)
     if node.kind == "Concat":
