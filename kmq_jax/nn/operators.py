@@ -99,6 +99,9 @@ def compute(kind: str, x: Operands, attributes: Attributes, most: int) -> tuple[
     >>> compute("Concat", [np.array([1]), np.array([2, 3])], {"axis": 0}, 10)[0].tolist()
     [1, 2, 3]
     """
+    if kind in ELEMENTWISE:
+        rank = max(np.ndim(one) for one in x if one is not None)
+        x = [one if one is None else _of_rank(one, rank) for one in x]
     call = Call(x, attributes, most)
     if kind in ELEMENTWISE:
         call.allow(np.broadcast_shapes(*(np.shape(one) for one in x if one is not None)))
@@ -108,6 +111,11 @@ def compute(kind: str, x: Operands, attributes: Attributes, most: int) -> tuple[
     for one in outputs:
         call.allow(np.shape(one))
     return tuple(np.asarray(one) if is_static(one) else one for one in outputs)
+
+
+def _of_rank(x: Array, rank: int) -> Array:
+    """Adds axes of length 1 in front, where there are any axes."""
+    return x if np.ndim(x) in (0, rank) else x.reshape((1,) * (rank - x.ndim) + x.shape)
 
 
 def _unary(function: Callable[..., Array], **defaults: float) -> Operator:
@@ -290,6 +298,9 @@ def _gather(call: Call) -> Array:
 def _gather_elements(call: Call) -> Array:
     x, indices = call.x
     axis = _axis(call.get("axis", 0), x.ndim)
+    if indices.ndim != x.ndim:
+        raise ValueError(f"indices of {indices.ndim} axes do not fit {x.ndim}")
+    x = x[tuple(slice(None) if n == axis else slice(size) for n, size in enumerate(indices.shape))]
     return call.xp.take_along_axis(x, _within(indices, x.shape[axis], call.xp), axis=axis)
 
 
@@ -406,7 +417,7 @@ def _gemm(call: Call) -> Array:
     a, b = a.T if call.get("transA", 0) else a, b.T if call.get("transB", 0) else b
     call.allow((a.shape[0], b.shape[1]))
     y = call.get("alpha", 1.0) * (a @ b)
-    return (y if c is None else y + call.get("beta", 1.0) * c).astype(a.dtype)
+    return (y if c is None else y + call.get("beta", 1.0) * _of_rank(c, 2)).astype(a.dtype)
 
 
 def _einsum(call: Call) -> Array:
@@ -441,15 +452,15 @@ def _normalised(x: Array, axes: tuple[int, ...], epsilon: float) -> jax.Array:
 
 def _instance_norm(call: Call) -> Array:
     x, *affine = call.x
-    slope, shift = (one.reshape(-1, *[1] * (x.ndim - 2)) for one in affine)
+    slope, shift = (one.reshape(1, -1, *[1] * (x.ndim - 2)) for one in affine)
     return _normalised(x, tuple(range(2, x.ndim)), call.get("epsilon", 1e-5)) * slope + shift
 
 
 def _layer_norm(call: Call) -> Array:
     x, slope, shift = call.x[0], call.x[1], call.operand(2)
     axes = tuple(range(_axis(call.get("axis", -1), x.ndim), x.ndim))
-    y = _normalised(x, axes, call.get("epsilon", 1e-5)) * slope
-    return y if shift is None else y + shift
+    y = _normalised(x, axes, call.get("epsilon", 1e-5)) * _of_rank(slope, x.ndim)
+    return y if shift is None else y + _of_rank(shift, x.ndim)
 
 
 def _lp_norm(call: Call) -> Array:
