@@ -68,14 +68,14 @@ def read(path: Path, asked: Asked = NOTHING_ASKED) -> Imported:
     if graph.metadata.get("sample_rate", "16000") != "16000":
         graph.fail(f"the model is for {graph.metadata['sample_rate']} Hz, not 16000")
     layout, features = _input(graph, asked)
-    frontend = asked.frontend or _frontend(graph, features)
-    features = features or frontend_of(frontend).num_features
     output = _output(graph, asked.output)
     reader = _Reader(graph, layout)
     nodes = _before(graph, output)
     for node in nodes:
         reader.take(node)
     text = reader.text(output)
+    frontend = asked.frontend or _frontend(graph, features)
+    features = features or frontend_of(frontend).num_features
     network = graphs.GraphNetwork(features, 1, text)
     size = _embedding_size(graph, network, reader, output)
     network = network.clone(embedding_size=size)

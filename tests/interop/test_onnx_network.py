@@ -1,6 +1,7 @@
 """Any ONNX network: torch exports against their originals, files that are refused, and a graph all the way."""
 
 import base64
+import dataclasses
 import json
 
 import commands
@@ -27,6 +28,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="imported graphs are com
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 DATA = "synthetic:dev?speakers=6&utterances=4"
+SECONDS = 0.6  # of each recording: one length is one compilation
 
 
 def features(batch, frames, size=80):
@@ -69,9 +71,10 @@ def test_torch_exports_give_their_originals_embeddings(family, torch_networks, t
     run = jax.jit(network.apply)
     ours = run(imported.variables, x)
     assert furthest(ours, theirs) < 1e-4 and furthest(ours, embeddings.reshape(theirs.shape)) < 1e-4
-    eight = quant.quantize_params(imported.variables["params"], {"/kernel$": 8})
-    quantized = run({**imported.variables, "params": quant.dequantize_params(eight)}, x)
-    assert cosines(np.asarray(quantized), theirs).min() > 0.999
+    if family == "titanet":  # each shape of a kernel takes a compilation: one family stands for all
+        eight = quant.quantize_params(imported.variables["params"], {"/kernel$": 8})
+        quantized = run({**imported.variables, "params": quant.dequantize_params(eight)}, x)
+        assert cosines(np.asarray(quantized), theirs).min() > 0.999
     # What is learnt has its place: every weight of the original but those that were folded into others.
     convolutions = [layer for layer in walk.layers(network, 237) if layer.kind in (walk.CONVOLUTION, walk.LINEAR)]
     classes = ("Conv1d", "Conv2d", "Linear")
@@ -80,14 +83,12 @@ def test_torch_exports_give_their_originals_embeddings(family, torch_networks, t
     assert {network.component_of(name.split("/", 1)[1]) for name, _ in named_leaves(imported.variables)}
 
 
-@pytest.mark.parametrize(
-    ("name", "bits"), [("wespeaker_resnet18", None), ("ecapa_speechbrain_c512", 3), ("campplus", None)]
-)
+@pytest.mark.parametrize(("name", "bits"), [("xvector", None), ("wespeaker_resnet18", 3)])
 def test_our_own_files_come_back(name, bits, tmp_path):
     network = registry.build(name, **registry.smoke_settings(name))
     variables = registry.initialize(network, jax.random.key(0))
     if bits:
-        variables = {**variables, "params": quant.quantize_params(variables["params"], {"/kernel$": bits})}
+        variables = {**variables, "params": quant.quantize_params(variables["params"], {"^stage1/.*/kernel$": bits})}
     onnx_export.export(tmp_path / "m.onnx", network, variables)
     imported = onnx_network.read(tmp_path / "m.onnx")
     ours = network_of(imported)
@@ -110,20 +111,18 @@ def workdir(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     assert commands.run(patch, "import_model", f"--source={place / 'm.onnx'}", f"--out={place / 'full'}") == 0
     for bits in (8, 2):
-        flags = (f"--model={place / 'full'}", f"--bits={bits}", "--unfitted", f"--out={place / bits}.kmq")
-        flags = (*flags[:-1], f"--out={place / f'{bits}.kmq'}")
+        flags = (f"--model={place / 'full'}", f"--bits={bits}", "--unfitted", f"--out={place / f'{bits}.kmq'}")
         assert commands.run(patch, "quantize", *flags) == 0
     patch.undo()
     return place
 
 
-def test_import_quantize_extract(workdir, torch_networks, tmp_path, monkeypatch):
+def test_import_quantize_extract(workdir, tmp_path, monkeypatch):
+    original = embed_all(load_model(workdir / "full"), source.open_source(DATA), max_seconds=SECONDS)
     for engine in ("jax", "onnxruntime"):
         flags = (f"--model={workdir / '8.kmq'}", f"--data={DATA}", f"--out={tmp_path / 'e.npz'}", f"--engine={engine}")
-        assert commands.run(monkeypatch, "extract", *flags) == 0
-        found = np.load(tmp_path / "e.npz")["embeddings"]
-        original = embed_all(load_model(workdir / "full"), source.open_source(DATA))
-        assert cosines(found, original).min() > 0.999
+        assert commands.run(monkeypatch, "extract", *flags, f"--max_seconds={SECONDS}") == 0
+        assert cosines(np.load(tmp_path / "e.npz")["embeddings"], original).min() > 0.999
 
 
 def test_utterances_of_unlike_length_share_no_batch(workdir):
@@ -136,22 +135,28 @@ def test_utterances_of_unlike_length_share_no_batch(workdir):
         model.embed(waves[0][:1300], 16000)
 
 
-def test_fitting_brings_it_nearer_and_activations_are_rounded(workdir):
-    reference, two = load_model(workdir / "full"), load_model(workdir / "2.kmq")
-    fitted = fit.fit_on(reference, two, source.open_source(DATA), crops=16, seconds=0.6)
-    exact, before, after = (embed_all(model, source.open_source(DATA)) for model in (reference, two, fitted))
+def test_fitting_brings_it_nearer_to_the_reference(workdir):
+    reference = load_model(workdir / "full")
+    params = quant.quantize_params(reference.variables["params"], {"^frame2/kernel$": 2})
+    two = dataclasses.replace(reference, variables={**reference.variables, "params": params})
+    fitted = fit.fit_on(reference, two, source.open_source(DATA), crops=16, seconds=SECONDS)
+    exact, before, after = (
+        embed_all(model, source.open_source(DATA), max_seconds=SECONDS) for model in (reference, two, fitted)
+    )
     assert np.mean((after - exact) ** 2) < 0.5 * np.mean((before - exact) ** 2)
-    assert not normal(reference).follows  # the statistics behind a ReLU are fitted by the reference's
 
 
-def normal(model):
-    return next(layer for layer in walk.layers(model.network()) if layer.kind == walk.NORMALISATION)
+def test_training_leaves_statistics_as_they_are(workdir):
+    model = load_model(workdir / "full")
+    _, state = model.network().apply(model.variables, features(2, 30), train=True, mutable=["batch_stats"])
+    jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], model.variables["batch_stats"])
 
 
+@pytest.mark.slow
 def test_it_is_diagnosed(workdir):
     options = DiagnosisOptions(
         retention_utterances=12, layer_utterances=12, hessian_draws=1, hessian_utterances=2, hessian_seconds=0.6,
-        replicates=10, max_frames=60,
+        replicates=10, max_seconds=SECONDS,
     )  # fmt: skip
     reference, two = load_model(workdir / "full"), load_model(workdir / "2.kmq")
     tables = diagnose_models(reference, {2: two}, DATA, DATA, options).tables
@@ -165,7 +170,7 @@ def test_it_stands_in_a_cascade(workdir, monkeypatch):
         assert commands.run(monkeypatch, command, *(f"--{name}={value}" for name, value in flags.items())) == 0
 
     monkeypatch.chdir(workdir)
-    run("extract", model="full", data=DATA, out="32.npz")
+    run("extract", model="full", data=DATA, out="32.npz")  # by ONNX Runtime: no length is compiled
     run("extract", model="2.kmq", data=DATA, out="2.npz")
     run("calibrate", stage="2:2.npz", reference="32.npz", trials=DATA, out="p.json", replicates=20)
     run("cascade", policy="p.json", stage="2:2.npz", reference="32.npz", trials=DATA, out="d.csv", json="c.json",
@@ -173,6 +178,7 @@ def test_it_stands_in_a_cascade(workdir, monkeypatch):
     assert 0 <= json.loads((workdir / "c.json").read_text())["eer"] <= 100
 
 
+@pytest.mark.slow
 def test_it_trains_quantized_with_a_teacher(workdir, tmp_path):
     model = load_model(workdir / "full")
     section = smoke(default_config("graph", **model.settings))
@@ -182,8 +188,6 @@ def test_it_trains_quantized_with_a_teacher(workdir, tmp_path):
     assert loop.train(section, tmp_path / "run")["finished"]
     found = load_model(tmp_path / "run")
     assert [leaf.bits for _, leaf in named_leaves(found.variables, quant.is_codebook_tensor) if leaf.ndim > 1]
-    for name, leaf in named_leaves(found.variables["batch_stats"]):  # as they were imported
-        np.testing.assert_array_equal(leaf, dict(named_leaves(model.variables["batch_stats"]))[name])
 
 
 def test_a_quantized_graph_is_exported(workdir, tmp_path):
@@ -257,13 +261,14 @@ def bomb(operator):
 
     def change(made, x):
         huge = made.constant(1 << 24, 1 << 24)
+        long = made.constant(1 << 40, 1, 1)
         if operator == "ConstantOfShape":
             return made.node("Add", x, made.node("ReduceMax", made.node("ConstantOfShape", huge), keepdims=0))
         if operator == "Range":
             one = [made.node("Squeeze", made.constant(n)) for n in (0, 1 << 50, 1)]
             return made.node("Add", x, made.node("Cast", made.node("ReduceMax", made.node("Range", *one)), to=1))
         if operator == "Expand":
-            y = made.node("Expand", made.node("ReduceMean", x, axes=[1]), huge)
+            y = made.node("Expand", x, long)
         elif operator == "Tile":
             y = made.node("Tile", x, huge)
         else:
@@ -287,7 +292,7 @@ def outside(made, x):
         (looped, "node Add first reads late, which no node before it gives"),
         (bomb("ConstantOfShape"), r"node ConstantOfShape n1: it would give values of shape \(16777216, 16777216\)"),
         (bomb("Range"), "node Range n4: it would give values of shape"),
-        (bomb("Expand"), "node Expand n2: it would give values of shape"),
+        (bomb("Expand"), "node Expand n1: it would give values of shape"),
         (bomb("Tile"), "node Tile n1: it would give values of shape"),
         (bomb("Pad"), "node Pad n1: it would give values of shape"),
         (lambda m, x: m.node("Reshape", x, m.constant(3, 7)), "node Reshape n1: .*reshape"),
@@ -343,14 +348,14 @@ def one(kind="Relu", inputs=(0,), outputs=(2,), **attributes):
     return [kind, list(inputs), list(outputs), attributes]
 
 
-LITERAL = [5, "int64", [1], base64.b64encode(np.array([1], np.int64).tobytes()).decode()]
+SHAPE = base64.b64encode(np.array([1 << 40, 1, 1, 1]).tobytes()).decode()
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "is not the text of a graph"),
-        ({"nodes": []}, "is not the text of a graph"),
+        ({"nodes": 7}, "is not the text of a graph"),
         ({"nodes": [one("Exec")]}, "the operator 'Exec' is unknown"),
         ({"nodes": [one(inputs=(7,))]}, r"node 0 of the graph \(Relu\): value 7 is not there"),
         ({"nodes": [one(outputs=(0,))]}, "values of a node Relu are numbers"),
@@ -359,10 +364,10 @@ LITERAL = [5, "int64", [1], base64.b64encode(np.array([1], np.int64).tobytes()).
         ({"nodes": [one("Linear", layer="a/b", component="c", size=3, bias=True)]}, "'a/b' cannot name a layer"),
         ({"nodes": [one("Conv", layer="a", component="c", channels=1 << 40)]}, "a number of layer a"),
         ({"nodes": [one()], "output": 9}, "has no output"),
-        ({"nodes": [one()], "literals": [[5, "int64", [1 << 40], LITERAL[3]]]}, "is not the text of a graph"),
-        ({"nodes": [one()], "literals": [[5, "object", [1], LITERAL[3]]]}, "a literal of type 'object'"),
+        ({"nodes": [one()], "literals": [[5, "int64", [1 << 40], SHAPE]]}, "is not the text of a graph"),
+        ({"nodes": [one()], "literals": [[5, "object", [1], SHAPE]]}, "a literal of type 'object'"),
         (
-            {"nodes": [one("Expand", (0, 5))], "literals": [LITERAL[:3] + ["AAAAAAAAAEA="]]},
+            {"nodes": [one("Expand", (0, 5))], "literals": [[5, "int64", [4], SHAPE]]},
             "would give values of shape",
         ),
         ({"nodes": [one("Parameter", (), layer="a", component="c", shape=[1 << 40])]}, "parameters of shape"),
