@@ -2,11 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from kmq_jax.cli.command import Command
 from kmq_jax.cli.flags import options_of
 from kmq_jax.core.options import Options, option
+
+FrontEnd: TypeAlias = Literal[
+    "kiwano", "wespeaker", "3dspeaker", "wespeaker60", "wespeaker72",
+    "speechbrain", "redimnet60", "redimnet72", "redimnet60-15ms", "redimnet72-15ms", "resemblyzer",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +20,7 @@ class Files(Options):
 
     source: Path = option("the file to import")
     out: Path = option("directory to write; it is a MODEL for every command", metavar="DIR", writes="directory")
-    format: Literal["wespeaker-onnx", "wespeaker-torch", "kiwano", "3dspeaker"] | None = option(
+    format: Literal["wespeaker-onnx", "onnx", "wespeaker-torch", "kiwano", "3dspeaker"] | None = option(
         "of the file; left out: found from the file", None
     )
     activation: Literal["silu", "relu", "none"] | None = option(
@@ -24,6 +29,13 @@ class Files(Options):
         None,
     )
     license: str | None = option("short name of the file's licence, such as cc-by-4.0; it stays with the model", None)
+    frontend: FrontEnd | None = option(
+        "that an ONNX graph was trained with; left out: what the file names, or WeSpeaker's of so many features", None
+    )
+    layout: Literal["frames-first", "features-first"] | None = option(
+        "of an ONNX graph's input, where its shape does not tell", None
+    )
+    output: str | None = option("of an ONNX graph that has several: the embedding's name", None)
 
 
 COMMAND = Command(
@@ -31,7 +43,8 @@ COMMAND = Command(
     "Imports a pretrained network, or its tensors as .safetensors, together with the front end it was trained on: of\n"
     "WeSpeaker (ResNet as ONNX or PyTorch; CAM++, ECAPA-TDNN, x-vector, ReDimNet), 3D-Speaker (CAM++), SpeechBrain\n"
     "(ECAPA-TDNN), IDRnD (ReDimNet), Resemblyzer (GE2E) or Kiwano (ResNet). Nothing in the file is executed; every\n"
-    "tensor must have its place.",
+    "tensor must have its place. Any other ONNX network from features to an embedding is imported as a graph, where\n"
+    "ONNX Runtime gives the same embeddings.",
     "kmq-jax import_model --source=voxceleb_resnet34.onnx --out=runs/wespeaker34",
     (Files,),
 )
@@ -41,6 +54,8 @@ def main() -> None:
     """Runs the command."""
     files = options_of(Files, COMMAND.parse())
     from kmq_jax.interop.import_model import describe, import_model
+    from kmq_jax.interop.onnx_network import Asked
 
-    made = import_model(files.source, files.out, files.format, files.activation, files.license)
+    asked = Asked(files.frontend, files.layout, files.output)
+    made = import_model(files.source, files.out, files.format, files.activation, files.license, asked)
     print(f"{files.out}: {describe(made)}")

@@ -183,8 +183,8 @@ def _powers(
 
     def power(part: Part, x: jax.Array, y: jax.Array | None) -> jax.Array:
         squares = jnp.square(x.astype(jnp.float32) - (0 if y is None else y.astype(jnp.float32)))
-        if x.ndim == 2:
-            real = (frames > 0)[:, None]
+        if x.ndim == 2 or part.whole:
+            real = expand_mask((frames > 0)[:, None], squares)
         else:
             real = expand_mask(jnp.arange(x.shape[1])[None] < part.frames(frames)[:, None], squares)
         return jnp.sum(jnp.where(real, squares, 0))

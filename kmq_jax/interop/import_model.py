@@ -6,12 +6,18 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import file_hash
 from kmq_jax.core.tree import named_leaves
 from kmq_jax.interop import pretrained
+from kmq_jax.interop.onnx_network import NOTHING_ASKED, Asked
 from kmq_jax.models.about import made_by
 from kmq_jax.models.speaker_model import SpeakerModel, frontend_of, save_model
 
 
 def import_model(
-    source: Path, out: Path, form: str | None = None, activation: str | None = None, license: str | None = None
+    source: Path,
+    out: Path,
+    form: str | None = None,
+    activation: str | None = None,
+    license: str | None = None,
+    asked: Asked = NOTHING_ASKED,
 ) -> SpeakerModel:
     """Reads a checkpoint and writes it as a MODEL directory.
 
@@ -21,16 +27,17 @@ def import_model(
         form: its format (`pretrained.FORMATS`); found from the file where left out.
         activation: of a Kiwano network's blocks, which its checkpoints do not record.
         license: of the checkpoint, where known.
+        asked: what the graph of an ONNX file may leave open.
 
     Raises:
         UserError: the checkpoint cannot be read, does not fit its toolkit's front end, or `out` is a file.
     """
-    imported = pretrained.read(source, form, activation)
+    imported = pretrained.read(source, form, activation, asked)
     features, given = imported.settings["features"], frontend_of(imported.frontend).num_features
     if features != given:
         raise UserError(
             f"{source}: the network takes {features} features a frame, "
-            f"and the front end of its toolkit ({imported.frontend}) gives {given}"
+            f"and the front end {imported.frontend} gives {given}"
         )
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file; name a directory")
@@ -45,7 +52,7 @@ def import_model(
 def describe(model: SpeakerModel) -> str:
     """An imported model in two lines: its network and its front end."""
     parameters = sum(leaf.size for _, leaf in named_leaves(model.variables["params"]))
-    settings = ", ".join(f"{name} {value}" for name, value in model.settings.items())
+    settings = ", ".join(f"{name} {value}" for name, value in model.settings.items() if name != "graph")
     return (
         f"{model.architecture} ({settings}), {parameters / 1e6:.2f} M parameters\n"
         f"front end {model.frontend}: {frontend_of(model.frontend)}"

@@ -3,13 +3,14 @@
 import math
 import os
 from collections import defaultdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.models.onnx_export import Node, require_onnx
+from kmq_jax.models.onnx_export import Node, Onnx, require_onnx
 
 _LARGEST_RESULT = 1 << 26  # elements that a node may compute
 
@@ -22,8 +23,7 @@ class Graph:
 
     Attributes:
         where: the file, for messages.
-        input, output: names of the one input and the one output.
-        features: the last axis of the input, None where it is not fixed.
+        inputs, outputs: the graph's, as the file describes them.
         metadata: the file's properties.
         nodes: all but constants, in the file's order.
     """
@@ -32,7 +32,7 @@ class Graph:
         """Reads a file; data outside it is refused.
 
         Raises:
-            UserError: it cannot be read, is not ONNX, or has not one input and one output.
+            UserError: it cannot be read or is not ONNX.
         """
         self._onnx = require_onnx()
         self.where = str(path)
@@ -52,27 +52,53 @@ class Graph:
             if node.domain not in ("", "ai.onnx"):
                 self.fail(f"node {self.describe(node)} is of the unknown operator set {node.domain!r}")
             if node.op_type == "Constant":
-                if [a.name for a in node.attribute] != ["value"]:
-                    self.fail(f"node {self.describe(node)} is a constant that is not a tensor")
-                self._tensors[node.output[0]] = node.attribute[0].t
+                self._tensors[node.output[0]] = self._constant_of(node)
             elif node.op_type != "Identity":
                 self.nodes.append(node)
-        outputs = [name for node in graph.node for name in node.output]
+        outputs = [name for node in graph.node for name in node.output if name]
         if len(set(outputs)) < len(outputs):  # otherwise a walk could go in circles
             self.fail("two nodes give values of the same name")
         self._initializers = {tensor.name for tensor in graph.initializer}
-        inputs = [value for value in graph.input if value.name not in self._initializers]
-        if len(inputs) != 1 or len(graph.output) != 1 or graph.sparse_initializer:
-            self.fail(f"{len(inputs)} inputs and {len(graph.output)} outputs; one of each is expected")
-        self.input, self.output = inputs[0].name, graph.output[0].name
-        last = inputs[0].type.tensor_type.shape.dim[-1:]
-        self.features = last[0].dim_value or None if last else None
+        if graph.sparse_initializer:
+            self.fail("sparse tensors are not supported")
+        self.inputs = [value for value in graph.input if value.name not in self._initializers]
+        self.outputs = list(graph.output)
         self.metadata = {entry.key: entry.value for entry in model.metadata_props}
         self.opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
         self._users = defaultdict(list)
         for node in self.nodes:
             for name in dict.fromkeys(map(self.resolve, node.input)):
                 self._users[name].append(node)
+
+    def _constant_of(self, node: Node) -> Onnx:
+        """The tensor of a `Constant` node."""
+        (name, value), *others = self.attributes(node).items() or [("", None)]
+        kinds = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
+        if others or (name != "value" and name not in kinds):
+            self.fail(f"node {self.describe(node)} is a constant that is not a tensor")
+        return value if name == "value" else self._onnx.numpy_helper.from_array(np.asarray(value, kinds[name]))
+
+    @cached_property
+    def input(self) -> str:
+        """The name of the one input.
+
+        Raises:
+            UserError: there is not one input and one output.
+        """
+        if len(self.inputs) != 1 or len(self.outputs) != 1:
+            self.fail(f"{len(self.inputs)} inputs and {len(self.outputs)} outputs; one of each is expected")
+        return str(self.inputs[0].name)
+
+    @property
+    def output(self) -> str:
+        """The name of the first output."""
+        return str(self.outputs[0].name)
+
+    @property
+    def features(self) -> int | None:
+        """The last axis of the first input, None where it is not fixed."""
+        last = self.inputs[0].type.tensor_type.shape.dim[-1:]
+        return last[0].dim_value or None if last else None
 
     def fail(self, message: str) -> NoReturn:
         """Raises a UserError that names the file."""
@@ -108,17 +134,32 @@ class Graph:
         name = self.resolve(name)
         if name not in self._tensors:
             self.fail(f"tensor {name} is missing")
-        tensor = self._tensors[name]
+        value = self.array_of(self._tensors[name], name)
+        self._used.add(name)
+        return value
+
+    def array_of(self, tensor: Onnx, name: str) -> np.ndarray:
+        """The array of a tensor of the file.
+
+        Raises:
+            UserError: it lies outside the file, or its size is not that of its data.
+        """
         if tensor.data_location == self._onnx.TensorProto.EXTERNAL or tensor.external_data:
             self.fail(f"tensor {name} lies outside the file, which is not supported")
         if any(n < 0 for n in tensor.dims) or math.prod(tensor.dims) > self._largest:
             self.fail(f"tensor {name} of shape {tuple(tensor.dims)} claims more data than the file holds")
         try:
-            value = self._onnx.numpy_helper.to_array(tensor)
+            value: np.ndarray = self._onnx.numpy_helper.to_array(tensor)
         except Exception as error:  # sizes that disagree, unknown types
             raise UserError(f"{self.where}: tensor {name} is damaged: {error}") from error
-        self._used.add(name)
         return value
+
+    def type_of(self, code: int) -> str:
+        """The name of a type that is given by its number in ONNX, such as "float32"."""
+        try:
+            return str(np.dtype(self._onnx.helper.tensor_dtype_to_np_dtype(code)).name)
+        except (KeyError, TypeError):
+            return f"number {code}"
 
     def users(self, value: str) -> list[Node]:
         """The nodes that read a value."""
@@ -192,6 +233,28 @@ class Graph:
         except Exception as error:  # shapes or attributes that do not fit
             reason = (str(error).strip().split("\n") or [""])[0]
             raise UserError(f"{self.where}: the nodes before {output} cannot be computed: {reason}") from error
+
+    def model_of(self, nodes: list[Node], output: str) -> bytes:
+        """An ONNX file of some nodes with the constants that they read, from all inputs to one output."""
+        kept, read = [], set()
+        for node in nodes:
+            copy = self._onnx.NodeProto()
+            copy.CopyFrom(node)
+            copy.input[:] = map(self.resolve, node.input)
+            kept.append(copy)
+            read |= set(copy.input)
+        tensors = []
+        for name in sorted(read & set(self._tensors)):
+            tensors.append(self._onnx.TensorProto())
+            tensors[-1].CopyFrom(self._tensors[name])
+            tensors[-1].name = name
+        helper = self._onnx.helper
+        given = helper.make_tensor_value_info(self.resolve(output), self._onnx.TensorProto.FLOAT, None)
+        graph = helper.make_graph(kept, "part", self.inputs, [given], tensors)
+        opset = [helper.make_opsetid("", self.opset)]
+        version = helper.find_min_ir_version_for(opset)
+        file: bytes = helper.make_model(graph, opset_imports=opset, ir_version=version).SerializeToString()
+        return file
 
     def check_all_used(self, nodes: list[Node]) -> None:
         """Checks that a walk has understood everything.

@@ -3,27 +3,44 @@
 from pathlib import Path
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.interop import campplus, ge2e, kiwano, redimnet, tdnn, torch_checkpoint, wespeaker, wespeaker_onnx
+from kmq_jax.interop import (
+    campplus,
+    ge2e,
+    kiwano,
+    onnx_network,
+    redimnet,
+    tdnn,
+    torch_checkpoint,
+    wespeaker,
+    wespeaker_onnx,
+)
 from kmq_jax.interop.assemble import Imported
+from kmq_jax.interop.onnx_network import NOTHING_ASKED, Asked
 
-FORMATS = ("wespeaker-onnx", "wespeaker-torch", "kiwano", "3dspeaker")
+FORMATS = ("wespeaker-onnx", "onnx", "wespeaker-torch", "kiwano", "3dspeaker")
 
 
-def read(path: Path, form: str | None = None, activation: str | None = None) -> Imported:
+def read(path: Path, form: str | None = None, activation: str | None = None, asked: Asked = NOTHING_ASKED) -> Imported:
     """Reads a model of another toolkit.
 
     Args:
         path: an ONNX file, a PyTorch checkpoint, or its tensors as safetensors.
-        form: one of `FORMATS`; None finds it from the file.
+        form: one of `FORMATS`; None finds it from the file. An ONNX file that is no ResNet of WeSpeaker is read as a
+            graph.
         activation: see `kiwano.convert` and `campplus.convert`.
+        asked: what a graph may leave open.
 
     Raises:
         UserError: the file cannot be read, is of no known format, or holds another network; see the readers.
     """
     if activation and form not in (None, "kiwano", "3dspeaker"):
         raise UserError("--activation is for Kiwano's checkpoints and CAM++ only")
-    if form == "wespeaker-onnx" or form is None and _looks_like_onnx(path):
+    if form == "wespeaker-onnx":
         return wespeaker_onnx.read(path)
+    if form == "onnx" or form is None and _looks_like_onnx(path):
+        return _read_onnx(path, form, asked)
+    if asked != NOTHING_ASKED:
+        raise UserError("--frontend, --layout and --output are for ONNX files only")
     checkpoint = torch_checkpoint.read(path)
     if form == "kiwano" or form is None and kiwano.recognizes(checkpoint.tensors):
         return kiwano.convert(checkpoint, str(path), activation)
@@ -38,6 +55,15 @@ def read(path: Path, form: str | None = None, activation: str | None = None) -> 
     if form == "wespeaker-torch" or wespeaker.recognizes(checkpoint.tensors):
         return wespeaker.convert(checkpoint, str(path))
     raise UserError(f"{path}: its tensors ({', '.join(list(checkpoint.tensors)[:3])}, ...) are of no known network")
+
+
+def _read_onnx(path: Path, form: str | None, asked: Asked) -> Imported:
+    if form is None and asked == NOTHING_ASKED:
+        try:
+            return wespeaker_onnx.read(path)
+        except UserError:
+            pass  # another network: as it is no error, what was wrong is of no use
+    return onnx_network.read(path, asked)
 
 
 def _looks_like_onnx(path: Path) -> bool:

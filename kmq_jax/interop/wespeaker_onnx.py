@@ -47,9 +47,10 @@ def read(path: Path) -> Imported:
         UserError: the file cannot be read, or a node or tensor is unknown, missing or left over; it is named.
     """
     graph = Graph(path)
+    start = graph.input
     if graph.metadata.get("sample_rate", "16000") != "16000":
         graph.fail(f"the model is for {graph.metadata['sample_rate']} Hz, not 16000")
-    nodes = [graph.sole_user(graph.input, "Transpose")]
+    nodes = [graph.sole_user(start, "Transpose")]
     graph.expect(nodes[-1], perm=[0, 2, 1])
     nodes.append(graph.sole_user(nodes[-1].output[0], "Unsqueeze"))
     axes = graph.attributes(nodes[-1]).get("axes")

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 import flax.linen as nn
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Variables, named_leaves
@@ -31,6 +32,8 @@ class Part:
         stride: frames of the network's input for one frame of its output.
         lost: frames that the output is short of, because convolutions up to here have no padding.
         distilled: whether distillation compares its output.
+        whole: whether all of its output counts where its utterance does: of networks that do not mask lengths, and do
+            not say along which axis time runs.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Part:
     stride: int = 1
     lost: int = 0
     distilled: bool = False
+    whole: bool = False
 
     def frames(self, frames: Frames) -> Frames:
         """How many frames the part gives for so many frames of the network's input.
@@ -277,6 +281,9 @@ class GraphBuilder(Protocol):
 
     def number(self, value: float) -> str:
         """A constant float32 scalar."""
+
+    def array(self, name: str, value: ArrayLike) -> str:
+        """A constant of a name of its own."""
 
     def cast(self, x: str, dtype: str) -> str:
         """Casts to a type by its ONNX name, such as "FLOAT"."""

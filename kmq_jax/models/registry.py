@@ -16,6 +16,7 @@ from kmq_jax.core.tree import Variables, map_named, named_leaves
 from kmq_jax.models import walk
 from kmq_jax.models.campplus import CamPlusPlus
 from kmq_jax.models.ge2e import Ge2e
+from kmq_jax.models.graph import GraphNetwork
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.redimnet import TABLES, ReDimNet
 from kmq_jax.models.resnet import SMOKE, kiwano, wespeaker
@@ -305,3 +306,4 @@ register(
     smoke={"layers": (1, 1, 1), "growth": 8, "width": 16, "stem_channels": 4, "embedding_size": 32},
 )
 register("ge2e", Ge2e, smoke={"width": 16, "layers": 2, "embedding_size": 32})
+register("graph", GraphNetwork)

@@ -68,7 +68,7 @@ def window(
     rank: int,
     taps: int | tuple[int, ...],
     stride: int | tuple[int, ...] = 1,
-    padding: str = "same",
+    padding: str | tuple[Pair, ...] = "same",
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> Window:
@@ -78,7 +78,8 @@ def window(
         rank: 1, over time, or 2, over time and frequency.
         taps: kernel size.
         stride: step between outputs.
-        padding: "same", half the kernel on each side as `padding=k//2` in PyTorch, or "valid", none.
+        padding: "same", half the kernel on each side as `padding=k//2` in PyTorch; "valid", none; or for each axis the
+            zeros before and after.
         dilation: distance between taps.
         groups: parts of the channels that do not see each other.
 
@@ -88,8 +89,10 @@ def window(
     sizes, strides, dilations = (
         (value,) * rank if isinstance(value, int) else tuple(value) for value in (taps, stride, dilation)
     )
-    half = [size // 2 * step if padding == "same" else 0 for size, step in zip(sizes, dilations)]
-    return Window(sizes, strides, tuple((n, n) for n in half), dilations, groups)
+    if isinstance(padding, str):
+        half = [size // 2 * step if padding == "same" else 0 for size, step in zip(sizes, dilations)]
+        padding = tuple((n, n) for n in half)
+    return Window(sizes, strides, padding, dilations, groups)
 
 
 def convolve(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:

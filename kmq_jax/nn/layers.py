@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from kmq_jax.nn import integers, whole
 from kmq_jax.nn.channels import channel_sums, scale_and_shift
-from kmq_jax.nn.conv import Window, convolve, window
+from kmq_jax.nn.conv import Pair, Window, convolve, window
 from kmq_jax.nn.frames import mask_frames, stride_mask
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -47,7 +47,7 @@ class Conv(nn.Module):
         use_bias: whether to add a bias.
         dtype: the compute dtype; parameters are float32.
         kernel_init: how the kernel starts.
-        padding: "same" or "valid"; see `nn.conv.window`.
+        padding: "same", "valid" or numbers; see `nn.conv.window`.
         dilation: distance between taps.
         groups: parts of the channels that do not see each other.
     """
@@ -58,7 +58,7 @@ class Conv(nn.Module):
     use_bias: bool = False
     dtype: DTypeLike = jnp.float32
     kernel_init: Initializer = KAIMING_NORMAL
-    padding: str = "same"
+    padding: str | tuple[Pair, ...] = "same"
     dilation: int | tuple[int, ...] = 1
     groups: int = 1
 

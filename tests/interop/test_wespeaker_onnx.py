@@ -7,7 +7,7 @@ import pytest
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import named_leaves
-from kmq_jax.interop import pretrained
+from kmq_jax.interop import onnx_network, pretrained
 from kmq_jax.models import registry
 
 onnx = pytest.importorskip("onnx", reason="ONNX files need onnx")
@@ -177,7 +177,18 @@ def large_floor(network):
 def test_what_does_not_fit_is_named(change, message, tmp_path):
     network = tamper(change)
     with pytest.raises(UserError, match=message):
-        pretrained.read(network.save(tmp_path / "m.onnx"))
+        pretrained.read(network.save(tmp_path / "m.onnx"), "wespeaker-onnx")
+
+
+def test_another_network_is_read_as_a_graph(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = tamper(biased).save(tmp_path / "m.onnx")
+    imported = pretrained.read(path, asked=onnx_network.Asked("wespeaker"))
+    assert imported.architecture == "graph"
+    features = originals.features(2, 40, 16)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    ours = jax.jit(registry.build("graph", **imported.settings).apply)(imported.variables, features)
+    np.testing.assert_allclose(ours, session.run(None, {"feats": features})[0], rtol=0, atol=1e-4)
 
 
 def test_the_mean_embedding_is_folded_into_the_bias(tmp_path):
