@@ -29,6 +29,7 @@ class Extent:
     Attributes:
         truncated: the file ends before the sound that its header promises.
         unknown: the header does not tell the length.
+        joined: several recordings lie behind one another, of which libsndfile reads the first alone.
         patches: bytes by place in the file, for a header that tells the length (`Patched`), where it is needed.
         skipped: bytes at the front that are left out.
         prefix: what stands in their place.
@@ -36,6 +37,7 @@ class Extent:
 
     truncated: bool = False
     unknown: bool = False
+    joined: bool = False
     patches: Mapping[int, bytes] = field(default_factory=dict)
     skipped: int = 0
     prefix: bytes = b""
@@ -227,7 +229,8 @@ def _sphere(file: BinaryIO, size: int) -> Extent:
         begin = int(text.split(b"\n", 2)[1])
         for line in text[:begin].split(b"\n"):
             words = line.split()
-            if len(words) == 3 and words[1] == b"-i":
+            # libsndfile writes some numbers as text: `sample_n_bytes -s1 1`.
+            if len(words) == 3 and words[2].isdigit():
                 fields[words[0]] = int(words[2])
     except (IndexError, ValueError):
         return Extent()
