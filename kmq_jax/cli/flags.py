@@ -5,7 +5,7 @@ import dataclasses
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,9 @@ RENAMED: dict[str, dict[str, str]] = {
 
 LOOKALIKES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
 """Dashes that word processors and web pages put in place of hyphens."""
+
+_GROUPS = " groups"
+"""Where a namespace keeps the options that were made of it; no flag is named so."""
 
 METAVARS = {int: "N", float: "X", Path: "FILE", str: "TEXT"}
 
@@ -95,11 +98,14 @@ def options_of(options: type[T], args: argparse.Namespace) -> T:
         made = options(**values)
     except UserError as error:
         raise UserError(name_flags(str(error), options)) from error
-    _check_places(made)
+    # A command has several groups: what one writes may be what another reads.
+    groups = vars(args).setdefault(_GROUPS, {})
+    groups[options] = made
+    _check_places(groups.values())
     return made
 
 
-def _check_places(options: Options) -> None:
+def _check_places(groups: Iterable[Options]) -> None:
     """Refuses outputs that cannot be written, or that are read, and inputs that are no files.
 
     Raises:
@@ -107,19 +113,16 @@ def _check_places(options: Options) -> None:
     """
     outputs: dict[str, dict[str, Path]] = {"file": {}, "directory": {}}
     inputs: dict[str, list[str]] = {}
-    for field in dataclasses.fields(options):
-        limits, kind = limits_of(field), kind_of(type(options), field.name)
-        value = getattr(options, field.name)
-        if value is None or kind.type not in (str, Path) or kind.choices or limits.choices:
-            continue
-        if limits.writes:
-            outputs[limits.writes][_flag(field)] = value
-        else:
-            given = value if kind.many else (value,)
-            # BITS:PLACE of one level; several DATA are separated by commas.
-            inputs[_flag(field)] = [
-                part for one in given for part in {str(one), re.sub(r"^\d+:", "", str(one)), *str(one).split(",")}
-            ]
+    for options in groups:
+        for field in dataclasses.fields(options):
+            limits, kind = limits_of(field), kind_of(type(options), field.name)
+            value = getattr(options, field.name)
+            if value is None or kind.type not in (str, Path) or kind.choices or limits.choices:
+                continue
+            if limits.writes:
+                outputs[limits.writes][_flag(field)] = value
+            else:
+                inputs[_flag(field)] = _places(value if kind.many else (value,))
     for flag, places in inputs.items():
         for place in places:
             try:
@@ -128,6 +131,11 @@ def _check_places(options: Options) -> None:
             except UserError as error:
                 raise UserError(f"{flag}: {error}") from error
     check_outputs(outputs["file"], outputs["directory"], inputs)
+
+
+def _places(given: Sequence[object]) -> list[str]:
+    """What values may name: BITS:PLACE is of one level, and several DATA are separated by commas."""
+    return [part for one in given for part in {str(one), re.sub(r"^\d+:", "", str(one)), *str(one).split(",")}]
 
 
 def name_flags(message: str, *options: type[Options]) -> str:

@@ -224,6 +224,10 @@ def _cast(value: Any, kind: type) -> object:
     """
     if kind is Path and isinstance(value, str):
         return Path(value)
+    if typing.get_origin(kind) is tuple:  # what it holds is checked by the options that have it
+        if not isinstance(value, (tuple, list)):
+            raise ValueError("a list of lists")
+        return tuple(value)
     # True is an int to Python: it must not pass for 1.0.
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         try:

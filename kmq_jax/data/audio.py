@@ -28,6 +28,8 @@ SUFFIXES = frozenset(
     {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".sph", ".aiff", ".aif", ".aifc", ".au", ".snd"}
 )
 SUFFIXES |= {".w64", ".rf64", ".caf", ".m4a", ".aac", ".mp4"}
+CONTAINERS = frozenset({"WAV", "WAVEX", "RF64", "W64", "AIFF", "SVX", "AU", "NIST", "CAF", "FLAC", "OGG", "MP3"})
+"""What is read, by libsndfile's names: those in which a file that was cut short shows (`containers`)."""
 _FFMPEG_SUFFIXES = frozenset({".m4a", ".aac", ".mp4"})  # what libsndfile cannot read
 _BLOCK = 1 << 18  # samples decoded at a time
 _ENDLESS = 1 << 62  # frames, as libsndfile has it where a header does not know
@@ -277,6 +279,8 @@ def _open(path: Path) -> Iterator[tuple[Any, int | None]]:
         extent = containers.extent(path)
         if extent.truncated:
             raise AudioError(path, "truncated")
+        if extent.joined:
+            raise AudioError(path, "several recordings joined in one file: decode it, or split it")
         # As bytes: a name need not be UTF-8.
         sound = soundfile.SoundFile(containers.Patched(path, extent) if extent.mends else os.fsencode(path))
     except AudioError:
@@ -284,6 +288,10 @@ def _open(path: Path) -> Iterator[tuple[Any, int | None]]:
     except (soundfile.LibsndfileError, OSError, TypeError, ValueError) as error:
         raise AudioError(path, f"unreadable ({_plain(error)})") from None
     with sound:
+        if sound.format not in CONTAINERS:
+            raise AudioError(
+                path, f"unreadable ({sound.format} files are not read, for they may be cut without a trace)"
+            )
         if not RATES[0] <= sound.samplerate <= RATES[1]:
             raise AudioError(path, f"sample rate {sound.samplerate} Hz is outside {RATES[0]}-{RATES[1]} Hz")
         yield sound, None if sound.frames >= _ENDLESS else sound.frames

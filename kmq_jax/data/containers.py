@@ -11,7 +11,7 @@ import io
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +19,6 @@ _MOST_CHUNKS = 10_000
 _UNKNOWN = (0, 0x7FFFF000)  # sizes that writers who cannot know leave: 0, or close to 2^31 or 2^32
 _W64_TAIL = bytes.fromhex("f3acd3118cd100c04f8edb8a")  # of the identifiers of Wave64's chunks, but for the first
 _LARGEST_MP3 = 1 << 28  # bytes that are walked through; an hour takes at most half of it
-_TAIL = 1 << 17  # an Ogg page is at most 65,307 bytes
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,8 @@ class Extent:
     Attributes:
         truncated: the file ends before the sound that its header promises.
         unknown: the header does not tell the length.
+        joined: several recordings lie behind one another, of which libsndfile reads the first alone.
+        joined: several recordings lie behind one another, of which libsndfile reads the first alone.
         patches: bytes by place in the file, for a header that tells the length (`Patched`), where it is needed.
         skipped: bytes at the front that are left out.
         prefix: what stands in their place.
@@ -36,6 +37,7 @@ class Extent:
 
     truncated: bool = False
     unknown: bool = False
+    joined: bool = False
     patches: Mapping[int, bytes] = field(default_factory=dict)
     skipped: int = 0
     prefix: bytes = b""
@@ -43,7 +45,7 @@ class Extent:
     @property
     def mends(self) -> bool:
         """Whether the file is read otherwise than it lies."""
-        return bool(self.patches or self.prefix)
+        return bool(self.patches or self.prefix or self.skipped)
 
 
 def extent(path: Path) -> Extent:
@@ -54,27 +56,45 @@ def extent(path: Path) -> Extent:
     """
     size = os.stat(path).st_size
     with path.open("rb") as file:
-        head = file.read(40)
+        begin = _behind_tags(file)
+    with io.BufferedReader(Patched(path, Extent(skipped=begin))) if begin else path.open("rb") as inside:
         try:
-            if head[:4] in (b"RIFF", b"RIFX", b"RF64") and head[8:12] == b"WAVE":
-                return _riff(file, size, head[:4])
-            if head[:4] == b"riff" and head[24:28] == b"wave":
-                return _w64(file, size)
-            if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC", b"8SVX", b"16SV"):
-                return _aiff(file, size)
-            if head[:4] in (b".snd", b"dns."):
-                return _au(head, size)
-            if head[:7] == b"NIST_1A":
-                return _sphere(file, size)
-            if head[:4] == b"caff":
-                return _caf(file, size)
-            if head[:8] == b"fLaC\0\0\0\x22":
-                return _flac(file, head, size)
-            if head[:4] == b"OggS":
-                return Extent(truncated=_ogg_is_truncated(file, size))
-            return _mp3(path, head, size)
+            found = _look(inside, size - begin)
         except struct.error:  # the file ends within a header
             return Extent(truncated=True)
+    if not begin:
+        return found
+    patches = {begin + place: new for place, new in found.patches.items()}
+    return replace(found, skipped=begin + found.skipped, patches=patches)
+
+
+def _behind_tags(file: BinaryIO) -> int:
+    """Where a file begins behind ID3 tags, which some put in front of any container."""
+    begin, length = 0, 1
+    while length:
+        file.seek(begin)
+        length = _tag_size(file.read(10))
+        begin += length
+    return begin
+
+
+def _tag_size(head: bytes) -> int:
+    """Bytes of the ID3 tag, version 2, that begins so; 0 where none does."""
+    if len(head) < 10 or head[:3] != b"ID3":
+        return 0
+    return 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0)))
+
+
+def _look(file: BinaryIO, size: int) -> Extent:
+    head = file.read(40)
+    if head[:4] in (b"RIFF", b"RIFX", b"RF64") and head[8:12] == b"WAVE":
+        return _riff(file, size, head[:4])
+    if head[:4] in (b".snd", b"dns."):
+        return _au(head, size)
+    if head[:8] == b"fLaC\0\0\0\x22":
+        return _flac(file, head, size)
+    kinds = {b"riff": _w64, b"FORM": _aiff, b"NIST": _sphere, b"caff": _caf, b"OggS": _ogg}
+    return kinds.get(head[:4], _mp3)(file, size)
 
 
 class Patched(io.RawIOBase):
@@ -227,7 +247,8 @@ def _sphere(file: BinaryIO, size: int) -> Extent:
         begin = int(text.split(b"\n", 2)[1])
         for line in text[:begin].split(b"\n"):
             words = line.split()
-            if len(words) == 3 and words[1] == b"-i":
+            # libsndfile writes some numbers as text: `sample_n_bytes -s1 1`.
+            if len(words) == 3 and words[2].isdigit():
                 fields[words[0]] = int(words[2])
     except (IndexError, ValueError):
         return Extent()
@@ -314,22 +335,26 @@ def _crc8(data: bytes) -> int:
     return crc
 
 
-def _ogg_is_truncated(file: BinaryIO, size: int) -> bool:
-    """Whether the last Ogg page runs past the end of the file, or is not the last of its stream."""
-    tail = min(size, _TAIL)
-    file.seek(size - tail)
-    data = file.read(tail)
-    page = data.rfind(b"OggS")
-    if page < 0:
-        return True
-    # A page: 27 bytes, of which the sixth tells the last page and the last counts the segments; their lengths; the
-    # segments.
-    segments = page + 27
-    if segments > len(data) or segments + data[page + 26] > len(data):
-        return True
-    count = data[page + 26]
-    whole = segments + count + sum(data[segments : segments + count]) <= len(data)
-    return not whole or not data[page + 5] & 4
+def _ogg(file: BinaryIO, size: int) -> Extent:
+    """Walks through the pages: whether one runs past the end, the last ends its stream, another stream follows."""
+    # A page: 27 bytes, of which the sixth tells the first (2) and the last (4) of a stream, and the last counts the
+    # segments; their lengths; the segments.
+    at, flags, begun, joined = 0, 0, False, False
+    while True:
+        file.seek(at)
+        page = file.read(27)
+        if len(page) < 27 or page[:4] != b"OggS":
+            break  # the end, or tags
+        lengths = file.read(page[26])
+        at += 27 + len(lengths) + sum(lengths)
+        if len(lengths) < page[26] or at > size:
+            return Extent(truncated=True)
+        flags = page[5]
+        joined |= begun and bool(flags & 2)
+        begun |= not flags & 2
+    # What is left of a page that was cut within its first bytes.
+    cut = b"OggS".startswith(page[:4]) and bool(page)
+    return Extent(truncated=cut or not flags & 4, joined=joined)
 
 
 _RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}  # Hz, by version
@@ -339,31 +364,38 @@ _KBITS = {  # of layer III, for MPEG 1 and for the others
 }
 
 
-def _mp3(path: Path, head: bytes, size: int) -> Extent:
+def _mp3(file: BinaryIO, size: int) -> Extent:
     """Without a tag that counts the frames, libsndfile guesses the length from the size: they are counted here."""
-    begin = 0
-    if head[:3] == b"ID3":
-        begin = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0)))
-    elif _frame_size(head[:4]) == 0:
+    file.seek(0)
+    if size > _LARGEST_MP3 or not _frame_size(file.read(4)):
         return Extent()
-    data = path.read_bytes()[begin:] if size <= _LARGEST_MP3 else b""
+    file.seek(0)
+    data = file.read(size)
     first = _frame_size(data[:4])
-    if not first or any(tag in data[:first] for tag in (b"Xing", b"Info", b"VBRI")):
-        return Extent()
     count, at = 0, 0
     while at + 4 <= len(data):
+        if between := 128 if data[at : at + 3] == b"TAG" else _tag_size(data[at : at + 10]):
+            at += between
+            continue
         length = _frame_size(data[at : at + 4])
         if length == 0:
-            break  # tags, as a rule
+            break  # other tags, as a rule
         if at + length > len(data):
             return Extent(truncated=True)
         count, at = count + 1, at + length
+    tag = next((found for found in map(data[:first].find, (b"Xing", b"Info")) if found >= 0), None)
+    if tag is not None and data[tag + 7] & 1:
+        told = int.from_bytes(data[tag + 8 : tag + 12], "big")
+        # Its own frame is not counted by most; what follows may be a padded last one.
+        return Extent(joined=count > told + 2, truncated=count < told)
+    if tag is not None or b"VBRI" in data[:first]:
+        return Extent()
     # A tag in front, as encoders write it: a silent frame of the same kind that holds the number of frames.
     is_first, mono = data[1] >> 3 & 3 == 3, data[3] >> 6 == 3
     side = {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}[is_first, mono]
     header = bytes([data[0], data[1] | 1, 0x90 | data[2] & 0x0C, data[3]])
-    tag = header + bytes(side) + b"Info" + struct.pack(">II", 1, count)
-    return Extent(unknown=True, skipped=begin, prefix=tag.ljust(_frame_size(header), b"\0"))
+    made = header + bytes(side) + b"Info" + struct.pack(">II", 1, count)
+    return Extent(unknown=True, prefix=made.ljust(_frame_size(header), b"\0"))
 
 
 def _frame_size(header: bytes) -> int:

@@ -76,7 +76,9 @@ class StudyOptions(Options):
     seeds: int = option("trainings of each recipe at each of `bits`, each from another random seed", 1, at_least=1)
     mixed: float = option("also mixed precision of so many bits a weight on average; 0: none", 0.0, at_least=0)
     nested: bool = option("also all of these bits in one file", True)
-    rules: tuple[Any, ...] = option("(pattern, bits) before that, first match wins; 0 keeps full precision", ())
+    rules: tuple[tuple[str, int], ...] = option(
+        "(pattern, bits) before that, first match wins; 0 keeps full precision", ()
+    )
     epochs: dict[str, float] = option(
         "of training by bits, `mixed` or `nested`; what is left out is not trained. `32`: full precision trains on by "
         "each recipe's loss, the control that tells what labels and steps do from what bits do"

@@ -340,6 +340,9 @@ class TrainOptions(Options):
     def __post_init__(self) -> None:
         """See `Options`; also checks what goes together."""
         super().__post_init__()
+        for rule in self.sharding:
+            if len(rule) != 2 or not isinstance(rule[0], str) or type(rule[1]) is not int:
+                raise UserError(f"`sharding`: {rule!r} must be (regular expression, axis)")
         if self.quant.on and self.average_last > 1:
             raise UserError(f"`average_last` (={self.average_last}) cannot be used with quant: indices have no average")
         if self.distill.weight and not (self.distill.teacher or self.init_from):

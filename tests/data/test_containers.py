@@ -23,6 +23,7 @@ FORMATS = {
     "mp3": ("MP3", "MPEG_LAYER_III"),
     "ulaw": ("WAV", "ULAW"),
     "adpcm": ("WAV", "IMA_ADPCM"),
+    "ulaw.sph": ("NIST", "ULAW"),
 }
 
 
@@ -104,6 +105,41 @@ def test_mp3_without_a_tag_has_the_length_that_is_decoded(tmp_path):
     path.write_bytes(data[frame:])
     assert audio.num_samples(path) == len(audio.read_audio(path))
     assert abs(len(audio.read_audio(path)) - 80000) < 3000  # what an encoder adds in front and behind
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "aiff"])
+def test_a_tag_in_front_hides_nothing(tmp_path, kind):
+    path = _write(tmp_path, kind)
+    data, expected = path.read_bytes(), audio.read_audio(path)
+    tag = b"ID3\3\0\0\0\0\0\x0a" + bytes(10)
+    path.write_bytes(tag + data)
+    np.testing.assert_array_equal(audio.read_audio(path), expected)
+    if kind in ("wav", "flac"):
+        path.write_bytes(tag + _erased(data, kind, bytes(4)))
+        np.testing.assert_array_equal(audio.read_audio(path), expected)
+    path.write_bytes(tag + data[: int(0.6 * len(data))])
+    with pytest.raises(audio.AudioError, match="truncated"):
+        audio.read_audio(path)
+
+
+@pytest.mark.parametrize("kind", ["ogg", "opus", "mp3"])
+@pytest.mark.parametrize("between", [b"", b"TAG" + bytes(125)])
+def test_joined_recordings_of_which_the_first_alone_would_be_read_are_refused(tmp_path, kind, between):
+    if between and kind != "mp3":
+        pytest.skip("a tag of MP3")
+    path = _write(tmp_path, kind)
+    data = path.read_bytes()
+    path.write_bytes(data + between + data)
+    with pytest.raises(audio.AudioError, match="joined"):
+        audio.read_audio(path)
+
+
+@pytest.mark.parametrize("form", ["VOC", "IRCAM", "MAT5", "PVF", "AVR", "PAF"])
+def test_a_container_in_which_a_cut_does_not_show_is_refused(tmp_path, form):
+    path = recordings.write(tmp_path / "a.wav", recordings.tone(), format=form, subtype="PCM_16")
+    for read in (audio.read_audio, audio.num_samples):
+        with pytest.raises(audio.AudioError, match=f"{form} files are not read"):
+            read(path)
 
 
 def test_an_empty_recording_with_chunks_behind_it_is_empty(tmp_path):
