@@ -29,8 +29,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         bits=(8, 4, 3, 2),
         epochs={},
         nested=False,
-        diagnose=("words",),
-        diagnosis={"retention_utterances": 120, "layer_utterances": 24, "hessian_draws": 6},
     )
     for name in ("so762", "words"):
         config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
