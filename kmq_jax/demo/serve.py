@@ -79,9 +79,12 @@ def serve(write: Callable[[Path], None], port: int, tell: Callable[[str], None])
     Raises:
         UserError: the port is taken.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory() as place, server(Path(place), port) as running:
-        write(Path(place))
-        tell(f"http://{HOST}:{running.server_port}/  (Ctrl-C ends)")
-        with contextlib.suppress(KeyboardInterrupt):
-            running.serve_forever()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with tempfile.TemporaryDirectory() as place, server(Path(place), port) as running:
+            write(Path(place))
+            with contextlib.suppress(KeyboardInterrupt):
+                tell(f"http://{HOST}:{running.server_port}/  (Ctrl-C ends)")
+                running.serve_forever()
+    finally:
+        signal.signal(signal.SIGTERM, before)

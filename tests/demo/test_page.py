@@ -3,8 +3,11 @@
 import http.client
 import io
 import json
+import os
+import signal
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import jax
@@ -21,7 +24,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.data import synthetic
 from kmq_jax.demo import page as pages
 from kmq_jax.demo.runtime import FILES, runtime_files
-from kmq_jax.demo.serve import server
+from kmq_jax.demo.serve import serve, server
 from kmq_jax.interop.export import export_model
 from kmq_jax.metrics.calibration import AffineMap, IsotonicMap
 from kmq_jax.models import registry
@@ -54,6 +57,8 @@ def place(tmp_path_factory):
     soundfile.write(place / "voice.wav", voice, RATE, subtype="PCM_16")
     both = np.stack([voice, np.roll(voice, 50)], axis=1)
     soundfile.write(place / "stereo.wav", both, RATE, subtype="FLOAT")
+    smooth = np.convolve(rng.normal(size=3 * 44100), np.hanning(40), "same")
+    soundfile.write(place / "rate.wav", 0.5 * smooth / np.abs(smooth).max(), 44100)
     soundfile.write(place / "silent.wav", np.zeros(RATE), RATE)
     soundfile.write(place / "short.wav", voice[:800], RATE)
     soundfile.write(place / "loud.wav", 30000 * voice, RATE, subtype="FLOAT")
@@ -95,6 +100,11 @@ def test_the_page_decides_as_python_does(place, runtime, tmp_path):
             said = tab.do(f"document.querySelectorAll('#test .verdict')[{row}].innerText")
             assert said.startswith("Same speaker\n" if one.decision else "Different speakers\n")
             assert "threshold 0.9000; decided at 2 bits in" in said
+        other = decide(place / "2.kmq", enrolled, place / "rate.wav", threshold).score
+        tab.give("#test input", place / "rate.wav")
+        assert score_of(tab, 3) == pytest.approx(other, abs=0.02)
+        assert "3.0 s; resampled from 44100 Hz to 16 kHz; embedded in" in tab.text()
+        tab.do("[...document.querySelectorAll('#test .remove')].at(-1).click()")
         assert "mean of 2 channels" in tab.text() and "resampled" not in tab.text()
 
         for name, why in (("silent", "silent"), ("short", "too short (0.05 s)"), ("loud", "where full scale is 1")):
@@ -225,6 +235,25 @@ def test_mistakes_are_one_line(monkeypatch, capsys, place, tmp_path, stand_in):
         told = capsys.readouterr().err
         assert message in told and told.count("\n") == 1, told
         assert not (tmp_path / "site").exists()
+
+
+def test_serving_ends_when_it_is_told_to_and_leaves_nothing(tmp_path):
+    seen = {}
+
+    def write(out):
+        seen["place"] = out
+        (out / "index.html").write_text("a page")
+
+    def visit(address):
+        with urllib.request.urlopen(address) as answer:
+            seen["page"] = answer.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    tell = lambda line: threading.Thread(target=visit, args=(line.split()[0],), daemon=True).start()  # noqa: E731
+    serve(write, 0, tell)
+    assert seen["page"] == b"a page" and not seen["place"].exists()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_server_answers_its_own_origin_alone(tmp_path):
