@@ -105,6 +105,11 @@ def test_committed_results_say_how_many_trials_they_come_from(path):
     if "notes" in found:
         assert found["notes"]["trials"] > 0 and found["notes"]["utterances"] > 0
         return
+    if found.get("kind") == "install":
+        assert all(
+            found[form]["megabytes"] > sum(list(found[form]["heaviest"].values())[:4]) for form in ("whole", "light")
+        )
+        return
     if found.get("kind") == "threshold":
         assert all(one["trials"] > 0 and one["speakers"] > 0 for one in (found, found["judged_on"]))
         return
