@@ -47,7 +47,7 @@ def weigh(form: str, directory: Path) -> dict:
 
 def main() -> None:
     """Prints the weights of the forms that are named, or of all."""
-    found = {"python": platform.python_version(), "platform": f"{sys.platform} {platform.machine()}"}
+    found = {"kind": "install", "python": platform.python_version(), "platform": f"{sys.platform} {platform.machine()}"}
     for form in sys.argv[1:] or FORMS:
         with tempfile.TemporaryDirectory() as directory:
             found[form] = weigh(form, Path(directory))

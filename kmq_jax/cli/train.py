@@ -14,6 +14,7 @@ Trains a speaker-embedding network. Run again with the same workdir it resumes w
   --config.X     changes one of its settings
   --workdir      directory of config.json, starts.json, metrics.jsonl, checkpoints/ and summary.json
   --tensorboard  also write the metrics as TensorBoard events, into the workdir
+  --wandb        also send the metrics to this project of Weights & Biases (extra `wandb`)
 
 Several processes train together where launch/ starts them. The status is 75 when the run was asked to stop (SIGTERM,
 Ctrl-C) and was saved before its end.
@@ -42,9 +43,10 @@ def main() -> None:
 
     own = absl_flags.FlagValues()
     absl_flags.DEFINE_boolean("tensorboard", False, "", flag_values=own)
+    absl_flags.DEFINE_string("wandb", "", "", flag_values=own)
     config, workdir = parse_flags(sys.argv, own)
     distributed.join()
-    summary = train(config, workdir, bool(own["tensorboard"].value))
+    summary = train(config, workdir, bool(own["tensorboard"].value), own["wandb"].value or "")
     if jax.process_index() == 0:
         print(json.dumps(summary))
     if not summary["finished"]:

@@ -4,8 +4,9 @@ A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE
 the Markdown file; KIND is `bits`, one row a model, `trained`, the trained models alone, `differences`, what they differ
 by, with paired intervals, `cascades`, one row a cascade and evaluation set, or `components`, what each component does
 alone. Of the file that `conditions` writes, KIND is `conditions`; of the one that `bench accelerator` writes,
-`accelerator`, one row for each thing measured; of the one by `bench extract --peers`, `extraction`, one row a side; of
-the one by `bench networks`, `networks`; of the one by `bench lazy`, `lazy`, one row a side and list.
+`accelerator`, one row for each thing measured; of the one by `.ci/weigh.py`, `weights`; of the one by
+`bench extract --peers`, `extraction`, one row a side; of the one by `bench networks`, `networks`; of the one by
+`bench lazy`, `lazy`, one row a side and list.
 """
 
 import json
@@ -309,6 +310,20 @@ def threshold_table(found: Row) -> str:
     return _markdown([head, [*own, rate("false_accept"), rate("false_reject")], [*judged, *rates]])
 
 
+def weights_table(found: Row) -> str:
+    """What each form of installation weighs, and which packages most of it is."""
+    names = {
+        "whole": "everything",
+        "light": "the light install",
+        "example": "numpy and ONNX Runtime for an exported model",
+    }
+    rows = [["installed", "MB", "most of it"]]
+    for form, name in names.items():
+        heaviest = ", ".join(f"{package} {size}" for package, size in list(found[form]["heaviest"].items())[:4])
+        rows.append([name, f"{found[form]['megabytes']:,}", heaviest])
+    return _markdown(rows) + f"\nPython {found['python']} on {found['platform']}, without an accelerator's libraries.\n"
+
+
 TABLES: dict[str, Callable[[Any], str]] = {
     "bits": study_table,
     "gains": gains_table,
@@ -322,6 +337,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "networks": networks_table,
     "threshold": threshold_table,
     "lazy": lazy_table,
+    "weights": weights_table,
 }
 
 

@@ -32,13 +32,14 @@ Summary = dict[str, Any]
 """What `summary.json` holds."""
 
 
-def train(config: ml_collections.ConfigDict, workdir: Path, tensorboard: bool = False) -> Summary:
+def train(config: ml_collections.ConfigDict, workdir: Path, tensorboard: bool = False, wandb: str = "") -> Summary:
     """Trains, or takes up training where it stopped.
 
     Args:
         config: from `training.config.default_config`, changed. Its section `study`, if it has one, is left out.
         workdir: gets `config.json`, `starts.json`, `metrics.jsonl`, `checkpoints/` and, at the end, `summary.json`.
         tensorboard: also write the metrics as event files, into `workdir/tensorboard`.
+        wandb: also send them to this project of Weights & Biases.
 
     Returns:
         What `summary.json` holds: `steps`, `finished`, `loss`, `validation_eer` (percent), `examples_per_second`, ...
@@ -54,7 +55,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path, tensorboard: bool = 
         if step == run.total_steps and (workdir / "summary.json").exists():
             return read_object(workdir / "summary.json")
         (workdir / "averaged.kmq").unlink(missing_ok=True)
-        log = RunLog(workdir / "metrics.jsonl", step, workdir / "tensorboard" if tensorboard else None)
+        events = workdir / "tensorboard" if tensorboard else None
+        log = RunLog(workdir / "metrics.jsonl", step, events, wandb, settings)
         bar = Bar(run.total_steps, "training", "step", done=step, hidden=jax.process_index() != 0)
         closing.callback(bar.close)
         closing.callback(log.close)

@@ -1,6 +1,7 @@
-"""The record of a run: one JSON object a line, and TensorBoard events beside it where they are wanted."""
+"""The record of a run: one JSON object a line; beside it TensorBoard events and Weights & Biases, where wanted."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -10,7 +11,7 @@ from typing import Any
 
 import jax
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, needed
 from kmq_jax.core.files import atomic_write, require_regular
 
 
@@ -24,22 +25,32 @@ class RunLog:
         kept: the lines that stood in it, up to the step at which it was opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str], step: int, events: str | os.PathLike[str] | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        step: int,
+        events: str | os.PathLike[str] | None = None,
+        project: str = "",
+        settings: Mapping[str, Any] | None = None,
+    ):
         """Opens the log of a run that stands at `step`.
 
         Args:
             path: of the JSONL file.
             step: the last step that is done.
             events: directory of TensorBoard event files; None for none.
+            project: of Weights & Biases, which the log goes to as well; empty for none. The same file is the same run.
+            settings: of the run, for Weights & Biases to show.
 
         Raises:
             UserError: the file cannot be written, or the package that writes events is missing.
         """
         self._path = Path(path)
-        self._file = self._events = None
+        self._file = self._events = self._wandb = None
         self.kept: list[dict[str, Any]] = []
         if events is not None:
             event_writer = _event_writer()
+        wandb = needed("wandb", "--wandb") if project else None
         if jax.process_index() != 0:
             return
         kept = [line for line in read_runlog(self._path) if line["step"] <= step] if self._path.exists() else []
@@ -52,6 +63,10 @@ class RunLog:
             raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
         if events is not None:  # TensorBoard hides what an earlier start wrote from `purge_step` on
             self._events = event_writer(str(events), purge_step=step + 1, filename_suffix=f".{step}")
+        if wandb is not None:
+            run = hashlib.sha256(str(self._path.resolve()).encode()).hexdigest()[:16]
+            about = {"name": self._path.resolve().parent.name, "dir": str(self._path.parent), "config": settings}
+            self._wandb = wandb.init(project=project, id=run, resume="allow", **about)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one line and flushes it. Numbers that are not finite become null: NaN is not JSON.
@@ -70,6 +85,8 @@ class RunLog:
                     self._events.add_scalar(name, value, step)
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
 
     def close(self) -> None:
         """Closes the files."""
@@ -78,6 +95,8 @@ class RunLog:
                 self._file.close()
         if self._events is not None:
             self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def _event_writer() -> Any:

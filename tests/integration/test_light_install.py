@@ -1,7 +1,12 @@
 """What runs where packages for training alone, or locks of the system, are not there."""
 
+import importlib.metadata
+import json
+import re
+import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jax
@@ -69,11 +74,34 @@ def test_a_model_is_quantized_and_verifies_without_them(place):
             command("identify", "--store=people", "b.wav"),
         ]
     )
+    code += "print('loaded:', *{name.partition('.')[0] for name, module in sys.modules.items() if module})"
     # Without locks, too, as on Windows.
     done = run_without([*LEFT_OUT, "fcntl", "resource"], code, place)
     assert done.returncode == 0, done.stderr
     assert "times smaller" in done.stdout and "alice" in done.stdout
     assert not [path.name for path in place.iterdir() if ".part-" in path.name]
+    (loaded,) = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("loaded: ")]
+    known = importlib.metadata.packages_distributions()
+    owners = {owner for name in loaded if name != "kmq_jax" for owner in known.get(name, ())[:1]}
+    assert {normal(owner) for owner in owners} <= light()
+
+
+def normal(requirement):
+    """The name of a requirement, as package indexes compare it."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+
+
+def light():
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    return {normal(requirement) for requirement in groups["light"]}
+
+
+def test_the_light_install_is_what_was_weighed():
+    weigh = runpy.run_path(str(ROOT / ".ci" / "weigh.py"))
+    (arguments,) = weigh["FORMS"]["light"]
+    assert f".venv/bin/pip install -q {' '.join(arguments)}\n" in (ROOT / "README.md").read_text()
+    found = json.loads((ROOT / ".github" / "results" / "install.json").read_text())
+    assert found["light"]["megabytes"] < 700 and found["example"]["megabytes"] < 150  # what they are meant to weigh
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 import json
+import os
 import struct
+import subprocess
+import sys
 
 import pytest
 
@@ -59,3 +62,54 @@ def test_events_without_the_package_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="extra `tensorboard`"):
         RunLog(tmp_path / "m.jsonl", 0, tmp_path / "events")
     RunLog(tmp_path / "m.jsonl", 0).close()
+
+
+def test_weights_and_biases_get_each_line_of_one_run(tmp_path, monkeypatch):
+    told = []
+
+    class StandIn:
+        def init(self, **settings):
+            told.append(settings)
+            return self
+
+        def log(self, values, step):
+            told.append((step, values))
+
+        def finish(self):
+            told.append("finished")
+
+    monkeypatch.setitem(sys.modules, "wandb", StandIn())
+    for step in (0, 1):  # begun, and taken up again
+        log = RunLog(tmp_path / "run" / "m.jsonl", step, project="voices", settings={"seed": 3})
+        log.write(step + 1, {"loss": 2.5, "bad": float("nan")})
+        log.close()
+    first, line, end, second, again, _ = told
+    assert first == second and first["project"] == "voices" and first["resume"] == "allow"
+    assert first["name"] == "run" and first["config"] == {"seed": 3} and len(first["id"]) == 16
+    assert (line, again, end) == ((1, {"loss": 2.5, "bad": None}), (2, {"loss": 2.5, "bad": None}), "finished")
+
+
+def test_weights_and_biases_without_a_network(tmp_path):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    code = """if True:
+        from kmq_jax.training.runlog import RunLog
+        log = RunLog("m.jsonl", 0, project="voices", settings={"seed": 3})
+        log.write(1, {"loss": 2.5})
+        log.close()
+    """
+    environment = {
+        **os.environ,
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    (kept,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"loss" in kept.read_bytes()
+
+
+def test_weights_and_biases_without_the_package_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="--wandb needs the package wandb: pip install wandb"):
+        RunLog(tmp_path / "m.jsonl", 0, project="voices")
+    assert not list(tmp_path.iterdir())
