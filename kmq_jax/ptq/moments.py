@@ -79,7 +79,8 @@ def own_statistics(quantized: SpeakerModel, features: jax.Array) -> SpeakerModel
         if bits is not None:
             own = quantized.variables.get(PER_BITS, {}).get(str(bits), {})
             per_bits[str(bits)] = {**own, **per_bits_leaves({"batch_stats": measured["batch_stats"]})}
-    return dataclasses.replace(quantized, variables={**measured, **({PER_BITS: per_bits} if per_bits else {})})
+    more = {PER_BITS: per_bits} if per_bits else {}
+    return dataclasses.replace(quantized, variables={**quantized.variables, **measured, **more})
 
 
 def averaged_statistics(quantized: SpeakerModel, batches: Iterable[jax.Array]) -> Params:

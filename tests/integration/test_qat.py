@@ -187,15 +187,16 @@ def test_mistakes_are_told_before_any_step(full, tmp_path):
 
 @pytest.mark.slow
 def test_training_with_rounded_activations_and_what_both_engines_make_of_it(full, tmp_path):
-    config = qat_config(full, 4, activations=8)
+    config = qat_config(full, 4, activations=8, rules=KEPT)
     config.epochs = 1.0
     loop.train(config, tmp_path / "run")
     ranges = json.loads((tmp_path / "run" / "ranges.json").read_text())
     trained = load_model(tmp_path / "run" / "model.kmq")
     rounds = dict(named_leaves(trained.variables["integers"]))
-    assert set(ranges) <= set(rounds) and any(name.endswith("/kernel") for name in rounds)
-    for place, grid in ranges.items():
-        np.testing.assert_allclose(rounds[place], grid, rtol=1e-6)
+    places = [name for name in rounds if not name.endswith("/kernel")]
+    assert 0 < len(places) < len(rounds) and not any(place.startswith("stem/conv") for place in places)
+    for place in places:
+        np.testing.assert_allclose(rounds[place], ranges[place], rtol=1e-6)
     tensors = dict(named_leaves(trained.variables["params"], quant.is_codebook_tensor))
     for name, found in rounds.items():
         if name.endswith("/kernel"):  # those of the codebooks as they are now, not as they were
