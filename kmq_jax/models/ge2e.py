@@ -23,7 +23,8 @@ from jax.typing import DTypeLike
 
 from kmq_jax.models.protocol import Part, SpeakerNetwork
 from kmq_jax.models.settings import check_counts, check_dtype, check_features
-from kmq_jax.nn.layers import TORCH_DEFAULT, Conv, dense, frame_mask, mask_frames
+from kmq_jax.nn.frames import frame_mask, mask_frames
+from kmq_jax.nn.layers import TORCH_DEFAULT, Conv, dense
 from kmq_jax.nn.recurrent import Recurrence
 
 WINDOW, STEP, LEAST = 160, 77, 120  # frames of a window, from one to the next, steps that the last must cover

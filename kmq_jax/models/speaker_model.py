@@ -385,8 +385,8 @@ def _long_embedder(
 def _tell_of_parts(architecture: str) -> None:
     """Says once what stands for a long recording, for it is not what one run would give."""
     print(
-        f"{architecture} or its features look at an utterance as a whole: of recordings over {long.LONG:.0f} s, the mean embedding of "
-        f"equal parts of at most {long.LONG:.0f} s is taken",
+        f"{architecture} or its features look at an utterance as a whole: of recordings over {long.LONG:.0f} s, the "
+        f"mean embedding of equal parts of at most {long.LONG:.0f} s is taken",
         file=sys.stderr,
     )
 
