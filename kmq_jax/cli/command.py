@@ -1,11 +1,13 @@
 """What every command does alike: flags from options, errors of one line with status 2, `--help` with an example."""
 
+import _thread
 import argparse
 import contextlib
 import difflib
 import os
 import select
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -97,6 +99,7 @@ def run(command: str, main: Callable[[], None], options: Sequence[type[Options]]
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="surrogateescape")  # names of files are any bytes
+    sys.unraisablehook = _unraisable
     try:
         status = _status_of(main)
         # Here and not when Python ends: a reader who has gone must show inside this `try`.
@@ -143,6 +146,19 @@ def _line(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return f"not enough memory: {error}".removesuffix(": ")
     return "something given is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _unraisable(found: "sys.UnraisableHookArgs") -> None:
+    """Ctrl-C within what cannot be interrupted, such as a callback of JAX to the garbage collector, comes again.
+
+    Python would print it and go on as if nothing had been pressed.
+    """
+    if isinstance(found.exc_value, KeyboardInterrupt):
+        again = threading.Timer(0.05, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(found)
 
 
 def _leave(status: int) -> NoReturn:
