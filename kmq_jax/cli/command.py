@@ -6,10 +6,12 @@ import contextlib
 import difflib
 import os
 import select
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import NoReturn
 
 from kmq_jax.cli.flags import RENAMED, add_flags, meant_flag, name_flags
@@ -131,10 +133,27 @@ def run(command: str, main: Callable[[], None], options: Sequence[type[Options]]
 
 def _status_of(main: Callable[[], None]) -> int | str | None:
     """Runs `main`, and gives the status that it asks for."""
+    pressed = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        pressed.set()
+        raise KeyboardInterrupt
+
+    own = threading.current_thread() is threading.main_thread()
+    if own and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         main()
     except SystemExit as asked:
         return asked.code
+    except Exception:
+        # A library may have made an error of its own of Ctrl-C, as an import of ONNX Runtime does.
+        if pressed.is_set():
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     return 0
 
 

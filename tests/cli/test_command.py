@@ -96,3 +96,20 @@ def test_a_flag_without_its_value_does_not_take_the_next_flag_for_it():
     line = ["study", "--config=quickstart:smoke", "--workdir", "--config.data.train=x"]
     done = subprocess.run([sys.executable, "-m", "kmq_jax", *line], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--workdir has no value" in done.stderr
+
+
+def test_an_interruption_that_a_library_turns_into_its_own_error_stays_one():
+    code = (
+        "import os, signal, time\n"
+        "from kmq_jax.cli import command\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def main():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(20)\n"
+        "    except BaseException as error:\n"
+        "        raise ImportError('broken') from error\n"
+        "command.run('x', main)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "")
