@@ -9,6 +9,9 @@ nothing else.
 
 twice: two are started on one directory at once. One ends well, the other says in one line who holds it.
 
+interrupt: Ctrl-C at a random moment of every command of `fuzz.py`. It ends with status 130, or as it would have
+without, prints no traceback, and leaves nothing half-written.
+
 full: the disk is full from some byte on (a small file system of its own, where the superuser runs this). The command
 says so in one line with status 2. With room again it goes on, and ends as an undisturbed one does.
 """
@@ -170,6 +173,26 @@ def twice(name: str, line_of: Callable[[Path], Line], place: Path) -> dict[str, 
     return {"fault": "twice", "command": name, "states": states, "violations": wrong}
 
 
+def interrupt(base: Path, place: Path, times: int, rng: random.Random) -> list[dict[str, object]]:
+    """Presses Ctrl-C so often in each command; see above."""
+    rows: dict[str, dict] = {}
+    for i, line in enumerate(fuzz.good_lines(base, place / "interrupted" / "out")):
+        row = rows.setdefault(line[0], {"fault": "interrupt", "command": line[0], "interrupted": 0, "violations": []})
+        took = 0.0
+        for number in range(-1, times):  # the first runs to its end, and tells how long that takes
+            shutil.rmtree(place / "interrupted", ignore_errors=True)
+            make = fuzz.Maker(str(i), base, place / "interrupted")
+            at, began = None if number < 0 else 1.1 * took * rng.random(), time.monotonic()
+            status = fuzz.forked(lambda line=line: fuzz.command(line), place / "log", 120, make.folder, at)
+            took = time.monotonic() - began if number < 0 else took
+            said = (place / "log").read_text(errors="replace")
+            row["interrupted"] += status == 130
+            wrong = fuzz.problems(0 if status == 130 else status, said, make)
+            if wrong:
+                row["violations"].append(f"{' '.join(line)[:200]} after {at} s: {', '.join(wrong)}: {said[-600:]}")
+    return list(rows.values())
+
+
 def full(name: str, line_of: Callable[[Path], Line], place: Path, sizes: int) -> dict[str, object]:
     """Runs a command on disks of several sizes that are too small for it."""
     whole = place / "roomy"
@@ -207,7 +230,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--sizes", type=int, default=8, help="of the full disk")
     parser.add_argument("--commands", help="names separated by commas; left out: all")
-    parser.add_argument("--faults", default="kill,twice,full")
+    parser.add_argument("--faults", default="kill,twice,full,interrupt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-study", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -229,8 +252,12 @@ def main() -> None:
         names = args.commands.split(",") if args.commands else [n for n in known if n != "study" or not args.no_study]
         if "train quantized" in names:
             run(["train", *CONFIG, "--config.average_last=0", f"--workdir={base}/run"], Path(place) / "log")
+        faults = args.faults.split(",")
+        if "interrupt" in faults:
+            rows += interrupt(base, Path(place), max(args.kills // 4, 1), rng)
+            print(*map(json.dumps, rows), sep="\n", flush=True)
         for name in names:
-            for fault in args.faults.split(","):
+            for fault in (one for one in faults if one != "interrupt"):
                 own = Path(place) / f"{name} {fault}"
                 own.mkdir()
                 if fault == "kill":

@@ -334,7 +334,7 @@ def lists(make: Maker) -> Line:
 
 
 @functools.cache
-def _good_lines(base: Path, out: Path) -> list[Line]:
+def good_lines(base: Path, out: Path) -> list[Line]:
     """Command lines that are right, to be changed in one word."""
     stages = [f"--stage={bits}:{base}/e{bits}.npz" for bits in (2, 4)]
     listed = f"--trials={base}/trials"
@@ -412,7 +412,7 @@ def _good_lines(base: Path, out: Path) -> list[Line]:
 
 def flags(make: Maker) -> Line:
     """Every command with one flag that is wrong, twice, misspelt, missing, or of a strange value."""
-    line = list(make.rng.choice(_good_lines(make.base, make.out)))
+    line = list(make.rng.choice(good_lines(make.base, make.out)))
     at = make.rng.randrange(1, len(line))
     name, _, value = line[at].partition("=")
     kind = make.rng.randrange(8)
@@ -434,7 +434,7 @@ def flags(make: Maker) -> Line:
 def outputs(make: Maker) -> Line:
     """Outputs that cannot be written, that are one another, that are read."""
     written = ("--out", "--json", "--det", "--workdir", "--cascade")
-    lines = [line for line in _good_lines(make.base, make.out) if any(w.partition("=")[0] in written for w in line)]
+    lines = [line for line in good_lines(make.base, make.out) if any(w.partition("=")[0] in written for w in line)]
     line = list(make.rng.choice(lines))
     at = make.rng.choice([i for i, word in enumerate(line) if word.partition("=")[0] in written])
     name = line[at].partition("=")[0]
@@ -698,8 +698,18 @@ def base_files(base: Path) -> None:
     shutil.copy(base / "audio" / "a.wav", base / "data" / "ann" / "a.wav")
 
 
-def forked(work: Callable[[], None], log: Path, limit: float, folder: Path) -> int | None:
-    """Runs `work` in a forked process; its exit status, or None where it had to be stopped."""
+def forked(
+    work: Callable[[], None], log: Path, limit: float, folder: Path, interrupt: float | None = None
+) -> int | None:
+    """Runs `work` in a forked process; its exit status, or None where it had to be stopped.
+
+    Args:
+        work: what to run.
+        log: file for all that it prints.
+        limit: seconds.
+        folder: where to run it.
+        interrupt: seconds after which Ctrl-C is pressed.
+    """
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -707,6 +717,7 @@ def forked(work: Callable[[], None], log: Path, limit: float, folder: Path) -> i
         os.dup2(target, 1)
         os.dup2(target, 2)
         os.chdir(folder)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
         status = 70
         try:
             work()
@@ -720,8 +731,12 @@ def forked(work: Callable[[], None], log: Path, limit: float, folder: Path) -> i
                 sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(status)
-    end = time.monotonic() + limit
-    while time.monotonic() < end:
+    began = time.monotonic()
+    while time.monotonic() < began + limit:
+        if interrupt is not None and time.monotonic() > began + interrupt:
+            interrupt = None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGINT)
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             with contextlib.suppress(ProcessLookupError):  # what it may have started

@@ -1,13 +1,17 @@
 """What every command does alike: flags from options, errors of one line with status 2, `--help` with an example."""
 
+import _thread
 import argparse
 import contextlib
 import difflib
 import os
 import select
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import NoReturn
 
 from kmq_jax.cli.flags import RENAMED, add_flags, meant_flag, name_flags
@@ -97,6 +101,7 @@ def run(command: str, main: Callable[[], None], options: Sequence[type[Options]]
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="surrogateescape")  # names of files are any bytes
+    sys.unraisablehook = _unraisable
     try:
         status = _status_of(main)
         # Here and not when Python ends: a reader who has gone must show inside this `try`.
@@ -128,10 +133,27 @@ def run(command: str, main: Callable[[], None], options: Sequence[type[Options]]
 
 def _status_of(main: Callable[[], None]) -> int | str | None:
     """Runs `main`, and gives the status that it asks for."""
+    pressed = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        pressed.set()
+        raise KeyboardInterrupt
+
+    own = threading.current_thread() is threading.main_thread()
+    if own and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         main()
     except SystemExit as asked:
         return asked.code
+    except Exception:
+        # A library may have made an error of its own of Ctrl-C, as an import of ONNX Runtime does.
+        if pressed.is_set():
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     return 0
 
 
@@ -143,6 +165,19 @@ def _line(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return f"not enough memory: {error}".removesuffix(": ")
     return "something given is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _unraisable(found: "sys.UnraisableHookArgs") -> None:
+    """Ctrl-C within what cannot be interrupted, such as a callback of JAX to the garbage collector, comes again.
+
+    Python would print it and go on as if nothing had been pressed.
+    """
+    if isinstance(found.exc_value, KeyboardInterrupt):
+        again = threading.Timer(0.05, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(found)
 
 
 def _leave(status: int) -> NoReturn:

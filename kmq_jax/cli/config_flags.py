@@ -98,6 +98,8 @@ def _with_files(argv: list[str]) -> list[str]:
     for word in argv:
         if meant := meant_flag(word):
             raise UserError(f"{meant[1]} (see --help)")
+        if before in ("--config", "-config", "--workdir", "-workdir") and word.startswith("--"):
+            raise UserError(f"{before} has no value: {word} follows it (see --help)")
         flag, equals, value = word.partition("=")
         if flag.startswith(("--config.", "-config.")):
             # A key that is a number, as in study.epochs.2, is written as a subscript for the library.

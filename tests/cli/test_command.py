@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from kmq_jax.cli import command
@@ -69,3 +72,44 @@ def test_a_file_may_be_named_with_a_dash():
     parser = command.parser("quantize", "Quantizes.", "kmq-jax quantize")
     parser.add_argument("--model")
     assert parser.parse_args(["--model", "\u2013a.kmq"]).model == "\u2013a.kmq"
+
+
+def test_an_interruption_that_a_callback_swallows_comes_again():
+    code = (
+        "import gc, os, signal, time\n"
+        "from kmq_jax.cli import command\n"
+        "def swallow(*_):\n"
+        "    gc.callbacks.clear()\n"
+        "    raise KeyboardInterrupt\n"
+        "def main():\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "    gc.callbacks.append(swallow)\n"
+        "    gc.collect()\n"
+        "    time.sleep(20)\n"
+        "command.run('x', main)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_a_flag_without_its_value_does_not_take_the_next_flag_for_it():
+    line = ["study", "--config=quickstart:smoke", "--workdir", "--config.data.train=x"]
+    done = subprocess.run([sys.executable, "-m", "kmq_jax", *line], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--workdir has no value" in done.stderr
+
+
+def test_an_interruption_that_a_library_turns_into_its_own_error_stays_one():
+    code = (
+        "import os, signal, time\n"
+        "from kmq_jax.cli import command\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def main():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(20)\n"
+        "    except BaseException as error:\n"
+        "        raise ImportError('broken') from error\n"
+        "command.run('x', main)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "")
