@@ -1,8 +1,9 @@
-"""Several processes that train together: joining them, and what they must agree on."""
+"""Several processes that work together: joining them, and what they must agree on."""
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -79,14 +80,41 @@ def mean_of_all(tree: Params) -> Params:
     return jax.tree.map(lambda values: _from_all(np.asarray(values)).mean(axis=0), tree)
 
 
-def sum_of_all(counts: np.ndarray) -> np.ndarray:
-    """The sum over all processes of an int64 array. All must call it.
+def sum_of_all(values: np.ndarray) -> np.ndarray:
+    """The sum over all processes of an int64 or float64 array. All must call it.
 
     >>> sum_of_all(np.array([1 << 40])).tolist()
     [1099511627776]
     """
-    halves = np.ascontiguousarray(counts, np.int64).view(np.uint32)  # JAX itself counts in 32 bits
-    return np.ascontiguousarray(_from_all(halves)).view(np.int64).sum(axis=0)
+    halves = np.ascontiguousarray(values).view(np.uint32)  # JAX itself counts in 32 bits
+    return np.ascontiguousarray(_from_all(halves)).view(values.dtype).sum(axis=0)
+
+
+def highest_of_all(values: np.ndarray) -> np.ndarray:
+    """The highest over all processes of each element of an array of at most 32 bits. All must call it.
+
+    >>> highest_of_all(np.array([-1, 3], np.int8)).tolist()
+    [-1, 3]
+    """
+    return _from_all(values).max(axis=0)
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """Runs a block in all processes; where it fails in one, it fails in all, so that none waits for ever.
+
+    All must run it, and nothing within may wait for the others.
+
+    Raises:
+        UserError: this process's own, or that another one failed.
+    """
+    failed: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        failed = error
+    if anywhere(failed is not None):
+        raise failed or UserError("stopped: another process failed, and says why")
 
 
 def local(tree: Params) -> Params:

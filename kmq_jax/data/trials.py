@@ -21,6 +21,7 @@ __all__ = [
     "Trials",
     "doubts",
     "draw_trials",
+    "model_rows",
     "open_trials",
     "read_in_parts",
     "read_models",
@@ -114,7 +115,7 @@ def read_in_parts(
     members: tuple[np.ndarray, ...] | None = None
     if models is not None:
         enrolled = {name: i for i, name in enumerate(models)}
-        members = tuple(_members(name, utterances, table) for name, utterances in models.items())
+        members = model_rows(models, ids, paths)
 
     # Names become numbers as they come: a list of millions of trials has few names, looked up once each.
     numbers = _Numbers()
@@ -288,6 +289,21 @@ def _some_pairs(rows: np.ndarray, most: int, rng: np.random.Generator) -> np.nda
 def read_models(path: str | os.PathLike[str]) -> dict[str, list[str]]:
     """Reads enrolment models, `model utterance [utterance ...]` a line (Kaldi's spk2utt, CN-Celeb's enroll.map)."""
     return {model: rest.split() for model, rest in read_table(Path(path))[0].items()}
+
+
+def model_rows(
+    models: Mapping[str, Sequence[str]], ids: Sequence[str], paths: Sequence[str] = ()
+) -> tuple[np.ndarray, ...]:
+    """The rows of each enrolment model's utterances, in the order of `models` (`read_models`).
+
+    Raises:
+        UserError: a model names an unknown utterance, or none.
+
+    >>> [rows.tolist() for rows in model_rows({"m": ["b", "c"], "n": ["a"]}, ["a", "b", "c"])]
+    [[1, 2], [0]]
+    """
+    table = _Suffixed(utterance_index(ids, paths), paths)
+    return tuple(_members(name, utterances, table) for name, utterances in models.items())
 
 
 def _rows(table: Mapping[str, int], names: Sequence[str] | Mapping[str, int]) -> np.ndarray:

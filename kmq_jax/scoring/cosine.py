@@ -1,6 +1,7 @@
 """Cosine scores of trials."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -58,6 +59,42 @@ def unit_rows(embeddings: ArrayLike) -> np.ndarray:
     return rows / length[:, None]
 
 
+Scorer: TypeAlias = Callable[[ArrayLike, ArrayLike], np.ndarray]
+"""Scores `[trials]` float32 of rows of enrolments and rows of tests, each `[trials]`."""
+
+
+def cosine_scorer(enrol_embeddings: ArrayLike, test_embeddings: ArrayLike) -> Scorer:
+    """What gives cosine scores of trials between two tables, which are checked and measured once.
+
+    Args:
+        enrol_embeddings: `[enrolments, dim]`, of any length.
+        test_embeddings: `[tests, dim]`.
+
+    Raises:
+        UserError: the two tables differ in dimension, or an embedding is zero or not finite.
+
+    >>> cosine_scorer(np.eye(2), np.eye(2))([0, 0], [0, 1]).tolist()
+    [1.0, 0.0]
+    """
+    one, one_length = _checked(enrol_embeddings)
+    two, two_length = (one, one_length) if test_embeddings is enrol_embeddings else _checked(test_embeddings)
+    if one.shape[1] != two.shape[1]:
+        raise UserError(f"enrolment embeddings have {one.shape[1]} dimensions, test embeddings {two.shape[1]}")
+
+    def score(enrol: ArrayLike, test: ArrayLike) -> np.ndarray:
+        enrol, test = np.asarray(enrol, np.int64), np.asarray(test, np.int64)
+        scores = np.empty(len(enrol), np.float32)
+        for start in range(0, len(enrol), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            np.vecdot(one.take(enrol[part], axis=0), two.take(test[part], axis=0), out=scores[part])
+        # Lengths are divided out at the end: no second table of unit rows is made.
+        scores /= one_length[enrol] * two_length[test]
+        # Rounding may lead a hair beyond 1.
+        return np.clip(scores, -1, 1, out=scores)
+
+    return score
+
+
 def cosine_scores(
     enrol_embeddings: ArrayLike, test_embeddings: ArrayLike, enrol: ArrayLike, test: ArrayLike
 ) -> np.ndarray:
@@ -79,19 +116,7 @@ def cosine_scores(
     >>> cosine_scores(table, table, enrol=[0, 0, 0], test=[0, 1, 2]).tolist()
     [1.0, 0.0, -1.0]
     """
-    enrol, test = np.asarray(enrol, np.int64), np.asarray(test, np.int64)
-    one, one_length = _checked(enrol_embeddings)
-    two, two_length = (one, one_length) if test_embeddings is enrol_embeddings else _checked(test_embeddings)
-    if one.shape[1] != two.shape[1]:
-        raise UserError(f"enrolment embeddings have {one.shape[1]} dimensions, test embeddings {two.shape[1]}")
-    scores = np.empty(len(enrol), np.float32)
-    for start in range(0, len(enrol), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        np.vecdot(one.take(enrol[part], axis=0), two.take(test[part], axis=0), out=scores[part])
-    # Lengths are divided out at the end: no second table of unit rows is made.
-    scores /= one_length[enrol] * two_length[test]
-    # Rounding may lead a hair beyond 1.
-    return np.clip(scores, -1, 1, out=scores)
+    return cosine_scorer(enrol_embeddings, test_embeddings)(enrol, test)
 
 
 def average(embeddings: ArrayLike, groups: Iterable[ArrayLike]) -> np.ndarray:

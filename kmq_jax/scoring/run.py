@@ -69,8 +69,7 @@ def score(
         UserError: a file cannot be read or does not fit the others, or options need a cohort that is not there.
     """
     how = options or ScoringOptions()
-    if not cohort and (how.top_n is not None or how.cohort_speaker_means):
-        raise UserError("`top_n` and `cohort_speaker_means` need a cohort (`snorm_cohort`)")
+    check_cohort_options(cohort, how)
     kind = "snorm" if cohort else "cosine"
     fitted = read_calibration(calibration, kind) if calibration else None
     test_table = read_embeddings(embeddings)
@@ -130,20 +129,25 @@ def utterances_of(trials: Trials) -> int:
     return len(np.union1d(enrolled, trials.test))
 
 
-def normalise(
-    scores: np.ndarray, sides: Sides, cohort: EmbeddingTable, top_n: int | None, means: bool
+def check_cohort_options(cohort: Place | None, options: ScoringOptions) -> None:
+    """Refuses options of a cohort that is not there."""
+    if not cohort and (options.top_n is not None or options.cohort_speaker_means):
+        raise UserError("`top_n` and `cohort_speaker_means` need a cohort (`snorm_cohort`)")
+
+
+def cohort_members(
+    cohort: EmbeddingTable, top_n: int | None, means: bool, speakers: frozenset[str]
 ) -> tuple[np.ndarray, Json]:
-    """Applies adaptive S-norm.
+    """What scores are normalised by, and how.
 
     Args:
-        scores: `[trials]`, cosine scores.
-        sides: what the trials compare.
         cohort: embeddings of other speakers.
         top_n: nearest cohort members that count; 300, or all if fewer, where left out.
         means: whether a cohort member is the mean of a speaker's embeddings.
+        speakers: names of the trials' speakers; a warning tells how many of them the cohort has.
 
     Returns:
-        The new scores `[trials]`, and what was done.
+        The members `[members, dim]`; and `cohort`, `members`, `top_n`, `shared_speakers`.
 
     Raises:
         UserError: the cohort does not name its speakers, or is smaller than `top_n`.
@@ -159,13 +163,23 @@ def normalise(
     if top_n is not None and not 2 <= top_n <= len(members):
         raise UserError(f"`top_n` (={top_n}) must lie between 2 and the cohort's size, {len(members)}")
     top_n = min(_TOP_N, len(members)) if top_n is None else top_n
-    shared = len(sides.speaker_names & set(cohort.speakers or ()))
+    shared = len(speakers & set(cohort.speakers or ()))
     if shared:
         print(f"warning: {shared} speakers of the trials are also in the cohort {cohort.source}", file=sys.stderr)
-    scores = adaptive_snorm(
-        scores, sides.enrol_embeddings, sides.test_embeddings, sides.enrol, sides.test, members, top_n
-    )
-    return scores, {"cohort": cohort.source, "members": len(members), "top_n": top_n, "shared_speakers": shared}
+    return members, {"cohort": cohort.source, "members": len(members), "top_n": top_n, "shared_speakers": shared}
+
+
+def normalise(
+    scores: np.ndarray, sides: Sides, cohort: EmbeddingTable, top_n: int | None, means: bool
+) -> tuple[np.ndarray, Json]:
+    """Applies adaptive S-norm to cosine scores `[trials]`; arguments and errors as of `cohort_members`.
+
+    Returns:
+        The new scores `[trials]`, and what was done.
+    """
+    members, notes = cohort_members(cohort, top_n, means, sides.speaker_names)
+    tables = sides.enrol_embeddings, sides.test_embeddings
+    return adaptive_snorm(scores, *tables, sides.enrol, sides.test, members, notes["top_n"]), notes
 
 
 def read_calibration(path: Place, kind: str) -> AffineMap | IsotonicMap:

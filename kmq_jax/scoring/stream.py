@@ -2,28 +2,31 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from kmq_jax.core import distributed
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Json, atomic_write, write_json
+from kmq_jax.core.files import Json, Row, atomic_write, write_json
 from kmq_jax.core.progress import progress
-from kmq_jax.data.trials import Trials, read_in_parts, read_models
+from kmq_jax.data.trials import Trials, model_rows, read_in_parts, read_models
 from kmq_jax.metrics.histogram import ScoreHistogram
-from kmq_jax.scoring.cosine import average, cosine_scores
+from kmq_jax.scoring.cosine import Scorer, average, cosine_scorer
 from kmq_jax.scoring.options import ScoringOptions
-from kmq_jax.scoring.snorm import cohort_statistics
-from kmq_jax.scoring.table import read_embeddings
+from kmq_jax.scoring.run import check_cohort_options, cohort_members
+from kmq_jax.scoring.snorm import block_statistics, blocks, check_spread, checked_rows
+from kmq_jax.scoring.table import EmbeddingTable, read_embeddings
 
 _LINES = 1 << 16  # lines written at a time
 _WIDEST = 64.0  # S-norm scores beyond it share the outermost bins
 
-Scorer = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Scores `[trials]` of rows of enrolments and rows of tests."""
+Share: TypeAlias = tuple[int, int]
+"""`(i, n)`: the i-th of n processes that work together."""
 
 
 def score_stream(
@@ -34,9 +37,11 @@ def score_stream(
     enrol_models: str | None = None,
     cohort: Path | None = None,
     out: Path | None = None,
-    share: tuple[int, int] = (0, 1),
+    share: Share = (0, 1),
 ) -> Json:
     """Scores a list part by part. Figures come from a histogram of the scores, with the bounds that this leaves.
+
+    The histogram is the same however many processes share the list.
 
     Args:
         embeddings: embedding file of all utterances.
@@ -45,40 +50,46 @@ def score_stream(
         enrol_models: list of enrolment models (`data.trials.read_models`), where the trials enrol models.
         cohort: embedding file of other speakers, for adaptive S-norm.
         out: `enrol test score` lines, or where it ends in `.npy` float32 scores in the list's order.
-        share: `(i, n)`: this process scores the i-th of n shares; all n must call this. `out` then gets `-i-of-n`
-            before its suffix, and the figures are of all shares.
+        share: this process scores the i-th of n shares; all n must call this. `out` then gets `-i-of-n` before its
+            suffix, and the figures are of all shares.
 
     Returns:
-        `trials`, `targets`, `eer` and `eer_bounds` in percent, `threshold`, `min_dcf`, `min_dcf_bounds`, `p_target`.
+        `trials`, `targets`, `eer` and `eer_bounds` in percent, `threshold`, `min_dcf`, `min_dcf_bounds`, `p_target`,
+        `kind` ("cosine" or "snorm") and `snorm` (what was done, or None).
 
     Raises:
-        UserError: a file cannot be read or does not fit the others; a score is not finite.
+        UserError: a file cannot be read or does not fit the others; a score is not finite; another process failed.
     """
-    if trials.startswith("synthetic:"):
-        raise UserError(f"`stream` reads a list from a file, not {trials}")
-    table = read_embeddings(embeddings)
-    models = read_models(enrol_models) if enrol_models else None
-    parts = read_in_parts(trials, table.ids, table.paths or table.ids, models, share)
-    first = next(parts, None)
-    enrolled = table.embeddings if first is None or first.models is None else average(table.embeddings, first.models)
-    scorer = _cosine(enrolled, table.embeddings)
-    low, high = -1.0, 1.0
-    if cohort:
-        low, high = -_WIDEST, _WIDEST
-        scorer = _snorm(scorer, enrolled, table.embeddings, read_embeddings(cohort).embeddings, options.top_n)
-    counts = ScoreHistogram(low, high)
-    with _writer(_share_of(out, share)) as write:
-        for part in progress(_again(first, parts), desc="scoring", unit="part"):
+    with distributed.all_or_none():
+        check_streamable(trials)
+        check_cohort_options(cohort, options)
+        table = read_embeddings(embeddings)
+        models = read_models(enrol_models) if enrol_models else None
+        rows = model_rows(models, table.ids, table.paths or table.ids) if models else None
+        enrolled = average(table.embeddings, rows) if rows else table.embeddings
+        scorer, notes = cosine_scorer(enrolled, table.embeddings), None
+        if cohort:
+            names = frozenset(table.speakers or ()) if share[0] == 0 else frozenset()  # one process warns
+            how = options.top_n, options.cohort_speaker_means
+            members, notes = cohort_members(read_embeddings(cohort), *how, names)
+    if notes:
+        scorer = _normalised(scorer, enrolled, table.embeddings, members, notes["top_n"], share)
+    counts = ScoreHistogram(-_WIDEST, _WIDEST) if notes else ScoreHistogram(-1.0, 1.0)
+    doubts = Doubts(table, rows)
+    with part_writer(share_of(out, share)) as write, distributed.all_or_none():
+        parts = read_in_parts(trials, table.ids, table.paths or table.ids, models, share)
+        for part in progress(parts, desc="scoring", unit="part"):
             scores = scorer(part.enrol, part.test)
             counts.add(scores, part.label)
+            doubts.add(part)
             write(part, scores)
     counts.counts = distributed.sum_of_all(counts.counts)
+    doubts.warn(trials, share)
     try:
-        rates = dataclasses.asdict(counts.rates(options.p_target))
+        rates = rates_of(counts, options.p_target)
     except UserError as error:
         raise UserError(f"{trials}: {error}") from error
-    percent = {"eer": 100 * rates["eer"], "eer_bounds": [100 * rate for rate in rates["eer_bounds"]]}
-    return rates | percent | {"p_target": options.p_target, "kind": "snorm" if cohort else "cosine"}
+    return rates | {"p_target": options.p_target, "kind": "snorm" if cohort else "cosine", "snorm": notes}
 
 
 def score_together(
@@ -94,10 +105,7 @@ def score_together(
 
     Args and errors as `score_stream`; `json` is the file of the figures.
     """
-    distributed.join()
-    import jax
-
-    share = jax.process_index(), jax.process_count()
+    share = join()
     figures = score_stream(embeddings, trials, options, enrol_models=enrol_models, cohort=cohort, out=out, share=share)
     if share[0] == 0:
         if json:
@@ -105,7 +113,15 @@ def score_together(
         print(describe(figures))
 
 
-def describe(figures: Json) -> str:
+def join() -> Share:
+    """Joins the processes that were started together; which one this is, and how many there are."""
+    distributed.join()
+    import jax
+
+    return jax.process_index(), jax.process_count()
+
+
+def describe(figures: Row) -> str:
     """The figures as lines for the terminal."""
     low, high = figures["eer_bounds"]
     least, most = figures["min_dcf_bounds"]
@@ -117,23 +133,58 @@ def describe(figures: Json) -> str:
     )
 
 
-def _again(first: Trials | None, rest: Iterator[Trials]) -> Iterator[Trials]:
-    if first is not None:
-        yield first
-        yield from rest
+def check_streamable(trials: str) -> None:
+    """Refuses a list that is made, not read."""
+    if trials.startswith("synthetic:"):
+        raise UserError(f"`stream` reads a list from a file, not {trials}")
 
 
-def _cosine(enrolled: np.ndarray, tests: np.ndarray) -> Scorer:
-    return lambda enrol, test: cosine_scores(enrolled, tests, enrol, test)
+def rates_of(counts: ScoreHistogram, p_target: float) -> Json:
+    """The rates of a histogram as figures: `eer` and `eer_bounds` in percent, the others as `Rates` has them."""
+    rates = dataclasses.asdict(counts.rates(p_target))
+    return rates | {"eer": 100 * rates["eer"], "eer_bounds": [100 * rate for rate in rates["eer_bounds"]]}
 
 
-def _snorm(scorer: Scorer, enrolled: np.ndarray, tests: np.ndarray, members: np.ndarray, top_n: int | None) -> Scorer:
+class Doubts:
+    """Counts doubtful trials part by part: labels that contradict the speakers, recordings against themselves.
+
+    What `data.trials.doubts` finds besides, pairs that have both labels, needs the whole list at once.
+    """
+
+    def __init__(self, table: EmbeddingTable, models: Sequence[np.ndarray] | None):
+        """Takes the utterances that the list's rows stand for, and the rows of enrolment models where it has them."""
+        self._models = models
+        self._speaker: tuple[np.ndarray, np.ndarray] | None = None
+        if table.speakers:
+            label = np.unique(np.array(table.speakers), return_inverse=True)[1]
+            self._speaker = label if models is None else label[[rows[0] for rows in models]], label
+        self._counts = np.zeros(2, np.int64)
+
+    def add(self, part: Trials) -> None:
+        """Counts those of a part."""
+        if self._speaker is not None:
+            enrol, test = self._speaker
+            self._counts[0] += np.count_nonzero((enrol[part.enrol] == test[part.test]) != part.label)
+        if self._models is None:
+            self._counts[1] += np.count_nonzero(part.enrol == part.test)
+
+    def warn(self, trials: str, share: Share) -> None:
+        """Prints what all processes found, in the first one. All must call it."""
+        counts = distributed.sum_of_all(self._counts)
+        what = "labels contradict the speakers' names", "recordings are compared with themselves"
+        for count, line in zip(counts.tolist(), what):
+            if count and share[0] == 0:
+                print(f"warning: {trials}: {count} {line}", file=sys.stderr)
+
+
+def _normalised(
+    scorer: Scorer, enrolled: np.ndarray, tests: np.ndarray, members: np.ndarray, top_n: int, share: Share
+) -> Scorer:
     """S-norm of another scorer's scores: each utterance meets the cohort once, before the trials."""
-    most = min(300, len(members)) if top_n is None else top_n
-    of_test = cohort_statistics(tests, members, most)
-    of_enrol = of_test if enrolled is tests else cohort_statistics(enrolled, members, most)
+    of_test = _shared_statistics(tests, members, top_n, share)
+    of_enrol = of_test if enrolled is tests else _shared_statistics(enrolled, members, top_n, share)
 
-    def score(enrol: np.ndarray, test: np.ndarray) -> np.ndarray:
+    def score(enrol: ArrayLike, test: ArrayLike) -> np.ndarray:
         scores = scorer(enrol, test)
         sides = ((of_enrol, enrol), (of_test, test))
         normed: np.ndarray = np.mean([(scores - mean[rows]) / spread[rows] for (mean, spread), rows in sides], axis=0)
@@ -142,12 +193,45 @@ def _snorm(scorer: Scorer, enrolled: np.ndarray, tests: np.ndarray, members: np.
     return score
 
 
-def _share_of(out: Path | None, share: tuple[int, int]) -> Path | None:
+def _shared_statistics(embeddings: np.ndarray, cohort: np.ndarray, top_n: int, share: Share) -> np.ndarray:
+    """As `snorm.cohort_statistics`, `[2, utterances]`: each process works on blocks of its own, and has all of them."""
+    found = np.full((2, len(embeddings)), -np.inf, np.float32)
+    with distributed.all_or_none():
+        unit, members = checked_rows(embeddings, cohort, top_n)
+        # The blocks are those of a single process: sums in blocks of other sizes would round otherwise.
+        for rows in progress(blocks(len(unit), len(members))[share[0] :: share[1]], desc="cohort", unit="block"):
+            found[:, rows] = block_statistics(unit[rows], members, top_n)
+    found = distributed.highest_of_all(found)
+    check_spread(found[1], top_n)
+    return found
+
+
+def share_of(out: Path | None, share: Share) -> Path | None:
+    """The file that a share is written to.
+
+    >>> share_of(Path("scores.txt"), (0, 2)).name
+    'scores-0-of-2.txt'
+    """
     return out.with_stem(f"{out.stem}-{share[0]}-of-{share[1]}") if out and share[1] > 1 else out
 
 
+class Names:
+    """The names of a list that is read in parts, as an array that grows with them."""
+
+    def __init__(self, form: Callable[[str], str] = str):
+        """Takes what becomes of each name, done once."""
+        self._form, self._names = form, np.empty(0, object)
+
+    def of(self, part: Trials) -> np.ndarray:
+        """All names so far `[names]`, for the part's `enrol_name` and `test_name`."""
+        fresh = [self._form(name) for name in part.names[len(self._names) :]]
+        if fresh:
+            self._names = np.append(self._names, np.array(fresh, object))
+        return self._names
+
+
 @contextlib.contextmanager
-def _writer(out: Path | None) -> Iterator[Callable[[Trials, np.ndarray], None]]:
+def part_writer(out: Path | None) -> Iterator[Callable[[Trials, np.ndarray], None]]:
     """What writes the scores of each part; the file appears when all are there."""
     if out is None:
         yield lambda part, scores: None
@@ -157,7 +241,8 @@ def _writer(out: Path | None) -> Iterator[Callable[[Trials, np.ndarray], None]]:
             with _numpy(file) as write:
                 yield write
         else:
-            yield lambda part, scores: _lines(file, part, scores)
+            names = Names()
+            yield lambda part, scores: _lines(file, names.of(part), part, scores)
 
 
 @contextlib.contextmanager
@@ -182,9 +267,8 @@ def _numpy(file: IO[bytes]) -> Iterator[Callable[[Trials, np.ndarray], None]]:
     header()
 
 
-def _lines(file: IO[bytes], part: Trials, scores: np.ndarray) -> None:
+def _lines(file: IO[bytes], names: np.ndarray, part: Trials, scores: np.ndarray) -> None:
     """Writes `enrol test score` lines. Nine digits give every float32 back exactly."""
-    names = np.array(part.names, object)
     for start in range(0, len(scores), _LINES):
         some = slice(start, start + _LINES)
         rows = zip(names[part.enrol_name[some]], names[part.test_name[some]], scores[some].tolist())

@@ -1,5 +1,6 @@
 """Scoring in parts gives what scoring at once gives; shares of a list are the list; processes share one."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -13,7 +14,7 @@ import pytest
 from kmq_jax.core.errors import UserError
 from kmq_jax.data import trials as lists
 from kmq_jax.data.trials import read_in_parts, read_trials
-from kmq_jax.scoring import run, stream
+from kmq_jax.scoring import run, snorm, stream
 from kmq_jax.scoring.options import ScoringOptions
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,8 @@ def files(tmp_path_factory):
     rows = (centres + 0.8 * rng.standard_normal(centres.shape)).astype(np.float32)
     np.savez(place / "e.npz", embeddings=rows, ids=np.array(ids), speakers=np.array([i.split("-")[0] for i in ids]))
     cohort = rng.standard_normal((40, 8)).astype(np.float32)
-    np.savez(place / "c.npz", embeddings=cohort, ids=np.array([f"c{i}" for i in range(40)]))
+    members = {"ids": np.array([f"c{i}" for i in range(40)]), "speakers": np.array([f"c{i // 2}" for i in range(40)])}
+    np.savez(place / "c.npz", embeddings=cohort, **members)
     pairs = [(a, b) for i, a in enumerate(ids) for b in ids[i + 1 :]]
     text = "".join(f"{int(a.split('-')[0] == b.split('-')[0])} {a} {b}\n" for a, b in pairs)
     (place / "trials.txt").write_text(text)
@@ -43,19 +45,21 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(lists, "_CHUNK", 700)
 
 
-@pytest.mark.parametrize("form", ["cosine", "snorm", "models"])
+@pytest.mark.parametrize("form", ["cosine", "snorm", "means", "models"])
 def test_the_same_scores_and_rates_as_at_once(files, tmp_path, form):
-    cohort = files / "c.npz" if form == "snorm" else None
+    cohort = files / "c.npz" if form in ("snorm", "means") else None
     models = files / "models.txt" if form == "models" else None
     trials = str(files / ("enrolled.txt" if models else "trials.txt"))
-    whole = run.score(files / "e.npz", trials, OPTIONS, cohort=cohort, enrol_models=str(models) if models else None)
+    options = dataclasses.replace(OPTIONS, cohort_speaker_means=form == "means")
+    whole = run.score(files / "e.npz", trials, options, cohort=cohort, enrol_models=str(models) if models else None)
     about = {"cohort": cohort, "enrol_models": str(models) if models else None}
-    found = stream.score_stream(files / "e.npz", trials, OPTIONS, out=tmp_path / "s.txt", **about)
-    stream.score_stream(files / "e.npz", trials, OPTIONS, out=tmp_path / "s.npy", **about)
+    found = stream.score_stream(files / "e.npz", trials, options, out=tmp_path / "s.txt", **about)
+    stream.score_stream(files / "e.npz", trials, options, out=tmp_path / "s.npy", **about)
     run.write_scores(tmp_path / "whole.txt", whole.trials, whole.scores)
     if form == "cosine":
         assert (tmp_path / "s.txt").read_text() == (tmp_path / "whole.txt").read_text()
     np.testing.assert_allclose(np.load(tmp_path / "s.npy"), whole.scores, rtol=1e-6, atol=1e-6)
+    assert found["snorm"] == whole.metrics["snorm"]
     assert found["trials"] == whole.metrics["trials"] and found["targets"] == whole.metrics["targets"]
     low, high = found["eer_bounds"]
     assert low - 1e-9 <= whole.metrics["eer"] <= high + 1e-9
@@ -85,21 +89,75 @@ def test_a_fault_in_a_later_part_names_its_line_and_leaves_no_file(files, tmp_pa
     assert not (tmp_path / "s.txt").exists()
 
 
-def test_two_processes_give_what_one_gives(files, tmp_path):
+def test_options_of_a_cohort_need_one(files):
+    options = dataclasses.replace(OPTIONS, top_n=5)
+    with pytest.raises(UserError, match="need a cohort"):
+        stream.score_stream(files / "e.npz", str(files / "trials.txt"), options)
+
+
+def test_doubtful_trials_are_counted(files, tmp_path, capsys):
+    lines = (files / "trials.txt").read_text().splitlines()
+    wrong = ["0" + line[1:] if number in (0, 1) else line for number, line in enumerate(lines)]  # two targets
+    (tmp_path / "t.txt").write_text("\n".join([*wrong, "1 s3-1 s3-1"]) + "\n")
+    stream.score_stream(files / "e.npz", str(tmp_path / "t.txt"), OPTIONS)
+    said = capsys.readouterr().err
+    assert "2 labels contradict the speakers' names" in said and "1 recordings are compared with themselves" in said
+    stream.score_stream(files / "e.npz", str(files / "trials.txt"), OPTIONS)
+    assert "warning" not in capsys.readouterr().err
+
+
+def pair(*flags):
+    """Runs `score` in two processes of two simulated devices that find one another; their status and what they said."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    one = stream.score_stream(files / "e.npz", str(files / "trials.txt"), OPTIONS, out=tmp_path / "one.npy")
-    flags = [f"--embeddings={files / 'e.npz'}", f"--trials={files / 'trials.txt'}", "--stream"]
-    flags += [f"--json={tmp_path / 'm.json'}", f"--out={tmp_path / 's.npy'}"]
     about = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
     about |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-m", "kmq_jax", "score", *flags]
+    command = [sys.executable, "-m", "kmq_jax", "score", "--stream", *flags]
     processes = [
-        subprocess.Popen(command, cwd=ROOT, env={**os.environ, **about, "JAX_PROCESS_ID": str(i)}) for i in range(2)
+        subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **about, "JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(2)
     ]
-    assert [process.wait(120) for process in processes] == [0, 0]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    return [process.returncode for process in processes], said
+
+
+@pytest.mark.parametrize("form", ["cosine", "snorm"])
+def test_two_processes_give_what_one_gives(files, tmp_path, form):
+    cohort = files / "c.npz" if form == "snorm" else None
+    one = stream.score_stream(
+        files / "e.npz", str(files / "trials.txt"), OPTIONS, cohort=cohort, out=tmp_path / "one.npy"
+    )
+    flags = [f"--embeddings={files / 'e.npz'}", f"--trials={files / 'trials.txt'}"]
+    flags += [f"--json={tmp_path / 'm.json'}", f"--out={tmp_path / 's.npy'}"]
+    status, said = pair(*flags, *([f"--snorm_cohort={cohort}"] if cohort else ()))
+    assert status == [0, 0], said
     assert json.loads((tmp_path / "m.json").read_text()) == json.loads(json.dumps(one))
     halves = [np.load(tmp_path / f"s-{i}-of-2.npy") for i in range(2)]
     assert min(map(len, halves)) > 0
     np.testing.assert_array_equal(np.concatenate(halves), np.load(tmp_path / "one.npy"))
+
+
+def test_a_fault_in_one_share_ends_both_processes_and_leaves_no_file(files, tmp_path):
+    lines = (files / "trials.txt").read_text().splitlines()
+    lines[-1] = "1 s1-0 nobody"  # the second process's
+    (tmp_path / "t.txt").write_text("\n".join(lines) + "\n")
+    flags = [f"--embeddings={files / 'e.npz'}", f"--trials={tmp_path / 't.txt'}", f"--out={tmp_path / 's.txt'}"]
+    status, said = pair(*flags)
+    assert status == [2, 2], said
+    assert "another process failed" in said[0] and "unknown utterance nobody" in said[1]
+    assert not list(tmp_path.glob("s*"))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_cohorts_blocks_are_shared_without_a_difference(count, monkeypatch):
+    rng = np.random.default_rng(1)
+    rows, cohort = rng.standard_normal((50, 8)), rng.standard_normal((40, 8))
+    monkeypatch.setattr(snorm, "_CHUNK", 40 * 7)  # blocks of seven rows
+    # What the others found is taken from here; alone, a process keeps minus infinity in their places.
+    monkeypatch.setattr(stream, "check_spread", lambda deviation, top_n: None)
+    parts = [stream._shared_statistics(rows, cohort, 10, (i, count)) for i in range(count)]
+    assert all(np.isinf(part).any() for part in parts)
+    np.testing.assert_array_equal(np.max(parts, axis=0), snorm.cohort_statistics(rows, cohort, 10))
