@@ -6,6 +6,7 @@ from typing import Any
 
 from kmq_jax.cli.command import Command
 from kmq_jax.cli.flags import options_of, way_of
+from kmq_jax.core.files import write_json
 from kmq_jax.core.options import Options, option
 from kmq_jax.scoring.options import Compute, Engine
 
@@ -31,9 +32,7 @@ class Files(Options):
 
 COMMAND = Command(
     "verify",
-    "Decides whether recordings are of one speaker. A cascade's first level scores them; only where it is in doubt\n"
-    "are models of more bits loaded (`calibrate --cascade`). With --model, one model decides by --threshold, which\n"
-    "`threshold` finds. With --store: --store=runs/people --speaker=alice unknown.wav --threshold=0.5",
+    "Decides whether recordings are of one speaker: by a cascade, by --model and --threshold, or by --store.",
     "kmq-jax verify --cascade=runs/cascade --enrol=alice.wav --test=unknown.wav",
     (Files,),
 )
@@ -48,44 +47,32 @@ def main() -> None:
     """Runs the command."""
     files = options_of(Files, COMMAND.parse())
     way = way_of(files, _WAYS, ("engine", "vad", "json"))
-    from kmq_jax.core.files import write_json
-
-    found, line = {"cascade": _by_cascade, "store": _by_store, "model": _by_model}[way](files)
+    found, threshold = {"cascade": _by_cascade, "store": _by_store, "model": _by_model}[way](files)
     if files.json:
         write_json(files.json, dataclasses.asdict(found))
-    print(line)
+    print(found.describe(threshold))
 
 
-def _by_cascade(files: Files) -> tuple[Any, str]:
+def _by_cascade(files: Files) -> tuple[Any, Any]:
     from kmq_jax.cascade.verifier import load_cascade
+    from kmq_jax.data.speech import heard
 
     cascade = load_cascade(files.cascade or "", files.compute, files.engine)
-    found = cascade.verify([_heard(files, path) for path in files.enrol], _heard(files, files.test or ""))
-    return found, found.describe(cascade.policy.threshold)
+    return cascade.verify(*heard(files.enrol, files.test or Path(), files.vad)), cascade.policy.threshold
 
 
-def _by_store(files: Files) -> tuple[Any, str]:
+def _by_store(files: Files) -> tuple[Any, Any]:
     from kmq_jax.speakers.store import SpeakerStore, threshold_of
 
     store = SpeakerStore(files.store or "", files.model, engine=files.engine, vad=files.vad)
     threshold = threshold_of(files.threshold, store)
-    found = store.verify(files.speaker or "", files.recording or "", threshold)
-    return found, found.describe(threshold)
+    return store.verify(files.speaker or "", files.recording or "", threshold), threshold
 
 
-def _by_model(files: Files) -> tuple[Any, str]:
-    from kmq_jax.scoring.threshold import decide, describe_decision, needed_threshold
+def _by_model(files: Files) -> tuple[Any, Any]:
+    from kmq_jax.data.speech import heard
+    from kmq_jax.scoring.threshold import decide, needed_threshold
 
-    threshold = needed_threshold(files.threshold, str(files.model))
-    recordings = [_heard(files, path) for path in (*files.enrol, files.test or "")]
-    found = decide(str(files.model), recordings[:-1], recordings[-1], threshold, files.bits, files.engine)
-    return found, describe_decision(found, threshold)
-
-
-def _heard(files: Files, path: Path | str) -> Any:
-    """A recording's file; or with --vad its speech, and the rate of that."""
-    if not files.vad:
-        return path
-    from kmq_jax.data import audio, speech
-
-    return speech.only(audio.read_audio(path), str(path)), audio.SAMPLE_RATE
+    threshold = needed_threshold(files.threshold, files.model or "")
+    given = heard(files.enrol, files.test or Path(), files.vad)
+    return decide(files.model or "", *given, threshold, files.bits, files.engine), threshold

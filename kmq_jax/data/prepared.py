@@ -25,11 +25,6 @@ from kmq_jax.data.table import Utterances, concatenate
 COLUMNS = ("id", "path", "speaker", "samples", "gender", "age")
 
 
-def _tfds() -> Any:
-    needed("array_record.python.array_record_module", "a dataset in shards")  # which tfds looks for late
-    return needed("tensorflow_datasets", "a dataset in shards")
-
-
 def require_tfds() -> Any:
     """Imports tfds, and what it reads and writes shards by.
 
@@ -45,7 +40,7 @@ def features() -> "tfds.features.FeaturesDict":
 
     Audio is stored as bytes: as tfds's default, a list of integers, it would take longer to read and more space.
     """
-    tfds = _tfds()
+    tfds = require_tfds()
     text = tfds.features.Text()
     samples = tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding="bytes")
     return tfds.features.FeaturesDict({"audio": samples, "id": text, "path": text, "speaker": text})
@@ -54,7 +49,7 @@ def features() -> "tfds.features.FeaturesDict":
 @functools.cache
 def _example() -> Any:
     """The protocol buffer of a record."""
-    return needed("tensorflow_datasets.proto.tf_example_pb2", "a dataset in shards").Example
+    return needed("tensorflow_datasets.proto.tf_example_generated_pb2", "a dataset in shards").Example
 
 
 def serialize(features: "tfds.features.FeaturesDict", record: Row) -> bytes:
@@ -76,7 +71,7 @@ def open_prepared(root: Path) -> Utterances:
     Raises:
         UserError: tfds cannot open it, or it is none of ours.
     """
-    tfds = _tfds()
+    tfds = require_tfds()
     try:
         builder = tfds.builder_from_directory(root)
         counts = {name: split.num_examples for name, split in builder.info.splits.items()}
@@ -127,7 +122,7 @@ class _Records:
 
     @cached_property
     def _source(self) -> Any:  # tfds does not say the type
-        return _tfds().builder_from_directory(self.root).as_data_source(split=self.split)
+        return require_tfds().builder_from_directory(self.root).as_data_source(split=self.split)
 
     @cached_property
     def _plain(self) -> bool:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,15 @@ def kept(wave: np.ndarray, active: np.ndarray) -> np.ndarray:
     520
     """
     return wave[np.repeat(active, FRAME)[: len(wave)]]
+
+
+def heard(enrol: Iterable[Path], test: Path, vad: bool) -> tuple[list[Any], Any]:
+    """What there is to embed of an enrolment and of a test: their files; or with `vad` their speech, and its rate."""
+
+    def one(path: Path) -> Any:
+        return (only(audio.read_audio(path), str(path)), audio.SAMPLE_RATE) if vad else path
+
+    return [one(path) for path in enrol], one(test)
 
 
 def only(wave: np.ndarray, where: str) -> np.ndarray:

@@ -110,10 +110,10 @@ class OnnxModel:
                 done.result()
         return embeddings
 
-    def embed_long(self, wave: np.ndarray) -> np.ndarray:
-        """Embeds one recording in chunks, where `long.can_be_cut`."""
+    def embed_long(self, read: Callable[[], np.ndarray]) -> np.ndarray:
+        """Embeds the recording that `read` gives in chunks, where `long.can_be_cut`."""
         assert isinstance(self._fbank, frontend.FbankConfig)
-        return long.embed(self._pieces, self._network, self._fbank, wave)
+        return long.embed(self._pieces, self._network, self._fbank, read)
 
     def _embed(self, wave: np.ndarray, run: Any) -> np.ndarray:
         embedding: np.ndarray = run.run(None, {"wave": np.ascontiguousarray(wave, np.float32)[None]})[0][0]

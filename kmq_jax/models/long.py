@@ -107,7 +107,11 @@ def reach(network: SpeakerNetwork) -> int:
 
 
 def embed(
-    pieces: Pieces, network: SpeakerNetwork, fbank: frontend.FbankConfig, wave: np.ndarray, most: int = 0
+    pieces: Pieces,
+    network: SpeakerNetwork,
+    fbank: frontend.FbankConfig,
+    read: Callable[[], np.ndarray],
+    most: int = 0,
 ) -> np.ndarray:
     """Embeds a recording in chunks.
 
@@ -115,13 +119,13 @@ def embed(
         pieces: the model.
         network: its module, with a `chunk_step`.
         fbank: its filterbank.
-        wave: `[samples]`.
+        read: gives the recording `[samples]`, which is let go once its features are there.
         most: the network sees only so many frames, less the mean over all; 0: all.
 
     Returns:
         `[size]`.
     """
-    features = features_of(pieces.features, fbank, wave)
+    features = features_of(pieces.features, fbank, read())
     features = features[:most] if most else features
     frames, step, overlap, found = len(features), network.chunk_step(), reach(network), places(network)
     core = max(CHUNK // step, 1) * step
@@ -162,16 +166,17 @@ def is_long(samples: Any) -> Any:
     return samples > LONG * source.SAMPLE_RATE
 
 
-def mean_of_parts(embed_all: Callable[[list[np.ndarray]], np.ndarray], wave: np.ndarray) -> np.ndarray:
+def mean_of_parts(embed_all: Callable[[list[np.ndarray]], np.ndarray], read: Callable[[], np.ndarray]) -> np.ndarray:
     """Stands for the embedding of a recording where its network cannot be run in chunks.
 
     Args:
         embed_all: embeds recordings, none of them long.
-        wave: `[samples]`.
+        read: gives the recording `[samples]`.
 
     Returns:
         `[size]`: the mean of the length-normalised embeddings of equal parts, as long as these are on average.
     """
+    wave = read()
     parts = np.array_split(wave, -(-len(wave) // int(LONG * source.SAMPLE_RATE)))
     each = np.concatenate([embed_all([part]) for part in parts])  # one at a time: memory is what this is for
     sizes = np.maximum(np.linalg.norm(each, axis=1, keepdims=True), _TINY)

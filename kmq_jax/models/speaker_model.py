@@ -351,8 +351,12 @@ def _embed_rows(
     order = np.argsort(-lengths, kind="stable")
     if apart.any():
         embed_one = _long_embedder(model, network, dtype, runner, max_frames)
+
+        def read(row: int) -> np.ndarray:
+            return load(row)[: lengths[row]]
+
         for row in show(order[apart[order]].tolist(), desc="embedding", unit="long recording"):
-            embeddings[row] = embed_one(load(row)[: lengths[row]])
+            embeddings[row] = embed_one(functools.partial(read, row))
     rest = order[~apart[order]]
     if not rest.size:
         return embeddings
@@ -368,17 +372,17 @@ def _embed_rows(
 
 def _long_embedder(
     model: SpeakerModel, network: SpeakerNetwork, dtype: str, runner: OnnxModel | None, max_frames: int
-) -> Callable[[np.ndarray], np.ndarray]:
-    """What embeds a recording that is too long for one run."""
+) -> Callable[[Callable[[], np.ndarray]], np.ndarray]:
+    """What embeds a recording, given what reads it, that is too long for one run."""
     fbank = frontend_of(model.frontend)
     if isinstance(fbank, frontend.FbankConfig) and long.can_be_cut(network, fbank):
         if runner:
             return runner.embed_long
         pieces = long.JaxPieces(network, quant.dequantize_params(model.variables, model.bits, np.float32), fbank)
-        return lambda wave: long.embed(pieces, network, fbank, wave, max_frames)
+        return lambda read: long.embed(pieces, network, fbank, read, max_frames)
     engine: Engine = "onnxruntime" if runner else "jax"
     _tell_of_parts(model.architecture)
-    return lambda wave: long.mean_of_parts(lambda parts: embed_waves(model, parts, dtype, engine), wave)
+    return lambda read: long.mean_of_parts(lambda parts: embed_waves(model, parts, dtype, engine), read)
 
 
 @functools.cache

@@ -251,6 +251,13 @@ class Decision:
     score: float
     threshold: float
 
+    def describe(self, threshold: Decider) -> str:
+        """The verdict in one line, with what is known of the threshold."""
+        sides = "same speaker: score" if self.decision else "different speakers: score"
+        where = "at least" if self.decision else "below"
+        told = f"; {threshold.known}" if threshold.known else ""
+        return f"{sides} {self.score:.4f} is {where} the threshold {self.threshold:.4f}{told}"
+
 
 def decide(
     model: Place,
@@ -281,14 +288,6 @@ def decide(
     speaker = average(rows, [range(len(enrol))]) if len(enrol) > 1 else rows[:1]
     score = float(cosine_scores(speaker, rows, [0], [len(enrol)])[0])
     return Decision(score >= float(np.float32(threshold.value)), score, threshold.value)
-
-
-def describe_decision(found: Decision, threshold: Decider) -> str:
-    """The verdict in one line, with what is known of the threshold."""
-    sides = "same speaker: score" if found.decision else "different speakers: score"
-    where = "at least" if found.decision else "below"
-    told = f"; {threshold.known}" if threshold.known else ""
-    return f"{sides} {found.score:.4f} is {where} the threshold {found.threshold:.4f}{told}"
 
 
 def _percent(rate: float) -> str:

@@ -203,11 +203,15 @@ def test_training_with_rounded_activations_and_what_both_engines_make_of_it(full
             np.testing.assert_allclose(found * 127, np.abs(tensors[name].codebook).max(axis=1), rtol=1e-5)
     speech = source.open_source("synthetic:dev?speakers=2&utterances=1")
     waves = [speech.load(row) for row in range(2)]
+    without = dataclasses.replace(trained, variables={k: v for k, v in trained.variables.items() if k != "integers"})
     ours, theirs = (trained.embed(waves, 16000, engine=name) for name in ("jax", "onnxruntime"))
-    cosines = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
-    assert (cosines > 0.999).all()
-    plain = dataclasses.replace(trained, variables={k: v for k, v in trained.variables.items() if k != "integers"})
-    assert not np.allclose(plain.embed(waves, 16000, engine="jax"), ours, rtol=1e-3)
+    plain = without.embed(waves, 16000, engine="jax")
+
+    def apart(a, b):
+        return 1 - (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+    # A value between two levels may fall otherwise: no further than rounding itself goes, of a barely trained network.
+    assert (apart(ours, theirs) < np.minimum(apart(ours, plain), 0.01)).all()
     # A run that goes on reads its ranges, and refuses what are none.
     (tmp_path / "run" / "ranges.json").write_text(json.dumps({"stem/conv/input": [0, 3]}))
     with pytest.raises(UserError, match=r"ranges\.json: stem/conv/input"):

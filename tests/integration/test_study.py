@@ -57,7 +57,7 @@ def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
     told = capfd.readouterr().err
     assert f"[1/{len(planned)}] fp32: begins\n" in told and re.search(rf"\[{len(planned)}/.* about .* left\n", told)
     (start,) = json.loads((tmp_path / "starts.json").read_text())
-    assert start["jax"] == jax.__version__ and "pytest" in start["command"]
+    assert start["jax"] == jax.__version__ and "python" in start["command"]
 
     assert pipeline.study(config, tmp_path) == summary
     assert "begins" not in capfd.readouterr().err and len(json.loads((tmp_path / "starts.json").read_text())) == 1
