@@ -204,7 +204,7 @@ def one_of_each(networks: Sequence[Network]) -> list[Network]:
 
 
 def run_diagnosis(steps: Steps, options: StudyOptions, networks: Sequence[Network], evaluated: EvaluationSet) -> Json:
-    """Where the errors of the trained networks come from.
+    """Where the errors of the trained networks come from; where none was trained, of those that were fitted.
 
     Bits that were not trained alone are taken from the nested network.
 
@@ -214,6 +214,7 @@ def run_diagnosis(steps: Steps, options: StudyOptions, networks: Sequence[Networ
     steps_of = family_steps(options.recipe, options.bits)
     nested = {int(one.bits): one for one in networks if one.step == f"distilled-{NESTED}"}
     chosen = nested | {int(one.bits): one for one in networks if one.step in steps_of}
+    chosen = chosen or {int(one.bits): one for one in one_of_each(networks)[1:] if one.bits == int(one.bits)}
     # What is extracted is diagnosed: the arithmetic and how much of a recording counts are the study's.
     how = dataclasses.replace(
         options.diagnosis,
