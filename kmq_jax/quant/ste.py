@@ -21,7 +21,7 @@ from kmq_jax.quant.levels import fit_levels
 from kmq_jax.quant.nested import nested_kmeans, split_kmeans, thresholds
 from kmq_jax.quant.packing import pack_bits
 from kmq_jax.quant.rules import Rules, decide, group_axis
-from kmq_jax.quant.types import HALF, CodebookTensor, QuantSpec, is_codebook_tensor, stored
+from kmq_jax.quant.types import HALF, CodebookTensor, QuantSpec, is_codebook_tensor, storage_type
 
 RECIPES = ("kmqat", "normalized")
 
@@ -411,8 +411,7 @@ def _begin(leaf: Leaf, spec: QuantSpec, axis: int | None, recipe: str) -> tuple[
             "pinned_zero": spec.pinned_zero,
         }
         books = (kmeans(rows, 1 << spec.bits, init=spec.init, retention=spec.retention, **settings),)
-    for bits, book in zip(spec.all_bits, books):
-        stored(book, spec.codebook_dtype, bits)  # raises where the type cannot hold it
+    spec = dataclasses.replace(spec, codebook_dtype=storage_type(books, spec))
     latent, codebook = _in_units(tensor, books, scale, spec, axis, recipe == "normalized")
     return latent, dataclasses.replace(codebook, latent_dtype=_type_of(leaf))
 

@@ -18,7 +18,7 @@ from kmq_jax.quant.kmeans import kmeans, scaled
 from kmq_jax.quant.levels import fit_levels
 from kmq_jax.quant.packing import pack_bits
 from kmq_jax.quant.rules import Rules, decide, group_axis
-from kmq_jax.quant.types import HALF, CodebookTensor, QuantSpec, is_codebook_tensor, is_floating, stored
+from kmq_jax.quant.types import HALF, CodebookTensor, QuantSpec, is_codebook_tensor, is_floating, storage_type, stored
 
 
 def quantize_params(
@@ -101,7 +101,8 @@ def quantize_tensor(tensor: Array, spec: QuantSpec, axis: int | None, importance
             pinned_zero=spec.pinned_zero,
         )
         codebooks = (codebook,)
-    books = tuple(stored(book, spec.codebook_dtype, bits) for bits, book in zip(spec.all_bits, codebooks))
+    kept_in = storage_type(codebooks, spec)
+    books = tuple(book.astype(kept_in) for book in codebooks)
     _, scale = scaled(codebooks[-1])
     if scale is None:
         return encode_tensor(rows, books, tuple(tensor.shape), axis, dtype)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -32,7 +33,8 @@ class QuantSpec:
         granularity: "channel", one codebook for each index of `axis`, or "tensor", one for all.
         axis: the output-channel axis; the last one for `[..., in, out]` and `[height, width, in, out]` kernels.
         minimum_size: tensors with fewer elements stay as they are.
-        codebook_dtype: how centroids are stored, "float16" or "float32".
+        codebook_dtype: how centroids are stored, "float16" or "float32"; the latter too where some of the groups are
+            too small for the former.
         levels: "kmeans", or a pattern that a scale alone (and an offset) fits, see `levels.LEVELS`.
         coarse: fewer bits at which the tensor can be read too, such as (2, 3) beside `bits=4`. Their index is a prefix
             of the stored one, and each has a codebook of its own.
@@ -325,11 +327,39 @@ def stored(values: Array, dtype: str, bits: int = 8) -> jax.Array:
         return rounded
     if not bool(jnp.all(jnp.isfinite(rounded))):
         raise UserError(f"some values are NaN, infinite or too large for {dtype}")
-    # k-means of b bits leaves a relative error of about 2^-b, beside which that of the type should be small.
-    found, wanted = np.float64(rounded), np.float64(exact)
-    if np.sqrt(np.sum((found - wanted) ** 2)) > 0.5 ** (bits + 1) * np.sqrt(np.sum(wanted**2)):
+    if _lost(exact, rounded, bits):
         raise UserError(
-            f"values of up to {np.max(np.abs(wanted)):.2g} are too small for {dtype}: "
+            f"values of up to {np.max(np.abs(exact)):.2g} are too small for {dtype}: "
             "scale them, or store them in float32 (codebook_dtype)"
         )
     return rounded
+
+
+def storage_type(codebooks: Sequence[Array], spec: QuantSpec) -> str:
+    """The type that a tensor's centroids are stored in.
+
+    Where it is float16 for most groups but some are so small that it would lose them, as a channel of 1e-7 among
+    channels of 1, all are stored in float32.
+
+    >>> storage_type([np.float32([[-1, 1], [-1e-8, 1e-8]])], QuantSpec(1))
+    'float32'
+
+    Args:
+        codebooks: `[groups, centroids]` of each of `spec.all_bits`.
+        spec: how the tensor is quantized.
+
+    Raises:
+        UserError: see `stored`.
+    """
+    rounded = [stored(book, spec.codebook_dtype, bits) for bits, book in zip(spec.all_bits, codebooks)]
+    if isinstance(rounded[0], jax.core.Tracer):
+        return spec.codebook_dtype
+    lost = [_lost(exact, half, bits, axis=1).any() for exact, half, bits in zip(codebooks, rounded, spec.all_bits)]
+    return "float32" if any(lost) else spec.codebook_dtype
+
+
+def _lost(exact: Array, rounded: Array, bits: int, axis: int | None = None) -> np.ndarray:
+    """Whether rounding loses more than it may: k-means of b bits leaves a relative error of about 2^-b itself."""
+    found, wanted = np.float64(rounded), np.float64(exact)
+    lost: np.ndarray = np.linalg.norm(found - wanted, axis=axis) > 0.5 ** (bits + 1) * np.linalg.norm(wanted, axis=axis)
+    return lost

@@ -252,3 +252,15 @@ def test_forms_of_rules():
     for both in ({}, {"rules": spec, "bits": 4}):
         with pytest.raises(UserError, match="either rules"):
             quant.quantize_params(TREE, **both)
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(8), QuantSpec(4, coarse=(2, 3)), QuantSpec(2, levels="uniform")])
+def test_one_channel_too_small_for_half_precision_is_kept(spec):
+    params = {"kernel": KERNEL.copy(), "other": KERNEL}
+    params["kernel"][:, 3] *= np.float32(1e-8)
+    packed = quant.quantize_params(params, spec)
+    latents, books = quant.init_codebooks(params, spec)
+    for tree in (packed, quant.pack(latents, books)):
+        assert tree["kernel"].codebook.dtype == np.float32 and tree["other"].codebook.dtype == np.float16
+        small, alone = (quant.dequantize_params(tree)[name][:, 3] for name in ("kernel", "other"))
+        np.testing.assert_allclose(small, np.float32(1e-8) * alone, rtol=2e-3, atol=1e-13)
