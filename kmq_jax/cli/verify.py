@@ -32,7 +32,9 @@ class Files(Options):
 
 COMMAND = Command(
     "verify",
-    "Decides whether recordings are of one speaker: by a cascade, by --model and --threshold, or by --store.",
+    "Decides whether recordings are of one speaker: by a cascade, which loads models of more bits only where it is in\n"
+    "doubt (`calibrate --cascade`); by --model and a --threshold, which `threshold` finds; or by a store of speakers:\n"
+    "--store=runs/people --speaker=alice unknown.wav --threshold=0.5",
     "kmq-jax verify --cascade=runs/cascade --enrol=alice.wav --test=unknown.wav",
     (Files,),
 )

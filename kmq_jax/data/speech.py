@@ -64,7 +64,19 @@ def kept(wave: np.ndarray, active: np.ndarray) -> np.ndarray:
 
 
 def heard(enrol: Iterable[Path], test: Path, vad: bool) -> tuple[list[Any], Any]:
-    """What there is to embed of an enrolment and of a test: their files; or with `vad` their speech, and its rate."""
+    """What there is to embed of an enrolment and of a test: their files; or with `vad` their speech, and its rate.
+
+    Args:
+        enrol: recordings of the claimed speaker.
+        test: the recording to verify.
+        vad: whether only speech counts; see `only`.
+
+    Returns:
+        Of each a file, or `([samples], 16000)`: what `embed` takes.
+
+    Raises:
+        UserError: with `vad`, one cannot be read or holds no speech; the message names it.
+    """
 
     def one(path: Path) -> Any:
         return (only(audio.read_audio(path), str(path)), audio.SAMPLE_RATE) if vad else path
