@@ -9,6 +9,7 @@ Xing, Info and VBRI tags of MP3, FLAC (RFC 9639).
 
 import io
 import os
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,43 @@ _MOST_CHUNKS = 10_000
 _UNKNOWN = (0, 0x7FFFF000)  # sizes that writers who cannot know leave: 0, or close to 2^31 or 2^32
 _W64_TAIL = bytes.fromhex("f3acd3118cd100c04f8edb8a")  # of the identifiers of Wave64's chunks, but for the first
 _LARGEST_MP3 = 1 << 28  # bytes that are walked through; an hour takes at most half of it
+_LONGEST_TAIL = 1 << 24  # bytes at the end in which chunks behind sound are looked for; pictures take most of them
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How a container writes the chunks that may stand behind its sound.
+
+    Attributes:
+        names: what they are called.
+        head: bytes of a name and a length.
+        length: how the length is written, for `struct`.
+        whole: the length counts the head, too.
+        align: each begins at a multiple of so many bytes behind the one before.
+    """
+
+    names: re.Pattern[bytes]
+    head: int = 8
+    length: str = "<I"
+    whole: bool = False
+    align: int = 2
+
+    def next(self, data: bytes, place: int) -> int:
+        """The place behind the chunk that begins at a place."""
+        width = struct.calcsize(self.length)
+        (length,) = struct.unpack_from(self.length, data, place + self.head - width)
+        end: int = place + max(length, self.head) if self.whole else place + self.head + length
+        return end if end == len(data) else end + -(end - place) % self.align
+
+
+_RIFF_NAMES = re.compile(
+    rb"LIST|fact|PEAK|bext|id3 |ID3 |cue |smpl|inst|iXML|axml|_PMX|plst|note|labl|ltxt|JUNK|junk|PAD |FLLR|DISP|levl|"
+    rb"acid|strc|afsp|cart|chna|umid|minf|elm1|regn|DGDA"
+)
+_AIFF_NAMES = re.compile(rb"COMT|MARK|INST|NAME|AUTH|\(c\) |ANNO|ID3 |APPL|AESD|MIDI|PEAK|CHAN|basc|trns|cate|FVER|LGWV")
+_W64_NAMES = re.compile(
+    rb"list\x2f\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\0\0|[a-z ]{4}" + re.escape(_W64_TAIL), re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +66,6 @@ class Extent:
     Attributes:
         truncated: the file ends before the sound that its header promises.
         unknown: the header does not tell the length.
-        joined: several recordings lie behind one another, of which libsndfile reads the first alone.
         joined: several recordings lie behind one another, of which libsndfile reads the first alone.
         patches: bytes by place in the file, for a header that tells the length (`Patched`), where it is needed.
         skipped: bytes at the front that are left out.
@@ -142,9 +179,28 @@ class Patched(io.RawIOBase):
 
 def _of(begin: int, promised: int, size: int, unknown: bool, patches: Mapping[int, bytes]) -> Extent:
     """The extent of sound that begins at a place and of which so many bytes are promised."""
-    if unknown:
-        return Extent(unknown=True, patches=patches if size > begin else {})
-    return Extent(truncated=begin + promised > size)
+    return _patched(begin, size, patches) if unknown else Extent(truncated=begin + promised > size)
+
+
+def _patched(begin: int, size: int, patches: Mapping[int, bytes]) -> Extent:
+    """The extent of sound whose length the header does not tell; where nothing lies behind that, it is empty."""
+    return Extent(unknown=True, patches=patches if size > begin else {})
+
+
+def _sound_end(file: BinaryIO, begin: int, size: int, chunks: Chunks) -> int:
+    """Where sound of unknown length ends: before chunks that reach from there to the end of the file exactly."""
+    tail = max(begin, size - _LONGEST_TAIL)
+    if tail >= size:
+        return begin
+    file.seek(tail)
+    data = file.read(size - tail)
+    first = len(data)
+    good = {first}  # places from which chunks reach to the end; backwards, so that each is looked at once
+    for place in sorted((found.start() for found in chunks.names.finditer(data)), reverse=True):
+        if place + chunks.head <= len(data) and chunks.next(data, place) in good:
+            good.add(place)
+            first = place
+    return tail + first
 
 
 def _riff(file: BinaryIO, size: int, kind: bytes) -> Extent:
@@ -164,29 +220,19 @@ def _riff(file: BinaryIO, size: int, kind: bytes) -> Extent:
             file.seek(place + 8)
         elif name == b"data":
             begin = place + 8
-            there = max(size - begin, 0)
             if kind == b"RF64" and wide is not None and length == 0xFFFFFFFF:
-                lost = wide == 0 or wide >= 1 << 62
-                return _of(begin, wide, size, lost, {wide_place + 8: struct.pack("<Q", there)})
-            unknown = length == 0 or length >= _UNKNOWN[1]
-            told = struct.pack(order + "I", min(there, 0xFFFFFFFF))
+                if 0 < wide < 1 << 62:
+                    return Extent(truncated=begin + wide > size)
+                end = _sound_end(file, begin, size, Chunks(_RIFF_NAMES))
+                return _patched(begin, size, {wide_place + 8: struct.pack("<Q", end - begin)})
+            if length and not (length >= _UNKNOWN[1] and begin + length > size):
+                return Extent(truncated=begin + length > size)
+            end = _sound_end(file, begin, size, Chunks(_RIFF_NAMES, length=order + "I"))
+            told = struct.pack(order + "I", min(end - begin, 0xFFFFFFFF))
             whole = struct.pack(order + "I", min(size - 8, 0xFFFFFFFF))
-            # A data chunk of no bytes with others behind it is an empty recording.
-            if length == 0 and _looks_like_chunk(file, begin, size):
-                return Extent()
-            return _of(begin, length, size, unknown, {4: whole, place + 4: told})
+            return _patched(begin, size, {4: whole, place + 4: told})
         file.seek(place + 8 + length + length % 2)
     return Extent(truncated=True)
-
-
-def _looks_like_chunk(file: BinaryIO, place: int, size: int) -> bool:
-    """Whether chunks go on at a place: a name in letters, and a length that fits."""
-    file.seek(place)
-    chunk = file.read(8)
-    if len(chunk) < 8:
-        return False
-    name, length = chunk[:4], struct.unpack("<I", chunk[4:])[0]
-    return name in (b"LIST", b"fact", b"PEAK", b"bext", b"id3 ", b"cue ", b"smpl", b"iXML") and place + length <= size
 
 
 def _w64(file: BinaryIO, size: int) -> Extent:
@@ -199,9 +245,11 @@ def _w64(file: BinaryIO, size: int) -> Extent:
         name, length = chunk[:16], struct.unpack("<Q", chunk[16:])[0]
         if name == b"data" + _W64_TAIL:
             begin = place + 24
-            unknown = length <= 24 or length >= 1 << 62
-            told = {16: struct.pack("<Q", size), place + 16: struct.pack("<Q", max(size - place, 24))}
-            return _of(begin, length - 24, size, unknown, told)
+            if 24 < length < 1 << 62:
+                return Extent(truncated=place + length > size)
+            end = _sound_end(file, begin, size, Chunks(_W64_NAMES, 24, "<Q", whole=True, align=8))
+            told = {16: struct.pack("<Q", size), place + 16: struct.pack("<Q", max(end - place, 24))}
+            return _patched(begin, size, told)
         place += max(length + 7 & ~7, 24)
     return Extent(truncated=True)
 
@@ -221,13 +269,16 @@ def _aiff(file: BinaryIO, size: int) -> Extent:
             file.seek(place + 8)
         elif name in (b"SSND", b"BODY"):
             begin = place + 8 + (8 if name == b"SSND" else 0)
-            there = max(size - begin, 0)
-            unknown = length <= begin - place - 8 or length >= _UNKNOWN[1]
-            patches = {4: struct.pack(">I", size - 8), place + 4: struct.pack(">I", size - place - 8)}
+            known = begin - place - 8 < length and not (length >= _UNKNOWN[1] and place + 8 + length > size)
+            frames_known = common is None or common[1] <= 0 or common[2] != 0
+            if known and frames_known:
+                return Extent(truncated=place + 8 + length > size)
+            end = place + 8 + length if known else _sound_end(file, begin, size, Chunks(_AIFF_NAMES, length=">I"))
+            patches = {4: struct.pack(">I", min(size - 8, 0xFFFFFFFF))}
+            patches[place + 4] = struct.pack(">I", min(max(end - place - 8, 0), 0xFFFFFFFF))
             if common and common[1] > 0:
-                patches[common[0]] = struct.pack(">I", there // common[1])
-                unknown = unknown or common[2] == 0
-            return _of(place + 8, length, size, unknown, patches)
+                patches[common[0]] = struct.pack(">I", min(max(end - begin, 0) // common[1], 0xFFFFFFFF))
+            return _patched(begin, size, patches)
         file.seek(place + 8 + length + length % 2)
     return Extent(truncated=True)
 

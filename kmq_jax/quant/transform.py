@@ -67,9 +67,12 @@ def quantize_params(
         try:
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 return jax.eval_shape(encode, leaf)
-            return encode(leaf, importance=importance.get(name))
+            made = encode(leaf, importance=importance.get(name))
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
+        # Centroids too small for float16 are float32, which shapes alone do not tell.
+        grew = spec.only_smaller and is_codebook_tensor(made) and made.nbytes >= leaf.size * leaf.dtype.itemsize
+        return leaf if grew else made
 
     return map_named(rewrite, params, is_leaf=is_codebook_tensor)
 

@@ -86,6 +86,36 @@ def test_a_header_that_does_not_know_its_length_is_read_to_the_end(tmp_path, kin
         audio.read_audio(path, max_seconds=1)
 
 
+def _chunk(kind: str, name: bytes, content: bytes) -> bytes:
+    if kind == "w64":  # names of 16 bytes, a length that counts them and itself, eighths
+        whole = struct.pack("<Q", 24 + len(content)) + content
+        return name + bytes.fromhex("f3acd3118cd100c04f8edb8a") + whole + bytes(-len(whole) % 8)
+    order = ">" if kind == "aiff" else "<"
+    return name + struct.pack(order + "I", len(content)) + content + bytes(len(content) % 2)
+
+
+@pytest.mark.parametrize("kind", ["wav", "rf64", "w64", "aiff"])
+@pytest.mark.parametrize("size", [bytes(4), b"\xff" * 4])
+def test_chunks_behind_sound_of_unknown_length_are_no_sound(tmp_path, kind, size):
+    path = _write(tmp_path, kind)
+    expected = audio.read_audio(path)
+    data = _erased(path.read_bytes(), kind, size)
+    names = {"aiff": (b"ANNO", b"ID3 "), "w64": (b"bext", b"levl")}.get(kind, (b"LIST", b"id3 "))
+    behind = [_chunk(kind, names[0], b"INFO" + names[0] + bytes(9)), _chunk(kind, names[1], b"ID3" + bytes(100))]
+    for tail in (behind[0], b"".join(behind)):
+        path.write_bytes(data + tail)
+        np.testing.assert_array_equal(audio.read_audio(path), expected)
+        assert audio.num_samples(path) == len(expected)
+    path.write_bytes(data + behind[0][:-2])  # cut: from where it stands to the end it is no chunk
+    assert len(audio.read_audio(path)) > len(expected)
+
+
+def test_looking_for_chunks_takes_no_longer_than_the_file_is_long(tmp_path):
+    path = _write(tmp_path, "wav")
+    path.write_bytes(_erased(path.read_bytes(), "wav", bytes(4)) + b"LIST\0\0\0\0" * 100_000 + b"LIST\1\0\0\0")
+    assert audio.num_samples(path) > 32_000
+
+
 @pytest.mark.parametrize(("rate", "channels"), [(8000, 1), (16000, 2), (44100, 1)])
 @pytest.mark.parametrize("samples", [1000, 4096, 40961])
 def test_flac_of_unknown_length_ends_where_its_last_frame_does(tmp_path, rate, channels, samples):
@@ -142,9 +172,10 @@ def test_a_container_in_which_a_cut_does_not_show_is_refused(tmp_path, form):
             read(path)
 
 
-def test_an_empty_recording_with_chunks_behind_it_is_empty(tmp_path):
-    path = recordings.write(tmp_path / "a.wav", np.zeros(0, np.float32), subtype="FLOAT")
-    path.write_bytes(path.read_bytes() + b"LIST" + struct.pack("<I", 4) + b"INFO")
+@pytest.mark.parametrize("size", [bytes(4), b"\xff" * 4])
+def test_an_empty_recording_with_chunks_behind_it_is_empty(tmp_path, size):
+    path = recordings.write(tmp_path / "a.wav", np.zeros(0, np.float32), subtype="PCM_16")
+    path.write_bytes(_erased(path.read_bytes(), "wav", size) + b"LIST" + struct.pack("<I", 4) + b"INFO")
     with pytest.raises(audio.AudioError, match="empty"):
         audio.read_audio(path)
 

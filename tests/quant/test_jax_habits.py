@@ -140,6 +140,14 @@ def test_a_tensor_is_packed_only_if_that_is_smaller(shape, dtype, bits, shrinks)
     assert quant.size_bytes(packed).total <= quant.size_bytes(params).total
 
 
+def test_a_tensor_whose_centroids_need_single_precision_is_packed_only_if_that_is_smaller():
+    kernel = RNG.standard_normal((14, 4)).astype(np.float32) * np.float32([1, 1, 1, 1e-8])  # 56 bytes a channel
+    for bits, shrinks in ((3, True), (4, False)):  # 32 + 6; 64 + 7, where float16 would have taken 32 + 7
+        packed = quant.quantize_params({"kernel": kernel}, QuantSpec(bits, only_smaller=True))
+        assert quant.is_codebook_tensor(packed["kernel"]) == shrinks
+        assert quant.size_bytes(packed).total <= kernel.nbytes
+
+
 def test_stacks_of_layers_keep_biases_and_scales():
     class Layer(nn.Module):
         @nn.compact
