@@ -389,6 +389,17 @@ def good_lines(base: Path, out: Path) -> list[Line]:
         ["threshold", model, f"--data={base}/several", f"--out={out}/t.json", "--false_accept=0.5", "--replicates=100"],
         ["verify", f"--store={base}/people", "--speaker=a", f"{base}/audio/a.wav", f"--json={out}/v.json"],
         [
+            "conditions",
+            f"--reference={base}/model.kmq",
+            f"--quantized=2:{base}/two.kmq",
+            f"--data={base}/several",
+            "--condition=first=0.4",
+            "--replicates=5",
+            f"--json={out}/conditions.json",
+        ],
+        ["push", model, "--repo=me/net", "--license=mit", f"--card={out}/card.md", f"--out={out}/told.kmq"],
+        ["demo", model, "--threshold=0.5", f"--runtime={base}/ort", f"--out={out}/page"],
+        [
             "verify",
             f"--cascade={base}",
             f"--enrol={base}/audio/a.wav",
@@ -630,6 +641,7 @@ def base_files(base: Path) -> None:
     from kmq_jax import quant
     from kmq_jax.cascade.calibrate import calibrate
     from kmq_jax.cascade.options import CalibrationOptions
+    from kmq_jax.demo import runtime
     from kmq_jax.models import registry
     from kmq_jax.models.speaker_model import SpeakerModel, save_model
     from kmq_jax.scoring.options import ThresholdOptions
@@ -650,6 +662,9 @@ def base_files(base: Path) -> None:
     (base / "config.json").write_text(json.dumps({"model": {"name": name, **own}, "frontend": "wespeaker"}))
     (base / "rules.json").write_text('[{"pattern": "stem", "bits": null}]')
     (base / "readme.md").write_text("text\n")
+    (base / "ort").mkdir()
+    for name in runtime.FILES:  # nothing here runs them
+        (base / "ort" / name).write_text(name)
     safetensors.numpy.save_file(
         {"conv1.weight": np.ones((4, 1, 3, 3), np.float32), "bn1.weight": np.ones(4, np.float32)},
         base / "model.safetensors",
@@ -698,39 +713,47 @@ def base_files(base: Path) -> None:
     shutil.copy(base / "audio" / "a.wav", base / "data" / "ann" / "a.wav")
 
 
-def forked(
-    work: Callable[[], None], log: Path, limit: float, folder: Path, interrupt: float | None = None
-) -> int | None:
-    """Runs `work` in a forked process; its exit status, or None where it had to be stopped.
+def started(work: Callable[[], None], stdout: int, stderr: int, folder: Path) -> int:
+    """Runs `work` in a forked process; its number.
 
     Args:
         work: what to run.
-        log: file for all that it prints.
-        limit: seconds.
+        stdout: open file for what it prints.
+        stderr: open file for what it tells.
         folder: where to run it.
-        interrupt: seconds after which Ctrl-C is pressed.
     """
     child = os.fork()
-    if child == 0:
+    if child:
+        return child
+    status = 70
+    try:
         os.setsid()
-        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.dup2(target, 1)
-        os.dup2(target, 2)
+        os.dup2(stdout, 1)
+        os.dup2(stderr, 2)
         os.chdir(folder)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
-        status = 70
-        try:
-            work()
-            status = 0
-        except SystemExit as asked:
-            status = asked.code if isinstance(asked.code, int) else 1 if asked.code else 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with contextlib.suppress(Exception):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(status)
+        # What runs in the background ignores the one; Python itself ignores the other.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        work()
+        status = 0
+    except SystemExit as asked:
+        status = asked.code if isinstance(asked.code, int) else 1 if asked.code else 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def ended(child: int, limit: float, interrupt: float | None = None) -> int | None:
+    """Waits for a forked process; its exit status, or None where it had to be stopped.
+
+    Args:
+        child: its number.
+        limit: seconds.
+        interrupt: seconds after which Ctrl-C is pressed.
+    """
     began = time.monotonic()
     while time.monotonic() < began + limit:
         if interrupt is not None and time.monotonic() > began + interrupt:
@@ -743,9 +766,19 @@ def forked(
                 os.killpg(child, signal.SIGKILL)
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.005)
-    os.killpg(child, signal.SIGKILL)
+    os.kill(child, signal.SIGKILL)  # it may not lead a group yet
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return None
+
+
+def forked(
+    work: Callable[[], None], log: Path, limit: float, folder: Path, interrupt: float | None = None
+) -> int | None:
+    """Runs `work` in a forked process that prints into a file; see `started` and `ended`."""
+    with log.open("wb") as file:
+        return ended(started(work, file.fileno(), file.fileno(), folder), limit, interrupt)
 
 
 def command(line: Line) -> None:

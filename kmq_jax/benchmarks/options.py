@@ -67,7 +67,9 @@ class AcceleratorBench(Options):
     parts: str = option("which, in order; NAME:SECONDS sets a part's limit", ",".join(PARTS), metavar="NAME,...")
     batch: int = option("examples a step; 0: as many as fit, of 256, 128, 64", 0, at_least=0)
     tiny: bool = option("sizes that a CPU runs in seconds: a rehearsal", False)
-    programs: Path | None = option("directory to write the compiled programs of steps to, as text", None, metavar="DIR")
+    programs: Path | None = option(
+        "directory to write the compiled programs of steps to, as text", None, metavar="DIR", writes="directory"
+    )
     table: Path | None = option("only print the table of such a file", None)
     part: str | None = option("run one part in this process, without a limit", None, choices=tuple(PARTS))
 

@@ -17,7 +17,7 @@ class Files(Options):
     quantized: tuple[str, ...] = option("once for each number of bits; the same network", metavar="BITS:MODEL")
     data: str = option("DATA that the trials compare", metavar="DATA")
     trials: str = option("trial list, or synthetic:SPLIT; left out: pairs drawn at random", "", metavar="TRIALS")
-    json: Path = option("write the figures here; `kmq-jax tables` knows them as `conditions`")
+    json: Path = option("write the figures here; `kmq-jax tables` knows them as `conditions`", writes="file")
 
 
 COMMAND = Command(
