@@ -1,4 +1,4 @@
-"""The verifier as a service runs it: thousands of calls of new lengths, from threads, from forked and spawned processes.
+"""The verifier as a service runs it: thousands of calls of new lengths, from threads, forked and spawned processes.
 
     python launch/service.py --calls=10000 --json=faults.json      # minutes
     python launch/service.py --calls=200 --parts=forked

@@ -53,7 +53,7 @@ _RIFF_NAMES = re.compile(
     rb"LIST|fact|PEAK|bext|id3 |ID3 |cue |smpl|inst|iXML|axml|_PMX|plst|note|labl|ltxt|JUNK|junk|PAD |FLLR|DISP|levl|"
     rb"acid|strc|afsp|cart|chna|umid|minf|elm1|regn|DGDA"
 )
-_AIFF_NAMES = re.compile(rb"COMT|MARK|INST|NAME|AUTH|\(c\) |ANNO|ID3 |APPL|AESD|MIDI|PEAK|CHAN|basc|trns|cate|FVER|LGWV")
+_AIFF_NAMES = re.compile(rb"COMT|MARK|INST|NAME|AUTH|\(c\) |ANNO|ID3 |APPL|AESD|MIDI|PEAK|CHAN|basc|trns|cate|FVER")
 _W64_NAMES = re.compile(
     rb"list\x2f\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\0\0|[a-z ]{4}" + re.escape(_W64_TAIL), re.DOTALL
 )

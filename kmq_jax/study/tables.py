@@ -6,7 +6,7 @@ by, with paired intervals, `cascades`, one row a cascade and evaluation set, or 
 alone. Of the file that `conditions` writes, KIND is `conditions`; of the one that `bench accelerator` writes,
 `accelerator`, one row for each thing measured; of the one by `.ci/weigh.py`, `weights`; of the one by
 `bench extract --peers`, `extraction`, one row a side; of the one by `bench networks`, `networks`; of the one by
-`bench lazy`, `lazy`, one row a side and list.
+`bench lazy`, `lazy`, one row a side and list; of those by `launch/fuzz.py` and `launch/faults.py`, `fuzz` and `faults`.
 """
 
 import json
@@ -324,6 +324,27 @@ def weights_table(found: Row) -> str:
     return _markdown(rows) + f"\nPython {found['python']} on {found['platform']}, without an accelerator's libraries.\n"
 
 
+def fuzz_table(found: Row) -> str:
+    """How many inputs of each class were tried, and how many were clean."""
+    rows = [["class", "tried", "clean", "violations"]]
+    for row in [*found["classes"], {**found, "class": "all"}]:
+        rows.append([row["class"], *(f"{row[key]:,}" for key in ("tried", "clean", "violations"))])
+    return _markdown(rows) + f"\n`{found['command']}`, {found['seconds'] / 60:.0f} minutes.\n"
+
+
+def faults_table(found: Row) -> str:
+    """How often each command was disturbed by each fault, and how often that ended otherwise than it should."""
+    rows = [["fault", "commands, and how often each was disturbed", "violations"]]
+    made: dict[str, list[Row]] = {}
+    for row in found["rows"]:
+        made.setdefault(row["fault"], []).append(row)
+    for fault, own in made.items():
+        listed = ", ".join(f"{row['command']} {row['times']:,}" for row in own)
+        rows.append([fault, listed, str(sum(len(row["violations"]) for row in own))])
+    asked = "; ".join(f"`python {command}`" for command in dict.fromkeys(row["made_by"] for row in found["rows"]))
+    return _markdown(rows) + f"\n{asked}.\n"
+
+
 TABLES: dict[str, Callable[[Any], str]] = {
     "bits": study_table,
     "gains": gains_table,
@@ -338,6 +359,8 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "threshold": threshold_table,
     "lazy": lazy_table,
     "weights": weights_table,
+    "fuzz": fuzz_table,
+    "faults": faults_table,
 }
 
 
