@@ -63,5 +63,5 @@ class CascadeOptions(Options):
     """How a cascade's decisions are evaluated."""
 
     p_target: float = option("prior of a target, for minDCF", 0.01, above=0, below=1)
-    replicates: int = option("bootstrap draws; 0: no intervals", 1000, at_least=0)
+    replicates: int = option("bootstrap draws; 0: no intervals", 1000, at_least=0, at_most=100_000)
     seed: int = option("of the bootstrap", 0, at_least=0)

@@ -98,10 +98,10 @@ def _check_writable(flag: str, path: Path, folder: bool) -> None:
     _check_name(target)
     if not parent.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    # Tried, not asked: to the superuser a read-only file system looks writable.
-    handle, name = tempfile.mkstemp(prefix=".part-", dir=parent)
-    os.close(handle)
-    os.unlink(name)
+    # Tried, not asked: to the superuser a read-only file system looks writable. Without a name, where the system can:
+    # what is killed here leaves nothing.
+    with tempfile.TemporaryFile(prefix=".part-", dir=parent):
+        pass
 
 
 def _check_name(path: Path) -> None:

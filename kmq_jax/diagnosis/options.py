@@ -82,6 +82,6 @@ class ConditionOptions(Options):
         repeat=True,
     )
     noise: str | None = option("DATA of noise clips; left out: conditions of noise are, too", None, metavar="DATA")
-    replicates: int = option("draws of speakers for intervals; 0: no intervals", 1000, at_least=0)
+    replicates: int = option("draws of speakers for intervals; 0: no intervals", 1000, at_least=0, at_most=100_000)
     seed: int = option("of the draws and of the noise", 0, at_least=0)
     compute: Literal["float32", "bfloat16"] = option("the networks' arithmetic", "float32")

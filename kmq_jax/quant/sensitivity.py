@@ -7,7 +7,6 @@ References:
 """
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -168,25 +167,22 @@ def allocate_sections(
 ) -> dict[str, int]:
     """As `allocate`, but all tensors of a section get the same bits, as in the paper.
 
-    The tensors are sorted by trace and cut into `sections` of about equal number. Every combination is tried.
+    The tensors are sorted by trace and cut into `sections` of about equal number.
 
     >>> errors, sizes = {"a": {2: 9.0, 4: 1.0}, "b": {2: 9.0, 4: 1.0}}, {"a": {2: 10, 4: 20}, "b": {2: 10, 4: 20}}
     >>> allocate_sections({"a": 5.0, "b": 1.0}, errors, sizes, budget=30, sections=1)
     {'a': 2, 'b': 2}
     """
     names = sorted(errors, key=lambda name: -traces[name])
-    _check_budget(sizes, names, budget)
     parts = [list(part) for part in np.array_split(np.array(names, object), min(sections, len(names)))]
-    best: tuple[float, tuple[int, ...]] | None = None
-    for combination in itertools.product(sorted(errors[names[0]]), repeat=len(parts)):
-        pairs = [(name, bits) for part, bits in zip(parts, combination) for name in part]
-        if sum(sizes[name][bits] for name, bits in pairs) > budget:
-            continue
-        cost = sum(_cost(traces, errors, name, bits) for name, bits in pairs)
-        if best is None or cost < best[0]:
-            best = cost, combination
-    assert best is not None  # the fewest bits everywhere are within the budget
-    return {name: bits for part, bits in zip(parts, best[1]) for name in part}
+    whole_costs, whole_sizes = {}, {}
+    for number, part in enumerate(parts):
+        all_bits = sorted(errors[names[0]])
+        whole_costs[str(number)] = {bits: sum(_cost(traces, errors, name, bits) for name in part) for bits in all_bits}
+        whole_sizes[str(number)] = {bits: sum(sizes[name][bits] for name in part) for bits in all_bits}
+    # A section is one tensor to the integer program: combinations of many sections are more than can be tried.
+    chosen = allocate(dict.fromkeys(whole_costs, 1.0), whole_costs, whole_sizes, budget)
+    return {name: chosen[str(number)] for number, part in enumerate(parts) for name in part}
 
 
 def _cost(traces: Mapping[str, float], errors: Table, name: str, bits: int) -> float:

@@ -34,7 +34,9 @@ class ScoringOptions(Options):
     """How a trial list is scored and evaluated."""
 
     cohort_speaker_means: bool = option("S-norm: one cohort member a speaker, the mean of its embeddings", False)
-    top_n: int | None = option("S-norm: nearest cohort members that count; left out: 300, or all if fewer", None)
+    top_n: int | None = option(
+        "S-norm: nearest cohort members that count; left out: 300, or all if fewer", None, at_least=2
+    )
     p_target: float = option("prior of a target, for minDCF and actDCF", 0.01, above=0, below=1)
     replicates: int = option("bootstrap draws; 0: no intervals", 1000, at_least=0, at_most=100_000)
     stream: bool = option(

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kmq_jax import html
-from kmq_jax.core.files import Json, Row, read_json
+from kmq_jax.core.files import Json, Row, atomic_write, read_json
 from kmq_jax.study.options import FULL
 from kmq_jax.study.paired import changes_of
 from kmq_jax.study.published import comparison
@@ -367,7 +367,8 @@ def write(workdir: Path, summary: Row, config: Row, costs: Mapping[str, Row]) ->
             figures[name] = draw(summary["cascades"], sets)
     pictures = {name: html.png(figure) for name, figure in figures.items() if figure}
     for name, data in pictures.items():
-        (workdir / f"figure-{name}.png").write_bytes(data)
+        with atomic_write(workdir / f"figure-{name}.png") as temporary:
+            temporary.write_bytes(data)
     drawn = {f"det-{name}": workdir / f"figure-det-{name}.png" for name in sets}  # by steps of their own
     drawn |= {one["directory"]: workdir / one["directory"] / "policy.png" for one in summary["cascades"]}
     for found in summary["diagnosis"].values():
