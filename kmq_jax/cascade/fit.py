@@ -77,8 +77,10 @@ def fit(data: Calibration, kind: str = "isotonic", point: OperatingPoint | None 
     policy = CascadePolicy(data.bits, tuple(maps), ((threshold, threshold),) * (levels - 1), threshold)
     if data.labels.all() or not data.labels.any():
         return policy
-    llrs = tuple(fit_logistic(row, data.labels) for row in map_scores(policy, data.scores))
-    return dataclasses.replace(policy, llr_maps=llrs)
+    llrs = (fit_logistic(row, data.labels) for row in map_scores(policy, data.scores))
+    # A level that rates targets below nontargets tells nothing: its ratio is one, and no score turns it over.
+    rising = tuple(found if found.scale >= 0 else AffineMap(0.0, 0.0) for found in llrs)
+    return dataclasses.replace(policy, llr_maps=rising)
 
 
 def front_of(

@@ -127,7 +127,7 @@ def read_policy(path: str | os.PathLike[str]) -> CascadePolicy:
         llrs = tuple(_affine(level["llr"]) for level in levels if level["llr"] is not None)
         return CascadePolicy(
             tuple(_integer(level["bits"]) for level in levels),
-            tuple(_rising(level["map"]) for level in levels),
+            tuple(map_from_dict(level["map"]) for level in levels),
             tuple(_gate(level["gate"]) for level in levels[:-1]),
             float(value["threshold"]),
             llrs or None,
@@ -150,14 +150,6 @@ def _integer(value: object) -> int:
 def _gate(value: tuple[float | None, float | None]) -> Gate:
     low, high = value
     return -math.inf if low is None else float(low), math.inf if high is None else float(high)
-
-
-def _rising(value: object) -> AffineMap | IsotonicMap:
-    found = map_from_dict(value)
-    # A map that falls would take the most unlike voices for one speaker's.
-    if isinstance(found, AffineMap) and found.scale < 0:
-        raise UserError(f"a map of scale {found.scale} falls: more alike must not score less")
-    return found
 
 
 def _affine(value: object) -> AffineMap:

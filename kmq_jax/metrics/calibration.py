@@ -114,7 +114,7 @@ def map_from_dict(value: Any) -> AffineMap | IsotonicMap:
     """Reads what `to_dict` of either map wrote.
 
     Raises:
-        UserError: the value is not such a map.
+        UserError: the value is not such a map, or one that falls: more alike must not score less.
 
     >>> map_from_dict(AffineMap(2.0, -1.0).to_dict())
     AffineMap(scale=2.0, offset=-1.0)
@@ -137,6 +137,8 @@ def map_from_dict(value: Any) -> AffineMap | IsotonicMap:
         raise UserError(f"not a calibration map: {error!r}") from error
     if not fine:
         raise UserError(f"a calibration of kind {value['kind']!r} has impossible numbers")
+    if isinstance(made, AffineMap) and made.scale < 0:
+        raise UserError(f"a map of scale {made.scale} falls: more alike must not score less")
     return made
 
 

@@ -73,6 +73,9 @@ def test_impossible_policies_are_refused(changes, message):
         (lambda value: value["levels"][0].update(bits="2"), "whole number"),
         (lambda value: value["levels"][0].update(gate=[0.1]), "p.json"),
         (lambda value: value["levels"][0]["map"].update(x=[3, 2, 1]), "impossible numbers"),
+        (lambda value: value["levels"][1]["map"].update(scale=-1.0), "scale -1.0 falls"),
+        (lambda value: value["levels"][1]["llr"].update(scale=-2.0), "scale -2.0 falls"),
+        (lambda value: value["levels"][0]["map"].update(y=[0.3, 0.2, 0.1]), "impossible numbers"),
         (lambda value: value.update(levels=7), "p.json"),
     ],
 )

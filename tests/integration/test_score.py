@@ -182,6 +182,9 @@ def test_calibration_travels(run, tmp_path):
     assert given["min_cllr"] == cross["min_cllr"] <= given["cllr"] < cross["cllr"]
     with pytest.raises(UserError, match="is for cosine scores, but these are snorm scores"):
         run(embeddings="e.npz", trials="trials", calibration="cal.json", snorm_cohort="c.npz")
+    (tmp_path / "cal.json").write_text('{"kind": "affine", "scale": -1.5, "offset": 0}')
+    with pytest.raises(UserError, match="--calibration=cal.json: a map of scale -1.5 falls"):
+        run(embeddings="e.npz", trials="trials", calibration="cal.json")
     (tmp_path / "cal.json").write_text('{"kind": "magic"}')
     with pytest.raises(UserError, match="--calibration=cal.json: a calibration of kind 'magic' is not known"):
         run(embeddings="e.npz", trials="trials", calibration="cal.json")
