@@ -188,6 +188,8 @@ def read_threshold(text: str) -> Decider:
         return _from_file(text)
     if not math.isfinite(number):
         raise UserError(f"`threshold` (={text}) must be a finite number, or a file of `kmq-jax threshold`")
+    if abs(number) > 1:
+        raise UserError(f"`threshold` (={text}) must lie between -1 and 1, as cosines do")
     return Decider(number)
 
 

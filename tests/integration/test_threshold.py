@@ -121,6 +121,7 @@ def test_verify_refuses_what_does_not_fit(place, file, tmp_path, monkeypatch, ca
         assert "--threshold" in line and what in line and str(bad) in line
     assert "--threshold" in refused(one, f"--threshold={tmp_path}/absent.json")
     assert "(=nan) must be a finite number" in refused(one, "--threshold=nan")
+    assert "(=55) must lie between -1 and 1" in refused(one, "--threshold=55")
 
 
 @pytest.mark.parametrize(
