@@ -6,6 +6,7 @@ A cascade's directory holds `policy.json`, `cascade.json` (which file serves whi
 import dataclasses
 import functools
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -100,6 +101,7 @@ class Cascade:
         self.engine: Engine = engine
         self._whole: Callable[[Path], SpeakerModel] = functools.cache(load_model)
         self._models: dict[int, SpeakerModel] = {}
+        self._loading = threading.Lock()
 
     def model_at(self, level: int) -> SpeakerModel:
         """The model of a level.
@@ -107,11 +109,12 @@ class Cascade:
         Raises:
             UserError: it cannot be read, or is not the one that the policy was made for.
         """
-        if level not in self._models:
-            bits = self.policy.bits[level]
-            whole = self._whole(self.files[bits])
-            self._models[level] = _read_at(whole, bits, self.policy.models[level], str(self.files[bits]))
-        return self._models[level]
+        with self._loading:  # threads that ask together wait for one copy
+            if level not in self._models:
+                bits = self.policy.bits[level]
+                whole = self._whole(self.files[bits])
+                self._models[level] = _read_at(whole, bits, self.policy.models[level], str(self.files[bits]))
+            return self._models[level]
 
     def compute_of(self, level: int) -> str:
         """The arithmetic of a level: the last one's is exact."""

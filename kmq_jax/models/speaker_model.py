@@ -420,6 +420,7 @@ def embedding_plan(
     return plan_batches(network, fbank, lengths, rows, **({"max_shapes": 8} if short else {}))
 
 
+_preparing = threading.Lock()
 _prepared: collections.OrderedDict[tuple[int, int | None], tuple[Variables, OnnxModel | None]] = (
     collections.OrderedDict()
 )
@@ -431,18 +432,19 @@ def _runner(model: SpeakerModel, dtype: str, engine: Engine) -> OnnxModel | None
         return None
     # By identity: the tree is held beside what was made of it, so that no other can come to lie at its place.
     key = id(model.variables), model.bits
-    if key not in _prepared:
-        kept = kept_file(model.origin, fingerprint(model)) if model.origin else None
-        try:
-            made = OnnxModel(model.network(), model.variables, frontend_of(model.frontend), model.bits, kept)
-        except UserError:
-            if engine != "auto":
-                raise
-            made = None  # a network without an ONNX form
-        _prepared[key] = model.variables, made
-        while len(_prepared) > _PREPARED:
-            _prepared.popitem(last=False)
-    return _prepared[key][1]
+    with _preparing:  # threads that ask together wait for one conversion
+        if key not in _prepared:
+            kept = kept_file(model.origin, fingerprint(model)) if model.origin else None
+            try:
+                made = OnnxModel(model.network(), model.variables, frontend_of(model.frontend), model.bits, kept)
+            except UserError:
+                if engine != "auto":
+                    raise
+                made = None  # a network without an ONNX form
+            _prepared[key] = model.variables, made
+            while len(_prepared) > _PREPARED:
+                _prepared.popitem(last=False)
+        return _prepared[key][1]
 
 
 def _embed(
