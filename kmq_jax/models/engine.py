@@ -159,9 +159,11 @@ class _OnnxPieces:
         return embedding
 
     def _session(self, name: str) -> Any:
-        if name not in self._sessions:
-            self._sessions[name] = _session(getattr(self._pieces, name).SerializeToString(), _processors())
-        return self._sessions[name]
+        session = self._sessions.get(name)
+        if session is None:  # held here: another thread may drop it from the table meanwhile
+            session = _session(getattr(self._pieces, name).SerializeToString(), _processors())
+            self._sessions[name] = session
+        return session
 
     def _run(self, session: Any, features: np.ndarray | None, given: long.Given) -> list[np.ndarray]:
         fed = {} if features is None else {"feats": features[None]}
