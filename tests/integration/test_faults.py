@@ -1,6 +1,7 @@
 """The short forms of launch/fuzz.py and launch/faults.py."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ def test_inputs_of_every_class_are_clean(tmp_path):
     assert found["tried"] == found["clean"] == 14 and found["violations"] == 0
 
 
-def test_killed_commands_end_as_undisturbed_ones(tmp_path):
-    found = _run("faults", tmp_path, "--commands=calibrate", "--kills=3", "--faults=kill")
-    (row,) = found["rows"]
-    assert row["kills"] <= 3 and not row["violations"]
+def test_disturbed_commands_end_as_undisturbed_ones(tmp_path):
+    faults = "kill,twice,pipe" + (",writes" if shutil.which("cc") else "")
+    found = _run("faults", tmp_path, "--commands=calibrate", "--times=2", "--writes=3", f"--faults={faults}")
+    assert [row["fault"] for row in found["rows"]] == faults.split(",")
+    assert all(row["times"] >= 2 and not row["violations"] for row in found["rows"])
