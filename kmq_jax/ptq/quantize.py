@@ -125,6 +125,8 @@ def rules_of(options: QuantizeOptions) -> list[quant.QuantRule]:
     )
     rules = [quant.QuantRule(pattern, None) for pattern in options.skip]
     rules += [_rule(entry, spec, str(options.rules)) for entry in _listed(options)]
+    if options.bits is None and any(rule.spec is not None for rule in rules):
+        raise UserError(f"{options.rules} gives bits, which `budget` and `size` choose: there only null has a meaning")
     return [*rules, quant.QuantRule(r"/kernel$", spec)]
 
 
@@ -137,8 +139,8 @@ def rules_within(
         model: in full precision.
         options: with a budget or a size.
         data: as in `quantize_model`.
-        kept: JSON of sensitivities: read where it is of this model, else measured and written. Another budget then
-            needs no measurement.
+        kept: JSON of sensitivities: read where it is of this model's tensors that the rules choose, else measured and
+            written. Another budget then needs no measurement.
         crops: how many crops.
 
     Returns:
@@ -149,10 +151,13 @@ def rules_within(
     """
     size = budget.bytes_from(options.size) if options.size else None
     rules, mark = rules_of(options), fingerprint(model)
+    # Errors and sizes are those of codebooks a channel, or of one a tensor.
+    mark += "" if options.granularity == "channel" else f" {options.granularity}"
+    chosen = set(quant.decide(model.variables["params"], rules))
     found = None
     if kept.is_file():
         found = budget.Sensitivities.from_json(read_json(kept))
-    if found is None or found.model != mark:
+    if found is None or found.model != mark or set(found.errors) != chosen:
         features = random_features(frontend_of(model.frontend), source.open_sources(data), crops, SECONDS)
         found = budget.measure(model, mark, rules, features)
         write_json(kept, found.to_json())

@@ -72,11 +72,27 @@ def test_another_budget_measures_nothing_again(measured, tmp_path, monkeypatch):
     model, found = measured
     kept = tmp_path / "s.json"
     kept.write_text(json.dumps(found.to_json()))
-    monkeypatch.setattr(budget, "measure", None)
+
+    def measure(*_):
+        raise LookupError
+
+    monkeypatch.setattr(budget, "measure", measure)
     rules, again, bits_of = quantize.rules_within(model, QuantizeOptions(budget=3.0), DATA, kept)
     assert again == found
     assert bits_of == budget.allocate(found, average=3.0)
     assert {rule.spec.bits for rule in rules} == set(bits_of.values())
+    for other in ({"skip": ("^stem/",)}, {"granularity": "tensor"}):  # other tensors, or other errors and sizes
+        with pytest.raises(LookupError):
+            quantize.rules_within(model, QuantizeOptions(budget=3.0, **other), DATA, kept)
+
+
+def test_rules_keep_tensors_within_a_budget_but_give_no_bits(tmp_path):
+    (tmp_path / "r.json").write_text('[{"pattern": "^stem/", "bits": null}]')
+    options = QuantizeOptions(budget=3.0, rules=tmp_path / "r.json")
+    assert [rule.pattern for rule in quantize.rules_of(options)] == ["^stem/", "/kernel$"]
+    (tmp_path / "r.json").write_text('[{"pattern": "^stem/", "bits": 8}]')
+    with pytest.raises(UserError, match=r"r\.json gives bits, which `budget`"):
+        quantize.rules_of(options)
 
 
 def test_mistakes(measured):
