@@ -19,7 +19,8 @@ from typing import BinaryIO
 _MOST_CHUNKS = 10_000
 _UNKNOWN = (0, 0x7FFFF000)  # sizes that writers who cannot know leave: 0, or close to 2^31 or 2^32
 _W64_TAIL = bytes.fromhex("f3acd3118cd100c04f8edb8a")  # of the identifiers of Wave64's chunks, but for the first
-_LARGEST_MP3 = 1 << 28  # bytes that are walked through; an hour takes at most half of it
+_LARGEST_MP3 = 1 << 30  # bytes that are walked through; four hours take at most half of it
+_LONGEST_FRAME = 1441  # bytes of layer III
 _LONGEST_TAIL = 1 << 24  # bytes at the end in which chunks behind sound are looked for; pictures take most of them
 
 
@@ -418,35 +419,45 @@ _KBITS = {  # of layer III, for MPEG 1 and for the others
 def _mp3(file: BinaryIO, size: int) -> Extent:
     """Without a tag that counts the frames, libsndfile guesses the length from the size: they are counted here."""
     file.seek(0)
-    if size > _LARGEST_MP3 or not _frame_size(file.read(4)):
+    first = file.read(_LONGEST_FRAME)
+    first = first[: _frame_size(first[:4])]
+    if size > _LARGEST_MP3 or not first:
         return Extent()
-    file.seek(0)
-    data = file.read(size)
-    first = _frame_size(data[:4])
     count, at = 0, 0
-    while at + 4 <= len(data):
-        if between := 128 if data[at : at + 3] == b"TAG" else _tag_size(data[at : at + 10]):
+    while at + 4 <= size:
+        file.seek(at)
+        head = file.read(10)
+        if between := 128 if head[:3] == b"TAG" else _tag_size(head):
             at += between
             continue
-        length = _frame_size(data[at : at + 4])
+        length = _frame_size(head)
         if length == 0:
             break  # other tags, as a rule
-        if at + length > len(data):
+        if at + length > size:
             return Extent(truncated=True)
         count, at = count + 1, at + length
-    tag = next((found for found in map(data[:first].find, (b"Xing", b"Info")) if found >= 0), None)
-    if tag is not None and data[tag + 7] & 1:
-        told = int.from_bytes(data[tag + 8 : tag + 12], "big")
+    tagged, told = _frames_told(first)
+    if told is not None:
         # Its own frame is not counted by most; what follows may be a padded last one.
         return Extent(joined=count > told + 2, truncated=count < told)
-    if tag is not None or b"VBRI" in data[:first]:
+    if tagged:
         return Extent()
     # A tag in front, as encoders write it: a silent frame of the same kind that holds the number of frames.
-    is_first, mono = data[1] >> 3 & 3 == 3, data[3] >> 6 == 3
+    is_first, mono = first[1] >> 3 & 3 == 3, first[3] >> 6 == 3
     side = {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}[is_first, mono]
-    header = bytes([data[0], data[1] | 1, 0x90 | data[2] & 0x0C, data[3]])
+    header = bytes([first[0], first[1] | 1, 0x90 | first[2] & 0x0C, first[3]])
     made = header + bytes(side) + b"Info" + struct.pack(">II", 1, count)
     return Extent(unknown=True, prefix=made.ljust(_frame_size(header), b"\0"))
+
+
+def _frames_told(frame: bytes) -> tuple[bool, int | None]:
+    """Whether the first frame is a tag about the others, and the number of frames that it tells, if it does."""
+    for name, place in ((b"Xing", 8), (b"Info", 8), (b"VBRI", 14)):
+        tag = frame.find(name)
+        if tag >= 0 and tag + place + 4 <= len(frame):
+            told = name == b"VBRI" or bool(frame[tag + 7] & 1)  # the others' flags say what they hold
+            return True, int.from_bytes(frame[tag + place : tag + place + 4], "big") if told else None
+    return False, None
 
 
 def _frame_size(header: bytes) -> int:
