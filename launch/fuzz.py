@@ -17,6 +17,7 @@ import functools
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -615,6 +616,26 @@ def thresholds(make: Maker) -> Line:
     return [*rng.choice(lines), f"--threshold={value}"]
 
 
+def prepared(make: Maker) -> Line:
+    """Datasets in shards: their lists, what tfds is told of them, their bytes."""
+    for path in sorted((make.base / "set").iterdir()):
+        make.file(f"set/{path.name}", path.read_bytes())
+    path = make.folder / "set" / make.rng.choice(sorted(os.listdir(make.base / "set")))
+    kind = make.rng.randrange(8)
+    if kind == 0:
+        path.unlink()
+    elif kind == 1:
+        path.unlink()
+        os.mkfifo(path)
+    elif kind < 5 and path.suffix == ".json":
+        path.write_text(make.json(json.loads(path.read_text())))
+    elif kind < 5 and path.suffix == ".csv":
+        path.write_bytes(make.text(path.read_text()))
+    else:
+        path.write_bytes(make.damaged(path.read_bytes()))
+    return ["extract", f"--model={make.base}/model.kmq", f"--data={make.folder}/set", f"--out={make.out}/e.npz"]
+
+
 CLASSES: dict[str, Callable[[Maker], Line]] = {
     "kmq": kmq,
     "policies": policies,
@@ -630,6 +651,7 @@ CLASSES: dict[str, Callable[[Maker], Line]] = {
     "rules": rules,
     "stores": stores,
     "thresholds": thresholds,
+    "prepared": prepared,
 }
 """What inputs there are, by class."""
 
@@ -641,6 +663,8 @@ def base_files(base: Path) -> None:
     from kmq_jax import quant
     from kmq_jax.cascade.calibrate import calibrate
     from kmq_jax.cascade.options import CalibrationOptions
+    from kmq_jax.data import writer
+    from kmq_jax.data.source import open_source
     from kmq_jax.demo import runtime
     from kmq_jax.models import registry
     from kmq_jax.models.speaker_model import SpeakerModel, save_model
@@ -711,6 +735,9 @@ def base_files(base: Path) -> None:
     save_threshold(base / "threshold.json", found, "model.kmq", "several", "kmq-jax threshold")
     (base / "data" / "ann").mkdir(parents=True)
     shutil.copy(base / "audio" / "a.wav", base / "data" / "ann" / "a.wav")
+    writer._written = multiprocessing.Value("q", 0)
+    writer._run = lambda tasks, workers, total: [writer._write_shard(task) for task in tasks]  # here, which is quicker
+    writer.prepare(open_source(base / "several"), base / "set", min_seconds=0.2)
 
 
 def started(work: Callable[[], None], stdout: int, stderr: int, folder: Path) -> int:

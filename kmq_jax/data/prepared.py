@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 from kmq_jax.core.errors import UserError, needed
-from kmq_jax.core.files import Row, atomic_write
+from kmq_jax.core.files import Row, atomic_write, parse_json, read_json, require_regular
 from kmq_jax.data import audio
-from kmq_jax.data.table import Utterances, concatenate
+from kmq_jax.data.table import Utterances, concatenate, require_unique
 
 COLUMNS = ("id", "path", "speaker", "samples", "gender", "age")
+_CLASSES = ("pythonClassName", "python_class_name", "type")  # keys under which tfds names the class of a feature
 
 
 def require_tfds() -> Any:
@@ -72,6 +73,9 @@ def open_prepared(root: Path) -> Utterances:
         UserError: tfds cannot open it, or it is none of ours.
     """
     tfds = require_tfds()
+    for name in ("dataset_info.json", "features.json"):
+        if (root / name).exists():
+            _check_classes(root / name, read_json(root / name))
     try:
         builder = tfds.builder_from_directory(root)
         counts = {name: split.num_examples for name, split in builder.info.splits.items()}
@@ -83,22 +87,53 @@ def open_prepared(root: Path) -> Utterances:
     return concatenate([_open_split(root, split, count) for split, count in counts.items()], same_speakers=True)
 
 
+def _check_classes(file: Path, value: Any) -> None:
+    """Refuses features of classes that are not tfds's own: tfds imports whatever module a file names.
+
+    Raises:
+        UserError: there is one.
+    """
+    if isinstance(value, list):
+        for one in value:
+            _check_classes(file, one)
+    if not isinstance(value, dict):
+        return
+    for key, one in value.items():
+        if key in _CLASSES and isinstance(one, str) and "." in one and not one.startswith("tensorflow_datasets."):
+            raise UserError(f"{file} names the class {one}, which is none of tfds's own and is not loaded")
+        if key == "json" and isinstance(one, str):  # what a feature holds is JSON within JSON
+            try:
+                one = parse_json(one)
+            except ValueError as error:
+                raise UserError(f"{file}: a feature's content is not valid JSON: {error}") from error
+        _check_classes(file, one)
+
+
 def _open_split(root: Path, split: str, count: int) -> Utterances:
     listing = root / f"utterances-{split}.csv"
+    require_regular(listing)
     try:
         with listing.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except OSError as error:
         raise UserError(f"cannot read {listing}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{listing} is not a CSV in UTF-8: {error}") from None
     if len(rows) != count:
         raise UserError(f"{listing} lists {len(rows)} utterances, but the split has {count} records")
     if rows and set(COLUMNS) - set(rows[0]):
         raise UserError(f"{listing}:1: the columns must be {','.join(COLUMNS)}")
+    for line, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise UserError(f"{listing}:{line}: expected {len(COLUMNS)} fields")
     ids = tuple(row["id"] for row in rows)
+    require_unique(ids, listing, range(2, len(ids) + 2))
     try:
-        samples = np.array([row["samples"] for row in rows], np.int64)
+        samples = np.array([int(row["samples"]) for row in rows], np.int64)
         ages = {row["speaker"]: float(row["age"]) for row in rows if row["age"]}
-    except ValueError as error:
+        if (samples < 0).any():
+            raise ValueError(f"an utterance of {samples.min()} samples")
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{listing}: {error}") from None
     return Utterances(
         ids=ids,
@@ -108,7 +143,7 @@ def _open_split(root: Path, split: str, count: int) -> Utterances:
         samples=samples,
         genders={row["speaker"]: row["gender"] for row in rows if row["gender"]},
         ages=ages,
-        reader=_Records(root, split, {name: i for i, name in enumerate(ids)}),
+        reader=_Records(root, split, {name: i for i, name in enumerate(ids)}, samples),
     )
 
 
@@ -119,6 +154,7 @@ class _Records:
     root: Path
     split: str
     rows: Mapping[str, int]
+    samples: np.ndarray
 
     @cached_property
     def _source(self) -> Any:  # tfds does not say the type
@@ -130,7 +166,8 @@ class _Records:
         return self._source.dataset_info.features["audio"].to_json() == features()["audio"].to_json()
 
     def __getstate__(self) -> dict[str, object]:
-        return {"root": self.root, "split": self.split, "rows": self.rows}  # open files stay in their process
+        kept = ("root", "split", "rows", "samples")  # open files stay in their process
+        return {name: getattr(self, name) for name in kept}
 
     def __call__(self, name: str) -> np.ndarray:
         """The recording of that id, float32 `[samples]`."""
@@ -149,6 +186,9 @@ class _Records:
         except Exception as error:  # a damaged shard shows as whatever the C++ reader or the parser raises
             raise audio.AudioError(name, f"unreadable ({type(error).__name__}: {error})") from None
         # A listing of another dataset would give one speaker's voice another's name.
-        if found.decode() != name:
-            raise audio.AudioError(name, f"unreadable (its record holds {found.decode()})")
+        if found != name.encode():
+            raise audio.AudioError(name, f"unreadable (its record holds {found.decode(errors='replace')})")
+        listed = self.samples[self.rows[name]]
+        if len(wave) != listed:
+            raise audio.AudioError(name, f"unreadable (its record holds {len(wave)} samples, not {listed} as listed)")
         return wave

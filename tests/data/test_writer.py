@@ -1,4 +1,5 @@
 import csv
+import json
 import os
 import pickle
 import sys
@@ -229,12 +230,44 @@ def test_a_damaged_shard_is_told_by_its_utterance(tmp_path, fast):
 def test_a_listing_that_does_not_fit(tmp_path, fast):
     writer.prepare(open_source(recordings.kaldi(tmp_path / "k", 1, 3)), tmp_path / "out")
     listing = tmp_path / "out" / "utterances-train.csv"
+    good = listing.read_bytes()
+    header, first, *_ = good.decode().splitlines(keepends=True)
+    for damaged, message in (
+        (good.replace(b"s0", b"\xff"), "not a CSV in UTF-8"),
+        (good.replace(first.encode(), b"a\n"), "csv:2: expected 6 fields"),
+        (good.replace(b",16000,", b",x,"), "invalid literal"),
+        (good.replace(b",16000,", b",-1,"), "an utterance of -1 samples"),
+        (good.replace(b",16000,", b"," + b"9" * 30 + b","), "too large|too big"),
+        (good.replace(b"s0-u1", b"s0-u0"), "already given on line 2"),
+    ):
+        listing.write_bytes(damaged)
+        with pytest.raises(UserError, match=message):
+            open_source(tmp_path / "out")
+    for samples in (b"15999", b"1000000000000"):  # what a recording is cut to, and what is allocated for it
+        listing.write_bytes(good.replace(b",16000,", b"," + samples + b","))
+        with pytest.raises(audio.AudioError, match="16000 samples, not 1"):
+            open_source(tmp_path / "out").load(0)
+    listing.write_bytes(good)
     listing.write_text("".join(listing.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(UserError, match="lists 2 utterances, but the split has 3 records"):
         open_source(tmp_path / "out")
     listing.unlink()
     with pytest.raises(UserError, match="cannot read .*utterances-train.csv"):
         open_source(tmp_path / "out")
+
+
+def test_no_module_that_a_dataset_names_is_imported(tmp_path, fast, monkeypatch):
+    writer.prepare(open_source(recordings.kaldi(tmp_path / "k", 1, 3)), tmp_path / "out")
+    (tmp_path / "payload.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "out" / "features.json"
+    good = json.loads(file.read_text())
+    within = {"featuresDict": {"features": {"a": {"pythonClassName": "payload.X"}}}}
+    hidden = {"sequence": {"jsonFeature": {"json": json.dumps({"feature": {"type": "payload.X"}})}}}
+    for bad in ({**good, "pythonClassName": "payload.X"}, good | within, good | hidden):
+        file.write_text(json.dumps(bad))
+        with pytest.raises(UserError, match=r"features.json names the class payload.X"):
+            open_source(tmp_path / "out")
 
 
 def test_shards_stay_few():
