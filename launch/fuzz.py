@@ -658,20 +658,19 @@ CLASSES: dict[str, Callable[[Maker], Line]] = {
 
 def base_files(base: Path) -> None:
     """Makes the good files that inputs start from. It uses JAX: to be called in a process of its own."""
+    _networks(base)
+    _scores(base)
+    _recordings(base)
+
+
+def _networks(base: Path) -> None:
+    """A network in all forms, and what lies beside one."""
     import jax
 
     from kmq_jax import quant
-    from kmq_jax.cascade.calibrate import calibrate
-    from kmq_jax.cascade.options import CalibrationOptions
-    from kmq_jax.data import writer
-    from kmq_jax.data.source import open_source
     from kmq_jax.demo import runtime
     from kmq_jax.models import registry
     from kmq_jax.models.speaker_model import SpeakerModel, save_model
-    from kmq_jax.scoring.options import ThresholdOptions
-    from kmq_jax.scoring.table import write_embeddings
-    from kmq_jax.scoring.threshold import find_threshold, save_threshold
-    from kmq_jax.speakers.store import SpeakerStore
 
     name = "wespeaker_resnet18"
     own = registry.smoke_settings(name)
@@ -702,6 +701,13 @@ def base_files(base: Path) -> None:
 
         export_model(str(base / "model.kmq"), base / "model.onnx", None, None)
 
+
+def _scores(base: Path) -> None:
+    """Embeddings of made-up voices, their trials, and a cascade over them."""
+    from kmq_jax.cascade.calibrate import calibrate
+    from kmq_jax.cascade.options import CalibrationOptions
+    from kmq_jax.scoring.table import write_embeddings
+
     rng = np.random.default_rng(0)
     ids = [f"s{s}/u{u}.wav" for s in range(6) for u in range(3)]
     voices = rng.normal(size=(6, 8)).repeat(3, axis=0)
@@ -714,7 +720,16 @@ def base_files(base: Path) -> None:
     calibrate(levels, levels[1][1], str(base / "trials"), CalibrationOptions(replicates=0)).save(base / "policy.json")
     (base / "cascade.json").write_text(json.dumps({"kind": "cascade", "models": {"2": "two.kmq", "4": "two.kmq"}}))
 
-    time_of = np.arange(8000) / 16000
+
+def _recordings(base: Path) -> None:
+    """Recordings in every container, a store of speakers, a threshold, a dataset in shards."""
+    from kmq_jax.data import writer
+    from kmq_jax.data.source import open_source
+    from kmq_jax.scoring.options import ThresholdOptions
+    from kmq_jax.scoring.threshold import find_threshold, save_threshold
+    from kmq_jax.speakers.store import SpeakerStore
+
+    rng, time_of = np.random.default_rng(1), np.arange(8000) / 16000
     wave = (0.3 * np.sin(2 * np.pi * 200 * time_of) + 0.01 * rng.normal(size=8000)).astype(np.float32)
     (base / "audio").mkdir()
     for suffix, form in {
