@@ -91,7 +91,7 @@ def left_by(folder: Path) -> dict[str, object]:
         found[name] = _content(path)
     for place in sorted(folder.rglob("checkpoints")):
         if place.is_dir():
-            found[str(place.relative_to(folder))] = _weights(place.parent)
+            found[str(place.relative_to(folder))] = sorted(os.listdir(place)), _weights(place.parent)
     return found
 
 
