@@ -43,6 +43,22 @@ def is_archive(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix in SUFFIXES
 
 
+def check_archive(path: Path, ids: Sequence[str]) -> None:
+    """Finds before the work that embeddings could not be written.
+
+    Args:
+        path: `.ark` or `.scp`.
+        ids: `[utterances]`, the keys.
+
+    Raises:
+        UserError: kaldiio is not installed, or an id has a space or is empty.
+    """
+    _library()
+    for key in ids:
+        if not key or re.search(r"\s", key):
+            raise UserError(f"{path}: the id {key!r} has a space, which keys of Kaldi's files have not")
+
+
 def write_archive(path: Path, ids: Sequence[str], embeddings: np.ndarray) -> None:
     """Writes embeddings as float vectors.
 
@@ -54,10 +70,8 @@ def write_archive(path: Path, ids: Sequence[str], embeddings: np.ndarray) -> Non
     Raises:
         UserError: kaldiio is not installed, an id has a space or is empty, or a file cannot be written.
     """
+    check_archive(path, ids)
     kaldiio = _library()
-    for key in ids:
-        if not key or re.search(r"\s", key):
-            raise UserError(f"{path}: the id {key!r} has a space, which keys of Kaldi's files have not")
     ark = path.with_suffix(".ark")
     rows = dict(zip(ids, np.asarray(embeddings, np.float32)))
     with contextlib.ExitStack() as written:

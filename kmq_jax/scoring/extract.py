@@ -6,6 +6,7 @@ import numpy as np
 
 from kmq_jax.data import source, speech
 from kmq_jax.models.speaker_model import embed_all, fingerprint, load_model
+from kmq_jax.scoring.archive import check_archive, is_archive
 from kmq_jax.scoring.options import ExtractionOptions
 from kmq_jax.scoring.table import write_embeddings
 
@@ -30,6 +31,8 @@ def extract(model: Place, data: Place, out: Place, options: ExtractionOptions | 
     how = options or ExtractionOptions()
     speaker_model = load_model(model, how.bits)
     utterances = source.open_source(data)
+    if is_archive(out):
+        check_archive(Path(out), utterances.ids)
     utterances = speech.of_table(utterances) if how.vad else utterances
     embeddings = embed_all(
         speaker_model,

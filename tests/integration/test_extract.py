@@ -57,6 +57,13 @@ def test_the_file_has_names_paths_speakers_and_embeddings(saved, tmp_path, monke
         assert str(file["model"]) == fingerprint(load_model(saved))
 
 
+def test_ids_that_an_archive_cannot_hold_are_told_before_any_recording_is_read(saved, tmp_path, monkeypatch):
+    pytest.importorskip("kaldiio")
+    (tmp_path / "list.csv").write_text("id,path,speaker\na b,missing.wav,s\n")
+    with pytest.raises(UserError, match="the id 'a b' has a space"):
+        run(monkeypatch, f"--model={saved}", f"--data={tmp_path}/list.csv", f"--out={tmp_path}/e.ark")
+
+
 def test_a_fingerprint_tells_models_apart(speaker_model):
     other = jax.tree.map(np.copy, speaker_model.variables)
     other["params"]["stem"]["conv"]["kernel"][0, 0, 0, 0] += 1e-6
