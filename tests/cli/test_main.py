@@ -1,7 +1,10 @@
 """The command line as a whole: help without JAX, completion, quiet ends, configurations by name."""
 
+import dataclasses
+import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from kmq_jax.benchmarks.options import BENCHMARKS
 from kmq_jax.cli import completion, config_flags, main
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.options import kind_of, limits_of
 
 ROOT = Path(__file__).parents[2]
 PYTHON = [sys.executable, "-m", "kmq_jax"]
@@ -147,6 +152,23 @@ def test_a_command_is_a_thin_layer():
     for name in main.COMMANDS:
         lines = (ROOT / "kmq_jax" / "cli" / f"{name}.py").read_text().splitlines()
         assert len(lines) <= 80, name
+
+
+def test_every_flag_that_names_what_is_written_says_so_to_the_check_before_the_work():
+    groups = list(BENCHMARKS.values())
+    for name in main.COMMANDS:
+        groups += getattr(getattr(importlib.import_module(f"kmq_jax.cli.{name}"), "COMMAND", None), "options", ())
+    found = [(one, field) for one in groups for field in dataclasses.fields(one)]
+    named = {
+        field.name: limits_of(field).writes
+        for one, field in found
+        if kind_of(one, field.name).type is Path and re.match(r"(also )?(write|draw|make)|.* to write\b", _help(field))
+    }
+    assert len(named) > 8 and all(named.values()), named
+
+
+def _help(field):
+    return limits_of(field).help
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ml_collections' way to load a file
