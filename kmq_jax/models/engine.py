@@ -77,13 +77,26 @@ class OnnxModel:
             UserError: the network has no ONNX form.
         """
         self._network, self._variables, self._fbank, self._bits = network, variables, fbank, bits
-        if kept is not None and kept.is_file():
-            self._model: bytes | str = str(kept)
-            return
-        model: bytes = onnx_export.build(network, variables, None, bits, fbank=fbank).SerializeToString()
-        self._model = model
-        if kept is not None:
-            _keep(kept, model)
+        self._kept = kept
+        self._model: bytes | str = str(kept) if kept is not None and kept.is_file() else self._converted()
+
+    def _converted(self) -> bytes:
+        """The model converted, and kept where that is asked for."""
+        build = onnx_export.build(self._network, self._variables, None, self._bits, fbank=self._fbank)
+        model: bytes = build.SerializeToString()
+        if self._kept is not None:
+            _keep(self._kept, model)
+        return model
+
+    def _opened(self, threads: int) -> Any:
+        """A session of it; a kept file that cannot be opened any more is made anew."""
+        try:
+            return _session(self._model, threads)
+        except UserError:
+            if isinstance(self._model, bytes):
+                raise
+            self._model = self._converted()
+            return _session(self._model, threads)
 
     def embed(self, wave: np.ndarray) -> np.ndarray:
         """Embeds one recording, float32 `[samples]` at 16 kHz, by all processors; `[dim]`."""
@@ -121,11 +134,11 @@ class OnnxModel:
 
     @cached_property
     def _wide(self) -> Any:
-        return _session(self._model, _processors())
+        return self._opened(_processors())
 
     @cached_property
     def _narrow(self) -> Any:
-        return _session(self._model, 1)
+        return self._opened(1)
 
     @cached_property
     def _pieces(self) -> "_OnnxPieces":

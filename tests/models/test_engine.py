@@ -62,6 +62,10 @@ def test_the_converted_model_is_kept_and_belongs_to_its_weights(tmp_path, wespea
     changed = kept.stat().st_mtime_ns
     np.testing.assert_array_equal(embed_waves(load_model(tmp_path / "a.kmq"), [wave], engine="onnxruntime"), found[0])
     assert kept.stat().st_mtime_ns == changed  # read, not made again
+    good = kept.read_bytes()
+    kept.write_bytes(good[: len(good) // 2])  # damaged, or of a version that the runtime at hand cannot read
+    np.testing.assert_array_equal(embed_waves(load_model(tmp_path / "a.kmq"), [wave], engine="onnxruntime"), found[0])
+    assert kept.read_bytes() == good
     other = dataclasses.replace(first, variables=jax.tree.map(lambda x: x * 1.1, first.variables))
     assert not np.allclose(embed_waves(other, [wave], engine="onnxruntime"), found[0])
 
