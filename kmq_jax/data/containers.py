@@ -71,6 +71,7 @@ class Extent:
         patches: bytes by place in the file, for a header that tells the length (`Patched`), where it is needed.
         skipped: bytes at the front that are left out.
         prefix: what stands in their place.
+        end: the place in the file behind which nothing is read; 0: its end.
     """
 
     truncated: bool = False
@@ -79,11 +80,12 @@ class Extent:
     patches: Mapping[int, bytes] = field(default_factory=dict)
     skipped: int = 0
     prefix: bytes = b""
+    end: int = 0
 
     @property
     def mends(self) -> bool:
         """Whether the file is read otherwise than it lies."""
-        return bool(self.patches or self.prefix or self.skipped)
+        return bool(self.patches or self.prefix or self.skipped or self.end)
 
 
 def extent(path: Path) -> Extent:
@@ -103,7 +105,7 @@ def extent(path: Path) -> Extent:
     if not begin:
         return found
     patches = {begin + place: new for place, new in found.patches.items()}
-    return replace(found, skipped=begin + found.skipped, patches=patches)
+    return replace(found, skipped=begin + found.skipped, patches=patches, end=found.end and begin + found.end)
 
 
 def _behind_tags(file: BinaryIO) -> int:
@@ -142,7 +144,7 @@ class Patched(io.RawIOBase):
         """Opens the file."""
         self._file, self._extent, self._at = path.open("rb"), extent, 0
         self._shift = len(extent.prefix) - extent.skipped
-        self._size = os.stat(path).st_size + self._shift
+        self._size = (extent.end or os.stat(path).st_size) + self._shift
 
     def readable(self) -> bool:  # noqa: D102
         return True
@@ -163,7 +165,7 @@ class Patched(io.RawIOBase):
         data = bytearray(prefix[self._at : self._at + len(buffer)])
         start = max(self._at, len(prefix)) - self._shift  # in the file itself
         self._file.seek(start)
-        read = bytearray(self._file.read(len(buffer) - len(data)))
+        read = bytearray(self._file.read(max(min(len(buffer), self._size - self._at) - len(data), 0)))
         for place, new in self._extent.patches.items():
             for i, byte in enumerate(new):
                 if 0 <= place + i - start < len(read):
@@ -180,12 +182,12 @@ class Patched(io.RawIOBase):
 
 def _of(begin: int, promised: int, size: int, unknown: bool, patches: Mapping[int, bytes]) -> Extent:
     """The extent of sound that begins at a place and of which so many bytes are promised."""
-    return _patched(begin, size, patches) if unknown else Extent(truncated=begin + promised > size)
+    return _patched(begin, size, size, patches) if unknown else Extent(truncated=begin + promised > size)
 
 
-def _patched(begin: int, size: int, patches: Mapping[int, bytes]) -> Extent:
+def _patched(begin: int, end: int, size: int, patches: Mapping[int, bytes]) -> Extent:
     """The extent of sound whose length the header does not tell; where nothing lies behind that, it is empty."""
-    return Extent(unknown=True, patches=patches if size > begin else {})
+    return Extent(unknown=True, patches=patches if size > begin else {}, end=end if begin <= end < size else 0)
 
 
 def _sound_end(file: BinaryIO, begin: int, size: int, chunks: Chunks) -> int:
@@ -225,13 +227,13 @@ def _riff(file: BinaryIO, size: int, kind: bytes) -> Extent:
                 if 0 < wide < 1 << 62:
                     return Extent(truncated=begin + wide > size)
                 end = _sound_end(file, begin, size, Chunks(_RIFF_NAMES))
-                return _patched(begin, size, {wide_place + 8: struct.pack("<Q", end - begin)})
+                return _patched(begin, end, size, {wide_place + 8: struct.pack("<Q", end - begin)})
             if length and not (length >= _UNKNOWN[1] and begin + length > size):
                 return Extent(truncated=begin + length > size)
             end = _sound_end(file, begin, size, Chunks(_RIFF_NAMES, length=order + "I"))
             told = struct.pack(order + "I", min(end - begin, 0xFFFFFFFF))
-            whole = struct.pack(order + "I", min(size - 8, 0xFFFFFFFF))
-            return _patched(begin, size, {4: whole, place + 4: told})
+            whole = struct.pack(order + "I", min(end - 8, 0xFFFFFFFF))
+            return _patched(begin, end, size, {4: whole, place + 4: told})
         file.seek(place + 8 + length + length % 2)
     return Extent(truncated=True)
 
@@ -247,10 +249,11 @@ def _w64(file: BinaryIO, size: int) -> Extent:
         if name == b"data" + _W64_TAIL:
             begin = place + 24
             if 24 < length < 1 << 62:
-                return Extent(truncated=place + length > size)
+                # libsndfile takes what lies behind for sound, although the length is told.
+                return Extent(truncated=place + length > size, end=place + length if place + length < size else 0)
             end = _sound_end(file, begin, size, Chunks(_W64_NAMES, 24, "<Q", whole=True, align=8))
-            told = {16: struct.pack("<Q", size), place + 16: struct.pack("<Q", max(end - place, 24))}
-            return _patched(begin, size, told)
+            told = {16: struct.pack("<Q", end), place + 16: struct.pack("<Q", max(end - place, 24))}
+            return _patched(begin, end, size, told)
         place += max(length + 7 & ~7, 24)
     return Extent(truncated=True)
 
@@ -275,11 +278,11 @@ def _aiff(file: BinaryIO, size: int) -> Extent:
             if known and frames_known:
                 return Extent(truncated=place + 8 + length > size)
             end = place + 8 + length if known else _sound_end(file, begin, size, Chunks(_AIFF_NAMES, length=">I"))
-            patches = {4: struct.pack(">I", min(size - 8, 0xFFFFFFFF))}
+            patches = {4: struct.pack(">I", min(max(end - 8, 0), 0xFFFFFFFF))}
             patches[place + 4] = struct.pack(">I", min(max(end - place - 8, 0), 0xFFFFFFFF))
             if common and common[1] > 0:
                 patches[common[0]] = struct.pack(">I", min(max(end - begin, 0) // common[1], 0xFFFFFFFF))
-            return _patched(begin, size, patches)
+            return _patched(begin, end, size, patches)
         file.seek(place + 8 + length + length % 2)
     return Extent(truncated=True)
 

@@ -102,8 +102,8 @@ def test_chunks_behind_sound_of_unknown_length_are_no_sound(tmp_path, kind, size
     data = _erased(path.read_bytes(), kind, size)
     names = {"aiff": (b"ANNO", b"ID3 "), "w64": (b"bext", b"levl")}.get(kind, (b"LIST", b"id3 "))
     behind = [_chunk(kind, names[0], b"INFO" + names[0] + bytes(9)), _chunk(kind, names[1], b"ID3" + bytes(100))]
-    for tail in (behind[0], b"".join(behind)):
-        path.write_bytes(data + tail)
+    for sound, tail in ((path.read_bytes(), behind[0]), (data, behind[0]), (data, b"".join(behind))):
+        path.write_bytes(sound + tail)
         np.testing.assert_array_equal(audio.read_audio(path), expected)
         assert audio.num_samples(path) == len(expected)
     path.write_bytes(data + behind[0][:-2])  # cut: from where it stands to the end it is no chunk
