@@ -772,6 +772,8 @@ def started(work: Callable[[], None], stdout: int, stderr: int, folder: Path) ->
         os.setsid()
         os.dup2(stdout, 1)
         os.dup2(stderr, 2)
+        # Anew: those that this process had know what they lead to.
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False, buffering=1) for number in (1, 2))
         os.chdir(folder)
         # What runs in the background ignores the one; Python itself ignores the other.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -860,14 +862,16 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def run_one(name: str, number: int, seed: int, base: Path, folder: Path) -> tuple[list[str], Line, str]:
+def run_one(
+    name: str, number: int, seed: int, base: Path, folder: Path, limit: float = LIMIT
+) -> tuple[list[str], Line, str]:
     """Makes and runs one input."""
     shutil.rmtree(folder, ignore_errors=True)
     make = Maker(f"{seed} {name} {number}", base, folder)
     line = [word.replace("\0", "?") for word in CLASSES[name](make)]
     log = base.parent / "log"
     before = digests(base)
-    status = forked(lambda: command(line), log, LIMIT, folder)
+    status = forked(lambda: command(line), log, limit, folder)
     said, after = log.read_text(errors="replace"), digests(base)
     changed = [f"changed {path}" for path, digest in before.items() if after.get(path) != digest]
     return problems(status, said, make) + changed, line, said
@@ -879,6 +883,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=2500)
     parser.add_argument("--seconds", type=float, default=1800, help="no new input after so many")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that a command may take")
     parser.add_argument("--classes", default=",".join(CLASSES))
     parser.add_argument("--only", help="CLASS:NUMBER: one input again")
     parser.add_argument("--json", type=Path)
@@ -894,7 +899,7 @@ def main() -> None:
             sys.exit((Path(place) / "log").read_text())
         if args.only:
             name, _, number = args.only.partition(":")
-            found, line, said = run_one(name, int(number), args.seed, base, folder)
+            found, line, said = run_one(name, int(number), args.seed, base, folder, args.limit)
             print(" ".join(map(repr, line)), said, found, sep="\n")
             return
         counts = _run_all(args, base, folder, began)
@@ -955,7 +960,7 @@ def _run_all(args: argparse.Namespace, base: Path, folder: Path, began: float) -
             print(f"stopped after {args.seconds:g} s")
             break
         name, number = chosen[i % len(chosen)], i // len(chosen)
-        found, line, said = run_one(name, number, args.seed, base, folder)
+        found, line, said = run_one(name, number, args.seed, base, folder, args.limit)
         counts[name][0] += 1
         counts[name][2 if found else 1] += 1
         if found:
