@@ -773,7 +773,7 @@ def started(work: Callable[[], None], stdout: int, stderr: int, folder: Path) ->
         os.dup2(stdout, 1)
         os.dup2(stderr, 2)
         # Anew: those that this process had know what they lead to.
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False, buffering=1) for number in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
         os.chdir(folder)
         # What runs in the background ignores the one; Python itself ignores the other.
         signal.signal(signal.SIGINT, signal.default_int_handler)
