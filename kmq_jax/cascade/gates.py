@@ -27,7 +27,7 @@ class Front:
     Attributes:
         gates: `[points, gated levels, 2]`, low and high.
         objective: `[points]`, as a fraction, descending.
-        bits: `[points]`, what a trial or an utterance costs, ascending: bits, or seconds where gates are chosen by them.
+        bits: `[points]`, ascending, what a trial or an utterance costs: bits, or seconds where they count.
     """
 
     gates: Array

@@ -24,20 +24,11 @@ _GRID = 8  # policies of a grid that run at a time
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=(
-        "x",
-        "y",
-        "scale",
-        "offset",
-        "low",
-        "high",
-        "threshold",
-        "bits",
-        "sequential",
-        "incremental",
-        "seconds",
-    ),
-    meta_fields=(),
+    data_fields=[
+        *("x", "y", "scale", "offset", "low", "high", "threshold"),
+        *("bits", "sequential", "incremental", "seconds"),
+    ],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Tables:
