@@ -260,8 +260,8 @@ def main(options: AcrossBench) -> None:
             print(
                 f"  {row['system']}{gates}: EER {row['eer']:.2f} %, "
                 f"harmful flips {100 * row['harmful_flip_rate']:.2f} %, {100 * row['escalated']:.1f} % go on; "
-                f"of the last model's time {row['trial_ratio']:.2f} by trial, {row['recording_ratio']:.2f} by recording; "
-                f"{row['bytes'] / 1e6:.2f} MB"
+                f"of the last model's time {row['trial_ratio']:.2f} by trial, "
+                f"{row['recording_ratio']:.2f} by recording; {row['bytes'] / 1e6:.2f} MB"
             )
     if options.json:
         write_json(options.json, found)

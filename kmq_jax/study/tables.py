@@ -286,7 +286,7 @@ def lazy_table(found: Row) -> str:
                     f"{row['macs_a_recording'] / 1e9:.2f}",
                     f"{row['bytes'] / 1e6:.1f}",
                     f"{row['eer']:.2f}",
-                    str(row["harmful_flips"]),
+                    "" if row["harmful_flips"] is None else str(row["harmful_flips"]),
                 ]
             )
     about = {_corpus(one["data"]): {**one, "utterances": one["recordings"]} for one in found["sets"]}
