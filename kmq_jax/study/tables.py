@@ -362,6 +362,8 @@ def fragile_table(studies: Sequence[Row]) -> str:
         mirrored = [
             row for one in study["diagnosis"].values() for row in one["retention"] if row["experiment"] == "mirror"
         ]
+        if not mirrored:
+            continue  # it was not diagnosed
         bits = min(row["bits"] for row in mirrored)
         found: dict[str, list[float]] = {}
         for row in mirrored:
@@ -448,7 +450,8 @@ def fill(text: str, directory: Path) -> str:
         try:
             if match[3] in TABLES:
                 return match[1] + TABLES[match[3]](_read(directory / match[2])) + match[4]
-            studies = [_read(directory / file) for file in match[2].split(",")]
+            # Studies from before they told their network's name go by that of their file.
+            studies = [{"network": Path(file).stem, **_read(directory / file)} for file in match[2].split(",")]
             return match[1] + TABLES_OF_SEVERAL[match[3]](studies) + match[4]
         except (KeyError, TypeError, IndexError) as error:
             raise UserError(f"{directory / match[2]} is not a study's results: it lacks {error}") from error
