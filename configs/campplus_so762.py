@@ -6,17 +6,20 @@
 DIR is as in configs/wespeaker_so762.py. CAM++ is densely connected and normalises before it convolves, so that what
 helps a ResNet need not help it. The first convolution stays in full precision.
 Quantized by distillation from itself, without speaker labels.
+
+`configs/campplus_so762.py:free` is the study without training at 8, 4, 3 and 2 bits, as `wespeaker_so762.py:free` is;
+`kmq-jax tables` sets several such studies side by side (KIND `architectures` and `fragile`).
 """
 
 import ml_collections
 
-from kmq_jax.study.config import smoke_study, study_config
+from kmq_jax.study.config import smoke_study, study_config, without_training
 from kmq_jax.training.config import default_config, known_arg
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Returns the configuration; `arg` is "smoke" or nothing."""
-    known_arg(arg, "smoke")
+    """Returns the configuration; `arg` is "smoke", "free" or nothing."""
+    known_arg(arg, "smoke", "free")
     config = default_config("campplus", embedding_size=192, floor=1e-12, activation="relu")
     config.frontend, config.init_from = "3dspeaker", "3dspeaker-campplus-zh-en.pt"
     root = ml_collections.FieldReference("data")
@@ -32,6 +35,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         calibrate="so762",
         cascades=(("trained", (2, 3, 4)), ("trained", (2, 32))),
     )
+    if arg == "free":
+        without_training(config)
     for name in ("so762", "words"):
         config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
     return smoke_study(config) if arg == "smoke" else config

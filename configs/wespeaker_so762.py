@@ -16,19 +16,21 @@ calibrated on one half of so762/dev's speakers and evaluated on the other, and t
 each number of bits, with full precision trained on by either recipe's loss for as many steps: the control that tells
 what labels gain from what bits cost. `study.json` then holds `differences` with paired intervals.
 
+`configs/wespeaker_so762.py:free` is the study without training at 8, 4, 3 and 2 bits, to stand beside other networks.
+
 Two hours or so on two cores with AVX-512, half of that for training; README shows the results, from
 `.github/results/wespeaker.json`. `--config.study.nested=False` leaves the nested network out.
 """
 
 import ml_collections
 
-from kmq_jax.study.config import smoke_study, study_config
+from kmq_jax.study.config import smoke_study, study_config, without_training
 from kmq_jax.training.config import default_config, known_arg
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Returns the configuration; `arg` is "smoke", "compare" or nothing."""
-    known_arg(arg, "smoke", "compare")
+    """Returns the configuration; `arg` is "smoke", "compare", "free" or nothing."""
+    known_arg(arg, "smoke", "compare", "free")
     config = default_config("wespeaker_resnet34", norm="bias")
     config.frontend, config.init_from = "wespeaker", "voxceleb_resnet34.onnx"
     root = ml_collections.FieldReference("data")
@@ -46,6 +48,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg == "compare":
         epochs = dict.fromkeys(("4", "3", "2", "32"), 1.0)
         config.study.update(also=("kmqat",), label_weight=0.1, nested=False, epochs=epochs, cascades=(), diagnose=())
+    if arg == "free":
+        without_training(config)
     for name in ("so762", "words"):
         config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
     return smoke_study(config) if arg == "smoke" else config

@@ -10,14 +10,15 @@ import numpy as np
 from kmq_jax import quant
 from kmq_jax.benchmarks.options import LazyBench
 from kmq_jax.benchmarks.timing import Figures, in_turns, medians
-from kmq_jax.cascade.run import run
+from kmq_jax.cascade.policy import CascadePolicy
+from kmq_jax.cascade.run import map_scores, run
 from kmq_jax.cascade.verifier import Cascade, LazyRun, load_cascade
 from kmq_jax.core.files import write_json
 from kmq_jax.data import source, trials
 from kmq_jax.frontend import num_frames
 from kmq_jax.metrics.detection import eer
 from kmq_jax.models import registry
-from kmq_jax.models.speaker_model import SpeakerModel, embed_all, frontend_of, load_model
+from kmq_jax.models.speaker_model import SpeakerModel, embed_all, fingerprint, frontend_of, load_model
 from kmq_jax.scoring.cosine import cosine_scores
 
 CASCADE, FULL = "cascade", "full precision"
@@ -90,7 +91,8 @@ def compare_on(task: Task, cascade: Cascade, models: dict[str, SpeakerModel], op
     Returns:
         What the list holds, how many trials were escalated, what the detector costs, and `rows`, one a side: `seconds`
         in all, a trial and a recording; multiplications likewise; `bytes` held; `eer` in percent; `harmful_flips`,
-        trials that full precision decides right and this side wrong, at the policy's threshold.
+        trials that full precision decides right and this side wrong, at the policy's threshold; None of another network
+        whose scores nothing maps to that scale.
     """
     policy, pairs = cascade.policy, task.pairs
     found: dict[str, np.ndarray] = {}
@@ -115,6 +117,13 @@ def compare_on(task: Task, cascade: Cascade, models: dict[str, SpeakerModel], op
     held = {name: quant.size_bytes(model.variables).total for name, model in models.items()}
     held[CASCADE] = costs["resident_bytes"]
     right = (found[FULL] >= policy.threshold) == pairs.label
+    flips = {
+        name: None if scores is None else int((right & ((scores >= policy.threshold) != pairs.label)).sum())
+        for name in sides
+        for scores in [
+            found[CASCADE] if name == CASCADE else _on_scale(policy, models[name], models[FULL], found[name])
+        ]
+    }
     rows = [
         {
             "system": name,
@@ -126,8 +135,7 @@ def compare_on(task: Task, cascade: Cascade, models: dict[str, SpeakerModel], op
             "macs_a_recording": macs[name] / len(task.utterances),
             "bytes": held[name],
             "eer": 100 * float(eer(found[name], pairs.label)[0]),
-            # Near full precision a model's scores are on the same scale, so that the threshold is the same.
-            "harmful_flips": int((right & ((found[name] >= policy.threshold) != pairs.label)).sum()),
+            "harmful_flips": flips[name],
         }
         for name in sides
     ]
@@ -143,6 +151,16 @@ def compare_on(task: Task, cascade: Cascade, models: dict[str, SpeakerModel], op
     }
 
 
+def _on_scale(policy: CascadePolicy, model: SpeakerModel, full: SpeakerModel, scores: np.ndarray) -> np.ndarray | None:
+    """A model's scores on the scale of the policy's threshold; None where that is not known."""
+    mark = fingerprint(model)
+    if mark in policy.models and model is not full:
+        level = policy.models.index(mark)
+        return map_scores(policy, np.tile(scores, (len(policy.bits), 1)))[level]
+    # Near full precision a model's scores are on the same scale. Those of another network are not.
+    return scores if model.architecture == full.architecture else None
+
+
 def _detector(cascade: Cascade, lazy: LazyRun, task: Task) -> float:
     """Seconds of maps, gates and decisions of all trials, once their scores are there; the median of some rounds."""
     times = []
@@ -151,6 +169,10 @@ def _detector(cascade: Cascade, lazy: LazyRun, task: Task) -> float:
         run(cascade.policy, lazy.scores, task.pairs.enrol, task.pairs.test)
         times.append(time.perf_counter() - start)
     return float(np.median(times))
+
+
+def _shown(flips: int | None) -> str:
+    return "not known: another network's scores" if flips is None else str(flips)
 
 
 def main(options: LazyBench) -> None:
@@ -167,7 +189,7 @@ def main(options: LazyBench) -> None:
             print(
                 f"  {row['system']}: {row['seconds']:.2f} s ({row['ratio']:.3f} of full precision), "
                 f"{1e3 * row['seconds_a_trial']:.1f} ms and {row['macs_a_trial'] / 1e9:.2f} G multiplications a trial, "
-                f"{row['bytes'] / 1e6:.2f} MB, EER {row['eer']:.2f} %, harmful flips: {row['harmful_flips']}"
+                f"{row['bytes'] / 1e6:.2f} MB, EER {row['eer']:.2f} %, harmful flips: {_shown(row['harmful_flips'])}"
             )
     if options.json:
         write_json(options.json, found)

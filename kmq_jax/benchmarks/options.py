@@ -266,6 +266,43 @@ class LazyBench(Rounds):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AcrossBench(Rounds):
+    """Cascades of different networks, gates chosen by measured seconds, beside single models: seconds, errors, bytes.
+
+    Each first model makes a cascade with the last; both stand in the table alone too. BITS only put levels in order.
+    All are timed on the same recordings, in turns; compilation is not counted. The first list calibrates maps,
+    threshold and gates, for itself crosswise: each half of its speakers is decided by what the other half gives. --data
+    and --trials may be repeated, as pairs. `tables` writes the JSON as a table of the kind `across`.
+    """
+
+    first: tuple[str, ...] = option("a first model; once for each cascade", repeat=True, metavar="BITS:MODEL")
+    last: str = option("the model that decides what is in doubt, and that changes are against", metavar="BITS:MODEL")
+    beside: tuple[str, ...] = option("more MODELs, alone", (), metavar="MODEL")
+    data: tuple[str, ...] = option("recordings: any DATA form; once for each list", metavar="DATA")
+    trials: tuple[str, ...] = option("trial list, or synthetic:SPLIT; once for each --data", metavar="TRIALS")
+    kept: Path = option(
+        "embedding files of whole recordings: read where they are of a model and its data, else written",
+        metavar="DIR",
+        writes="directory",
+    )
+    alpha: tuple[float, ...] = option("harmful flips a trial that gates may make; several", (0.005,), above=0, below=1)
+    cost: Literal["sequential", "utterance"] = option(
+        "what gates keep low: seconds of a trial's tested recording, or of all recordings of the list", "sequential"
+    )
+    recordings: int = option("of each list that are timed", 24, at_least=1)
+    replicates: int = option("bootstrap draws of speakers; 0: no intervals", 1000, at_least=0)
+    engine: Engine = option("what runs all networks", "auto")
+
+    def __post_init__(self) -> None:
+        """See `Options`; also checks what goes together."""
+        super().__post_init__()
+        if not self.first or not self.alpha:
+            raise UserError("`first` and `alpha` need a value")
+        if not self.data or len(self.data) != len(self.trials):
+            raise UserError(f"`trials` (={len(self.trials)} given) must be one for each of {len(self.data)} --data")
+
+
+@dataclass(frozen=True, kw_only=True)
 class NetworksBench(Bench):
     """Every network: parameters and arithmetic beside its source's, and the time of an embedding.
 
@@ -333,6 +370,7 @@ class PodsBench(Bench):
 
 BENCHMARKS: dict[str, type[Options]] = {
     "accelerator": AcceleratorBench,
+    "across": AcrossBench,
     "cascade": CascadeBench,
     "data": DataBench,
     "diagnose": DiagnoseBench,

@@ -15,6 +15,7 @@ from kmq_jax.cascade.policy import CascadePolicy
 from kmq_jax.cascade.run import run, run_grid
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, Row, file_hash
+from kmq_jax.core.options import shown
 from kmq_jax.metrics.calibration import IsotonicMap
 from kmq_jax.metrics.operating import OperatingPoint, error_rates, parse_point, threshold_interval
 from kmq_jax.scoring.levels import LevelScores, score_levels
@@ -43,6 +44,8 @@ def calibrate(
         UserError: a file cannot be read or does not fit the others, or the trials are too few for the rule.
     """
     how = options or CalibrationOptions()
+    if how.seconds and len(how.seconds) != len(levels):
+        raise UserError(f"`seconds` (={shown(how.seconds)}) must be one number for each of {len(levels)} levels")
     point = _point(how.operating_point)
     joined = score_levels(levels, reference, trials, how.enrolment, enrol_models)
     assert joined.reference is not None
@@ -64,6 +67,7 @@ def calibrate(
         policy, front, notes = _fitted(data, how, point)
     except UserError as error:
         raise UserError(f"{trials}: {error}") from error
+    policy = dataclasses.replace(policy, seconds=how.seconds or None)
     notes |= {
         "operating_point": str(point),
         "threshold_ci95": _interval(data, point, how),
@@ -171,7 +175,7 @@ def describe(policy: CascadePolicy) -> str:
         lines.append(f"{bits:2} bits: decides {100 * here['resolved'][str(bits)]:5.1f} %   {knots:11} {gate}")
     rate = "" if here["eer"] is None else f"EER {here['eer']:.3f} % (reference {notes['reference']['eer']:.3f} %), "
     lines.append(f"{rate}harmful flips {100 * here['harmful_flip_rate']:.4f} %, on the calibration trials themselves")
-    lines += describe_costs(here, policy.bits[-1], bool(notes.get("nested")))
+    lines += describe_costs(here, policy.bits[-1], bool(notes.get("nested")), policy.seconds)
     if notes["rule"] == "risk":
         lines.append(_promise(notes))
     return "\n".join(lines)

@@ -1,10 +1,12 @@
-"""What a cascade saves of the bits that its last level alone would cost, by trial and by utterance."""
+"""What a cascade saves of what its last level alone would cost, by trial and by utterance: in bits, or in seconds."""
+
+from collections.abc import Sequence
 
 from kmq_jax.core.files import Row
 
 
-def savings(costs: Row, top_bits: int, nested: bool) -> dict[str, float]:
-    """What a cascade saves of the bits that its last level alone would cost: `trial` and `utterance`, as fractions.
+def savings(costs: Row, top_bits: int, nested: bool, seconds: Sequence[float] | None = None) -> dict[str, float]:
+    """What a cascade saves of the cost of its last level alone: `trial` and `utterance`, as fractions.
 
     At zero or below it gains nothing: the last level alone costs no more, and the cascade decides as that does.
 
@@ -12,18 +14,26 @@ def savings(costs: Row, top_bits: int, nested: bool) -> dict[str, float]:
         costs: those of `Outcome`.
         top_bits: bits of the last level.
         nested: whether climbing reads only the bits that are new.
+        seconds: what a recording takes at each level; where it is known, seconds count in place of bits.
 
-    >>> costs = {"sequential_bits": 2.28, "utterance_bits": 5.44}
+    >>> costs = {"sequential_bits": 2.28, "utterance_bits": 5.44, "sequential_seconds": 0.5, "utterance_seconds": 1.5}
     >>> {name: round(share, 2) for name, share in savings(costs, 4, nested=False).items()}
     {'trial': 0.43, 'utterance': -0.36}
+    >>> savings(costs, 4, nested=False, seconds=(0.25, 2.0))
+    {'trial': 0.75, 'utterance': 0.25}
     """
+    if seconds:
+        return {by: 1 - costs[f"{kind}_seconds"] / seconds[-1] for by, kind in _KINDS.items()}
     trial, utterance = (
         ("incremental_bits", "utterance_incremental_bits") if nested else ("sequential_bits", "utterance_bits")
     )
     return {"trial": 1 - costs[trial] / top_bits, "utterance": 1 - costs[utterance] / top_bits}
 
 
-def describe_costs(costs: Row, top_bits: int, nested: bool) -> list[str]:
+_KINDS = {"trial": "sequential", "utterance": "utterance"}
+
+
+def describe_costs(costs: Row, top_bits: int, nested: bool, seconds: Sequence[float] | None = None) -> list[str]:
     r"""The costs of a cascade as lines, and plainly where it gains nothing over its last level alone.
 
     >>> costs = {"sequential_bits": 2.28, "utterance_bits": 5.44}
@@ -35,8 +45,13 @@ def describe_costs(costs: Row, top_bits: int, nested: bool) -> list[str]:
     if nested:
         trial += f", {costs['incremental_bits']:.3f} incremental"
         utterance += f" ({costs['utterance_incremental_bits']:.3f} incremental)"
-    lines = [f"bits a trial: {trial}; an utterance: {utterance}"]
-    for by, share in savings(costs, top_bits, nested).items():
+    lines, alone = [f"bits a trial: {trial}; an utterance: {utterance}"], f"{top_bits} bits"
+    if seconds:
+        by_trial, by_utterance, alone = (
+            f"{1e3 * value:.1f} ms" for value in (*(costs[f"{kind}_seconds"] for kind in _KINDS.values()), seconds[-1])
+        )
+        lines.append(f"a tested recording: {by_trial} by trial, {by_utterance} by utterance; at the last level {alone}")
+    for by, share in savings(costs, top_bits, nested, seconds).items():
         if share <= 0:
-            lines.append(f"by {by} this cascade gains nothing: its last level alone costs {top_bits} bits")
+            lines.append(f"by {by} this cascade gains nothing: its last level alone costs {alone}")
     return lines

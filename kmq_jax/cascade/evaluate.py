@@ -143,7 +143,8 @@ def figures_of(policy: CascadePolicy, outcome: Outcome, joined: LevelScores, opt
         **outcome.costs(),
         "top_bits": policy.bits[-1],
         "nested": bool(policy.notes.get("nested")),
-        "saved": savings(outcome.costs(), policy.bits[-1], bool(policy.notes.get("nested"))),
+        "seconds_a_recording": policy.seconds and dict(zip(map(str, policy.bits), policy.seconds)),
+        "saved": savings(outcome.costs(), policy.bits[-1], bool(policy.notes.get("nested")), policy.seconds),
         "harmful_flip_rate": None,
         "beneficial_flip_rate": None,
         "reference_eer": None,
@@ -289,7 +290,8 @@ def describe(figures: Row) -> str:
         lines.append(f"{bits + ' bits':14}{number(alone.get('eer'), 3):>9}{flips:>18}{share:>12}")
     lines.append(f"{'cascade':14}{number(figures['eer'], 3):>9}{number(figures['harmful_flip_rate'], 4, 100):>18}")
     lines.append(f"{'reference':14}{number(figures['reference_eer'], 3):>9}")
-    lines += describe_costs(figures, figures["top_bits"], figures["nested"])
+    seconds = figures["seconds_a_recording"] or {}
+    lines += describe_costs(figures, figures["top_bits"], figures["nested"], tuple(seconds.values()))
     return "\n".join([*lines, *(_lazily(figures) if "embedded" in figures else ())])
 
 

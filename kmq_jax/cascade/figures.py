@@ -1,6 +1,7 @@
 """The figure of a calibration: the front of gates, the gates that were chosen, and each level alone."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -25,28 +26,30 @@ def draw_front(path: str | os.PathLike[str], policy: CascadePolicy) -> None:
         if any(row[key] is None for row in policy.notes["front"]):
             axes.set_axis_off()
         else:
-            _panel(axes, key, policy.notes)
+            _panel(axes, key, policy.notes, policy.seconds)
     with atomic_write(Path(path)) as temporary:
         figure.savefig(temporary)
 
 
-def _panel(axes: Axes, key: str, notes: Row) -> None:
+def _panel(axes: Axes, key: str, notes: Row, seconds: Sequence[float] | None) -> None:
     rows, alone = notes["front"], notes["each_width_alone"]
     scale, label = PANELS[key]
     cost = "utterance_incremental" if notes["cost"] == "utterance" and notes.get("nested") else notes["cost"]
-    bits = [row[f"{cost}_bits"] for row in rows]
+    unit = "seconds" if seconds else "bits"
+    bits = [row[f"{cost}_{unit}"] for row in rows]
     values = [scale * row[key] for row in rows]
     axes.plot(bits, values, ".-", color="tab:blue", linewidth=1, markersize=4, label="cascade, the front")
-    shown = [int(own) for own in alone if int(own) <= max(8, 1.5 * max(bits))]
-    heights = [scale * alone[str(own)][key] for own in shown]
-    axes.plot(shown, heights, "s", color="tab:gray", label="one level alone")
+    places = dict(zip(alone, seconds)) if seconds else {own: int(own) for own in alone}
+    shown = [own for own, place in places.items() if seconds or place <= max(8, 1.5 * max(bits))]
+    heights = [scale * alone[own][key] for own in shown]
+    axes.plot([places[own] for own in shown], heights, "s", color="tab:gray", label="one level alone")
     for own, height in zip(shown, heights):
-        axes.annotate(f"{own} bits", (own, height), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        axes.annotate(f"{own} bits", (places[own], height), xytext=(6, 4), textcoords="offset points", fontsize=8)
     chosen = notes.get("chosen")
     if chosen is not None:
         axes.plot(bits[chosen], values[chosen], "o", color="tab:red", markersize=8, fillstyle="none", label="chosen")
     axes.set(
-        xlabel="mean bits an utterance" if notes["cost"] == "utterance" else f"mean {notes['cost']} bits a trial",
+        xlabel=f"mean {unit} an utterance" if notes["cost"] == "utterance" else f"mean {notes['cost']} {unit} a trial",
         ylabel=label,
     )
     axes.grid(color="0.9", linewidth=0.6)

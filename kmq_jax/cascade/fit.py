@@ -88,8 +88,8 @@ def front_of(
 ) -> gates.Front:
     """The Pareto front of gates for a policy's maps and threshold.
 
-    The search is of costs by trial, which are sums over trials. By utterance the front so found is priced anew, and
-    what another point then beats is left out.
+    The search is of costs by trial, which are sums over trials: bits, or seconds where `options` has them. By utterance
+    the front so found is priced anew, and what another point then beats is left out.
 
     Raises:
         UserError: costs by utterance are asked for, and the utterances of the trials are not known.
@@ -97,6 +97,7 @@ def front_of(
     mapped = map_scores(policy, data.scores)
     sequential, incremental = prices(policy.bits)
     price = incremental if options.nests else sequential
+    price = np.cumsum(options.seconds) if options.seconds else price
     front = gates.search(
         mapped, data.reference, data.labels, policy.threshold, price, objective, options.symmetric, last_counts
     )
@@ -105,13 +106,15 @@ def front_of(
     if data.enrol is None or data.test is None:
         raise UserError("`cost` (=utterance) needs the utterances that trials compare")
     policies = [
-        dataclasses.replace(policy, gates=front.point(i), enrolment=options.enrolment) for i in range(len(front))
+        dataclasses.replace(policy, gates=front.point(i), enrolment=options.enrolment, seconds=options.seconds or None)
+        for i in range(len(front))
     ]
     accepted = data.reference >= policy.threshold
     found = run_grid(policies, data.scores, data.enrol, data.test, accepted, data.labels, data.one_table)
-    bits = found["utterance_incremental_bits" if options.nests else "utterance_bits"].astype(np.float64)
-    keep = gates.pareto(front.objective, bits)
-    return gates.Front(front.gates[keep], front.objective[keep], bits[keep])
+    unit = "seconds" if options.seconds else "incremental_bits" if options.nests else "bits"
+    costs = found[f"utterance_{unit}"].astype(np.float64)
+    keep = gates.pareto(front.objective, costs)
+    return gates.Front(front.gates[keep], front.objective[keep], costs[keep])
 
 
 def pareto(

@@ -27,7 +27,7 @@ class Front:
     Attributes:
         gates: `[points, gated levels, 2]`, low and high.
         objective: `[points]`, as a fraction, descending.
-        bits: `[points]`, ascending.
+        bits: `[points]`, ascending, what a trial or an utterance costs: bits, or seconds where they count.
     """
 
     gates: Array
@@ -185,7 +185,7 @@ def search(
         reference: `[trials]`, the reference's scores.
         labels: `[trials]` bool.
         threshold: on the reference's scale.
-        prices: `[levels]`, bits of a trial that stops at each level.
+        prices: `[levels]`, bits (or seconds) of a trial that stops at each level.
         objective: "flips": harmful flips against the reference a trial; "balanced": the mean of their rates among
             targets and among nontargets; "eer": the cascade's EER, found among 64 thresholds.
         symmetric: gates as the paper has them, equally wide on both sides.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import Options, option
 
 MAPS = ("isotonic", "affine", "logistic")
@@ -47,10 +48,22 @@ class CalibrationOptions(Options):
         "sequential",
         choices=COSTS,
     )
+    seconds: tuple[float, ...] = option(
+        "what a recording takes at each level, in the order of bits: gates are then chosen by seconds in place of "
+        "bits, as they must where levels are different networks",
+        (),
+        above=0,
+    )
     nested: bool = option("the levels are one nested model, so that climbing reads only the bits that are new", False)
     symmetric: bool = option("gates that reach equally far on both sides of the threshold, as in the paper", False)
     replicates: int = option("bootstrap draws for the threshold's interval; 0: none", 200, at_least=0, at_most=100_000)
     seed: int = option("of the bootstrap and of the deal of speakers", 0, at_least=0, at_most=2**32 - 1)
+
+    def __post_init__(self) -> None:
+        """See `Options`; also checks what goes together."""
+        super().__post_init__()
+        if self.seconds and self.nests:
+            raise UserError("`seconds` goes with levels that are networks of their own, not with nested codebooks")
 
     @property
     def nests(self) -> bool:

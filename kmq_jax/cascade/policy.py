@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +37,8 @@ class CascadePolicy:
         models: what is known of each level's model, None or its fingerprint.
         dims: each level's embedding size, None where unknown.
         notes: how the policy came about: for people, not used by the cascade.
+        seconds: what a recording takes at each level, where gates were chosen by it: bits of different networks say
+            little of what they compute. None elsewhere.
     """
 
     bits: tuple[int, ...]
@@ -47,6 +50,7 @@ class CascadePolicy:
     models: tuple[str | None, ...] = ()
     dims: tuple[int | None, ...] = ()
     notes: Json = field(default_factory=dict)
+    seconds: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         levels = len(self.bits)
@@ -63,6 +67,8 @@ class CascadePolicy:
         for bits, (low, high) in zip(self.bits, self.gates):
             if not low <= self.threshold <= high:
                 raise UserError(f"the gate ({low}, {high}) of {bits} bits must hold the threshold {self.threshold}")
+        if self.seconds is not None and (len(self.seconds) != levels or not _positive(self.seconds)):
+            raise UserError(f"`seconds` (={self.seconds}) must be a number above zero for each of {levels} levels")
         if self.enrolment not in ENROLMENTS:
             raise UserError(f"enrolment {self.enrolment!r} must be one of {', '.join(ENROLMENTS)}")
 
@@ -74,6 +80,7 @@ class CascadePolicy:
             if i < len(self.gates):
                 level["gate"] = [side if math.isfinite(side) else None for side in self.gates[i]]
             level |= {"llr": self.llr_maps[i].to_dict() if self.llr_maps else None}
+            level |= {"seconds": self.seconds[i]} if self.seconds else {}
             levels.append(level | {"model": self.models[i], "dim": self.dims[i]})
         write_json(
             path,
@@ -135,10 +142,15 @@ def read_policy(path: str | os.PathLike[str]) -> CascadePolicy:
             tuple(None if level["model"] is None else str(level["model"]) for level in levels),
             tuple(None if level["dim"] is None else _integer(level["dim"]) for level in levels),
             dict(value.get("notes") or {}),
+            tuple(float(level["seconds"]) for level in levels) if any("seconds" in level for level in levels) else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{Path(path)}: {what}") from error
+
+
+def _positive(values: Sequence[float]) -> bool:
+    return all(math.isfinite(value) and value > 0 for value in values)
 
 
 def _integer(value: object) -> int:

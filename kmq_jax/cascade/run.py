@@ -24,8 +24,11 @@ _GRID = 8  # policies of a grid that run at a time
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("x", "y", "scale", "offset", "low", "high", "threshold", "bits", "sequential", "incremental"),
-    meta_fields=(),
+    data_fields=[
+        *("x", "y", "scale", "offset", "low", "high", "threshold"),
+        *("bits", "sequential", "incremental", "seconds"),
+    ],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Tables:
@@ -42,6 +45,7 @@ class Tables:
         bits: `[levels]`.
         sequential: `[levels]`, bits read by a trial that stops there, if each level runs its own model.
         incremental: `[levels]`, the same with nested codebooks.
+        seconds: `[levels]`, what a recording takes at each level; zeros where that is not known.
     """
 
     x: Array
@@ -54,6 +58,7 @@ class Tables:
     bits: Array
     sequential: Array
     incremental: Array
+    seconds: Array
 
 
 Figures = dict[str, jax.Array]
@@ -94,6 +99,7 @@ def tables(policies: Sequence[CascadePolicy]) -> Tables:
     threshold = np.array([p.threshold for p in policies], np.float32)
     costs = [np.array([p.bits for p in policies], np.float32)]
     costs += [np.stack(parts) for parts in zip(*(prices(p.bits) for p in policies))]
+    costs.append(np.array([p.seconds or (0.0,) * len(p.bits) for p in policies], np.float32))
     return Tables(x, y, scale, offset, gates[..., 0], gates[..., 1], threshold, *costs)
 
 
@@ -163,13 +169,16 @@ def _costs(table: Tables, level: jax.Array, enrol: jax.Array, test: jax.Array, s
         total = [jnp.sum(jnp.where(r >= 0, p[jnp.maximum(r, 0)], 0.0)) for r, p in parts]
         return (total[0] + total[1]) / (jnp.sum(reach >= 0) + jnp.sum(enrolled >= 0))
 
-    fixed = jnp.full_like(table.bits, table.bits[-1])
+    fixed, last = (jnp.full_like(own, own[-1]) for own in (table.bits, table.seconds))
+    climbed = jnp.cumsum(table.seconds)
     return {
         "resolved": resolved,
         "sequential_bits": resolved @ table.sequential,
         "incremental_bits": resolved @ table.incremental,
         "utterance_bits": mean_cost(table.sequential, fixed if top else table.sequential),
         "utterance_incremental_bits": mean_cost(table.incremental, fixed if top else table.incremental),
+        "sequential_seconds": resolved @ climbed,
+        "utterance_seconds": mean_cost(climbed, last if top else climbed),
     }
 
 
@@ -218,6 +227,8 @@ class Outcome:
         incremental_bits: the same with nested codebooks, where climbing from 2 to 3 bits reads one bit more: 2, 3, 4.
         utterance_bits: mean sequential bits an utterance, each embedded once at every level that some trial needs.
         utterance_incremental_bits: the same with nested codebooks.
+        sequential_seconds: mean seconds for the tested recording of a trial; None where the policy has no seconds.
+        utterance_seconds: mean seconds an utterance, each embedded once at every level that some trial needs.
     """
 
     score: np.ndarray
@@ -229,10 +240,13 @@ class Outcome:
     incremental_bits: float
     utterance_bits: float
     utterance_incremental_bits: float
+    sequential_seconds: float | None = None
+    utterance_seconds: float | None = None
 
     def costs(self) -> Json:
-        """`resolved` (keys are strings) and the four costs."""
-        names = ("sequential_bits", "incremental_bits", "utterance_bits", "utterance_incremental_bits")
+        """`resolved` (keys are strings), the four costs in bits and, where they are known, those in seconds."""
+        names = ["sequential_bits", "incremental_bits", "utterance_bits", "utterance_incremental_bits"]
+        names += [] if self.sequential_seconds is None else ["sequential_seconds", "utterance_seconds"]
         resolved = {str(bits): share for bits, share in self.resolved.items()}
         return {"resolved": resolved} | {name: getattr(self, name) for name in names}
 
@@ -279,6 +293,8 @@ def run(policy: CascadePolicy, scores: ArrayLike, enrol: ArrayLike, test: ArrayL
     sizes = _sizes(policy, enrol_rows, test_rows, one_table)
     table = jax.tree.map(lambda leaf: leaf[0], tables([policy]))
     level, score, accept, costs = jax.device_get(_run(table, values, enrol_rows, test_rows, sizes))
+    if policy.seconds is None:
+        del costs["sequential_seconds"], costs["utterance_seconds"]
     return Outcome(
         score,
         accept,

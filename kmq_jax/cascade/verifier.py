@@ -279,16 +279,23 @@ def save_cascade(directory: str | os.PathLike[str], policy: CascadePolicy, model
         models: the MODEL of each level, by its bits.
 
     Raises:
-        UserError: a level has no model, or one that the policy was not made for.
+        UserError: a level has no model, or one that the policy was not made for; or the enrolled side is to be the last
+            level's while the levels are different networks.
     """
     directory = Path(directory)
     if set(models) != set(policy.bits):
         raise UserError(f"a cascade of {policy.bits} bits needs a model for each, got {tuple(sorted(models))}")
     directory.mkdir(parents=True, exist_ok=True)
     written: dict[str, str] = {}
+    networks = set()
     for level, bits in enumerate(policy.bits):
         place = str(Path(models[bits]).resolve())
         whole = load_model(place)
+        networks.add(whole.architecture)
+        if policy.enrolment == "top" and len(networks) > 1:
+            raise UserError(
+                f"`enrolment` (=top) compares embeddings of one network, not of {', '.join(sorted(networks))}"
+            )
         _read_at(whole, bits, policy.models[level], models[bits])
         # Levels of one nested model share its file.
         if place not in written:

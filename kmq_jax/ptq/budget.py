@@ -7,7 +7,8 @@ of its k-means codebook. The bits of all tensors are then those of the least dam
 """
 
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -32,12 +33,12 @@ class Sensitivities:
     """What an allocation needs to know of each tensor, by name.
 
     Attributes:
-        model: fingerprint of the model that was measured.
+        model: the mark of the model and the rules that were measured, see `mark_of`.
         traces: of the Hessian, divided by the tensor's elements.
         errors: squared error by bits.
         sizes: bytes of indices and codebooks by bits.
         weights: elements.
-        rest: bytes of everything that is not quantized.
+        rest: bytes of everything that is not quantized at any bits.
     """
 
     model: str
@@ -84,17 +85,25 @@ class Sensitivities:
         return sum(bits * self.weights[name] for name, bits in bits_of.items()) / sum(self.weights.values())
 
 
+def mark_of(fingerprint: str, rules: Sequence[quant.QuantRule]) -> str:
+    """What sensitivities are told by: a model's fingerprint, and which tensors rules quantize how."""
+    return f"{fingerprint}-{hashlib.sha256(repr(rules).encode()).hexdigest()[:16]}"
+
+
 def measure(
-    model: SpeakerModel, fingerprint: str, rules: quant.transform.Rules, features: jax.Array, draws: int = _DRAWS
+    model: SpeakerModel, mark: str, rules: quant.transform.Rules, features: jax.Array, draws: int = _DRAWS
 ) -> Sensitivities:
     """Measures every tensor that rules quantize.
 
     Args:
         model: in full precision.
-        fingerprint: the model's.
+        mark: see `mark_of`.
         rules: which tensors; the bits in them do not matter.
         features: `[batch, time, mel]`; the first crops are used.
         draws: random vectors that traces are estimated by.
+
+    Raises:
+        UserError: no tensor would shrink.
     """
     network = model.network().without_remat()
     crops = features[:_CROPS]
@@ -110,6 +119,8 @@ def measure(
     params = variables["params"]
     leaves = dict(named_leaves(params))
     errors, sizes = quant.distortions(params, rules, BITS)
+    if not errors:
+        raise UserError("none of the model's tensors that the rules name would shrink")
     whole = quant.hessian_traces(loss, params, jax.random.key(0), draws=draws, names=list(errors))
     # Rounding errors are spread over a tensor, so what counts is the mean of the diagonal.
     traces = {name: trace / leaves[name].size for name, trace in whole.items()}
@@ -117,7 +128,7 @@ def measure(
     rest = sum(np.asarray(leaf).nbytes for leaf in kept)
     arrays = len(named_leaves(variables)) + 2 * len(errors)
     weights = {name: int(leaves[name].size) for name in errors}
-    return Sensitivities(fingerprint, traces, errors, sizes, weights, rest + _HEADER * arrays)
+    return Sensitivities(mark, traces, errors, sizes, weights, rest + _HEADER * arrays)
 
 
 def allocate(found: Sensitivities, average: float | None = None, size: int | None = None) -> dict[str, int]:

@@ -91,8 +91,8 @@ def fit(
 ) -> SpeakerModel:
     """Fits a quantized model to the reference's activations on given features.
 
-    Convolutions of any rank are fitted. Linear layers keep their weights: most have one input a crop, which is too few
-    for second moments.
+    Convolutions of any rank are fitted, grouped ones too, and linear layers that see every frame, as those of
+    attention do. A linear layer that sees one vector a crop keeps its weights: crops are too few for second moments.
 
     Args:
         reference: the full-precision model.
@@ -224,6 +224,8 @@ class _Fit:
             return jnp.concatenate([run(reference), self._normalisation(layer, own)])
         if layer.kind == LINEAR and quantized:
             reference, own = jnp.split(x, 2)
+            if x.ndim > 2:
+                return jnp.concatenate(self._linear_of_frames(layer, reference, own, run))
             return jnp.concatenate([run(reference), self._with_bias(layer, own @ self._values[f"{layer.name}/kernel"])])
         if layer.kind == RECURRENCE and quantized:
             return jnp.concatenate(self._recurrence(layer, *jnp.split(x, 2)))
@@ -255,6 +257,18 @@ class _Fit:
             return wanted, y
         wanted, y = wanted + along(layer.get("bias"), y.ndim, y.ndim - 1), self._with_bias(layer, y)
         return (wanted, y) if shared else (wanted, self._matched(layer, wanted, y))
+
+    def _linear_of_frames(self, layer: Layer, x: jax.Array, own: jax.Array, run: Run) -> tuple[jax.Array, jax.Array]:
+        """Fits a linear layer over `[batch, ..., in]` as the convolution of one tap that it is; see `_convolution`."""
+        wanted, key = run(x), f"{layer.name}/kernel"
+        tensor = self._tensors[key]
+        if self._nested and not tensor.coarse:
+            return wanted, self._with_bias(layer, own @ self._values[key])
+        frames = [side.reshape(len(side), -1, side.shape[-1]) for side in (x, own)]
+        self._fit_kernel(key, layer.get("kernel"), *frames, window(1, 1))
+        self.scaled[key] = self.books[key]
+        y = self._with_bias(layer, own @ from_groups(lookup(self.indices[key], self.books[key], 0), tensor.shape, 1))
+        return wanted, self._matched(layer, wanted, y) if layer.has("bias") else y
 
     def _recurrence(self, layer: Layer, x: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Fits what an LSTM sees of its past, on the outputs that its kernel gives before it is fitted."""

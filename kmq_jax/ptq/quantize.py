@@ -121,7 +121,6 @@ def rules_of(options: QuantizeOptions) -> list[quant.QuantRule]:
         granularity=options.granularity,
         coarse=options.nested,
         levels=options.levels,
-        only_smaller=options.bits is not None,  # a budget looks at fewer bits than the 8 that stand here
     )
     rules = [quant.QuantRule(pattern, None) for pattern in options.skip]
     rules += [_rule(entry, spec, str(options.rules)) for entry in _listed(options)]
@@ -139,8 +138,8 @@ def rules_within(
         model: in full precision.
         options: with a budget or a size.
         data: as in `quantize_model`.
-        kept: JSON of sensitivities: read where it is of this model's tensors that the rules choose, else measured and
-            written. Another budget then needs no measurement.
+        kept: JSON of sensitivities: read where it is of this model and these rules, else measured and written. Another
+            budget then needs no measurement.
         crops: how many crops.
 
     Returns:
@@ -150,19 +149,17 @@ def rules_within(
         UserError: even the fewest bits exceed the budget, or the data cannot be read.
     """
     size = budget.bytes_from(options.size) if options.size else None
-    rules, mark = rules_of(options), fingerprint(model)
-    # Errors and sizes are those of codebooks a channel, or of one a tensor.
-    mark += "" if options.granularity == "channel" else f" {options.granularity}"
-    chosen = set(quant.decide(model.variables["params"], rules))
+    rules = rules_of(options)
+    mark = budget.mark_of(fingerprint(model), rules)
     found = None
     if kept.is_file():
         found = budget.Sensitivities.from_json(read_json(kept))
-    if found is None or found.model != mark or set(found.errors) != chosen:
+    if found is None or found.model != mark:
         features = random_features(frontend_of(model.frontend), source.open_sources(data), crops, SECONDS)
         found = budget.measure(model, mark, rules, features)
         write_json(kept, found.to_json())
     bits_of = budget.allocate(found, options.budget, size)
-    spec = quant.QuantSpec(8, granularity=options.granularity)
+    spec = quant.QuantSpec(8, granularity=options.granularity, levels=options.levels)
     fixed = [quant.QuantRule(pattern, None) for pattern in options.skip]
     return [*fixed, *quant.rules_of(bits_of, spec)], found, bits_of
 

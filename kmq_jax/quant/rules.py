@@ -51,13 +51,15 @@ def _as_spec(pattern: str, value: int | QuantSpec | None) -> QuantSpec | None:
     return QuantSpec(value)
 
 
-def decide(params: Params, rules: Rules | None = None, *, bits: int | None = None) -> dict[str, QuantSpec]:
+def decide(
+    params: Params, rules: Rules | None = None, *, bits: int | None = None, any_size: bool = False
+) -> dict[str, QuantSpec]:
     """Decides which leaves are quantized, and how.
 
     The first rule that matches a name decides. A leaf is kept as it is where
     - no rule matches, or the rule says None;
     - it is not floating point, or is quantized already;
-    - it is smaller than the rule's minimum, or would grow and the rule minds (`only_smaller`);
+    - it is smaller than the rule's minimum, or would not shrink and the rule minds (`only_smaller`);
     - it is a bias or a scale of a normalisation: it has fewer than two axes, or its name ends in `bias` or `scale`, as
       in the stacks of `nn.scan`. At 16 bits, which need no codebook, these are stored too.
 
@@ -65,6 +67,7 @@ def decide(params: Params, rules: Rules | None = None, *, bits: int | None = Non
         params: tree of arrays or of their shapes.
         rules: see `Rules`.
         bits: in place of rules, for every leaf.
+        any_size: choose leaves that would not shrink, too: the bits in the rules are not yet those that they get.
 
     Returns:
         `{name: spec}` of the quantized leaves, in the tree's order.
@@ -83,12 +86,12 @@ def decide(params: Params, rules: Rules | None = None, *, bits: int | None = Non
     chosen = {}
     for name, leaf in leaves:
         spec = specs[name]
-        if spec is not None and _is_quantized(name, leaf, spec):
+        if spec is not None and _is_quantized(name, leaf, spec, any_size):
             chosen[name] = spec
     return chosen
 
 
-def _is_quantized(name: str, leaf: Leaf, spec: QuantSpec) -> bool:
+def _is_quantized(name: str, leaf: Leaf, spec: QuantSpec, any_size: bool) -> bool:
     if not is_floating(leaf) or leaf.size < max(spec.minimum_size, 1):
         return False
     if spec.bits == HALF:
@@ -96,7 +99,7 @@ def _is_quantized(name: str, leaf: Leaf, spec: QuantSpec) -> bool:
     if leaf.ndim < 2 or _VECTORS.search(name):
         return False
     axis = group_axis(name, leaf.ndim, spec)
-    return not spec.only_smaller or _quantized_bytes(leaf, spec, axis) < leaf.size * leaf.dtype.itemsize
+    return any_size or not spec.only_smaller or _quantized_bytes(leaf, spec, axis) < leaf.size * leaf.dtype.itemsize
 
 
 def _quantized_bytes(leaf: Leaf, spec: QuantSpec, axis: int | None) -> int:

@@ -16,10 +16,10 @@ import numpy as np
 from scipy import optimize
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import Params, map_named, named_leaves
+from kmq_jax.core.tree import Leaf, Params, map_named, named_leaves
 from kmq_jax.quant.rules import Rules, decide
 from kmq_jax.quant.transform import quantize_params, size_bytes
-from kmq_jax.quant.types import HALF, QuantRule, QuantSpec
+from kmq_jax.quant.types import HALF, QuantRule, QuantSpec, is_codebook_tensor
 
 Table = Mapping[str, Mapping[int, float]]
 """`{name: {bits: number}}`."""
@@ -97,7 +97,8 @@ def distortions(params: Params, rules: Rules, all_bits: Sequence[int] = (2, 3, 4
 
     Returns:
         `(errors, sizes)`, both `{name: {bits: number}}`: the squared error ||W - Q||^2, and the bytes of indices and
-        codebook.
+        codebook. At bits where a tensor stays as it is (`QuantSpec.only_smaller`) it has no error and its own bytes;
+        one that stays at all of these bits is left out.
 
     >>> errors, sizes = distortions({"kernel": jnp.arange(64.0).reshape(16, 4)}, {"kernel": 4}, all_bits=(2, 4))
     >>> errors["kernel"][4], errors["kernel"][2] > 0, sizes["kernel"]
@@ -106,17 +107,23 @@ def distortions(params: Params, rules: Rules, all_bits: Sequence[int] = (2, 3, 4
     leaves = dict(named_leaves(params))
     errors: dict[str, dict[int, float]] = {}
     sizes: dict[str, dict[int, float]] = {}
-    for name, spec in decide(params, rules).items():
+    for name, spec in decide(params, rules, any_size=True).items():
         if spec.bits == HALF:
             continue
-        errors[name], sizes[name] = {}, {}
+        made: dict[int, Leaf] = {}
         for bits in all_bits:
-            own = dataclasses.replace(spec, bits=bits, coarse=(), minimum_size=0, only_smaller=False)
-            quantized = quantize_params({name: leaves[name]}, own)[name]
-            exact = jnp.asarray(leaves[name], jnp.float32)
-            errors[name][bits] = float(jnp.sum(jnp.square(exact - quantized.dequantize(dtype=jnp.float32))))
-            sizes[name][bits] = size_bytes(quantized).total
+            own = dataclasses.replace(spec, bits=bits, coarse=(), minimum_size=0)
+            made[bits] = quantize_params({name: leaves[name]}, own)[name]
+        if any(map(is_codebook_tensor, made.values())):
+            errors[name] = {bits: _squared_error(leaves[name], leaf) for bits, leaf in made.items()}
+            sizes[name] = {bits: size_bytes(leaf).total for bits, leaf in made.items()}
     return errors, sizes
+
+
+def _squared_error(exact: Leaf, leaf: Leaf) -> float:
+    if not is_codebook_tensor(leaf):
+        return 0.0
+    return float(jnp.sum(jnp.square(jnp.asarray(exact, jnp.float32) - leaf.dequantize(dtype=jnp.float32))))
 
 
 def allocate(traces: Mapping[str, float], errors: Table, sizes: Table, budget: float) -> dict[str, int]:

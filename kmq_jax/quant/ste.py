@@ -552,7 +552,9 @@ def grow_codebooks(params: Params, coarse: Params, rules: Rules) -> tuple[Params
     leaves = dict(named_leaves(params))
     given = dict(named_leaves(coarse, is_leaf=is_codebook_tensor))
     latents, codebooks = {}, {}
-    for name, spec in decide(params, rules).items():
+    for name, spec in decide(params, rules, any_size=True).items():
+        if spec.only_smaller and not is_codebook_tensor(given.get(name)):
+            continue  # it did not shrink at the fewest bits, and so does not at more
         axis = group_axis(name, leaves[name].ndim, spec)
         kept = _alike(given.get(name), leaves[name].shape, axis)
         if kept is None or not spec.coarse or kept.all_bits != spec.coarse[:1]:

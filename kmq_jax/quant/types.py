@@ -41,8 +41,8 @@ class QuantSpec:
         init, retention, iterations, symmetric, pinned_zero: see `kmeans.kmeans`. At 1 bit, `symmetric` is the static
             binary quantizer (plus and minus the mean magnitude); without it both centroids are free.
         only_smaller: tensors that would not shrink stay as they are. A small tensor does not where its codebooks take
-            what its indices save: at 8 bits, 512 bytes of codebook a channel.
-            The `quantize` command sets this.
+            what its indices save: at 8 bits, 512 bytes of codebook a channel. Without it every tensor is quantized,
+            as training does, whose networks may go on at other bits.
     """
 
     bits: int
@@ -57,7 +57,7 @@ class QuantSpec:
     iterations: int = 60
     symmetric: bool = False
     pinned_zero: bool = False
-    only_smaller: bool = False
+    only_smaller: bool = True
 
     def __post_init__(self):
         """Checks every field.

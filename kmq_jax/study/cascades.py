@@ -68,7 +68,9 @@ class StudiedCascade:
     @property
     def about(self) -> list[object]:
         """What all of its steps depend on."""
-        return [list(self.plan.bits), dataclasses.asdict(self.how)]
+        # Seconds are named only where they are set, so that studies done before they were there are not repeated.
+        how = {name: value for name, value in dataclasses.asdict(self.how).items() if name != "seconds" or value}
+        return [list(self.plan.bits), how]
 
     @property
     def how(self) -> CalibrationOptions:

@@ -98,6 +98,16 @@ def paper_study(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
 
 
+def without_training(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Turns a study into one without training or cascades, at 8, 4, 3 and 2 bits: to set networks side by side.
+
+    The diagnosis tries components alone; single layers and Hessians, which take longer, are left out.
+    """
+    config.study.update(bits=(8, 4, 3, 2), epochs=NO_EPOCHS, nested=False, calibrate="", cascades=(), engine="auto")
+    config.study.diagnosis.update(layer_utterances=0, hessian_draws=0)
+    return config
+
+
 def smoke_study(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Shrinks a study so that all of it passes in seconds: training as `smoke` does, then everything after it."""
     smoke(config)

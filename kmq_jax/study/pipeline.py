@@ -50,10 +50,10 @@ def study(config: ml_collections.ConfigDict, workdir: Path, only: Sequence[str] 
             once; a study of all then finds them done.
 
     Returns:
-        Of `only`, nothing. Else what `study.json` holds: `rows`, one a model, with `model`, `method`, `bits`, `bytes`
-        and the metrics of each evaluation set; `diagnosis`, by evaluation set; `cascades`; `published`,
-        `published_figures` and `members` of groups, to compare with; where several recipes, seeds or a control were
-        trained, `differences`, as `compare.differences` gives them.
+        Of `only`, nothing. Else what `study.json` holds: `network`, its name; `rows`, one a model, with `model`,
+        `method`, `bits`, `bytes` and the metrics of each evaluation set; `diagnosis`, by evaluation set; `cascades`;
+        `published`, `published_figures` and `members` of groups, to compare with; where several recipes, seeds or a
+        control were trained, `differences`, as `compare.differences` gives them.
 
     Raises:
         UserError: a setting, file or value is at fault.
@@ -97,6 +97,7 @@ def _summed_up(
     for evaluated in options.sets.values():
         draw_det(steps, networks, evaluated)
     summary = {
+        "network": settings["model"]["name"],
         "rows": rows,
         "diagnosis": {name: run_diagnosis(steps, options, networks, options.sets[name]) for name in options.diagnose},
         "cascades": [run_cascade(steps, options, networks, plan) for plan in options.cascades],

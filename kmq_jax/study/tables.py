@@ -6,12 +6,16 @@ by, with paired intervals, `cascades`, one row a cascade and evaluation set, or 
 alone. Of the file that `conditions` writes, KIND is `conditions`; of the one that `bench accelerator` writes,
 `accelerator`, one row for each thing measured; of the one by `.ci/weigh.py`, `weights`; of the one by
 `bench extract --peers`, `extraction`, one row a side; of the one by `bench networks`, `networks`; of the one by
-`bench lazy`, `lazy`, one row a side and list; of those by `launch/fuzz.py` and `launch/faults.py`, `fuzz` and `faults`.
+`bench lazy`, `lazy`, one row a side and list; of the one by `bench across`, `across`, likewise; of those by
+`launch/fuzz.py` and `launch/faults.py`, `fuzz` and `faults`.
+
+Several studies stand in one table where FILE names several, separated by commas: KIND `architectures`, one row a model
+of each network, or `fragile`, the components of each network that do most harm alone.
 """
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -283,11 +287,94 @@ def lazy_table(found: Row) -> str:
                     f"{row['macs_a_recording'] / 1e9:.2f}",
                     f"{row['bytes'] / 1e6:.1f}",
                     f"{row['eer']:.2f}",
-                    str(row["harmful_flips"]),
+                    "" if row["harmful_flips"] is None else str(row["harmful_flips"]),
                 ]
             )
     about = {_corpus(one["data"]): {**one, "utterances": one["recordings"]} for one in found["sets"]}
     return _markdown(rows) + _about_sets(about)
+
+
+def across_table(found: Row) -> str:
+    """Cascades of different networks beside single models on each list: errors, flips, time and bytes."""
+    head = ["on", "system", "flips allowed", "EER %", "against the last", "minDCF", "against the last", "harmful flips",
+            "go on", "time by trial", "by recording", "MB"]  # fmt: skip
+    rows = [head]
+    for one in found["sets"]:
+        for row in one["rows"]:
+            gated = row["alpha"] is not None
+            rows.append(
+                [
+                    _corpus(one["data"]),
+                    row["system"],
+                    f"{100 * row['alpha']:g} %" if gated else "",
+                    f"{row['eer']:.2f}",
+                    _change(row, "eer_change", 2),
+                    f"{row['min_dcf']:.3f}",
+                    _change(row, "min_dcf_change", 3),
+                    f"{100 * row['harmful_flip_rate']:.2f} %",
+                    f"{100 * row['escalated']:.1f} %" if gated else "",
+                    f"{row['trial_ratio']:.2f}",
+                    f"{row['recording_ratio']:.2f}",
+                    f"{row['bytes'] / 1e6:.2f}",
+                ]
+            )
+    about = {_corpus(one["data"]): {**one, "utterances": one["recordings"]} for one in found["sets"]}
+    return _markdown(rows) + _about_sets(about)
+
+
+def architectures_table(studies: Sequence[Row]) -> str:
+    """Several networks at each number of bits: size, errors, and paired changes against their own full precision.
+
+    Below it, for each network the fewest bits at which no set shows a loss of EER beyond chance: its knee.
+    """
+    sets = list(studies[0]["rows"][0]["sets"])
+    heads = [head for name in sets for head in (f"{name}, EER %", "against FP32", "minDCF", "against FP32")]
+    rows, knees = [["network", "bits", "weights", "MB", *heads]], []
+    for study in studies:
+        for row in study["rows"]:
+            cells = [study["network"], f"{row['bits']:g}", row["method"], f"{row['bytes'] / 1e6:.2f}"]
+            for name in sets:
+                found, change = row["sets"][name], changes_of(study, row, name)
+                cells += [f"{found['eer']:.2f}", _change(change, "eer_change", 2)]
+                cells += [f"{found['min_dcf']:.3f}", _change(change, "min_dcf_change", 3)]
+            rows.append(cells)
+        for method in dict.fromkeys(row["method"] for row in study["rows"][1:]):
+            bits = _knee(study, [row for row in study["rows"] if row["method"] == method])
+            knees.append(f"{study['network']}, {method}: {f'{bits:g}' if bits else 'none'}")
+    about = _about_sets({name: studies[0]["rows"][0]["sets"][name] for name in sets})
+    return f"{_markdown(rows)}\nFewest bits without a loss of EER beyond chance: {'; '.join(knees)}.\n{about}"
+
+
+def _knee(study: Row, rows: Sequence[Row]) -> float | None:
+    """The fewest bits down to which no row's EER rises beyond chance on any set; None where the most bits do."""
+    knee = None
+    for row in sorted(rows, key=lambda row: -row["bits"]):
+        found = [changes_of(study, row, name) for name in row["sets"]]
+        if any(one["eer_change"] > 0 and told_apart(one["eer_change_ci95"]) for one in found):
+            break
+        knee = row["bits"]
+    return knee
+
+
+def fragile_table(studies: Sequence[Row]) -> str:
+    """The components of each network that do most harm alone at the fewest bits, by their mean over the sets."""
+    rows = [["network", f"the {_MOST} components that do most harm alone: share of the drift, of the weights"]]
+    for study in studies:
+        mirrored = [
+            row for one in study["diagnosis"].values() for row in one["retention"] if row["experiment"] == "mirror"
+        ]
+        if not mirrored:
+            continue  # it was not diagnosed
+        bits = min(row["bits"] for row in mirrored)
+        found: dict[str, list[float]] = {}
+        for row in mirrored:
+            if row["bits"] == bits and row["drift_recovery"] is not None:
+                found.setdefault(row["component"], []).append(row["drift_recovery"])
+        weights = {row["component"]: 100 * row["parameters"] for row in mirrored}
+        worst = sorted(found, key=lambda name: -sum(found[name]) / len(found[name]))[:_MOST]
+        shown = [f"{name} {sum(found[name]) / len(found[name]):.0f} %, {weights[name]:.1f} %" for name in worst]
+        rows.append([f"{study['network']}, {bits} bits", "; ".join(shown)])
+    return _markdown(rows)
 
 
 def _corpus(data: str) -> str:
@@ -358,10 +445,19 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "networks": networks_table,
     "threshold": threshold_table,
     "lazy": lazy_table,
+    "across": across_table,
     "weights": weights_table,
     "fuzz": fuzz_table,
     "faults": faults_table,
 }
+
+TABLES_OF_SEVERAL: dict[str, Callable[[Sequence[Any]], str]] = {
+    "architectures": architectures_table,
+    "fragile": fragile_table,
+}
+"""Tables of one or more files, whose names are separated by commas."""
+
+_MOST = 5  # components that a table of fragile ones shows of a network
 
 
 def fill(text: str, directory: Path) -> str:
@@ -372,10 +468,15 @@ def fill(text: str, directory: Path) -> str:
     """
 
     def table(match: re.Match[str]) -> str:
-        if match[3] not in TABLES:
-            raise UserError(f"the table {match[3]!r} of {match[2]} must be one of {', '.join(TABLES)}")
+        known = [*TABLES, *TABLES_OF_SEVERAL]
+        if match[3] not in known:
+            raise UserError(f"the table {match[3]!r} of {match[2]} must be one of {', '.join(known)}")
         try:
-            return match[1] + TABLES[match[3]](_read(directory / match[2])) + match[4]
+            if match[3] in TABLES:
+                return match[1] + TABLES[match[3]](_read(directory / match[2])) + match[4]
+            # Studies from before they told their network's name go by that of their file.
+            studies = [{"network": Path(file).stem, **_read(directory / file)} for file in match[2].split(",")]
+            return match[1] + TABLES_OF_SEVERAL[match[3]](studies) + match[4]
         except (KeyError, TypeError, IndexError) as error:
             raise UserError(f"{directory / match[2]} is not a study's results: it lacks {error}") from error
 

@@ -42,6 +42,7 @@ def spec_of(options: QatOptions, bits: int) -> quant.QuantSpec:
         retention=options.retention,
         symmetric=options.symmetric,
         levels=options.levels,
+        only_smaller=False,  # what is trained at few bits may grow nested codebooks of more
     )
 
 

@@ -285,6 +285,30 @@ def test_gates_by_the_cost_of_utterances(run, tmp_path):
     assert here["utterance"]["harmful_flip_rate"] <= 0.01
 
 
+def test_gates_by_seconds(run, tmp_path):
+    """Levels that are different networks: a policy's costs, its front and what it saves are told in seconds."""
+    given = {"reference": "dev32.npz", "trials": "dev.txt", "out": "p.json", "alpha": 0.01}
+    for cost in ("sequential", "utterance"):
+        told = run(calibrate, *stages("dev", (2, 32)), cost=cost, seconds="0.001,0.5", **given)
+        policy = read_policy(tmp_path / "p.json")
+        here, front = policy.notes["here"], policy.notes["front"]
+        assert policy.seconds == (0.001, 0.5) and "at the last level 500.0 ms" in told.out
+        assert here["sequential_seconds"] == pytest.approx(0.001 + 0.5 * here["resolved"]["32"], rel=1e-5)
+        costs = [row[f"{cost}_seconds"] for row in front]
+        assert costs == sorted(costs) and here["harmful_flip_rate"] <= 0.01
+    run(cascade, *stages("new", (2, 32)), policy="p.json", trials="new.txt", json="c.json", replicates=0)
+    figures = json.loads((tmp_path / "c.json").read_text())
+    assert figures["seconds_a_recording"] == {"2": 0.001, "32": 0.5}
+    assert figures["saved"]["trial"] == pytest.approx(1 - figures["sequential_seconds"] / 0.5)
+    for words, message in (
+        (("--seconds=1",), r"`seconds` \(=1\) must be one number for each of 2 levels"),
+        (("--seconds=0,1",), r"--seconds \(=0,1\) must be above 0"),
+        (("--seconds=1,2", "--nested"), "--seconds.* not with nested codebooks"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(calibrate, *stages("dev", (2, 32)), *words, **given)
+
+
 def test_new_bits_count_only_where_codebooks_nest(run, tmp_path):
     told = {}
     for words in ((), ("--nested",)):

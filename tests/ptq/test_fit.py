@@ -322,3 +322,41 @@ def test_grouped_and_depthwise_convolutions_are_fitted():
     exact, before, after = (embed_all(m, DATA) for m in (reference, quantized, fitted))
     assert np.mean((after - exact) ** 2) < 0.5 * np.mean((before - exact) ** 2)
     assert quant.size_bytes(fitted.variables) == quant.size_bytes(quantized.variables)
+
+
+class Attending(SpeakerNetwork):
+    """Attention over frames, whose linear layers see every frame; one of them has no bias."""
+
+    features: int = 81
+    embedding_size: int = 8
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, features, lengths=None, train=False):
+        x = dense(12, "in")(features)
+        query, key = dense(12, "query")(x), nn.Dense(12, use_bias=False, name="key")(x)
+        weights = nn.softmax(query @ key.swapaxes(1, 2), axis=-1)
+        return dense(self.embedding_size, "head")(jnp.mean(x + weights @ x, axis=1))
+
+    @nn.nowrap
+    def parts(self):
+        return tuple(Part(name, name) for name in ("in", "query", "key", "head"))
+
+
+def test_linear_layers_that_see_every_frame_are_fitted():
+    registry.register("fit_attending", Attending)
+    variables = registry.initialize(registry.build("fit_attending"), jax.random.key(0))
+    reference = SpeakerModel("fit_attending", {}, "kiwano", jax.device_get(variables))
+    quantized = quantized_of(reference)
+    features = moments.random_features(frontend_of("kiwano"), DATA, 16, 0.5)
+    fitted = fit.fit(reference, quantized, features)
+
+    def embeddings(model):
+        return np.asarray(model.network().apply(quant.dequantize_params(model.variables), features))
+
+    exact, before, after = map(embeddings, (reference, quantized, fitted))
+    assert np.mean((after - exact) ** 2) < 0.5 * np.mean((before - exact) ** 2)
+    there = dict(named_leaves(quantized.variables["params"], quant.is_codebook_tensor))
+    for name, leaf in named_leaves(fitted.variables["params"], quant.is_codebook_tensor):
+        if name.endswith("kernel"):  # the head sees one vector a crop
+            assert np.array_equal(leaf.packed, there[name].packed) == (name == "head/kernel")

@@ -114,12 +114,30 @@ def test_any_magnitude_in_single_precision(scale):
         np.testing.assert_allclose(np.float64(found) / scale, plain, rtol=2e-2, atol=1e-2)
 
 
-def test_tensors_that_would_not_shrink_are_kept_where_the_rule_says_so():
+def test_tensors_that_would_not_shrink_are_kept_unless_the_rule_says_otherwise():
     params = {"small": {"kernel": RNG.standard_normal((9, 32)).astype(np.float32)}, "kernel": np.ones((600, 8), "f4")}
-    grown = quant.quantize_params(params, QuantSpec(8))
+    grown = quant.quantize_params(params, QuantSpec(8, only_smaller=False))
     assert quant.size_bytes(grown["small"]).total > quant.size_bytes(params["small"]).total
-    kept = quant.quantize_params(params, QuantSpec(8, only_smaller=True))
-    assert kept["small"]["kernel"] is params["small"]["kernel"] and quant.is_codebook_tensor(kept["kernel"])
+    for rules in ({"bits": 8}, {"rules": QuantSpec(8)}, {"rules": {"kernel$": 8}}):
+        kept = quant.quantize_params(params, **rules)
+        assert kept["small"]["kernel"] is params["small"]["kernel"] and quant.is_codebook_tensor(kept["kernel"])
+
+
+def test_what_would_not_shrink_costs_a_budget_its_own_bytes_and_no_error():
+    # 12 weights a channel shrink at 2 bits (8 + 3 bytes of 48) and not at 5 (64 + 8); 2 weights never do.
+    params = {"a": {"kernel": np.ones((12, 4), "f4")}, "b": {"kernel": np.ones((2, 4), "f4")}}
+    errors, sizes = quant.distortions(params, QuantSpec(8), all_bits=(2, 5))
+    assert sizes == {"a/kernel": {2: 4 * 11, 5: 4 * 48}} and errors["a/kernel"][5] == 0
+    kept = quant.quantize_params(params, quant.rules_of({"a/kernel": 5}, QuantSpec(8)))
+    assert kept["a"]["kernel"] is params["a"]["kernel"]
+
+
+def test_nested_codebooks_grow_wherever_the_coarse_network_holds_a_tensor():
+    # 11 weights a channel shrink at 2 bits, not at 2 and 4: what is packed goes on, what is not stays.
+    params = {"a": {"kernel": RNG.standard_normal((11, 4)).astype("f4")}, "b": {"kernel": np.ones((2, 4), "f4")}}
+    coarse = quant.quantize_params(params, bits=2)
+    latents, books = quant.grow_codebooks(params, coarse, QuantSpec(4, coarse=(2,)))
+    assert set(books) == {"a/kernel"} and latents["b"]["kernel"] is params["b"]["kernel"]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def shapes(name):
 @functools.cache
 def size(name, bits):
     rules = [
-        quant.QuantRule("params/.*kernel$", quant.QuantSpec(bits)),
+        quant.QuantRule("params/.*kernel$", quant.QuantSpec(bits, only_smaller=False)),  # the paper counts all
         # Biases beside quantized kernels are kept in half precision; those of batch normalisation are not.
         quant.QuantRule(r"params/.*(fc\d|attention\d|linear)/bias$", quant.QuantSpec(16)),
     ]

@@ -169,6 +169,57 @@ def test_a_threshold_stands_with_its_intervals_and_what_it_did_to_others(tmp_pat
     assert filled[4] == "| the same, on b | 11, 9,000 trials | 11.8 % | 0.05 % |"
 
 
+def test_networks_stand_side_by_side(tmp_path):
+    def row(bits, change, interval):
+        found = {"eer": 3.0, "eer_change": change, "eer_change_ci95": interval, "min_dcf": 0.5}
+        found |= {"min_dcf_change": 0.1, "min_dcf_change_ci95": [-0.1, 0.2], "trials": 9}
+        return {"bits": bits, "method": "without training", "bytes": 2_000_000, "sets": {"a": found}}
+
+    full = {
+        "bits": 32,
+        "method": "full precision",
+        "bytes": 8e6,
+        "sets": {"a": {"eer": 2.0, "min_dcf": 0.4, "trials": 9}},
+    }
+    mirror = {"experiment": "mirror", "bits": 2, "parameters": 0.25}
+    retention = [
+        mirror | {"component": name, "drift_recovery": drift} for name, drift in (("stem", 9.0), ("head", 70.2))
+    ]
+    about = {"network": "one", "diagnosis": {"a": {"retention": retention}}}
+    studies = {
+        # At 4 bits the change may be chance, at 3 it is not: what lies below does not count.
+        "a.json": about | {"rows": [full, row(4, 0.2, [-0.1, 0.5]), row(3, 0.9, [0.1, 2.0]), row(2, 0.1, [-0.1, 0.3])]},
+        "b.json": about | {"network": "two", "rows": [full, row(8, 0.3, [0.1, 0.5])]},
+    }
+    for name, study in studies.items():
+        (tmp_path / name).write_text(json.dumps(study))
+    text = "<!-- table: a.json,b.json KIND -->\n<!-- end -->"
+    filled = tables.fill(text.replace("KIND", "architectures"), tmp_path).splitlines()
+    assert filled[1] == "| network | bits | weights | MB | a, EER % | against FP32 | minDCF | against FP32 |"
+    assert filled[3] == "| one | 32 | full precision | 8.00 | 2.00 |  | 0.400 |  |"
+    assert filled[5].startswith("| one | 3 | without training | 2.00 | 3.00 | **+0.90 [+0.10, +2.00]** | 0.500 |")
+    assert (
+        filled[10]
+        == "Fewest bits without a loss of EER beyond chance: one, without training: 4; two, without training: none."
+    )
+    filled = tables.fill(text.replace("KIND", "fragile"), tmp_path).splitlines()
+    assert filled[3] == "| one, 2 bits | head 70 %, 25.0 %; stem 9 %, 25.0 % |"
+
+
+def test_cascades_across_networks_have_a_row_a_system_and_list(tmp_path):
+    base = {"eer": 2.5, "min_dcf": 0.25, "eer_change": 0.5, "eer_change_ci95": [0.25, 0.75], "min_dcf_change": 0.0}
+    base |= {"min_dcf_change_ci95": None, "harmful_flip_rate": 0.0125, "trial_ratio": 0.5, "recording_ratio": 0.75}
+    rows = [base | {"system": "a > b", "alpha": 0.005, "escalated": 0.25, "bytes": 3e6}]
+    rows += [base | {"system": "a", "alpha": None, "escalated": 0.0, "bytes": 1e6}]
+    one = {"data": "x/words/dev", "trials": 9, "targets": 3, "speakers": 2, "recordings": 4, "rows": rows}
+    (tmp_path / "r.json").write_text(json.dumps({"sets": [one]}))
+    filled = tables.fill("<!-- table: r.json across -->\n<!-- end -->", tmp_path).splitlines()
+    change = "2.50 | **+0.50 [+0.25, +0.75]** | 0.250 |  | 1.25 %"
+    assert filled[3] == f"| words | a > b | 0.5 % | {change} | 25.0 % | 0.50 | 0.75 | 3.00 |"
+    assert filled[4] == f"| words | a |  | {change} |  | 0.50 | 0.75 | 1.00 |"
+    assert filled[6] == "words: 9 trials, 3 of them targets, 2 speakers, 4 utterances."
+
+
 def test_mistakes(tmp_path):
     with pytest.raises(
         UserError,

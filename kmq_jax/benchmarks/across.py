@@ -1,0 +1,267 @@
+"""Cascades of different networks, such as CAM++ before ResNet34, beside single models: seconds, bytes, errors, flips.
+
+What counts is time: bits say nothing of how much two networks compute. So each model is timed on the same recordings,
+in turns, and gates are chosen by those seconds. Scores of two networks have no scale in common: every level has a map
+to the last model's scores, from other speakers than those that it decides.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kmq_jax import quant
+from kmq_jax.benchmarks.options import AcrossBench
+from kmq_jax.benchmarks.timing import Figures, in_turns, medians
+from kmq_jax.cascade.fit import Calibration, fit, pareto, split_speakers
+from kmq_jax.cascade.options import CalibrationOptions
+from kmq_jax.cascade.policy import CascadePolicy
+from kmq_jax.cascade.run import run
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import write_json
+from kmq_jax.data import source
+from kmq_jax.metrics.paired import Errors
+from kmq_jax.models.speaker_model import SpeakerModel, embed_all, fingerprint, load_model
+from kmq_jax.scoring.levels import LevelScores, parse_levels, score_levels
+from kmq_jax.scoring.table import read_embeddings, write_embeddings
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A model and where it lies.
+
+    Attributes:
+        name: as tables show it, the file's.
+        place: the MODEL.
+        loaded: from there.
+        mark: its fingerprint.
+        bytes: as packed.
+    """
+
+    name: str
+    place: str
+    loaded: SpeakerModel
+    mark: str
+    bytes: int
+
+    @classmethod
+    def read(cls, place: str) -> "Model":
+        """Reads a MODEL."""
+        loaded = load_model(place)
+        return cls(Path(place).stem, place, loaded, fingerprint(loaded), quant.size_bytes(loaded.variables).total)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class System:
+    """A cascade of two models, or one model alone.
+
+    Attributes:
+        levels: bits and MODEL of each level, ascending.
+        alpha: harmful flips a trial that its gates may make; None of one model.
+    """
+
+    levels: tuple[tuple[int, str], ...]
+    alpha: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """A trial list with the scores of every model.
+
+    Attributes:
+        data: the DATA.
+        joined: the trials and their sides; its scores are the last model's.
+        scores: `[trials]` float32, by MODEL.
+        seconds: a recording takes, by MODEL.
+        recordings: how many there are.
+    """
+
+    data: str
+    joined: LevelScores
+    scores: Mapping[str, np.ndarray]
+    seconds: Mapping[str, float]
+    recordings: int
+
+    def calibration(self, system: System, reference: str) -> Calibration:
+        """The scores of a system's levels beside the reference's."""
+        sides = self.joined.sides
+        return Calibration(
+            tuple(bits for bits, _ in system.levels),
+            np.stack([self.scores[place] for _, place in system.levels]),
+            self.scores[reference],
+            self.joined.trials.label,
+            sides.enrol_speaker,
+            sides.test_speaker,
+            reference_level=system.levels[-1][1] == reference,
+            enrol=sides.enrol,
+            test=sides.test,
+        )
+
+
+def compare(options: AcrossBench) -> Figures:
+    """Measures all systems on all lists. Policies come from the first list, and never decide their own speakers."""
+    first = parse_levels(options.first, "first", "MODEL")
+    ((top, last),) = parse_levels([options.last], "last", "MODEL")
+    if late := [bits for bits, _ in first if bits >= top]:
+        raise UserError(f"`first` (={late[0]}) must have fewer bits than the last model's {top}")
+    places = dict.fromkeys([last, *(place for _, place in first), *options.beside])
+    models = {place: Model.read(place) for place in places}
+    if len({model.name for model in models.values()}) < len(models):
+        raise UserError("`first`, `last` and `beside` must name files of different names")
+    alone = [(top, last), *first, *((top, place) for place in options.beside)]
+    systems = [System((level,)) for level in dict.fromkeys(alone)]
+    systems += [System((level, (top, last)), alpha) for level in first for alpha in options.alpha]
+    tasks = [task_of(models, last, data, listed, options) for data, listed in zip(options.data, options.trials)]
+    return {
+        "sets": [
+            {
+                "data": task.data,
+                "trials": len(task.joined.trials),
+                "targets": int(task.joined.trials.label.sum()),
+                "speakers": len(np.union1d(task.joined.sides.enrol_speaker, task.joined.sides.test_speaker)),
+                "recordings": task.recordings,
+                "rows": [judge(system, models, tasks[0], task, options) for system in systems],
+            }
+            for task in tasks
+        ],
+        "cost": options.cost,
+        "engine": options.engine,
+        "timed": options.recordings,
+        "repeats": options.repeats,
+    }
+
+
+def task_of(models: Mapping[str, Model], last: str, data: str, listed: str, options: AcrossBench) -> Task:
+    """Embeds a set by every model, scores its list, and times the models on some of its recordings."""
+    utterances = source.open_source(data)
+    files = {place: embedded(model, data, utterances, options) for place, model in models.items()}
+    joined = score_levels([(1, str(files[last]))], None, listed)
+    scores = {place: score_levels([(1, str(file))], None, listed).scores[0] for place, file in files.items()}
+    rows = np.unique(np.linspace(0, len(utterances) - 1, options.recordings).astype(int))
+    some = utterances.select(rows)
+
+    def run_model(model: Model) -> None:
+        embed_all(model.loaded, some, engine=options.engine)
+
+    sides = {place: functools.partial(run_model, model) for place, model in models.items()}
+    seconds = {place: value / len(rows) for place, value in medians(in_turns(sides, options.repeats)).items()}
+    return Task(data, joined, scores, seconds, len(utterances))
+
+
+def embedded(model: Model, data: str, utterances: source.Utterances, options: AcrossBench) -> Path:
+    """The embeddings of a set by a model: a file of the directory that holds them, or a new one."""
+    options.kept.mkdir(parents=True, exist_ok=True)
+    for path in sorted(options.kept.glob("*.npz")):
+        table = read_embeddings(str(path))
+        if table.model == model.mark and set(utterances.ids) <= set(table.ids):
+            return path
+    path = options.kept / f"{model.name}-{'-'.join(Path(data).parts[-2:])}.npz"
+    made = embed_all(model.loaded, utterances, engine=options.engine)
+    write_embeddings(path, utterances.ids, utterances.paths, utterances.speakers, made, model.mark)
+    return path
+
+
+def policy_of(system: System, data: Calibration, seconds: Sequence[float], cost: str) -> CascadePolicy:
+    """The cheapest gates by time, on the trials of `data`; of one model its map alone."""
+    policy = dataclasses.replace(fit(data), seconds=tuple(seconds))
+    if system.alpha is None:
+        return policy
+    how = CalibrationOptions(alpha=system.alpha, cost=cost, seconds=tuple(seconds))
+    return pareto(data, policy, how)[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decided:
+    """What a system did with some trials.
+
+    Attributes:
+        data: the trials.
+        score: `[trials]`, what errors are counted by.
+        accept: `[trials]` bool, at the policy's threshold.
+        wanted: `[trials]` bool, what the reference decides there.
+        trials: `[levels]`, the share of the trials that each level scores.
+        recordings: `[levels]`, the share of the recordings that each level embeds.
+    """
+
+    data: Calibration
+    score: np.ndarray
+    accept: np.ndarray
+    wanted: np.ndarray
+    trials: np.ndarray
+    recordings: np.ndarray
+
+
+def decide(policy: CascadePolicy, data: Calibration) -> Decided:
+    """Runs a policy over trials."""
+    assert data.enrol is not None and data.test is not None
+    outcome = run(policy, data.scores, data.enrol, data.test)
+    highest = np.full(max(data.enrol.max(), data.test.max()) + 1, -1)
+    for side in (data.enrol, data.test):
+        np.maximum.at(highest, side, outcome.level)
+    levels, highest = np.arange(len(policy.bits)), highest[highest >= 0]
+    # A map makes ties, which a model alone has not: its errors are those of its own scores.
+    score = outcome.score if len(levels) > 1 else data.scores[0]
+    shares = (np.mean(reached[:, None] >= levels, axis=0) for reached in (outcome.level, highest))
+    return Decided(data, score, outcome.accept, data.reference >= policy.threshold, *shares)
+
+
+def judge(system: System, models: Mapping[str, Model], base: Task, task: Task, options: AcrossBench) -> Figures:
+    """What a system does on a list, and what changes against the last model alone on the same trials.
+
+    Returns:
+        `eer` (percent), `min_dcf` and their paired changes; `harmful_flip_rate`, `beneficial_flip_rate`; `escalated`,
+        the share of trials that go on; `trial_ratio` and `recording_ratio`, the time that the tested recording of a
+        trial takes, and each recording where it is embedded once at every level that some trial needs, in parts of the
+        last model's; `bytes` of all its models.
+    """
+    last = options.last.partition(":")[2]
+    whole, seconds = base.calibration(system, last), [base.seconds[place] for _, place in system.levels]
+    parts = [(whole, task.calibration(system, last))]
+    if task is base:
+        one, two = split_speakers(whole, 0.5, 0)
+        parts = [(one, two), (two, one)]
+    decided = [decide(policy_of(system, known, seconds, options.cost), new) for known, new in parts]
+    labels, enrol, test, reference = (
+        np.concatenate([getattr(part.data, key) for part in decided])
+        for key in ("labels", "enrol_speaker", "test_speaker", "reference")
+    )
+    score, accept, wanted = (
+        np.concatenate([getattr(part, key) for part in decided]) for key in ("score", "accept", "wanted")
+    )
+    errors, theirs = (
+        Errors.of(scores, labels, enrol, test, replicates=options.replicates) for scores in (score, reference)
+    )
+    trials, recordings = (np.mean([getattr(p, key) for p in decided], axis=0) for key in ("trials", "recordings"))
+    ratios = np.array([task.seconds[place] for _, place in system.levels]) / task.seconds[last]
+    return {
+        "system": " > ".join(models[place].name for _, place in system.levels),
+        "alpha": system.alpha,
+        "eer": errors.eer,
+        "min_dcf": errors.min_dcf,
+        **errors.minus(theirs),
+        "harmful_flip_rate": float(np.mean((wanted == labels) & (accept != labels))),
+        "beneficial_flip_rate": float(np.mean((wanted != labels) & (accept == labels))),
+        "escalated": float(trials[-1]) if len(system.levels) > 1 else 0.0,
+        "trial_ratio": float(trials @ ratios),
+        "recording_ratio": float(recordings @ ratios),
+        "bytes": sum(models[place].bytes for place in dict.fromkeys(place for _, place in system.levels)),
+    }
+
+
+def main(options: AcrossBench) -> None:
+    """Prints the comparison."""
+    found = compare(options)
+    for one in found["sets"]:
+        print(f"{one['data']}: {one['trials']:,} trials, {one['speakers']} speakers, {one['recordings']:,} recordings")
+        for row in one["rows"]:
+            gates = "" if row["alpha"] is None else f" (flips at most {100 * row['alpha']:g} %)"
+            print(
+                f"  {row['system']}{gates}: EER {row['eer']:.2f} %, "
+                f"harmful flips {100 * row['harmful_flip_rate']:.2f} %, {100 * row['escalated']:.1f} % go on; "
+                f"of the last model's time {row['trial_ratio']:.2f} by trial, "
+                f"{row['recording_ratio']:.2f} by recording; {row['bytes'] / 1e6:.2f} MB"
+            )
+    if options.json:
+        write_json(options.json, found)

@@ -1,0 +1,104 @@
+"""Cascades of different networks: maps from other speakers, gates by time, shares counted by hand."""
+
+import types
+
+import numpy as np
+import pytest
+
+from kmq_jax.benchmarks import across
+from kmq_jax.benchmarks.options import AcrossBench
+from kmq_jax.cascade.policy import CascadePolicy
+from kmq_jax.core.errors import UserError
+from kmq_jax.metrics.calibration import AffineMap
+from kmq_jax.metrics.detection import eer
+
+SPEAKERS, EACH = 16, 4
+GIVEN = {"first": ("2:small.kmq",), "last": "32:big.kmq", "data": ("d",), "trials": ("t",), "kept": "k"}
+
+
+def task(seed, scale):
+    """Trials of all pairs; the small model's scores lie on a scale of its own."""
+    rng = np.random.default_rng(seed)
+    owner = np.repeat(np.arange(SPEAKERS), EACH)
+    enrol, test = np.triu_indices(len(owner), 1)
+    label = owner[enrol] == owner[test]
+    big = (0.3 * label + 0.1 * rng.standard_normal(len(enrol))).astype(np.float32)
+    small = (scale * (big + 0.08 * rng.standard_normal(len(enrol))) - 1).astype(np.float32)
+    sides = types.SimpleNamespace(enrol=enrol, test=test, enrol_speaker=owner[enrol], test_speaker=owner[test])
+    joined = types.SimpleNamespace(sides=sides, trials=types.SimpleNamespace(label=label))
+    return across.Task(
+        "d", joined, {"small.kmq": small, "big.kmq": big}, {"small.kmq": 0.1, "big.kmq": 0.4}, len(owner)
+    )
+
+
+def model(name, size):
+    return across.Model(name, f"{name}.kmq", None, name, size)
+
+
+MODELS = {"small.kmq": model("small", 10), "big.kmq": model("big", 100)}
+SMALL, BIG = (2, "small.kmq"), (32, "big.kmq")
+
+
+def judged(system, base, new, **more):
+    options = AcrossBench(**GIVEN, replicates=20, **more)
+    return across.judge(system, MODELS, base, new, options)
+
+
+def test_a_cascade_costs_the_first_model_always_and_the_last_for_what_is_in_doubt():
+    base, new = task(0, 3.0), task(1, 3.0)
+    row = judged(across.System((SMALL, BIG), 0.01), base, new)
+    assert row["system"] == "small > big" and row["bytes"] == 110
+    assert 0 < row["escalated"] < 0.7
+    assert row["trial_ratio"] == pytest.approx(0.25 + row["escalated"])
+    assert row["trial_ratio"] < row["recording_ratio"] <= 1.25  # most recordings are in some trial in doubt
+    assert row["harmful_flip_rate"] < 0.02
+    # A second scale that falls apart is mapped alike: what counts is order.
+    again = judged(across.System((SMALL, BIG), 0.01), task(0, 30.0), task(1, 30.0))
+    assert again["escalated"] == pytest.approx(row["escalated"], abs=0.01)
+
+
+def test_models_alone_err_as_their_own_scores_do_and_flip_as_their_maps_say():
+    base, new = task(0, 3.0), task(1, 3.0)
+    label = new.joined.trials.label
+    for level, cost, size in ((SMALL, 0.25, 10), (BIG, 1.0, 100)):
+        row = judged(across.System((level,)), base, new)
+        assert row["eer"] == pytest.approx(100 * eer(new.scores[level[1]], label)[0])
+        assert (row["trial_ratio"], row["recording_ratio"], row["escalated"]) == (pytest.approx(cost), cost, 0.0)
+        assert row["bytes"] == size
+    assert row["harmful_flip_rate"] == 0 and row["eer_change"] == 0  # the last model beside itself
+    small = judged(across.System((SMALL,)), base, new)
+    assert 0.01 < small["harmful_flip_rate"] < 0.3  # at its raw scale every decision would be another
+
+
+def test_the_first_list_is_decided_by_policies_of_other_speakers(monkeypatch):
+    base, seen = task(0, 3.0), []
+    make = across.policy_of
+
+    def watched(system, data, seconds, cost):
+        seen.append(set(data.enrol_speaker) | set(data.test_speaker))
+        return make(system, data, seconds, cost)
+
+    monkeypatch.setattr(across, "policy_of", watched)
+    judged(across.System((SMALL, BIG), 0.01), base, base)
+    assert len(seen) == 2 and not seen[0] & seen[1]
+
+
+def test_shares_by_hand():
+    """Three recordings; the trial of the last two alone goes on."""
+    same = AffineMap(1.0, 0.0)
+    policy = CascadePolicy((2, 32), (same, same), ((0.4, 0.6),), 0.5)
+    scores = np.float32([[0.9, 0.1, 0.55], [0.9, 0.1, 0.2]])
+    sides = np.array([0, 0, 1]), np.array([1, 2, 2])
+    data = across.Calibration((2, 32), scores, scores[1], np.array([True, False, False]), *sides, True, *sides)
+    found = across.decide(policy, data)
+    assert found.accept.tolist() == [True, False, False]
+    assert found.trials.tolist() == pytest.approx([1, 1 / 3]) and found.recordings.tolist() == pytest.approx([1, 2 / 3])
+
+
+def test_mistakes():
+    with pytest.raises(UserError, match="`first`"):
+        AcrossBench(**{**GIVEN, "first": ()})
+    with pytest.raises(UserError, match="`trials`"):
+        AcrossBench(**{**GIVEN, "trials": ()})
+    with pytest.raises(UserError, match=r"`first` \(=32\) must have fewer bits than the last model's 4"):
+        across.compare(AcrossBench(**{**GIVEN, "first": ("32:a.kmq",), "last": "4:b.kmq"}))
