@@ -240,11 +240,12 @@ class LazyBench(Rounds):
     The cascade embeds every recording at its first level and only those in doubt at the next. Where a list uses each
     recording in many trials, as evaluation lists do, nearly all of them are in doubt somewhere; --uses=1 thins the list
     to trials of fresh recordings, as a service sees them. Compilation is not counted. --data and --trials may be
-    repeated, as pairs: in and out of domain. `tables` writes the JSON as a table of the kind `lazy`.
+    repeated, as pairs: in and out of domain. With several --cascade their seconds tell which levels to take. `tables`
+    writes the JSON as a table of the kind `lazy`.
     """
 
-    cascade: str = option("directory of a policy and its models", metavar="DIR")
-    reference: str | None = option("full-precision MODEL; left out: the cascade's last", None, metavar="MODEL")
+    cascade: tuple[str, ...] = option("directory of a policy and its models; repeatable", metavar="DIR")
+    reference: str | None = option("full-precision MODEL; left out: the first cascade's last", None, metavar="MODEL")
     data: tuple[str, ...] = option("recordings: any DATA form; once for each list", metavar="DATA")
     trials: tuple[str, ...] = option("trial list, or synthetic:SPLIT; once for each --data", metavar="TRIALS")
     uses: int = option("trials that a recording takes part in at most; 0: all", 1, at_least=0)
@@ -261,6 +262,8 @@ class LazyBench(Rounds):
             raise UserError(f"`trials` (={len(self.trials)} given) must be one for each of {len(self.data)} --data")
         if len({"cascade", "full precision", *self.beside}) < 2 + len(self.beside):
             raise UserError("`beside` names a model twice")
+        if not self.cascade or len({Path(place).name for place in self.cascade}) < len(self.cascade):
+            raise UserError("`cascade` is needed, and none by another's name")
 
 
 @dataclass(frozen=True, kw_only=True)

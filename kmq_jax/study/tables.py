@@ -262,20 +262,20 @@ def networks_table(found: Row) -> str:
 
 
 def lazy_table(found: Row) -> str:
-    """A cascade beside single models on each list: time, multiplications, bytes and errors."""
+    """Cascades beside single models on each list: time, multiplications, bytes and errors; where none wins, says so."""
     head = ["on", "system", "escalated", "detector, us a trial", "ms a trial", "ms a recording", "of full precision",
             "G multiplications a trial", "a recording", "MB held", "EER %", "harmful flips"]  # fmt: skip
-    rows = [head]
+    rows, verdicts = [head], []
     for one in found["sets"]:
         for row in one["rows"]:
-            own = row["system"] == "cascade"
-            detector = f"{one['detector_microseconds_a_trial']:.2f}" if own else ""
+            # Files of before had one cascade, whose figures stood beside the rows.
+            own = row if "escalated" in row else one if row["system"] == "cascade" else {}
             rows.append(
                 [
                     _corpus(one["data"]),
                     row["system"].rpartition("/")[2],
-                    f"{100 * one['escalated']:.1f} %" if own else "",
-                    detector,
+                    f"{100 * own['escalated']:.1f} %" if own else "",
+                    f"{own['detector_microseconds_a_trial']:.2f}" if own else "",
                     f"{1e3 * row['seconds_a_trial']:.1f}",
                     f"{1e3 * row['seconds_a_recording']:.1f}",
                     f"{row['ratio']:.2f}",
@@ -286,8 +286,12 @@ def lazy_table(found: Row) -> str:
                     str(row["harmful_flips"]),
                 ]
             )
+            if row.get("beaten_by"):
+                better = ", ".join(name.rpartition("/")[2] for name in row["beaten_by"])
+                verdicts.append(f"On {_corpus(one['data'])}, {row['system']} does not win: {better} takes no longer and "
+                                "flips no more trials.")  # fmt: skip
     about = {_corpus(one["data"]): {**one, "utterances": one["recordings"]} for one in found["sets"]}
-    return _markdown(rows) + _about_sets(about)
+    return _markdown(rows) + _about_sets(about) + "".join(f"\n{line}\n" for line in verdicts)
 
 
 def _corpus(data: str) -> str:
