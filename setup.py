@@ -19,6 +19,7 @@ class BuildKernels(build_py):
     """Compiles the kernels into the package."""
 
     def run(self) -> None:
+        """Builds the package, and the kernels within."""
         super().run()
         import jaxlib
 
@@ -35,6 +36,7 @@ class KernelWheel(bdist_wheel):
     """A wheel of one platform, for every version of Python: the libraries know nothing of it."""
 
     def get_tag(self) -> tuple[str, str, str]:
+        """The tag of Python, of its binary interface, and of the platform."""
         return "py3", "none", super().get_tag()[2]
 
 
@@ -42,6 +44,7 @@ class KernelDistribution(Distribution):
     """A package that is not pure."""
 
     def has_ext_modules(self) -> bool:
+        """Yes."""
         return True
 
 

@@ -110,10 +110,11 @@ def compare_on(
     """Measures cascades and single models on one list.
 
     Returns:
-        What the list holds, and `rows`, one a side: `seconds` in all, a trial and a recording; multiplications likewise;
-        `bytes` held; `eer` in percent; `harmful_flips`, trials that full precision decides right and this side wrong, at
-        the policy's threshold (for single models, that of the first cascade). Cascades' rows also tell how many trials
-        were `escalated`, what was `embedded`, what the detector costs, and which single models they are `beaten_by`.
+        What the list holds, and `rows`, one a side: `seconds` in all, a trial and a recording; multiplications
+        likewise; `bytes` held; `eer` in percent; `harmful_flips`, trials that full precision decides right and this
+        side wrong, at the policy's threshold (for single models, that of the first cascade). Cascades' rows also tell
+        how many trials were `escalated`, what was `embedded`, what the detector costs, and which single models they are
+        `beaten_by`.
     """
     pairs = task.pairs
     found: dict[str, np.ndarray] = {}
@@ -137,7 +138,7 @@ def compare_on(
         right = (found[FULL] >= threshold) == pairs.label
         rows[name] = {
             "system": name,
-            **_costs(task, cascades[name]) if name in cascades else _single_costs(task, models[name]),
+            **(_costs(task, cascades[name]) if name in cascades else _single_costs(task, models[name])),
             "seconds": seconds[name],
             "ratio": seconds[name] / seconds[FULL],
             "eer": 100 * float(eer(found[name], pairs.label)[0]),
@@ -223,8 +224,8 @@ def _about(row: Row) -> str:
     """What is told of a cascade alone."""
     embedded = ", ".join(f"{count:,} at {bits} bits" for bits, count in row["embedded"].items())
     better = ", ".join(row["beaten_by"])
+    verdict = f"does not win: {better} takes no longer and flips no more" if better else "no single model beats it"
     return (
         f"{100 * row['escalated']:.1f} % escalated; embedded: {embedded}; the detector: "
-        f"{row['detector_microseconds_a_trial']:.2f} microseconds a trial; "
-        + (f"does not win: {better} is as fast and flips no more" if better else "no single model is as fast and as safe")
+        f"{row['detector_microseconds_a_trial']:.2f} microseconds a trial; {verdict}"
     )

@@ -45,6 +45,51 @@ class Rounds(Bench):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActivationsBench(Bench):
+    """What 8-bit activations cost in errors: models beside the same bits with floating-point activations.
+
+    Every model embeds every list; differences of EER come with their paired 95 % interval over draws of speakers.
+    --data and --trials may be repeated, as pairs. `tables` writes the JSON as a table of the kind `activations`.
+    """
+
+    reference: str = option("full-precision MODEL", metavar="MODEL")
+    pair: tuple[str, ...] = option(
+        "a name, a MODEL with 8-bit activations, and the one beside it; repeatable", metavar="NAME=MODEL,MODEL"
+    )
+    data: tuple[str, ...] = option("recordings: any DATA form; once for each list", metavar="DATA")
+    trials: tuple[str, ...] = option("trial list, or synthetic:SPLIT; once for each --data", metavar="TRIALS")
+    engine: Engine = option("what runs all networks", "auto")
+    replicates: int = option("bootstrap draws of speakers; 0: no intervals", 1000, at_least=0, at_most=100_000)
+
+    def __post_init__(self) -> None:
+        """See `Options`; also checks what goes together."""
+        super().__post_init__()
+        if not self.data or len(self.data) != len(self.trials):
+            raise UserError(f"`trials` (={len(self.trials)} given) must be one for each of {len(self.data)} --data")
+        if not self.named_pairs:
+            raise UserError("`pair` is needed at least once")
+
+    @property
+    def named_pairs(self) -> list[tuple[str, str, str]]:
+        """Of each pair its name, the model with 8-bit activations, and the one beside it.
+
+        >>> ActivationsBench(reference="f", pair=("W4A8=a.kmq,b.kmq",), data=("d",), trials=("t",)).named_pairs
+        [('W4A8', 'a.kmq', 'b.kmq')]
+
+        Raises:
+            UserError: one has another form.
+        """
+        found = []
+        for given in self.pair:
+            name, _, models = given.partition("=")
+            ours, _, beside = models.partition(",")
+            if not (name and ours and beside):
+                raise UserError(f"`pair` (={given}) must be NAME=MODEL,MODEL")
+            found.append((name, ours, beside))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class AcceleratorBench(Options):
     """Speed on an accelerator: training steps, input, extraction, scores; beside PyTorch if installed.
 
@@ -334,6 +379,7 @@ class PodsBench(Bench):
 
 BENCHMARKS: dict[str, type[Options]] = {
     "accelerator": AcceleratorBench,
+    "activations": ActivationsBench,
     "cascade": CascadeBench,
     "data": DataBench,
     "diagnose": DiagnoseBench,

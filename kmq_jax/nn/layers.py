@@ -74,8 +74,8 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (*moves.taps, x.shape[-1] // self.groups, self.channels))
         bias = self.param("bias", zeros, (self.channels,)) if self.use_bias else None
         x, kernel, step = integers.levels(self, x, kernel)
-        # The parameter stays float32; only the arithmetic is in the compute dtype. Levels are exact in bfloat16, too, but
-        # their sums are beyond float16.
+        # The parameter stays float32; only the arithmetic is in the compute dtype. Levels are exact in bfloat16, too,
+        # but their sums are beyond float16.
         dtype = self.dtype if step is None or self.dtype != jnp.float16 else jnp.float32
         y = convolve(x.astype(dtype), kernel.astype(dtype), moves)
         if step is not None:

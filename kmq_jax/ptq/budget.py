@@ -7,7 +7,9 @@ of its k-means codebook. The bits of all tensors are then those of the least dam
 """
 
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -32,7 +34,7 @@ class Sensitivities:
     """What an allocation needs to know of each tensor, by name.
 
     Attributes:
-        model: fingerprint of the model that was measured.
+        model: what was measured, from `mark_of`.
         traces: of the Hessian, divided by the tensor's elements.
         errors: squared error by bits.
         sizes: bytes of indices and codebooks by bits.
@@ -84,14 +86,40 @@ class Sensitivities:
         return sum(bits * self.weights[name] for name, bits in bits_of.items()) / sum(self.weights.values())
 
 
+def mark_of(fingerprint: str, rules: Sequence[quant.QuantRule], data: str) -> str:
+    """Sixteen hexadecimal digits that tell what was measured: the model, the tensors, their codebooks and the data.
+
+    Args:
+        fingerprint: the model's.
+        rules: which tensors; the bits in them do not matter.
+        data: as in `quantize_model`.
+    """
+    kinds = [
+        [rule.pattern, rule.spec and dataclasses.asdict(dataclasses.replace(rule.spec, bits=8, only_smaller=False))]
+        for rule in rules
+    ]
+    return hashlib.sha256(json.dumps([fingerprint, kinds, data]).encode()).hexdigest()[:16]
+
+
+def loss_of(reference: SpeakerModel, quantized: SpeakerModel, features: jax.Array) -> float:
+    """One minus the cosine of two models' embeddings, on average over features `[batch, time, mel]`."""
+
+    def embedded(model: SpeakerModel) -> np.ndarray:
+        variables = quant.dequantize_params(model.variables, model.bits, np.float32)
+        rows = np.asarray(model.network().without_remat().apply(variables, features, train=False), np.float64)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    return float(np.mean(1 - np.sum(embedded(reference) * embedded(quantized), axis=1)))
+
+
 def measure(
-    model: SpeakerModel, fingerprint: str, rules: quant.transform.Rules, features: jax.Array, draws: int = _DRAWS
+    model: SpeakerModel, mark: str, rules: quant.transform.Rules, features: jax.Array, draws: int = _DRAWS
 ) -> Sensitivities:
     """Measures every tensor that rules quantize.
 
     Args:
         model: in full precision.
-        fingerprint: the model's.
+        mark: from `mark_of`.
         rules: which tensors; the bits in them do not matter.
         features: `[batch, time, mel]`; the first crops are used.
         draws: random vectors that traces are estimated by.
@@ -117,7 +145,7 @@ def measure(
     rest = sum(np.asarray(leaf).nbytes for leaf in kept)
     arrays = len(named_leaves(variables)) + 2 * len(errors)
     weights = {name: int(leaves[name].size) for name in errors}
-    return Sensitivities(fingerprint, traces, errors, sizes, weights, rest + _HEADER * arrays)
+    return Sensitivities(mark, traces, errors, sizes, weights, rest + _HEADER * arrays)
 
 
 def allocate(found: Sensitivities, average: float | None = None, size: int | None = None) -> dict[str, int]:

@@ -6,7 +6,7 @@ by, with paired intervals, `cascades`, one row a cascade and evaluation set, or 
 alone. Of the file that `conditions` writes, KIND is `conditions`; of the one that `bench accelerator` writes,
 `accelerator`, one row for each thing measured; of the one by `.ci/weigh.py`, `weights`; of the one by
 `bench extract --peers`, `extraction`, one row a side; of the one by `bench networks`, `networks`; of the one by
-`bench lazy`, `lazy`, one row a side and list.
+`bench lazy`, `lazy`, one row a side and list; of the one by `bench activations`, `activations`, one row a pair and list.
 """
 
 import json
@@ -288,10 +288,23 @@ def lazy_table(found: Row) -> str:
             )
             if row.get("beaten_by"):
                 better = ", ".join(name.rpartition("/")[2] for name in row["beaten_by"])
-                verdicts.append(f"On {_corpus(one['data'])}, {row['system']} does not win: {better} takes no longer and "
-                                "flips no more trials.")  # fmt: skip
+                verdicts.append(f"On {_corpus(one['data'])}, {row['system']} does not win: {better} takes no longer")
     about = {_corpus(one["data"]): {**one, "utterances": one["recordings"]} for one in found["sets"]}
-    return _markdown(rows) + _about_sets(about) + "".join(f"\n{line}\n" for line in verdicts)
+    return _markdown(rows) + _about_sets(about) + "".join(f"\n{line} and flips no more trials.\n" for line in verdicts)
+
+
+def activations_table(found: Row) -> str:
+    """Models with 8-bit activations beside the same with floating-point ones; bold where the change is beyond chance."""
+    rows = [
+        ["on", "model", "MB", "EER %", "with float activations", "change", "against FP32", "minDCF, change", "cosine"]
+    ]
+    for one in found["sets"]:
+        for row in one["rows"]:
+            whole = {key.removeprefix("full_"): value for key, value in row.items() if key.startswith("full_")}
+            cells = [f"{row['eer']:.2f}", f"{row['float_eer']:.2f}", _change(row, "eer_change", 2)]
+            cells += [_change(whole, "eer_change", 2), _change(row, "min_dcf_change", 3), f"{row['cosine']:.4f}"]
+            rows.append([_corpus(one["data"]), row["name"], f"{row['bytes'] / 1e6:.2f}", *cells])
+    return _markdown(rows) + _about_sets({_corpus(one["data"]): one for one in found["sets"]})
 
 
 def _corpus(data: str) -> str:
@@ -329,6 +342,7 @@ def weights_table(found: Row) -> str:
 
 
 TABLES: dict[str, Callable[[Any], str]] = {
+    "activations": activations_table,
     "bits": study_table,
     "gains": gains_table,
     "trained": trained_table,
