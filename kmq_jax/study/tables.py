@@ -6,7 +6,8 @@ by, with paired intervals, `cascades`, one row a cascade and evaluation set, or 
 alone. Of the file that `conditions` writes, KIND is `conditions`; of the one that `bench accelerator` writes,
 `accelerator`, one row for each thing measured; of the one by `.ci/weigh.py`, `weights`; of the one by
 `bench extract --peers`, `extraction`, one row a side; of the one by `bench networks`, `networks`; of the one by
-`bench lazy`, `lazy`, one row a side and list; of the one by `bench activations`, `activations`, one row a pair and list.
+`bench lazy`, `lazy`, one row a side and list; of the one by `bench activations`, `activations`, one row a pair and
+list.
 """
 
 import json
@@ -294,7 +295,7 @@ def lazy_table(found: Row) -> str:
 
 
 def activations_table(found: Row) -> str:
-    """Models with 8-bit activations beside the same with floating-point ones; bold where the change is beyond chance."""
+    """Models with 8-bit activations beside the same with floating-point ones; bold where beyond chance."""
     rows = [
         ["on", "model", "MB", "EER %", "with float activations", "change", "against FP32", "minDCF, change", "cosine"]
     ]
