@@ -75,7 +75,8 @@ def levels(module: nn.Module, x: jax.Array, kernel: jax.Array) -> tuple[jax.Arra
     """
     if _watcher.get() is not None or not module.has_variable(COLLECTION, "kernel"):
         return rounded(module, x, "input"), kernel, None
-    grid, steps = module.get_variable(COLLECTION, "input"), module.get_variable(COLLECTION, "kernel")
+    grid: jax.Array = module.get_variable(COLLECTION, "input")
+    steps: jax.Array = module.get_variable(COLLECTION, "kernel")
     return activation_levels(x, grid), kernel_levels(kernel, steps), jnp.maximum(steps * grid[0], _LEAST_STEP)
 
 
