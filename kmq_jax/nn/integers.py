@@ -95,8 +95,8 @@ def from_sums(sums: jax.Array, bias: jax.Array | None, step: jax.Array) -> jax.A
         whole = jnp.round(bias / step)
         # A dead channel's bias is more of its steps than float32 can count, and an engine gives it a larger step.
         whole = jnp.where(jnp.abs(whole) < _BIAS_LIMIT, whole, bias / step)
-        sums = sums + _straight_through(whole, bias / step)
-    return sums * step
+        sums = sums + _by_channel(_straight_through(whole, bias / step), sums)
+    return sums * _by_channel(step, sums)
 
 
 def round_activations(x: jax.Array, grid: jax.Array) -> jax.Array:
@@ -131,7 +131,8 @@ def round_kernel(kernel: jax.Array, steps: jax.Array) -> jax.Array:
     >>> round_kernel(jnp.array([[0.2, 3.0], [0.8, 4.4]]), jnp.array([0.5, 2.0])).tolist()
     [[0.0, 4.0], [1.0, 4.0]]
     """
-    return (kernel_levels(kernel, steps) * jnp.maximum(steps, _LEAST_STEP)).astype(kernel.dtype)
+    steps = jnp.maximum(steps, _LEAST_STEP)
+    return (kernel_levels(kernel, steps) * _by_channel(steps, kernel)).astype(kernel.dtype)
 
 
 def kernel_levels(kernel: jax.Array, steps: jax.Array) -> jax.Array:
@@ -140,8 +141,13 @@ def kernel_levels(kernel: jax.Array, steps: jax.Array) -> jax.Array:
     >>> kernel_levels(jnp.array([[0.2, 3.0], [0.8, 4.4]]), jnp.array([0.5, 2.0])).tolist()
     [[0.0, 2.0], [2.0, 2.0]]
     """
-    whole = kernel.astype(jnp.float32) / jnp.maximum(steps, _LEAST_STEP)
+    whole = kernel.astype(jnp.float32) / _by_channel(jnp.maximum(steps, _LEAST_STEP), kernel)
     return _straight_through(jnp.clip(jnp.round(whole), -LARGEST, LARGEST), whole)
+
+
+def _by_channel(values: jax.Array, x: jax.Array) -> jax.Array:
+    """Values `[out]` in as many axes as `x` `[..., out]` has."""
+    return values.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def _straight_through(exact: jax.Array, smooth: jax.Array) -> jax.Array:
