@@ -1,9 +1,10 @@
-"""A cascade from recordings beside single models for all of them, in turns in one run: seconds, cost, size, errors."""
+"""Cascades from recordings beside single models for all of them, in turns in one run: seconds, cost, size, errors."""
 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from kmq_jax.benchmarks.timing import Figures, in_turns, medians
 from kmq_jax.cascade.policy import CascadePolicy
 from kmq_jax.cascade.run import map_scores, run
 from kmq_jax.cascade.verifier import Cascade, LazyRun, load_cascade
-from kmq_jax.core.files import write_json
+from kmq_jax.core.files import Row, write_json
 from kmq_jax.data import source, trials
 from kmq_jax.frontend import num_frames
 from kmq_jax.metrics.detection import eer
@@ -73,82 +74,132 @@ def open_task(data: str, listed: str, uses: int, fbank: str) -> Task:
     return Task(data, utterances, pairs, frames)
 
 
+@dataclasses.dataclass(eq=False)
+class _Lazy:
+    """A cascade that takes part, and what its last run gave."""
+
+    cascade: Cascade
+    lazy: LazyRun | None = None
+
+
+def names_of(places: Sequence[str]) -> list[str]:
+    """What cascades are called: "cascade" where there is one, else the names of their directories.
+
+    >>> names_of(["runs/a"]), names_of(["runs/2-32", "runs/2-8/"])
+    (['cascade'], ['cascade 2-32', 'cascade 2-8'])
+    """
+    return [CASCADE] if len(places) == 1 else [f"{CASCADE} {Path(place).name}" for place in places]
+
+
 def compare(options: LazyBench) -> Figures:
     """Measures all sides on all lists; each list after a round that is not counted."""
-    cascade = load_cascade(options.cascade, options.compute, options.engine)
-    reference = load_model(options.reference) if options.reference else cascade.model_at(len(cascade.policy.bits) - 1)
+    opened = [load_cascade(place, options.compute, options.engine) for place in options.cascade]
+    cascades = {name: _Lazy(one) for name, one in zip(names_of(options.cascade), opened)}
+    first = opened[0]
+    reference = load_model(options.reference) if options.reference else first.model_at(len(first.policy.bits) - 1)
     models = {FULL: reference} | {place: load_model(place) for place in options.beside}
     sets = []
     for data, listed in zip(options.data, options.trials):
         task = open_task(data, listed, options.uses, reference.frontend)
-        sets.append(compare_on(task, cascade, models, options))
+        sets.append(compare_on(task, cascades, models, options))
     return {"sets": sets, "uses": options.uses, "compute": options.compute, "engine": options.engine}
 
 
-def compare_on(task: Task, cascade: Cascade, models: dict[str, SpeakerModel], options: LazyBench) -> Figures:
-    """Measures the cascade and single models on one list.
+def compare_on(
+    task: Task, cascades: Mapping[str, _Lazy], models: Mapping[str, SpeakerModel], options: LazyBench
+) -> Figures:
+    """Measures cascades and single models on one list.
 
     Returns:
-        What the list holds, how many trials were escalated, what the detector costs, and `rows`, one a side: `seconds`
-        in all, a trial and a recording; multiplications likewise; `bytes` held; `eer` in percent; `harmful_flips`,
-        trials that full precision decides right and this side wrong, at the policy's threshold; None of another network
-        whose scores nothing maps to that scale.
+        What the list holds, and `rows`, one a side: `seconds` in all, a trial and a recording; multiplications
+        likewise; `bytes` held; `eer` in percent; `harmful_flips`, trials that full precision decides right and this
+        side wrong, at the policy's threshold (for single models, that of the first cascade). Cascades' rows also tell
+        how many trials were `escalated`, what was `embedded`, what the detector costs, and which single models they are
+        `beaten_by`. Flips are None of another network whose scores nothing maps to the threshold's scale.
     """
-    policy, pairs = cascade.policy, task.pairs
+    pairs = task.pairs
     found: dict[str, np.ndarray] = {}
-    lazy: list[LazyRun] = []
 
-    def by_cascade() -> None:
-        lazy[:] = [cascade.score(task.utterances, pairs)]
-        found[CASCADE] = run(policy, lazy[0].scores, pairs.enrol, pairs.test).score
+    def by_cascade(name: str) -> None:
+        one = cascades[name]
+        one.lazy = one.cascade.score(task.utterances, pairs)
+        found[name] = run(one.cascade.policy, one.lazy.scores, pairs.enrol, pairs.test).score
 
     def by_model(name: str) -> None:
         rows = embed_all(models[name], task.utterances, engine=options.engine)
         found[name] = cosine_scores(rows, rows, pairs.enrol, pairs.test)
 
-    sides: dict[str, Callable[[], None]] = {CASCADE: by_cascade}
+    sides: dict[str, Callable[[], None]] = {name: functools.partial(by_cascade, name) for name in cascades}
     sides |= {name: functools.partial(by_model, name) for name in models}
     seconds = medians(in_turns(sides, options.repeats))
-    outcome = run(policy, lazy[0].scores, pairs.enrol, pairs.test)
-    costs = cascade.costs(task.frames)
-    embedded = {str(bits): count for bits, count in lazy[0].embedded.items()}
-    macs = {name: len(task.utterances) * registry.macs(model.network(), task.frames) for name, model in models.items()}
-    macs[CASCADE] = sum(costs["macs"][bits] * count for bits, count in embedded.items())
-    held = {name: quant.size_bytes(model.variables).total for name, model in models.items()}
-    held[CASCADE] = costs["resident_bytes"]
-    right = (found[FULL] >= policy.threshold) == pairs.label
-    flips = {
-        name: None if scores is None else int((right & ((scores >= policy.threshold) != pairs.label)).sum())
-        for name in sides
-        for scores in [
-            found[CASCADE] if name == CASCADE else _on_scale(policy, models[name], models[FULL], found[name])
-        ]
-    }
-    rows = [
-        {
+    policies = {name: one.cascade.policy for name, one in cascades.items()}
+    rows: dict[str, Figures] = {}
+    for name in sides:
+        policy = policies.get(name, next(iter(policies.values())))
+        scores = found[name] if name in cascades else _on_scale(policy, models[name], models[FULL], found[name])
+        rows[name] = {
             "system": name,
+            **(_costs(task, cascades[name]) if name in cascades else _single_costs(task, models[name])),
             "seconds": seconds[name],
             "ratio": seconds[name] / seconds[FULL],
-            "seconds_a_trial": seconds[name] / len(pairs),
-            "seconds_a_recording": seconds[name] / len(task.utterances),
-            "macs_a_trial": macs[name] / len(pairs),
-            "macs_a_recording": macs[name] / len(task.utterances),
-            "bytes": held[name],
             "eer": 100 * float(eer(found[name], pairs.label)[0]),
-            "harmful_flips": flips[name],
+            "harmful_flips": _harmful_flips(found[FULL], scores, pairs.label, policy.threshold),
         }
-        for name in sides
-    ]
+        for kind in ("seconds", "macs"):
+            rows[name][f"{kind}_a_trial"] = rows[name][kind] / len(pairs)
+            rows[name][f"{kind}_a_recording"] = rows[name][kind] / len(task.utterances)
+    for name in cascades:
+        rows[name]["beaten_by"] = beaten_by(rows[name], [rows[model] for model in models])
     return {
         "data": task.data,
         "trials": len(pairs),
         "targets": int(pairs.label.sum()),
         "recordings": len(task.utterances),
+        "rows": list(rows.values()),
+    }
+
+
+def beaten_by(cascade: Row, singles: Sequence[Row]) -> list[str]:
+    """Which single models take no longer than a cascade, and flip no more trials: where there is one, it does not win.
+
+    >>> quick, slow = {"seconds": 1, "harmful_flips": 3}, {"seconds": 9, "harmful_flips": 0}
+    >>> beaten_by({"seconds": 2, "harmful_flips": 3}, [quick | {"system": "W8A8"}, slow | {"system": "full"}])
+    ['W8A8']
+    """
+    better = ("seconds", "harmful_flips")
+    known = [row for row in singles if row["harmful_flips"] is not None]
+    return [row["system"] for row in known if all(row[name] <= cascade[name] for name in better)]
+
+
+def _single_costs(task: Task, model: SpeakerModel) -> Figures:
+    return {
+        "macs": len(task.utterances) * registry.macs(model.network(), task.frames),
+        "bytes": quant.size_bytes(model.variables).total,
+    }
+
+
+def _costs(task: Task, one: _Lazy) -> Figures:
+    """What a cascade computed and holds, how many trials it escalated, and what the detector costs."""
+    assert one.lazy is not None
+    policy, pairs = one.cascade.policy, task.pairs
+    costs = one.cascade.costs(task.frames)
+    embedded = {str(bits): count for bits, count in one.lazy.embedded.items()}
+    outcome = run(policy, one.lazy.scores, pairs.enrol, pairs.test)
+    return {
+        "macs": sum(costs["macs"][bits] * count for bits, count in embedded.items()),
+        "bytes": costs["resident_bytes"],
         "escalated": 1 - outcome.resolved[policy.bits[0]],
         "embedded": embedded,
-        "detector_microseconds_a_trial": _detector(cascade, lazy[0], task) / len(pairs) * 1e6,
-        "rows": rows,
+        "detector_microseconds_a_trial": _detector(one.cascade, one.lazy, task) / len(pairs) * 1e6,
     }
+
+
+def _harmful_flips(full: np.ndarray, scores: np.ndarray | None, label: np.ndarray, threshold: float) -> int | None:
+    """Trials that full precision decides right and `scores` wrong; None without scores on its scale."""
+    if scores is None:
+        return None
+    right = (full >= threshold) == label
+    return int((right & ((scores >= threshold) != label)).sum())
 
 
 def _on_scale(policy: CascadePolicy, model: SpeakerModel, full: SpeakerModel, scores: np.ndarray) -> np.ndarray | None:
@@ -179,17 +230,25 @@ def main(options: LazyBench) -> None:
     """Prints the comparison."""
     found = compare(options)
     for one in found["sets"]:
-        embedded = ", ".join(f"{count:,} at {bits} bits" for bits, count in one["embedded"].items())
-        print(
-            f"{one['data']}: {one['trials']:,} trials of {one['recordings']:,} recordings, "
-            f"{100 * one['escalated']:.1f} % escalated; embedded: {embedded}; "
-            f"the detector: {one['detector_microseconds_a_trial']:.2f} microseconds a trial"
-        )
+        print(f"{one['data']}: {one['trials']:,} trials of {one['recordings']:,} recordings")
         for row in one["rows"]:
             print(
                 f"  {row['system']}: {row['seconds']:.2f} s ({row['ratio']:.3f} of full precision), "
                 f"{1e3 * row['seconds_a_trial']:.1f} ms and {row['macs_a_trial'] / 1e9:.2f} G multiplications a trial, "
                 f"{row['bytes'] / 1e6:.2f} MB, EER {row['eer']:.2f} %, harmful flips: {_shown(row['harmful_flips'])}"
             )
+            if "embedded" in row:
+                print(f"    {_about(row)}")
     if options.json:
         write_json(options.json, found)
+
+
+def _about(row: Row) -> str:
+    """What is told of a cascade alone."""
+    embedded = ", ".join(f"{count:,} at {bits} bits" for bits, count in row["embedded"].items())
+    better = ", ".join(row["beaten_by"])
+    verdict = f"does not win: {better} takes no longer and flips no more" if better else "no single model beats it"
+    return (
+        f"{100 * row['escalated']:.1f} % escalated; embedded: {embedded}; the detector: "
+        f"{row['detector_microseconds_a_trial']:.2f} microseconds a trial; {verdict}"
+    )

@@ -45,6 +45,51 @@ class Rounds(Bench):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActivationsBench(Bench):
+    """What 8-bit activations cost in errors: models beside the same bits with floating-point activations.
+
+    Every model embeds every list; differences of EER come with their paired 95 % interval over draws of speakers.
+    --data and --trials may be repeated, as pairs. `tables` writes the JSON as a table of the kind `activations`.
+    """
+
+    reference: str = option("full-precision MODEL", metavar="MODEL")
+    pair: tuple[str, ...] = option(
+        "a name, a MODEL with 8-bit activations, and the one beside it; repeatable", metavar="NAME=MODEL,MODEL"
+    )
+    data: tuple[str, ...] = option("recordings: any DATA form; once for each list", metavar="DATA")
+    trials: tuple[str, ...] = option("trial list, or synthetic:SPLIT; once for each --data", metavar="TRIALS")
+    engine: Engine = option("what runs all networks", "auto")
+    replicates: int = option("bootstrap draws of speakers; 0: no intervals", 1000, at_least=0, at_most=100_000)
+
+    def __post_init__(self) -> None:
+        """See `Options`; also checks what goes together."""
+        super().__post_init__()
+        if not self.data or len(self.data) != len(self.trials):
+            raise UserError(f"`trials` (={len(self.trials)} given) must be one for each of {len(self.data)} --data")
+        if not self.named_pairs:
+            raise UserError("`pair` is needed at least once")
+
+    @property
+    def named_pairs(self) -> list[tuple[str, str, str]]:
+        """Of each pair its name, the model with 8-bit activations, and the one beside it.
+
+        >>> ActivationsBench(reference="f", pair=("W4A8=a.kmq,b.kmq",), data=("d",), trials=("t",)).named_pairs
+        [('W4A8', 'a.kmq', 'b.kmq')]
+
+        Raises:
+            UserError: one has another form.
+        """
+        found = []
+        for given in self.pair:
+            name, _, models = given.partition("=")
+            ours, _, beside = models.partition(",")
+            if not (name and ours and beside):
+                raise UserError(f"`pair` (={given}) must be NAME=MODEL,MODEL")
+            found.append((name, ours, beside))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class AcceleratorBench(Options):
     """Speed on an accelerator: training steps, input, extraction, scores; beside PyTorch if installed.
 
@@ -242,11 +287,12 @@ class LazyBench(Rounds):
     The cascade embeds every recording at its first level and only those in doubt at the next. Where a list uses each
     recording in many trials, as evaluation lists do, nearly all of them are in doubt somewhere; --uses=1 thins the list
     to trials of fresh recordings, as a service sees them. Compilation is not counted. --data and --trials may be
-    repeated, as pairs: in and out of domain. `tables` writes the JSON as a table of the kind `lazy`.
+    repeated, as pairs: in and out of domain. With several --cascade their seconds tell which levels to take. `tables`
+    writes the JSON as a table of the kind `lazy`.
     """
 
-    cascade: str = option("directory of a policy and its models", metavar="DIR")
-    reference: str | None = option("full-precision MODEL; left out: the cascade's last", None, metavar="MODEL")
+    cascade: tuple[str, ...] = option("directory of a policy and its models; repeatable", metavar="DIR")
+    reference: str | None = option("full-precision MODEL; left out: the first cascade's last", None, metavar="MODEL")
     data: tuple[str, ...] = option("recordings: any DATA form; once for each list", metavar="DATA")
     trials: tuple[str, ...] = option("trial list, or synthetic:SPLIT; once for each --data", metavar="TRIALS")
     uses: int = option("trials that a recording takes part in at most; 0: all", 1, at_least=0)
@@ -263,6 +309,8 @@ class LazyBench(Rounds):
             raise UserError(f"`trials` (={len(self.trials)} given) must be one for each of {len(self.data)} --data")
         if len({"cascade", "full precision", *self.beside}) < 2 + len(self.beside):
             raise UserError("`beside` names a model twice")
+        if not self.cascade or len({Path(place).name for place in self.cascade}) < len(self.cascade):
+            raise UserError("`cascade` is needed, and none by another's name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,6 +419,7 @@ class PodsBench(Bench):
 BENCHMARKS: dict[str, type[Options]] = {
     "accelerator": AcceleratorBench,
     "across": AcrossBench,
+    "activations": ActivationsBench,
     "cascade": CascadeBench,
     "data": DataBench,
     "diagnose": DiagnoseBench,

@@ -50,7 +50,7 @@ def main() -> None:
     keep_freed_memory()  # before JAX starts its threads
     from kmq_jax import quant
     from kmq_jax.models.speaker_model import load_model, save_model
-    from kmq_jax.ptq.quantize import EMBEDDED, fitting, quantize_model, rules_of
+    from kmq_jax.ptq.quantize import EMBEDDED, fitting, measured_loss, quantize_model, rules_of
 
     if not files.data and (options.activations or options.bits is None):
         raise UserError("--activations, --budget and --size need --data: speech that ranges and layers are measured on")
@@ -66,6 +66,8 @@ def main() -> None:
     before, packed = (quant.size_bytes(made.variables).total for made in (model, quantized))
     after = files.out.stat().st_size or packed  # a device has no size
     print(f"{files.out}: {after:,} bytes, {before / after:.1f} times smaller than FP32; {fitting(data)}")
+    if options.bits is None:
+        print(f"measured on other crops, fitted: loss of cosine {measured_loss(model, quantized, str(data)):.4f}")
 
 
 def _within_budget(files: Files, options: QuantizeOptions, model: "SpeakerModel") -> "list[QuantRule]":
@@ -73,7 +75,6 @@ def _within_budget(files: Files, options: QuantizeOptions, model: "SpeakerModel"
     from kmq_jax.ptq import budget
     from kmq_jax.ptq.quantize import rules_within
 
-    kept = files.out.with_suffix(".sensitivities.json")
-    rules, found, bits_of = rules_within(model, options, str(files.data), kept)
+    rules, found, bits_of = rules_within(model, options, str(files.data), files.out.parent)
     print(budget.report(found, bits_of, files.out))
     return rules

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,8 @@ _programs: set[Hashable] = set()
 _programs_lock = threading.Lock()
 _owner: int | None = None  # the process that embeds
 Recording: TypeAlias = str | os.PathLike[str] | Array
-_PREPARED = 8  # models that are held ready
+_PREPARED = 8  # models that are held ready for ONNX Runtime
+_UNPACKED = 3  # models whose weights JAX holds unpacked
 PER_BITS = "narrow"  # the key in `variables` and in the file of what each smaller number of bits has to itself
 
 
@@ -420,31 +421,61 @@ def embedding_plan(
     return plan_batches(network, fbank, lengths, rows, **({"max_shapes": 8} if short else {}))
 
 
-_preparing = threading.Lock()
-_prepared: collections.OrderedDict[tuple[int, int | None], tuple[Variables, OnnxModel | None]] = (
-    collections.OrderedDict()
-)
+_Made = TypeVar("_Made")
+
+
+class _Newest(Generic[_Made]):
+    """What was made of the models that were used last, so that it is made once, not at each call."""
+
+    def __init__(self, most: int):
+        self._most, self._lock = most, threading.Lock()
+        # By identity: the tree is held beside what was made of it, so that no other can come to lie at its place.
+        self._made: collections.OrderedDict[tuple[int, int | None], tuple[Variables, _Made]] = collections.OrderedDict()
+
+    def of(self, model: SpeakerModel, make: Callable[[], _Made]) -> _Made:
+        """What `make` makes of a model, or made before."""
+        key = id(model.variables), model.bits
+        with self._lock:  # threads that ask together wait for one to make it
+            found = self._made.get(key)
+            made = make() if found is None else found[1]
+            self._made[key] = model.variables, made
+            self._made.move_to_end(key)
+            while len(self._made) > self._most:
+                self._made.popitem(last=False)
+        return made
+
+
+_prepared = _Newest["OnnxModel | None"](_PREPARED)
+_unpacked = _Newest[Variables](_UNPACKED)
 
 
 def _runner(model: SpeakerModel, dtype: str, engine: Engine) -> OnnxModel | None:
     """The model for ONNX Runtime, where that is the engine, else None; converted at the first call, then kept."""
     if chosen(engine, dtype) == "jax":
         return None
-    # By identity: the tree is held beside what was made of it, so that no other can come to lie at its place.
-    key = id(model.variables), model.bits
-    with _preparing:  # threads that ask together wait for one conversion
-        if key not in _prepared:
-            kept = kept_file(model.origin, fingerprint(model)) if model.origin else None
-            try:
-                made = OnnxModel(model.network(), model.variables, frontend_of(model.frontend), model.bits, kept)
-            except UserError:
-                if engine != "auto":
-                    raise
-                made = None  # a network without an ONNX form
-            _prepared[key] = model.variables, made
-            while len(_prepared) > _PREPARED:
-                _prepared.popitem(last=False)
-        return _prepared[key][1]
+
+    def converted() -> OnnxModel | None:
+        kept = kept_file(model.origin, fingerprint(model)) if model.origin else None
+        try:
+            return OnnxModel(model.network(), model.variables, frontend_of(model.frontend), model.bits, kept)
+        except UserError:
+            if engine != "auto":
+                raise
+            return None  # a network without an ONNX form
+
+    made = _prepared.of(model, converted)
+    return converted() if made is None and engine != "auto" else made
+
+
+def _on_devices(model: SpeakerModel) -> Variables:
+    """A model's weights, unpacked, on all devices of this process."""
+
+    def unpacked() -> Variables:
+        whole = quant.dequantize_params(model.variables, model.bits, np.float32)
+        return jax.device_put(whole, mesh.replicated(mesh.make_mesh(jax.local_devices())))
+
+    packed = any(map(quant.is_codebook_tensor, jax.tree.leaves(model.variables, quant.is_codebook_tensor)))
+    return _unpacked.of(model, unpacked) if packed else unpacked()
 
 
 def _embed(
@@ -457,9 +488,7 @@ def _embed(
 ) -> np.ndarray:
     network, fbank = model.network(dtype), frontend_of(model.frontend)
     devices = mesh.make_mesh(jax.local_devices())
-    variables = jax.device_put(
-        quant.dequantize_params(model.variables, model.bits, np.float32), mesh.replicated(devices)
-    )
+    variables = _on_devices(model)
     embeddings = np.zeros((len(lengths), network.embedding_size), np.float32)
     under_way: collections.deque[tuple[np.ndarray, jax.Array]] = collections.deque()
 

@@ -2,10 +2,11 @@
 
 Layers name the places where an engine rounds their activations, by `rounded`. A place that has a step in the collection
 `COLLECTION` of the network's variables is rounded to it; the others, and all of them in a network without that
-collection, cost nothing. A convolution that has steps for its channels is rounded likewise, by `rounded_kernel`.
+collection, cost nothing. A convolution that has steps for its channels, too, multiplies whole numbers (`levels`).
 
     x = step * (q - zero),  0 <= q <= 255        a tensor: one step and one zero
     w = step * k,          -127 <= k <= 127      a kernel: a step for each output channel
+    b = step_x * step_w * n                      a bias, which is added to the sum of products
 
 Zero is a number of both, so that padding stays zero. Gradients pass straight through, but not where a value is cut.
 
@@ -27,6 +28,7 @@ LEVELS = 255
 LARGEST = 127
 """The largest weight, in steps."""
 _LEAST_STEP = 1e-30
+_BIAS_LIMIT = 2.0**23
 
 Watcher = Callable[[str, jax.Array], jax.Array]
 _watcher: contextvars.ContextVar[Watcher | None] = contextvars.ContextVar("watcher", default=None)
@@ -58,11 +60,43 @@ def rounded(module: nn.Module, x: jax.Array, place: str) -> jax.Array:
     return round_activations(x, module.get_variable(COLLECTION, place))
 
 
-def rounded_kernel(module: nn.Module, kernel: jax.Array) -> jax.Array:
-    """Rounds a kernel `[..., out]` where the module has steps for it; see `rounded`."""
+def levels(module: nn.Module, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """What a convolution multiplies: whole numbers where the module has steps for its input and kernel.
+
+    Sums of their products are exact in float32, up to 2^24 steps, in whatever order they are added.
+
+    Args:
+        module: the Linen module that is running.
+        x: its input.
+        kernel: `[..., out]`.
+
+    Returns:
+        Input and kernel in steps, and the step `[out]` of their products; or both as they are, and None.
+    """
     if _watcher.get() is not None or not module.has_variable(COLLECTION, "kernel"):
-        return kernel
-    return round_kernel(kernel, module.get_variable(COLLECTION, "kernel"))
+        return rounded(module, x, "input"), kernel, None
+    grid: jax.Array = module.get_variable(COLLECTION, "input")
+    steps: jax.Array = module.get_variable(COLLECTION, "kernel")
+    return activation_levels(x, grid), kernel_levels(kernel, steps), jnp.maximum(steps * grid[0], _LEAST_STEP)
+
+
+def from_sums(sums: jax.Array, bias: jax.Array | None, step: jax.Array) -> jax.Array:
+    """Turns sums of products back into values: adds a bias that is rounded to whole steps.
+
+    Args:
+        sums: `[..., out]`, in steps.
+        bias: `[out]`, or none.
+        step: `[out]`.
+
+    >>> from_sums(jnp.array([[3.0, -2.0]]), jnp.array([0.26, 0.0]), jnp.array([0.125, 0.5])).tolist()
+    [[0.625, -1.0]]
+    """
+    if bias is not None:
+        whole = jnp.round(bias / step)
+        # A dead channel's bias is more of its steps than float32 can count, and an engine gives it a larger step.
+        whole = jnp.where(jnp.abs(whole) < _BIAS_LIMIT, whole, bias / step)
+        sums = sums + _by_channel(_straight_through(whole, bias / step), sums)
+    return sums * _by_channel(step, sums)
 
 
 def round_activations(x: jax.Array, grid: jax.Array) -> jax.Array:
@@ -75,11 +109,20 @@ def round_activations(x: jax.Array, grid: jax.Array) -> jax.Array:
     >>> round_activations(jnp.array([-9.0, 0.2, 0.3, 9.0]), jnp.array([0.5, 2.0])).tolist()
     [-1.0, 0.0, 0.5, 9.0]
     """
+    return (activation_levels(x, grid) * grid[0]).astype(x.dtype)
+
+
+def activation_levels(x: jax.Array, grid: jax.Array) -> jax.Array:
+    """The level of each activation less that of zero: a whole number, in float32.
+
+    >>> activation_levels(jnp.array([-9.0, 0.2, 0.3, 9.0]), jnp.array([0.5, 2.0])).tolist()
+    [-2.0, 0.0, 1.0, 18.0]
+    """
     step, zero = grid[0], grid[1]
+    x = x.astype(jnp.float32)
     # Away from the steps at both ends the gradient is one, beyond them zero.
-    inside = jnp.clip(x, -zero * step, (LEVELS - zero) * step)
-    exact = (jnp.clip(jnp.round(x / step) + zero, 0, LEVELS) - zero) * step
-    return _straight_through(exact, inside).astype(x.dtype)
+    inside = jnp.clip(x / step, -zero, LEVELS - zero)
+    return _straight_through(jnp.round(inside), inside)
 
 
 def round_kernel(kernel: jax.Array, steps: jax.Array) -> jax.Array:
@@ -88,9 +131,23 @@ def round_kernel(kernel: jax.Array, steps: jax.Array) -> jax.Array:
     >>> round_kernel(jnp.array([[0.2, 3.0], [0.8, 4.4]]), jnp.array([0.5, 2.0])).tolist()
     [[0.0, 4.0], [1.0, 4.0]]
     """
-    steps = jnp.maximum(steps, _LEAST_STEP).reshape((1,) * (kernel.ndim - 1) + (-1,))
-    exact = jnp.clip(jnp.round(kernel / steps), -LARGEST, LARGEST) * steps
-    return _straight_through(exact, kernel).astype(kernel.dtype)
+    steps = jnp.maximum(steps, _LEAST_STEP)
+    return (kernel_levels(kernel, steps) * _by_channel(steps, kernel)).astype(kernel.dtype)
+
+
+def kernel_levels(kernel: jax.Array, steps: jax.Array) -> jax.Array:
+    """A kernel `[..., out]` in steps `[out]`: whole numbers, in float32.
+
+    >>> kernel_levels(jnp.array([[0.2, 3.0], [0.8, 4.4]]), jnp.array([0.5, 2.0])).tolist()
+    [[0.0, 2.0], [2.0, 2.0]]
+    """
+    whole = kernel.astype(jnp.float32) / _by_channel(jnp.maximum(steps, _LEAST_STEP), kernel)
+    return _straight_through(jnp.clip(jnp.round(whole), -LARGEST, LARGEST), whole)
+
+
+def _by_channel(values: jax.Array, x: jax.Array) -> jax.Array:
+    """Values `[out]` in as many axes as `x` `[..., out]` has."""
+    return values.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def _straight_through(exact: jax.Array, smooth: jax.Array) -> jax.Array:

@@ -72,13 +72,15 @@ class Conv(nn.Module):
         """Maps `[batch, time, (freq,) in]` to `[batch, time', (freq',) out]`, with "same" ceil(size / stride) each."""
         moves = self.window(x)
         kernel = self.param("kernel", self.kernel_init, (*moves.taps, x.shape[-1] // self.groups, self.channels))
-        x, kernel = integers.rounded(self, x, "input"), integers.rounded_kernel(self, kernel)
-        # The parameter stays float32; only the arithmetic is in the compute dtype.
-        y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), moves)
-        if self.use_bias:
-            bias = self.param("bias", zeros, (self.channels,))
-            y = y + bias.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-        return y
+        bias = self.param("bias", zeros, (self.channels,)) if self.use_bias else None
+        x, kernel, step = integers.levels(self, x, kernel)
+        # The parameter stays float32; only the arithmetic is in the compute dtype. Levels are exact in bfloat16, too,
+        # but their sums are beyond float16.
+        dtype = self.dtype if step is None or self.dtype != jnp.float16 else jnp.float32
+        y = convolve(x.astype(dtype), kernel.astype(dtype), moves)
+        if step is not None:
+            return integers.from_sums(y.astype(jnp.float32), bias, step).astype(self.dtype)
+        return y if bias is None else y + bias.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class BatchNorm(nn.Module):

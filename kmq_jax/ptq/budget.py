@@ -8,6 +8,7 @@ of its k-means codebook. The bits of all tensors are then those of the least dam
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Sensitivities:
     """What an allocation needs to know of each tensor, by name.
 
     Attributes:
-        model: the mark of the model and the rules that were measured, see `mark_of`.
+        model: what was measured, from `mark_of`.
         traces: of the Hessian, divided by the tensor's elements.
         errors: squared error by bits.
         sizes: bytes of indices and codebooks by bits.
@@ -85,9 +86,27 @@ class Sensitivities:
         return sum(bits * self.weights[name] for name, bits in bits_of.items()) / sum(self.weights.values())
 
 
-def mark_of(fingerprint: str, rules: Sequence[quant.QuantRule]) -> str:
-    """What sensitivities are told by: a model's fingerprint, and which tensors rules quantize how."""
-    return f"{fingerprint}-{hashlib.sha256(repr(rules).encode()).hexdigest()[:16]}"
+def mark_of(fingerprint: str, rules: Sequence[quant.QuantRule], data: str) -> str:
+    """Sixteen hexadecimal digits that tell what was measured: the model, the tensors, their codebooks and the data.
+
+    Args:
+        fingerprint: the model's.
+        rules: which tensors; the bits in them do not matter.
+        data: as in `quantize_model`.
+    """
+    kinds = [[rule.pattern, rule.spec and dataclasses.asdict(dataclasses.replace(rule.spec, bits=8))] for rule in rules]
+    return hashlib.sha256(json.dumps([fingerprint, kinds, data]).encode()).hexdigest()[:16]
+
+
+def loss_of(reference: SpeakerModel, quantized: SpeakerModel, features: jax.Array) -> float:
+    """One minus the cosine of two models' embeddings, on average over features `[batch, time, mel]`."""
+
+    def embedded(model: SpeakerModel) -> np.ndarray:
+        variables = quant.dequantize_params(model.variables, model.bits, np.float32)
+        rows = np.asarray(model.network().without_remat().apply(variables, features, train=False), np.float64)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    return float(np.mean(1 - np.sum(embedded(reference) * embedded(quantized), axis=1)))
 
 
 def measure(
@@ -97,7 +116,7 @@ def measure(
 
     Args:
         model: in full precision.
-        mark: see `mark_of`.
+        mark: from `mark_of`.
         rules: which tensors; the bits in them do not matter.
         features: `[batch, time, mel]`; the first crops are used.
         draws: random vectors that traces are estimated by.

@@ -26,6 +26,7 @@ CROPS = 100
 """Crops of speech that layers are fitted on."""
 SECONDS = 2.0
 """Length of each."""
+_JUDGED = 16  # crops beside these
 
 
 def quantize_model(
@@ -130,7 +131,7 @@ def rules_of(options: QuantizeOptions) -> list[quant.QuantRule]:
 
 
 def rules_within(
-    model: SpeakerModel, options: QuantizeOptions, data: str, kept: Path, crops: int = CROPS
+    model: SpeakerModel, options: QuantizeOptions, data: str, folder: Path, crops: int = CROPS
 ) -> tuple[list[quant.QuantRule], budget.Sensitivities, dict[str, int]]:
     """The rules that keep to a budget.
 
@@ -138,8 +139,8 @@ def rules_within(
         model: in full precision.
         options: with a budget or a size.
         data: as in `quantize_model`.
-        kept: JSON of sensitivities: read where it is of this model and these rules, else measured and written. Another
-            budget then needs no measurement.
+        folder: where sensitivities are kept, in a file whose name tells model, tensors and data: read where it is
+            there, else measured and written. Another budget then needs no measurement.
         crops: how many crops.
 
     Returns:
@@ -150,10 +151,9 @@ def rules_within(
     """
     size = budget.bytes_from(options.size) if options.size else None
     rules = rules_of(options)
-    mark = budget.mark_of(fingerprint(model), rules)
-    found = None
-    if kept.is_file():
-        found = budget.Sensitivities.from_json(read_json(kept))
+    mark = budget.mark_of(fingerprint(model), rules, data)
+    kept = folder / f"sensitivities-{mark}.json"
+    found = budget.Sensitivities.from_json(read_json(kept)) if kept.is_file() else None
     if found is None or found.model != mark:
         features = random_features(frontend_of(model.frontend), source.open_sources(data), crops, SECONDS)
         found = budget.measure(model, mark, rules, features)
@@ -162,6 +162,12 @@ def rules_within(
     spec = quant.QuantSpec(8, granularity=options.granularity, levels=options.levels)
     fixed = [quant.QuantRule(pattern, None) for pattern in options.skip]
     return [*fixed, *quant.rules_of(bits_of, spec)], found, bits_of
+
+
+def measured_loss(model: SpeakerModel, quantized: SpeakerModel, data: str, crops: int = CROPS) -> float:
+    """One minus the cosine to full precision's embeddings, on average over crops that layers were not fitted on."""
+    features = random_features(frontend_of(model.frontend), source.open_sources(data), crops + _JUDGED, SECONDS)
+    return budget.loss_of(model, quantized, features[-_JUDGED:])
 
 
 def _listed(options: QuantizeOptions) -> list[object]:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import optimize
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Leaf, Params, map_named, named_leaves
@@ -147,6 +146,8 @@ def allocate(traces: Mapping[str, float], errors: Table, sizes: Table, budget: f
     Raises:
         UserError: even the fewest bits exceed the budget.
     """
+    from scipy import optimize  # large, and needed here alone
+
     names = list(errors)
     _check_budget(sizes, names, budget)
     choices = [(name, bits) for name in names for bits in errors[name]]

@@ -6,8 +6,9 @@ by, with paired intervals, `cascades`, one row a cascade and evaluation set, or 
 alone. Of the file that `conditions` writes, KIND is `conditions`; of the one that `bench accelerator` writes,
 `accelerator`, one row for each thing measured; of the one by `.ci/weigh.py`, `weights`; of the one by
 `bench extract --peers`, `extraction`, one row a side; of the one by `bench networks`, `networks`; of the one by
-`bench lazy`, `lazy`, one row a side and list; of the one by `bench across`, `across`, likewise; of those by
-`launch/fuzz.py` and `launch/faults.py`, `fuzz` and `faults`.
+`bench lazy`, `lazy`, one row a side and list; of the one by `bench across`, `across`, likewise; of the one by
+`bench activations`, `activations`, one row a pair and list; of those by `launch/fuzz.py` and `launch/faults.py`, `fuzz`
+and `faults`.
 
 Several studies stand in one table where FILE names several, separated by commas: KIND `architectures`, one row a model
 of each network, or `fragile`, the components of each network that do most harm alone.
@@ -266,20 +267,20 @@ def networks_table(found: Row) -> str:
 
 
 def lazy_table(found: Row) -> str:
-    """A cascade beside single models on each list: time, multiplications, bytes and errors."""
+    """Cascades beside single models on each list: time, multiplications, bytes and errors; where none wins, says so."""
     head = ["on", "system", "escalated", "detector, us a trial", "ms a trial", "ms a recording", "of full precision",
             "G multiplications a trial", "a recording", "MB held", "EER %", "harmful flips"]  # fmt: skip
-    rows = [head]
+    rows, verdicts = [head], []
     for one in found["sets"]:
         for row in one["rows"]:
-            own = row["system"] == "cascade"
-            detector = f"{one['detector_microseconds_a_trial']:.2f}" if own else ""
+            # Files of before had one cascade, whose figures stood beside the rows.
+            own = row if "escalated" in row else one if row["system"] == "cascade" else {}
             rows.append(
                 [
                     _corpus(one["data"]),
                     row["system"].rpartition("/")[2],
-                    f"{100 * one['escalated']:.1f} %" if own else "",
-                    detector,
+                    f"{100 * own['escalated']:.1f} %" if own else "",
+                    f"{own['detector_microseconds_a_trial']:.2f}" if own else "",
                     f"{1e3 * row['seconds_a_trial']:.1f}",
                     f"{1e3 * row['seconds_a_recording']:.1f}",
                     f"{row['ratio']:.2f}",
@@ -290,8 +291,25 @@ def lazy_table(found: Row) -> str:
                     "" if row["harmful_flips"] is None else str(row["harmful_flips"]),
                 ]
             )
+            if row.get("beaten_by"):
+                better = ", ".join(name.rpartition("/")[2] for name in row["beaten_by"])
+                verdicts.append(f"On {_corpus(one['data'])}, {row['system']} does not win: {better} takes no longer")
     about = {_corpus(one["data"]): {**one, "utterances": one["recordings"]} for one in found["sets"]}
-    return _markdown(rows) + _about_sets(about)
+    return _markdown(rows) + _about_sets(about) + "".join(f"\n{line} and flips no more trials.\n" for line in verdicts)
+
+
+def activations_table(found: Row) -> str:
+    """Models with 8-bit activations beside the same with floating-point ones; bold where beyond chance."""
+    rows = [
+        ["on", "model", "MB", "EER %", "with float activations", "change", "against FP32", "minDCF, change", "cosine"]
+    ]
+    for one in found["sets"]:
+        for row in one["rows"]:
+            whole = {key.removeprefix("full_"): value for key, value in row.items() if key.startswith("full_")}
+            cells = [f"{row['eer']:.2f}", f"{row['float_eer']:.2f}", _change(row, "eer_change", 2)]
+            cells += [_change(whole, "eer_change", 2), _change(row, "min_dcf_change", 3), f"{row['cosine']:.4f}"]
+            rows.append([_corpus(one["data"]), row["name"], f"{row['bytes'] / 1e6:.2f}", *cells])
+    return _markdown(rows) + _about_sets({_corpus(one["data"]): one for one in found["sets"]})
 
 
 def across_table(found: Row) -> str:
@@ -433,6 +451,7 @@ def faults_table(found: Row) -> str:
 
 
 TABLES: dict[str, Callable[[Any], str]] = {
+    "activations": activations_table,
     "bits": study_table,
     "gains": gains_table,
     "trained": trained_table,

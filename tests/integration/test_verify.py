@@ -175,14 +175,18 @@ def test_a_cascade_beside_single_models_in_one_table(place, tmp_path, monkeypatc
     scores = cosine_scores(full, full, pairs.enrol, pairs.test)
     assert rows["full precision"]["eer"] == pytest.approx(100 * eer(scores, pairs.label)[0], abs=0.3)
     assert rows["full precision"]["harmful_flips"] == 0 and rows["full precision"]["ratio"] == 1
-    assert one["embedded"]["2"] == one["recordings"] == 24 and one["trials"] == len(pairs)
+    own = rows["cascade"]
+    assert own["embedded"]["2"] == one["recordings"] == 24 and one["trials"] == len(pairs)
     assert rows["cascade"]["bytes"] == cascade.costs()["resident_bytes"] > rows[nested]["bytes"]
     each = rows["full precision"]["macs_a_recording"]
     assert rows[nested]["macs_a_recording"] == each
-    assert rows["cascade"]["macs_a_recording"] == pytest.approx(each * sum(one["embedded"].values()) / 24)
+    assert rows["cascade"]["macs_a_recording"] == pytest.approx(each * sum(own["embedded"].values()) / 24)
     assert rows["cascade"]["seconds_a_trial"] == pytest.approx(rows["cascade"]["seconds"] / len(pairs))
-    assert 0 <= one["escalated"] <= 1 and one["detector_microseconds_a_trial"] > 0
+    assert 0 <= own["escalated"] <= 1 and own["detector_microseconds_a_trial"] > 0
+    as_good = [row for row in (rows[nested], rows["full precision"]) if row["seconds"] <= own["seconds"]]
+    assert set(own["beaten_by"]) == {r["system"] for r in as_good if r["harmful_flips"] <= own["harmful_flips"]}
     table = lazy_table(found)
+    assert table.count("does not win") == sum(bool(one["rows"][0]["beaten_by"]) for one in found["sets"])
     assert table.count("| cascade |") == 2 and f"{rows['cascade']['eer']:.2f}" in table
     with pytest.raises(UserError, match="trials"):
         bench.run("lazy", [*flags, f"--data={DATA}"])

@@ -12,7 +12,7 @@ from jax import lax
 
 from kmq_jax.core.mesh import batch_sharding, make_mesh, replicated
 from kmq_jax.nn import conv
-from kmq_jax.nn.cpu import library
+from kmq_jax.nn.cpu import library, prebuilt
 
 # batch, time, freq, in, out, taps, stride: what the networks use, odd and even, and what fills no tile.
 SHAPES = [
@@ -211,3 +211,26 @@ def test_convolutions_of_any_rank_equal_a_plain_sum(rank, taps, stride, padding,
             weights = kernel[tap].reshape(8 // groups, groups, -1)
             wanted[(slice(None), *place)] += np.einsum("bgi,igo->bgo", inputs, weights).reshape(2, 16)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_best_library_that_a_processor_can_run(tmp_path):
+    levels = prebuilt.LEVELS["x86_64"]
+    assert prebuilt.best(tmp_path, "x86_64", levels[0].needs) is None
+    for level in levels[1:]:
+        (tmp_path / prebuilt.file_name(level)).touch()
+    for have, name in ((levels[0].needs, "v4"), (levels[1].needs, "v4"), (levels[2].needs, "v3"), ({"sse2"}, "v1")):
+        assert prebuilt.best(tmp_path, "x86_64", frozenset(have)).name == f"kernels-x86_64-{name}.so"
+    assert prebuilt.best(tmp_path, "riscv64", frozenset()) is None
+
+
+def test_a_library_that_came_with_the_package_stands_in_for_a_compiler(tmp_path, monkeypatch):
+    def no_compiler(directory):
+        raise library.Unavailable("there is no C++ compiler")
+
+    monkeypatch.setattr(library, "_build", no_compiler)
+    monkeypatch.setattr(library, "DIRECTORY", tmp_path)
+    with pytest.raises(library.Unavailable, match="compiler"):
+        library._file()
+    least = prebuilt.LEVELS[prebuilt.architecture()][-1]
+    (tmp_path / prebuilt.file_name(least)).touch()
+    assert library._file() == tmp_path / prebuilt.file_name(least)

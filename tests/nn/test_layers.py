@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kmq_jax.nn import integers
 from kmq_jax.nn.frames import frame_mask, mask_frames, mean_frames, stride_mask
 from kmq_jax.nn.layers import BatchNorm, Conv, SqueezeExcite
 
@@ -137,3 +138,27 @@ def test_squeeze_excite_gates_by_the_mean_of_real_frames():
         hidden = x[i, :length].mean((0, 1)) @ fc1["kernel"] + fc1["bias"]
         gate = (hidden / (1 + np.exp(-hidden))) @ fc2["kernel"] + fc2["bias"]
         np.testing.assert_allclose(y[i], x[i] / (1 + np.exp(-gate)), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-20], ids=["ordinary", "dead channel"])
+def test_a_convolution_on_integers_is_exact(size):
+    """Against sums of whole numbers in 64 bits, as an engine computes them."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 7, 6, 32)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 32, 5)).astype(np.float32) * np.float32([1, 1, 1, 1, size])
+    bias = rng.normal(size=5).astype(np.float32)
+    step, zero = np.float32(0.03), 100
+    steps = np.abs(kernel).max(axis=(0, 1, 2)) / np.float32(127)
+    integer = {"input": jnp.array([step, zero]), "kernel": jnp.asarray(steps)}
+    given = {"params": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}, integers.COLLECTION: integer}
+    y = np.asarray(Conv(5, 3, use_bias=True).apply(given, jnp.asarray(x)))
+
+    q = np.clip(np.rint(x / step) + zero, 0, 255).astype(np.int64) - zero
+    k = np.rint(kernel / steps).astype(np.int64)
+    assert np.abs(k).max() == 127
+    q = np.pad(q, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    sums = sum(q[:, i : i + 7, j : j + 6] @ k[i, j] for i in range(3) for j in range(3))
+    unit = (steps * step).astype(np.float32)
+    whole = np.rint(bias[:4] / unit[:4]).astype(np.int64)
+    np.testing.assert_array_equal(y[..., :4], (sums[..., :4] + whole).astype(np.float32) * unit[:4])
+    np.testing.assert_allclose(y[..., 4], sums[..., 4] * unit[4] + bias[4], atol=unit[4] / 2 + 1e-6)

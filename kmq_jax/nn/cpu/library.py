@@ -1,8 +1,9 @@
 """Builds the kernels of this directory for this machine's processor, once, and gives them to XLA.
 
 The first use of a convolution on a CPU compiles (some ten seconds) and keeps the library under the user's cache
-directory. Nothing depends on it: without a compiler, or with `KMQ_JAX_NATIVE=0` in the environment, `library` says no,
-a line of the log says why, and nn/conv.py and nn/channels.py stay with XLA.
+directory. Where that cannot be, a library that came with the package is taken (prebuilt.py). Nothing depends on either:
+without both, or with `KMQ_JAX_NATIVE=0` in the environment, `library` says no, a line of the log says why, and
+nn/conv.py and nn/channels.py stay with XLA.
 
 `KMQ_JAX_NATIVE_FLAGS` adds compiler flags, such as those of sanitizers (launch/sanitize_kernels.sh).
 """
@@ -13,7 +14,6 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -24,11 +24,12 @@ import jaxlib
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import atomic_write
+from kmq_jax.nn.cpu import prebuilt
 
 logger = logging.getLogger(__name__)
 
-DIRECTORY = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-Wall", "-Wextra")
+DIRECTORY = prebuilt.DIRECTORY
+FLAGS = (*prebuilt.FLAGS, "-march=native")
 TARGETS = {
     "kmq_convolution": "Convolution",
     "kmq_kernel_gradient": "KernelGradient",
@@ -53,14 +54,25 @@ def library() -> bool:
     if os.environ.get("KMQ_JAX_NATIVE", "1") == "0":
         return False
     try:
-        path = _build(_cache_directory())
-        loaded = ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(str(_file()))
         for target, symbol in TARGETS.items():
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(loaded, symbol)), platform="cpu")
-    except (Unavailable, UserError, OSError, subprocess.SubprocessError) as error:
+    except (Unavailable, OSError) as error:
         logger.warning("no native convolutions, XLA's own are used instead: %s", error)
         return False
     return True
+
+
+def _file() -> Path:
+    """The library: compiled for this machine, else one that came with the package."""
+    try:
+        return _build(_cache_directory())
+    except (Unavailable, UserError, OSError, subprocess.SubprocessError) as error:
+        found = prebuilt.best(DIRECTORY, prebuilt.architecture(), prebuilt.processor())
+        if found is None:
+            raise Unavailable(str(error)) from error
+        logger.info("native kernels are those that came with the package (%s): %s", found.name, error)
+        return found
 
 
 def _cache_directory() -> Path:
@@ -78,7 +90,7 @@ def _cache_directory() -> Path:
 
 def _build(directory: Path) -> Path:
     """The library for this source, processor, compiler and jaxlib, compiled where it is not there yet."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    compiler = prebuilt.compiler()
     if compiler is None:
         raise Unavailable("there is no C++ compiler")
     sources = sorted(DIRECTORY.glob("*.cc"))
