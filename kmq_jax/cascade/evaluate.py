@@ -13,7 +13,7 @@ from kmq_jax.cascade.policy import CascadePolicy, read_policy
 from kmq_jax.cascade.run import Decisions, Outcome, map_scores, run
 from kmq_jax.cascade.verifier import load_cascade
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Json, Row, atomic_write
+from kmq_jax.core.files import Json, Row, atomic_write, write_json
 from kmq_jax.core.tree import Array
 from kmq_jax.data import source
 from kmq_jax.data.trials import Trials
@@ -77,9 +77,7 @@ def check_bits(policy: CascadePolicy, policy_file: Place, levels: Sequence[tuple
         raise UserError(f"--stage: {policy_file} is for {', '.join(map(str, policy.bits))} bits, but {given} are given")
 
 
-def check_tables(
-    policy: CascadePolicy, levels: Sequence[tuple[int, str]], tables: Sequence[EmbeddingTable]
-) -> None:
+def check_tables(policy: CascadePolicy, levels: Sequence[tuple[int, str]], tables: Sequence[EmbeddingTable]) -> None:
     """Refuses embeddings of levels that the policy was not made for (`CascadePolicy.check`)."""
     for i, (bits, path) in enumerate(levels):
         policy.check(bits, i, tables[i].embeddings.shape[1], tables[i].model, path)
@@ -274,6 +272,29 @@ def write_decisions(path: Place, trials: Trials, outcome: Outcome, llrs: np.ndar
         file.write(header(llrs is not None))
         for lines in decision_lines(names, trials, outcome.score, outcome.accept, outcome.bits, llrs):
             file.write(lines)
+
+
+def deliver(found: Evaluation, policy: Place, out: Path | None, llr: bool, json: Path | None) -> None:
+    """Writes the decisions and the figures of a run, and prints the figures.
+
+    Args:
+        found: the run.
+        policy: where its policy came from, for messages.
+        out: file of decisions.
+        llr: whether it gets the column `llr`.
+        json: file of the figures.
+
+    Raises:
+        UserError: `llr` is asked for, but the policy has no likelihood ratios; or a file cannot be written.
+    """
+    llrs = log_ratios(found.policy, found.outcome)
+    if llr and llrs is None:
+        raise UserError(no_ratios(policy))
+    if out:
+        write_decisions(out, found.joined.trials, found.outcome, llrs if llr else None)
+    if json:
+        write_json(json, found.figures)
+    print(describe(found.figures))
 
 
 def header(llr: bool) -> str:

@@ -113,8 +113,8 @@ def cascade_together(
     Args and errors as `cascade_stream`; `json` is the file of the figures.
     """
     share = join()
-    about = {"reference": reference, "enrol_models": enrol_models, "out": out, "llr": llr, "share": share}
-    figures = cascade_stream(policy_file, levels, trials, options, **about)  # type: ignore[arg-type]
+    given = policy_file, levels, trials, options
+    figures = cascade_stream(*given, reference=reference, enrol_models=enrol_models, out=out, llr=llr, share=share)
     if share[0] == 0:
         if json:
             write_json(json, figures)
@@ -279,9 +279,7 @@ class Tally:
 
     def _costs(self) -> Json:
         levels = len(self._policy.bits)
-        reached, enrolled = (
-            np.bincount(rows[rows >= 0], minlength=levels) for rows in (self._reached, self._enrolled)
-        )
+        reached, enrolled = (np.bincount(rows[rows >= 0], minlength=levels) for rows in (self._reached, self._enrolled))
         found = costs_of(self._policy.bits, self._top, self.decided, reached, enrolled)
         resolved = {str(bits): share for bits, share in zip(self._policy.bits, found.pop("resolved").tolist())}
         return {"resolved": resolved} | {name: float(value) for name, value in found.items()}

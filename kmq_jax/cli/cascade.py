@@ -54,7 +54,6 @@ def main() -> None:
     args = COMMAND.parse()
     files, options = options_of(Files, args), options_of(CascadeOptions, args)
     from kmq_jax.cascade import evaluate
-    from kmq_jax.core.files import write_json
     from kmq_jax.scoring.levels import parse_levels
 
     if files.cascade:
@@ -75,11 +74,4 @@ def main() -> None:
             cascade_together(*about, files.out, files.llr, files.json)
             return
         found = evaluate.evaluate_embeddings(*about)
-    llrs = evaluate.log_ratios(found.policy, found.outcome)
-    if files.llr and llrs is None:
-        raise UserError(evaluate.no_ratios(files.policy or str(files.cascade)))
-    if files.out:
-        evaluate.write_decisions(files.out, found.joined.trials, found.outcome, llrs if files.llr else None)
-    if files.json:
-        write_json(files.json, found.figures)
-    print(evaluate.describe(found.figures))
+    evaluate.deliver(found, files.policy or str(files.cascade), files.out, files.llr, files.json)
