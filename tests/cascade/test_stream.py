@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import commands
 import numpy as np
@@ -108,7 +109,7 @@ def test_the_same_decisions_and_figures_as_at_once(files, tmp_path, form):
 
 def test_without_a_reference_and_with_one_class(files, tmp_path, capsys):
     policy, trials, _ = given(files, "each")
-    lines = [line for line in open(trials) if line.startswith("0")]
+    lines = [line for line in Path(trials).read_text().splitlines(keepends=True) if line.startswith("0")]
     (tmp_path / "one.txt").write_text("".join(lines))
     stages = [f"--stage={bits}:{path}" for bits, path in levels(files)]
     from kmq_jax.cli import cascade  # as a command, in this process
@@ -131,47 +132,31 @@ def test_without_a_reference_and_with_one_class(files, tmp_path, capsys):
 def test_shares_add_up_to_the_list(files, count, monkeypatch):
     """Each share alone; then what each counted, added as processes do, tells the figures of one process."""
     policy, trials, _ = given(files, "each")
-    tallies = []
+    tallies, calls = [], []
     monkeypatch.setattr(stream.Tally, "gather", lambda self: tallies.append(self))
-    one = stream.cascade_stream(policy, levels(files), trials, OPTIONS, reference=str(files / "e32.npz"))
-    for i in range(count):
-        about = {"reference": str(files / "e32.npz"), "share": (i, count)}
+    for share in [(0, 1), *((i, count) for i in range(count))]:
+        about = {"reference": str(files / "e32.npz"), "share": share}
         stream.cascade_stream(policy, levels(files), trials, OPTIONS, **about)
-    _, *shares = tallies
+    whole, *shares = tallies
     assert min(part.trials for part in shares) > 0
     monkeypatch.undo()
 
-    def of_all(how):
-        def gather(values):
-            same = [[x for x in _arrays(part)] for part in shares]
-            place = next(i for i, x in enumerate(same[0]) if x is values)
-            return how([arrays[place] for arrays in same], axis=0)
+    def told(values):
+        calls[-1].append(values)
+        return values
 
-        return gather
-
-    monkeypatch.setattr(stream.distributed, "sum_of_all", of_all(np.sum))
-    monkeypatch.setattr(stream.distributed, "highest_of_all", of_all(np.max))
-    originals = [_arrays(part) for part in shares]
-    monkeypatch.setattr(f"{__name__}._arrays", lambda part: originals[shares.index(part)])
+    monkeypatch.setattr(stream.distributed, "sum_of_all", told)
+    monkeypatch.setattr(stream.distributed, "highest_of_all", told)
+    for part in shares:  # what each process tells the others, in the same order
+        calls.append([])
+        part.gather()
+    monkeypatch.setattr(stream.distributed, "sum_of_all", lambda values: np.sum(next(turns), axis=0))
+    monkeypatch.setattr(stream.distributed, "highest_of_all", lambda values: np.max(next(turns), axis=0))
+    turns = zip(*calls)
     shares[0].gather()
-    found = shares[0].figures(0.01)
+    one, found = whole.figures(0.01), shares[0].figures(0.01)
     assert found.pop("cllr") == pytest.approx(one.pop("cllr"), rel=1e-12)
     assert found == one
-
-
-def _arrays(tally):
-    """All that a tally counts."""
-    histograms = [one.counts for one in (*tally.histograms, tally.of_reference)]
-    return [
-        tally.decided,
-        tally.accepted,
-        tally._cost,
-        tally._reached,
-        tally._enrolled,
-        *histograms,
-        tally.flips,
-        tally.near,
-    ]
 
 
 def test_two_processes_of_two_devices_give_what_one_gives(files, tmp_path):
@@ -240,7 +225,7 @@ def test_mistakes_leave_no_file(files, tmp_path, change, message):
             np.savez(tmp_path / "few.npz", ids=table["ids"][kept], embeddings=table["embeddings"][kept])
         chosen[1] = 3, str(tmp_path / "few.npz")
     if "line" in change:
-        lines = open(trials).read().splitlines()
+        lines = Path(trials).read_text().splitlines()
         lines[1000] = change["line"]
         trials = str(tmp_path / "t.txt")
         (tmp_path / "t.txt").write_text("\n".join(lines) + "\n")
