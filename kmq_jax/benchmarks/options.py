@@ -298,6 +298,31 @@ class ScoreBench(TrialSizes):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StreamBench(Bench):
+    """Trial lists of any length by `score --stream` and `cascade --stream`: seconds, peak memory, processes.
+
+    A list is made on disk (about 30 bytes a trial), and embeddings at 2, 3, 4 bits and of a reference. Each command
+    then runs in one process and in several that share the list; what these find must be the same. Needs a POSIX system.
+    `tables` writes the JSON as a table of the kind `stream`.
+    """
+
+    trials: int = option("trials, half of them targets", 10**8, at_least=100, at_most=10**10)
+    utterances: int = option("utterances", 145_375, at_least=1, at_most=10**7)
+    speakers: int = option("speakers", 1_251, at_least=2, at_most=10**7)
+    dim: int = option("dimensions of an embedding", 256, at_least=1, at_most=65_536)
+    spread: float = option("of utterances about their speaker: sets the EER", 2.2, above=0)
+    commands: tuple[str, ...] = option("which, by commas", ("score", "cascade"), choices=("score", "cascade"))
+    processes: int = option("processes that share the list in the second run of each; 1: none", 2, at_least=1)
+    directory: Path | None = option("where the list is made, and removed; left out: the system's place", None)
+
+    def __post_init__(self) -> None:
+        """See `Options`; also checks what goes together."""
+        super().__post_init__()
+        if self.utterances < 2 * self.speakers:
+            raise UserError(f"`utterances` (={self.utterances}) must be at least twice `speakers` (={self.speakers})")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainBench(Rounds):
     """One training step of wespeaker_resnet34 beside PyTorch: forward and backward with AAM softmax.
 
@@ -342,6 +367,7 @@ BENCHMARKS: dict[str, type[Options]] = {
     "pods": PodsBench,
     "quant": QuantBench,
     "score": ScoreBench,
+    "stream": StreamBench,
     "train": TrainBench,
 }
 """Every benchmark's options; the benchmark itself is `main(options)` of the module of that name beside this one."""

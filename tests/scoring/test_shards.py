@@ -25,7 +25,7 @@ class Run:
         self.out, self.killed_at, self.made = out, killed_at, []
 
     def __call__(self, source="a"):
-        return shards.run(self.out, COUNT, source, SHARDS, self.embed, lambda rows: np.save(self.out.open("wb"), rows))
+        return shards.run(self.out, COUNT, source, SHARDS, self.embed, lambda rows: np.save(self.out, rows))
 
     def embed(self, share):
         if len(self.made) == self.killed_at:
@@ -52,7 +52,7 @@ def test_a_killed_run_goes_on_by_shard(tmp_path, killed_at):
     assert left(out) == ["plan.json"]
     late = Run(out)
     assert late() is False and late.made == []  # a process that comes late
-    np.save(out.open("wb"), WHOLE[:3])  # but not where the file became another
+    np.save(out, WHOLE[:3])  # but not where the file became another
     assert late() is True and len(late.made) == SHARDS
 
 
