@@ -57,13 +57,13 @@ class AcceleratorBench(Options):
       input     the input pipeline on shards, alone and beside the step
       trials    cosine scores, AS-norm, a cascade
       torch     the step of resnet36 in PyTorch
-      step200   training step of resnet200, its blocks recomputed in the backward pass
+      step200   training step of resnet200, its blocks recomputed in the backward pass, by what they keep
       kmeans    k-means of every layer of resnet200
       remat     training step of resnet36, its blocks recomputed
     """
 
     out: Path = option("file that lines are appended to", Path("accelerator.jsonl"))
-    limit: float = option("seconds in all", 580.0, above=0)
+    limit: float = option("seconds in all", 480.0, above=0)
     parts: str = option("which, in order; NAME:SECONDS sets a part's limit", ",".join(PARTS), metavar="NAME,...")
     batch: int = option("examples a step; 0: as many as fit, of 256, 128, 64", 0, at_least=0)
     tiny: bool = option("sizes that a CPU runs in seconds: a rehearsal", False)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, ones, variance_scaling, zeros
 from jax.typing import DTypeLike
 
@@ -23,6 +24,9 @@ from kmq_jax.nn.conv import Pair, Window, convolve, window
 from kmq_jax.nn.frames import mask_frames, stride_mask
 
 Activation = Callable[[jax.Array], jax.Array]
+
+CONVOLUTION, STATISTICS = "convolution", "statistics"
+"""Names by which rematerialization knows what a convolution gives, and the moments that a batch is normalised by."""
 
 KAIMING_NORMAL: Initializer = variance_scaling(2.0, "fan_out", "normal")
 """`kaiming_normal_(mode="fan_out", nonlinearity="relu")` of PyTorch, as Kiwano starts its convolutions."""
@@ -94,6 +98,7 @@ class BatchNorm(nn.Module):
         epsilon: added to the variance.
         use_statistics: False leaves only the scale and the bias, into which the statistics are folded.
         affine: whether there are a learned scale and bias.
+        named: whether a training batch's statistics are named, for rematerialization to keep; see `LayerStyle`.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -101,6 +106,7 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
     use_statistics: bool = True
     affine: bool = True
+    named: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
@@ -122,6 +128,8 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value
             if train:
                 mean, var = self._batch_statistics(x, mask)
+                if self.named:
+                    mean, var = checkpoint_name(mean, STATISTICS), checkpoint_name(var, STATISTICS)
                 # `init` runs on made-up features, which must leave no trace in the statistics.
                 if not self.is_initializing():
                     running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
@@ -153,18 +161,22 @@ class LayerStyle:
             them, which then carry a bias.
         dtype: compute dtype.
         kernel_init: how convolution kernels start.
+        named: whether what convolutions give and the statistics of a batch get the names `CONVOLUTION` and
+            `STATISTICS`, by which a policy of `jax.checkpoint` keeps them.
     """
 
     norm: str = "batch"
     dtype: DTypeLike = jnp.float32
     kernel_init: Initializer = KAIMING_NORMAL
+    named: bool = False
 
     def conv(
         self, x: jax.Array, channels: int, taps: int, stride: int = 1, *, name: str, before_norm: bool = True
     ) -> jax.Array:
         """Convolves; with `norm="bias"` a bias is added in place of the normalisation that would follow."""
         use_bias = before_norm and self.norm == "bias"
-        return Conv(channels, taps, stride, use_bias, self.dtype, self.kernel_init, name=name)(x)
+        y: jax.Array = Conv(channels, taps, stride, use_bias, self.dtype, self.kernel_init, name=name)(x)
+        return checkpoint_name(y, CONVOLUTION) if self.named else y
 
     def normalize(
         self, x: jax.Array, mask: jax.Array | None, train: bool, *, name: str, after_conv: bool = True
@@ -172,7 +184,8 @@ class LayerStyle:
         """Batch-normalises; with `norm="bias"` nothing is left, or an affine map where no convolution precedes."""
         if self.norm == "bias" and after_conv:
             return x
-        return BatchNorm(self.dtype, use_statistics=self.norm == "batch", name=name)(x, mask, train)
+        layer = BatchNorm(self.dtype, use_statistics=self.norm == "batch", named=self.named, name=name)
+        return layer(x, mask, train)
 
 
 class ConvNorm(nn.Module):
