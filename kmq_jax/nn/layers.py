@@ -49,10 +49,10 @@ _relu_of_sum.defvjp(lambda x: (nn.relu(x), nn.relu(x)), _relu_backward)
 def relu_of_sum(x: jax.Array) -> jax.Array:
     """The ReLU that ends a residual block.
 
-    Its gradient is what four passes over whole activations begin with: two sums of the normalisation, its gradient, and
-    the skipped branch. On accelerators these are bound by memory, and XLA would read the ReLU's output beside the
-    gradient in each of them, only to mask it anew. Behind a barrier the masked gradient is written once: by bytes, three
-    readings of an activation less a block. A processor's program is as without it.
+    Its gradient is what up to four passes over whole activations begin with: sums for the gate and the normalisation,
+    the normalisation's gradient, the skipped branch. On accelerators these are bound by memory, and XLA would read the
+    ReLU's output beside the gradient in each of them, only to mask it anew. Behind a barrier the masked gradient is
+    written once: by bytes, two or three readings of an activation less a block. On a processor nothing changes.
 
     Args:
         x: of any shape.
