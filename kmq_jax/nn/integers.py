@@ -58,6 +58,11 @@ def rounded(module: nn.Module, x: jax.Array, place: str) -> jax.Array:
     return round_activations(x, module.get_variable(COLLECTION, place))
 
 
+def at_work(module: nn.Module, place: str) -> bool:
+    """Whether `rounded` would do anything with activations at this place."""
+    return _watcher.get() is not None or module.has_variable(COLLECTION, place)
+
+
 def rounded_kernel(module: nn.Module, kernel: jax.Array) -> jax.Array:
     """Rounds a kernel `[..., out]` where the module has steps for it; see `rounded`."""
     if _watcher.get() is not None or not module.has_variable(COLLECTION, "kernel"):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kmq_jax.nn import layers
+from kmq_jax.nn import integers, layers
 from kmq_jax.nn.frames import frame_mask, mask_frames, mean_frames, stride_mask
 from kmq_jax.nn.layers import BatchNorm, Conv, SqueezeExcite
 
@@ -155,3 +155,36 @@ def test_the_relu_of_a_sum_is_a_relu_whose_gradient_is_written_once():
     assert "optimization_barrier" in str(jax.make_jaxpr(ours)(x))
     on_a_processor = jax.grad(functools.partial(loss, layers.relu_of_sum))
     assert str(jax.make_jaxpr(on_a_processor)(x)) == str(jax.make_jaxpr(theirs)(x))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_normalisation_and_gate_together_are_one_after_the_other(stride, monkeypatch):
+    """As accelerators compute a training batch: output, statistics, gradients; the parameters are the same ones."""
+    style, x = layers.LayerStyle(), jnp.asarray(random(3, 8, 6, 4))
+    block = layers.BasicBlock(4, stride, True, style)
+    variables = block.init(jax.random.key(0), x, None, True)
+    variables = jax.tree.map(lambda leaf: leaf + 0.1 * random(*leaf.shape, seed=2), variables)
+    given = random(3, 8 // stride, 6 // stride, 4, seed=3)
+
+    def loss(params, x, mask=None):
+        y, new = block.apply({**variables, "params": params}, x, mask, True, mutable=["batch_stats"])
+        return jnp.sum(y * given), (y, new)
+
+    def both(x):
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
+
+    usual, program = both(x), str(jax.make_jaxpr(both)(x))
+    monkeypatch.setattr(layers, "on_processor", lambda: False)
+    again = both(x)
+    assert jax.tree.structure(again) == jax.tree.structure(usual)
+    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(usual)):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * max(1, float(jnp.abs(theirs).max())))
+    assert str(jax.make_jaxpr(both)(x)) != program
+    # Where frames are padded, or activations are rounded, each is computed by itself.
+    one = block.apply(variables, x, jnp.ones((3, 8), bool), True, mutable=["batch_stats"])
+    np.testing.assert_allclose(one[0], usual[1][0], atol=2e-5)
+    places = []
+    with integers.watching(lambda place, x: (places.append(place), x)[1]):
+        block.apply(variables, x, None, True, mutable=["batch_stats"])
+    assert "branch" in [place.rsplit("/", 1)[-1] for place in places]
+    assert jax.tree.structure(block.init(jax.random.key(0), x, None, True)) == jax.tree.structure(variables)
