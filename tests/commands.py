@@ -31,7 +31,8 @@ def pair(command, *flags):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     about = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
-    about |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    # Compiled as in the tests' own process, where both are compared to the last bit.
+    about |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     words = [sys.executable, "-m", "kmq_jax", command, *flags]
     started = {"cwd": Path(__file__).parents[1], "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     processes = [
