@@ -3,7 +3,7 @@
 # installed. One JSON line a figure, as soon as it is known; then a table. Takes at most LIMIT seconds; downloads nothing.
 #
 #   OUT      file that lines are appended to             (accelerator.jsonl)
-#   LIMIT    seconds in all                              (580)
+#   LIMIT    seconds in all                              (480)
 #   WHEELS   folder of wheels of packages that are missing here; unpacked to a temporary directory   (none)
 #   PYTHON   interpreter                                 (.venv/bin/python where there is one, else python3)
 #   further arguments: those of `kmq-jax bench accelerator`, such as --parts=step,kmqat
@@ -23,4 +23,4 @@ if [ -n "${WHEELS:-}" ]; then
   export PYTHONPATH=$PYTHONPATH:$SITE
 fi
 "$PYTHON" -m kmq_jax bench accelerator --out="${OUT:-accelerator.jsonl}" \
-  --limit="$((${LIMIT:-580} - SECONDS + BEGIN))" "$@"
+  --limit="$((${LIMIT:-480} - SECONDS + BEGIN))" "$@"

@@ -1,6 +1,10 @@
-"""Runs a command in this process, as `kmq-jax COMMAND` would."""
+"""Runs a command in this process, as `kmq-jax COMMAND` would; or in two that work together."""
 
+import os
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,3 +23,20 @@ def replaced(usual, given):
     """The usual flags with those that are given in their places: a flag of one value is not taken twice."""
     names = {flag.partition("=")[0] for flag in given}
     return [*(flag for flag in usual if flag.partition("=")[0] not in names), *given]
+
+
+def pair(command, *flags):
+    """Runs a command in two processes of two simulated devices that find one another; their status, what they said."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    about = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
+    # Compiled as in the tests' own process, where both are compared to the last bit.
+    about |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    words = [sys.executable, "-m", "kmq_jax", command, *flags]
+    started = {"cwd": Path(__file__).parents[1], "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen(words, env={**os.environ, **about, "JAX_PROCESS_ID": str(i)}, **started) for i in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    return [process.returncode for process in processes], said

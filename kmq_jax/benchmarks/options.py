@@ -102,13 +102,13 @@ class AcceleratorBench(Options):
       input     the input pipeline on shards, alone and beside the step
       trials    cosine scores, AS-norm, a cascade
       torch     the step of resnet36 in PyTorch
-      step200   training step of resnet200, its blocks recomputed in the backward pass
+      step200   training step of resnet200, its blocks recomputed in the backward pass, by what they keep
       kmeans    k-means of every layer of resnet200
       remat     training step of resnet36, its blocks recomputed
     """
 
     out: Path = option("file that lines are appended to", Path("accelerator.jsonl"))
-    limit: float = option("seconds in all", 580.0, above=0)
+    limit: float = option("seconds in all", 480.0, above=0)
     parts: str = option("which, in order; NAME:SECONDS sets a part's limit", ",".join(PARTS), metavar="NAME,...")
     batch: int = option("examples a step; 0: as many as fit, of 256, 128, 64", 0, at_least=0)
     tiny: bool = option("sizes that a CPU runs in seconds: a rehearsal", False)
@@ -385,6 +385,31 @@ class ScoreBench(TrialSizes):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StreamBench(Bench):
+    """Trial lists of any length by `score --stream` and `cascade --stream`: seconds, peak memory, processes.
+
+    A list is made on disk (about 30 bytes a trial), and embeddings at 2, 3, 4 bits and of a reference. Each command
+    then runs in one process and in several that share the list; what these find must be the same. Needs a POSIX system.
+    `tables` writes the JSON as a table of the kind `stream`.
+    """
+
+    trials: int = option("trials, half of them targets", 10**8, at_least=100, at_most=10**10)
+    utterances: int = option("utterances", 145_375, at_least=1, at_most=10**7)
+    speakers: int = option("speakers", 1_251, at_least=2, at_most=10**7)
+    dim: int = option("dimensions of an embedding", 256, at_least=1, at_most=65_536)
+    spread: float = option("of utterances about their speaker: sets the EER", 2.2, above=0)
+    commands: tuple[str, ...] = option("which, by commas", ("score", "cascade"), choices=("score", "cascade"))
+    processes: int = option("processes that share the list in the second run of each; 1: none", 2, at_least=1)
+    directory: Path | None = option("where the list is made, and removed; left out: the system's place", None)
+
+    def __post_init__(self) -> None:
+        """See `Options`; also checks what goes together."""
+        super().__post_init__()
+        if self.utterances < 2 * self.speakers:
+            raise UserError(f"`utterances` (={self.utterances}) must be at least twice `speakers` (={self.speakers})")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainBench(Rounds):
     """One training step of wespeaker_resnet34 beside PyTorch: forward and backward with AAM softmax.
 
@@ -431,6 +456,7 @@ BENCHMARKS: dict[str, type[Options]] = {
     "pods": PodsBench,
     "quant": QuantBench,
     "score": ScoreBench,
+    "stream": StreamBench,
     "train": TrainBench,
 }
 """Every benchmark's options; the benchmark itself is `main(options)` of the module of that name beside this one."""

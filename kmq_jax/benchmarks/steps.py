@@ -38,7 +38,7 @@ class Start:
 
 def start(options: TrainOptions, classes: int, devices: Mesh) -> Start:
     """Prepares training as `train` does, but with random weights and evenly spaced codebooks."""
-    network = describe(options).network(options.dtype)
+    network = describe(options).network(options.dtype).keeping(options.remat_keeps)
     params, batch_stats = steps.init_params(network, options, classes)
     objective = steps.make_objective(network, frontend_of(options.frontend), options, devices, EPOCH_STEPS)
     task = steps.make_task(options, EPOCH_STEPS)

@@ -1,7 +1,7 @@
 """A cascade over a trial list: decisions, errors, flips and costs."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,10 +10,10 @@ import numpy as np
 from kmq_jax.cascade.costs import describe_costs, savings
 from kmq_jax.cascade.options import CascadeOptions
 from kmq_jax.cascade.policy import CascadePolicy, read_policy
-from kmq_jax.cascade.run import Outcome, map_scores, run
+from kmq_jax.cascade.run import Decisions, Outcome, map_scores, run
 from kmq_jax.cascade.verifier import load_cascade
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Json, Row, atomic_write
+from kmq_jax.core.files import Json, Row, atomic_write, write_json
 from kmq_jax.core.tree import Array
 from kmq_jax.data import source
 from kmq_jax.data.trials import Trials
@@ -64,13 +64,28 @@ def evaluate_embeddings(
         UserError: the levels are not those of the policy, or a file is at fault.
     """
     policy = read_policy(policy_file)
+    check_bits(policy, policy_file, levels)
+    joined = score_levels(levels, reference, trials, policy.enrolment, enrol_models)
+    check_tables(policy, levels, joined.tables)
+    return _evaluated(policy, joined, options or CascadeOptions())
+
+
+def check_bits(policy: CascadePolicy, policy_file: Place, levels: Sequence[tuple[int, str]]) -> None:
+    """Refuses `levels`, bits and embedding file of each, whose bits are not those of the policy."""
     if tuple(bits for bits, _ in levels) != policy.bits:
         given = ", ".join(str(bits) for bits, _ in levels)
         raise UserError(f"--stage: {policy_file} is for {', '.join(map(str, policy.bits))} bits, but {given} are given")
-    joined = score_levels(levels, reference, trials, policy.enrolment, enrol_models)
+
+
+def check_tables(policy: CascadePolicy, levels: Sequence[tuple[int, str]], tables: Sequence[EmbeddingTable]) -> None:
+    """Refuses embeddings of levels that the policy was not made for (`CascadePolicy.check`)."""
     for i, (bits, path) in enumerate(levels):
-        policy.check(bits, i, joined.tables[i].embeddings.shape[1], joined.tables[i].model, path)
-    return _evaluated(policy, joined, options or CascadeOptions())
+        policy.check(bits, i, tables[i].embeddings.shape[1], tables[i].model, path)
+
+
+def no_ratios(policy: Place) -> str:
+    """What is said of a policy without likelihood ratios where `--llr` asks for them."""
+    return f"--llr: {policy} was fitted on trials of one class and has no likelihood ratios"
 
 
 def evaluate_recordings(
@@ -240,7 +255,7 @@ def remaining_flips(policy: CascadePolicy, outcome: Outcome, reference: np.ndarr
     return rows
 
 
-def log_ratios(policy: CascadePolicy, outcome: Outcome) -> np.ndarray | None:
+def log_ratios(policy: CascadePolicy, outcome: Outcome | Decisions) -> np.ndarray | None:
     """Natural log likelihood ratio of each trial `[trials]`, by the map of the level that decided."""
     if policy.llr_maps is None:
         return None
@@ -253,26 +268,81 @@ def write_decisions(path: Place, trials: Trials, outcome: Outcome, llrs: np.ndar
 
     Nine digits give every float32 back exactly.
     """
-    names = np.array([_quoted(name) for name in trials.names], object)
+    names = np.array([quoted(name) for name in trials.names], object)
     with atomic_write(Path(path)) as temporary, temporary.open("w") as file:
-        file.write("enrol,test,score,decision,bits" + (",llr\n" if llrs is not None else "\n"))
-        for start in range(0, len(trials), _LINES):
-            part = slice(start, start + _LINES)
-            columns = [
-                names[trials.enrol_name[part]],
-                names[trials.test_name[part]],
-                outcome.score[part].tolist(),
-                outcome.accept[part].astype(int).tolist(),
-                outcome.bits[part].tolist(),
-            ]
-            if llrs is None:
-                file.write("".join([f"{e},{t},{s:.9g},{d},{b}\n" for e, t, s, d, b in zip(*columns)]))
-            else:
-                rows = zip(*columns, llrs[part].tolist())
-                file.write("".join([f"{e},{t},{s:.9g},{d},{b},{r:.6g}\n" for e, t, s, d, b, r in rows]))
+        file.write(header(llrs is not None))
+        for lines in decision_lines(names, trials, outcome.score, outcome.accept, outcome.bits, llrs):
+            file.write(lines)
 
 
-def _quoted(name: str) -> str:
+def deliver(found: Evaluation, policy: Place, out: Path | None, llr: bool, json: Path | None) -> None:
+    """Writes the decisions and the figures of a run, and prints the figures.
+
+    Args:
+        found: the run.
+        policy: where its policy came from, for messages.
+        out: file of decisions.
+        llr: whether it gets the column `llr`.
+        json: file of the figures.
+
+    Raises:
+        UserError: `llr` is asked for, but the policy has no likelihood ratios; or a file cannot be written.
+    """
+    llrs = log_ratios(found.policy, found.outcome)
+    if llr and llrs is None:
+        raise UserError(no_ratios(policy))
+    if out:
+        write_decisions(out, found.joined.trials, found.outcome, llrs if llr else None)
+    if json:
+        write_json(json, found.figures)
+    print(describe(found.figures))
+
+
+def header(llr: bool) -> str:
+    """The first line of a file of decisions."""
+    return "enrol,test,score,decision,bits" + (",llr\n" if llr else "\n")
+
+
+def decision_lines(
+    names: np.ndarray,
+    trials: Trials,
+    score: np.ndarray,
+    accept: np.ndarray,
+    bits: np.ndarray,
+    llrs: np.ndarray | None = None,
+) -> Iterator[str]:
+    """The rows of a file of decisions, many at a time.
+
+    Args:
+        names: what `enrol_name` and `test_name` of the trials number, quoted.
+        trials: the list or a part of it.
+        score: `[trials]`.
+        accept: `[trials]` bool.
+        bits: `[trials]`, of the level that decided.
+        llrs: `[trials]`, for another column.
+    """
+    for start in range(0, len(trials), _LINES):
+        part = slice(start, start + _LINES)
+        columns = [
+            names[trials.enrol_name[part]],
+            names[trials.test_name[part]],
+            score[part].tolist(),
+            accept[part].astype(int).tolist(),
+            bits[part].tolist(),
+        ]
+        if llrs is None:
+            yield "".join([f"{e},{t},{s:.9g},{d},{b}\n" for e, t, s, d, b in zip(*columns)])
+        else:
+            rows = zip(*columns, llrs[part].tolist())
+            yield "".join([f"{e},{t},{s:.9g},{d},{b},{r:.6g}\n" for e, t, s, d, b, r in rows])
+
+
+def quoted(name: str) -> str:
+    """A name as a cell of a CSV row.
+
+    >>> quoted("a,b")
+    '"a,b"'
+    """
     return '"' + name.replace('"', '""') + '"' if set(name) & set(',"\n\r') else name
 
 

@@ -77,4 +77,9 @@ class CascadeOptions(Options):
 
     p_target: float = option("prior of a target, for minDCF", 0.01, above=0, below=1)
     replicates: int = option("bootstrap draws; 0: no intervals", 1000, at_least=0, at_most=100_000)
+    stream: bool = option(
+        "read the list part by part, in bounded memory: EER and minDCF from histograms, with bounds and without "
+        "intervals. Processes that are started together share the list",
+        False,
+    )
     seed: int = option("of the bootstrap", 0, at_least=0)

@@ -4,7 +4,7 @@ The same program runs many policies at once (`run_grid`), for instance a whole P
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -20,15 +20,13 @@ from kmq_jax.metrics.calibration import AffineMap, IsotonicMap
 
 _FLOATING = 16  # bits from here on are floating point, not a codebook
 _GRID = 8  # policies of a grid that run at a time
+_CHUNK = 1 << 16  # trials that are decided at a time
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=[
-        *("x", "y", "scale", "offset", "low", "high", "threshold"),
-        *("bits", "sequential", "incremental", "seconds"),
-    ],
-    meta_fields=[],
+    data_fields=("x", "y", "scale", "offset", "low", "high", "threshold"),
+    meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
 class Tables:
@@ -42,10 +40,6 @@ class Tables:
         low: `[levels]`; in the last level `low` and `high` are the threshold, so that every trial stops there.
         high: `[levels]`.
         threshold: scalar.
-        bits: `[levels]`.
-        sequential: `[levels]`, bits read by a trial that stops there, if each level runs its own model.
-        incremental: `[levels]`, the same with nested codebooks.
-        seconds: `[levels]`, what a recording takes at each level; zeros where that is not known.
     """
 
     x: Array
@@ -55,14 +49,10 @@ class Tables:
     low: Array
     high: Array
     threshold: Array
-    bits: Array
-    sequential: Array
-    incremental: Array
-    seconds: Array
 
 
-Figures = dict[str, jax.Array]
-"""What a run costs, by name; of a grid of policies, with an axis for them in front."""
+Counts = dict[str, jax.Array]
+"""What a run's costs come from, as `costs_of` takes it; of a grid of policies, with an axis for them in front."""
 
 
 def prices(bits: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -97,10 +87,7 @@ def tables(policies: Sequence[CascadePolicy]) -> Tables:
     x, y, scale, offset = (np.stack(parts) for parts in zip(*(made[id(p.maps)] for p in policies)))
     gates = np.array([[*p.gates, (p.threshold, p.threshold)] for p in policies], np.float32)
     threshold = np.array([p.threshold for p in policies], np.float32)
-    costs = [np.array([p.bits for p in policies], np.float32)]
-    costs += [np.stack(parts) for parts in zip(*(prices(p.bits) for p in policies))]
-    costs.append(np.array([p.seconds or (0.0,) * len(p.bits) for p in policies], np.float32))
-    return Tables(x, y, scale, offset, gates[..., 0], gates[..., 1], threshold, *costs)
+    return Tables(x, y, scale, offset, gates[..., 0], gates[..., 1], threshold)
 
 
 def _map_tables(policy: CascadePolicy, knots: int) -> tuple[np.ndarray, ...]:
@@ -150,10 +137,8 @@ def _reach(level: jax.Array, rows: jax.Array, size: int) -> jax.Array:
     return jnp.full(size, -1, jnp.int8).at[rows].max(level)
 
 
-def _costs(table: Tables, level: jax.Array, enrol: jax.Array, test: jax.Array, sizes: tuple[int, int, bool]) -> Figures:
+def _counts(table: Tables, level: jax.Array, enrol: jax.Array, test: jax.Array, sizes: tuple[int, int, bool]) -> Counts:
     enrol_size, test_size, top = sizes
-    levels = table.bits.shape[0]
-    resolved = jnp.stack([jnp.mean(level == i, dtype=jnp.float32) for i in range(levels)])
     reach = _reach(level, test, test_size)
     if enrol_size == 0:  # both sides are rows of one table: an utterance on both sides is embedded once
         if top:  # it is kept at the top level if it is enrolled, and climbs if it is tested
@@ -164,30 +149,78 @@ def _costs(table: Tables, level: jax.Array, enrol: jax.Array, test: jax.Array, s
     else:
         enrolled = _reach(jnp.full_like(level, 0) if top else level, enrol, enrol_size)
 
-    def mean_cost(price: jax.Array, enrol_price: jax.Array) -> jax.Array:
-        parts = ((reach, price), (enrolled, enrol_price))
-        total = [jnp.sum(jnp.where(r >= 0, p[jnp.maximum(r, 0)], 0.0)) for r, p in parts]
-        return (total[0] + total[1]) / (jnp.sum(reach >= 0) + jnp.sum(enrolled >= 0))
+    def by_level(values: jax.Array) -> jax.Array:
+        # Whole numbers: a sum in float32 would stand still from 2^24 trials on.
+        return jnp.stack([jnp.sum(values == i, dtype=jnp.int32) for i in range(table.low.shape[0])])
 
-    fixed, last = (jnp.full_like(own, own[-1]) for own in (table.bits, table.seconds))
-    climbed = jnp.cumsum(table.seconds)
-    return {
+    return {"decided": by_level(level), "reached": by_level(reach), "enrolled": by_level(enrolled)}
+
+
+def costs_of(
+    bits: Sequence[int],
+    top: bool,
+    decided: np.ndarray,
+    reached: np.ndarray,
+    enrolled: np.ndarray,
+    seconds: Sequence[float] | None = None,
+) -> dict[str, np.ndarray]:
+    """What a cascade costs, from counts.
+
+    Args:
+        bits: `[levels]`.
+        top: whether the enrolled side is always embedded at the last level.
+        decided: `[..., levels]`, trials that each level decides.
+        reached: `[..., levels]`, utterances by the highest level that a trial took them to.
+        enrolled: `[..., levels]`, the same of the enrolled side, where that is counted apart.
+        seconds: `[levels]`, what a recording takes at each, where it is known.
+
+    Returns:
+        `resolved` `[..., levels]` and the costs of `Outcome`, `[...]`, float64: in bits, and in seconds where these are
+        known.
+
+    >>> found = costs_of((2, 4), False, np.array([3, 1]), np.array([1, 2]), np.array([0, 0]))
+    >>> found["resolved"].tolist(), float(found["sequential_bits"]), round(float(found["utterance_bits"]), 3)
+    ([0.75, 0.25], 3.0, 4.667)
+    """
+    sequential, incremental = (price.astype(np.float64) for price in prices(bits))
+    resolved = decided / np.sum(decided, axis=-1, keepdims=True)
+    utterances = np.sum(reached, axis=-1) + np.sum(enrolled, axis=-1)
+
+    def mean_cost(price: np.ndarray, last: float) -> np.ndarray:
+        # The enrolled side's counts lie at the first level where it does not climb.
+        of_enrolled = np.full_like(price, last) if top else price
+        cost: np.ndarray = (reached @ price + enrolled @ of_enrolled) / utterances
+        return cost
+
+    costs = {
         "resolved": resolved,
-        "sequential_bits": resolved @ table.sequential,
-        "incremental_bits": resolved @ table.incremental,
-        "utterance_bits": mean_cost(table.sequential, fixed if top else table.sequential),
-        "utterance_incremental_bits": mean_cost(table.incremental, fixed if top else table.incremental),
-        "sequential_seconds": resolved @ climbed,
-        "utterance_seconds": mean_cost(climbed, last if top else climbed),
+        "sequential_bits": resolved @ sequential,
+        "incremental_bits": resolved @ incremental,
+        "utterance_bits": mean_cost(sequential, bits[-1]),
+        "utterance_incremental_bits": mean_cost(incremental, bits[-1]),
     }
+    if seconds is not None:
+        climbed = np.cumsum(np.asarray(seconds, np.float64))
+        costs |= {
+            "sequential_seconds": resolved @ climbed,
+            "utterance_seconds": mean_cost(climbed, seconds[-1]),
+        }
+    return costs
 
 
 @partial(jax.jit, static_argnames=("sizes",))
 def _run(
     table: Tables, scores: Array, enrol: Array, test: Array, sizes: tuple[int, int, bool]
-) -> tuple[jax.Array, jax.Array, jax.Array, Figures]:
+) -> tuple[jax.Array, jax.Array, jax.Array, Counts]:
     level, score = _choose(table, _map_all(table, scores))
-    return level, score, score >= table.threshold, _costs(table, level, enrol, test, sizes)
+    return level, score, score >= table.threshold, _counts(table, level, enrol, test, sizes)
+
+
+@jax.jit
+def _decide(table: Tables, scores: Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    mapped = _map_all(table, scores)
+    level, score = _choose(table, mapped)
+    return level, score, score >= table.threshold, mapped
 
 
 @partial(jax.jit, static_argnames=("sizes", "shared_maps"))
@@ -199,15 +232,15 @@ def _run_grid(
     right: Array,
     sizes: tuple[int, int, bool],
     shared_maps: bool,
-) -> Figures:
+) -> Counts:
     mapped = _map_all(jax.tree.map(lambda leaf: leaf[0], grid), scores) if shared_maps else None
 
-    def one(table: Tables) -> Figures:
+    def one(table: Tables) -> Counts:
         level, score = _choose(table, _map_all(table, scores) if mapped is None else mapped)
         accept = score >= table.threshold
         # `right` is +1 for a target trial that the reference accepts, -1 for a nontarget that it rejects, else 0.
         harmful = ((right > 0) & ~accept) | ((right < 0) & accept)
-        return _costs(table, level, enrol, test, sizes) | {"harmful_flip_rate": jnp.mean(harmful, dtype=jnp.float32)}
+        return _counts(table, level, enrol, test, sizes) | {"harmful": jnp.sum(harmful, dtype=jnp.int32)}
 
     # A handful at a time keeps memory bounded however many policies there are.
     return jax.lax.map(one, grid, batch_size=_GRID)
@@ -292,9 +325,8 @@ def run(policy: CascadePolicy, scores: ArrayLike, enrol: ArrayLike, test: ArrayL
     values, enrol_rows, test_rows = _checked(policy, scores, enrol, test)
     sizes = _sizes(policy, enrol_rows, test_rows, one_table)
     table = jax.tree.map(lambda leaf: leaf[0], tables([policy]))
-    level, score, accept, costs = jax.device_get(_run(table, values, enrol_rows, test_rows, sizes))
-    if policy.seconds is None:
-        del costs["sequential_seconds"], costs["utterance_seconds"]
+    level, score, accept, counts = jax.device_get(_run(table, values, enrol_rows, test_rows, sizes))
+    costs = costs_of(policy.bits, sizes[2], **counts, seconds=policy.seconds)
     return Outcome(
         score,
         accept,
@@ -317,7 +349,7 @@ def run_grid(
     """Runs many policies of the same bits over one trial list.
 
     Args:
-        policies: they share bits and enrolment; where they share maps too, scores are mapped once.
+        policies: they share bits, enrolment and seconds; where they share maps too, scores are mapped once.
         scores: `[levels, trials]`.
         enrol: as in `run`.
         test: as in `run`.
@@ -328,8 +360,8 @@ def run_grid(
     Returns:
         `resolved` `[policies, levels]`, the costs of `Outcome` and `harmful_flip_rate`, each `[policies]`.
     """
-    if not policies or len({(p.bits, p.enrolment) for p in policies}) > 1:
-        raise UserError("a grid needs one or more policies of the same bits and enrolment")
+    if not policies or len({(p.bits, p.enrolment, p.seconds) for p in policies}) > 1:
+        raise UserError("a grid needs one or more policies of the same bits, enrolment and seconds")
     values, enrol_rows, test_rows = _checked(policies[0], scores, enrol, test)
     sizes = _sizes(policies[0], enrol_rows, test_rows, one_table)
     # Filled up to a multiple, so that grids of like size share a compilation.
@@ -337,8 +369,58 @@ def run_grid(
     shared = all(policy.maps is policies[0].maps for policy in policies)
     accepted, target = np.asarray(reference_accept, bool), np.asarray(labels, bool)
     right = np.where(accepted == target, np.where(target, 1, -1), 0).astype(np.int8)
-    result = jax.device_get(_run_grid(grid, values, enrol_rows, test_rows, right, sizes, shared))
-    return {name: value[: len(policies)] for name, value in result.items()}
+    counts = jax.device_get(_run_grid(grid, values, enrol_rows, test_rows, right, sizes, shared))
+    counts = {name: value[: len(policies)] for name, value in counts.items()}
+    harmful = counts.pop("harmful") / values.shape[1]
+    costs = costs_of(policies[0].bits, sizes[2], **counts, seconds=policies[0].seconds)
+    return costs | {"harmful_flip_rate": harmful}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decisions:
+    """What a cascade decides of trials.
+
+    Attributes:
+        level: `[trials]` int8, the place in `bits` of the one that decided.
+        score: `[trials]` float32, on the reference's scale.
+        accept: `[trials]` bool.
+        mapped: `[levels, trials]` float32, each level's score on the reference's scale.
+    """
+
+    level: np.ndarray
+    score: np.ndarray
+    accept: np.ndarray
+    mapped: np.ndarray
+
+
+def decider(policy: CascadePolicy) -> Callable[[np.ndarray], Decisions]:
+    """What decides the trials of a list part by part, as `run` decides them: by one program for parts of any length.
+
+    It takes scores `[levels, trials]` float32, finite.
+
+    Raises:
+        UserError: a score is not finite.
+
+    >>> from kmq_jax.metrics.calibration import AffineMap
+    >>> line = AffineMap(1.0, 0.0)
+    >>> decide = decider(CascadePolicy((2, 4), (line, line), ((0.25, 0.75),), 0.5))
+    >>> found = decide(np.float32([[0.9, 0.6], [0.8, 0.3]]))
+    >>> found.level.tolist(), found.accept.tolist()
+    ([0, 1], [True, False])
+    """
+    table = jax.tree.map(lambda leaf: leaf[0], tables([policy]))
+
+    def decide(scores: np.ndarray) -> Decisions:
+        if not np.isfinite(scores).all():
+            raise UserError("scores of a cascade must be finite")
+        trials = scores.shape[1]
+        # One static shape for all chunks of a long list, and few for short ones.
+        chunk = min(_CHUNK, 1 << max(trials - 1, 0).bit_length())
+        padded = np.pad(scores, ((0, 0), (0, -trials % chunk)))
+        parts = [_decide(table, padded[:, start : start + chunk]) for start in range(0, max(trials, 1), chunk)]
+        return Decisions(*(np.concatenate(column, axis=-1)[..., :trials] for column in zip(*parts)))
+
+    return decide
 
 
 def map_scores(policy: CascadePolicy, scores: ArrayLike) -> np.ndarray:

@@ -54,10 +54,11 @@ def main() -> None:
     args = COMMAND.parse()
     files, options = options_of(Files, args), options_of(CascadeOptions, args)
     from kmq_jax.cascade import evaluate
-    from kmq_jax.core.files import write_json
     from kmq_jax.scoring.levels import parse_levels
 
     if files.cascade:
+        if options.stream:
+            raise UserError("--cascade cannot be used with --stream")
         if not files.data or files.policy or files.levels or files.enrol_models:
             raise UserError("--cascade takes --data and --trials, without --policy, --stage and --enrol_models")
         found = evaluate.evaluate_recordings(
@@ -67,13 +68,10 @@ def main() -> None:
         if not files.policy or not files.levels:
             raise UserError("--policy and --stage are needed, or else --cascade and --data")
         about = files.policy, parse_levels(files.levels), files.trials, options, files.reference, files.enrol_models
+        if options.stream:
+            from kmq_jax.cascade.stream import cascade_together
+
+            cascade_together(*about, files.out, files.llr, files.json)
+            return
         found = evaluate.evaluate_embeddings(*about)
-    llrs = evaluate.log_ratios(found.policy, found.outcome)
-    if files.llr and llrs is None:
-        name = files.policy or files.cascade
-        raise UserError(f"--llr: {name} was fitted on trials of one class and has no likelihood ratios")
-    if files.out:
-        evaluate.write_decisions(files.out, found.joined.trials, found.outcome, llrs if files.llr else None)
-    if files.json:
-        write_json(files.json, found.figures)
-    print(evaluate.describe(found.figures))
+    evaluate.deliver(found, files.policy or str(files.cascade), files.out, files.llr, files.json)

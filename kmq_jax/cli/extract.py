@@ -19,6 +19,13 @@ class Files(Options):
         "the .npz to write: ids, paths, speakers, embeddings, model; or Kaldi's .ark, or .scp with its .ark beside",
         writes="file",
     )
+    shards: int | None = option(
+        "embed in so many shards, kept in OUT.shards/ until all are there: processes started alike share them, and a "
+        "run that was killed goes on",
+        None,
+        at_least=1,
+        at_most=99_999,
+    )
 
 
 COMMAND = Command(
@@ -33,7 +40,13 @@ def main() -> None:
     """Runs the command."""
     args = COMMAND.parse()
     files, options = options_of(Files, args), options_of(ExtractionOptions, args)
-    from kmq_jax.scoring.extract import extract
+    from kmq_jax.scoring.extract import extract, extract_shards
 
+    if files.shards:
+        wrote = extract_shards(files.model, files.data, files.out, files.shards, options)
+        print(
+            f"{files.out}: {files.shards} shards, {'put together' if wrote else 'which another process put together'}"
+        )
+        return
     embeddings = extract(files.model, files.data, files.out, options)
     print(f"{files.out}: {len(embeddings)} embeddings of {embeddings.shape[1]} dimensions")

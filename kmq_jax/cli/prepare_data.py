@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kmq_jax.cli.command import Command
 from kmq_jax.cli.flags import options_of
+from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import Options, option
 
 
@@ -17,6 +18,12 @@ class Flags(Options):
     out: Path = option("the directory to write", metavar="DIR", writes="directory")
     workers: int | None = option("processes; left out: one a core", None, at_least=1, at_most=1024)
     min_seconds: float = option("shorter recordings are rejected", 0.5, at_least=0, below=3600)
+    beam: str | None = option(
+        "write shards on many machines through Apache Beam (extra `beam`), with these of its options, such as "
+        "'--runner=FlinkRunner'; all must see the recordings and --out. In place of --workers",
+        None,
+        metavar="OPTIONS",
+    )
 
 
 COMMAND = Command(
@@ -34,8 +41,11 @@ def main() -> None:
     from kmq_jax.data import writer
     from kmq_jax.data.source import open_source
 
+    if flags.beam is not None and flags.workers:
+        raise UserError("--workers cannot be used with --beam: its runner has options of its own")
     workers = flags.workers or os.cpu_count() or 1
-    done = writer.prepare(open_source(flags.source), flags.out, workers=workers, min_seconds=flags.min_seconds)
+    settings = {"workers": workers, "min_seconds": flags.min_seconds, "beam": flags.beam}
+    done = writer.prepare(open_source(flags.source), flags.out, **settings)
     print(
         f"{flags.out}: {done['utterances']} utterances of {done['speakers']} speakers, {done['hours']:.2f} hours, "
         f"{done['rejected']} rejected"

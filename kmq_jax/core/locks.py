@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.flock import lock
+from kmq_jax.core.flock import HAS_LOCKS, lock
 
 NAME = ".lock"
 
@@ -73,6 +73,38 @@ def in_turn(path: Path, waiting: str = "") -> Iterator[None]:
             _wait(held, "")
     try:
         yield
+    finally:
+        _drop(held, path)
+
+
+@contextlib.contextmanager
+def if_free(path: Path) -> Iterator[bool]:
+    """Tells the block whether it holds a lock: false where another process does. On a file system without locks, true.
+
+    Args:
+        path: of the lock's file, in a directory that exists; it is removed afterwards.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     with if_free(Path(place) / "a") as one, if_free(Path(place) / "a") as two:
+    ...         one, two
+    (True, False)
+    """
+    held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        lock(held)
+    except BlockingIOError:
+        os.close(held)
+        yield False
+        return
+    except OSError:
+        pass  # a file system without locks
+    if HAS_LOCKS and not _is_at(held, path):  # its holder before removed it just now: whoever comes next may have it
+        os.close(held)
+        yield False
+        return
+    try:
+        yield True
     finally:
         _drop(held, path)
 

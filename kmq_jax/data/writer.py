@@ -28,6 +28,7 @@ from kmq_jax.core.files import Json, atomic_write, read_json, read_object, sweep
 from kmq_jax.core.locks import sole_writer
 from kmq_jax.core.progress import progress
 from kmq_jax.data import audio, prepared
+from kmq_jax.data import beam as beams
 from kmq_jax.data.table import Utterances
 
 VERSION = "1.0.0"
@@ -37,7 +38,9 @@ _MOST_SHARDS = 256  # readers keep a file open for each
 _LEAST_ROWS = 64  # utterances in a shard
 
 
-def prepare(utterances: Utterances, out: Path, *, workers: int = 1, min_seconds: float = 0.5) -> Json:
+def prepare(
+    utterances: Utterances, out: Path, *, workers: int = 1, min_seconds: float = 0.5, beam: str | None = None
+) -> Json:
     """Writes a dataset into the directory `out`, or finishes one that was interrupted.
 
     Args:
@@ -45,6 +48,8 @@ def prepare(utterances: Utterances, out: Path, *, workers: int = 1, min_seconds:
         out: the directory; its name becomes the dataset's.
         workers: processes that decode and write.
         min_seconds: shorter recordings are rejected.
+        beam: options of an Apache Beam pipeline whose workers write the shards, in place of `workers`; all its machines
+            must see the recordings and `out` under these names.
 
     Returns:
         The summary: `utterances`, `speakers`, `hours`, `rejected`, `source` (a fingerprint of the table and setting).
@@ -54,10 +59,10 @@ def prepare(utterances: Utterances, out: Path, *, workers: int = 1, min_seconds:
     """
     prepared.require_tfds()  # before the work
     with sole_writer(out, "out"):
-        return _prepare(utterances, out, workers, min_seconds)
+        return _prepare(utterances, out, workers, min_seconds, beam)
 
 
-def _prepare(utterances: Utterances, out: Path, workers: int, min_seconds: float) -> Json:
+def _prepare(utterances: Utterances, out: Path, workers: int, min_seconds: float, beam: str | None) -> Json:
     work = out / _WORK
     fingerprint = _fingerprint(utterances, min_seconds)
     if (out / "dataset_info.json").is_file():
@@ -79,7 +84,14 @@ def _prepare(utterances: Utterances, out: Path, workers: int, min_seconds: float
 
     tasks = _split(utterances, work, min_seconds)
     todo = [task for task in tasks if not task.report.is_file()]
-    _run(todo, workers, len(utterances))
+    if beam is None:
+        _run(todo, workers, len(utterances))
+    elif todo:
+        beams.run(_write_shard, todo, beam)
+        if missing := [task for task in todo if not task.report.is_file()]:
+            raise UserError(
+                f"--out={out}: {len(missing)} shards are not there; do all machines of Beam see this place?"
+            )
     return _finish(utterances, out, tasks, fingerprint)
 
 
@@ -171,7 +183,6 @@ def _write_shard(task: _Task) -> None:
     """Writes one shard and, once that is safe on disk, its report."""
     from array_record.python import array_record_module
 
-    assert _written is not None, "a shard is written by a process that `_start_worker` has begun"
     features = prepared.features()
     rows, rejected, size = [], [], 0
     table = task.utterances
@@ -195,13 +206,19 @@ def _write_shard(task: _Task) -> None:
                     writer.write(record)
                     rows.append(row | {"samples": len(wave)})
                     size += len(record)
-                with _written.get_lock():
-                    _written.value += 1
+                _count_one()
             writer.close()
             _check_shard(temporary, len(rows))
         except RuntimeError as error:
             raise UserError(f"cannot write {task.shard}: {_plain(error)}") from None
     write_json(task.report, {"rows": rows, "rejected": rejected, "bytes": size})
+
+
+def _count_one() -> None:
+    """Tells the parent process, where there is one, that another utterance is done."""
+    if _written is not None:
+        with _written.get_lock():
+            _written.value += 1
 
 
 def _check_shard(path: Path, records: int) -> None:

@@ -92,6 +92,11 @@ class SpeakerNetwork(nn.Module):
         return self
 
     @nn.nowrap
+    def keeping(self, what: str) -> "SpeakerNetwork":
+        """The same network, of which `what` is kept where blocks are recomputed; only some networks recompute any."""
+        return self
+
+    @nn.nowrap
     def to_onnx(self, graph: "GraphBuilder", feats: str) -> str:
         """Adds the network in evaluation to a graph.
 

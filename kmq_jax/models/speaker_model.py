@@ -280,7 +280,7 @@ def embed_waves(
         # Whole seconds: a service that embeds recordings one by one compiles once a second of length, not each length.
         return plan_batches(network, fbank, lengths, min(BATCH_SIZE, len(lengths)), step=source.SAMPLE_RATE)
 
-    return _embed_rows(model, lengths, waves.__getitem__, dtype, runner, plan)
+    return _embed_rows(model, lengths, waves.__getitem__, dtype, runner, plan)[1]
 
 
 def embed_all(
@@ -312,6 +312,37 @@ def embed_all(
     Raises:
         UserError: a recording cannot be read or is too short; the message names it.
     """
+    return embed_share(model, utterances, (0, 1), dtype, max_seconds, batch_size, max_frames, engine)[1]
+
+
+def embed_share(
+    model: SpeakerModel,
+    utterances: source.Utterances,
+    share: tuple[int, int],
+    dtype: str = "float32",
+    max_seconds: float = 0.0,
+    batch_size: int = BATCH_SIZE,
+    max_frames: int = 0,
+    engine: Engine = "jax",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeds the i-th of n shares of a table, of about equal work.
+
+    A share has whole batches of those that the table is embedded in. So the shares together hold the bits that
+    `embed_all` gives, on devices of as many.
+
+    Args:
+        model: the network and weights.
+        utterances: the table.
+        share: `(i, n)`.
+        dtype: as the other arguments and errors, see `embed_all`.
+        max_seconds: see there.
+        batch_size: see there.
+        max_frames: see there.
+        engine: see there.
+
+    Returns:
+        Rows of the table, ascending, `[rows]`, and their embeddings, float32 `[rows, dim]`. A share may be empty.
+    """
     _check_process()
     network, fbank = model.network(dtype), frontend_of(model.frontend)
     lengths = usable_lengths(network, fbank, utterances, max_seconds)
@@ -320,7 +351,7 @@ def embed_all(
     def plan(lengths: np.ndarray) -> list[buckets.Batch]:
         return embedding_plan(network, fbank, lengths, batch_size)
 
-    return _embed_rows(model, lengths, utterances.load, dtype, runner, plan, max_frames, progress)
+    return _embed_rows(model, lengths, utterances.load, dtype, runner, plan, max_frames, progress, share)
 
 
 def _embed_rows(
@@ -332,7 +363,8 @@ def _embed_rows(
     plan: Callable[[np.ndarray], list[buckets.Batch]],
     max_frames: int = 0,
     show: Callable[..., Any] = lambda rows, **words: rows,
-) -> np.ndarray:
+    share: tuple[int, int] = (0, 1),
+) -> tuple[np.ndarray, np.ndarray]:
     """Embeds recordings: long ones one after the other in bounded memory, the others several at a time.
 
     Args:
@@ -344,8 +376,9 @@ def _embed_rows(
         plan: which recordings of such lengths share a batch of JAX.
         max_frames: see `embed_all`.
         show: `progress`, or nothing.
+        share: which part of the work is done, and returned.
     """
-    network = model.network(dtype)
+    network, mine = model.network(dtype), slice(share[0], None, share[1])
     embeddings = np.zeros((len(lengths), network.embedding_size), np.float32)
     # What sees an utterance as a whole is embedded in parts; the first frames alone are no part but all it sees.
     apart = long.is_long(lengths) & (long.can_be_cut(network, frontend_of(model.frontend)) or not max_frames)
@@ -356,19 +389,22 @@ def _embed_rows(
         def read(row: int) -> np.ndarray:
             return load(row)[: lengths[row]]
 
-        for row in show(order[apart[order]].tolist(), desc="embedding", unit="long recording"):
+        for row in show(order[apart[order]][mine].tolist(), desc="embedding", unit="long recording"):
             embeddings[row] = embed_one(functools.partial(read, row))
-    rest = order[~apart[order]]
-    if not rest.size:
-        return embeddings
-    if runner:
+    done, rest = [order[apart[order]][mine]], order[~apart[order]]
+    if runner and rest.size:
+        rest = rest[mine]
         shown = show(range(len(rest)), desc="embedding", unit="recording")
         embeddings[rest] = runner.embed_all(lambda i: load(int(rest[i]))[: lengths[rest[i]]], shown, len(rest))
-        return embeddings
-    rest = np.sort(rest)
-    batches = show(plan(lengths[rest]), desc="embedding", unit="batch")
-    embeddings[rest] = _embed(model, batches, lengths[rest], lambda i: load(int(rest[i])), dtype, max_frames)
-    return embeddings
+        done.append(rest)
+    elif rest.size:
+        rest = np.sort(rest)
+        batches = plan(lengths[rest])[mine]  # of the whole list, so that a recording has the same others beside it
+        shown = show(batches, desc="embedding", unit="batch")
+        embeddings[rest] = _embed(model, shown, lengths[rest], lambda i: load(int(rest[i])), dtype, max_frames)
+        done += [rest[batch.indices[batch.indices >= 0]] for batch in batches]
+    rows = np.sort(np.concatenate(done))
+    return rows, embeddings if share[1] == 1 else embeddings[rows]
 
 
 def _long_embedder(

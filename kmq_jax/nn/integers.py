@@ -60,6 +60,11 @@ def rounded(module: nn.Module, x: jax.Array, place: str) -> jax.Array:
     return round_activations(x, module.get_variable(COLLECTION, place))
 
 
+def at_work(module: nn.Module, place: str) -> bool:
+    """Whether `rounded` would do anything with activations at this place."""
+    return _watcher.get() is not None or module.has_variable(COLLECTION, place)
+
+
 def levels(module: nn.Module, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """What a convolution multiplies: whole numbers where the module has steps for its input and kernel.
 

@@ -14,20 +14,58 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, ones, variance_scaling, zeros
 from jax.typing import DTypeLike
 
 from kmq_jax.nn import integers, whole
-from kmq_jax.nn.channels import channel_sums, scale_and_shift
+from kmq_jax.nn.channels import channel_sums, sample_sums, scale_and_shift, scale_samples
 from kmq_jax.nn.conv import Pair, Window, convolve, window
 from kmq_jax.nn.frames import mask_frames, stride_mask
 
 Activation = Callable[[jax.Array], jax.Array]
 
+CONVOLUTION, STATISTICS = "convolution", "statistics"
+"""Names by which rematerialization knows what a convolution gives, and the moments that a batch is normalised by."""
+
 KAIMING_NORMAL: Initializer = variance_scaling(2.0, "fan_out", "normal")
 """`kaiming_normal_(mode="fan_out", nonlinearity="relu")` of PyTorch, as Kiwano starts its convolutions."""
 TORCH_DEFAULT: Initializer = variance_scaling(1 / 3, "fan_in", "uniform")
 """What PyTorch gives layers that nobody initialises: WeSpeaker's convolutions, and every linear layer here."""
+
+
+@jax.custom_vjp
+def _relu_of_sum(x: jax.Array) -> jax.Array:
+    return nn.relu(x)
+
+
+def _relu_backward(y: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.optimization_barrier(jnp.where(y > 0, gradient, 0)),)
+
+
+_relu_of_sum.defvjp(lambda x: (nn.relu(x), nn.relu(x)), _relu_backward)
+
+
+def relu_of_sum(x: jax.Array) -> jax.Array:
+    """The ReLU that ends a residual block.
+
+    Its gradient is what up to four passes over whole activations begin with: sums for the gate and the normalisation,
+    the normalisation's gradient, the skipped branch. On accelerators these are bound by memory, and XLA would read the
+    ReLU's output beside the gradient in each of them, only to mask it anew. Behind a barrier the masked gradient is
+    written once: by bytes, two or three readings of an activation less a block. On a processor nothing changes.
+
+    Args:
+        x: of any shape.
+
+    >>> relu_of_sum(jnp.array([-1.0, 2.0])).tolist()
+    [0.0, 2.0]
+    """
+    return nn.relu(x) if on_processor() else _relu_of_sum(x)
+
+
+def on_processor() -> bool:
+    """Whether programs are made for a CPU: there, and there alone, they stay those that results were published with."""
+    return jax.default_backend() == "cpu"
 
 
 def dense(features: int, name: str, dtype: DTypeLike = jnp.float32) -> nn.Dense:
@@ -96,6 +134,7 @@ class BatchNorm(nn.Module):
         epsilon: added to the variance.
         use_statistics: False leaves only the scale and the bias, into which the statistics are folded.
         affine: whether there are a learned scale and bias.
+        named: whether a training batch's statistics are named, for rematerialization to keep; see `LayerStyle`.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -103,8 +142,8 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
     use_statistics: bool = True
     affine: bool = True
+    named: bool = False
 
-    @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
         """Normalises each channel of `x` `[batch, (time, freq,) channels]`.
 
@@ -112,6 +151,23 @@ class BatchNorm(nn.Module):
             x: activations.
             mask: `[batch, time]`, frames that count in the statistics of a training batch.
             train: normalise by the batch's statistics and update the running ones, else by the running ones.
+        """
+        slope, shift = self.line(x, mask, train)
+        # `scale_and_shift` gives the dtype of its input: the finer of the two, so that rounding comes last.
+        x = x.astype(jnp.promote_types(x.dtype, self.dtype))
+        return scale_and_shift(x, slope, shift).astype(self.dtype)
+
+    @nn.compact
+    def line(
+        self, x: jax.Array, mask: jax.Array | None, train: bool, sums: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Slope and shift `[channels]` of the map by which `x` is normalised; updates the running statistics.
+
+        Args:
+            x: activations.
+            mask: as above.
+            train: as above.
+            sums: those of `x` and of its squares, `[2, channels]`, where they are known.
         """
         channels = x.shape[-1:]
         if self.affine:
@@ -123,7 +179,9 @@ class BatchNorm(nn.Module):
             running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
             mean, var = running_mean.value, running_var.value
             if train:
-                mean, var = self._batch_statistics(x, mask)
+                mean, var = self._batch_statistics(x, mask, sums)
+                if self.named:
+                    mean, var = checkpoint_name(mean, STATISTICS), checkpoint_name(var, STATISTICS)
                 # `init` runs on made-up features, which must leave no trace in the statistics.
                 if not self.is_initializing():
                     running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
@@ -131,17 +189,19 @@ class BatchNorm(nn.Module):
             # Scale, bias and statistics become one affine map, so that x is read once.
             slope = slope * jax.lax.rsqrt(var + self.epsilon)
             shift = shift - mean * slope
-        # `scale_and_shift` gives the dtype of its input: the finer of the two, so that rounding comes last.
-        x = x.astype(jnp.promote_types(x.dtype, self.dtype))
-        return scale_and_shift(x, slope, shift).astype(self.dtype)
+        return slope, shift
 
-    def _batch_statistics(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def _batch_statistics(
+        self, x: jax.Array, mask: jax.Array | None, sums: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         count: int | jax.Array = x.size // x.shape[-1]
         if mask is not None:
             # Real frames times the values of a frame; at least 1, for a batch of padding alone.
             count = jnp.maximum(jnp.sum(mask, dtype=jnp.float32) * (count // mask.size), 1)
-        x = mask_frames(x, mask)
-        mean, square = channel_sums(x, x) / count
+        if sums is None:
+            x = mask_frames(x, mask)
+            sums = channel_sums(x, x)
+        mean, square = sums / count
         # By rounding the difference may fall just below zero, and its root would be NaN.
         return mean, jnp.maximum(square - jnp.square(mean), 0)
 
@@ -155,18 +215,22 @@ class LayerStyle:
             them, which then carry a bias.
         dtype: compute dtype.
         kernel_init: how convolution kernels start.
+        named: whether what convolutions give and the statistics of a batch get the names `CONVOLUTION` and
+            `STATISTICS`, by which a policy of `jax.checkpoint` keeps them.
     """
 
     norm: str = "batch"
     dtype: DTypeLike = jnp.float32
     kernel_init: Initializer = KAIMING_NORMAL
+    named: bool = False
 
     def conv(
         self, x: jax.Array, channels: int, taps: int, stride: int = 1, *, name: str, before_norm: bool = True
     ) -> jax.Array:
         """Convolves; with `norm="bias"` a bias is added in place of the normalisation that would follow."""
         use_bias = before_norm and self.norm == "bias"
-        return Conv(channels, taps, stride, use_bias, self.dtype, self.kernel_init, name=name)(x)
+        y: jax.Array = Conv(channels, taps, stride, use_bias, self.dtype, self.kernel_init, name=name)(x)
+        return checkpoint_name(y, CONVOLUTION) if self.named else y
 
     def normalize(
         self, x: jax.Array, mask: jax.Array | None, train: bool, *, name: str, after_conv: bool = True
@@ -174,7 +238,8 @@ class LayerStyle:
         """Batch-normalises; with `norm="bias"` nothing is left, or an affine map where no convolution precedes."""
         if self.norm == "bias" and after_conv:
             return x
-        return BatchNorm(self.dtype, use_statistics=self.norm == "batch", name=name)(x, mask, train)
+        layer = BatchNorm(self.dtype, use_statistics=self.norm == "batch", named=self.named, name=name)
+        return layer(x, mask, train)
 
 
 class ConvNorm(nn.Module):
@@ -200,12 +265,15 @@ class SqueezeExcite(nn.Module):
 
     dtype: DTypeLike = jnp.float32
 
-    @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Scales the channels of `x` `[batch, time, freq, channel]` by gates made from their means over real frames."""
-        squeezed = whole.mean(self, x, mask, (1, 2))
-        gate = dense(x.shape[-1], "fc2", self.dtype)(nn.silu(dense(x.shape[-1], "fc1", self.dtype)(squeezed)))
-        return x * nn.sigmoid(gate)[:, None, None, :]
+        return x * self.gate(whole.mean(self, x, mask, (1, 2)))[:, None, None, :]
+
+    @nn.compact
+    def gate(self, squeezed: jax.Array) -> jax.Array:
+        """The gates of means, both `[batch, channel]`."""
+        size = squeezed.shape[-1]
+        return nn.sigmoid(dense(size, "fc2", self.dtype)(nn.silu(dense(size, "fc1", self.dtype)(squeezed))))
 
 
 class Block(nn.Module):
@@ -224,9 +292,9 @@ class Block(nn.Module):
     style: LayerStyle
     expansion = 1
 
-    def finish(self, x: jax.Array, y: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+    def finish(self, x: jax.Array, y: jax.Array, mask: jax.Array | None, train: bool, gated: bool = False) -> jax.Array:
         """Adds the block's input `x`, through `shortcut` where the shape changes, to the branch `y`."""
-        if self.squeeze:
+        if self.squeeze and not gated:
             y = SqueezeExcite(self.style.dtype, name="se")(y, mask)
         if self.stride != 1 or x.shape[-1] != y.shape[-1]:
             x = ConvNorm(y.shape[-1], 1, self.stride, self.style, name="shortcut")(x, mask, train)
@@ -246,8 +314,27 @@ class BasicBlock(Block):
         # The next convolution reads beyond an utterance's end, and must find zeros there, as in the utterance alone.
         y = mask_frames(nn.relu(self.style.normalize(y, after, train, name="bn1")), after)
         y = self.style.conv(y, self.channels, 3, name="conv2")
-        y = integers.rounded(self, self.style.normalize(y, after, train, name="bn2"), "branch")
-        return mask_frames(nn.relu(self.finish(x, y, after, train)), after)
+        plain = train and after is None and self.style.norm == "batch" and not integers.at_work(self, "branch")
+        gated = self.squeeze and plain and not on_processor()
+        if gated:
+            y = self._normalized_and_gated(y)
+        else:
+            y = integers.rounded(self, self.style.normalize(y, after, train, name="bn2"), "branch")
+        return mask_frames(relu_of_sum(self.finish(x, y, after, train, gated)), after)
+
+    def _normalized_and_gated(self, y: jax.Array) -> jax.Array:
+        """Normalisation and gate of a training batch of crops as one map by utterance and channel.
+
+        Sums by utterance and channel give the statistics of the batch and the means that gates are made from, and in
+        the backward pass the gradients of both: an activation is read three times less than by one after the other.
+        """
+        sums = sample_sums(y, y)
+        norm = BatchNorm(self.style.dtype, named=self.style.named, name="bn2")
+        slope, shift = norm.line(y, None, True, sums.sum(axis=1))
+        slope, shift = slope[None], shift[None]
+        means = slope * sums[0] / (y.size // (y.shape[0] * y.shape[-1])) + shift
+        gate = SqueezeExcite(self.style.dtype, name="se").gate(means).astype(jnp.float32)
+        return scale_samples(y, gate * slope, gate * shift)
 
 
 class Bottleneck(Block):
@@ -267,7 +354,7 @@ class Bottleneck(Block):
         y = nn.relu(self.style.normalize(y, after, train, name="bn2"))
         y = self.style.conv(y, self.expansion * self.channels, 1, name="conv3")
         y = integers.rounded(self, self.style.normalize(y, after, train, name="bn3"), "branch")
-        return mask_frames(nn.relu(self.finish(x, y, after, train)), after)
+        return mask_frames(relu_of_sum(self.finish(x, y, after, train)), after)
 
 
 class PreActivationBlock(Block):

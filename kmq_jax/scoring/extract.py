@@ -1,16 +1,56 @@
 """Embeddings of every utterance of a dataset, from a model to an embedding file."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 
+from kmq_jax.core.errors import UserError
 from kmq_jax.data import source, speech
-from kmq_jax.models.speaker_model import embed_all, fingerprint, load_model
+from kmq_jax.models.speaker_model import embed_all, embed_share, fingerprint, load_model
+from kmq_jax.scoring import shards as shard_by_shard
 from kmq_jax.scoring.archive import check_archive, is_archive
 from kmq_jax.scoring.options import ExtractionOptions
 from kmq_jax.scoring.table import write_embeddings
 
 Place = str | Path
+
+
+def extract_shards(
+    model: Place, data: Place, out: Place, shards: int, options: ExtractionOptions | None = None
+) -> bool:
+    """As `extract`, shard by shard: processes that are started alike share them, and a killed run goes on.
+
+    Args:
+        model: the MODEL.
+        data: the DATA.
+        out: the .npz to write; while shards are made, they lie in `OUT.shards/` beside it.
+        shards: how many; the same in all processes.
+        options: how; the defaults where left out.
+
+    Returns:
+        Whether this process wrote the file; else another one did, or had done so before.
+
+    Raises:
+        UserError: as `extract`; or `out` has shards of another run.
+    """
+    how = options or ExtractionOptions()
+    if how.vad:
+        raise UserError("`vad` cannot be used with --shards: it reads every recording before the first is embedded")
+    speaker_model = load_model(model, how.bits)
+    utterances = source.open_source(data)
+    utterances = dataclasses.replace(utterances, samples=utterances.lengths())  # once for all shards
+    name, place = fingerprint(speaker_model), Path(out)
+
+    def embed(share: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        about = how.compute, how.max_seconds, how.batch_size, how.max_frames, how.engine
+        return embed_share(speaker_model, utterances, share, *about)
+
+    def write(embeddings: np.ndarray) -> None:
+        write_embeddings(place, utterances.ids, utterances.paths, utterances.speakers, embeddings, name)
+
+    known = shard_by_shard.digest(utterances, name, how, shards)
+    return shard_by_shard.run(place, len(utterances), known, shards, embed, write)
 
 
 def extract(model: Place, data: Place, out: Place, options: ExtractionOptions | None = None) -> np.ndarray:

@@ -1,14 +1,15 @@
 """The embedding files of a cascade's levels, joined with one trial list."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.data.trials import Trials
-from kmq_jax.scoring.cosine import average, cosine_scores
+from kmq_jax.scoring.cosine import Scorer, average, cosine_scorer
 from kmq_jax.scoring.join import Sides, join
 from kmq_jax.scoring.table import EmbeddingTable, read_embeddings
 
@@ -67,6 +68,86 @@ def parse_levels(
     return levels
 
 
+@dataclass(frozen=True, eq=False)
+class LevelTables:
+    """The embedding files of a cascade's levels, which score any trial between their utterances.
+
+    Attributes:
+        tables: the levels' files; each but the first in the first one's order.
+        reference: the reference's file, likewise, or None.
+        top: whether the enrolled side is always scored with the last level's embeddings.
+        lacks: by file, which rows `[utterances]` of the first one it lacks; ones stand there.
+    """
+
+    tables: tuple[EmbeddingTable, ...]
+    reference: EmbeddingTable | None
+    top: bool
+    lacks: Mapping[str, np.ndarray]
+
+    def check(self, rows: np.ndarray) -> None:
+        """Checks that every file has these utterances `[rows]`, as trials or enrolment models use them.
+
+        Raises:
+            UserError: one lacks an utterance.
+        """
+        for source, missing in self.lacks.items():
+            if (found := missing[rows]).any():
+                name = self.tables[0].ids[int(rows[found].min())]
+                raise UserError(f"{source}: no embedding of {name}, which the trials use")
+
+    def scorer(self, models: Sequence[np.ndarray] | None = None) -> Callable[[ArrayLike, ArrayLike], np.ndarray]:
+        """What scores trials by cosine: rows of enrolments and tests `[trials]` to `[levels, trials]` float32.
+
+        Where there is a reference, its scores are a row behind those of the levels.
+
+        Args:
+            models: rows of each enrolment model's utterances, where the trials enrol models.
+        """
+        pairs = [(self.tables[-1] if self.top else table, table) for table in self.tables]
+        pairs += [(self.reference, self.reference)] if self.reference is not None else []
+
+        def made(enrolled: EmbeddingTable, tested: EmbeddingTable) -> Scorer:
+            rows = enrolled.embeddings if models is None else average(enrolled.embeddings, models)
+            return cosine_scorer(rows, tested.embeddings)
+
+        names = [(enrolled.source, tested.source) for enrolled, tested in pairs]
+        scorers = {name: made(*pair) for name, pair in zip(names, pairs)}  # a level's file may be the reference's
+
+        def score(enrol: ArrayLike, test: ArrayLike) -> np.ndarray:
+            found = {name: one(enrol, test) for name, one in scorers.items()}
+            return np.stack([found[name] for name in names])
+
+        return score
+
+
+def read_levels(levels: Sequence[tuple[int, str]], reference: str | None, enrolment: str = "each") -> LevelTables:
+    """Reads the embedding files of levels.
+
+    Args:
+        levels: bits and embedding file of each level, ascending.
+        reference: embedding file of the reference, if any; it may be one of the levels'.
+        enrolment: "each": both sides at the level's bits; "top": the enrolled side from the last level's file.
+
+    Raises:
+        UserError: a file cannot be read, or, with "top", has other dimensions than the last level.
+    """
+    aligned: dict[str, EmbeddingTable] = {}
+    lacks: dict[str, np.ndarray] = {}
+    first: EmbeddingTable | None = None
+    for path in [path for _, path in levels] + ([reference] if reference else []):
+        if path not in aligned:
+            table = read_embeddings(path)
+            first = table if first is None else first
+            # Files may list utterances in different orders; trials number them as the first level's file does.
+            aligned[path], missing = _align(table, first)
+            if missing.any():
+                lacks[path] = missing
+    tables = tuple(aligned[path] for _, path in levels)
+    if enrolment == "top" and len({table.embeddings.shape[1] for table in tables}) > 1:
+        raise UserError("`enrolment` (=top) compares embeddings of two levels, but the levels' dimensions differ")
+    return LevelTables(tables, aligned[reference] if reference else None, enrolment == "top", lacks)
+
+
 def score_levels(
     levels: Sequence[tuple[int, str]],
     reference: str | None,
@@ -87,37 +168,23 @@ def score_levels(
         UserError: a file cannot be read, lacks an utterance that the trials use, or, with "top", has other
             dimensions than the last level.
     """
-    read: dict[str, EmbeddingTable] = {}
-    for path in [path for _, path in levels] + ([reference] if reference else []):
-        if path not in read:
-            read[path] = read_embeddings(path)
-    first = read[levels[0][1]]
+    read = read_levels(levels, reference, enrolment)
+    first = read.tables[0]
     trials, sides = join(trials_path, first, first, models_path)
-    used = np.zeros(len(first), bool)
-    used[sides.test] = True
-    used[sides.enrol if trials.models is None else np.concatenate(trials.models)] = True
-    # Files may list utterances in different orders; trials number them as the first level's file does.
-    aligned = {path: table if table is first else _align(table, first, used) for path, table in read.items()}
-    tables = tuple(aligned[path] for _, path in levels)
-    if enrolment == "top" and len({table.embeddings.shape[1] for table in tables}) > 1:
-        raise UserError("`enrolment` (=top) compares embeddings of two levels, but the levels' dimensions differ")
-
-    def score(enrolled: EmbeddingTable, tested: EmbeddingTable) -> np.ndarray:
-        rows = enrolled.embeddings
-        if trials.models is not None:
-            rows = average(rows, trials.models)
-        return cosine_scores(rows, tested.embeddings, sides.enrol, sides.test)
-
-    scores = np.stack([score(tables[-1] if enrolment == "top" else table, table) for table in tables])
-    own = score(aligned[reference], aligned[reference]) if reference else None
-    return LevelScores(trials, sides, tables, scores, own)
+    read.check(sides.test)
+    read.check(sides.enrol if trials.models is None else np.concatenate(trials.models))
+    scores = read.scorer(trials.models)(sides.enrol, sides.test)
+    return LevelScores(trials, sides, read.tables, scores[: len(levels)], scores[-1] if reference else None)
 
 
-def _align(table: EmbeddingTable, first: EmbeddingTable, used: np.ndarray) -> EmbeddingTable:
-    """Puts a table's rows into the order of another; rows that no trial uses may be missing, and become ones."""
+def _align(table: EmbeddingTable, first: EmbeddingTable) -> tuple[EmbeddingTable, np.ndarray]:
+    """A table with its rows in the order of another, and which of these it lacks `[utterances]`: they become ones."""
+    if table.ids == first.ids:
+        return dataclasses.replace(table, paths=first.paths, speakers=first.speakers), np.zeros(len(first), bool)
     row = dict(zip(table.ids, range(len(table))))
     rows = np.array([row.get(name, -1) for name in first.ids])
-    if (missing := used & (rows < 0)).any():
-        raise UserError(f"{table.source}: no embedding of {first.ids[int(missing.argmax())]}, which the trials use")
     embeddings = np.where(rows[:, None] >= 0, table.embeddings[rows], np.float32(1))
-    return dataclasses.replace(table, ids=first.ids, paths=first.paths, speakers=first.speakers, embeddings=embeddings)
+    of_first = dataclasses.replace(
+        table, ids=first.ids, paths=first.paths, speakers=first.speakers, embeddings=embeddings
+    )
+    return of_first, rows < 0

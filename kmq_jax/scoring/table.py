@@ -88,7 +88,7 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
     else:
         arrays = _read_arrays(path)
         _check_arrays(path, arrays)
-        embeddings, model = arrays.pop("embeddings").astype(np.float32), arrays.pop("model", None)
+        embeddings, model = np.asarray(arrays.pop("embeddings"), np.float32), arrays.pop("model", None)
         names = {name: tuple(values.tolist()) for name, values in arrays.items()}
         ids = names["ids"]
     if len(set(ids)) < len(ids):

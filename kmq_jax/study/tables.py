@@ -7,8 +7,8 @@ alone. Of the file that `conditions` writes, KIND is `conditions`; of the one th
 `accelerator`, one row for each thing measured; of the one by `.ci/weigh.py`, `weights`; of the one by
 `bench extract --peers`, `extraction`, one row a side; of the one by `bench networks`, `networks`; of the one by
 `bench lazy`, `lazy`, one row a side and list; of the one by `bench across`, `across`, likewise; of the one by
-`bench activations`, `activations`, one row a pair and list; of those by `launch/fuzz.py` and `launch/faults.py`, `fuzz`
-and `faults`.
+`bench stream`, `stream`, one row a command; of the one by `bench activations`, `activations`, one row a pair and list;
+of those by `launch/fuzz.py` and `launch/faults.py`, `fuzz` and `faults`.
 
 Several studies stand in one table where FILE names several, separated by commas: KIND `architectures`, one row a model
 of each network, or `fragile`, the components of each network that do most harm alone.
@@ -415,6 +415,19 @@ def threshold_table(found: Row) -> str:
     return _markdown([head, [*own, rate("false_accept"), rate("false_reject")], [*judged, *rates]])
 
 
+def stream_table(found: Row) -> str:
+    """Long trial lists by the commands that stream them: seconds, memory, and whether shares give the same."""
+    rows = [["command", "trials", "processes", "seconds", "most memory of one, MB", "EER %, within", "as one process"]]
+    for row in found["rows"]:
+        low, high = row["eer_bounds"]
+        same = "equal" if not row["unlike_one_process"] else f"differs: {', '.join(row['unlike_one_process'])}"
+        cells = [row["command"], f"{row['trials']:,}", str(row["processes"]), f"{row['seconds']:,.0f}"]
+        cells += [f"{row['peak_memory_mb']:,.0f}", f"{low:.5f} to {high:.5f}", same if row["processes"] > 1 else ""]
+        rows.append(cells)
+    about = f"{found['utterances']:,} utterances of {found['dim']} dimensions, {found['cores']} cores"
+    return _markdown(rows) + f"\n{about}, a list of {found['list_bytes'] / 1e9:.1f} GB.\n"
+
+
 def weights_table(found: Row) -> str:
     """What each form of installation weighs, and which packages most of it is."""
     names = {
@@ -465,6 +478,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "threshold": threshold_table,
     "lazy": lazy_table,
     "across": across_table,
+    "stream": stream_table,
     "weights": weights_table,
     "fuzz": fuzz_table,
     "faults": faults_table,

@@ -314,6 +314,11 @@ class TrainOptions(Options):
     dtype: Literal["float32", "bfloat16"] = option(
         "of the network's arithmetic; parameters and statistics stay float32", "float32"
     )
+    remat_keeps: Literal["nothing", "statistics", "convolutions"] = option(
+        "with model.remat: what recomputed blocks keep. statistics: two numbers a channel; convolutions: what they "
+        "give as well, for about half of the memory of a network that keeps everything",
+        "statistics",
+    )
     data: DataOptions = option("what training hears", DataOptions())
     spec_augment: float = option(
         "probability that one band and one stretch of time are masked", 0.6, at_least=0, at_most=1

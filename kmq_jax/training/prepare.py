@@ -137,7 +137,7 @@ def prepare(options: TrainOptions, settings: Settings, workdir: Path, closing: c
     if options.batch_size % devices.size:
         raise UserError(f"batch_size (={options.batch_size}) must divide over {devices.size} devices")
     model, fbank = describe(options), frontend_of(options.frontend)
-    network = model.network(options.dtype)
+    network = model.network(options.dtype).keeping(options.remat_keeps)
     steps.check_features(options, fbank)
     data, validation = open_data(options), open_validation(options.validation)
     objective = steps.make_objective(network, fbank, options, devices, data.epoch_steps)

@@ -13,7 +13,15 @@ Settings = dict[str, Any]
 """A configuration as JSON values, as `config.json` holds it."""
 
 # What may differ when a run is taken up again: it changes what is seen of the run, not the run.
-_MAY_CHANGE = ("log_every", "checkpoint_epochs", "keep_checkpoints", "average_last", "validation", "data.threads")
+_MAY_CHANGE = (
+    "log_every",
+    "checkpoint_epochs",
+    "keep_checkpoints",
+    "average_last",
+    "validation",
+    "data.threads",
+    "remat_keeps",
+)
 
 
 def check_same_run(settings: Settings, workdir: Path) -> None:

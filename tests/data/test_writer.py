@@ -274,3 +274,30 @@ def test_shards_stay_few():
     table = Utterances(ids=("a",) * 100_000, paths=("b",) * 100_000, speakers=("c",) * 100_000)
     tasks = writer._split(table, Path("w"), 0.5)
     assert len(tasks) <= 256 and sum(len(task.utterances) for task in tasks) == 100_000
+
+
+def test_through_beam_the_shards_are_those_of_a_local_run(tmp_path, monkeypatch):
+    """By Beam's own runner in this process; what a killed run has written before is kept."""
+    pytest.importorskip("apache_beam", reason="needs the extra `beam`")
+    monkeypatch.setattr(writer, "_LEAST_ROWS", 5)
+    table = open_source(recordings.kaldi(tmp_path / "k"))
+    (tmp_path / "k/audio/s1-u1.wav").write_bytes(b"")
+    with monkeypatch.context() as local:
+        local.setattr(writer, "_run", in_process)
+        writer.prepare(table, tmp_path / "a" / "set")
+        local.setattr(writer, "_finish", lambda *_: (_ for _ in ()).throw(Stopped))
+        with pytest.raises(Stopped):
+            writer.prepare(table, tmp_path / "b" / "set")
+    (tmp_path / "b/set/.prepare/00001.json").unlink()  # one shard is left to write
+    for place in ("b", "c"):
+        writer.prepare(table, tmp_path / place / "set", beam="--runner=DirectRunner")
+        assert contents(tmp_path / place / "set") == contents(tmp_path / "a" / "set")
+    with pytest.raises(UserError, match="Beam has no option --runer"):
+        writer.prepare(table, tmp_path / "d" / "set", beam="--runer=DirectRunner")
+
+
+def test_without_beam_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    table = open_source(recordings.kaldi(tmp_path / "k", speakers=1, each=1))
+    with pytest.raises(UserError, match="`beam` needs the package apache_beam"):
+        writer.prepare(table, tmp_path / "set", beam="")

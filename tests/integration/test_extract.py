@@ -154,3 +154,43 @@ def test_bad_data_is_one_line_and_leaves_nothing(saved, tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert "wav.scp:2" in last and "b.wav" in last
     assert not list(tmp_path.glob("*.npz"))
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "jax"])
+def test_shards_are_the_run_in_one_piece(saved, tmp_path, monkeypatch, capsys, engine):
+    """The same bytes; a list of which a part is long, and batches that several recordings share."""
+    monkeypatch.setattr("kmq_jax.models.long.LONG", 2.4)  # some of the synthetic recordings are longer
+    flags = [f"--model={saved}", f"--data={DATA}", f"--engine={engine}", "--batch_size=2"]
+    run(monkeypatch, *flags, f"--out={tmp_path}/whole.npz")
+    run(monkeypatch, *flags, f"--out={tmp_path}/parts.npz", "--shards=3")
+    assert (tmp_path / "parts.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert "3 shards, put together" in capsys.readouterr().out
+    run(monkeypatch, *flags, f"--out={tmp_path}/parts.npz", "--shards=3")
+    assert "which another process put together" in capsys.readouterr().out
+
+
+def test_what_makes_shards_others(saved, tmp_path, monkeypatch):
+    """Of another list, model or setting they are refused, and nothing is embedded."""
+    from kmq_jax.scoring import extract as library
+    from kmq_jax.scoring import shards
+    from kmq_jax.scoring.options import ExtractionOptions
+
+    table, options = source.open_source(DATA), ExtractionOptions()
+    table = dataclasses.replace(table, samples=table.lengths())
+    usual = shards.digest(table, "m", options, 3)
+    longer = dataclasses.replace(table, samples=table.samples + 1)
+    others = [
+        shards.digest(table.select(range(8)), "m", options, 3),
+        shards.digest(longer, "m", options, 3),
+        shards.digest(table, "n", options, 3),
+        shards.digest(table, "m", ExtractionOptions(max_frames=100), 3),
+        shards.digest(table, "m", options, 4),
+    ]
+    assert len({usual, *others}) == 6 and usual == shards.digest(table, "m", options, 3)
+    monkeypatch.setattr(library, "embed_share", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        library.extract_shards(saved, DATA, tmp_path / "e.npz", 3)
+    with pytest.raises(UserError, match=r"e\.npz\.shards holds shards of another run"):
+        library.extract_shards(saved, DATA, tmp_path / "e.npz", 4)
+    with pytest.raises(UserError, match="cannot be used with --shards"):
+        library.extract_shards(saved, DATA, tmp_path / "e.npz", 3, ExtractionOptions(vad=True))

@@ -9,7 +9,7 @@ import pytest
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import map_named, named_leaves
-from kmq_jax.models import registry
+from kmq_jax.models import registry, resnet
 from kmq_jax.nn.frames import frame_mask, mask_frames
 
 SMALL = {"width": 8, "features": 20, "embedding_size": 16}
@@ -217,22 +217,30 @@ def test_training_statistics_do_not_see_the_padding(name):
             np.testing.assert_allclose(b, a, atol=2e-3 * max(1, np.abs(a).max()), err_msg=path)
 
 
-def test_rematerialization_changes_memory_only():
+def test_rematerialization_changes_memory_and_arithmetic_only():
+    """By what blocks keep: the gradient stays; arithmetic falls to that of a network that keeps everything."""
     plain = registry.build("resnet50", width=4, features=8, embedding_size=4, blocks=[1, 1, 1, 1])
     variables = varied(plain)
     batch = np.stack(utterances([24] * 8, features=8))
+    convolutions = {}
 
-    def gradient(model):
+    def gradient(model, keeps):
         def loss(params):
             out, _ = model.apply({**variables, "params": params}, batch, None, True, mutable=["batch_stats"])
             return jnp.sum(jnp.sin(out))
 
-        return jax.jit(jax.grad(loss), compiler_options=QUICK)(variables["params"])
+        lowered = jax.jit(jax.grad(loss)).lower(variables["params"])
+        convolutions[keeps] = lowered.as_text().count("stablehlo.convolution")
+        return lowered.compile(compiler_options=QUICK)(variables["params"])
 
-    again = plain.clone(remat=True)
-    assert jax.tree.structure(registry.shapes(again)) == jax.tree.structure(registry.shapes(plain))
-    for (path, a), (_, b) in zip(named_leaves(gradient(plain)), named_leaves(gradient(again))):
-        np.testing.assert_allclose(b, a, atol=1e-3 * max(1, np.abs(a).max()), err_msg=path)
+    whole = gradient(plain, "everything")
+    for keeps in resnet.KEPT:
+        again = plain.clone(remat=True).keeping(keeps)
+        assert jax.tree.structure(registry.shapes(again)) == jax.tree.structure(registry.shapes(plain))
+        for (path, a), (_, b) in zip(named_leaves(whole), named_leaves(gradient(again, keeps))):
+            np.testing.assert_allclose(b, a, atol=1e-3 * max(1, np.abs(a).max()), err_msg=path)
+    assert convolutions["nothing"] == convolutions["statistics"] > convolutions["convolutions"]
+    assert convolutions["convolutions"] == convolutions["everything"]
 
 
 @pytest.mark.parametrize("shape", [(2, 30, 21), (30, 20)])

@@ -1,11 +1,14 @@
 """Layers one by one: masks, normalisation against its definition, squeeze-and-excitation."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kmq_jax.nn import integers
+from kmq_jax.nn import integers, layers
 from kmq_jax.nn.frames import frame_mask, mask_frames, mean_frames, stride_mask
 from kmq_jax.nn.layers import BatchNorm, Conv, SqueezeExcite
 
@@ -162,3 +165,51 @@ def test_a_convolution_on_integers_is_exact(size):
     whole = np.rint(bias[:4] / unit[:4]).astype(np.int64)
     np.testing.assert_array_equal(y[..., :4], (sums[..., :4] + whole).astype(np.float32) * unit[:4])
     np.testing.assert_allclose(y[..., 4], sums[..., 4] * unit[4] + bias[4], atol=unit[4] / 2 + 1e-6)
+
+
+def test_the_relu_of_a_sum_is_a_relu_whose_gradient_is_written_once():
+    x, given = jnp.asarray(random(3, 4, 5)).at[0, 0].set(0), jnp.asarray(random(3, 4, 5, seed=1))
+
+    def loss(relu, x):
+        return jnp.sum(relu(x) * given)
+
+    ours, theirs = (jax.grad(functools.partial(loss, relu)) for relu in (layers._relu_of_sum, nn.relu))
+    np.testing.assert_array_equal(ours(x), theirs(x))
+    np.testing.assert_array_equal(layers._relu_of_sum(x), nn.relu(x))
+    assert "optimization_barrier" in str(jax.make_jaxpr(ours)(x))
+    on_a_processor = jax.grad(functools.partial(loss, layers.relu_of_sum))
+    assert str(jax.make_jaxpr(on_a_processor)(x)) == str(jax.make_jaxpr(theirs)(x))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_normalisation_and_gate_together_are_one_after_the_other(stride, monkeypatch):
+    """As accelerators compute a training batch: output, statistics, gradients; the parameters are the same ones."""
+    style, x = layers.LayerStyle(), jnp.asarray(random(3, 8, 6, 4))
+    block = layers.BasicBlock(4, stride, True, style)
+    variables = jax.jit(block.init, static_argnums=3)(jax.random.key(0), x, None, True)
+    variables = jax.tree.map(lambda leaf: leaf + 0.1 * random(*leaf.shape, seed=2), variables)
+    given = random(3, 8 // stride, 6 // stride, 4, seed=3)
+
+    def loss(params, x, mask=None):
+        y, new = block.apply({**variables, "params": params}, x, mask, True, mutable=["batch_stats"])
+        return jnp.sum(y * given), (y, new)
+
+    def both():
+        whole = jax.jit(lambda *given: jax.grad(loss, argnums=(0, 1), has_aux=True)(*given))
+        program = whole.lower(variables["params"], x)
+        return program.compile()(variables["params"], x), program.as_text()
+
+    usual, program = both()
+    monkeypatch.setattr(layers, "on_processor", lambda: False)
+    again, other = both()
+    assert jax.tree.structure(again) == jax.tree.structure(usual)
+    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(usual)):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * max(1, float(jnp.abs(theirs).max())))
+    assert "optimization_barrier" in other and "optimization_barrier" not in program
+    # Where frames are padded, or activations are rounded, each is computed by itself.
+    places, run = [], functools.partial(block.apply, train=True, mutable=["batch_stats"])
+    with integers.watching(lambda place, x: (places.append(place), x)[1]):
+        jax.eval_shape(run, variables, x, None)
+    assert "branch" in [place.rsplit("/", 1)[-1] for place in places]
+    monkeypatch.setattr(layers, "sample_sums", lambda *_: pytest.fail("padded frames are no crop"))
+    jax.eval_shape(run, variables, x, jnp.ones((3, 8), bool))

@@ -2,12 +2,8 @@
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 
@@ -17,7 +13,6 @@ from kmq_jax.data.trials import read_in_parts, read_trials
 from kmq_jax.scoring import run, snorm, stream
 from kmq_jax.scoring.options import ScoringOptions
 
-ROOT = Path(__file__).parents[2]
 OPTIONS = ScoringOptions(replicates=0, stream=True)
 
 
@@ -106,33 +101,14 @@ def test_doubtful_trials_are_counted(files, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
-def pair(*flags):
-    """Runs `score` in two processes of two simulated devices that find one another; their status and what they said."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    about = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
-    about |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-m", "kmq_jax", "score", "--stream", *flags]
-    processes = [
-        subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **about, "JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, text=True
-        )
-        for i in range(2)
-    ]
-    said = [process.communicate(timeout=120)[1] for process in processes]
-    return [process.returncode for process in processes], said
-
-
-@pytest.mark.parametrize("form", ["cosine", "snorm"])
-def test_two_processes_give_what_one_gives(files, tmp_path, form):
-    cohort = files / "c.npz" if form == "snorm" else None
+def test_two_processes_give_what_one_gives(files, tmp_path):
+    cohort = files / "c.npz"
     one = stream.score_stream(
         files / "e.npz", str(files / "trials.txt"), OPTIONS, cohort=cohort, out=tmp_path / "one.npy"
     )
     flags = [f"--embeddings={files / 'e.npz'}", f"--trials={files / 'trials.txt'}"]
     flags += [f"--json={tmp_path / 'm.json'}", f"--out={tmp_path / 's.npy'}"]
-    status, said = pair(*flags, *([f"--snorm_cohort={cohort}"] if cohort else ()))
+    status, said = commands.pair("score", "--stream", *flags, f"--snorm_cohort={cohort}")
     assert status == [0, 0], said
     assert json.loads((tmp_path / "m.json").read_text()) == json.loads(json.dumps(one))
     halves = [np.load(tmp_path / f"s-{i}-of-2.npy") for i in range(2)]
@@ -145,7 +121,7 @@ def test_a_fault_in_one_share_ends_both_processes_and_leaves_no_file(files, tmp_
     lines[-1] = "1 s1-0 nobody"  # the second process's
     (tmp_path / "t.txt").write_text("\n".join(lines) + "\n")
     flags = [f"--embeddings={files / 'e.npz'}", f"--trials={tmp_path / 't.txt'}", f"--out={tmp_path / 's.txt'}"]
-    status, said = pair(*flags)
+    status, said = commands.pair("score", "--stream", *flags)
     assert status == [2, 2], said
     assert "another process failed" in said[0] and "unknown utterance nobody" in said[1]
     assert not list(tmp_path.glob("s*"))

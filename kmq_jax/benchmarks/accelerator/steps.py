@@ -70,11 +70,15 @@ class Run:
         return self.batch * registry.macs(self.recipe.objective.network, self.frames)
 
 
-def configure(name: str, batch: int, tiny: bool, remat: bool = False, bits: int = 0) -> TrainOptions:
-    """The paper's recipe for a network, the mean removed over the crop; with `tiny` of its smallest form."""
+def configure(name: str, batch: int, tiny: bool, keeps: str = "", bits: int = 0) -> TrainOptions:
+    """The paper's recipe for a network, the mean removed over the crop; with `tiny` of its smallest form.
+
+    With `keeps` its blocks are recomputed in the backward pass, but for what that names (`models.resnet.KEPT`).
+    """
     config = paper_config(name)
     config.data.normalize = "crop"
-    config.batch_size, config.model.remat, config.quant.bits = batch, remat, bits
+    config.batch_size, config.model.remat, config.quant.bits = batch, bool(keeps), bits
+    config.remat_keeps = keeps or config.remat_keeps
     if tiny:
         config.model.update(registry.smoke_settings(name))
     return TrainOptions.from_config(config)
@@ -145,6 +149,7 @@ def figures_of(run: Run, seconds: float) -> Figures:
     return {
         "model": options.model["name"],
         "remat": options.model["remat"],
+        "remat_keeps": options.remat_keeps if options.model["remat"] else None,
         "dtype": options.dtype,
         "batch": run.batch,
         "frames": run.frames,
@@ -218,12 +223,19 @@ def _forward(run: Run, log: Log, options: AcceleratorBench) -> None:
 
 
 def _recomputed(name: str, log: Log, options: AcceleratorBench) -> None:
-    def make_one(batch: int) -> Run:
-        return make(configure(name, batch, options.tiny, remat=True), options.tiny)
+    """The step with blocks recomputed; then with what convolutions give kept, which fits fewer examples."""
+    for keeps, what in (
+        ("statistics", "whole, recomputed"),
+        ("convolutions", "whole, all but convolutions recomputed"),
+    ):
 
-    run = largest(make_one, batches_of(options), log)
-    log.write("whole, recomputed", **figures_of(run, device.seconds_of(run, _budget(options))))
-    _profile(run, f"{name} whole, recomputed", log, options)
+        def make_one(batch: int, keeps: str = keeps) -> Run:
+            return make(configure(name, batch, options.tiny, keeps), options.tiny)
+
+        run = largest(make_one, batches_of(options), log)
+        log.write(what, **figures_of(run, device.seconds_of(run, _budget(options))))
+        _profile(run, f"{name} {what}", log, options)
+        del run  # its state leaves the device before the next is made
 
 
 def run_step200(log: Log, options: AcceleratorBench) -> None:

@@ -1,0 +1,109 @@
+"""Shards of a list: the bytes of a run in one piece, however many processes, kills and starts it took."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.locks import if_free
+from kmq_jax.scoring import shards
+
+COUNT, SHARDS = 23, 5
+WHOLE = np.arange(COUNT * 4, dtype=np.float32).reshape(COUNT, 4)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+class Run:
+    """A run with a stand-in for the network, which may be killed at its n-th shard."""
+
+    def __init__(self, out, killed_at=None):
+        self.out, self.killed_at, self.made = out, killed_at, []
+
+    def __call__(self, source="a"):
+        return shards.run(self.out, COUNT, source, SHARDS, self.embed, lambda rows: np.save(self.out, rows))
+
+    def embed(self, share):
+        if len(self.made) == self.killed_at:
+            raise Killed
+        self.made.append(share[0])
+        rows = np.arange(COUNT)[share[0] :: share[1]]
+        return rows, WHOLE[rows]
+
+
+def left(out):
+    return sorted(os.listdir(f"{out}.shards"))
+
+
+@pytest.mark.parametrize("killed_at", [0, 1, 4])
+def test_a_killed_run_goes_on_by_shard(tmp_path, killed_at):
+    out = tmp_path / "e.npy"
+    first, second = Run(out, killed_at), Run(out)
+    with pytest.raises(Killed):
+        first()
+    assert not out.exists() and len([name for name in left(out) if name.endswith(".npz")]) == killed_at
+    assert second() is True
+    assert sorted(first.made + second.made) == list(range(SHARDS))  # none twice
+    np.testing.assert_array_equal(np.load(out), WHOLE)
+    assert left(out) == ["plan.json"]
+    late = Run(out)
+    assert late() is False and late.made == []  # a process that comes late
+    np.save(out, WHOLE[:3])  # but not where the file became another
+    assert late() is True and len(late.made) == SHARDS
+
+
+def test_processes_share_them_and_wait_for_one_another(tmp_path):
+    out = tmp_path / "e.npy"
+    together = threading.Barrier(3)
+    runs, results = [Run(out) for _ in range(3)], []
+
+    def work(run):
+        together.wait()
+        results.append(run())
+
+    threads = [threading.Thread(target=work, args=(run,)) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == [False, False, True]
+    assert sorted(shard for run in runs for shard in run.made) == list(range(SHARDS))
+    np.testing.assert_array_equal(np.load(out), WHOLE)
+
+
+def test_another_runs_shards_are_refused(tmp_path):
+    out = tmp_path / "e.npy"
+    with pytest.raises(Killed):
+        Run(out, 2)()
+    other = Run(out)
+    with pytest.raises(UserError, match="holds shards of another run"):
+        other(source="b")
+    assert other.made == [] and len(left(out)) == 3
+    Run(out)()
+    assert other(source="b") is True  # a finished one hinders nobody
+
+
+def test_shards_that_do_not_fit_are_made_again(tmp_path):
+    out = tmp_path / "e.npy"
+    with pytest.raises(Killed):
+        Run(out, 4)()
+    (missing,) = {f"{i:05d}.npz" for i in range(SHARDS)} - set(left(out))
+    np.savez(f"{out}.shards/{missing}", rows=np.arange(3), embeddings=WHOLE[:3], source=np.array("b"))
+    with pytest.raises(UserError, match=f"{missing} was no shard of this list: it is removed"):
+        Run(out)()
+    again = Run(out)
+    assert again() is True and len(again.made) == 1
+    np.testing.assert_array_equal(np.load(out), WHOLE)
+
+
+def test_a_lock_that_is_held_is_told(tmp_path):
+    with if_free(tmp_path / "a") as one:
+        with if_free(tmp_path / "a") as two:
+            assert (one, two) == (True, False)
+        with if_free(tmp_path / "b") as three:
+            assert three
+    assert os.listdir(tmp_path) == []
