@@ -44,8 +44,9 @@ def main() -> None:
     if flags.beam is not None and flags.workers:
         raise UserError("--workers cannot be used with --beam: its runner has options of its own")
     workers = flags.workers or os.cpu_count() or 1
-    settings = {"workers": workers, "min_seconds": flags.min_seconds, "beam": flags.beam}
-    done = writer.prepare(open_source(flags.source), flags.out, **settings)
+    done = writer.prepare(
+        open_source(flags.source), flags.out, workers=workers, min_seconds=flags.min_seconds, beam=flags.beam
+    )
     print(
         f"{flags.out}: {done['utterances']} utterances of {done['speakers']} speakers, {done['hours']:.2f} hours, "
         f"{done['rejected']} rejected"
