@@ -17,7 +17,6 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.metrics.detection import Array, check_trials, number_speakers
@@ -186,6 +185,8 @@ def clopper_pearson(rate: float, units: float, speakers: int, confidence: float 
     >>> [round(end, 4) for end in clopper_pearson(0.1, 10, speakers=10**9)]  # one of ten: the textbook's
     [0.0025, 0.445]
     """
+    from scipy import stats  # slow to import, and needed here alone
+
     tail = (1 - confidence) / 2
     factor = (stats.norm.ppf(tail) / stats.t.ppf(tail, max(speakers - 1, 1))) ** 2
     size = max(units * factor, 1.0)

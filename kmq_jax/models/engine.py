@@ -7,12 +7,10 @@ Recordings are embedded one by one, so nothing is padded. Long ones go through t
 
 import contextlib
 import importlib.util
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,13 +19,11 @@ from kmq_jax import frontend
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import atomic_write
 from kmq_jax.core.tree import Variables
+from kmq_jax.data import source
 from kmq_jax.models import long, onnx_export
 from kmq_jax.models.protocol import SpeakerNetwork
+from kmq_jax.models.runner import ENGINES, Engine, Note, Runner, processors, session_of
 from kmq_jax.nn.whole import Moments
-
-Engine = Literal["auto", "jax", "onnxruntime"]
-ENGINES = ("auto", "jax", "onnxruntime")
-_FORM = 1  # of the converted files; another number makes kept ones stale
 
 
 def chosen(engine: Engine, compute: str = "float32") -> str:
@@ -53,7 +49,7 @@ def chosen(engine: Engine, compute: str = "float32") -> str:
     return engine
 
 
-class OnnxModel:
+class OnnxModel(Runner):
     """A model that ONNX Runtime runs, from waves to embeddings."""
 
     def __init__(
@@ -78,7 +74,8 @@ class OnnxModel:
         """
         self._network, self._variables, self._fbank, self._bits = network, variables, fbank, bits
         self._kept = kept
-        self._model: bytes | str = str(kept) if kept is not None and kept.is_file() else self._converted()
+        there = kept is not None and kept.is_file()
+        super().__init__(str(kept) if there else self._converted(), network.embedding_size)
 
     def _converted(self) -> bytes:
         """The model converted, and kept where that is asked for."""
@@ -91,54 +88,17 @@ class OnnxModel:
     def _opened(self, threads: int) -> Any:
         """A session of it; a kept file that cannot be opened any more is made anew."""
         try:
-            return _session(self._model, threads)
+            return super()._opened(threads)
         except UserError:
             if isinstance(self._model, bytes):
                 raise
             self._model = self._converted()
-            return _session(self._model, threads)
-
-    def embed(self, wave: np.ndarray) -> np.ndarray:
-        """Embeds one recording, float32 `[samples]` at 16 kHz, by all processors; `[dim]`."""
-        return self._embed(wave, self._wide)
-
-    def embed_all(self, load: Callable[[int], np.ndarray], rows: Iterable[int], count: int) -> np.ndarray:
-        """Embeds recordings, each by one processor, as many at a time as there are.
-
-        Args:
-            load: gives the samples of a recording by its number.
-            rows: the numbers, 0 to `count` - 1, in the order to begin with.
-            count: how many there are.
-
-        Returns:
-            float32 `[count, dim]`, by number.
-        """
-        embeddings = np.zeros((count, self._network.embedding_size), np.float32)
-
-        def one(row: int) -> None:
-            embeddings[row] = self._embed(load(row), self._narrow)
-
-        with ThreadPoolExecutor(_processors()) as pool:
-            for done in _few_ahead(pool, one, rows):
-                done.result()
-        return embeddings
+            return super()._opened(threads)
 
     def embed_long(self, read: Callable[[], np.ndarray]) -> np.ndarray:
         """Embeds the recording that `read` gives in chunks, where `long.can_be_cut`."""
         assert isinstance(self._fbank, frontend.FbankConfig)
         return long.embed(self._pieces, self._network, self._fbank, read)
-
-    def _embed(self, wave: np.ndarray, run: Any) -> np.ndarray:
-        embedding: np.ndarray = run.run(None, {"wave": np.ascontiguousarray(wave, np.float32)[None]})[0][0]
-        return embedding
-
-    @cached_property
-    def _wide(self) -> Any:
-        return self._opened(_processors())
-
-    @cached_property
-    def _narrow(self) -> Any:
-        return self._opened(1)
 
     @cached_property
     def _pieces(self) -> "_OnnxPieces":
@@ -174,7 +134,7 @@ class _OnnxPieces:
     def _session(self, name: str) -> Any:
         session = self._sessions.get(name)
         if session is None:  # held here: another thread may drop it from the table meanwhile
-            session = _session(getattr(self._pieces, name).SerializeToString(), _processors())
+            session = session_of(getattr(self._pieces, name).SerializeToString(), processors())
             self._sessions[name] = session
         return session
 
@@ -196,48 +156,15 @@ def _moments(whole: onnx_export.Whole, seen: dict[str, np.ndarray], own: tuple[i
     return long.moments_of(rows(whole.frames), None if whole.logits is None else rows(whole.logits))
 
 
-def kept_file(origin: Path, fingerprint: str) -> Path:
-    """Where the converted form of a model is kept, beside its file or in its directory.
-
-    >>> kept_file(Path("runs/a.kmq"), "0123").name
-    '.a.kmq-0123-1.onnx'
-    """
-    folder = origin if origin.is_dir() else origin.parent
-    return folder / f".{origin.name}-{fingerprint}-{_FORM}.onnx"
+def note_of(network: SpeakerNetwork, fbank: frontend.FrontEnd, fingerprint: str) -> Note:
+    """What a model that is converted tells to whoever runs it without JAX."""
+    frames = network.least_frames()
+    fewest = max(fbank.length + (frames - 1) * fbank.shift - fbank.margin, fbank.length)
+    assert frontend.num_frames(fewest, fbank) >= frames
+    return Note(fingerprint, network.embedding_size, fewest, int(long.LONG * source.SAMPLE_RATE))
 
 
 def _keep(kept: Path, model: bytes) -> None:
     # A directory that cannot be written to costs a conversion each time, no more.
     with contextlib.suppress(UserError), atomic_write(kept) as temporary:
         temporary.write_bytes(model)
-
-
-def _session(model: bytes | str, threads: int) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # Each length has needs of its own: kept plans and arenas for all of them would only hold memory.
-    options.enable_mem_pattern = False
-    options.enable_cpu_mem_arena = False
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions share no base class of their own
-        reason = str(error).split("\n")[0]
-        raise UserError(f"ONNX Runtime cannot open the converted model: {reason}") from error
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _few_ahead(pool: ThreadPoolExecutor, work: Callable[[int], None], rows: Iterable[int]) -> Iterator[Any]:
-    """Work on rows under way, the oldest first; no more wait than keep the pool busy."""
-    waiting: list[Any] = []
-    for row in rows:
-        waiting.append(pool.submit(work, row))
-        if len(waiting) > 2 * _processors():
-            yield waiting.pop(0)
-    yield from waiting

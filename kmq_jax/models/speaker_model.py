@@ -29,8 +29,9 @@ from kmq_jax.data import audio, buckets, source
 from kmq_jax.models import artifact, long, registry
 from kmq_jax.models.about import About, checked
 from kmq_jax.models.batches import check_lengths, padded_batches, plan_batches, usable_lengths
-from kmq_jax.models.engine import Engine, OnnxModel, chosen, kept_file
+from kmq_jax.models.engine import Engine, OnnxModel, chosen, note_of
 from kmq_jax.models.protocol import SpeakerNetwork
+from kmq_jax.models.runner import Note, kept_file
 
 FRONTENDS: dict[str, frontend.FrontEnd] = {
     "kiwano": frontend.KIWANO,
@@ -550,6 +551,11 @@ def _forget_programs(shape: Hashable) -> None:
             _programs.clear()
             embed_batch.clear_cache()  # type: ignore[attr-defined]
         _programs.add(shape)
+
+
+def note(model: SpeakerModel) -> Note:
+    """What must be known of a model to run its converted form without JAX; see `models.runner`."""
+    return note_of(model.network(), frontend_of(model.frontend), fingerprint(model))
 
 
 def fingerprint(model: SpeakerModel) -> str:

@@ -7,7 +7,8 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.data import source, speech
-from kmq_jax.models.speaker_model import embed_all, embed_share, fingerprint, load_model
+from kmq_jax.data.table import Utterances
+from kmq_jax.models import runner
 from kmq_jax.scoring import shards as shard_by_shard
 from kmq_jax.scoring.archive import check_archive, is_archive
 from kmq_jax.scoring.options import ExtractionOptions
@@ -34,6 +35,8 @@ def extract_shards(
     Raises:
         UserError: as `extract`; or `out` has shards of another run.
     """
+    from kmq_jax.models.speaker_model import embed_share, fingerprint, load_model
+
     how = options or ExtractionOptions()
     if how.vad:
         raise UserError("`vad` cannot be used with --shards: it reads every recording before the first is embedded")
@@ -69,21 +72,45 @@ def extract(model: Place, data: Place, out: Place, options: ExtractionOptions | 
         UserError: the model or a recording cannot be read, or the file cannot be written.
     """
     how = options or ExtractionOptions()
-    speaker_model = load_model(model, how.bits)
+    lean = None if how.max_frames else runner.at_hand(model, how.bits, how.engine, how.compute)
+    if lean:
+        utterances = _opened(data, out, how)
+        lengths = utterances.lengths()
+        if how.max_seconds:
+            lengths = np.minimum(lengths, int(how.max_seconds * source.SAMPLE_RATE))
+        if lean.takes(lengths):
+            return _written(out, utterances, lean.embed_table(utterances.load, lengths), lean.fingerprint)
+    return _by_jax(model, data, out, how)
+
+
+def _by_jax(model: Place, data: Place, out: Place, how: ExtractionOptions) -> np.ndarray:
+    """The same with all that a model can be, which takes a while to import."""
+    from kmq_jax.models.speaker_model import embed_all, load_model, note
+
+    with runner.noting(model, how.bits) as leave:
+        speaker_model = load_model(model, how.bits)
+        utterances = _opened(data, out, how)
+        embeddings = embed_all(
+            speaker_model,
+            utterances,
+            how.compute,
+            how.max_seconds,
+            how.batch_size,
+            max_frames=how.max_frames,
+            engine=how.engine,
+        )
+        about = note(speaker_model)
+        leave(about)
+    return _written(out, utterances, embeddings, about.fingerprint)
+
+
+def _opened(data: Place, out: Place, how: ExtractionOptions) -> Utterances:
     utterances = source.open_source(data)
     if is_archive(out):
         check_archive(Path(out), utterances.ids)
-    utterances = speech.of_table(utterances) if how.vad else utterances
-    embeddings = embed_all(
-        speaker_model,
-        utterances,
-        how.compute,
-        how.max_seconds,
-        how.batch_size,
-        max_frames=how.max_frames,
-        engine=how.engine,
-    )
-    write_embeddings(
-        Path(out), utterances.ids, utterances.paths, utterances.speakers, embeddings, fingerprint(speaker_model)
-    )
+    return speech.of_table(utterances) if how.vad else utterances
+
+
+def _written(out: Place, utterances: Utterances, embeddings: np.ndarray, fingerprint: str) -> np.ndarray:
+    write_embeddings(Path(out), utterances.ids, utterances.paths, utterances.speakers, embeddings, fingerprint)
     return embeddings

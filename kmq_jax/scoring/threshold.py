@@ -11,8 +11,8 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, read_object, write_json
 from kmq_jax.data import audio, source
 from kmq_jax.metrics.threshold import Rate, Threshold, choose_threshold
-from kmq_jax.models.engine import Engine
-from kmq_jax.models.speaker_model import embed_all, embed_waves, fingerprint, load_model
+from kmq_jax.models import runner
+from kmq_jax.models.runner import Engine
 from kmq_jax.scoring.cosine import average, cosine_scores
 from kmq_jax.scoring.options import ThresholdOptions
 
@@ -49,6 +49,8 @@ def find_threshold(model: Place, data: str, options: ThresholdOptions | None = N
     Raises:
         UserError: the recordings cannot tell a threshold, or the model or one of them cannot be read.
     """
+    from kmq_jax.models.speaker_model import embed_all, fingerprint, load_model  # with JAX, which `decide` may not need
+
     how = options or ThresholdOptions()
     utterances = source.open_source(data)
     _check_speakers(utterances, data)
@@ -283,13 +285,31 @@ def decide(
     Raises:
         UserError: the threshold was found with another model, or a recording or the model cannot be read.
     """
-    network = load_model(os.fspath(model), bits)
-    threshold.require(fingerprint(network), os.fspath(model))
-    waves = [audio.read_recording(one) for one in (*enrol, test)]
-    rows = embed_waves(network, waves, engine=engine)
+    rows = _embedded(os.fspath(model), (*enrol, test), threshold, bits, engine)
     speaker = average(rows, [range(len(enrol))]) if len(enrol) > 1 else rows[:1]
     score = float(cosine_scores(speaker, rows, [0], [len(enrol)])[0])
     return Decision(score >= float(np.float32(threshold.value)), score, threshold.value)
+
+
+def _embedded(
+    model: str, recordings: Sequence[Recording], threshold: Decider, bits: int | None, engine: Engine
+) -> np.ndarray:
+    """Embeds recordings, `[recordings, dim]`, without JAX where that can be; the threshold must be for this model."""
+    lean = runner.at_hand(model, bits, engine)
+    if lean:
+        threshold.require(lean.fingerprint, model)
+        waves = [audio.read_recording(one) for one in recordings]
+        if lean.takes(np.array([len(wave) for wave in waves])):
+            return lean.embed(waves)
+    from kmq_jax.models.speaker_model import embed_waves, load_model, note
+
+    with runner.noting(model, bits) as leave:
+        network = load_model(model, bits)
+        about = note(network)
+        threshold.require(about.fingerprint, model)
+        rows = embed_waves(network, [audio.read_recording(one) for one in recordings], engine=engine)
+        leave(about)
+    return rows
 
 
 def _percent(rate: float) -> str:

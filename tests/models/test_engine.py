@@ -1,15 +1,28 @@
 """ONNX Runtime beside JAX: the same embeddings, whole and in chunks; what is kept beside a model."""
 
 import dataclasses
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import soundfile
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.models import engine, registry
-from kmq_jax.models.speaker_model import SpeakerModel, embed_waves, fingerprint, load_model, save_model
+from kmq_jax.frontend import num_frames
+from kmq_jax.models import engine, registry, runner
+from kmq_jax.models.speaker_model import (
+    SpeakerModel,
+    embed_waves,
+    fingerprint,
+    frontend_of,
+    load_model,
+    save_model,
+)
+from kmq_jax.scoring.extract import extract
 
 SETTINGS = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8, "norm": "bias"}
 
@@ -45,7 +58,7 @@ def test_the_converted_model_is_kept_and_belongs_to_its_weights(tmp_path, wespea
     save_model(tmp_path / "a.kmq", wespeaker)
     (wave,) = waves_of(8000)
     first = load_model(tmp_path / "a.kmq")
-    kept = engine.kept_file(tmp_path / "a.kmq", fingerprint(first))
+    kept = runner.kept_file(tmp_path / "a.kmq", fingerprint(first))
     runs = [load_model(tmp_path / "a.kmq") for _ in range(3)]
     found = [None] * 3
 
@@ -68,6 +81,65 @@ def test_the_converted_model_is_kept_and_belongs_to_its_weights(tmp_path, wespea
     assert kept.read_bytes() == good
     other = dataclasses.replace(first, variables=jax.tree.map(lambda x: x * 1.1, first.variables))
     assert not np.allclose(embed_waves(other, [wave], engine="onnxruntime"), found[0])
+
+
+WITHOUT_JAX = """
+import sys
+sys.modules["jax"] = None
+from kmq_jax.scoring.extract import extract
+from kmq_jax.scoring.threshold import decide, read_threshold
+extract("a.kmq", "recordings", "lean.npz")
+one = ("recordings/s/0.wav", "recordings/s/1.wav")
+print(decide("a.kmq", one[:1], one[1], read_threshold("0.5")).score)
+"""
+
+
+def test_what_was_converted_runs_without_jax(tmp_path, wespeaker, monkeypatch):
+    save_model(tmp_path / "a.kmq", wespeaker)
+    (tmp_path / "recordings" / "s").mkdir(parents=True)
+    for i, wave in enumerate(waves_of(8000, 9000)):
+        soundfile.write(tmp_path / "recordings" / "s" / f"{i}.wav", wave, 16000, subtype="FLOAT")
+    monkeypatch.chdir(tmp_path)
+    assert runner.at_hand("a.kmq", None, "auto") is None
+    first = extract("a.kmq", "recordings", "first.npz")
+    assert runner.at_hand("a.kmq", None, "auto").fingerprint == fingerprint(load_model("a.kmq"))
+    environment = {"PYTHONPATH": str(Path(engine.__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_JAX], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files = [np.load(name) for name in ("first.npz", "lean.npz")]
+    assert files[0].files == files[1].files
+    assert all(np.array_equal(files[0][key], files[1][key]) for key in files[0].files)
+    cosine = first[0] @ first[1] / np.linalg.norm(first, axis=1).prod()
+    assert float(done.stdout) == pytest.approx(cosine, abs=1e-6)
+
+
+def test_what_runs_without_jax_is_no_other_file_nor_recording(tmp_path, wespeaker):
+    file = tmp_path / "a.kmq"
+    save_model(file, wespeaker)
+    model = load_model(file)
+    note = engine.note_of(model.network(), frontend_of(model.frontend), fingerprint(model))
+    with runner.noting(file, None) as leave:
+        leave(note)
+    assert runner.at_hand(file, None, "onnxruntime") is None  # never converted
+    embed_waves(model, waves_of(8000), engine="onnxruntime")
+    with runner.noting(file, None) as leave:
+        leave(note)
+    lean = runner.at_hand(file, None, "onnxruntime")
+    assert lean.fingerprint == fingerprint(model)
+    least = model.network().least_frames()
+    for samples in range(note.fewest - 1, note.fewest + 2):
+        enough = num_frames(samples, frontend_of(model.frontend)) >= least
+        assert lean.takes(np.array([16000, samples])) == enough
+    assert lean.takes(np.array([60 * 16000])) and not lean.takes(np.array([60 * 16000 + 1]))
+    assert not lean.takes(np.array([399]))
+    for other in ((file, 2, "auto"), (file, None, "jax"), (file, None, "auto", "bfloat16"), (tmp_path, None, "auto")):
+        assert runner.at_hand(*other) is None
+    save_model(file, dataclasses.replace(model, variables=jax.tree.map(lambda x: x * 1.1, model.variables)))
+    assert runner.at_hand(file, None, "onnxruntime") is None
+    with runner.noting(file, None) as leave:  # the file changes while it is in use
+        leave(note)
+        save_model(file, wespeaker)
+    assert len(list(tmp_path.glob(".a.kmq-*.json"))) == 1
 
 
 def test_what_engine_is_taken(monkeypatch):

@@ -1,0 +1,244 @@
+"""A converted model, run by ONNX Runtime; and the same without JAX, where a `.kmq` file was converted before.
+
+Nothing here imports JAX. `engine` converts models and keeps the converted form beside them. Whoever embeds by a file
+that is read for the first time leaves a note beside it, under a name that holds the file's own hash: which converted
+file is its, and which recordings that may take. From then on `extract` and `verify` run with numpy, libsndfile and ONNX
+Runtime alone, in a fraction of the memory and of the time that they take to start. Another file, other bits or another
+form of conversion have no such note, and what needs more than the note allows is left to JAX, too.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import read_object, write_json
+from kmq_jax.core.hub import is_place
+from kmq_jax.core.memory import accelerator_at_hand
+from kmq_jax.core.progress import progress
+
+Engine = Literal["auto", "jax", "onnxruntime"]
+ENGINES = ("auto", "jax", "onnxruntime")
+_FORM = 1  # of the converted files; another number makes kept ones stale
+_BLOCK = 1 << 20  # bytes hashed at a time
+
+
+class Runner:
+    """A converted model: from waves to embeddings."""
+
+    def __init__(self, model: bytes | str, size: int):
+        """Takes the converted model, or the path of its file, and how many values its embeddings have."""
+        self._model, self._size = model, size
+
+    def embed(self, wave: np.ndarray) -> np.ndarray:
+        """Embeds one recording, float32 `[samples]` at 16 kHz, by all processors; `[dim]`."""
+        return _embed(wave, self._wide)
+
+    def embed_all(self, load: Callable[[int], np.ndarray], rows: Iterable[int], count: int) -> np.ndarray:
+        """Embeds recordings, each by one processor, as many at a time as there are.
+
+        Args:
+            load: gives the samples of a recording by its number.
+            rows: the numbers, 0 to `count` - 1, in the order to begin with.
+            count: how many there are.
+
+        Returns:
+            float32 `[count, dim]`, by number.
+        """
+        embeddings = np.zeros((count, self._size), np.float32)
+
+        def one(row: int) -> None:
+            embeddings[row] = _embed(load(row), self._narrow)
+
+        with ThreadPoolExecutor(processors()) as pool:
+            for done in _few_ahead(pool, one, rows):
+                done.result()
+        return embeddings
+
+    @cached_property
+    def _wide(self) -> Any:
+        return self._opened(processors())
+
+    @cached_property
+    def _narrow(self) -> Any:
+        return self._opened(1)
+
+    def _opened(self, threads: int) -> Any:
+        return session_of(self._model, threads)
+
+
+def _embed(wave: np.ndarray, run: Any) -> np.ndarray:
+    embedding: np.ndarray = run.run(None, {"wave": np.ascontiguousarray(wave, np.float32)[None]})[0][0]
+    return embedding
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """What must be known of a converted model to run it.
+
+    Attributes:
+        fingerprint: the model's.
+        size: values of an embedding.
+        fewest: samples that a recording must have.
+        most: samples that it may have.
+    """
+
+    fingerprint: str
+    size: int
+    fewest: int
+    most: int
+
+
+class Lean:
+    """A model that runs without JAX."""
+
+    def __init__(self, note: Note, file: Path):
+        """Takes what is known of a model, and its converted file."""
+        self.fingerprint, self._note, self._runner = note.fingerprint, note, Runner(str(file), note.size)
+
+    def takes(self, lengths: np.ndarray) -> bool:
+        """Whether recordings of these lengths, in samples, are all neither too short for the model nor long."""
+        return bool(np.all((self._note.fewest <= lengths) & (lengths <= self._note.most)))
+
+    def embed(self, waves: list[np.ndarray]) -> np.ndarray:
+        """Embeds recordings in memory, `[waves, dim]`."""
+        if len(waves) == 1:
+            return self._runner.embed(waves[0])[None]
+        order = sorted(range(len(waves)), key=lambda i: -len(waves[i]))
+        return self._runner.embed_all(waves.__getitem__, order, len(waves))
+
+    def embed_table(self, load: Callable[[int], np.ndarray], lengths: np.ndarray) -> np.ndarray:
+        """Embeds recordings that `load` reads, cut to these lengths `[count]`; `[count, dim]`."""
+        order = progress(np.argsort(-lengths, kind="stable").tolist(), desc="embedding", unit="recording")
+        return self._runner.embed_all(lambda row: load(row)[: lengths[row]], order, len(lengths))
+
+
+def at_hand(model: str | Path, bits: int | None, engine: str, compute: str = "float32") -> Lean | None:
+    """A model that runs without JAX, where it was converted before, and ONNX Runtime on a CPU is what is wanted.
+
+    Args:
+        model: the MODEL.
+        bits: at which a nested model is read; None is the most.
+        engine: one of `ENGINES`.
+        compute: the network's arithmetic.
+    """
+    wanted = engine == "onnxruntime" or engine == "auto" and _on_a_cpu()
+    file = packed_file(model)
+    if not wanted or file is None or compute != "float32" or importlib.util.find_spec("onnxruntime") is None:
+        return None
+    path = _note_file(file, bits)
+    if path is None or not path.is_file():
+        return None
+    try:
+        found = read_object(path)
+        numbers = [int(found[name]) for name in ("size", "fewest", "most")]
+        note, length = Note(str(found["fingerprint"]), *numbers), int(found["bytes"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return None  # damaged: the model is opened in the ordinary way, and leaves another
+    converted = kept_file(file, note.fingerprint)
+    whole = note.fingerprint.isalnum() and converted.is_file() and converted.stat().st_size == length
+    return Lean(note, converted) if whole else None
+
+
+@contextlib.contextmanager
+def noting(model: str | Path, bits: int | None) -> Iterator[Callable[[Note], None]]:
+    """A context in which a model is read and run, and that gives what leaves a note of it.
+
+    The note is written at the end, and only where the model's file is then what it was at the beginning.
+    """
+    notes: list[Note] = []
+    file = packed_file(model)
+    path = _note_file(file, bits) if file else None
+    yield notes.append
+    if not notes or file is None or path is None or path != _note_file(file, bits):
+        return
+    converted = kept_file(file, notes[0].fingerprint)
+    if converted.is_file():
+        with contextlib.suppress(UserError):  # a directory that cannot be written to
+            write_json(path, dataclasses.asdict(notes[0]) | {"bytes": converted.stat().st_size})
+
+
+def packed_file(model: str | Path) -> Path | None:
+    """The `.kmq` file that a MODEL is read from, as `speaker_model.load_model` has it; None: it is another kind."""
+    if is_place(str(model)):
+        return None
+    path = Path(model)
+    return next((file for file in (path, path / "averaged.kmq", path / "model.kmq") if file.is_file()), None)
+
+
+def kept_file(origin: Path, fingerprint: str) -> Path:
+    """Where the converted form of a model is kept, beside its file or in its directory.
+
+    >>> kept_file(Path("runs/a.kmq"), "0123").name
+    '.a.kmq-0123-1.onnx'
+    """
+    folder = origin if origin.is_dir() else origin.parent
+    return folder / f".{origin.name}-{fingerprint}-{_FORM}.onnx"
+
+
+def _note_file(file: Path, bits: int | None) -> Path | None:
+    """Where the note of a file with this content is; None: the file cannot be read."""
+    digest = hashlib.sha256(f"{_FORM} {bits}\n".encode())
+    try:
+        with file.open("rb") as stream:
+            while block := stream.read(_BLOCK):
+                digest.update(block)
+    except OSError:
+        return None
+    return file.parent / f".{file.name}-{digest.hexdigest()[:32]}.json"
+
+
+def _on_a_cpu() -> bool:
+    """Whether JAX would compute on a CPU, as far as that can be told without it."""
+    if sys.modules.get("jax") is not None:
+        import jax
+
+        return jax.default_backend() == "cpu"
+    return os.environ.get("JAX_PLATFORMS", "").lower() in ("", "cpu") and not accelerator_at_hand()
+
+
+def session_of(model: bytes | str, threads: int) -> Any:
+    """Opens a converted model, or the file of one.
+
+    Raises:
+        UserError: ONNX Runtime cannot.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Each length has needs of its own: kept plans and arenas for all of them would only hold memory.
+    options.enable_mem_pattern = False
+    options.enable_cpu_mem_arena = False
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base class of their own
+        reason = str(error).split("\n")[0]
+        raise UserError(f"ONNX Runtime cannot open the converted model: {reason}") from error
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _few_ahead(pool: ThreadPoolExecutor, work: Callable[[int], None], rows: Iterable[int]) -> Iterator[Any]:
+    """Work on rows under way, the oldest first; no more wait than keep the pool busy."""
+    waiting: list[Any] = []
+    for row in rows:
+        waiting.append(pool.submit(work, row))
+        if len(waiting) > 2 * processors():
+            yield waiting.pop(0)
+    yield from waiting
