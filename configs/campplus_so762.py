@@ -10,7 +10,7 @@ Quantized by distillation from itself, without speaker labels.
 
 import ml_collections
 
-from kmq_jax.study.config import smoke_study, study_config
+from kmq_jax.study.config import add_evaluation_sets, smoke_study, study_config
 from kmq_jax.training.config import default_config, known_arg
 
 
@@ -32,6 +32,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         calibrate="so762",
         cascades=(("trained", (2, 3, 4)), ("trained", (2, 32))),
     )
-    for name in ("so762", "words"):
-        config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
+    add_evaluation_sets(config, root, {"so762": "so762/dev", "words": "words/dev"})
     return smoke_study(config) if arg == "smoke" else config

@@ -22,7 +22,7 @@ Two hours or so on two cores with AVX-512, half of that for training; README sho
 
 import ml_collections
 
-from kmq_jax.study.config import smoke_study, study_config
+from kmq_jax.study.config import add_evaluation_sets, smoke_study, study_config
 from kmq_jax.training.config import default_config, known_arg
 
 
@@ -46,6 +46,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg == "compare":
         epochs = dict.fromkeys(("4", "3", "2", "32"), 1.0)
         config.study.update(also=("kmqat",), label_weight=0.1, nested=False, epochs=epochs, cascades=(), diagnose=())
-    for name in ("so762", "words"):
-        config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
+    add_evaluation_sets(config, root, {"so762": "so762/dev", "words": "words/dev"})
     return smoke_study(config) if arg == "smoke" else config

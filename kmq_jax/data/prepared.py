@@ -10,6 +10,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from kmq_jax.data.table import Utterances, concatenate
 COLUMNS = ("id", "path", "speaker", "samples", "gender", "age")
 
 
-def require_tfds() -> Any:
+def require_tfds() -> ModuleType:
     """Imports tfds, and what it reads and writes shards by.
 
     Raises:

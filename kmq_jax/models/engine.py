@@ -9,10 +9,10 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import numpy as np
@@ -24,6 +24,9 @@ from kmq_jax.core.tree import Variables
 from kmq_jax.models import long, onnx_export
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.nn.whole import Moments
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 Engine = Literal["auto", "jax", "onnxruntime"]
 ENGINES = ("auto", "jax", "onnxruntime")
@@ -115,16 +118,16 @@ class OnnxModel:
         assert isinstance(self._fbank, frontend.FbankConfig)
         return long.embed(self._pieces, self._network, self._fbank, read)
 
-    def _embed(self, wave: np.ndarray, run: Any) -> np.ndarray:
+    def _embed(self, wave: np.ndarray, run: "InferenceSession") -> np.ndarray:
         embedding: np.ndarray = run.run(None, {"wave": np.ascontiguousarray(wave, np.float32)[None]})[0][0]
         return embedding
 
     @cached_property
-    def _wide(self) -> Any:
+    def _wide(self) -> "InferenceSession":
         return _session(self._model, _processors())
 
     @cached_property
-    def _narrow(self) -> Any:
+    def _narrow(self) -> "InferenceSession":
         return _session(self._model, 1)
 
     @cached_property
@@ -138,7 +141,7 @@ class _OnnxPieces:
 
     def __init__(self, pieces: onnx_export.Pieces):
         self._pieces = pieces
-        self._sessions: dict[str, Any] = {}
+        self._sessions: dict[str, "InferenceSession"] = {}
 
     def features(self, wave: np.ndarray) -> np.ndarray:
         """See `long.Pieces`."""
@@ -158,12 +161,12 @@ class _OnnxPieces:
         embedding: np.ndarray = self._run(self._session("head"), None, given)[0][0]
         return embedding
 
-    def _session(self, name: str) -> Any:
+    def _session(self, name: str) -> "InferenceSession":
         if name not in self._sessions:
             self._sessions[name] = _session(getattr(self._pieces, name).SerializeToString(), _processors())
         return self._sessions[name]
 
-    def _run(self, session: Any, features: np.ndarray | None, given: long.Given) -> list[np.ndarray]:
+    def _run(self, session: "InferenceSession", features: np.ndarray | None, given: long.Given) -> list[np.ndarray]:
         fed = {} if features is None else {"feats": features[None]}
         for whole in self._pieces.wholes if given else ():
             fed |= whole.values(given[whole.place])
@@ -197,7 +200,7 @@ def _keep(kept: Path, model: bytes) -> None:
         temporary.write_bytes(model)
 
 
-def _session(model: bytes | str, threads: int) -> Any:
+def _session(model: bytes | str, threads: int) -> "InferenceSession":
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -218,9 +221,9 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _few_ahead(pool: ThreadPoolExecutor, work: Callable[[int], None], rows: Iterable[int]) -> Iterator[Any]:
+def _few_ahead(pool: ThreadPoolExecutor, work: Callable[[int], None], rows: Iterable[int]) -> Iterator[Future[None]]:
     """Work on rows under way, the oldest first; no more wait than keep the pool busy."""
-    waiting: list[Any] = []
+    waiting: list[Future[None]] = []
     for row in rows:
         waiting.append(pool.submit(work, row))
         if len(waiting) > 2 * _processors():

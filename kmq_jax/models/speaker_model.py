@@ -21,10 +21,10 @@ from jax.tree_util import GetAttrKey
 from kmq_jax import frontend, quant
 from kmq_jax.core import mesh
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import read_object
+from kmq_jax.core.files import Row, read_object
 from kmq_jax.core.hub import fetch, is_place
 from kmq_jax.core.progress import progress
-from kmq_jax.core.tree import Array, Variables, named_leaves, replace_named
+from kmq_jax.core.tree import Array, Leaf, Variables, named_leaves, replace_named
 from kmq_jax.data import audio, buckets, source
 from kmq_jax.models import artifact, long, registry
 from kmq_jax.models.about import About, checked
@@ -131,7 +131,7 @@ class SpeakerModel:
     """
 
     architecture: str
-    settings: Mapping[str, Any]
+    settings: Row
     frontend: str
     variables: Variables
     bits: int | None = None
@@ -621,7 +621,7 @@ def check_network(model: SpeakerModel, where: str) -> None:
         raise UserError(f"{where}: tensor {extra[0]} is none of the network's")
 
 
-def _plain_leaves(model: SpeakerModel) -> list[tuple[str, Any]]:
+def _plain_leaves(model: SpeakerModel) -> list[tuple[str, Leaf]]:
     """The leaves of a model's parameters and statistics, without what bits have to themselves."""
     if not isinstance(model.variables, dict):
         return []

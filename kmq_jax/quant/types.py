@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Array, Leaf
@@ -150,7 +151,7 @@ class CodebookTensor:
         nested = f", coarse={self.all_bits[:-1]}" if self.coarse else ""
         return f"CodebookTensor(shape={self.shape}, bits={self.bits}{nested}, axis={self.axis}, {self.dtype_name})"
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         """The dequantized tensor, for numpy."""
         if copy is False:
             raise ValueError("a CodebookTensor becomes an array only by dequantization, which copies")
@@ -212,7 +213,7 @@ class CodebookTensor:
         self.codebook_of(bits)
         return _over_batch(partial(_indices, bits=bits), self)
 
-    def dequantize(self, bits: int | None = None, dtype: Any = None) -> jax.Array:
+    def dequantize(self, bits: int | None = None, dtype: DTypeLike | None = None) -> jax.Array:
         """The values of the tensor. May be called inside jit.
 
         Args:
@@ -269,7 +270,7 @@ class CodebookTensor:
             raise ValueError(f"dtype (={self.dtype_name!r}) must be floating point")
 
 
-def _over_batch(read: Any, tensor: CodebookTensor) -> jax.Array:
+def _over_batch(read: Callable[[CodebookTensor], jax.Array], tensor: CodebookTensor) -> jax.Array:
     """Reads a tensor, or each of a batch of them."""
     for _ in tensor.batch_shape():
         read = jax.vmap(read)
@@ -282,7 +283,7 @@ def _indices(tensor: CodebookTensor, bits: int | None) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("bits", "dtype"))
-def _dequantized(tensor: CodebookTensor, bits: int | None, dtype: Any) -> jax.Array:
+def _dequantized(tensor: CodebookTensor, bits: int | None, dtype: DTypeLike | None) -> jax.Array:
     values = lookup(_rows(tensor, bits), tensor.codebook_of(bits).astype(dtype), 0)
     return from_groups(values, tensor.shape, tensor.axis)
 

@@ -13,11 +13,10 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from kmq_jax.cascade.costs import savings
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Row, atomic_write, read_json
+from kmq_jax.core.files import Json, Row, atomic_write, read_json
 from kmq_jax.study.paired import changes_of, told_apart
 
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -216,7 +215,7 @@ def accelerator_table(lines: list[Row]) -> str:
     return _markdown(rows)
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> Json:
     """A JSON file, or the list of the lines of one that ends in `.jsonl`."""
     if path.suffix != ".jsonl":
         return read_json(path)
@@ -324,7 +323,7 @@ def weights_table(found: Row) -> str:
     return _markdown(rows) + f"\nPython {found['python']} on {found['platform']}, without an accelerator's libraries.\n"
 
 
-TABLES: dict[str, Callable[[Any], str]] = {
+TABLES: dict[str, Callable[[Json], str]] = {
     "bits": study_table,
     "gains": gains_table,
     "trained": trained_table,

@@ -9,9 +9,10 @@ kmq_jax.core.errors.UserError: `scale` (=nan) must be a finite number
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import Row
 from kmq_jax.core.options import Options, option, shown
 
 INITS = ("optimal", "companding", "equal-mass", "quantile", "kmeans++")
@@ -239,7 +240,7 @@ class OptimizerOptions(Options):
     momentum: float = option("of sgd", 0.9, at_least=0, below=1)
     weight_decay: float = option("of every parameter, times the factor of its group", 1e-4, at_least=0)
     clip: float = option("largest norm of the whole gradient; 0: any", 0.0, at_least=0)
-    groups: tuple[tuple[Any, ...], ...] = option(
+    groups: tuple[tuple[object, ...], ...] = option(
         "(regular expression on names of parameters, learning-rate factor, weight-decay factor) or (regular "
         "expression, settings of `GroupOptions`); first match wins",
         ((r"/(bias|scale)$|classifier", 1.0, 0.0),),  # no decay of normalisation, biases and classifier
@@ -309,7 +310,7 @@ class TrainOptions(Options):
     init_from: str = option(
         "a MODEL to start from: its network, and its classifier where that has at least as many classes", ""
     )
-    model: Mapping[str, Any] = option("the network's `name` and its settings, see models.registry")
+    model: Row = option("the network's `name` and its settings, see models.registry")
     frontend: str = option("filterbank setting, such as kiwano, wespeaker or speechbrain", "kiwano")
     dtype: Literal["float32", "bfloat16"] = option(
         "of the network's arithmetic; parameters and statistics stay float32", "float32"
@@ -349,7 +350,7 @@ class TrainOptions(Options):
             raise UserError("`distill.weight` is above zero, so distill.teacher or init_from must name a MODEL")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "TrainOptions":
+    def from_config(cls, config: Row) -> "TrainOptions":
         """Turns a configuration (an `ml_collections.ConfigDict`, or plain mappings) into options.
 
         A section `study`, which says what a study does with the network, is left out.
@@ -366,7 +367,7 @@ class TrainOptions(Options):
         return section(cls, tree, "")
 
 
-def section(kind: type[Section], values: Mapping[str, Any], prefix: str) -> Section:
+def section(kind: type[Section], values: Row, prefix: str) -> Section:
     """Makes the options of one section of a configuration; errors name settings as flags do.
 
     >>> section(LossOptions, {"kind": "arc"}, "loss.")
