@@ -13,10 +13,11 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from kmq_jax.cascade.costs import savings
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Json, Row, atomic_write, read_json
+from kmq_jax.core.files import Row, atomic_write, read_json
 from kmq_jax.study.paired import changes_of, told_apart
 
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -215,7 +216,7 @@ def accelerator_table(lines: list[Row]) -> str:
     return _markdown(rows)
 
 
-def _read(path: Path) -> Json:
+def _read(path: Path) -> Any:
     """A JSON file, or the list of the lines of one that ends in `.jsonl`."""
     if path.suffix != ".jsonl":
         return read_json(path)
@@ -323,7 +324,16 @@ def weights_table(found: Row) -> str:
     return _markdown(rows) + f"\nPython {found['python']} on {found['platform']}, without an accelerator's libraries.\n"
 
 
-TABLES: dict[str, Callable[[Json], str]] = {
+def house_table(found: Row) -> str:
+    """What can be counted of the structure of several revisions of this project, side by side."""
+    columns = found["columns"]
+    rows = [["", *(column["name"] for column in columns)]]
+    rows += [[name, *(f"{column['figures'][name]:,}" for column in columns)] for name in columns[0]["figures"]]
+    at = ", ".join(f"{column['name']}: revision {column['revision']}" for column in columns)
+    return _markdown(rows) + f"\n{at[0].upper()}{at[1:]}.\n"
+
+
+TABLES: dict[str, Callable[[Any], str]] = {
     "bits": study_table,
     "gains": gains_table,
     "trained": trained_table,
@@ -337,6 +347,7 @@ TABLES: dict[str, Callable[[Json], str]] = {
     "threshold": threshold_table,
     "lazy": lazy_table,
     "weights": weights_table,
+    "house": house_table,
 }
 
 
