@@ -1,4 +1,4 @@
-"""Training as users start it: resume, pre-emption, NaN, mistakes."""
+"""Training as users start it, of the smallest network at hand: resume, pre-emption, NaN, mistakes."""
 
 import importlib.util
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 import commands
 import jax
 import numpy as np
+import own_network  # noqa: F401  # registers the network
 import pytest
 
 from kmq_jax.cli import config_flags
@@ -36,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 
 def tiny(**changes):
     """Four steps of a tiny network on synthetic voices, without validation."""
-    config = smoke(default_config("resnet36"))
+    config = smoke(default_config("own_tdnn"))
     config.validation.data = ""
     config.checkpoint_epochs = 0.5
     config.average_last = 0
@@ -59,7 +60,7 @@ def test_what_a_run_leaves_behind(whole):
     workdir, summary = whole
     assert summary["finished"] and summary["steps"] == 4
     assert json.loads((workdir / "summary.json").read_text()) == summary
-    assert json.loads((workdir / "config.json").read_text())["model"]["name"] == "resnet36"
+    assert json.loads((workdir / "config.json").read_text())["model"]["name"] == "own_tdnn"
     (start,) = json.loads((workdir / "starts.json").read_text())
     assert start["step"] == 0 and start["jax"] == jax.__version__ and {"revision", "dirty", "python"} <= start.keys()
     log = read_runlog(workdir / "metrics.jsonl")
@@ -173,7 +174,9 @@ def test_fine_tuning_starts_from_network_and_classifier(whole, tmp_path):
     config.learning_rate.update(start=0.0, peak=1e-12, warmup_epochs=2.0)
     config.loss.margin = 0.0
     loop.train(config, tmp_path)
-    kernels = [dict(named_leaves(load_model(d).variables["params"]))["stem/conv/kernel"] for d in (whole[0], tmp_path)]
+    kernels = [
+        dict(named_leaves(load_model(d).variables["params"]))["frame1/conv/kernel"] for d in (whole[0], tmp_path)
+    ]
     np.testing.assert_allclose(*kernels, rtol=1e-6)
     centres = [
         Checkpoints(d / "checkpoints").load(s, "classifier")["centres"] for d, s in ((whole[0], 4), (tmp_path, 1))
