@@ -1,8 +1,6 @@
 """Strictness for every test: four simulated devices, no silent rank promotion; quick compilation; the shared data."""
 
 import os
-import resource
-import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
@@ -42,11 +40,14 @@ MOST_MEMORY = 3 << 30
 """Bytes of a worker from which it forgets compiled programs between modules: hundreds of them take gigabytes."""
 
 
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     yield
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if used > MOST_MEMORY:
+    if not Path("/proc/self/statm").exists() or _resident() > MOST_MEMORY:
         jax.clear_caches()
 
 

@@ -40,8 +40,8 @@ def test_what_a_configuration_refuses_is_told_as_it_says_it():
 
 
 FIRST = {"campplus", "ge2e_so762", "paper_resnet200", "voxceleb2_large_margin", "wespeaker34_kmqat"}
-"""One of each network and recipe. The others differ in settings alone, which the test above reads. The README's main job
-is the smoke form of quickstart."""
+"""One of each network and recipe. The others differ in settings alone, which the first test reads; quickstart's smoke
+form is a job of CI."""
 
 
 @pytest.mark.parametrize(

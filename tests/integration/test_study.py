@@ -7,6 +7,7 @@ from pathlib import Path
 import commands
 import jax
 import numpy as np
+import own_network  # noqa: F401  # registers the network
 import pytest
 
 import kmq_jax
@@ -26,9 +27,8 @@ def test_a_study_without_evaluation_sets_is_a_mistake(tmp_path):
         pipeline.study(study_config(default_config("resnet18")), tmp_path)
 
 
-@pytest.mark.slow
 def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
-    config = smoke_study(study_config(default_config("resnet18")))
+    config = smoke_study(study_config(default_config("own_tdnn")))
     config.validation.data = ""
     config.average_last = 0
     config.study.update(bits=(2,), nested=False, cascades=(("distilled", (2, 32)),), groups={"all": ("voices",)})

@@ -1,0 +1,11 @@
+"""The smoke form of a training of tests/own_network.py, for commands: `--config=tests/own_config.py`."""
+
+import ml_collections
+import own_network  # noqa: F401  # registers the network
+
+from kmq_jax.training.config import default_config, smoke
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Returns the configuration."""
+    return smoke(default_config("own_tdnn"))
