@@ -23,7 +23,7 @@ COMMAND = Command(
     "`gains`, what of them a first page needs, `differences`, what they differ by, `cascades`, one row a cascade\n"
     "and evaluation set, or `components`. Of what `conditions` writes, KIND is `conditions`; of `bench\n"
     "accelerator`, `accelerator`; of `bench extract --peers --json`, `extraction`; of `bench networks --json`,\n"
-    "`networks`; of `threshold`, with `judged_on` added, `threshold`.",
+    "`networks`; of `threshold`, with `judged_on` added, `threshold`; of `.ci/house.py`, `house`.",
     "kmq-jax tables --file=README.md",
     (Files,),
 )

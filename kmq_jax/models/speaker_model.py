@@ -52,6 +52,8 @@ BATCH_SIZE = 16
 SPEECH_A_PROGRAM = 20 * 3600 * source.SAMPLE_RATE
 """Samples of a list for each shape on an accelerator: a shape takes seconds to compile, and one more of them saves less
 time than that in padding, unless there are so many samples (how fast: .github/results/accelerator-h200.jsonl)."""
+SPEECH_A_PROGRAM_OF_CPU = 60 * source.SAMPLE_RATE
+"""The same on a CPU, up to eight shapes."""
 PROGRAMS = 3, 16  # shapes on an accelerator, at least and at most
 _MOST_PROGRAMS = 128  # compiled programs that are kept; each takes megabytes
 _programs: set[Hashable] = set()
@@ -400,8 +402,9 @@ def embedding_plan(
 ) -> list[buckets.Batch]:
     """Decides which recordings are embedded together: as many shapes as are worth their compilations.
 
-    On an accelerator a shape takes seconds to compile, in which some hours of speech could be embedded. On a CPU that
-    costs more than the padding it saves, unless recordings are long; then at most 5 % is padding where that can be.
+    On an accelerator a shape takes seconds to compile, in which some hours of speech could be embedded. On a CPU it is
+    minutes of speech, so a short list gets one shape, and any list few; but where recordings are long, at most 5 % is
+    padding where that can be.
 
     Args:
         network: what embeds them.
@@ -417,7 +420,8 @@ def embedding_plan(
         shapes = int(np.clip(lengths.sum() / SPEECH_A_PROGRAM, *PROGRAMS))
         return plan_batches(network, fbank, lengths, rows, max_shapes=shapes)
     short = rows * lengths.max() <= 4 * buckets.MOST_SAMPLES
-    return plan_batches(network, fbank, lengths, rows, **({"max_shapes": 8} if short else {}))
+    shapes = int(np.clip(lengths.sum() / SPEECH_A_PROGRAM_OF_CPU, 1, 8))
+    return plan_batches(network, fbank, lengths, rows, **({"max_shapes": shapes} if short else {}))
 
 
 _prepared: collections.OrderedDict[tuple[int, int | None], tuple[Variables, OnnxModel | None]] = (
