@@ -1,6 +1,5 @@
 """All figures of a scored trial list at once, as the `score` command reports them."""
 
-
 from numpy.typing import ArrayLike
 
 from kmq_jax.core.errors import UserError
