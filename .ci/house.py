@@ -126,7 +126,9 @@ def shared_names(trees: dict[str, ast.Module]) -> int:
         inside = {other.rpartition(".")[2] for other in trees if other.rpartition(".")[0] == name}
         offered = {alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom)
                    for alias in node.names if f"{node.module}.{alias.name}" not in trees}  # fmt: skip
-        lazily = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)} if name == "kmq_jax" else set()
+        lazily = (
+            {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)} if name == "kmq_jax" else set()
+        )
         count += len(inside & (offered | lazily))
     return count
 

@@ -6,7 +6,7 @@ the same features: a file whose embeddings differ is refused.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 

@@ -5,7 +5,6 @@ It travels in the manifest of a `.kmq` file, as `about`. A file without it is re
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 

@@ -141,7 +141,7 @@ class _OnnxPieces:
 
     def __init__(self, pieces: onnx_export.Pieces):
         self._pieces = pieces
-        self._sessions: dict[str, "InferenceSession"] = {}
+        self._sessions: dict[str, InferenceSession] = {}
 
     def features(self, wave: np.ndarray) -> np.ndarray:
         """See `long.Pieces`."""
