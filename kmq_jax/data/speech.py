@@ -1,6 +1,7 @@
 """Which parts of a recording are speech, by WebRTC's voice activity detector; the rest is left out on request."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,7 @@ from kmq_jax.core.progress import progress
 from kmq_jax.data import audio
 from kmq_jax.data.table import Utterances
 
-Sound: TypeAlias = Path | tuple[np.ndarray, int]
+Sound: TypeAlias = str | os.PathLike[str] | tuple[np.ndarray, int]
 """A recording's file, or `([samples], samples a second)`."""
 
 FRAME = 480  # samples, 30 ms: the longest that the detector takes

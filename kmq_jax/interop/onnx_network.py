@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +169,7 @@ class _Reader:
         self._origins: dict[str, str] = {}  # of what was computed from constants: the first of them
         self._literals: dict[int, np.ndarray] = {}
         self._known: dict[tuple[str, tuple[int, ...], bytes], int] = {}
-        self._nodes: list[list[object]] = []
+        self._nodes: list[list[Any]] = []
         self._unbiased: dict[int, Attributes] = {}  # linear layers, by what they give
         self._next = graphs.FIRST
         self._largest = 16 * Path(graph.where).stat().st_size + (1 << 16)  # elements of a constant: one bit makes one

@@ -4,7 +4,7 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -121,7 +121,7 @@ def _reason(error: Exception) -> str:
     return text.split("\n")[0] or type(error).__name__
 
 
-def _array(path: Path, name: str, value: object) -> np.ndarray:
+def _array(path: Path, name: str, value: Any) -> np.ndarray:
     if isinstance(value, np.ndarray):
         return value
     try:

@@ -5,6 +5,7 @@ All likelihood ratios are natural logarithms; Cllr is in bits.
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -110,7 +111,7 @@ class IsotonicMap:
         return {"kind": "isotonic", "x": self.x.tolist(), "y": self.y.tolist()}
 
 
-def map_from_dict(value: object) -> AffineMap | IsotonicMap:
+def map_from_dict(value: Any) -> AffineMap | IsotonicMap:
     """Reads what `to_dict` of either map wrote.
 
     Raises:

@@ -22,7 +22,7 @@ from jax import lax
 from kmq_jax.core.tree import Array
 
 Attributes = Mapping[str, Any]
-Operands = Sequence[Array | None]
+Operands = Sequence[Array]
 """Inputs of an operator: numpy arrays, JAX arrays, and None for those left out."""
 
 TYPES = ("bool", "uint8", "int8", "int32", "int64", "float32", "float64")
@@ -47,7 +47,7 @@ class Call:
         """An attribute, or what it is where left out."""
         return self.attributes.get(name, default)
 
-    def operand(self, place: int) -> Array | None:
+    def operand(self, place: int) -> Array:
         """An input, or None where it is left out."""
         return self.x[place] if place < len(self.x) else None
 

@@ -57,7 +57,9 @@ def _prefix(numbers: jax.Array) -> _Prefix:
     inner = jnp.cumsum(padded, axis=1)
     exclusive = jnp.pad(inner[:, :-1], ((0, 0), (1, 0)))
 
-    def add(total: tuple[jax.Array, jax.Array], block: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def add(
+        total: tuple[jax.Array, jax.Array], block: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
         high, low = total
         fresh = high + block
         part = fresh - high

@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -137,7 +138,7 @@ class Database:
         if 4 * dim * count > pages * page:
             raise self._damaged("its embeddings claim more than the file holds")
 
-    def _recording(self, row: Sequence[object], dim: int) -> RecordingRow:
+    def _recording(self, row: Sequence[Any], dim: int) -> RecordingRow:
         number, speaker, path, digest, seconds, enrolled, embedding = row  # the number is whole: a primary key
         texts = isinstance(speaker, bytes) and isinstance(digest, bytes)
         blobs = isinstance(path, bytes) and isinstance(embedding, bytes) and len(embedding) == 4 * dim

@@ -9,7 +9,7 @@ kmq_jax.core.errors.UserError: `scale` (=nan) must be a finite number
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Row
@@ -240,7 +240,7 @@ class OptimizerOptions(Options):
     momentum: float = option("of sgd", 0.9, at_least=0, below=1)
     weight_decay: float = option("of every parameter, times the factor of its group", 1e-4, at_least=0)
     clip: float = option("largest norm of the whole gradient; 0: any", 0.0, at_least=0)
-    groups: tuple[tuple[object, ...], ...] = option(
+    groups: tuple[tuple[Any, ...], ...] = option(
         "(regular expression on names of parameters, learning-rate factor, weight-decay factor) or (regular "
         "expression, settings of `GroupOptions`); first match wins",
         ((r"/(bias|scale)$|classifier", 1.0, 0.0),),  # no decay of normalisation, biases and classifier
