@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -54,8 +55,10 @@ def free_port():
         return s.getsockname()[1]
 
 
-def environment(**changes):
-    inherited = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+def environment(XLA_FLAGS="", **changes):
+    # Quick compilation, as in all tests, but another number of devices.
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+    inherited = {**os.environ, "XLA_FLAGS": f"{flags} {XLA_FLAGS}"}
     own = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT / "tests")}
     return {**inherited, **own, **changes}
 

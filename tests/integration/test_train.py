@@ -44,6 +44,13 @@ def tiny(**changes):
     return config
 
 
+def plain(**changes):
+    """The same without augmentation, most of what there is to compile."""
+    config = tiny(**changes)
+    config.data.augment, config.spec_augment = False, 0.0
+    return config
+
+
 def leaves(workdir):
     return jax.tree.leaves(load_model(workdir).variables)
 
@@ -132,7 +139,7 @@ def test_a_killed_run_goes_on_bit_exactly(tmp_path):
 
 
 def test_nan_stops_the_run_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
-    config = tiny()
+    config = plain()
     config.learning_rate.update(kind="step", start=1e-3, peak=1e38, warmup_epochs=0.5, flat_until=9.0)
     with pytest.raises(UserError) as stopped:
         loop.train(config, tmp_path)
@@ -145,7 +152,7 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_last_good_checkpoint(tmp
 
 def losses_on(devices, count=3):
     """Losses of a few steps of the same run on a mesh of these devices."""
-    options = TrainOptions.from_config(tiny())
+    options = TrainOptions.from_config(plain())
     utterances = source.open_sources(options.data.train)
     network = describe(options).network()
     places = mesh.make_mesh(devices)
@@ -169,7 +176,7 @@ def test_four_devices_give_the_losses_of_one():
 
 
 def test_fine_tuning_starts_from_network_and_classifier(whole, tmp_path):
-    config = tiny(init_from=str(whole[0]), epochs=0.5)
+    config = plain(init_from=str(whole[0]), epochs=0.5)
     config.learning_rate.update(start=0.0, peak=1e-12, warmup_epochs=2.0)
     config.loss.margin = 0.0
     loop.train(config, tmp_path)
@@ -183,7 +190,7 @@ def test_fine_tuning_starts_from_network_and_classifier(whole, tmp_path):
 
 def test_a_model_without_a_classifier_gets_one_from_its_embeddings_of_the_speakers(whole, tmp_path):
     save_model(tmp_path / "bare.kmq", load_model(whole[0]))
-    config = tiny(init_from=str(tmp_path / "bare.kmq"), epochs=0.5)
+    config = plain(init_from=str(tmp_path / "bare.kmq"), epochs=0.5)
     config.learning_rate.update(start=0.0, peak=1e-12, warmup_epochs=2.0)
     loop.train(config, tmp_path / "run")
     centres = Checkpoints(tmp_path / "run" / "checkpoints").load(1, "classifier")["centres"][:, 0]
