@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Prints what can be counted of the structure of one or more checkouts, as a Markdown table: `.ci/house.py OLD NEW`.
+"""Counts what can be counted of the structure of checkouts, and prints it as JSON.
+
+    git worktree add /tmp/before 18961c9
+    python .ci/house.py before=/tmp/before now=. >.github/results/house.json && kmq-jax tables --file=kmq_jax/README.md
 
 Needs ruff on the path (for complexity and statements). Everything else is read from the source.
 """
@@ -90,6 +93,46 @@ def ruff_figures(root: Path, rule: str, setting: str) -> int:
     return max(numbers, default=0)
 
 
+# The second meaning of a word: where it is looked for, what it looks like there, and what is another thing.
+SECOND_MEANINGS = {
+    "`width`, of precision": (
+        r"quant|ptq|kmqat|calibrate|cascade|scoring|diagnos|verif|study|tables",
+        r"\bwidths?\b",
+        r"channel|network|band|figure|half.width|max-width|\[height, width|\"width\": \d",
+    ),
+    "`stage`, of a cascade": (
+        r"cascade|calibrate|verif|scoring/(?!levels)",
+        r"\bstages?\b",
+        r"--stage|flag=\"stage\"|\"stages\" if \"stages\"",
+    ),
+    "`calibrate`, of weights": (r"", r"\brecalibrat", r"\"--recalibrate\": "),
+}
+"""Old flags that are told, and files of before that are read, keep a word without its meaning."""
+
+
+def second_meanings(text: dict[str, str]) -> dict[str, int]:
+    """How many lines use a word in a second meaning, by word; `text` holds modules by their path in the package."""
+    found = {}
+    for word, (places, looks, other) in SECOND_MEANINGS.items():
+        lines = [line for path, source in text.items() if re.search(places, path) for line in source.splitlines()]
+        found[word] = sum(bool(re.search(looks, line)) and not re.search(other, line) for line in lines)
+    return found
+
+
+def shared_names(trees: dict[str, ast.Module]) -> int:
+    """How many names stand for a module and for something else that its package offers, as a function of that name."""
+    count = 0
+    for name, tree in trees.items():
+        inside = {other.rpartition(".")[2] for other in trees if other.rpartition(".")[0] == name}
+        offered = {alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom)
+                   for alias in node.names if f"{node.module}.{alias.name}" not in trees}  # fmt: skip
+        lazily = (
+            {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)} if name == "kmq_jax" else set()
+        )
+        count += len(inside & (offered | lazily))
+    return count
+
+
 def measure(root: Path) -> dict[str, int]:
     """Every row of the table for one checkout."""
     trees = modules(root)
@@ -115,6 +158,8 @@ def measure(root: Path) -> dict[str, int]:
     plumbing = {"kmq_jax.cli.main", "kmq_jax.cli.command", "kmq_jax.cli.flags", "kmq_jax.cli.config_flags"}
     among = sum(len(graph[name] & command_modules - plumbing) for name in command_modules - plumbing)
     sizes = [len(text[path].splitlines()) for path in (commands or old)]
+    meanings = second_meanings({str(path.relative_to(root / "kmq_jax")): source for path, source in text.items()})
+    meanings["a module and a function of one name"] = shared_names(trees)
     return {
         "rooms (packages and single modules at the top)": len(rooms),
         "modules": len(trees),
@@ -129,10 +174,8 @@ def measure(root: Path) -> dict[str, int]:
         "longest command module, lines": max(sizes, default=0),
         "imports among commands": among,
         "functions that take a parser's namespace": sum("argparse.Namespace" in line for line in lines),
-        "lines that say width for precision": sum(
-            bool(re.search(r"\bwidths?\b", line)) and not re.search(r"channel|network|band|figure|half.width", line)
-            for line in lines
-        ),
+        "words with several meanings": sum(map(bool, meanings.values())),
+        **{f"lines of {word}" if "`" in word else word: count for word, count in meanings.items()},
         "comment-only lines, per mille": round(
             1000 * sum(line.strip().startswith("#") for line in lines) / max(len(lines), 1)
         ),
@@ -142,13 +185,14 @@ def measure(root: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    """Prints the table."""
-    roots = [Path(word).resolve() for word in sys.argv[1:]] or [Path(__file__).resolve().parents[1]]
-    columns = [measure(root) for root in roots]
-    print("| | " + " | ".join(root.name for root in roots) + " |")
-    print("|---" * (len(roots) + 1) + "|")
-    for row in columns[0]:
-        print(f"| {row} | " + " | ".join(f"{column[row]:,}" for column in columns) + " |")
+    """Prints the figures of the checkouts that are given as NAME=DIRECTORY."""
+    columns = []
+    for word in sys.argv[1:] or ["now=."]:
+        name, _, place = word.partition("=")
+        root = Path(place).resolve()
+        revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+        columns.append({"name": name, "revision": revision.stdout.strip(), "figures": measure(root)})
+    print(json.dumps({"kind": "house", "columns": columns}, indent=2))
 
 
 if __name__ == "__main__":

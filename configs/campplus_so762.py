@@ -13,7 +13,7 @@ Quantized by distillation from itself, without speaker labels.
 
 import ml_collections
 
-from kmq_jax.study.config import smoke_study, study_config, without_training
+from kmq_jax.study.config import add_evaluation_sets, smoke_study, study_config, without_training
 from kmq_jax.training.config import default_config, known_arg
 
 
@@ -37,6 +37,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
     if arg == "free":
         without_training(config)
-    for name in ("so762", "words"):
-        config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
+    add_evaluation_sets(config, root, {"so762": "so762/dev", "words": "words/dev"})
     return smoke_study(config) if arg == "smoke" else config

@@ -11,7 +11,7 @@ words/train. Silences stay, which Resemblyzer itself cuts. README shows the resu
 
 import ml_collections
 
-from kmq_jax.study.config import smoke_study, study_config
+from kmq_jax.study.config import add_evaluation_sets, smoke_study, study_config
 from kmq_jax.training.config import default_config, known_arg
 
 
@@ -30,6 +30,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         epochs={},
         nested=False,
     )
-    for name in ("so762", "words"):
-        config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
+    add_evaluation_sets(config, root, {"so762": "so762/dev", "words": "words/dev"})
     return smoke_study(config) if arg == "smoke" else config

@@ -23,7 +23,7 @@ two, and full precision trained on as the control. `study.json` then holds `diff
 
 import ml_collections
 
-from kmq_jax.study.config import smoke_study, study_config
+from kmq_jax.study.config import add_evaluation_sets, smoke_study, study_config
 from kmq_jax.training.config import default_config, known_arg
 
 
@@ -51,6 +51,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         epochs = dict.fromkeys(("4", "3", "2", "32"), 1.0)
         config.study.update(also=("kmqat", "uniform", "minmax", "powers"), seeds=3, label_weight=0.1)
         config.study.update(nested=False, epochs=epochs, cascades=(), diagnose=())
-    for name in ("so762", "words"):
-        config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
+    add_evaluation_sets(config, root, {"so762": "so762/dev", "words": "words/dev"})
     return smoke_study(config) if arg == "smoke" else config

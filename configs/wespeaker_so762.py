@@ -24,7 +24,7 @@ Two hours or so on two cores with AVX-512, half of that for training; README sho
 
 import ml_collections
 
-from kmq_jax.study.config import smoke_study, study_config, without_training
+from kmq_jax.study.config import add_evaluation_sets, smoke_study, study_config, without_training
 from kmq_jax.training.config import default_config, known_arg
 
 
@@ -50,6 +50,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.study.update(also=("kmqat",), label_weight=0.1, nested=False, epochs=epochs, cascades=(), diagnose=())
     if arg == "free":
         without_training(config)
-    for name in ("so762", "words"):
-        config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
+    add_evaluation_sets(config, root, {"so762": "so762/dev", "words": "words/dev"})
     return smoke_study(config) if arg == "smoke" else config

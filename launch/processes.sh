@@ -15,10 +15,11 @@ PORT=${PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); 
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$PORT JAX_NUM_PROCESSES=$PROCESSES
 
+GIVEN_FLAGS=${XLA_FLAGS:-}
 pids=()
 for ((i = 0; i < PROCESSES; i++)); do
   if [ "$JAX_PLATFORMS" = cpu ]; then
-    export XLA_FLAGS="--xla_force_host_platform_device_count=${DEVICES:-2}"
+    export XLA_FLAGS="$GIVEN_FLAGS --xla_force_host_platform_device_count=${DEVICES:-2}"
   else
     export JAX_LOCAL_DEVICE_IDS=$i
   fi

@@ -3,7 +3,10 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+# Tests compile for longer than they compute. Without its fusion emitters XLA compiles in a third of the time; the smoke
+# form of the main job in .ci/run has them.
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 {QUICK}"
 
 from pathlib import Path  # noqa: E402
 
@@ -26,8 +29,9 @@ def shared() -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def compiled(tmp_path_factory) -> Path:
-    """Keeps what is compiled, for the commands that tests start too: many compile the same; each worker for itself."""
-    place = tmp_path_factory.getbasetemp() / "compiled"
+    """Keeps what is compiled, for all workers and for the commands that tests start: many compile the same."""
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(place)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_compilation_cache_dir", str(place))
@@ -35,14 +39,27 @@ def compiled(tmp_path_factory) -> Path:
     return place
 
 
+MOST_MEMORY = 3 << 30
+"""Bytes of a worker from which it forgets compiled programs between modules: hundreds of them take gigabytes."""
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Compiled programs are of little use to other modules, and hundreds of them take gigabytes."""
     yield
-    jax.clear_caches()
+    if not Path("/proc/self/statm").exists() or _resident() > MOST_MEMORY:
+        jax.clear_caches()
+
+
+LONGEST = ()
+"""Files in falling order of their time: a worker that takes a long one last keeps the other waiting."""
 
 
 def pytest_collection_modifyitems(items):
-    """Folders of long tests first: a worker that takes a long file last keeps the other one waiting."""
-    long = ("integration", "ptq")
-    items.sort(key=lambda item: item.path.parent.name not in long)
+    """The longest files first."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    here = Path(__file__).parent
+    items.sort(key=lambda item: place.get(item.path.relative_to(here).as_posix(), len(place)))

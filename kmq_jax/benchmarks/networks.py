@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from kmq_jax.core.files import write_json
 from kmq_jax.core.progress import progress
 from kmq_jax.core.tree import Leaf, map_named, named_leaves
 from kmq_jax.models import registry
+from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.speaker_model import FRONTENDS, SpeakerModel, embed_waves
 
 REFERENCE = "wespeaker_resnet34"
@@ -73,7 +73,7 @@ SOURCES = {
 Kiwano's those that their paper prints."""
 
 
-def counts(name: str, network: Any, source: Source | None) -> Figures:
+def counts(name: str, network: SpeakerNetwork, source: Source | None) -> Figures:
     """A network's counts, and whether they are its source's."""
     leaves = named_leaves(registry.shapes(network)["params"])
     kernels = [leaf.size for _, leaf in leaves if leaf.ndim > 1]
@@ -99,7 +99,7 @@ def counts(name: str, network: Any, source: Source | None) -> Figures:
     return figures | ({"why": source.why} if source.why else {})
 
 
-def front_end_of(network: Any) -> str:
+def front_end_of(network: SpeakerNetwork) -> str:
     """The front end of a network by name: that of its layout, or the first that gives as many features.
 
     >>> front_end_of(registry.build("ge2e")), front_end_of(registry.build("ecapa_speechbrain_c512"))

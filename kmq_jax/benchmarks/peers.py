@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from kmq_jax.data import source
 from kmq_jax.frontend import FrontEnd
 from kmq_jax.models import onnx_export
 from kmq_jax.models.speaker_model import SpeakerModel, frontend_of
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 Run = Callable[[np.ndarray], np.ndarray]
 CALIBRATION = 60
@@ -62,7 +65,7 @@ def features(wave: np.ndarray, fbank: FrontEnd) -> np.ndarray:
     return np.asarray(found - found.mean(axis=0), np.float32)[None]
 
 
-def _onnxruntime(model: Any, examples: Iterator[np.ndarray]) -> tuple[Run, int]:
+def _onnxruntime(model: "ModelProto", examples: Iterator[np.ndarray]) -> tuple[Run, int]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -73,7 +76,7 @@ def _onnxruntime(model: Any, examples: Iterator[np.ndarray]) -> tuple[Run, int]:
     return lambda feats: session.run(None, {"feats": feats})[0], len(text)
 
 
-def _onnxruntime_int8(model: Any, examples: Iterator[np.ndarray]) -> tuple[Run, int]:
+def _onnxruntime_int8(model: "ModelProto", examples: Iterator[np.ndarray]) -> tuple[Run, int]:
     import onnx
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -99,13 +102,13 @@ def _onnxruntime_int8(model: Any, examples: Iterator[np.ndarray]) -> tuple[Run, 
         return _onnxruntime(onnx.load(places[2]), examples)
 
 
-def _openvino(model: Any, examples: Iterator[np.ndarray]) -> tuple[Run, int]:
+def _openvino(model: "ModelProto", examples: Iterator[np.ndarray]) -> tuple[Run, int]:
     import openvino
 
     return _compiled(openvino.convert_model(_saved(model)))
 
 
-def _openvino_int8(model: Any, examples: Iterator[np.ndarray]) -> tuple[Run, int]:
+def _openvino_int8(model: "ModelProto", examples: Iterator[np.ndarray]) -> tuple[Run, int]:
     import nncf
     import openvino
 
@@ -113,7 +116,7 @@ def _openvino_int8(model: Any, examples: Iterator[np.ndarray]) -> tuple[Run, int
     return _compiled(nncf.quantize(openvino.convert_model(_saved(model)), data, subset_size=CALIBRATION))
 
 
-def _saved(model: Any) -> str:
+def _saved(model: "ModelProto") -> str:
     import onnx
 
     handle, name = tempfile.mkstemp(suffix=".onnx")
@@ -122,7 +125,7 @@ def _saved(model: Any) -> str:
     return name
 
 
-def _compiled(network: Any) -> tuple[Run, int]:
+def _compiled(network: object) -> tuple[Run, int]:
     import threading
 
     import openvino
@@ -161,7 +164,7 @@ def embed_all(run: Run, utterances: source.Utterances, fbank: FrontEnd) -> np.nd
     return embeddings
 
 
-PEERS: dict[str, Callable[[Any, Iterator[np.ndarray]], tuple[Run, int]]] = {
+PEERS: dict[str, Callable[["ModelProto", Iterator[np.ndarray]], tuple[Run, int]]] = {
     "onnxruntime": _onnxruntime,
     "onnxruntime-int8": _onnxruntime_int8,
     "openvino": _openvino,

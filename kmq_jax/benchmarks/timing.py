@@ -3,9 +3,11 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-Figures: TypeAlias = dict[str, Any]
+from kmq_jax.core.files import Json
+
+Figures: TypeAlias = Json
 """What a benchmark finds, by name, as JSON holds it."""
 
 

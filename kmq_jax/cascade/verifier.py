@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -132,7 +131,7 @@ class Cascade:
         Raises:
             UserError: a recording cannot be read, is too short or silent; or the list is empty.
         """
-        several: Any = enrol if isinstance(enrol, list) else [enrol]
+        several = enrol if isinstance(enrol, list) else [enrol]
         pair, policy = _Pair(self, several, test), self.policy
         top = len(policy.bits) - 1
         for level in range(top + 1):

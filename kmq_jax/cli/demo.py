@@ -40,7 +40,7 @@ _WAYS = {"cascade": ((), ()), "model": ((), ("threshold", "bits"))}
 def main() -> None:
     """Runs the command."""
     files = options_of(Files, COMMAND.parse())
-    way = way_of(files, _WAYS, ("out", "port", "runtime"))
+    way = way_of((files,), _WAYS, ("out", "port", "runtime"))
     from kmq_jax.demo.page import demo_of_cascade, demo_of_model, write_demo
     from kmq_jax.demo.runtime import runtime_files
     from kmq_jax.demo.serve import serve

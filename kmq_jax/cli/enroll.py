@@ -7,7 +7,7 @@ from kmq_jax.cli.command import Command
 from kmq_jax.cli.flags import options_of
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import Options, option
-from kmq_jax.scoring.options import Engine
+from kmq_jax.scoring.options import HearOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,17 +16,12 @@ class Files(Options):
 
     store: Path = option("directory of the store; made where it is missing", metavar="DIR", writes="directory")
     model: str | None = option("MODEL; left out: the one that the store remembers", None, metavar="MODEL")
-    bits: int | None = option(
-        "bits at which a nested model is read; left out: the most it has", None, at_least=1, at_most=64
-    )
     speaker: str | None = option("name of the speaker", None)
     recordings: tuple[Path, ...] = option(
         "recordings of the speaker; they are read again by --again", (), positional=True, metavar="RECORDING"
     )
     replace: bool = option("drop the speaker's recordings so far", False)
     again: bool = option("embed all recordings of all speakers again, with another --model", False)
-    vad: bool = option("leave out what is not speech, and say how much was used", False)
-    engine: Engine = option("auto: ONNX Runtime on a CPU, JAX on a GPU or TPU", "auto")
 
 
 COMMAND = Command(
@@ -34,17 +29,18 @@ COMMAND = Command(
     "Adds recordings of a speaker to a store. `verify` and `identify` compare with the mean of a speaker's\n"
     "length-normalised embeddings. A store is of one model; --again moves it to another.",
     "kmq-jax enroll --store=runs/people --model=runs/r34-4bit.kmq --speaker=alice a1.wav a2.wav",
-    (Files,),
+    (Files, HearOptions),
 )
 
 
 def main() -> None:
     """Runs the command."""
-    files = options_of(Files, COMMAND.parse())
+    args = COMMAND.parse()
+    files, how = options_of(Files, args), options_of(HearOptions, args)
     _check(files)
     from kmq_jax.speakers.store import SpeakerStore
 
-    store = SpeakerStore(files.store, files.model, files.bits, files.engine, files.vad)
+    store = SpeakerStore(files.store, files.model, how.bits, how.engine, how.vad)
     if files.again:
         print(f"{files.store}: recordings embedded with {files.model}: {store.enrol_again()}")
         return
@@ -59,8 +55,6 @@ def _check(files: Files) -> None:
     Raises:
         UserError: they do not.
     """
-    if files.bits and not files.model:
-        raise UserError("`bits` needs `model`: without it, the store's own model is read at the store's own bits")
     if files.again and (files.speaker or files.recordings or files.replace):
         raise UserError("`again` embeds all recordings of the store: it takes `store` and `model` alone")
     if files.again and not files.model:

@@ -215,18 +215,22 @@ class _Append(argparse.Action):
         setattr(namespace, self.dest, [*(before if isinstance(before, list) else ()), values])
 
 
-def way_of(options: Options, ways: Mapping[str, tuple[Sequence[str], Sequence[str]]], always: Sequence[str]) -> str:
+def way_of(
+    groups: Sequence[Options], ways: Mapping[str, tuple[Sequence[str], Sequence[str]]], always: Sequence[str]
+) -> str:
     """Which of several ways a command is to go, each of which has an option of its name and its own further options.
 
     Args:
-        options: as given.
+        groups: the command's options, as given.
         ways: by name what each needs and what else it takes. A way's name may be among what a way before it takes.
         always: options that go with all.
 
     Raises:
         UserError: none or two are asked for, something is missing, or something goes with another way.
     """
-    asked = [way for way in ways if getattr(options, way)]
+    fields = [(group, field) for group in groups for field in dataclasses.fields(group)]
+    values = {field.name: getattr(group, field.name) for group, field in fields}
+    asked = [way for way in ways if values[way]]
     asked = asked[:1] if asked and set(asked[1:]) <= set(ways[asked[0]][1]) else asked
     if len(asked) != 1:
         names = [f"`{way}`" for way in ways]
@@ -234,10 +238,10 @@ def way_of(options: Options, ways: Mapping[str, tuple[Sequence[str], Sequence[st
     way = asked[0]
     needed, taken = ways[way]
     for name in needed:
-        if not getattr(options, name):
+        if not values[name]:
             raise UserError(f"`{name}` must be given with `{way}`")
     own = {way, *needed, *taken, *always}
-    for field in dataclasses.fields(options):
-        if field.name not in own and getattr(options, field.name) != field.default:
+    for _, field in fields:
+        if field.name not in own and values[field.name] != field.default:
             raise UserError(f"`{field.name}` does not go with `{way}`")
     return way

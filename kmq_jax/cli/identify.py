@@ -8,7 +8,7 @@ from kmq_jax.cli.command import Command
 from kmq_jax.cli.flags import options_of
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import Options, option
-from kmq_jax.scoring.options import Engine
+from kmq_jax.scoring.options import HearOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,6 @@ class Files(Options):
         "rate at which one comparison accepts a stranger at --threshold, where it is known", None, at_least=0, at_most=1
     )
     model: str | None = option("MODEL; left out: the one that the store remembers", None, metavar="MODEL")
-    vad: bool = option("leave out what is not speech, and say how much was used", False)
-    engine: Engine = option("auto: ONNX Runtime on a CPU, JAX on a GPU or TPU", "auto")
     json: Path | None = option("write `matches`, `speakers`, `false_accept` here", None, writes="file")
 
 
@@ -33,19 +31,20 @@ COMMAND = Command(
     "Compares a recording with every speaker of a store. The set is open: with --threshold, the answer may be that it\n"
     "is none of them. Without, the best are shown and nothing is decided.",
     "kmq-jax identify --store=runs/people unknown.wav --threshold=0.5 --false_accept=0.01",
-    (Files,),
+    (Files, HearOptions),
 )
 
 
 def main() -> None:
     """Runs the command."""
-    files = options_of(Files, COMMAND.parse())
+    args = COMMAND.parse()
+    files, how = options_of(Files, args), options_of(HearOptions, args)
     if files.false_accept is not None and files.threshold is None:
         raise UserError("`false_accept` is a rate at a threshold: give `threshold`, too")
     from kmq_jax.core.files import write_json
     from kmq_jax.speakers.store import SpeakerStore, false_accept_rate, threshold_of
 
-    store = SpeakerStore(files.store, files.model, engine=files.engine, vad=files.vad)
+    store = SpeakerStore(files.store, files.model, how.bits, how.engine, how.vad)
     threshold = threshold_of(files.threshold, store)
     matches = store.identify(files.recording, threshold)
     one, count = files.false_accept, len(matches)

@@ -23,8 +23,9 @@ COMMAND = Command(
     "`gains`, what of them a first page needs, `differences`, what they differ by, `cascades`, one row a cascade\n"
     "and evaluation set, or `components`. Of what `conditions` writes, KIND is `conditions`; of `bench\n"
     "accelerator`, `accelerator`; of `bench extract --peers --json`, `extraction`; of `bench networks --json`,\n"
-    "`networks`; of `bench across`, `across`; of `bench stream`, `stream`; of `threshold`, with `judged_on` added,\n"
-    "`threshold`. Several studies, separated by commas, stand in one table of the KIND `architectures` or `fragile`.",
+    "`networks`; of `bench across`, `across`; of `bench stream`, `stream`; of `.ci/house.py`, `house`;\n"
+    "of `threshold`, with `judged_on` added, `threshold`. Several studies, separated by commas, stand in one table of\n"
+    "the KIND `architectures` or `fragile`.",
     "kmq-jax tables --file=README.md",
     (Files,),
 )

@@ -8,7 +8,7 @@ from kmq_jax.cli.command import Command
 from kmq_jax.cli.flags import options_of, way_of
 from kmq_jax.core.files import write_json
 from kmq_jax.core.options import Options, option
-from kmq_jax.scoring.options import Compute, Engine
+from kmq_jax.scoring.options import Compute, HearOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,10 +23,7 @@ class Files(Options):
     speaker: str | None = option("with --store: name of the claimed speaker", None)
     recording: Path | None = option("with --store: recording to verify", None, positional=True, metavar="RECORDING")
     threshold: str | None = option("of --model or --store: a number, or a file of `threshold`", None, metavar="X|FILE")
-    bits: int | None = option("bits at which a nested --model is read; left out: the most", None, at_least=1)
     compute: Compute = option("arithmetic below the cascade's last level", "float32")
-    vad: bool = option("leave out what is not speech, and say how much was used", False)
-    engine: Engine = option("auto: ONNX Runtime on a CPU, JAX on a GPU or TPU", "auto")
     json: Path | None = option("write the decision, the score and what else is known here", None, writes="file")
 
 
@@ -36,45 +33,46 @@ COMMAND = Command(
     "doubt (`calibrate --cascade`); by --model and a --threshold, which `threshold` finds; or by a store of speakers:\n"
     "--store=runs/people --speaker=alice unknown.wav --threshold=0.5",
     "kmq-jax verify --cascade=runs/cascade --enrol=alice.wav --test=unknown.wav",
-    (Files,),
+    (Files, HearOptions),
 )
 _WAYS = {
     "cascade": (("enrol", "test"), ("compute",)),
-    "store": (("speaker", "recording"), ("model", "threshold")),
+    "store": (("speaker", "recording"), ("model", "threshold", "bits")),
     "model": (("enrol", "test"), ("threshold", "bits")),
 }
 
 
 def main() -> None:
     """Runs the command."""
-    files = options_of(Files, COMMAND.parse())
-    way = way_of(files, _WAYS, ("engine", "vad", "json"))
-    found, threshold = {"cascade": _by_cascade, "store": _by_store, "model": _by_model}[way](files)
+    args = COMMAND.parse()
+    files, how = options_of(Files, args), options_of(HearOptions, args)
+    way = way_of((files, how), _WAYS, ("engine", "vad", "json"))
+    found, threshold = {"cascade": _by_cascade, "store": _by_store, "model": _by_model}[way](files, how)
     if files.json:
         write_json(files.json, dataclasses.asdict(found))
     print(found.describe(threshold))
 
 
-def _by_cascade(files: Files) -> tuple[Any, Any]:
+def _by_cascade(files: Files, how: HearOptions) -> tuple[Any, Any]:
     from kmq_jax.cascade.verifier import load_cascade
     from kmq_jax.data.speech import heard
 
-    cascade = load_cascade(files.cascade or "", files.compute, files.engine)
-    return cascade.verify(*heard(files.enrol, files.test or Path(), files.vad)), cascade.policy.threshold
+    cascade = load_cascade(files.cascade or "", files.compute, how.engine)
+    return cascade.verify(*heard(files.enrol, files.test or Path(), how.vad)), cascade.policy.threshold
 
 
-def _by_store(files: Files) -> tuple[Any, Any]:
+def _by_store(files: Files, how: HearOptions) -> tuple[Any, Any]:
     from kmq_jax.speakers.store import SpeakerStore, threshold_of
 
-    store = SpeakerStore(files.store or "", files.model, engine=files.engine, vad=files.vad)
+    store = SpeakerStore(files.store or "", files.model, how.bits, how.engine, how.vad)
     threshold = threshold_of(files.threshold, store)
     return store.verify(files.speaker or "", files.recording or "", threshold), threshold
 
 
-def _by_model(files: Files) -> tuple[Any, Any]:
+def _by_model(files: Files, how: HearOptions) -> tuple[Any, Any]:
     from kmq_jax.data.speech import heard
     from kmq_jax.scoring.threshold import decide, needed_threshold
 
     threshold = needed_threshold(files.threshold, files.model or "")
-    given = heard(files.enrol, files.test or Path(), files.vad)
-    return decide(files.model or "", *given, threshold, files.bits, files.engine), threshold
+    given = heard(files.enrol, files.test or Path(), how.vad)
+    return decide(files.model or "", *given, threshold, how.bits, how.engine), threshold

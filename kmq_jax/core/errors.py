@@ -1,7 +1,7 @@
 """The one exception for what a user can mend, and the commonest of its reasons: a package that was left out."""
 
 import importlib
-from typing import Any
+from types import ModuleType
 
 
 class UserError(ValueError):
@@ -11,7 +11,7 @@ class UserError(ValueError):
     """
 
 
-def needed(module: str, what: str) -> Any:
+def needed(module: str, what: str) -> ModuleType:
     """Imports a module that light installs, or some platforms, lack.
 
     Args:

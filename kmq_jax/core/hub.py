@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from kmq_jax.core.errors import UserError
 
@@ -46,7 +46,7 @@ def fetch(text: str) -> Path:
         raise UserError(f"hf://{repo}: {said(error)}") from error
 
 
-def library() -> Any:
+def library() -> ModuleType:
     """huggingface_hub.
 
     Raises:

@@ -9,12 +9,15 @@ import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.data import containers
+
+if TYPE_CHECKING:
+    from soundfile import SoundFile
 
 SAMPLE_RATE = 16000  # Hz, of everything behind this module
 RATES = (8000, 384000)  # Hz; below the first speech has lost too much, above the second a header is nonsense
@@ -270,7 +273,7 @@ def is_exact(path: str | os.PathLike[str]) -> bool:
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[tuple[Any, int | None]]:
+def _open(path: Path) -> Iterator[tuple["SoundFile", int | None]]:
     """Opens a file for decoding: yields the sound, and its frames where the header tells them."""
     import soundfile
 
@@ -301,7 +304,7 @@ def _plain(error: Exception) -> str:
     return str(error).split(": ")[-1].strip().rstrip(".") or type(error).__name__
 
 
-def _blocks(sound: Any, path: Path, most: float, wanted: float = math.inf) -> Iterator[np.ndarray]:
+def _blocks(sound: "SoundFile", path: Path, most: float, wanted: float = math.inf) -> Iterator[np.ndarray]:
     """Decodes block by block, so that a header that lies about the length allocates nothing.
 
     Args:

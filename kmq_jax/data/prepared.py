@@ -10,6 +10,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +27,7 @@ COLUMNS = ("id", "path", "speaker", "samples", "gender", "age")
 _CLASSES = ("pythonClassName", "python_class_name", "type")  # keys under which tfds names the class of a feature
 
 
-def require_tfds() -> Any:
+def require_tfds() -> ModuleType:
     """Imports tfds, and what it reads and writes shards by.
 
     Raises:

@@ -1,10 +1,11 @@
 """Which parts of a recording are speech, by WebRTC's voice activity detector; the rest is left out on request."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.progress import progress
 from kmq_jax.data import audio
 from kmq_jax.data.table import Utterances
+
+Sound: TypeAlias = str | os.PathLike[str] | tuple[np.ndarray, int]
+"""A recording's file, or `([samples], samples a second)`."""
 
 FRAME = 480  # samples, 30 ms: the longest that the detector takes
 _STRICTNESS = 2  # 0 to 3: how sure the detector must be
@@ -37,7 +41,7 @@ def activity(wave: np.ndarray) -> np.ndarray:
         import webrtcvad
     except ImportError:
         raise UserError("`vad` needs the package webrtcvad-wheels: pip install webrtcvad-wheels") from None
-    detector: Any = webrtcvad.Vad(_STRICTNESS)
+    detector = webrtcvad.Vad(_STRICTNESS)
     found = np.zeros(-(-len(wave) // FRAME), bool)
     for i in range(len(found)):
         frame = np.zeros(FRAME, np.int16)
@@ -63,7 +67,7 @@ def kept(wave: np.ndarray, active: np.ndarray) -> np.ndarray:
     return wave[np.repeat(active, FRAME)[: len(wave)]]
 
 
-def heard(enrol: Iterable[Path], test: Path, vad: bool) -> tuple[list[Any], Any]:
+def heard(enrol: Iterable[Path], test: Path, vad: bool) -> tuple[list[Sound], Sound]:
     """What there is to embed of an enrolment and of a test: their files; or with `vad` their speech, and its rate.
 
     Args:
@@ -78,7 +82,7 @@ def heard(enrol: Iterable[Path], test: Path, vad: bool) -> tuple[list[Any], Any]
         UserError: with `vad`, one cannot be read or holds no speech; the message names it.
     """
 
-    def one(path: Path) -> Any:
+    def one(path: Path) -> Sound:
         return (only(audio.read_audio(path), str(path)), audio.SAMPLE_RATE) if vad else path
 
     return [one(path) for path in enrol], one(test)

@@ -20,7 +20,7 @@ from kmq_jax.core.tree import Array, Variables, map_named, named_leaves
 from kmq_jax.data import source
 from kmq_jax.models.batches import padded_batches, plan_batches, usable_lengths
 from kmq_jax.models.protocol import Part, SpeakerNetwork
-from kmq_jax.models.speaker_model import BATCH_SIZE, normalized_features
+from kmq_jax.models.speaker_model import BATCH_SIZE, SPEECH_A_PROGRAM_OF_CPU, normalized_features
 from kmq_jax.nn.frames import expand_mask
 
 
@@ -70,7 +70,8 @@ def feature_batches(
     """
     lengths = usable_lengths(network, fbank, utterances, max_seconds)
     devices = mesh.make_mesh(jax.local_devices())
-    plan = plan_batches(network, fbank, lengths, min(batch_size, len(lengths)), max_shapes=4)
+    shapes = int(np.clip(lengths.sum() / SPEECH_A_PROGRAM_OF_CPU, 1, 4))
+    plan = plan_batches(network, fbank, lengths, min(batch_size, len(lengths)), max_shapes=shapes)
     shown = progress(plan, desc=desc, unit="batch")
     for batch in padded_batches(shown, lengths, utterances.load, devices, seen=seen):
         yield FeatureBatch(batch.members, *_features(fbank, batch.wave, batch.samples, max_frames))

@@ -5,12 +5,15 @@ import os
 from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.models.onnx_export import Node, Onnx, require_onnx
+
+Attributes: TypeAlias = dict[str, Any]
+"""Of a node, by name: numbers, texts, lists of them, and arrays."""
 
 _LARGEST_RESULT = 1 << 26  # elements that a node may compute
 
@@ -117,7 +120,7 @@ class Graph:
             name = self._aliases[name]
         return name
 
-    def attributes(self, node: Node) -> dict[str, Any]:
+    def attributes(self, node: Node) -> Attributes:
         """A node's attributes as Python values."""
         return {a.name: self._onnx.helper.get_attribute_value(a) for a in node.attribute}
 

@@ -6,9 +6,9 @@ the same features: a file whose embeddings differ is refused.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,13 @@ import numpy as np
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Variables, named_leaves
 from kmq_jax.interop.assemble import Imported
-from kmq_jax.interop.onnx_graph import Graph, Node
+from kmq_jax.interop.onnx_graph import Attributes, Graph, Node
 from kmq_jax.models import graph as graphs
 from kmq_jax.models.speaker_model import FRONTENDS, frontend_of
 from kmq_jax.nn import operators
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 LAYOUTS = ("frames-first", "features-first")
 """Of the input: `[batch, frames, features]` or `[batch, features, frames]`."""
@@ -167,7 +170,7 @@ class _Reader:
         self._literals: dict[int, np.ndarray] = {}
         self._known: dict[tuple[str, tuple[int, ...], bytes], int] = {}
         self._nodes: list[list[Any]] = []
-        self._unbiased: dict[int, dict[str, Any]] = {}  # linear layers, by what they give
+        self._unbiased: dict[int, Attributes] = {}  # linear layers, by what they give
         self._next = graphs.FIRST
         self._largest = 16 * Path(graph.where).stat().st_size + (1 << 16)  # elements of a constant: one bit makes one
         x = graphs.FEATURES
@@ -237,9 +240,9 @@ class _Reader:
             self.graph.fail(f"the graph without its weights takes {len(text)} characters")
         return text
 
-    def _attributes(self, node: Node) -> dict[str, Any]:
+    def _attributes(self, node: Node) -> Attributes:
         """Attributes as JSON values; tensors stay arrays."""
-        found: dict[str, Any] = {}
+        found: Attributes = {}
         for name, value in self.graph.attributes(node).items():
             if isinstance(value, bytes):
                 value = value.decode(errors="replace")
@@ -302,14 +305,14 @@ class _Reader:
             self._next += 1
         return self._known[key]
 
-    def _add(self, kind: str, inputs: list[int], attributes: Mapping[str, Any], outputs: int = 1) -> tuple[int, ...]:
+    def _add(self, kind: str, inputs: list[int], attributes: Attributes, outputs: int = 1) -> tuple[int, ...]:
         made = tuple(range(self._next, self._next + outputs))
         self._next += outputs
         self._nodes.append([kind, inputs, list(made), dict(attributes)])
         self.sources.append(self._source)
         return made
 
-    def _fold(self, kind: str, operands: list[Operand], attributes: dict[str, Any], outputs: list[str]) -> None:
+    def _fold(self, kind: str, operands: list[Operand], attributes: Attributes, outputs: list[str]) -> None:
         """Computes what depends on constants alone."""
         given = [self._array(one) for one in operands]
         try:
@@ -322,8 +325,8 @@ class _Reader:
             self._origins |= dict.fromkeys(outputs, self._origins.get(operands[0], operands[0]))
 
     def _canonical(
-        self, kind: str, operands: list[Operand], attributes: dict[str, Any]
-    ) -> tuple[str, list[Operand], dict[str, Any]]:
+        self, kind: str, operands: list[Operand], attributes: Attributes
+    ) -> tuple[str, list[Operand], Attributes]:
         """An operator in the form of operator set 18, whose axes and sizes are inputs."""
         attributes = dict(attributes)
         if kind in _AS_INPUT and "axes" in attributes:
@@ -340,7 +343,7 @@ class _Reader:
             kind, operands = "Expand", [np.asarray(value).reshape(()), *operands]
         return kind, operands, attributes
 
-    def _split(self, operands: list[Operand], attributes: dict[str, Any], outputs: list[str]) -> None:
+    def _split(self, operands: list[Operand], attributes: Attributes, outputs: list[str]) -> None:
         """Cuts a value into parts: by a slice for each where their sizes are known."""
         x, axis = self._number(operands[0]), attributes.get("axis", 0)
         sizes = self._array(operands[1]) if len(operands) > 1 and self._is_constant(operands[1]) else None
@@ -368,14 +371,14 @@ class _Reader:
             inner = made("Erf", made("Mul", x, math.sqrt(0.5)))
         return made("Mul", made("Mul", x, 0.5), made("Add", inner, 1.0))
 
-    def _conv(self, operands: list[Operand], attributes: dict[str, Any]) -> int:
+    def _conv(self, operands: list[Operand], attributes: Attributes) -> int:
         if not all(map(self._is_constant, operands[1:])):
             self.graph.fail(f"the weights of node {self._source} depend on the sound")
         weight = self._array(operands[1])
         if weight is None or weight.ndim not in (3, 4):
             self.graph.fail(f"node {self._source} is no convolution over one or two axes")
         rank, taps = weight.ndim - 2, list(weight.shape[2:])
-        about: dict[str, Any] = {
+        about: Attributes = {
             "kernel_shape": taps,
             "strides": [1] * rank,
             "pads": [0] * 2 * rank,
@@ -393,7 +396,7 @@ class _Reader:
         about["channels"] = len(weight)
         return self._layer("conv", "Conv", operands, kernel, self._array([*operands, ""][2]), about)
 
-    def _gemm(self, operands: list[Operand], attributes: dict[str, Any]) -> int | None:
+    def _gemm(self, operands: list[Operand], attributes: Attributes) -> int | None:
         if not self._is_constant(operands[1]) or attributes.get("transA", 0):
             return None
         weight, bias = self._array(operands[1]), None
@@ -410,7 +413,7 @@ class _Reader:
             bias = attributes.get("beta", 1.0) * np.broadcast_to(bias.reshape(-1), kernel.shape[1:])
         return self._layer("linear", "Linear", operands, kernel, bias, {"size": kernel.shape[1]})
 
-    def _matmul(self, operands: list[Operand], attributes: dict[str, Any]) -> int | None:
+    def _matmul(self, operands: list[Operand], attributes: Attributes) -> int | None:
         if not self._is_constant(operands[1]):
             return None
         kernel = self._array(operands[1])
@@ -440,7 +443,7 @@ class _Reader:
         operands: list[Operand],
         kernel: np.ndarray,
         bias: np.ndarray | None,
-        about: dict[str, Any],
+        about: Attributes,
     ) -> int:
         name = self._name_layer(word, operands[1])
         leaves = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias.reshape(-1)}
@@ -451,7 +454,7 @@ class _Reader:
             self._unbiased[made] = self._nodes[-1][3]
         return made
 
-    def _norm(self, operands: list[Operand], attributes: dict[str, Any]) -> int:
+    def _norm(self, operands: list[Operand], attributes: Attributes) -> int:
         if not all(map(self._is_constant, operands[1:])) or attributes.get("training_mode", 0):
             self.graph.fail(f"node {self._source} is a batch normalisation in training")
         name = self._name_layer("norm", operands[1])
@@ -588,7 +591,7 @@ def _made_up(frames: int, features: int) -> np.ndarray:
     return np.random.default_rng(frames).normal(0, 2, (2, frames, features)).astype(np.float32)
 
 
-def _session(graph: Graph, nodes: list[Node], output: str, layout: str) -> Any:
+def _session(graph: Graph, nodes: list[Node], output: str, layout: str) -> "InferenceSession":
     """ONNX Runtime on the nodes of a file: features to embeddings, or None where it cannot."""
     try:
         import onnxruntime

@@ -13,6 +13,7 @@ from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import Json
 from kmq_jax.metrics.detection import Array, check_trials, number_speakers
 
 _RIDGE = 1e-7
@@ -81,7 +82,7 @@ class AffineMap:
         """Maps scores of any shape."""
         return self.scale * np.asarray(scores, np.float64) + self.offset
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """A value that JSON can hold; `map_from_dict` reads it."""
         return {"kind": "affine", "scale": self.scale, "offset": self.offset}
 
@@ -105,7 +106,7 @@ class IsotonicMap:
         """Maps scores of any shape."""
         return np.interp(np.asarray(scores, np.float64), self.x, self.y)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """A value that JSON can hold; `map_from_dict` reads it."""
         return {"kind": "isotonic", "x": self.x.tolist(), "y": self.y.tolist()}
 

@@ -1,10 +1,9 @@
 """All figures of a scored trial list at once, as the `score` command reports them."""
 
-from typing import Any
-
 from numpy.typing import ArrayLike
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import Json
 from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
 from kmq_jax.metrics.calibration import AffineMap, IsotonicMap, cllr, cross_calibrate, min_cllr
 from kmq_jax.metrics.detection import act_dcf, check_trials, eer, min_dcf, number_speakers
@@ -19,7 +18,7 @@ def evaluate(
     calibration: AffineMap | IsotonicMap | None = None,
     replicates: int = 1000,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Json:
     """Evaluates the scores of a trial list.
 
     Raw scores are not likelihood ratios, so actDCF and Cllr are of calibrated ones: by `calibration` where given, else
@@ -50,7 +49,7 @@ def evaluate(
     scores, labels = check_trials(scores, labels)
     enrol, test, speakers = number_speakers(enrol_speaker, test_speaker, len(scores))
     rate, threshold = eer(scores, labels)
-    result: dict[str, Any] = {
+    result: Json = {
         "eer": 100 * rate,
         "eer_ci95": None,
         "threshold": threshold,

@@ -5,14 +5,13 @@ It travels in the manifest of a `.kmq` file, as `about`. A file without it is re
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, Row
 
-About: TypeAlias = Mapping[str, Any]
+About: TypeAlias = Row
 """Texts by the names of `NAMES`, and under "metrics" numbers by name."""
 
 NAMES = {

@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -24,6 +24,9 @@ from kmq_jax.models import long, onnx_export
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.runner import ENGINES, Engine, Note, Runner, processors, session_of
 from kmq_jax.nn.whole import Moments
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 
 def chosen(engine: Engine, compute: str = "float32") -> str:
@@ -85,7 +88,7 @@ class OnnxModel(Runner):
             _keep(self._kept, model)
         return model
 
-    def _opened(self, threads: int) -> Any:
+    def _opened(self, threads: int) -> "InferenceSession":
         """A session of it; a kept file that cannot be opened any more is made anew."""
         try:
             return super()._opened(threads)
@@ -111,7 +114,7 @@ class _OnnxPieces:
 
     def __init__(self, pieces: onnx_export.Pieces):
         self._pieces = pieces
-        self._sessions: dict[str, Any] = {}
+        self._sessions: dict[str, InferenceSession] = {}
 
     def features(self, wave: np.ndarray) -> np.ndarray:
         """See `long.Pieces`."""
@@ -131,14 +134,14 @@ class _OnnxPieces:
         embedding: np.ndarray = self._run(self._session("head"), None, given)[0][0]
         return embedding
 
-    def _session(self, name: str) -> Any:
+    def _session(self, name: str) -> "InferenceSession":
         session = self._sessions.get(name)
         if session is None:  # held here: another thread may drop it from the table meanwhile
             session = session_of(getattr(self._pieces, name).SerializeToString(), processors())
             self._sessions[name] = session
         return session
 
-    def _run(self, session: Any, features: np.ndarray | None, given: long.Given) -> list[np.ndarray]:
+    def _run(self, session: "InferenceSession", features: np.ndarray | None, given: long.Given) -> list[np.ndarray]:
         fed = {} if features is None else {"feats": features[None]}
         for whole in self._pieces.wholes if given else ():
             fed |= whole.values(given[whole.place])

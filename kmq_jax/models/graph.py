@@ -21,7 +21,6 @@ import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -83,7 +82,7 @@ class Node:
     kind: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    attributes: Mapping[str, Any]
+    attributes: operators.Attributes
     last: tuple[int, ...]
 
     @property
@@ -108,7 +107,7 @@ class Graph:
     output: int
 
 
-def write(literals: Mapping[int, np.ndarray], nodes: Sequence[Sequence[Any]], output: int) -> str:
+def write(literals: Mapping[int, np.ndarray], nodes: Sequence[Sequence[object]], output: int) -> str:
     """The text of a graph; see the module's docstring."""
     held = [[n, x.dtype.name, x.shape, base64.b64encode(x.tobytes()).decode()] for n, x in literals.items()]
     return json.dumps({"literals": held, "nodes": nodes, "output": output}, separators=(",", ":"))
@@ -156,19 +155,19 @@ def _literal(kind: str, shape: list[int], data: str) -> np.ndarray:
     return value.reshape([_count(n) for n in shape])
 
 
-def _count(value: Any) -> int:
+def _count(value: object) -> int:
     if not isinstance(value, int) or value < 0:
         raise ValueError(f"{value!r} is no count")
     return value
 
 
-def _node(kind: str, inputs: list[int], outputs: list[int], attributes: dict[str, Any]) -> Node:
+def _node(kind: str, inputs: list[int], outputs: list[int], attributes: operators.Attributes) -> Node:
     if kind not in LAYERS and kind not in operators.KINDS:
         raise ValueError(f"the operator {kind!r} is unknown")
     if not all(isinstance(n, int) for n in (*inputs, *outputs)) or not outputs or min(outputs) < FIRST:
         raise ValueError(f"values of a node {kind} are numbers")
     for name, value in attributes.items():
-        many: list[Any] = value if isinstance(value, list) else [value]
+        many: list[object] = value if isinstance(value, list) else [value]
         if not (isinstance(value, str) or all(isinstance(one, int | float) for one in many)):
             raise ValueError(f"attribute {name!r} of a node {kind}")
     if kind in LAYERS:
@@ -419,7 +418,7 @@ def _transposed(x: _Held, perm: list[int] | None) -> _Held:
     return _Held(x.array, tuple(axes.index(axis) for axis in x.order))
 
 
-def _aligned(node: Node, given: list[_Value]) -> tuple[Order | None, list[Any], Mapping[str, Any]]:
+def _aligned(node: Node, given: list[_Value]) -> tuple[Order | None, list[Array], operators.Attributes]:
     """The arrays that an operator computes with, and the order of their axes; None where it is the graph's.
 
     Operators that do not care get values as they lie in memory.
@@ -443,7 +442,7 @@ def _aligned(node: Node, given: list[_Value]) -> tuple[Order | None, list[Any], 
     return order, [_in_order(one, order) for one in given], attributes
 
 
-def _in_order(value: _Value, order: Order) -> Any:
+def _in_order(value: _Value, order: Order) -> Array:
     if value is None or np.ndim(value if not isinstance(value, _Held) else value.array) == 0:
         return value.array if isinstance(value, _Held) else value
     if isinstance(value, _Held) and len(value.order) == len(order):

@@ -83,6 +83,7 @@ class _FrequencySqueeze(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        # Over time by `whole`, so that a long recording can be taken chunk by chunk.
         means = whole.mean(self, x, mask, (1,)).mean(-1)
         hidden = nn.relu(dense(self.hidden, "fc1", self.dtype)(means))
         return x * nn.sigmoid(dense(x.shape[2], "fc2", self.dtype)(hidden))[:, None, :, None]
@@ -140,9 +141,11 @@ class Attend(nn.Module):
         def heads(name: str) -> jax.Array:
             return dense(size, name, self.dtype)(x).reshape(batch, time, HEADS, -1)
 
+        # The usual 1 / sqrt(values of a head), taken into the query.
         query, key, value = heads("query") * (size // HEADS) ** -0.5, heads("key"), heads("value")
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
         if mask is not None:
+            # Not minus infinity: a row of padding alone would then be NaN, and so would its gradient.
             logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(logits, axis=-1), mask_frames(value, mask))
         x = _layer_norm("norm1")(x + dense(size, "out", self.dtype)(mixed.reshape(batch, time, size)))
@@ -175,6 +178,7 @@ class WeightedSum(nn.Module):
         """Maps rows `[batch, time, values]` to one."""
         if len(rows) == 1:
             return rows[0]
+        # Zeros at the start: the plain mean of all rows so far.
         weights = nn.softmax(self.param("weights", zeros, (len(rows), rows[0].shape[-1])), axis=0)
         return sum(weight[None, None] * row for weight, row in zip(weights, rows))
 
@@ -193,6 +197,7 @@ class _Stage(nn.Module):
         (freqs, channels), stage = self.shape, self.stage
         x = WeightedSum(name="sum")(rows)
         x = x.reshape(*x.shape[:2], freqs, channels)
+        # As many neighbouring frequencies become channels as the stride tells: a row keeps its number of values.
         channels *= stage.stride
         wide, fold = channels * stage.widening, (1, stage.stride)
         x = _conv(wide, fold, self.dtype, "fold", stride=fold, padding="valid")(x)
@@ -267,6 +272,7 @@ class ReDimNet(SpeakerNetwork):
         check_counts(group_divisor=self.group_divisor)
         check("block", self.block in BLOCKS, self.block, f"one of {', '.join(BLOCKS)}")
         check_dtype(self.dtype)
+        # From a file they come as lists, which cannot be hashed as a static argument of jit.
         self.stages = tuple(tuple(stage) for stage in self.stages)
         for i, stage in enumerate(self.stages):
             check(f"stages[{i}]", len(stage) == 4, stage, "stride, blocks, widening, reduction")
@@ -307,6 +313,7 @@ class ReDimNet(SpeakerNetwork):
         rows = [flatten_frames(_Stem(self.width, self.dtype, name="stem")(x))]
         for i, (stage, shape) in enumerate(self._shapes()):
             made = _Stage(stage, shape, self.block, self.group_divisor, self.dtype, name=f"stage{i}")
+            # Later stages convolve over the ends of utterances: what stands behind them must stay zero.
             rows.append(mask_frames(made(rows, mask, train), mask))
         pooled = self._pool()(WeightedSum(name="sum")(rows), mask, train)
         return _Head(self.embedding_size, self.head_norm, name="head")(pooled, train)

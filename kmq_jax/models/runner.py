@@ -14,10 +14,10 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from kmq_jax.core.files import read_object, write_json
 from kmq_jax.core.hub import is_place
 from kmq_jax.core.memory import accelerator_at_hand
 from kmq_jax.core.progress import progress
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 Engine = Literal["auto", "jax", "onnxruntime"]
 ENGINES = ("auto", "jax", "onnxruntime")
@@ -66,18 +69,18 @@ class Runner:
         return embeddings
 
     @cached_property
-    def _wide(self) -> Any:
+    def _wide(self) -> "InferenceSession":
         return self._opened(processors())
 
     @cached_property
-    def _narrow(self) -> Any:
+    def _narrow(self) -> "InferenceSession":
         return self._opened(1)
 
-    def _opened(self, threads: int) -> Any:
+    def _opened(self, threads: int) -> "InferenceSession":
         return session_of(self._model, threads)
 
 
-def _embed(wave: np.ndarray, run: Any) -> np.ndarray:
+def _embed(wave: np.ndarray, run: "InferenceSession") -> np.ndarray:
     embedding: np.ndarray = run.run(None, {"wave": np.ascontiguousarray(wave, np.float32)[None]})[0][0]
     return embedding
 
@@ -207,7 +210,7 @@ def _on_a_cpu() -> bool:
     return os.environ.get("JAX_PLATFORMS", "").lower() in ("", "cpu") and not accelerator_at_hand()
 
 
-def session_of(model: bytes | str, threads: int) -> Any:
+def session_of(model: bytes | str, threads: int) -> "InferenceSession":
     """Opens a converted model, or the file of one.
 
     Raises:
@@ -234,9 +237,9 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _few_ahead(pool: ThreadPoolExecutor, work: Callable[[int], None], rows: Iterable[int]) -> Iterator[Any]:
+def _few_ahead(pool: ThreadPoolExecutor, work: Callable[[int], None], rows: Iterable[int]) -> Iterator[Future[None]]:
     """Work on rows under way, the oldest first; no more wait than keep the pool busy."""
-    waiting: list[Any] = []
+    waiting: list[Future[None]] = []
     for row in rows:
         waiting.append(pool.submit(work, row))
         if len(waiting) > 2 * processors():

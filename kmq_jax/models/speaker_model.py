@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -21,10 +21,10 @@ from jax.tree_util import GetAttrKey
 from kmq_jax import frontend, quant
 from kmq_jax.core import mesh
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import read_object
+from kmq_jax.core.files import Row, read_object
 from kmq_jax.core.hub import fetch, is_place
 from kmq_jax.core.progress import progress
-from kmq_jax.core.tree import Array, Variables, named_leaves, replace_named
+from kmq_jax.core.tree import Array, Leaf, Variables, named_leaves, replace_named
 from kmq_jax.data import audio, buckets, source
 from kmq_jax.models import artifact, long, registry
 from kmq_jax.models.about import About, checked
@@ -53,6 +53,8 @@ BATCH_SIZE = 16
 SPEECH_A_PROGRAM = 20 * 3600 * source.SAMPLE_RATE
 """Samples of a list for each shape on an accelerator: a shape takes seconds to compile, and one more of them saves less
 time than that in padding, unless there are so many samples (how fast: .github/results/accelerator-h200.jsonl)."""
+SPEECH_A_PROGRAM_OF_CPU = 60 * source.SAMPLE_RATE
+"""The same on a CPU, up to eight shapes."""
 PROGRAMS = 3, 16  # shapes on an accelerator, at least and at most
 _MOST_PROGRAMS = 128  # compiled programs that are kept; each takes megabytes
 _programs: set[Hashable] = set()
@@ -133,7 +135,7 @@ class SpeakerModel:
     """
 
     architecture: str
-    settings: Mapping[str, Any]
+    settings: Row
     frontend: str
     variables: Variables
     bits: int | None = None
@@ -438,8 +440,9 @@ def embedding_plan(
 ) -> list[buckets.Batch]:
     """Decides which recordings are embedded together: as many shapes as are worth their compilations.
 
-    On an accelerator a shape takes seconds to compile, in which some hours of speech could be embedded. On a CPU that
-    costs more than the padding it saves, unless recordings are long; then at most 5 % is padding where that can be.
+    On an accelerator a shape takes seconds to compile, in which some hours of speech could be embedded. On a CPU it is
+    minutes of speech, so a short list gets one shape, and any list few; but where recordings are long, at most 5 % is
+    padding where that can be.
 
     Args:
         network: what embeds them.
@@ -455,7 +458,8 @@ def embedding_plan(
         shapes = int(np.clip(lengths.sum() / SPEECH_A_PROGRAM, *PROGRAMS))
         return plan_batches(network, fbank, lengths, rows, max_shapes=shapes)
     short = rows * lengths.max() <= 4 * buckets.MOST_SAMPLES
-    return plan_batches(network, fbank, lengths, rows, **({"max_shapes": 8} if short else {}))
+    shapes = int(np.clip(lengths.sum() / SPEECH_A_PROGRAM_OF_CPU, 1, 8))
+    return plan_batches(network, fbank, lengths, rows, **({"max_shapes": shapes} if short else {}))
 
 
 _Made = TypeVar("_Made")
@@ -694,7 +698,7 @@ def check_network(model: SpeakerModel, where: str) -> None:
         raise UserError(f"{where}: tensor {extra[0]} is none of the network's")
 
 
-def _plain_leaves(model: SpeakerModel) -> list[tuple[str, Any]]:
+def _plain_leaves(model: SpeakerModel) -> list[tuple[str, Leaf]]:
     """The leaves of a model's parameters and statistics, without what bits have to themselves."""
     if not isinstance(model.variables, dict):
         return []

@@ -11,6 +11,7 @@ Reference: https://onnx.ai/onnx/operators.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from jax import lax
 from kmq_jax.core.tree import Array
 
 Attributes = Mapping[str, Any]
-Operands = Sequence[Any]
+Operands = Sequence[Array]
 """Inputs of an operator: numpy arrays, JAX arrays, and None for those left out."""
 
 TYPES = ("bool", "uint8", "int8", "int32", "int64", "float32", "float64")
@@ -40,13 +41,13 @@ class Call:
 
     def __init__(self, x: Operands, attributes: Attributes, most: int):
         self.x, self.attributes, self.most = x, attributes, most
-        self.xp: Any = np if all(one is None or is_static(one) for one in x) else jnp
+        self.xp: ModuleType = np if all(one is None or is_static(one) for one in x) else jnp
 
     def get(self, name: str, default: Any) -> Any:
         """An attribute, or what it is where left out."""
         return self.attributes.get(name, default)
 
-    def operand(self, place: int) -> Any:
+    def operand(self, place: int) -> Array:
         """An input, or None where it is left out."""
         return self.x[place] if place < len(self.x) else None
 
@@ -73,7 +74,7 @@ class Call:
             raise ValueError(f"it would give values of shape {tuple(shape)}")
 
 
-Operator = Callable[[Call], Any]
+Operator = Callable[[Call], Array]
 
 
 def is_static(value: object) -> bool:
@@ -182,7 +183,7 @@ def _cast(call: Call) -> Array:
     return call.x[0].astype(_type(call.get("to", ""), call.xp))
 
 
-def _type(name: str, xp: Any) -> np.dtype:
+def _type(name: str, xp: ModuleType) -> np.dtype:
     if name not in TYPES:
         raise ValueError(f"type {name!r} is not supported")
     if xp is jnp:  # which has no 64 bits, and needs none
@@ -244,7 +245,7 @@ ELEMENTWISE = frozenset(_UNARY) | frozenset(_BROADCAST)
 """Operators that do the same to every element, whatever the order of the axes."""
 
 
-def _reduction(function: Callable[[Any, Array, tuple[int, ...], bool], Array]) -> Operator:
+def _reduction(function: Callable[[ModuleType, Array, tuple[int, ...], bool], Array]) -> Operator:
     def run(call: Call) -> Array:
         x, axes = call.x[0], call.numbers(1, "axes")
         if not axes:
@@ -262,7 +263,7 @@ def _axis(axis: int, rank: int) -> int:
     return axis % rank
 
 
-def _logarithm_of_sum(xp: Any, x: Array, axes: tuple[int, ...], keep: bool) -> Array:
+def _logarithm_of_sum(xp: ModuleType, x: Array, axes: tuple[int, ...], keep: bool) -> Array:
     return jax.nn.logsumexp(jnp.asarray(x), axes, keepdims=keep)
 
 
@@ -304,7 +305,7 @@ def _gather_elements(call: Call) -> Array:
     return call.xp.take_along_axis(x, _within(indices, x.shape[axis], call.xp), axis=axis)
 
 
-def _within(indices: Array, size: int, xp: Any) -> Array:
+def _within(indices: Array, size: int, xp: ModuleType) -> Array:
     if is_static(indices) and indices.size and not (-size <= indices.min() and indices.max() < size):
         raise ValueError(f"its indices lie outside an axis of {size}")
     return xp.clip(xp.where(indices < 0, indices + size, indices), 0, max(size - 1, 0))
@@ -496,7 +497,7 @@ def _quantize(call: Call) -> Array:
     return call.xp.clip(y, ends.min, ends.max).astype(np.int32)
 
 
-def _pooling(call: Call) -> tuple[Any, list[tuple[int, ...]], list[np.ndarray]]:
+def _pooling(call: Call) -> tuple[Array, list[tuple[int, ...]], list[np.ndarray]]:
     """What both poolings have: the window's taps, steps, pads and dilations, and how many inputs each output has."""
     x, taps = call.x[0], list(call.get("kernel_shape", []))
     rank = len(taps)

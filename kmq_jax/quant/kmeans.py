@@ -9,9 +9,10 @@ merge, so empty cells and repeated values need no care of their own.
 """
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,9 @@ def _prefix(numbers: jax.Array) -> _Prefix:
     inner = jnp.cumsum(padded, axis=1)
     exclusive = jnp.pad(inner[:, :-1], ((0, 0), (1, 0)))
 
-    def add(total: tuple[jax.Array, jax.Array], block: jax.Array) -> tuple[Any, Any]:
+    def add(
+        total: tuple[jax.Array, jax.Array], block: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
         high, low = total
         fresh = high + block
         part = fresh - high
@@ -207,12 +210,12 @@ def _best_borders(group: Group, borders: jax.Array) -> jax.Array:
         count, total = stop[0] - start[0], stop[1] - start[1]
         return jnp.where(stop[2] >= start[2], jnp.square(total) / jnp.maximum(count, 1e-30), -jnp.inf)
 
-    def add_cell(best: jax.Array, cell: Any) -> tuple[jax.Array, jax.Array]:
+    def add_cell(best: jax.Array, cell: Array) -> tuple[jax.Array, jax.Array]:
         start, stop = cell
         saved = worth(tuple(x[None, :] for x in start), tuple(x[:, None] for x in stop))
         return jnp.max(best[None, :] + saved, axis=1), best
 
-    def last_cell(end: jax.Array, step: Any) -> tuple[jax.Array, jax.Array]:
+    def last_cell(end: jax.Array, step: Array) -> tuple[jax.Array, jax.Array]:
         best, start, stop = step
         begin = jnp.argmax(best + worth(start, tuple(x[end] for x in stop)))
         return begin, stop[2][end]
@@ -245,7 +248,7 @@ def _optimal(group: Group, weights: jax.Array | None, k: int) -> jax.Array:
     else:
         centroids = _companding(values, n, weights, k)
 
-    def refine(_: Any, centroids: jax.Array) -> jax.Array:
+    def refine(_: object, centroids: jax.Array) -> jax.Array:
         centroids = jax.lax.fori_loop(0, 4, lambda _, c: _lloyd(group, c, None), centroids)
         borders, at = _edges(group, centroids)[1:-1, None], count_at_most(values, n, centroids)[:, None]
         # From centroid to centroid, and past them where they are only a few values apart.
@@ -395,7 +398,7 @@ def one_group(
     )
 
 
-def order(values: Any, weights: Any) -> tuple[Any, Any]:
+def order(values: Array, weights: Array | None) -> tuple[Array, Array | None]:
     """Sorts `[groups, n]` values, and their weights with them, along the last axis.
 
     Values that already lie on the host are sorted by numpy: XLA's sort on a CPU takes tens of times as long.
@@ -408,8 +411,8 @@ def order(values: Any, weights: Any) -> tuple[Any, Any]:
         weights = np.asarray(weights, np.float32)
         if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any(-1).all()):
             raise UserError("weights must be finite, zero or more, and not all zero in a group")
-    ordered: Any
-    mass: Any
+    ordered: Array
+    mass: Array | None
     if not traced and (isinstance(values, np.ndarray) or jax.default_backend() == "cpu"):
         values = np.asarray(values, np.float32)
         if weights is None:
@@ -426,7 +429,7 @@ def order(values: Any, weights: Any) -> tuple[Any, Any]:
     return ordered, mass
 
 
-def scaled(ordered: Any) -> tuple[Any, np.ndarray | None]:
+def scaled(ordered: Array) -> tuple[Array, np.ndarray | None]:
     """Brings groups near magnitude 1 whose squares would not fit float32; the others keep their values.
 
     Args:
@@ -446,11 +449,24 @@ def scaled(ordered: Any) -> tuple[Any, np.ndarray | None]:
 
 
 @partial(jax.jit, static_argnames=("function", "settings"))
-def _mapped(function: Any, values: Any, weights: Any, keys: Any, n: Any, settings: tuple[tuple[str, Any], ...]) -> Any:
+def _mapped(
+    function: Callable[..., Array],
+    values: Array,
+    weights: Array | None,
+    keys: Array | None,
+    n: int,
+    settings: tuple[tuple[str, object], ...],
+) -> Array:
     return jax.vmap(partial(function, **dict(settings)), in_axes=(0, 0, 0, None))(values, weights, keys, n)
 
 
-def over_groups(function: Any, values: Any, weights: Any, keys: Any, **settings: Any) -> Any:
+def over_groups(
+    function: Callable[..., Array],
+    values: Array,
+    weights: Array | None,
+    keys: Array | None,
+    **settings: object,
+) -> Array:
     """Runs `function(values [n], weights, key, n, **settings)` on every group of what `order` gave.
 
     Host arrays are taken in chunks, one a core at a time, that fit the cache; values are padded to a power of 64, so
@@ -465,7 +481,7 @@ def over_groups(function: Any, values: Any, weights: Any, keys: Any, **settings:
         padded *= _SMALLEST
     rows = max(1, min(_CHUNK_ROWS, _CHUNK_VALUES // padded))
 
-    def chunk(begin: int) -> Any:
+    def chunk(begin: int) -> Array:
         some = np.minimum(np.arange(begin, begin + rows), groups - 1)
         part = np.pad(values[some], ((0, 0), (0, padded - n)), mode="edge")
         mass = None if weights is None else np.pad(weights[some], ((0, 0), (0, padded - n)))

@@ -105,7 +105,7 @@ def split_kmeans(values: Array, indices: Array, coarse: Array, all_bits: tuple[i
     Returns:
         The codebooks `[groups, 2^bits]` of `all_bits`, float32, the parts of each cell ascending and side by side.
     """
-    xp: Any = jnp if isinstance(values, jax.core.Tracer) else np
+    xp = jnp if isinstance(values, jax.core.Tracer) else np
     groups, cells = coarse.shape
     member = xp.asarray(indices).astype(xp.int32)[:, None] == xp.arange(cells, dtype=xp.int32)[None, :, None]
     empty = ~member.any(-1, keepdims=True)
@@ -135,7 +135,7 @@ def _nest(
     split = split_cells(values, n, weights, coarsest, 1 << (all_bits[-1] - all_bits[0]))
     _, centre = group.weigh(jnp.array(0), jnp.asarray(n))
 
-    def codebooks(limits: jax.Array, before: Any) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    def codebooks(limits: jax.Array, before: Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """The means of the cells at all bits, and how much inertia they save, balanced."""
         inner = count_at_most(values, n, limits)
         edges = jnp.concatenate([jnp.zeros(1, jnp.int32), inner, jnp.full(1, n, jnp.int32)])
@@ -153,7 +153,7 @@ def _nest(
         return tuple(low[:: 1 << (all_bits[-1] - bits)] for bits in all_bits)
 
     def refine(limits: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
-        def step(_: Any, books: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def step(_: object, books: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             return codebooks(thresholds(tuple(b[None] for b in books))[0], books)[0]
 
         books = jax.lax.fori_loop(0, iterations // 4, step, codebooks(limits, empty(limits))[0])

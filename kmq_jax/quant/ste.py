@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import Leaf, Params, map_named, named_leaves
+from kmq_jax.core.tree import Array, Leaf, Params, map_named, named_leaves
 from kmq_jax.quant.codes import along, assign, from_groups, lookup, to_groups, where_sorted
 from kmq_jax.quant.kmeans import kmeans, midpoints
 from kmq_jax.quant.levels import fit_levels
@@ -153,7 +153,7 @@ def _rounded(values: jax.Array, dtype: str) -> jax.Array:
 
 
 @_rounded.defjvp
-def _rounded_jvp(dtype: str, primals: Any, tangents: Any) -> Any:
+def _rounded_jvp(dtype: str, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     return _rounded(*primals, dtype), tangents[0]
 
 
@@ -625,7 +625,7 @@ def lloyd_update(
             count, total = cell_sums(units, indices >> (book.bits - bits), 1 << bits, book.axis)
             if book.symmetric:  # a cell and its mirror image are one
                 count, total = count + jnp.flip(count, -1), total - jnp.flip(total, -1)
-            step: Any = rate
+            step: Array = rate
             if unused_rate is not None:
                 step = jnp.where(jnp.mean(count == 0) > many, unused_rate, rate)
             target = jnp.where(count > 0, total / jnp.maximum(count, 1), centroids)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Array, Leaf
@@ -75,6 +76,7 @@ class QuantSpec:
             raise UserError(f"levels (={self.levels!r}) must be one of {', '.join(LEVELS)}")
         if self.levels != "kmeans" and (self.coarse or self.symmetric or self.pinned_zero):
             raise UserError(f"levels (={self.levels!r}) cannot be nested, symmetric or have a pinned zero")
+        # Sorted once, so that specs are equal in whatever order their bits were given.
         object.__setattr__(self, "coarse", tuple(sorted(self.coarse)))
         if self.coarse and (self.bits == HALF or not 1 <= self.coarse[0] <= self.coarse[-1] < self.bits):
             raise UserError(f"coarse bits (={self.coarse}) must be 1 or more and below bits (={self.bits})")
@@ -150,7 +152,7 @@ class CodebookTensor:
         nested = f", coarse={self.all_bits[:-1]}" if self.coarse else ""
         return f"CodebookTensor(shape={self.shape}, bits={self.bits}{nested}, axis={self.axis}, {self.dtype_name})"
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         """The dequantized tensor, for numpy."""
         if copy is False:
             raise ValueError("a CodebookTensor becomes an array only by dequantization, which copies")
@@ -189,6 +191,7 @@ class CodebookTensor:
     @property
     def all_bits(self) -> tuple[int, ...]:
         """Every number of bits it can be read at, ascending."""
+        # A codebook of b bits has 2^b columns, a number of b + 1 binary digits.
         return (*(c.shape[-1].bit_length() - 1 for c in self.coarse), self.bits)
 
     def codebook_of(self, bits: int | None = None) -> jax.Array:
@@ -212,7 +215,7 @@ class CodebookTensor:
         self.codebook_of(bits)
         return _over_batch(partial(_indices, bits=bits), self)
 
-    def dequantize(self, bits: int | None = None, dtype: Any = None) -> jax.Array:
+    def dequantize(self, bits: int | None = None, dtype: DTypeLike | None = None) -> jax.Array:
         """The values of the tensor. May be called inside jit.
 
         Args:
@@ -269,8 +272,9 @@ class CodebookTensor:
             raise ValueError(f"dtype (={self.dtype_name!r}) must be floating point")
 
 
-def _over_batch(read: Any, tensor: CodebookTensor) -> jax.Array:
+def _over_batch(read: Callable[[CodebookTensor], jax.Array], tensor: CodebookTensor) -> jax.Array:
     """Reads a tensor, or each of a batch of them."""
+    # Every array has the batch axes in front, so each vmap takes one of them off all.
     for _ in tensor.batch_shape():
         read = jax.vmap(read)
     return read(tensor)
@@ -282,13 +286,14 @@ def _indices(tensor: CodebookTensor, bits: int | None) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("bits", "dtype"))
-def _dequantized(tensor: CodebookTensor, bits: int | None, dtype: Any) -> jax.Array:
+def _dequantized(tensor: CodebookTensor, bits: int | None, dtype: DTypeLike | None) -> jax.Array:
     values = lookup(_rows(tensor, bits), tensor.codebook_of(bits).astype(dtype), 0)
     return from_groups(values, tensor.shape, tensor.axis)
 
 
 def _rows(tensor: CodebookTensor, bits: int | None) -> jax.Array:
     rows = unpack_bits(tensor.packed, tensor.bits, tensor.group_size)
+    # The first bits of an index are its index among fewer centroids: that is what makes codebooks nested.
     return rows if bits is None else rows >> (tensor.bits - bits)
 
 
@@ -323,6 +328,7 @@ def stored(values: Array, dtype: str, bits: int = 8) -> jax.Array:
     """
     exact = jnp.asarray(values)
     rounded = exact.astype(dtype)
+    # A traced value is not known yet, so nothing can be refused.
     if isinstance(rounded, jax.core.Tracer):
         return rounded
     if not bool(jnp.all(jnp.isfinite(rounded))):
@@ -360,6 +366,7 @@ def storage_type(codebooks: Sequence[Array], spec: QuantSpec) -> str:
 
 def _lost(exact: Array, rounded: Array, bits: int, axis: int | None = None) -> np.ndarray:
     """Whether rounding loses more than it may: k-means of b bits leaves a relative error of about 2^-b itself."""
+    # In double precision, where the square of the smallest float32 is not yet zero.
     found, wanted = np.float64(rounded), np.float64(exact)
     lost: np.ndarray = np.linalg.norm(found - wanted, axis=axis) > 0.5 ** (bits + 1) * np.linalg.norm(wanted, axis=axis)
     return lost

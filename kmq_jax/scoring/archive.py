@@ -11,7 +11,8 @@ import re
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import ModuleType
+from typing import BinaryIO
 
 import numpy as np
 
@@ -26,7 +27,7 @@ _LONGEST_TEXT = 32 * _LARGEST  # letters
 _BYTES = {b"FV ": 4, b"DV ": 8, b"FM ": 4, b"DM ": 8}
 
 
-def _library() -> Any:
+def _library() -> ModuleType:
     try:
         import kaldiio
     except ImportError:
@@ -112,14 +113,14 @@ def read_archive(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     return tuple(ids), np.stack(rows)
 
 
-def _listed(path: Path, kaldiio: Any) -> Iterator[tuple[str, str, np.ndarray]]:
+def _listed(path: Path, kaldiio: ModuleType) -> Iterator[tuple[str, str, np.ndarray]]:
     """Every vector of an archive."""
     with _opened(path, str(path)) as (file, size):
         while key := _key(file, path):
             yield key, str(path), _vector(file, size, f"{path}: {key}", kaldiio)
 
 
-def _indexed(path: Path, kaldiio: Any) -> Iterator[tuple[str, str, np.ndarray]]:
+def _indexed(path: Path, kaldiio: ModuleType) -> Iterator[tuple[str, str, np.ndarray]]:
     """Every vector that an index names. Archives stay open while the next line is of the same."""
     places, lines = read_table(path)
     with contextlib.ExitStack() as held:
@@ -178,7 +179,7 @@ def _key(file: BinaryIO, path: Path) -> str:
     return text
 
 
-def _vector(file: BinaryIO, size: int, where: str, kaldiio: Any) -> np.ndarray:
+def _vector(file: BinaryIO, size: int, where: str, kaldiio: ModuleType) -> np.ndarray:
     """The vector that begins here, float32 `[dim]`."""
     start = file.tell()
     head = file.read(15)

@@ -9,7 +9,6 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.data import source, speech
 from kmq_jax.data.table import Utterances
 from kmq_jax.models import runner
-from kmq_jax.scoring import shards as shard_by_shard
 from kmq_jax.scoring.archive import check_archive, is_archive
 from kmq_jax.scoring.options import ExtractionOptions
 from kmq_jax.scoring.table import write_embeddings
@@ -36,6 +35,7 @@ def extract_shards(
         UserError: as `extract`; or `out` has shards of another run.
     """
     from kmq_jax.models.speaker_model import embed_share, fingerprint, load_model
+    from kmq_jax.scoring import shards as shard_by_shard
 
     how = options or ExtractionOptions()
     if how.vad:

@@ -13,20 +13,32 @@ Engine = Literal["auto", "jax", "onnxruntime"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractionOptions(Options):
-    """How recordings are embedded."""
+class RunOptions(Options):
+    """How a model is read and run, by whatever command embeds with it."""
 
     bits: int | None = option(
         "bits at which a nested model is read; left out: the most it has", None, at_least=1, at_most=64
     )
+    engine: Engine = option("auto: ONNX Runtime on a CPU, JAX on a GPU or TPU", "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HearOptions(RunOptions):
+    """And what of a recording it hears."""
+
+    vad: bool = option("leave out what is not speech, and say how much was used", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionOptions(HearOptions):
+    """How recordings are embedded."""
+
     compute: Compute = option("the network's arithmetic", "float32")
     max_seconds: float = option("only so much of each recording, its mean as well; 0: all of it", 0.0, at_least=0)
     max_frames: int = option(
         "the network sees only so many frames of each, less the mean over all of its frames; 0: all", 0, at_least=0
     )
-    vad: bool = option("leave out what is not speech, and say how much was used", False)
     batch_size: int = option("recordings in one batch of JAX", 16, at_least=1, at_most=4096)
-    engine: Engine = option("auto: ONNX Runtime on a CPU, JAX on a GPU or TPU", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +60,11 @@ class ScoringOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThresholdOptions(Options):
+class ThresholdOptions(RunOptions):
     """Which threshold is wanted, and how recordings are embedded for it."""
 
     false_accept: float = option(
         "the share of comparisons of two speakers that may be accepted, a fraction", 0.01, above=0, below=1
     )
-    bits: int | None = option(
-        "bits at which a nested model is read; left out: the most it has", None, at_least=1, at_most=64
-    )
-    engine: Engine = option("auto: ONNX Runtime on a CPU, JAX on a GPU or TPU", "auto")
     replicates: int = option("bootstrap draws of speakers", 1000, at_least=100, at_most=10_000)
     seed: int = option("of the bootstrap", 0, at_least=0)

@@ -117,7 +117,12 @@ class SpeakerStore:
             bits: at which a nested MODEL is read; None: the most it has.
             engine: what runs the network: "jax", "onnxruntime", or "auto", ONNX Runtime on a CPU.
             vad: leave out of all recordings what is not speech (`data.speech.only`).
+
+        Raises:
+            UserError: bits are given without a model.
         """
+        if bits and model is None:
+            raise UserError("`bits` needs `model`: without it, the store's own model is read at the store's own bits")
         self._file, self._given, self._bits = Path(directory) / FILE, model, bits
         self._engine: Engine = engine
         self._vad = vad

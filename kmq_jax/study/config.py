@@ -1,6 +1,7 @@
 """Settings of a study with their defaults. A configuration file adds them to those of the full-precision training."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -65,6 +66,26 @@ def study_config(config: ml_collections.ConfigDict, **settings: Any) -> ml_colle
     return config
 
 
+def add_evaluation_sets(
+    config: ml_collections.ConfigDict, root: ml_collections.FieldReference, places: Mapping[str, str]
+) -> None:
+    """Adds evaluation sets that lie below one directory, each with its `trials.txt`.
+
+    Args:
+        config: with a section `study`; changed in place.
+        root: of the directory, a setting of its own: `--config.data.root=DIR` then moves all of them.
+        places: directories below it, by the names of the sets.
+
+    >>> from kmq_jax.training.config import default_config
+    >>> config = study_config(default_config("resnet18"))
+    >>> add_evaluation_sets(config, ml_collections.FieldReference("data"), {"so762": "so762/dev"})
+    >>> config.study.evaluate.so762.trials
+    'data/so762/dev/trials.txt'
+    """
+    for name, place in places.items():
+        config.study.evaluate[name] = {"data": root + f"/{place}", "trials": root + f"/{place}/trials.txt"}
+
+
 def paper_study(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Adds the paper's study of a network: its sets, KMQAT at 4, 3, 2 and 3.144 bits, one cascade 2>3>4.
 
@@ -89,8 +110,8 @@ def paper_study(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     )
     root = ml_collections.FieldReference("data")
     config.study.root = root
-    for name in ("vox1_o", "vox1_e", "vox1_h", "cnceleb", "commonbench", "voxtube"):
-        config.study.evaluate[name] = {"data": root + f"/{name}", "trials": root + f"/{name}/trials.txt"}
+    names = "vox1_o", "vox1_e", "vox1_h", "cnceleb", "commonbench", "voxtube"
+    add_evaluation_sets(config, root, dict(zip(names, names)))
     config.study.evaluate.cnceleb.models = root + "/cnceleb/enroll.map"
     config.study.evaluate.commonbench.trials = root + "/commonbench/comparisons.txt"
     inside, outside = ("vox1_o", "vox1_e", "vox1_h"), ("cnceleb", "commonbench")

@@ -1,11 +1,11 @@
 """Options of a study: what the section `study` of a configuration holds."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from kmq_jax.cascade.options import CalibrationOptions
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Row
+from kmq_jax.core.files import Json, Row
 from kmq_jax.core.options import Options, option, shown
 from kmq_jax.diagnosis.options import DiagnosisOptions
 from kmq_jax.scoring.options import Compute, Engine
@@ -99,7 +99,7 @@ class StudyOptions(Options):
     cascades: tuple[CascadePlan, ...] = option("cascades to calibrate and to run", ())
     groups: dict[str, tuple[str, ...]] = option("evaluation sets whose mean EER is shown, by the group's name")
     published: dict[str, dict[str, float]] = option("EER in percent, by group and bits (or `cascade`), to compare with")
-    published_figures: dict[str, Any] = option("other published figures, see `study.published`")
+    published_figures: Json = option("other published figures, see `study.published`")
 
     def __post_init__(self) -> None:
         """Checks every field.

@@ -68,8 +68,8 @@ def _drifts(summary: Row, values: Row) -> list[Json]:
 
 def _flip_rates(summary: Row, values: Row) -> list[Json]:
     rows = []
-    for name, widths in values.items():
-        for bits, thirds in widths.items():
+    for name, by_bits in values.items():
+        for bits, thirds in by_bits.items():
             for place, value in enumerate(thirds):
                 measured = _flips(summary, name, bits, place)
                 rows.append(_line(f"harmful flips, {_THIRDS[place]}", name, bits, value, measured))

@@ -463,6 +463,15 @@ def faults_table(found: Row) -> str:
     return _markdown(rows) + f"\n{asked}.\n"
 
 
+def house_table(found: Row) -> str:
+    """What can be counted of the structure of several revisions of this project, side by side."""
+    columns = found["columns"]
+    rows = [["", *(column["name"] for column in columns)]]
+    rows += [[name, *(f"{column['figures'][name]:,}" for column in columns)] for name in columns[0]["figures"]]
+    at = ", ".join(f"{column['name']}: revision {column['revision']}" for column in columns)
+    return _markdown(rows) + f"\n{at[0].upper()}{at[1:]}.\n"
+
+
 TABLES: dict[str, Callable[[Any], str]] = {
     "activations": activations_table,
     "bits": study_table,
@@ -482,6 +491,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "weights": weights_table,
     "fuzz": fuzz_table,
     "faults": faults_table,
+    "house": house_table,
 }
 
 TABLES_OF_SEVERAL: dict[str, Callable[[Sequence[Any]], str]] = {

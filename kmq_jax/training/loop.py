@@ -5,10 +5,9 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import jax
 import ml_collections
@@ -16,7 +15,7 @@ import numpy as np
 
 from kmq_jax.core import distributed, mesh
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import read_object, write_json
+from kmq_jax.core.files import Json, Row, read_object, write_json
 from kmq_jax.core.progress import Bar
 from kmq_jax.models import registry
 from kmq_jax.models.checkpoint import Checkpoints
@@ -28,7 +27,7 @@ from kmq_jax.training.runlog import RunLog
 from kmq_jax.training.validation import in_words
 from kmq_jax.training.workdir import record_start
 
-Summary = dict[str, Any]
+Summary = Json
 """What `summary.json` holds."""
 
 
@@ -102,7 +101,7 @@ class Loop:
         self._phases = run.recipe.task.phases(run.state.params.network)
         self._train_step = self._compile(self._phase(min(self.step, run.total_steps - 1)))
 
-    def recall(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def recall(self, lines: Sequence[Row]) -> None:
         """Takes the figures of a run that was killed between its last checkpoint and its summary from its log."""
         if self.step < self._run.total_steps:
             return

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import Row
 from kmq_jax.core.options import Options, option, shown
 
 INITS = ("optimal", "companding", "equal-mass", "quantile", "kmeans++")
@@ -309,7 +310,7 @@ class TrainOptions(Options):
     init_from: str = option(
         "a MODEL to start from: its network, and its classifier where that has at least as many classes", ""
     )
-    model: Mapping[str, Any] = option("the network's `name` and its settings, see models.registry")
+    model: Row = option("the network's `name` and its settings, see models.registry")
     frontend: str = option("filterbank setting, such as kiwano, wespeaker or speechbrain", "kiwano")
     dtype: Literal["float32", "bfloat16"] = option(
         "of the network's arithmetic; parameters and statistics stay float32", "float32"
@@ -354,7 +355,7 @@ class TrainOptions(Options):
             raise UserError("`distill.weight` is above zero, so distill.teacher or init_from must name a MODEL")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "TrainOptions":
+    def from_config(cls, config: Row) -> "TrainOptions":
         """Turns a configuration (an `ml_collections.ConfigDict`, or plain mappings) into options.
 
         A section `study`, which says what a study does with the network, is left out.
@@ -371,7 +372,7 @@ class TrainOptions(Options):
         return section(cls, tree, "")
 
 
-def section(kind: type[Section], values: Mapping[str, Any], prefix: str) -> Section:
+def section(kind: type[Section], values: Row, prefix: str) -> Section:
     """Makes the options of one section of a configuration; errors name settings as flags do.
 
     >>> section(LossOptions, {"kind": "arc"}, "loss.")

@@ -96,6 +96,7 @@ def _grow(network: Params, parent: Params, rules: list[quant.QuantRule]) -> QatP
     quantized_layers = {name.rpartition("/")[0] for name in books}
     shared = {name: leaf for name, leaf in named_leaves(parent, quant.is_codebook_tensor) if name not in books}
 
+    # A quantized layer is the parent's at the fewest bits and fitted anew at more; what is not quantized, all share.
     def take(name: str, latent: jax.Array) -> jax.Array:
         return latent if name.rpartition("/")[0] in quantized_layers else jnp.asarray(shared[name])
 
@@ -222,6 +223,7 @@ def match_moments(reference: SpeakerModel, params: QatParams, features: jax.Arra
             return leaf * along(slope, leaf.ndim, leaf.ndim - 1)
         if book.axis is None:
             return leaf  # one scale for all channels cannot follow; the bias still does
+        # A channel that the reference leaves constant has slope 0, but a scale must stay positive.
         slope = jnp.maximum(slope, 1e-6)
         scaled_books[name] = book.with_scale(book.scale * slope)
         return leaf if book.normalized else leaf * along(slope, leaf.ndim, book.axis)
@@ -251,6 +253,7 @@ def effective_weights(
         names: tensors that are quantized already; None is all. The others are used in full precision.
     """
     names = set(params.codebooks) if names is None else set(names)
+    # Tensors of a later phase are used in full precision: their codebook only tells the unit of their latents.
     waiting = {name: book for name, book in params.codebooks.items() if name not in names}
     latents = weights_of_latents(params.latents, jax.lax.stop_gradient(waiting))
     books = {
@@ -305,6 +308,7 @@ def _with_biases(network: Params, per_bits: Mapping[str, Params], bits: jax.Arra
 
     def choose(name: str, leaf: jax.Array) -> jax.Array:
         own = [tree[name] for tree in biases if name in tree]
+        # `own` ascends by bits and `leaf` belongs to the most, so the count of smaller ones is the place.
         return jnp.stack([*own, leaf])[jnp.sum(smaller < bits)] if own else leaf
 
     return map_named(choose, network)
@@ -373,6 +377,7 @@ def allocate(
     rules = rules_of(options)
     names = list(quant.decide(network, rules))
     leaves = dict(named_leaves(network))
+    # Bytes; of full precision, a weight takes four.
     budget = options.budget * sum(4 * leaves[name].size for name in names)
     errors, sizes = quant.distortions(network, rules, options.budget_bits)
     if options.average_bits:  # of indices alone
@@ -410,6 +415,7 @@ def move_centroids(
         )
         return {name: dataclasses.replace(book, indices=None) for name, book in moved.items()}
 
+    # A branch inside the program: whether it is due is known only when the step runs, and most steps pay nothing.
     due = (step % options.lloyd_every == 0) & (step <= last_step)
     return dataclasses.replace(params, codebooks=jax.lax.cond(due, move, lambda same: same, params.codebooks))
 
@@ -426,6 +432,7 @@ def reassign(options: QatOptions, params: QatParams, indices: Indices, step: jax
     if not options.reassign_every:
         return indices
     due = step % options.reassign_every == 0
+    # `dict`: both branches must give the same kind of tree.
     return jax.lax.cond(due, lambda _: nearest_indices(params), lambda same: dict(same), indices)
 
 
@@ -441,6 +448,7 @@ def keep_parent(before: QatParams, after: QatParams) -> QatParams:
     That is the scales, its own centroids and biases, and whatever is in full precision.
     """
     books = {}
+    # The optimizer moves everything at once; undoing costs less than a mask in each of its states.
     for name, book in after.codebooks.items():
         old = before.codebooks[name]
         books[name] = dataclasses.replace(book, raw_scale=old.raw_scale, coarse=(old.coarse[0], *book.coarse[1:]))

@@ -5,14 +5,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from kmq_jax.core.errors import UserError, needed
-from kmq_jax.core.files import atomic_write, require_regular
+from kmq_jax.core.files import Json, Row, atomic_write, require_regular
 
 
 class RunLog:
@@ -31,7 +30,7 @@ class RunLog:
         step: int,
         events: str | os.PathLike[str] | None = None,
         project: str = "",
-        settings: Mapping[str, Any] | None = None,
+        settings: Row | None = None,
     ):
         """Opens the log of a run that stands at `step`.
 
@@ -47,7 +46,7 @@ class RunLog:
         """
         self._path = Path(path)
         self._file = self._events = self._wandb = None
-        self.kept: list[dict[str, Any]] = []
+        self.kept: list[Json] = []
         if events is not None:
             event_writer = _event_writer()
         wandb = needed("wandb", "--wandb") if project else None
@@ -68,7 +67,7 @@ class RunLog:
             about = {"name": self._path.resolve().parent.name, "dir": str(self._path.parent), "config": settings}
             self._wandb = wandb.init(project=project, id=run, resume="allow", **about)
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Row) -> None:
         """Writes one line and flushes it. Numbers that are not finite become null: NaN is not JSON.
 
         Raises:
@@ -107,7 +106,7 @@ def _event_writer() -> Any:
     return SummaryWriter
 
 
-def read_runlog(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_runlog(path: str | os.PathLike[str]) -> list[Json]:
     """Reads a JSONL log. A last line cut short by a crash is left out.
 
     Raises:

@@ -3,17 +3,17 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 import optax
 
 from kmq_jax import quant
+from kmq_jax.core.files import Json
 from kmq_jax.core.tree import Params, Variables
 from kmq_jax.models.checkpoint import Checkpoints
 
-Parts = dict[str, Any]
+Parts = Json
 """The parts of a checkpoint by name; each is a tree of arrays."""
 
 

@@ -1,15 +1,14 @@
 """The files of a run's directory that say which run it is and what it was computed with."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import read_json, read_object, write_json
+from kmq_jax.core.files import Json, read_json, read_object, write_json
 from kmq_jax.core.provenance import provenance
 
-Settings = dict[str, Any]
+Settings = Json
 """A configuration as JSON values, as `config.json` holds it."""
 
 # What may differ when a run is taken up again: it changes what is seen of the run, not the run.

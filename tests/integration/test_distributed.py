@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kmq_jax.cli import train
+from kmq_jax.cli import config_flags, train
 from kmq_jax.core import distributed
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_json
+from kmq_jax.training import loop
 from kmq_jax.training.runlog import read_runlog
 
 ROOT = Path(__file__).parents[2]
-CONFIG = "configs/quickstart.py:smoke"
+CONFIG = "tests/own_config.py"
 SETTINGS = [
     "--config.dtype=float32",
     # Examples lie in another order, so sums are rounded otherwise. On so small a network that moves gradients by
@@ -53,15 +55,18 @@ def free_port():
         return s.getsockname()[1]
 
 
-def environment(**changes):
-    inherited = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    return {**inherited, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **changes}
+def environment(XLA_FLAGS="", **changes):
+    # Quick compilation, as in all tests, but another number of devices.
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+    inherited = {**os.environ, "XLA_FLAGS": f"{flags} {XLA_FLAGS}"}
+    own = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    return {**inherited, **own, **changes}
 
 
-def launch(script, workdir, **changes):
-    """Runs a script of launch/ and returns the summary that it printed."""
+def launch(workdir, **changes):
+    """Trains in two processes by launch/processes.sh and returns the summary that it printed."""
     run = subprocess.run(
-        [f"launch/{script}", *SETTINGS],
+        ["launch/processes.sh", *SETTINGS],
         cwd=ROOT,
         env=environment(PYTHON=sys.executable, CONFIG=CONFIG, WORKDIR=str(workdir), **changes),
         capture_output=True,
@@ -72,11 +77,11 @@ def launch(script, workdir, **changes):
     return json.loads(run.stdout.splitlines()[-1])  # the CPU's collectives print before it
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ml_collections' way to load a file
 def test_two_processes_of_two_devices_are_one_of_four(tmp_path, monkeypatch):
     one, two = tmp_path / "one", tmp_path / "two"
+    whole = loop.train(config_flags.parse_flags(["train", f"--config={CONFIG}", f"--workdir={one}", *SETTINGS])[0], one)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-    whole = launch("one_host.sh", one, XLA_FLAGS="--xla_force_host_platform_device_count=4")
     shared = {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
@@ -95,7 +100,7 @@ def test_two_processes_of_two_devices_are_one_of_four(tmp_path, monkeypatch):
     assert not read_json(two / "summary.json")["finished"] and "{" not in said[1][0]
     assert [line["step"] for line in read_runlog(two / "metrics.jsonl")] == [1, 2, 3]
 
-    summary = launch("processes.sh", two)
+    summary = launch(two)
     assert summary["finished"] and summary["device"] == whole["device"] == "4 x cpu"
     assert (two / "averaged.kmq").exists()
     assert summary["validation_eer"] == pytest.approx(whole["validation_eer"], abs=2.1)  # a trial or so of 48
@@ -106,7 +111,6 @@ def test_two_processes_of_two_devices_are_one_of_four(tmp_path, monkeypatch):
         np.testing.assert_allclose(theirs, ours, rtol=1e-3 if name == "gradient_norm" else 1e-5, err_msg=name)
 
 
-@pytest.mark.slow
 def test_slurm_tasks_find_one_another(tmp_path):
     """A stand-in for srun starts two tasks as SLURM would; they join, and each has what the first decided."""
     (tmp_path / "srun").write_text(

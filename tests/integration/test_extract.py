@@ -1,10 +1,9 @@
 """Embeddings from a model on disk, by the command and by the library."""
 
 import dataclasses
-import subprocess
 import sys
-from pathlib import Path
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -142,16 +141,15 @@ def test_what_is_no_model_is_told(tmp_path):
         load_model(tmp_path)
 
 
-@pytest.mark.slow
-def test_bad_data_is_one_line_and_leaves_nothing(saved, tmp_path):
+def test_bad_data_is_one_line_and_leaves_nothing(saved, tmp_path, monkeypatch, capsys):
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=16000) * 0.1, 16000)
     (tmp_path / "wav.scp").write_text("a a.wav\nb b.wav\n")
     (tmp_path / "utt2spk").write_text("a s\nb s\n")
-    command = [sys.executable, "-m", "kmq_jax", "extract", f"--model={saved}", f"--data={tmp_path}"]
-    command.append(f"--out={tmp_path}/e.npz")
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+    flags = [f"--model={saved}", f"--data={tmp_path}", f"--out={tmp_path}/e.npz"]
+    assert commands.run(monkeypatch, "extract", *flags) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    last = told.strip().splitlines()[-1]
     assert "wav.scp:2" in last and "b.wav" in last
     assert not list(tmp_path.glob("*.npz"))
 

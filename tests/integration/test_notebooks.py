@@ -1,7 +1,12 @@
 """The notebooks: valid, without outputs, and sound from top to bottom in their small form."""
 
+import contextlib
 import importlib.util
+import io
+import json
 import os
+import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -107,10 +112,94 @@ def test_work_is_kept_on_drive_where_wanted(tmp_path, monkeypatch):
     assert names["RUNS"] == Path("/content/drive/MyDrive/kmq_jax") / NOTEBOOKS[0].stem
 
 
+# What stands in for `python` in a notebook's commands: it sends its words to the test, and prints what comes back.
+CLIENT = """#!{python} -IS
+import json, socket, sys
+with socket.create_connection(("127.0.0.1", {port})) as asked:
+    asked.sendall(json.dumps(sys.argv[1:]).encode())
+    asked.shutdown(socket.SHUT_WR)
+    status, _, said = asked.makefile().read().partition("\\n")
+sys.stdout.write(said)
+sys.exit(int(status))
+"""
+
+
+def run_python(words):
+    """What `python WORDS` would do, in this process, where JAX is already there: its status and what it printed."""
+    said, before, status = io.StringIO(), sys.argv, 0
+    sys.argv = ["python", *words[2:]]
+    try:
+        with contextlib.redirect_stdout(said):
+            exec(words[1], {}) if words[0] == "-c" else runpy.run_module(words[1], run_name="__main__")
+    except SystemExit as done:
+        status = done.code or 0
+    finally:
+        sys.argv = before
+    return f"{status}\n{said.getvalue()}"
+
+
+def run_script(script, directory):
+    """Runs a cell of commands in bash, every `python` of it in this process."""
+    with socket.create_server(("127.0.0.1", 0)) as server, (directory / "said").open("w+") as said:
+        server.settimeout(0.05)
+        client = directory / "python"
+        client.write_text(CLIENT.format(python=sys.executable, port=server.getsockname()[1]))
+        client.chmod(0o755)
+        environment = {**os.environ, "PATH": f"{directory}:{os.environ['PATH']}"}
+        with subprocess.Popen(["bash", "-e", "-c", script], env=environment, stdout=said) as process:
+            while process.poll() is None:
+                with contextlib.suppress(TimeoutError), server.accept()[0] as asked:
+                    asked.settimeout(None)
+                    asked.sendall(run_python(json.loads(asked.makefile().read())).encode())
+        said.seek(0)
+        print(said.read())
+    assert process.returncode == 0, script
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """What a notebook shows of pictures; figures that are left open are shown at the end of a cell, and closed."""
+    IPython = pytest.importorskip("IPython", reason="IPython is not installed")
+    plt = pytest.importorskip("matplotlib.pyplot")
+    shown = []
+    seen = (IPython.display.Image, plt.Figure)
+    monkeypatch.setattr(
+        IPython.display, "display", lambda *given: shown.extend(one for one in given if isinstance(one, seen))
+    )
+    yield shown
+    plt.close("all")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_cells_of_a_notebook_run_from_top_to_bottom(path, tmp_path, monkeypatch, capsys, pictures):
+    """In this process, so that one JAX runs all of its commands."""
+    import jax
+    import matplotlib.pyplot as plt
+
+    (tmp_path / "bin").mkdir()
+    before = dict(os.environ)
+    monkeypatch.chdir(path.parent)
+    os.environ.update(KMQ_NOTEBOOK_SMALL="1", RUNS=str(tmp_path / "runs"))
+    names = {"__name__": "__main__"}
+    try:
+        for cell in code_of(nbformat.read(path, as_version=4)):
+            if cell.source.startswith("%%script bash -e\n"):
+                run_script(cell.source.partition("\n")[2], tmp_path / "bin")
+            else:
+                exec(cell.source.replace("%matplotlib inline", ""), names)
+                pictures += map(plt.figure, plt.get_fignums())
+                plt.close("all")
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    assert f"{jax.device_count()} x cpu on cpu, JAX" in capsys.readouterr().out
+    assert len(pictures) >= PICTURES[path.stem]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of the kernel's client
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch, compiled):
+def test_a_notebook_runs_in_a_kernel_of_its_own(path, tmp_path, monkeypatch, compiled):
     monkeypatch.setenv("KMQ_NOTEBOOK_SMALL", "1")
     monkeypatch.setenv("RUNS", str(tmp_path))
     monkeypatch.setenv("XLA_FLAGS", "")

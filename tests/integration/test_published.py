@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import own_network  # noqa: F401  # registers the network
 import pytest
 
 from kmq_jax import quant
@@ -16,7 +17,7 @@ from kmq_jax.training.runlog import read_runlog
 
 
 def full_precision():
-    config = smoke(paper_config("resnet36"))
+    config = smoke(paper_config("own_tdnn"))
     config.validation.data = ""
     config.update(average_last=0, dtype="float32")
     return config

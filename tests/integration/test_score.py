@@ -1,9 +1,9 @@
 """`python -m kmq_jax.score` on hand-made embeddings, on mistakes, and on a real model's embeddings."""
 
 import json
-import subprocess
 import sys
 
+import commands
 import numpy as np
 import pytest
 from sklearn.metrics.pairwise import cosine_similarity
@@ -237,13 +237,10 @@ def test_mistakes_get_one_line_and_leave_nothing(run, tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_the_command_exits_2_without_a_traceback(tmp_path):
-    command = [sys.executable, "-m", "kmq_jax", "score", f"--embeddings={tmp_path}/no.npz", "--trials=x"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("kmq-jax score: cannot read")
-    assert done.stderr.count("\n") == 1
+def test_the_command_exits_2_without_a_traceback(tmp_path, monkeypatch, capsys):
+    assert commands.run(monkeypatch, "score", f"--embeddings={tmp_path}/no.npz", "--trials=x") == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.startswith("kmq-jax score: cannot read") and told.err.count("\n") == 1
 
 
 @pytest.mark.slow

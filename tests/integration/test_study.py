@@ -2,12 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import jax
 import numpy as np
+import own_network  # noqa: F401  # registers the network
 import pytest
 
 import kmq_jax
@@ -27,9 +27,8 @@ def test_a_study_without_evaluation_sets_is_a_mistake(tmp_path):
         pipeline.study(study_config(default_config("resnet18")), tmp_path)
 
 
-@pytest.mark.slow
 def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
-    config = smoke_study(study_config(default_config("resnet18")))
+    config = smoke_study(study_config(default_config("own_tdnn")))
     config.validation.data = ""
     config.average_last = 0
     config.study.update(bits=(2,), nested=False, cascades=(("distilled", (2, 32)),), groups={"all": ("voices",)})
@@ -124,12 +123,7 @@ def test_a_study_of_a_set_that_is_not_there(tmp_path):
         pipeline.study(config, tmp_path)
 
 
-@pytest.mark.slow
-def test_help_and_mistakes():
-    def run(*flags):
-        return subprocess.run([sys.executable, "-m", "kmq_jax.study", *flags], cwd=ROOT, capture_output=True, text=True)
-
-    shown = run("--help")
-    assert shown.returncode == 0 and "example:" in shown.stdout
-    wrong = run("--config=configs/nowhere.py", "--workdir=x")
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "nowhere" in wrong.stderr
+def test_a_configuration_that_is_not_there(monkeypatch, capsys):
+    assert commands.run(monkeypatch, "study", "--config=configs/nowhere.py", "--workdir=x") == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "nowhere" in told

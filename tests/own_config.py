@@ -1,0 +1,13 @@
+"""The smoke form of a training of tests/own_network.py, for commands: `--config=tests/own_config.py`."""
+
+import ml_collections
+import own_network  # noqa: F401  # registers the network
+
+from kmq_jax.training.config import default_config, smoke
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Returns the configuration; without augmentation, most of what there would be to compile."""
+    config = smoke(default_config("own_tdnn"))
+    config.data.augment, config.spec_augment = False, 0.0
+    return config
