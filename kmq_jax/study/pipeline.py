@@ -32,6 +32,7 @@ from kmq_jax.study.cascades import family_steps, run_cascade
 from kmq_jax.study.compare import compare_on, differences
 from kmq_jax.study.networks import Network, make_networks
 from kmq_jax.study.options import FULL, NESTED, EvaluationSet, StudyOptions
+from kmq_jax.study.paper import settings_beside
 from kmq_jax.study.plan import planned, seconds_left
 from kmq_jax.study.steps import Steps
 
@@ -89,6 +90,18 @@ def options_of(config: ml_collections.ConfigDict) -> StudyOptions:
         raise
     except (TypeError, ValueError, AttributeError, KeyError) as error:  # a section of another form
         raise UserError(f"the configuration's section `study` has another form: {error}") from error
+
+
+def write_settings(config: ml_collections.ConfigDict, workdir: Path, step: str) -> Json:
+    """Writes what is published of one training beside its settings (`paper.settings_beside`) into the directory.
+
+    Raises:
+        UserError: a setting is at fault, or nothing is published of such a training.
+    """
+    found = settings_beside(config, options_of(config), step)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / f"settings-{step}.json", found)
+    return found
 
 
 def _summed_up(

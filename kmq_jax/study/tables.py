@@ -6,7 +6,8 @@ by, with paired intervals, `cascades`, one row a cascade and evaluation set, or 
 alone. Of the file that `conditions` writes, KIND is `conditions`; of the one that `bench accelerator` writes,
 `accelerator`, one row for each thing measured; of the one by `.ci/weigh.py`, `weights`; of the one by
 `bench extract --peers`, `extraction`, one row a side; of the one by `bench networks`, `networks`; of the one by
-`bench lazy`, `lazy`, one row a side and list.
+`bench lazy`, `lazy`, one row a side and list; of the one by `study --settings`, `settings`, one row a line of the paper;
+of the one by `bench memory`, `memory`, one row a cell of the paper's table; of the one by `bench biases`, `biases`.
 """
 
 import json
@@ -324,6 +325,55 @@ def weights_table(found: Row) -> str:
     return _markdown(rows) + f"\nPython {found['python']} on {found['platform']}, without an accelerator's libraries.\n"
 
 
+def settings_table(found: Row) -> str:
+    """What is published of a training beside its settings: equal, or what was chosen and why; and the test that holds it.
+
+    Args:
+        found: as `paper.settings_beside` gives it.
+    """
+    rows = [["published", "by", "setting", "there", "here", "", "held by"]]
+    for row in found["rows"]:
+        there, here = ("" if value is None else f"`{_plainly(value)}`" for value in (row["published"], row["here"]))
+        verdict = {True: "equal", False: "**differs**", None: "chosen"}[row["equal"]]
+        setting, test = (f"`{name}`" if name else "" for name in (row["setting"], row["test"].rpartition("::")[2]))
+        verdict += f": {row['why']}" if row["why"] else ""
+        rows.append([row["says"], row["source"], setting, there, here, verdict, test])
+    return _markdown(rows)
+
+
+def _plainly(value: Any) -> str:
+    """A setting as a reader writes it."""
+    if isinstance(value, list):
+        return f"({', '.join(map(_plainly, value))})"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def memory_table(found: Row) -> str:
+    """The paper's memory table, cell by cell: what is published, and what is counted here, in MiB."""
+    rows = [["network", "bits", "what", "published", "here", ""]]
+    for row in found["rows"]:
+        digits = len(row["published"].partition(".")[2])
+        here = f"{row['mib']:.{digits}f}"
+        verdict = "equal" if here == row["published"] else "**differs**"
+        rows.append([row["network"], f"{row['bits']}", row["what"], row["published"], here, verdict])
+    return _markdown(rows)
+
+
+def biases_table(found: Row) -> str:
+    """What biases in half precision save and change, by bits, on each list; the least cosine is of all embeddings."""
+    names = list(found["rows"][0]["sets"])
+    heads = [head for name in names for head in (f"{_corpus(name)}, EER %", "in FP16", "change", "minDCF", "cosine")]
+    rows = [["bits", "bytes", "in FP16", *heads]]
+    for row in found["rows"]:
+        cells = [str(row["bits"]), f"{row['bytes']:,}", f"{row['bytes_half']:,}"]
+        for name in names:
+            one = row["sets"][name]
+            cells += [f"{one['eer']:.3f}", f"{one['eer_half']:.3f}", _change(one, "eer_change", 3)]
+            cells += [_change(one, "min_dcf_change", 4), f"{one['min_cosine']:.6f}"]
+        rows.append(cells)
+    return _markdown(rows) + _about_sets({_corpus(name): found["rows"][0]["sets"][name] for name in names})
+
+
 TABLES: dict[str, Callable[[Any], str]] = {
     "bits": study_table,
     "gains": gains_table,
@@ -338,6 +388,9 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "threshold": threshold_table,
     "lazy": lazy_table,
     "weights": weights_table,
+    "settings": settings_table,
+    "memory": memory_table,
+    "biases": biases_table,
 }
 
 
