@@ -60,8 +60,8 @@ def main(options: BiasesBench) -> None:
         for data, one in sets.items():
             low, high = one["eer_change_ci95"] or (float("nan"),) * 2
             print(
-                f"{bits} bits, {data}: {sizes[0]:,} -> {sizes[1]:,} bytes; EER {one['eer']:.3f} -> {one['eer_half']:.3f} %, "
-                f"change {one['eer_change']:+.3f} [{low:+.3f}, {high:+.3f}]; least cosine {one['min_cosine']:.7f}"
+                f"{bits} bits, {data}: {sizes[0]:,} -> {sizes[1]:,} bytes; EER {one['eer']:.3f} -> "
+                f"{one['eer_half']:.3f} %, change {one['eer_change']:+.3f} [{low:+.3f}, {high:+.3f}]; least cosine {one['min_cosine']:.7f}"
             )
     figures: Figures = {"kind": "biases", "fit": options.fit, "skip": list(options.skip), "rows": rows}
     if options.json:

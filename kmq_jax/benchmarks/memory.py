@@ -65,9 +65,8 @@ def main(options: MemoryBench) -> None:
     rows = measure(options.biases)
     for row in rows:
         verdict = "equal" if row["equal"] else "differs"
-        print(
-            f"{row['network']:10} {row['bits']:2} bits  {row['what']:38} {row['published']:>7} {row['mib']:9.4f}  {verdict}"
-        )
+        place = f"{row['network']:10} {row['bits']:2} bits  {row['what']:38}"
+        print(f"{place} {row['published']:>7} {row['mib']:9.4f}  {verdict}")
     figures: Figures = {"kind": "memory", "biases": options.biases, "rows": rows}
     if options.json:
         write_json(options.json, figures)

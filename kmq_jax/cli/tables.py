@@ -18,12 +18,12 @@ class Files(Options):
 COMMAND = Command(
     "tables",
     "Writes the results tables of a Markdown file from the JSON files they come from.\n"
-    "A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE is a study.json, its path\n"
-    "relative to the Markdown file; KIND is `bits`, one row a model, `trained`, those of them that were,\n"
-    "`gains`, what of them a first page needs, `differences`, what they differ by, `cascades`, one row a cascade\n"
-    "and evaluation set, or `components`. Of what `conditions` writes, KIND is `conditions`; of `bench\n"
-    "accelerator`, `accelerator`; of `bench extract --peers --json`, `extraction`; of `bench networks --json`,\n"
-    "`networks`; of `threshold`, with `judged_on` added, `threshold`.",
+    "A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`, FILE relative to the Markdown file.\n"
+    "Of a study.json, KIND is `bits`, one row a model, `trained`, those of them that were, `gains`, what of them a\n"
+    "first page needs, `differences`, what they differ by, `cascades`, one row a cascade and evaluation set, or\n"
+    "`components`; of `study --settings`, `settings`; of `conditions`, `conditions`; of `threshold`, with `judged_on`\n"
+    "added, `threshold`; of `bench NAME --json`, `accelerator`, `networks`, `lazy`, `memory`, `biases`, of `bench\n"
+    "extract --peers`, `extraction`; of a .jsonl that several of the other benchmarks wrote to, `speed`.",
     "kmq-jax tables --file=README.md",
     (Files,),
 )

@@ -1,13 +1,18 @@
 """Writes the results tables of a Markdown file from the JSON files they come from.
 
-A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE is a `study.json`, its path relative to
-the Markdown file; KIND is `bits`, one row a model, `trained`, the trained models alone, `differences`, what they differ
-by, with paired intervals, `cascades`, one row a cascade and evaluation set, or `components`, what each component does
-alone. Of the file that `conditions` writes, KIND is `conditions`; of the one that `bench accelerator` writes,
-`accelerator`, one row for each thing measured; of the one by `.ci/weigh.py`, `weights`; of the one by
-`bench extract --peers`, `extraction`, one row a side; of the one by `bench networks`, `networks`; of the one by
-`bench lazy`, `lazy`, one row a side and list; of the one by `study --settings`, `settings`, one row a line of the paper;
-of the one by `bench memory`, `memory`, one row a cell of the paper's table; of the one by `bench biases`, `biases`.
+A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`, FILE relative to the Markdown file:
+
+| FILE is of | KIND |
+|---|---|
+| `study` | `bits`, one row a model; `trained`, of those the trained ones; `gains`, what of them a first page needs |
+| | `differences`, with paired intervals; `cascades`, one row a cascade and set; `components`, each alone |
+| `study --settings` | `settings`, one row a line of the paper |
+| `conditions` | `conditions` |
+| `threshold` | `threshold`, with `judged_on` added |
+| `bench accelerator`, `extract --peers`, `networks`, `lazy` | `accelerator`, `extraction`, `networks`, `lazy` |
+| `bench memory`, `biases` | `memory`, one row a cell of the paper's table; `biases` |
+| `bench train`, `extract`, `quant`, `kmqat`, `diagnose`, a line of a `.jsonl` each | `speed` |
+| `.ci/weigh.py` | `weights` |
 """
 
 import json
@@ -311,6 +316,59 @@ def threshold_table(found: Row) -> str:
     return _markdown([head, [*own, rate("false_accept"), rate("false_reject")], [*judged, *rates]])
 
 
+def speed_table(lines: list[Row]) -> str:
+    """What benchmarks found beside others, each by its newest line; ratios were measured in turns in one run."""
+    newest = {(line["bench"], line.get("dtype")): line for line in lines}
+    rows = [["what", "beside", "found"]]
+    for (bench, _), line in newest.items():
+        rows += [list(cells) for cells in SPEED_ROWS[bench](line)]
+    found = sorted({line["processors"] for line in newest.values()})
+    return _markdown(rows) + f"\nOn {' or '.join(map(str, found))} processors.\n"
+
+
+Cells = tuple[str, str, str]
+
+
+def _train_speed(line: Row) -> list[Cells]:
+    what = f"training step, ResNet34, {line['batch']} x {line['frames']} frames, {line['dtype']}"
+    return [(what, "PyTorch, the faster of its two layouts", f"{line['ratio']:.2f} of its time")]
+
+
+def _extract_speed(line: Row) -> list[Cells]:
+    what = f"extraction, {line['audio_seconds']:,.0f} s of speech in {line['utterances']:,} files"
+    beside = f"ONNX Runtime, {line['threads']} threads, kaldi-native-fbank"
+    return [(what, beside, f"{line['speedup']:.2f} times as fast")]
+
+
+def _quant_speed(line: Row) -> list[Cells]:
+    what = f"k-means, {line['weights'] / 1e6:.1f} M weights, {line['channels']:,} channels"
+    return [
+        (what, "scikit-learn, `n_init=10`, on a part of them", f"{line['speedup_over_sklearn']:.0f} times as fast"),
+        (what, "one `jnp.sort` of the same weights", f"{line['times_jnp_sort']:.2f} of its time"),
+    ]
+
+
+def _kmqat_speed(line: Row) -> list[Cells]:
+    what = f"training step, {line['model']}, {line['batch']} x {line['frames']} frames, {line['dtype']}"
+    steps = [(name, one["ratio"]) for name, one in line.items() if isinstance(one, dict) and name != "full precision"]
+    return [(f"{what}, {name}", "the same in full precision", f"{ratio:.2f} of its time") for name, ratio in steps]
+
+
+def _diagnose_speed(line: Row) -> list[Cells]:
+    what = f"statistics of a diagnosis, {line['trials']:,} trials, {line['models']} models"
+    return [(what, f"{line['replicates']:,} draws for intervals with them", f"{line['per_trial_seconds']:.1f} s")]
+
+
+SPEED_ROWS: dict[str, Callable[[Row], list[Cells]]] = {
+    "train": _train_speed,
+    "extract": _extract_speed,
+    "quant": _quant_speed,
+    "kmqat": _kmqat_speed,
+    "diagnose": _diagnose_speed,
+}
+"""The rows of each benchmark's line in `speed_table`."""
+
+
 def weights_table(found: Row) -> str:
     """What each form of installation weighs, and which packages most of it is."""
     names = {
@@ -326,7 +384,7 @@ def weights_table(found: Row) -> str:
 
 
 def settings_table(found: Row) -> str:
-    """What is published of a training beside its settings: equal, or what was chosen and why; and the test that holds it.
+    """What is published of a training beside its settings: equal, or chosen and why; and the test that holds it.
 
     Args:
         found: as `paper.settings_beside` gives it.
@@ -383,6 +441,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "components": components_table,
     "conditions": conditions_table,
     "accelerator": accelerator_table,
+    "speed": speed_table,
     "extraction": extraction_table,
     "networks": networks_table,
     "threshold": threshold_table,
