@@ -16,19 +16,23 @@ calibrated on one half of so762/dev's speakers and evaluated on the other, and t
 each number of bits, with full precision trained on by either recipe's loss for as many steps: the control that tells
 what labels gain from what bits cost. `study.json` then holds `differences` with paired intervals.
 
+`configs/wespeaker_so762.py:levels` puts sets of levels side by side that are fitted alike, without training: by k-means,
+uniform ones of a fitted scale and offset, uniform ones over the weights' range, powers of two; at 4, 3 and 2 bits.
+
 Two hours or so on two cores with AVX-512, half of that for training; README shows the results, from
 `.github/results/wespeaker.json`. `--config.study.nested=False` leaves the nested network out.
 """
 
 import ml_collections
 
-from kmq_jax.study.config import smoke_study, study_config
+from kmq_jax.study.config import NO_EPOCHS, smoke_study, study_config
+from kmq_jax.study.options import PATTERNED
 from kmq_jax.training.config import default_config, known_arg
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Returns the configuration; `arg` is "smoke", "compare" or nothing."""
-    known_arg(arg, "smoke", "compare")
+    """Returns the configuration; `arg` is "compare", "levels", "smoke" or nothing."""
+    known_arg(arg, "compare", "levels", "smoke")
     config = default_config("wespeaker_resnet34", norm="bias")
     config.frontend, config.init_from = "wespeaker", "voxceleb_resnet34.onnx"
     root = ml_collections.FieldReference("data")
@@ -46,6 +50,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg == "compare":
         epochs = dict.fromkeys(("4", "3", "2", "32"), 1.0)
         config.study.update(also=("kmqat",), label_weight=0.1, nested=False, epochs=epochs, cascades=(), diagnose=())
+    if arg == "levels":
+        config.study.update(also=PATTERNED, nested=False, epochs=NO_EPOCHS, cascades=(), diagnose=())
     for name in ("so762", "words"):
         config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
     return smoke_study(config) if arg == "smoke" else config

@@ -59,10 +59,9 @@ def main(options: BiasesBench) -> None:
         rows.append({"bits": bits, "bytes": sizes[0], "bytes_half": sizes[1], "sets": sets})
         for data, one in sets.items():
             low, high = one["eer_change_ci95"] or (float("nan"),) * 2
-            print(
-                f"{bits} bits, {data}: {sizes[0]:,} -> {sizes[1]:,} bytes; EER {one['eer']:.3f} -> "
-                f"{one['eer_half']:.3f} %, change {one['eer_change']:+.3f} [{low:+.3f}, {high:+.3f}]; least cosine {one['min_cosine']:.7f}"
-            )
+            changed = f"{one['eer_change']:+.3f} [{low:+.3f}, {high:+.3f}]"
+            print(f"{bits} bits, {data}: {sizes[0]:,} -> {sizes[1]:,} bytes; least cosine {one['min_cosine']:.7f}")
+            print(f"  EER {one['eer']:.3f} -> {one['eer_half']:.3f} %, change {changed}")
     figures: Figures = {"kind": "biases", "fit": options.fit, "skip": list(options.skip), "rows": rows}
     if options.json:
         write_json(options.json, figures)

@@ -5,7 +5,7 @@ A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`, FILE
 | FILE is of | KIND |
 |---|---|
 | `study` | `bits`, one row a model; `trained`, of those the trained ones; `gains`, what of them a first page needs |
-| | `differences`, with paired intervals; `cascades`, one row a cascade and set; `components`, each alone |
+| | `differences`, with paired intervals; `recipes`, of those a row a recipe; `cascades`, one row a cascade and set; `components`, each alone |
 | `study --settings` | `settings`, one row a line of the paper |
 | `conditions` | `conditions` |
 | `threshold` | `threshold`, with `judged_on` added |
@@ -115,6 +115,38 @@ def difference_table(summary: Row) -> str:
         cells = [_change(one, "eer_change", 2), _change(one, "min_dcf_change", 3), apart if interval else ""]
         rows.append([name, str(one["bits"]), against, one["set"], *cells])
     return _markdown(rows)
+
+
+def recipes_table(summary: Row) -> str:
+    """One row a recipe and number of bits: EER, and its paired changes against full precision, the control and ours.
+
+    EERs are means over seeds. Ours is this project's recipe with levels by k-means, trained or not as the row's is.
+    """
+    found: dict[tuple[str, int, bool], dict[str, dict[str, Row]]] = {}
+    for one in summary["differences"]:
+        rows = found.setdefault((one["recipe"], one["bits"], one["trained"]), {})
+        rows.setdefault(one["set"], {})[one["against"]] = one
+    names = list(dict.fromkeys(one["set"] for one in summary["differences"]))
+    against = {"full precision": "full precision", "control": "trained alike", "distilled": "ours"}
+    heads = [f"{name}, {what}" for name in names for what in ("EER %", *(f"less {text}" for text in against.values()))]
+    lines = [["network", "bits", "seeds", *heads]]
+    for (recipe, bits, trained), sets in sorted(found.items(), key=lambda item: (not item[0][2], -item[0][1])):
+        first = next(iter(sets.values()))["full precision"]
+        cells = [_recipe_name(recipe, bits, trained), str(bits), str(first["seeds"])]
+        for name in names:
+            rows = sets[name]
+            eers = rows["full precision"]["eer_by_seed"]
+            cells.append(f"{sum(eers) / len(eers):.2f}")
+            cells += [_change(rows[one], "eer_change", 2) if one in rows else "" for one in against]
+        lines.append(cells)
+    return _markdown(lines)
+
+
+def _recipe_name(recipe: str, bits: int, trained: bool) -> str:
+    """How a recipe is called beside others: by its levels where nothing is trained."""
+    if not trained:
+        return f"{'k-means' if recipe == 'distilled' else recipe}, without training"
+    return f"{recipe}'s loss in full precision" if bits == 32 else recipe
 
 
 def cascade_table(summary: Row) -> str:
@@ -437,6 +469,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "gains": gains_table,
     "trained": trained_table,
     "differences": difference_table,
+    "recipes": recipes_table,
     "cascades": cascade_table,
     "components": components_table,
     "conditions": conditions_table,
