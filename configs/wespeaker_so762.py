@@ -16,8 +16,8 @@ calibrated on one half of so762/dev's speakers and evaluated on the other, and t
 each number of bits, with full precision trained on by either recipe's loss for as many steps: the control that tells
 what labels gain from what bits cost. `study.json` then holds `differences` with paired intervals.
 
-`configs/wespeaker_so762.py:levels` puts sets of levels side by side that are fitted alike, without training: by k-means,
-uniform ones of a fitted scale and offset, uniform ones over the weights' range, powers of two; at 4, 3 and 2 bits.
+`configs/wespeaker_so762.py:levels` puts sets of levels side by side that are fitted alike, without training: by
+k-means, uniform ones of a fitted scale and offset, uniform ones over the weights' range, and powers of two.
 
 Two hours or so on two cores with AVX-512, half of that for training; README shows the results, from
 `.github/results/wespeaker.json`. `--config.study.nested=False` leaves the nested network out.

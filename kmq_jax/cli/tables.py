@@ -21,9 +21,9 @@ COMMAND = Command(
     "A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`, FILE relative to the Markdown file.\n"
     "Of a study.json, KIND is `bits`, one row a model, `trained`, those of them that were, `gains`, what of them a\n"
     "first page needs, `differences`, what they differ by, `recipes`, of that one row a recipe, `cascades`, one row a\n"
-    "cascade and evaluation set, or `components`; of `study --settings`, `settings`; of `conditions`, `conditions`; of `threshold`, with `judged_on`\n"
-    "added, `threshold`; of `bench NAME --json`, `accelerator`, `networks`, `lazy`, `memory`, `biases`, of `bench\n"
-    "extract --peers`, `extraction`; of a .jsonl that several of the other benchmarks wrote to, `speed`.",
+    "cascade and evaluation set, or `components`; of `study --settings`, `settings`; of `conditions`, `conditions`;\n"
+    "of `threshold`, with `judged_on` added, `threshold`; of `bench NAME --json`, NAME for accelerator, networks,\n"
+    "lazy, memory and biases; of `bench extract --peers`, `extraction`; of a .jsonl of other benchmarks, `speed`.",
     "kmq-jax tables --file=README.md",
     (Files,),
 )

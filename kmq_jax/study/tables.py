@@ -5,7 +5,7 @@ A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`, FILE
 | FILE is of | KIND |
 |---|---|
 | `study` | `bits`, one row a model; `trained`, of those the trained ones; `gains`, what of them a first page needs |
-| | `differences`, with paired intervals; `recipes`, of those a row a recipe; `cascades`, one row a cascade and set; `components`, each alone |
+| | `differences`, with paired intervals; `recipes`, of those a row a recipe; `cascades`; `components` |
 | `study --settings` | `settings`, one row a line of the paper |
 | `conditions` | `conditions` |
 | `threshold` | `threshold`, with `judged_on` added |

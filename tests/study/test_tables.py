@@ -173,9 +173,10 @@ def test_speeds_are_of_the_newest_line_of_each_benchmark(tmp_path):
     ]  # fmt: skip
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     filled = tables.fill("<!-- table: r.jsonl speed -->\n<!-- end -->", tmp_path).splitlines()
+    what = "k-means, 59.8 M weights, 51,200 channels"
     assert filled[3:6] == [
-        "| k-means, 59.8 M weights, 51,200 channels | scikit-learn, `n_init=10`, on a part of them | 64 times as fast |",
-        "| k-means, 59.8 M weights, 51,200 channels | one `jnp.sort` of the same weights | 0.67 of its time |",
+        f"| {what} | scikit-learn, `n_init=10`, on a part of them | 64 times as fast |",
+        f"| {what} | one `jnp.sort` of the same weights | 0.67 of its time |",
         "| training step, resnet36, 16 x 200 frames, float32, 4 bits | the same in full precision | 0.98 of its time |",
     ]
     assert filled[7] == "On 2 processors."
