@@ -29,8 +29,8 @@ PAGES = [
 ]
 
 RESULT = re.compile(
-    r"\b(gains?|costs?|errs?|beyond chance|told apart|no difference|grows?|suffers?|recovers?|ruins?|favours?|lower|higher"
-    r"|(less|more|better|worse|larger|smaller|slower|faster|longer) than|slower|faster|as (fast|long) as|of its time"
+    r"\b(gains?|costs?|errs?|beyond chance|told apart|no difference|grows?|suffers?|recovers?|ruins?|favours?"
+    r"|lower|higher|(less|more|better|worse|larger|smaller|slower|faster|longer) than|slower|faster|as (fast|long) as|of its time"
     r"|in the noise|examples? a second|(a|an|one|two|ten|few|under|\d+) (seconds?|minutes?|hours?))\b"
 )
 """Words in which results are told."""
