@@ -16,14 +16,17 @@ Its study at 4, 3 and 2 bits, by this project's recipe or, with `--config.study.
 
     python -m kmq_jax.study --config=configs/so762_resnet36_small.py --workdir=runs/so762-study --config.data.root=DIR
 
-`:compare` is the comparison of recipes and of level sets at equal steps, one epoch (324) each and three seeds: this
-project's recipe, KMQAT as published, uniform levels of a learned scale and of the smallest squared error, powers of
-two, and full precision trained on as the control. `study.json` then holds `differences` with paired intervals.
+`:compare` sets recipes and sets of levels side by side at equal steps, with three seeds: this project's recipe, KMQAT as
+published, uniform levels of a learned scale and of the weights' range, powers of two, and full precision trained on as
+the control. Its network is of width 8, and each training takes 40 epochs, as KMQAT was published with: an epoch is EPOCH
+steps here, so that the scales are frozen for two of them and centroids move forty times. `study.json` then holds
+`differences` with paired intervals.
 """
 
 import ml_collections
 
-from kmq_jax.study.config import smoke_study, study_config
+from kmq_jax.study.config import NO_EPOCHS, smoke_study, study_config
+from kmq_jax.study.options import PATTERNED
 from kmq_jax.training.config import default_config, known_arg
 
 
@@ -48,9 +51,19 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         cascades=(("trained", (2, 3, 4)), ("trained", (2, 32))),
     )
     if arg == "compare":
-        epochs = dict.fromkeys(("4", "3", "2", "32"), 1.0)
-        config.study.update(also=("kmqat", "uniform", "minmax", "powers"), seeds=3, label_weight=0.1)
-        config.study.update(nested=False, epochs=epochs, cascades=(), diagnose=())
+        side_by_side(config)
     for name in ("so762", "words"):
         config.study.evaluate[name] = {"data": root + f"/{name}/dev", "trials": root + f"/{name}/dev/trials.txt"}
     return smoke_study(config) if arg == "smoke" else config
+
+
+def side_by_side(config: ml_collections.ConfigDict) -> None:
+    """Shrinks network and steps so that 36 trainings pass in an hour or so, and asks for them."""
+    config.model.width = 8
+    config.data.crop_seconds = 1.5
+    config.loss.update(margin_start=10.0, margin_end=20.0)
+    config.learning_rate.warmup_epochs = 2.0
+    config.validation.epochs = 0.0
+    config.update(batch_size=16, epoch_steps=27, epochs=80.0, checkpoint_epochs=20.0)
+    config.study.update(also=("kmqat", *PATTERNED), seeds=3, label_weight=0.1, nested=False, cascades=(), diagnose=())
+    config.study.epochs = NO_EPOCHS | dict.fromkeys(("3", "2", "32"), 40.0)
