@@ -16,10 +16,10 @@ Its study at 4, 3 and 2 bits, by this project's recipe or, with `--config.study.
 
     python -m kmq_jax.study --config=configs/so762_resnet36_small.py --workdir=runs/so762-study --config.data.root=DIR
 
-`:compare` sets recipes and sets of levels side by side at equal steps, with three seeds: this project's recipe, KMQAT as
-published, uniform levels of a learned scale and of the weights' range, powers of two, and full precision trained on as
-the control. Its network is of width 8, and each training takes 40 epochs, as KMQAT was published with: an epoch is EPOCH
-steps here, so that the scales are frozen for two of them and centroids move forty times. `study.json` then holds
+`:compare` sets recipes and sets of levels side by side at equal steps, with three seeds: this project's recipe, KMQAT
+as published, uniform levels of a learned scale and of the weights' range, powers of two, and full precision trained on
+as the control. Its network is of width 8, and each training takes 40 epochs, as KMQAT was published with. An epoch is
+EPOCH steps there, so that scales are frozen for two of them and centroids move forty times. `study.json` then holds
 `differences` with paired intervals.
 """
 

@@ -53,8 +53,8 @@ def study(config: ml_collections.ConfigDict, workdir: Path, only: Sequence[str] 
     Returns:
         Of `only`, nothing. Else what `study.json` holds: `rows`, one a model, with `model`, `method`, `bits`, `bytes`
         and the metrics of each evaluation set; `diagnosis`, by evaluation set; `cascades`; `published`,
-        `published_figures` and `members` of groups, to compare with; where several recipes, seeds or a control were
-        trained, `differences`, as `compare.differences` gives them.
+        `published_figures` and `members` of groups, to compare with; `seconds` that each step took; where several
+        recipes, seeds or a control were trained, `differences`, as `compare.differences` gives them.
 
     Raises:
         UserError: a setting, file or value is at fault.
@@ -119,6 +119,7 @@ def _summed_up(
     }
     if options.also or options.seeds > 1 or options.epochs.get(str(FULL)):
         summary["differences"] = differences(networks, list(options.sets.values()), functools.partial(place_of, steps))
+    summary["seconds"] = {name: cost["seconds"] for name, cost in steps.costs().items()}
     write_json(steps.directory / "study.json", summary)
     report.write(steps.directory, summary, settings, steps.costs())
     return summary
