@@ -232,7 +232,7 @@ def test_a_threshold_stands_with_its_intervals_and_what_it_did_to_others(tmp_pat
 def test_mistakes(tmp_path):
     with pytest.raises(
         UserError,
-        match="of r.json must be one of bits, gains, trained, differences, cascades, components, conditions",
+        match="of r.json must be one of bits, gains, trained, differences, recipes, cascades, components, cond",
     ):
         tables.fill("<!-- table: r.json colours -->\n<!-- end -->", tmp_path)
     with pytest.raises(UserError, match=r"absent\.json"):
