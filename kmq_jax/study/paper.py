@@ -15,7 +15,7 @@ from kmq_jax.study.networks import runs_of, training_config, training_steps
 from kmq_jax.study.options import FULL, MIXED, StudyOptions
 from kmq_jax.training.options import TrainOptions
 
-PAPER, CODE, OPEN = "paper", "its first author's code", "open in both"
+PAPER, CODE, OPEN = "paper", "code", "neither"
 _HERE = "tests/training/test_published.py::"
 _SETTINGS = {"fp32": "test_full_precision_is_trained_as_published", "kmqat": "test_two_bits_are_trained_as_published"}
 
@@ -26,7 +26,7 @@ class Line:
 
     Attributes:
         says: what, in words.
-        source: who says so: the paper, its first author's code, or nobody.
+        source: who says so: the paper, its first author's public code, or neither.
         setting: the option of `TrainOptions` that holds it; empty where the code can do nothing else.
         published: the option's value by what is said; None where nothing is said.
         test: that holds it; empty: the one that goes through all settings.
@@ -117,7 +117,7 @@ KMQAT = (
     Line("retention 0.9", PAPER, "quant.retention", 0.9),
     Line("bins of equal mass, a centroid their mean, divided by the largest magnitude", PAPER, "quant.recipe", "kmqat"),
     Line("weights clamped to their 5 % and 95 % quantiles; centroids of the clamped; indices nearest to clipped "
-         "weights; alpha = max(<w, q> / <q, q>, 1e-5), kept as softplus", CODE,
+         "weights; alpha = max(w.q / q.q, 1e-5), kept as softplus", CODE,
          test=_STEP + "test_kmqat_start_step_by_step"),
     Line("first indices are nearest to clipped weights over the largest clamped one", CODE,
          test=_HERE + "test_indices_begin_as_the_paper_places_them"),
