@@ -42,8 +42,8 @@ def comparison(summary: Row) -> list[Json]:
     found += _flip_rates(summary, more.get("flips", {}))
     for name, one in (summary.get("diagnosis") or {}).items() if "order" in more else ():
         order = list(more["order"])
-        measured = ", ".join(_order(one)[: len(order)]) or None
-        found.append(_line("components, most first", name, "", ", ".join(order), measured))
+        seen = ", ".join(_order(one)[: len(order)]) or None
+        found.append(_line("components, most first", name, "", ", ".join(order), seen))
     return found
 
 

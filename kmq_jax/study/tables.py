@@ -134,10 +134,10 @@ def recipes_table(summary: Row) -> str:
         first = next(iter(sets.values()))["full precision"]
         cells = [_recipe_name(recipe, bits, trained), str(bits), str(first["seeds"])]
         for name in names:
-            rows = sets[name]
-            eers = rows["full precision"]["eer_by_seed"]
+            compared = sets[name]
+            eers: list[float] = compared["full precision"]["eer_by_seed"]
             cells.append(f"{sum(eers) / len(eers):.2f}")
-            cells += [_change(rows[one], "eer_change", 2) if one in rows else "" for one in against]
+            cells += [_change(compared[one], "eer_change", 2) if one in compared else "" for one in against]
         lines.append(cells)
     return _markdown(lines)
 
