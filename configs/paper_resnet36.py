@@ -38,6 +38,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
                 "test-only": {"4": 0.0174, "3": 0.0190, "2": 0.0327},
             },
         },
+        "shift": {"vox1_h": {"2": {"nontarget": 0.0174, "target": -0.0189}}},
+        "pearson": {"vox1_h": {"2": 0.992}, "voxtube": {"2": 0.986}},
         "flips": {"vox1_h": {"4": (0.2043, 0.0014, "~0"), "3": (0.2138, 0.0037, "~0"), "2": (0.2389, 0.0335, 1.6e-4)}},
         "order": ("stage2", "stage3"),
     }

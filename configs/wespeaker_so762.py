@@ -18,19 +18,23 @@ what labels gain from what bits cost. `study.json` then holds `differences` with
 
 `configs/wespeaker_so762.py:free` is the study without training at 8, 4, 3 and 2 bits, to stand beside other networks.
 
+`configs/wespeaker_so762.py:levels` puts sets of levels side by side that are fitted alike, without training: by
+k-means, uniform ones of a fitted scale and offset, uniform ones over the weights' range, and powers of two.
+
 Two hours or so on two cores with AVX-512, half of that for training; README shows the results, from
 `.github/results/wespeaker.json`. `--config.study.nested=False` leaves the nested network out.
 """
 
 import ml_collections
 
-from kmq_jax.study.config import add_evaluation_sets, smoke_study, study_config, without_training
+from kmq_jax.study.config import NO_EPOCHS, add_evaluation_sets, smoke_study, study_config, without_training
+from kmq_jax.study.options import PATTERNED
 from kmq_jax.training.config import default_config, known_arg
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Returns the configuration; `arg` is "smoke", "compare", "free" or nothing."""
-    known_arg(arg, "smoke", "compare", "free")
+    """Returns the configuration; `arg` is "compare", "free", "levels", "smoke" or nothing."""
+    known_arg(arg, "compare", "free", "levels", "smoke")
     config = default_config("wespeaker_resnet34", norm="bias")
     config.frontend, config.init_from = "wespeaker", "voxceleb_resnet34.onnx"
     root = ml_collections.FieldReference("data")
@@ -48,6 +52,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg == "compare":
         epochs = dict.fromkeys(("4", "3", "2", "32"), 1.0)
         config.study.update(also=("kmqat",), label_weight=0.1, nested=False, epochs=epochs, cascades=(), diagnose=())
+    if arg == "levels":
+        config.study.update(also=PATTERNED, nested=False, epochs=NO_EPOCHS, cascades=(), diagnose=())
     if arg == "free":
         without_training(config)
     add_evaluation_sets(config, root, {"so762": "so762/dev", "words": "words/dev"})

@@ -6,8 +6,7 @@ import numpy as np
 
 from kmq_jax.benchmarks import score
 from kmq_jax.benchmarks.options import DiagnoseBench
-from kmq_jax.benchmarks.timing import Figures, in_turns, medians
-from kmq_jax.core.files import write_json
+from kmq_jax.benchmarks.timing import Figures, in_turns, medians, write_figures
 from kmq_jax.diagnosis import people, scores
 from kmq_jax.diagnosis.diagnosis import GROUP_DRAWS
 from kmq_jax.diagnosis.resample import SpeakerDraws
@@ -69,5 +68,6 @@ def main(options: DiagnoseBench) -> None:
         print(f"{name:16} {value:8.2f} s")
     print(f"statistics of trials, all with intervals: {total:.2f} s; EER and minDCF not among them")
     if options.json:
-        write_json(options.json, {"trials": options.trials, "models": options.models, "replicates": options.replicates,
-                               "seconds": median, "per_trial_seconds": total, "harmful_rates": rate})  # fmt: skip
+        about = {"trials": options.trials, "models": options.models, "replicates": options.replicates}
+        found = {"seconds": median, "per_trial_seconds": total, "harmful_rates": rate}
+        write_figures(options.json, "diagnose", about | found)

@@ -11,7 +11,7 @@ from kmq_jax import frontend, quant
 from kmq_jax.benchmarks import peers
 from kmq_jax.benchmarks.frontend import kaldi_fbank
 from kmq_jax.benchmarks.options import ExtractBench
-from kmq_jax.benchmarks.timing import Figures, in_turns, medians
+from kmq_jax.benchmarks.timing import Figures, in_turns, medians, processors, write_figures
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import write_json
 from kmq_jax.data import buckets, source
@@ -183,7 +183,7 @@ def beside_peers(options: ExtractBench) -> Figures:
             }
         )
     audio_seconds = float(utterances.lengths().sum() / source.SAMPLE_RATE)
-    return {"processors": peers.processors(), "audio_seconds": audio_seconds, "sides": rows}
+    return {"processors": processors(), "audio_seconds": audio_seconds, "sides": rows}
 
 
 def peers_main(options: ExtractBench) -> None:
@@ -221,4 +221,4 @@ def main(options: ExtractBench) -> None:
         f"cosine between them: least {figures['min_cosine']:.7f}, mean {figures['mean_cosine']:.7f}"
     )
     if options.json:
-        write_json(options.json, {"data": options.data, "utterances": len(utterances), **figures})
+        write_figures(options.json, "extract", {"data": options.data, "utterances": len(utterances), **figures})

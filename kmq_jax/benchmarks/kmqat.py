@@ -4,8 +4,7 @@ import statistics
 from collections.abc import Callable
 
 from kmq_jax.benchmarks.options import KmqatBench
-from kmq_jax.benchmarks.timing import Figures, in_turns
-from kmq_jax.core.files import write_json
+from kmq_jax.benchmarks.timing import Figures, in_turns, write_figures
 from kmq_jax.core.memory import keep_freed_memory
 
 CLASSES = 1000
@@ -50,4 +49,4 @@ def main(options: KmqatBench) -> None:
         figures[name] = {"seconds": statistics.median(runs), "ratio": ratio}
         print(f"{name:16}{figures[name]['seconds']:8.3f} s   {ratio:6.3f} of full precision")
     if options.json:
-        write_json(options.json, figures)
+        write_figures(options.json, "kmqat", figures)

@@ -144,6 +144,30 @@ class AcceleratorBench(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BiasesBench(Bench):
+    """Packed files with biases in float16 beside the same files with biases in float32: bytes, errors, embeddings.
+
+    A network is fitted without training at each number of bits. --data and --trials may be repeated, as pairs. Changes
+    have paired 95 % intervals over draws of speakers. `tables` writes the JSON as a table of the kind `biases`.
+    """
+
+    model: str = option("full-precision MODEL", metavar="MODEL")
+    fit: str = option("DATA whose crops layers are fitted on", metavar="DATA")
+    data: tuple[str, ...] = option("recordings: any DATA form; once for each list", metavar="DATA")
+    trials: tuple[str, ...] = option("trial list, or synthetic:SPLIT; once for each --data", metavar="TRIALS")
+    bits: tuple[int, ...] = option("bits of the files", (4, 3, 2), at_least=1, at_most=8)
+    skip: tuple[str, ...] = option("parameters to keep in full precision; repeatable", (), metavar="REGEX")
+    engine: Engine = option("what runs the networks", "auto")
+    replicates: int = option("draws of speakers", 1000, at_least=0)
+
+    def __post_init__(self) -> None:
+        """See `Options`; also checks what goes together."""
+        super().__post_init__()
+        if not self.data or len(self.data) != len(self.trials):
+            raise UserError(f"`trials` (={len(self.trials)} given) must be one for each of {len(self.data)} --data")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CascadeBench(Rounds):
     """A cascade on a long trial list: seconds, memory; with --stage over random splits of speakers."""
 
@@ -351,6 +375,16 @@ class AcrossBench(Rounds):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryBench(Bench):
+    """The paper's memory table, every cell: what its two networks weigh as they are packed here.
+
+    Counted on shapes, in MiB; nothing is trained. `tables` writes the JSON as a table of the kind `memory`.
+    """
+
+    biases: Literal["float16", "float32"] = option("the type of biases of convolutions and linear layers", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
 class NetworksBench(Bench):
     """Every network: parameters and arithmetic beside its source's, and the time of an embedding.
 
@@ -445,6 +479,7 @@ BENCHMARKS: dict[str, type[Options]] = {
     "accelerator": AcceleratorBench,
     "across": AcrossBench,
     "activations": ActivationsBench,
+    "biases": BiasesBench,
     "cascade": CascadeBench,
     "data": DataBench,
     "diagnose": DiagnoseBench,
@@ -452,6 +487,7 @@ BENCHMARKS: dict[str, type[Options]] = {
     "frontend": FrontendBench,
     "kmqat": KmqatBench,
     "lazy": LazyBench,
+    "memory": MemoryBench,
     "networks": NetworksBench,
     "pods": PodsBench,
     "quant": QuantBench,

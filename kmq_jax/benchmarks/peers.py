@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kmq_jax.benchmarks.frontend import kaldi_fbank
+from kmq_jax.benchmarks.timing import processors
 from kmq_jax.core.errors import UserError
 from kmq_jax.data import source
 from kmq_jax.frontend import FrontEnd
@@ -143,11 +144,6 @@ def _compiled(network: object) -> tuple[Run, int]:
         return np.array(own.request.infer([feats])[0])
 
     return run, size
-
-
-def processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def embed_all(run: Run, utterances: source.Utterances, fbank: FrontEnd) -> np.ndarray:

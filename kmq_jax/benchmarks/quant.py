@@ -9,8 +9,7 @@ import numpy as np
 
 from kmq_jax import quant
 from kmq_jax.benchmarks.options import QuantBench
-from kmq_jax.benchmarks.timing import in_turns, medians
-from kmq_jax.core.files import write_json
+from kmq_jax.benchmarks.timing import in_turns, medians, write_figures
 from kmq_jax.core.tree import Params, named_leaves
 from kmq_jax.models import registry
 
@@ -149,4 +148,4 @@ def main(options: QuantBench) -> None:
             f" {figures['step_quantized']:.2f} s: {100 * figures['step_overhead']:+.1f} %"
         )
     if options.json:
-        write_json(options.json, figures)
+        write_figures(options.json, "quant", figures)

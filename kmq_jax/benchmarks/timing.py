@@ -1,11 +1,14 @@
 """Seconds of functions that take turns, so that a busy machine slows all of them alike; and what is found."""
 
+import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TypeAlias
 
-from kmq_jax.core.files import Json
+from kmq_jax.core.files import Json, atomic_write, write_json
 
 Figures: TypeAlias = Json
 """What a benchmark finds, by name, as JSON holds it."""
@@ -49,3 +52,30 @@ def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     {'a': 2.0}
     """
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def write_figures(path: Path, bench: str, figures: Mapping[str, object]) -> None:
+    """Writes what a benchmark found as JSON; to a file that ends in `.jsonl` it is added as a line.
+
+    A line begins with `bench` and `processors`. An older line of the same benchmark stays: tables show the newest.
+
+    Args:
+        path: the file.
+        bench: the benchmark's name.
+        figures: what it found.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if path.suffix != ".jsonl":
+        write_json(path, figures)
+        return
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    line = json.dumps({"bench": bench, "processors": processors(), **figures}, allow_nan=False)
+    with atomic_write(path) as temporary:
+        temporary.write_text(f"{before}{line}\n", encoding="utf-8")

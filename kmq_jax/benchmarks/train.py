@@ -10,9 +10,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from kmq_jax.benchmarks.options import TrainBench
-from kmq_jax.benchmarks.timing import Figures
+from kmq_jax.benchmarks.timing import Figures, write_figures
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import write_json
 from kmq_jax.core.memory import keep_freed_memory, peak_memory_mb
 
 NETWORK, CLASSES, SCALE, MARGIN = "wespeaker_resnet34", 1000, 32.0, 0.2
@@ -189,4 +188,4 @@ def main(options: TrainBench) -> None:
         result["ratio"] = max(figures[side]["ratio"] for side in sides[1:])
         print(f"ours takes {result['ratio']:.3f} of the time of the faster PyTorch layout")
     if options.json:
-        write_json(options.json, result)
+        write_figures(options.json, "train", result)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from absl import flags as absl_flags
 
 BOTH = ("--help", "--config=", "--workdir=")
-FLAGS = {"train": ("--tensorboard", "--wandb="), "study": ("--engine=", "--only=")}
+FLAGS = {"train": ("--tensorboard", "--wandb="), "study": ("--engine=", "--only=", "--settings=")}
 """The flags of each command that takes a configuration, for tab completion."""
 
 PLACES = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")

@@ -17,6 +17,8 @@ again, it goes on where it stopped and repeats only what has changed.
   --engine    what extracts embeddings: jax, onnxruntime, or auto; short for --config.study.engine
   --only      makes and measures these networks alone, such as distilled-2,kmqat-2: several processes may share a study
               so, on one host or as an array of jobs, before the same command without it; `list` prints all names
+  --settings  only prints what the paper says of one training (fp32, kmqat-2, ...) beside its settings here, and writes
+              it to DIR/settings-NAME.json
   --workdir   directory of all models, embeddings and results
 
 example:
@@ -36,15 +38,19 @@ def main() -> None:
 
     keep_freed_memory()  # before JAX starts its threads
     from kmq_jax.study.networks import training_steps
-    from kmq_jax.study.pipeline import options_of, study
-    from kmq_jax.study.tables import study_table
+    from kmq_jax.study.pipeline import options_of, study, write_settings
+    from kmq_jax.study.tables import settings_table, study_table
 
     own = absl_flags.FlagValues()
     absl_flags.DEFINE_list("only", [], "", flag_values=own)
+    absl_flags.DEFINE_string("settings", None, "", flag_values=own)
     words = [word.replace("--engine=", "--config.study.engine=", 1) for word in sys.argv]
     config, workdir = parse_flags(words, own)
     if own["only"].value == ["list"]:
         print("\n".join(training_steps(options_of(config))))
+        return
+    if own["settings"].value is not None:
+        print(settings_table(write_settings(config, workdir, own["settings"].value)), end="")
         return
     summary = study(config, workdir, own["only"].value or ())
     if summary:

@@ -18,14 +18,13 @@ class Files(Options):
 COMMAND = Command(
     "tables",
     "Writes the results tables of a Markdown file from the JSON files they come from.\n"
-    "A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE is a study.json, its path\n"
-    "relative to the Markdown file; KIND is `bits`, one row a model, `trained`, those of them that were,\n"
-    "`gains`, what of them a first page needs, `differences`, what they differ by, `cascades`, one row a cascade\n"
-    "and evaluation set, or `components`. Of what `conditions` writes, KIND is `conditions`; of `bench\n"
-    "accelerator`, `accelerator`; of `bench extract --peers --json`, `extraction`; of `bench networks --json`,\n"
-    "`networks`; of `bench across`, `across`; of `bench stream`, `stream`; of `.ci/house.py`, `house`;\n"
-    "of `threshold`, with `judged_on` added, `threshold`. Several studies, separated by commas, stand in one table of\n"
-    "the KIND `architectures` or `fragile`.",
+    "A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`, FILE relative to the Markdown file.\n"
+    "Of a study.json, KIND is `bits`, one row a model, `trained`, those of them that were, `gains`, what of them a\n"
+    "first page needs, `differences`, what they differ by, `recipes`, of that one row a recipe, `cascades`, one row a\n"
+    "cascade and evaluation set, or `components`; of `study --settings`, `settings`; of `conditions`, `conditions`;\n"
+    "of `threshold`, with `judged_on` added, `threshold`; of `bench NAME --json`, NAME of accelerator, networks,\n"
+    "lazy, across, activations, stream, memory and biases, NAME; of `bench extract --peers`, `extraction`; of a .jsonl\n"
+    "of other benchmarks, `speed`; of several studies, separated by commas, `architectures` or `fragile`.",
     "kmq-jax tables --file=README.md",
     (Files,),
 )

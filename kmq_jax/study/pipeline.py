@@ -32,6 +32,7 @@ from kmq_jax.study.cascades import family_steps, run_cascade
 from kmq_jax.study.compare import compare_on, differences
 from kmq_jax.study.networks import Network, make_networks
 from kmq_jax.study.options import FULL, NESTED, EvaluationSet, StudyOptions
+from kmq_jax.study.paper import settings_beside
 from kmq_jax.study.plan import planned, seconds_left
 from kmq_jax.study.steps import Steps
 
@@ -50,10 +51,11 @@ def study(config: ml_collections.ConfigDict, workdir: Path, only: Sequence[str] 
             once; a study of all then finds them done.
 
     Returns:
-        Of `only`, nothing. Else what `study.json` holds: `network`, its name; `rows`, one a model, with `model`,
-        `method`, `bits`, `bytes` and the metrics of each evaluation set; `diagnosis`, by evaluation set; `cascades`;
-        `published`, `published_figures` and `members` of groups, to compare with; where several recipes, seeds or a
-        control were trained, `differences`, as `compare.differences` gives them.
+        Of `only`, nothing. Else what `study.json` holds: `network`, its name; `rows`, one a model, with
+        `model`, `method`, `bits`, `bytes` and the metrics of each evaluation set; `diagnosis`, by evaluation
+        set; `cascades`; `published`, `published_figures` and `members` of groups, to compare with; `seconds`
+        that each step took; where several recipes, seeds or a control were trained, `differences`, as
+        `compare.differences` gives them.
 
     Raises:
         UserError: a setting, file or value is at fault.
@@ -91,6 +93,18 @@ def options_of(config: ml_collections.ConfigDict) -> StudyOptions:
         raise UserError(f"the configuration's section `study` has another form: {error}") from error
 
 
+def write_settings(config: ml_collections.ConfigDict, workdir: Path, step: str) -> Json:
+    """Writes what is published of one training beside its settings (`paper.settings_beside`) into the directory.
+
+    Raises:
+        UserError: a setting is at fault, or nothing is published of such a training.
+    """
+    found = settings_beside(config, options_of(config), step)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / f"settings-{step}.json", found)
+    return found
+
+
 def _summed_up(
     steps: Steps, networks: Sequence[Network], rows: Sequence[Row], options: StudyOptions, settings: Json
 ) -> Json:
@@ -107,6 +121,7 @@ def _summed_up(
     }
     if options.also or options.seeds > 1 or options.epochs.get(str(FULL)):
         summary["differences"] = differences(networks, list(options.sets.values()), functools.partial(place_of, steps))
+    summary["seconds"] = {name: cost["seconds"] for name, cost in steps.costs().items()}
     write_json(steps.directory / "study.json", summary)
     report.write(steps.directory, summary, settings, steps.costs())
     return summary

@@ -4,6 +4,8 @@
 
 - `min_dcf`: `{group: {bits: value}}`,
 - `drift`: `{group: {"full" or "test-only": {bits: mean |drift|}}}`,
+- `shift`: `{set: {bits: {"target" or "nontarget": mean drift}}}`, where both sides are quantized,
+- `pearson`: `{set: {bits: correlation with full precision's scores}}`,
 - `flips`: `{set: {bits: [near, mid, far]}}`, harmful flips by thirds of full precision's margin,
 - `order`: the components that matter most, first to last.
 """
@@ -28,11 +30,20 @@ def comparison(summary: Row) -> list[Json]:
     more = summary.get("published_figures") or {}
     found = _errors(summary, "EER %", summary["published"])
     found += _errors(summary, "minDCF", more.get("min_dcf", {}))
-    found += _drifts(summary, more.get("drift", {})) + _flip_rates(summary, more.get("flips", {}))
+    found += _drifts(summary, more.get("drift", {}))
+    for name, widths in more.get("shift", {}).items():
+        for bits, classes in widths.items():
+            for kind, value in classes.items():
+                measured = _of_drift(summary, name, "full", bits, "mean", kind)
+                found.append(_line(f"mean drift, {kind}", name, bits, value, measured))
+    for name, widths in more.get("pearson", {}).items():
+        for bits, value in widths.items():
+            found.append(_line("correlation", name, bits, value, _of_drift(summary, name, "full", bits, "pearson")))
+    found += _flip_rates(summary, more.get("flips", {}))
     for name, one in (summary.get("diagnosis") or {}).items() if "order" in more else ():
         order = list(more["order"])
-        measured = ", ".join(_order(one)[: len(order)]) or None
-        found.append(_line("components, most first", name, "", ", ".join(order), measured))
+        seen = ", ".join(_order(one)[: len(order)]) or None
+        found.append(_line("components, most first", name, "", ", ".join(order), seen))
     return found
 
 
@@ -61,7 +72,7 @@ def _drifts(summary: Row, values: Row) -> list[Json]:
     for group, kinds in values.items():
         for kind, published in kinds.items():
             for bits, value in published.items():
-                drifts = [_drift(summary, name, kind, bits) for name in _members(summary, group)]
+                drifts = [_of_drift(summary, name, kind, bits, "mean_abs") for name in _members(summary, group)]
                 rows.append(_line(f"mean |drift|, {kind}", group, bits, value, _mean(drifts)))
     return rows
 
@@ -106,9 +117,10 @@ def _table(summary: Row, name: str, table: str) -> list[Row]:
     return rows
 
 
-def _drift(summary: Row, name: str, kind: str, bits: str) -> float | None:
-    rows = (row for row in _table(summary, name, "drift") if row["kind"] == kind and row["class"] == "all")
-    return next((row["mean_abs"] for row in rows if str(row["bits"]) == bits), None)
+def _of_drift(summary: Row, name: str, kind: str, bits: str, figure: str, of: str = "all") -> float | None:
+    """A figure of the drift on a set; None where it has not been measured."""
+    rows = (row for row in _table(summary, name, "drift") if row["kind"] == kind and row["class"] == of)
+    return next((row[figure] for row in rows if str(row["bits"]) == bits), None)
 
 
 def _flips(summary: Row, name: str, bits: str, place: int) -> float | None:

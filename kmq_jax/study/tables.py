@@ -1,17 +1,21 @@
 """Writes the results tables of a Markdown file from the JSON files they come from.
 
-A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`. FILE is a `study.json`, its path relative to
-the Markdown file; KIND is `bits`, one row a model, `trained`, the trained models alone, `differences`, what they differ
-by, with paired intervals, `cascades`, one row a cascade and evaluation set, or `components`, what each component does
-alone. Of the file that `conditions` writes, KIND is `conditions`; of the one that `bench accelerator` writes,
-`accelerator`, one row for each thing measured; of the one by `.ci/weigh.py`, `weights`; of the one by
-`bench extract --peers`, `extraction`, one row a side; of the one by `bench networks`, `networks`; of the one by
-`bench lazy`, `lazy`, one row a side and list; of the one by `bench across`, `across`, likewise; of the one by
-`bench stream`, `stream`, one row a command; of the one by `bench activations`, `activations`, one row a pair and list;
-of those by `launch/fuzz.py` and `launch/faults.py`, `fuzz` and `faults`.
+A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`, FILE relative to the Markdown file:
 
-Several studies stand in one table where FILE names several, separated by commas: KIND `architectures`, one row a model
-of each network, or `fragile`, the components of each network that do most harm alone.
+| FILE is of | KIND |
+|---|---|
+| `study` | `bits`, one row a model; `trained`, of those the trained ones; `gains`, what of them a first page needs |
+| | `differences`, with paired intervals; `recipes`, of those a row a recipe; `cascades`; `components` |
+| `study --settings` | `settings`, one row a line of the paper |
+| `conditions` | `conditions` |
+| `threshold` | `threshold`, with `judged_on` added |
+| `bench accelerator`, `extract --peers`, `networks`, `lazy` | `accelerator`, `extraction`, `networks`, `lazy` |
+| `bench across`, `activations`, `stream` | `across`, `activations`, `stream` |
+| `bench memory`, `biases` | `memory`, one row a cell of the paper's table; `biases` |
+| `bench train`, `extract`, `quant`, `kmqat`, `diagnose`, a line of a `.jsonl` each | `speed` |
+| `launch/fuzz.py`, `launch/faults.py` | `fuzz`, `faults` |
+| `.ci/weigh.py`, `.ci/house.py` | `weights`, `house` |
+| several studies, separated by commas | `architectures`, one row a model of each network; `fragile`, its components |
 """
 
 import json
@@ -114,6 +118,38 @@ def difference_table(summary: Row) -> str:
         cells = [_change(one, "eer_change", 2), _change(one, "min_dcf_change", 3), apart if interval else ""]
         rows.append([name, str(one["bits"]), against, one["set"], *cells])
     return _markdown(rows)
+
+
+def recipes_table(summary: Row) -> str:
+    """One row a recipe and number of bits: EER, and its paired changes against full precision, the control and ours.
+
+    EERs are means over seeds. Ours is this project's recipe with levels by k-means, trained or not as the row's is.
+    """
+    found: dict[tuple[str, int, bool], dict[str, dict[str, Row]]] = {}
+    for one in summary["differences"]:
+        rows = found.setdefault((one["recipe"], one["bits"], one["trained"]), {})
+        rows.setdefault(one["set"], {})[one["against"]] = one
+    names = list(dict.fromkeys(one["set"] for one in summary["differences"]))
+    against = {"full precision": "full precision", "control": "trained alike", "distilled": "ours"}
+    heads = [f"{name}, {what}" for name in names for what in ("EER %", *(f"less {text}" for text in against.values()))]
+    lines = [["network", "bits", "seeds", *heads]]
+    for (recipe, bits, trained), sets in sorted(found.items(), key=lambda item: (not item[0][2], -item[0][1])):
+        first = next(iter(sets.values()))["full precision"]
+        cells = [_recipe_name(recipe, bits, trained), str(bits), str(first["seeds"])]
+        for name in names:
+            compared = sets[name]
+            eers: list[float] = compared["full precision"]["eer_by_seed"]
+            cells.append(f"{sum(eers) / len(eers):.2f}")
+            cells += [_change(compared[one], "eer_change", 2) if one in compared else "" for one in against]
+        lines.append(cells)
+    return _markdown(lines)
+
+
+def _recipe_name(recipe: str, bits: int, trained: bool) -> str:
+    """How a recipe is called beside others: by its levels where nothing is trained."""
+    if not trained:
+        return f"{'k-means' if recipe == 'distilled' else recipe}, without training"
+    return f"{recipe}'s loss in full precision" if bits == 32 else recipe
 
 
 def cascade_table(summary: Row) -> str:
@@ -428,6 +464,59 @@ def stream_table(found: Row) -> str:
     return _markdown(rows) + f"\n{about}, a list of {found['list_bytes'] / 1e9:.1f} GB.\n"
 
 
+def speed_table(lines: list[Row]) -> str:
+    """What benchmarks found beside others, each by its newest line; ratios were measured in turns in one run."""
+    newest = {(line["bench"], line.get("dtype")): line for line in lines}
+    rows = [["what", "beside", "found"]]
+    for (bench, _), line in newest.items():
+        rows += [list(cells) for cells in SPEED_ROWS[bench](line)]
+    found = sorted({line["processors"] for line in newest.values()})
+    return _markdown(rows) + f"\nOn {' or '.join(map(str, found))} processors.\n"
+
+
+Cells = tuple[str, str, str]
+
+
+def _train_speed(line: Row) -> list[Cells]:
+    what = f"training step, ResNet34, {line['batch']} x {line['frames']} frames, {line['dtype']}"
+    return [(what, "PyTorch, the faster of its two layouts", f"{line['ratio']:.2f} of its time")]
+
+
+def _extract_speed(line: Row) -> list[Cells]:
+    what = f"extraction, {line['audio_seconds']:,.0f} s of speech in {line['utterances']:,} files"
+    beside = f"ONNX Runtime, {line['threads']} threads, kaldi-native-fbank"
+    return [(what, beside, f"{line['speedup']:.2f} times as fast")]
+
+
+def _quant_speed(line: Row) -> list[Cells]:
+    what = f"k-means, {line['weights'] / 1e6:.1f} M weights, {line['channels']:,} channels"
+    return [
+        (what, "scikit-learn, `n_init=10`, on a part of them", f"{line['speedup_over_sklearn']:.0f} times as fast"),
+        (what, "one `jnp.sort` of the same weights", f"{line['times_jnp_sort']:.2f} of its time"),
+    ]
+
+
+def _kmqat_speed(line: Row) -> list[Cells]:
+    what = f"training step, {line['model']}, {line['batch']} x {line['frames']} frames, {line['dtype']}"
+    steps = [(name, one["ratio"]) for name, one in line.items() if isinstance(one, dict) and name != "full precision"]
+    return [(f"{what}, {name}", "the same in full precision", f"{ratio:.2f} of its time") for name, ratio in steps]
+
+
+def _diagnose_speed(line: Row) -> list[Cells]:
+    what = f"statistics of a diagnosis, {line['trials']:,} trials, {line['models']} models"
+    return [(what, f"{line['replicates']:,} draws for intervals with them", f"{line['per_trial_seconds']:.1f} s")]
+
+
+SPEED_ROWS: dict[str, Callable[[Row], list[Cells]]] = {
+    "train": _train_speed,
+    "extract": _extract_speed,
+    "quant": _quant_speed,
+    "kmqat": _kmqat_speed,
+    "diagnose": _diagnose_speed,
+}
+"""The rows of each benchmark's line in `speed_table`."""
+
+
 def weights_table(found: Row) -> str:
     """What each form of installation weighs, and which packages most of it is."""
     names = {
@@ -472,16 +561,67 @@ def house_table(found: Row) -> str:
     return _markdown(rows) + f"\n{at[0].upper()}{at[1:]}.\n"
 
 
+def settings_table(found: Row) -> str:
+    """What is published of a training beside its settings: equal, or chosen and why; and the test that holds it.
+
+    Args:
+        found: as `paper.settings_beside` gives it.
+    """
+    rows = [["published", "by", "setting", "there", "here", "", "held by"]]
+    for row in found["rows"]:
+        there, here = ("" if value is None else f"`{_plainly(value)}`" for value in (row["published"], row["here"]))
+        verdict = {True: "equal", False: "**differs**", None: "chosen"}[row["equal"]]
+        setting, test = (f"`{name}`" if name else "" for name in (row["setting"], row["test"].rpartition("::")[2]))
+        verdict += f": {row['why']}" if row["why"] else ""
+        rows.append([row["says"], row["source"], setting, there, here, verdict, test])
+    return _markdown(rows)
+
+
+def _plainly(value: Any) -> str:
+    """A setting as a reader writes it."""
+    if isinstance(value, list):
+        return f"({', '.join(map(_plainly, value))})"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def memory_table(found: Row) -> str:
+    """The paper's memory table, cell by cell: what is published, and what is counted here, in MiB."""
+    rows = [["network", "bits", "what", "published", "here", ""]]
+    for row in found["rows"]:
+        digits = len(row["published"].partition(".")[2])
+        here = f"{row['mib']:.{digits}f}"
+        verdict = "equal" if here == row["published"] else "**differs**"
+        rows.append([row["network"], f"{row['bits']}", row["what"], row["published"], here, verdict])
+    return _markdown(rows)
+
+
+def biases_table(found: Row) -> str:
+    """What biases in half precision save and change, by bits, on each list; the least cosine is of all embeddings."""
+    names = list(found["rows"][0]["sets"])
+    heads = [head for name in names for head in (f"{_corpus(name)}, EER %", "in FP16", "change", "minDCF", "cosine")]
+    rows = [["bits", "bytes", "in FP16", *heads]]
+    for row in found["rows"]:
+        cells = [str(row["bits"]), f"{row['bytes']:,}", f"{row['bytes_half']:,}"]
+        for name in names:
+            one = row["sets"][name]
+            cells += [f"{one['eer']:.3f}", f"{one['eer_half']:.3f}", _change(one, "eer_change", 3)]
+            cells += [_change(one, "min_dcf_change", 4), f"{one['min_cosine']:.6f}"]
+        rows.append(cells)
+    return _markdown(rows) + _about_sets({_corpus(name): found["rows"][0]["sets"][name] for name in names})
+
+
 TABLES: dict[str, Callable[[Any], str]] = {
     "activations": activations_table,
     "bits": study_table,
     "gains": gains_table,
     "trained": trained_table,
     "differences": difference_table,
+    "recipes": recipes_table,
     "cascades": cascade_table,
     "components": components_table,
     "conditions": conditions_table,
     "accelerator": accelerator_table,
+    "speed": speed_table,
     "extraction": extraction_table,
     "networks": networks_table,
     "threshold": threshold_table,
@@ -492,6 +632,9 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "fuzz": fuzz_table,
     "faults": faults_table,
     "house": house_table,
+    "settings": settings_table,
+    "memory": memory_table,
+    "biases": biases_table,
 }
 
 TABLES_OF_SEVERAL: dict[str, Callable[[Sequence[Any]], str]] = {

@@ -1,5 +1,6 @@
 """Paired differences of a study's networks, on embeddings made by hand, and the controls that a study trains."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from kmq_jax.study.options import EvaluationSet, StudyOptions
 from kmq_jax.training.config import default_config
 from kmq_jax.training.options import TrainOptions
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+LEVELS = ("", "uniform-", "minmax-", "powers-")
 SPEAKERS, EACH = 12, 4
 
 
@@ -105,6 +108,37 @@ def test_levels_that_k_means_does_not_place_are_measured_untrained_too():
     assert (made.quant.levels, made.quant.centroids) == ("powers", "fixed")
     group = compare.Group("powers", 2, True)
     assert group.control == compare.Group("distilled", 32, True)
+
+
+def configured(name, arg):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(arg)
+    return config, StudyOptions.of(json.loads(config.to_json())["study"])
+
+
+def test_recipes_are_compared_at_equal_steps():
+    """KMQAT hears no other speeds, so that a pass over the data is shorter for it."""
+    config, options = configured("so762_resnet36_small", "compare")
+    runs = [run for run in networks.runs_of(options) if networks.epochs_of(options, run)]
+    made = [TrainOptions.from_config(networks.training_config(config, options, run, "fp32")) for run in runs]
+    assert {(one.epochs, one.epoch_steps, one.batch_size, one.data.crop_seconds) for one in made} == {
+        (40.0, config.epoch_steps, config.batch_size, config.data.crop_seconds)
+    }
+    assert config.epoch_steps > 0 and len(runs) == 3 * (2 * 4 + 2)
+    assert {(run.recipe, run.name) for run in runs} == {
+        *((recipe, bits) for recipe in ("distilled", "kmqat", "uniform", "powers") for bits in "32"),
+        ("distilled", "32"), ("kmqat", "32"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["so762_resnet36_small", "wespeaker_so762"])
+def test_every_set_of_levels_is_fitted_at_all_bits(name):
+    _, options = configured(name, "levels")
+    fitted = [run.untrained_step for run in networks.runs_of(options) if run.untrained]
+    assert sorted(fitted) == sorted(f"ptq-{levels}{bits}" for levels in LEVELS for bits in "432")
+    assert not any(networks.epochs_of(options, run) for run in networks.runs_of(options))
 
 
 @pytest.mark.parametrize("recipe", ["distilled", "kmqat"])

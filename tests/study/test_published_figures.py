@@ -20,6 +20,8 @@ def row(bits, method, eer, dcf):
 
 def diagnosed(drift):
     kinds = [{"bits": 2, "kind": kind, "class": "all", "mean_abs": drift} for kind in ("full", "test-only")]
+    kinds[0]["pearson"] = 0.99
+    kinds.append({"bits": 2, "kind": "full", "class": "target", "mean": -drift})
     flips = [
         {"bits": 2, "binning": "equal-mass", "bin": i, "harmful_rate": rate} for i, rate in enumerate((0.2, 0.1, 0))
     ]
@@ -37,6 +39,8 @@ SUMMARY = {
     "published_figures": {
         "min_dcf": {"g": {"2": 0.25, "3": 0.2}},
         "drift": {"g": {"test-only": {"2": 0.15}}},
+        "shift": {"a": {"2": {"target": -0.2, "nontarget": 0.1}}},
+        "pearson": {"a": {"2": 0.992}, "d": {"2": 0.986}},
         "flips": {"a": {"2": [0.25, 0.15, "~0"]}, "c": {"2": [0.3]}},
         "order": ["stage2", "stage3"],
     },
@@ -54,6 +58,10 @@ def test_every_published_figure_has_its_measured_one():
     assert found.pop(("minDCF", "g", "3")) == (0.2, None)
     published, measured = found.pop(("mean |drift|, test-only", "g", "2"))
     assert (published, round(measured, 9)) == (0.15, 0.2)
+    assert found.pop(("mean drift, target", "a", "2")) == (-0.2, -0.1)
+    assert found.pop(("mean drift, nontarget", "a", "2")) == (0.1, None)
+    assert found.pop(("correlation", "a", "2")) == (0.992, 0.99)
+    assert found.pop(("correlation", "d", "2")) == (0.986, None)
     assert found.pop(("harmful flips, near", "a", "2")) == (0.25, 0.2)
     assert found.pop(("harmful flips, mid", "a", "2")) == (0.15, 0.1)
     assert found.pop(("harmful flips, far", "a", "2")) == ("~0", 0.0)

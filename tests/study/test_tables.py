@@ -136,6 +136,66 @@ def test_a_difference_whose_interval_holds_zero_is_called_none(tmp_path):
     assert filled[5] == f"| kmqat | 2 | full precision, trained alike | a |  | {minimum} |  |"
 
 
+def test_recipes_have_one_row_each_with_every_comparison(tmp_path):
+    def row(recipe, bits, trained, against, change, eers):
+        about = {"recipe": recipe, "bits": bits, "trained": trained, "against": against, "set": "a", "seeds": len(eers)}
+        return about | {"eer_change": change, "eer_change_ci95": [change - 0.5, change + 0.5], "eer_by_seed": eers}
+
+    rows = [
+        row("distilled", 2, False, "full precision", 1.5, [5.5]),
+        row("distilled", 2, True, "full precision", 0.25, [4.0, 4.5]),
+        row("distilled", 2, True, "control", 0.75, [4.0, 4.5]),
+        row("distilled", 32, True, "full precision", -0.5, [3.5, 3.5]),
+        row("powers", 2, True, "full precision", 2.0, [6.0, 6.0]),
+        row("powers", 2, True, "distilled", 1.75, [6.0, 6.0]),
+    ]
+    (tmp_path / "r.json").write_text(json.dumps({"differences": rows}))
+    filled = tables.fill("<!-- table: r.json recipes -->\n<!-- end -->", tmp_path).splitlines()
+    assert filled[1] == (
+        "| network | bits | seeds | a, EER % | a, less full precision | a, less trained alike | a, less ours |"
+    )
+    assert filled[3:-1] == [
+        "| distilled's loss in full precision | 32 | 2 | 3.50 | -0.50 [-1.00, +0.00] |  |  |",
+        "| distilled | 2 | 2 | 4.25 | +0.25 [-0.25, +0.75] | **+0.75 [+0.25, +1.25]** |  |",
+        "| powers | 2 | 2 | 6.00 | **+2.00 [+1.50, +2.50]** |  | **+1.75 [+1.25, +2.25]** |",
+        "| k-means, without training | 2 | 1 | 5.50 | **+1.50 [+1.00, +2.00]** |  |  |",
+    ]
+
+
+def test_speeds_are_of_the_newest_line_of_each_benchmark(tmp_path):
+    lines = [
+        {"bench": "quant", "processors": 2, "weights": 59.8e6, "channels": 51200, "speedup_over_sklearn": 64.2,
+         "times_jnp_sort": 0.671},
+        {"bench": "kmqat", "processors": 2, "model": "resnet36", "batch": 16, "frames": 200, "dtype": "float32",
+         "full precision": {"ratio": 1.0}, "4 bits": {"ratio": 9.0}},
+        {"bench": "kmqat", "processors": 2, "model": "resnet36", "batch": 16, "frames": 200, "dtype": "float32",
+         "full precision": {"ratio": 1.0}, "4 bits": {"ratio": 0.98}},
+    ]  # fmt: skip
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    filled = tables.fill("<!-- table: r.jsonl speed -->\n<!-- end -->", tmp_path).splitlines()
+    what = "k-means, 59.8 M weights, 51,200 channels"
+    assert filled[3:6] == [
+        f"| {what} | scikit-learn, `n_init=10`, on a part of them | 64 times as fast |",
+        f"| {what} | one `jnp.sort` of the same weights | 0.67 of its time |",
+        "| training step, resnet36, 16 x 200 frames, float32, 4 bits | the same in full precision | 0.98 of its time |",
+    ]
+    assert filled[7] == "On 2 processors."
+
+
+def test_biases_and_cells_of_memory_have_a_row_each(tmp_path):
+    one = {"eer": 2.5, "eer_half": 2.51, "eer_change": 0.01, "eer_change_ci95": [-0.02, 0.03], "min_dcf_change": 0.0,
+           "min_dcf_change_ci95": [0.0, 0.0], "min_cosine": 0.9999996, "trials": 10, "targets": 4}  # fmt: skip
+    rows = [{"bits": 2, "bytes": 2000, "bytes_half": 1900, "sets": {"/data/words/dev": one}}]
+    (tmp_path / "b.json").write_text(json.dumps({"rows": rows}))
+    filled = tables.fill("<!-- table: b.json biases -->\n<!-- end -->", tmp_path).splitlines()
+    assert filled[3].startswith("| 2 | 2,000 | 1,900 | 2.500 | 2.510 | +0.010 [-0.020, +0.030] | +0.0000 [")
+    assert filled[3].endswith("| 1.000000 |") and filled[5] == "words: 10 trials, 4 of them targets."
+    cells = [{"network": "n", "bits": 4, "what": "total", "published": "7.68", "mib": mib} for mib in (7.684, 7.686)]
+    (tmp_path / "m.json").write_text(json.dumps({"rows": cells}))
+    filled = tables.fill("<!-- table: m.json memory -->\n<!-- end -->", tmp_path).splitlines()
+    assert filled[3:5] == ["| n | 4 | total | 7.68 | 7.68 | equal |", "| n | 4 | total | 7.68 | 7.69 | **differs** |"]
+
+
 def test_an_accelerator_has_a_row_for_each_speed(tmp_path):
     lines = [
         {"part": "step", "what": "whole", "card": "H200", "examples_per_second": 9.0},
@@ -223,7 +283,7 @@ def test_cascades_across_networks_have_a_row_a_system_and_list(tmp_path):
 def test_mistakes(tmp_path):
     with pytest.raises(
         UserError,
-        match="of r.json must be one of bits, gains, trained, differences, cascades, components, conditions",
+        match="of r.json must be one of bits, gains, trained, differences, recipes, cascades, components, cond",
     ):
         tables.fill("<!-- table: r.json colours -->\n<!-- end -->", tmp_path)
     with pytest.raises(UserError, match=r"absent\.json"):

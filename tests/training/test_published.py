@@ -16,6 +16,7 @@ from kmq_jax.models import registry
 from kmq_jax.models.speaker_model import frontend_of
 from kmq_jax.models.walk import shapes as shapes_of
 from kmq_jax.ptq.quantize import with_half_biases
+from kmq_jax.study import paper as published
 from kmq_jax.study.networks import runs_of, training_config
 from kmq_jax.study.options import StudyOptions
 from kmq_jax.training import qat
@@ -67,7 +68,7 @@ KMQAT = {
     "quant.retention": 0.9, "quant.symmetric": False, "quant.fit_crops": 0, "quant.bn_passes": 2,
     "quant.thaw_epochs": 2.0, "quant.centroids": "lloyd", "quant.lloyd_epochs": 1.0, "quant.lloyd_rate": 0.1,
     "quant.lloyd_unused_rate": 0.2, "quant.lloyd_clip": 1.0, "quant.lloyd_until": 1.0, "quant.reassign_every": 100,
-    "quant.biases": "float16",
+    "quant.biases": "float16", "quant.activations": 0,
     "optimizer.name": "sgd", "optimizer.momentum": 0.9, "optimizer.weight_decay": 1e-4, "optimizer.clip": 0.0,
     "learning_rate.kind": "cosine", "learning_rate.peak": 1e-4, "learning_rate.final": 1e-7,
     "learning_rate.warmup_epochs": 0.0,
@@ -89,6 +90,15 @@ def test_full_precision_is_trained_as_published(name, value):
 @pytest.mark.parametrize(("name", "value"), KMQAT.items())
 def test_two_bits_are_trained_as_published(name, value):
     assert setting(options_at("2"), name) == value
+
+
+@pytest.mark.parametrize(("lines", "held"), [(published.FP32, FP32), (published.KMQAT, KMQAT)], ids=["fp32", "kmqat"])
+def test_every_published_line_is_held_here_if_nowhere_else(lines, held):
+    """Two lists of what is published, written apart: the one that is printed, and the one above."""
+    for line in lines:
+        if line.setting and not line.test and line.published is not None and line.setting != "quant.granularity":
+            expected = "runs/fp32" if line.setting == "init_from" else line.published
+            assert held[line.setting] == expected, line.says
 
 
 def test_groups_of_the_published_optimizer():
