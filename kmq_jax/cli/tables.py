@@ -23,7 +23,7 @@ COMMAND = Command(
     "first page needs, `differences`, what they differ by, `recipes`, of that one row a recipe, `cascades`, one row a\n"
     "cascade and evaluation set, or `components`; of `study --settings`, `settings`; of `conditions`, `conditions`;\n"
     "of `threshold`, with `judged_on` added, `threshold`; of `bench NAME --json`, NAME of accelerator, networks,\n"
-    "lazy, across, activations, stream, memory and biases, NAME; of `bench extract --peers`, `extraction`; of a .jsonl\n"
+    "lazy, across, activations, stream, memory, biases, NAME; of `bench extract --peers`, `extraction`; of a .jsonl\n"
     "of other benchmarks, `speed`; of several studies, separated by commas, `architectures` or `fragile`.",
     "kmq-jax tables --file=README.md",
     (Files,),
