@@ -68,6 +68,6 @@ def main(options: DiagnoseBench) -> None:
         print(f"{name:16} {value:8.2f} s")
     print(f"statistics of trials, all with intervals: {total:.2f} s; EER and minDCF not among them")
     if options.json:
-        about = {"trials": options.trials, "models": options.models, "replicates": options.replicates}
+        about: Figures = {"trials": options.trials, "models": options.models, "replicates": options.replicates}
         found = {"seconds": median, "per_trial_seconds": total, "harmful_rates": rate}
         write_figures(options.json, "diagnose", about | found)

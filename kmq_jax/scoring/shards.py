@@ -184,7 +184,7 @@ class _Work:
         part = read_npz(path, ("rows", "embeddings", "source"), what="a shard of embeddings")
         rows, embeddings = part["rows"], part["embeddings"]
         fits = rows.ndim == 1 and embeddings.ndim == 2 and len(rows) == len(embeddings)
-        fits = fits and part["source"] == self.source and (np.diff(rows) > 0).all()
+        fits = fits and part["source"] == self.source and bool((np.diff(rows) > 0).all())
         if not fits or (rows.size and not 0 <= rows[0] <= rows[-1] < utterances):
             path.unlink(missing_ok=True)
             raise UserError(f"{path} was no shard of this list: it is removed, run again")
