@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from kmq_jax.core.errors import UserError
+
 # From glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 
@@ -38,6 +40,28 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for setting, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
             mallopt(setting, value)
+
+
+def require_memory(needed: int, what: str) -> None:
+    """Refuses what this machine's memory cannot hold, before any of it is taken: some allocators end the process.
+
+    >>> require_memory(1 << 60, "the network")
+    Traceback (most recent call last):
+    kmq_jax.core.errors.UserError: the network: takes 1,152,921,505 GB or more, ...
+
+    Args:
+        needed: bytes at the least.
+        what: takes them, for the message.
+
+    Raises:
+        UserError: there is less.
+    """
+    try:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # the system does not tell
+        return
+    if needed > there:
+        raise UserError(f"{what}: takes {needed / 1e9:,.0f} GB or more, and this machine has {there / 1e9:,.0f}")
 
 
 def peak_memory_mb() -> float:

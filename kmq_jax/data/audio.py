@@ -149,7 +149,9 @@ def in_scale(wave: np.ndarray, path: str | os.PathLike[str], lossy: bool = False
         AudioError: it is not.
     """
     peak = float(max(wave.max(initial=0.0), -wave.min(initial=0.0)))
-    if 1 < peak < math.inf and (peak > LOUDEST or not lossy and np.mean(np.abs(wave) > 1) > MOST_OUTSIDE):
+    if not math.isfinite(peak):  # here, for clipping would make full scale of infinity
+        raise AudioError(path, "values that are not finite (NaN or infinity)")
+    if peak > 1 and (peak > LOUDEST or not lossy and np.mean(np.abs(wave) > 1) > MOST_OUTSIDE):
         raise AudioError(path, f"values up to {peak:.6g}, where full scale is 1: scale them to [-1, 1]")
     return wave
 

@@ -3,6 +3,7 @@
 import collections
 import csv
 import functools
+import itertools
 import math
 import os
 import re
@@ -24,7 +25,7 @@ _VCTK = re.compile(r"(?:.*/)?(?P<speaker>p\d{3}|s5)/(?P=speaker)_\d{3}\w*\.\w+$"
 _CORPORA = (_LIBRISPEECH, _TIMIT, _VCTK)
 _NO_SPEAKER = re.compile(
     r"(train|dev|test|eval|valid|validation|dr[1-8]|wavs?|wav\d+\w*|flac|mp3|aac|audio|audios|clips|data|"
-    r"(train|dev|test)[-_].*)$",
+    r"(train|dev|test)[-_].*|\d+k(hz)?|part[-_ ]?\d+|male|female|men|women|clean|noisy|speech|voices?|recordings?)$",
     re.IGNORECASE,
 )
 
@@ -41,7 +42,7 @@ def audio_files(root: Path, others: "collections.Counter[str] | None" = None) ->
     for directory, directories, names in os.walk(root, followlinks=True):
         # In place, as `os.walk` asks: it then enters these, in this order, on any file system.
         directories[:] = sorted(
-            name for name in directories if not name.startswith(".") and not _loops(directory, name)
+            name for name in directories if not name.startswith(".") and not _loops(root, directory, name)
         )
         below = os.path.relpath(directory, root).replace(os.sep, "/")
         prefix = "" if below == "." else below + "/"
@@ -55,12 +56,14 @@ def audio_files(root: Path, others: "collections.Counter[str] | None" = None) ->
                 others[suffix or "without suffix"] += 1
 
 
-def _loops(directory: str, name: str) -> bool:
-    """Whether a directory is a link to one that it lies in."""
-    place = os.path.join(directory, name)
+def _loops(root: Path, directory: str, name: str) -> bool:
+    """Whether a directory is a link to one that the way from the root has passed, or to one that holds such a one."""
+    place, way = os.path.join(directory, name), Path(directory)
     if not os.path.islink(place):
         return False
-    return (os.path.realpath(directory) + os.sep).startswith(os.path.realpath(place) + os.sep)
+    leads_to = os.path.realpath(place) + os.sep
+    passed = [way, *itertools.takewhile(lambda above: above != root.parent, way.parents)]
+    return any((os.path.realpath(above) + os.sep).startswith(leads_to) for above in passed)
 
 
 def open_folder(root: Path, speakers: bool = True) -> Utterances:

@@ -17,7 +17,11 @@ def tree_root(root: Path) -> Path | None:
     """Returns the directory that holds the speakers: `root` or, as in the official archives, `wav` or `aac` below it.
 
     None where this is no VoxCeleb tree.
+
+    Raises:
+        UserError: there are several: taking one would leave the others out.
     """
+    found: dict[str, Path] = {}  # by where they really are: one may be a link to another
     for inner in _INNER:
         place = root / inner
         if not place.is_dir():
@@ -25,8 +29,12 @@ def tree_root(root: Path) -> Path | None:
         speakers = sorted(name for name in os.listdir(place) if _SPEAKER.match(name) and (place / name).is_dir())
         # The video level tells VoxCeleb from CN-Celeb, whose speakers are also called id00000.
         if speakers and any(entry.is_dir() for entry in list((place / speakers[0]).iterdir())):
-            return place
-    return None
+            found.setdefault(os.path.realpath(place), place)
+    places = list(found.values())
+    if len(places) > 1:
+        listed = " and ".join(map(str, places))
+        raise UserError(f"{root} holds several VoxCeleb trees: name one of {listed}, or both separated by a comma")
+    return places[0] if places else None
 
 
 def open_voxceleb(root: Path) -> Utterances:

@@ -19,8 +19,10 @@ from kmq_jax.core import distributed, mesh
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_object, sweep, write_json
 from kmq_jax.core.locks import sole_writer
+from kmq_jax.core.memory import require_memory
 from kmq_jax.core.tree import Params, Variables
 from kmq_jax.data import pipeline, source
+from kmq_jax.models import registry
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import SpeakerModel, frontend_of
 from kmq_jax.nn import integers
@@ -121,6 +123,18 @@ class Run:
         self.checkpoints.save(step, **checkpoint_parts(self.state), data=self.data.batches)
 
 
+def _check_sizes(options: TrainOptions, parameters: int) -> None:
+    """Refuses networks and batches that no memory here holds: a network and its momentum, a batch as it is read.
+
+    Raises:
+        UserError: one of them does not fit.
+    """
+    require_memory(8 * parameters, f"`model` of {parameters:,} parameters")
+    crops = options.batch_size // jax.process_count()
+    seconds = f"{options.data.crop_seconds:g}"
+    require_memory(8 * crops * options.data.crop_samples, f"`batch_size` (={options.batch_size}) of {seconds} s")
+
+
 def prepare(options: TrainOptions, settings: Settings, workdir: Path, closing: contextlib.ExitStack) -> Run:
     """Prepares a run: at the newest checkpoint, else from `init_from`, else from random weights.
 
@@ -139,6 +153,7 @@ def prepare(options: TrainOptions, settings: Settings, workdir: Path, closing: c
     model, fbank = describe(options), frontend_of(options.frontend)
     network = model.network(options.dtype).keeping(options.remat_keeps)
     steps.check_features(options, fbank)
+    _check_sizes(options, registry.parameter_count(network))
     data, validation = open_data(options), open_validation(options.validation)
     objective = steps.make_objective(network, fbank, options, devices, data.epoch_steps)
     if jax.process_index() == 0:  # for all processes of the run

@@ -79,9 +79,9 @@ def _broken(folder, kind):
         recordings.write(path, np.full(16000, 0.25, np.float32))
     elif kind == "short":
         recordings.write(path, recordings.tone(0.05))
-    elif kind == "nan":
+    elif kind in ("nan", "inf"):
         wave = recordings.tone()
-        wave[77] = np.nan
+        wave[77] = float(kind)
         recordings.write(path, wave, subtype="FLOAT")
     elif kind == "low rate":
         recordings.write(path, recordings.tone(rate=4000), 4000)
@@ -104,6 +104,7 @@ def _broken(folder, kind):
         ("silent", "silent"),
         ("short", "too short (0.05 s)"),
         ("nan", "values that are not finite"),
+        ("inf", "values that are not finite"),
         ("low rate", "sample rate 4000 Hz"),
         ("high rate", "sample rate 1000003 Hz"),
         ("wav", "truncated"),

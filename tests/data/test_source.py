@@ -100,6 +100,14 @@ def test_voxceleb_tree(tmp_path, inner):
     assert table.load(2).shape == (16000,)
 
 
+def test_several_voxceleb_trees_in_one_directory_are_refused(tmp_path):
+    for place in ("dev/wav/id10001", "test/wav/id10002"):
+        recordings.write(tmp_path / place / "video" / "00001.wav")
+    with pytest.raises(UserError, match=r"several VoxCeleb trees: name one of .*dev/wav and .*test/wav"):
+        open_source(tmp_path)
+    assert open_source(tmp_path / "dev").speakers == ("id10001",)
+
+
 def test_voxceleb_tree_with_an_utterance_in_two_formats(tmp_path):
     for name in ("id10001/v/00001.wav", "id10001/v/00001.flac"):
         recordings.write(tmp_path / name)
@@ -234,11 +242,15 @@ def test_corpora_whose_first_directory_is_no_speaker(tmp_path, names, speakers):
 
 
 def test_a_folder_whose_directories_are_no_speakers_is_refused(tmp_path, capsys):
+    for name in ("16k/a.wav", "8k/b.wav"):
+        recordings.write(tmp_path / "rates" / name)
+    with pytest.raises(UserError, match="the first directories should be speakers, but 16k is none"):
+        open_source(tmp_path / "rates")
     for name in ("train/a.wav", "test/b.wav"):
         recordings.write(tmp_path / name)
     with pytest.raises(UserError, match="the first directories should be speakers, but test is none"):
         open_source(tmp_path)
-    assert len(open_source(tmp_path, speakers=False)) == 2  # noise has no speakers
+    assert len(open_source(tmp_path, speakers=False)) == 4  # noise has no speakers
     recordings.write(tmp_path / "test" / "ann" / "c.wav")
     (tmp_path / "test" / "ann" / "d.wma").write_bytes(b"0")
     open_source(tmp_path / "test" / "ann")
@@ -254,6 +266,13 @@ def test_links_that_loop_and_names_of_any_bytes(tmp_path):
     os.rename(tmp_path / "ann" / "a.wav", odd)
     table = open_source(tmp_path)
     assert table.speakers == ("ann", "bob") and len(table.load(0)) == table.num_samples(1) == 16000
+
+
+def test_links_that_lead_to_one_another_are_followed_once(tmp_path):
+    for name, other in (("ann", "bob"), ("bob", "ann")):
+        recordings.write(tmp_path / name / "a.wav")
+        (tmp_path / name / "to").symlink_to(tmp_path / other, target_is_directory=True)
+    assert open_source(tmp_path).ids == ("ann/a.wav", "ann/to/a.wav", "bob/a.wav", "bob/to/a.wav")
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "x/" * 3000])

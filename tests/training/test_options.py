@@ -12,6 +12,7 @@ from kmq_jax.quant.types import HALF
 from kmq_jax.training import options
 from kmq_jax.training.config import default_config, distilled
 from kmq_jax.training.options import TrainOptions
+from kmq_jax.training.prepare import _check_sizes
 
 NAN, INF = float("nan"), float("inf")
 
@@ -137,3 +138,11 @@ def test_names_that_options_repeat_are_those_of_quant():
 def test_options_need_neither_jax_nor_numpy():
     found = "import sys, kmq_jax.training.options; print({'jax', 'numpy', 'ml_collections'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", found], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_networks_and_batches_that_no_memory_holds_are_refused_before_it_is_taken():
+    with pytest.raises(UserError, match=r"`batch_size` \(=1000000\) of 60 s: takes 7,680 GB or more"):
+        _check_sizes(of(**{"batch_size": 1_000_000, "data.crop_seconds": 60.0}), 1000)
+    with pytest.raises(UserError, match="`model` of 3,000,000,000,000 parameters: takes 24,000 GB or more"):
+        _check_sizes(of(), 3_000_000_000_000)
+    _check_sizes(of(), 30_000_000)
