@@ -151,12 +151,13 @@ def measure(root: Path) -> dict[str, int]:
     ]
     text = {path: path.read_text() for path in (root / "kmq_jax").rglob("*.py")}
     lines = [line for source in text.values() for line in source.splitlines()]
-    commands = [path for path in text if path.parent.name == "cli"]
+    plumbing = {"main", "command", "flags", "config_flags", "completion", "__init__"}
+    commands = [path for path in text if path.parent.name == "cli" and path.stem not in plumbing]
     top = [path for path in text if path.parent.name == "kmq_jax" and not path.name.startswith("_")]
     old = [path for path in top if re.search(r"^def main\(", text[path], re.M)]
     command_modules = {name for name in trees if name.startswith("kmq_jax.cli.")} or {f"kmq_jax.{p.stem}" for p in old}
-    plumbing = {"kmq_jax.cli.main", "kmq_jax.cli.command", "kmq_jax.cli.flags", "kmq_jax.cli.config_flags"}
-    among = sum(len(graph[name] & command_modules - plumbing) for name in command_modules - plumbing)
+    command_modules -= {f"kmq_jax.cli.{stem}" for stem in plumbing}
+    among = sum(len(graph[name] & command_modules) for name in command_modules)
     sizes = [len(text[path].splitlines()) for path in (commands or old)]
     meanings = second_meanings({str(path.relative_to(root / "kmq_jax")): source for path, source in text.items()})
     meanings["a module and a function of one name"] = shared_names(trees)

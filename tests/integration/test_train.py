@@ -119,13 +119,19 @@ def test_a_stopped_run_goes_on_bit_exactly(whole, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ml_collections' way to load a file
 def test_a_killed_run_goes_on_bit_exactly(tmp_path):
     """Killed in a process of its own; this one, whose devices and compiler settings are the same, goes on."""
-    command = [sys.executable, "-m", "kmq_jax.train", f"--workdir={tmp_path / 'killed'}", "--config.validation.data="]
-    command += ["--config=tests/own_config.py", "--config.epochs=6.0", "--config.average_last=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "kmq_jax.train",
+        "--config=tests/own_config.py",
+        f"--workdir={tmp_path / 'killed'}",
+    ]
+    command += [f"--config.{setting}" for setting in ("validation.data=", "epochs=6.0", "average_last=0")]
     command += ["--config.checkpoint_epochs=0.5"]
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT / "tests")}
     killed = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not list((tmp_path / "killed").glob("checkpoints/3")):
+    while time.monotonic() < deadline and killed.poll() is None and not (tmp_path / "killed/checkpoints/3").exists():
         time.sleep(0.05)
     killed.kill()
     killed.communicate()
