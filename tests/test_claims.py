@@ -163,8 +163,8 @@ PLAIN = (
     # Methods, settings, limits of the code, sizes.
     "Gates may be chosen by this cost, too", "false-reject rate or cost, with its interval",
     "It grows from a trained 2-bit network", "used 41.0 s of speech of 63.0 s", "Recordings over a minute, up to",
-    "parts of at most a minute is taken", "(bfloat16, batches of 256 crops of 350 frames)", "steps of 16 crops of 1.5 s",
-    "32 crops of 1.5 s", "(1.21 M parameters)", "7.18 M parameters", "crops of 5 s, AAM margin 0.5",
+    "parts of at most a minute is taken", "(bfloat16, batches of 256 crops of 350 frames)",
+    "steps of 16 crops of 1.5 s", "32 crops of 1.5 s", "(1.21 M parameters)", "7.18 M parameters", "crops of 5 s, AAM margin 0.5",
     "61.47 M parameters with the classifier and 140.6 G", "14.93 M parameters and 41.15 G",
     "shows where the smaller one errs",
     # Versions, licences, papers.
@@ -269,7 +269,7 @@ def test_what_would_be_a_result_is_found():
         "<!-- table: a.json bits -->\n| 9.99 |\n<!-- end -->",
         "`--x=7.5` and [a name](b/8.8)",
         "```\n0.5 %\n```",
-        f"{PUBLISHED}: EER 1.234 %.",
+        f"{PUBLISHED} for this network, an EER of 1.234 %.",
         "# Where it errs",
     ):
         assert not unlisted(text), text
