@@ -1,9 +1,9 @@
-"""A small network on the embedded corpus: no download, minutes on two CPU cores.
+"""A small network on the embedded corpus: no download, for two CPU cores.
 
     python -m kmq_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-ResNet-18 of width 16, 200 training speakers, 372 steps of 32 crops of 1.5 s; a few minutes on two cores. It validates
-itself on 40 unseen speakers (`synthetic:dev`); another 40 are `synthetic:test`:
+ResNet-18 of width 16, 200 training speakers, 372 steps of 32 crops of 1.5 s. It validates itself on 40 unseen
+speakers (`synthetic:dev`); another 40 are `synthetic:test`:
 
     kmq-jax extract --model=runs/quickstart --data=synthetic:test --out=test.npz
     kmq-jax score --embeddings=test.npz --trials=synthetic:test --out=scores.txt --json=metrics.json

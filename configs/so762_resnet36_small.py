@@ -6,8 +6,8 @@ DIR holds the Kaldi directories `so762/train` (speechocean762: English read by M
 (spoken words in Arabic, Mandarin and English), `so762/dev` (validation, other speakers) and `noise/train`.
 
 ResNet-36 of width 32 (1.21 M parameters), 166 speakers at three speeds, 972 steps of 32 crops of 2 s with noise,
-babble, reverberation and SpecAugment, bfloat16; under an hour on two cores with AVX-512. Evaluated on unseen speakers
-of the same corpus (60, so762/dev) and of other languages and microphones (11, words/dev):
+babble, reverberation and SpecAugment, bfloat16. Evaluated on unseen speakers of the same corpus (60, so762/dev)
+and of other languages and microphones (11, words/dev):
 
     kmq-jax extract --model=runs/so762 --data=DIR/so762/dev --out=dev.npz --compute=bfloat16
     kmq-jax score --embeddings=dev.npz --trials=DIR/so762/dev/trials.txt --out=scores.txt --json=metrics.json
@@ -60,7 +60,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def side_by_side(config: ml_collections.ConfigDict) -> None:
-    """Shrinks network and steps so that 30 trainings pass in an hour or so, and asks for them."""
+    """Shrinks network and steps so that 30 trainings pass, and asks for them."""
     config.model.update(width=8, blocks=(2, 2, 2, 2))
     config.data.crop_seconds = 1.5
     config.loss.update(margin_start=30.0, margin_end=60.0)
