@@ -93,6 +93,9 @@ def test_identify_tells_what_is_known_and_no_more(place, monkeypatch, capsys):
         ("verify --store=s --speaker=a bob.wav --compute=bfloat16", "--compute does not go with --store"),
         ("verify --cascade=s --enrol=bob.wav --test=bob.wav --threshold=0.1", "--threshold does not go with --cascade"),
         ("verify --cascade=s --test=bob.wav", "--enrol must be given with --cascade"),
+        ("verify --cascade=s --enrol=bob.wav --test=bob.wav --bits=2", "--bits does not go with --cascade"),
+        ("verify --store=s --speaker=a bob.wav --bits=2", "--bits needs --model"),
+        ("identify --store=s bob.wav --bits=2", "--bits needs --model"),
         ("verify --store=s --cascade=s", "one of --cascade, --store and --model must be given"),
     ],
 )
