@@ -173,7 +173,7 @@ def test_what_is_no_data(tmp_path):
         ("a.txt", "is a file"),
         ("empty", "holds no audio file"),
         ("half", "unfinished prepare_data"),
-        ("tfds", "no dataset that tfds can read"),
+        ("tfds", "dataset_info.json is not valid JSON"),
     ]:
         with pytest.raises(UserError, match=message):
             open_source(tmp_path / name)
