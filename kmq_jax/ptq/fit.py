@@ -264,8 +264,8 @@ class _Fit:
         tensor = self._tensors[key]
         if self._nested and not tensor.coarse:
             return wanted, self._with_bias(layer, own @ self._values[key])
-        frames = [side.reshape(len(side), -1, side.shape[-1]) for side in (x, own)]
-        self._fit_kernel(key, layer.get("kernel"), *frames, window(1, 1))
+        flat, own_flat = (side.reshape(len(side), -1, side.shape[-1]) for side in (x, own))
+        self._fit_kernel(key, layer.get("kernel"), flat, own_flat, window(1, 1))
         self.scaled[key] = self.books[key]
         y = self._with_bias(layer, own @ from_groups(lookup(self.indices[key], self.books[key], 0), tensor.shape, 1))
         return wanted, self._matched(layer, wanted, y) if layer.has("bias") else y
