@@ -35,7 +35,11 @@ def models(tmp_path_factory):
     variables = jax.device_get(registry.initialize(registry.build("wespeaker_resnet34", **SETTINGS), jax.random.key(0)))
     full = SpeakerModel("wespeaker_resnet34", SETTINGS, "wespeaker", variables)
     save_model(place / "full.kmq", full)
-    specs = {"2": quant.QuantSpec(2), "3": quant.QuantSpec(3), "nested": quant.QuantSpec(4, coarse=(2,))}
+    specs = {
+        "2": quant.QuantSpec(2),
+        "3": quant.QuantSpec(3),
+        "nested": quant.QuantSpec(4, coarse=(2,), only_smaller=False),
+    }
     for name, spec in specs.items():
         params = quant.quantize_params(variables["params"], [quant.QuantRule("/kernel$", spec)])
         save_model(place / f"{name}.kmq", dataclasses.replace(full, variables={**variables, "params": params}))

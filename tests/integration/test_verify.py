@@ -28,7 +28,7 @@ def place(tmp_path_factory):
     variables = jax.device_get(registry.initialize(registry.build("wespeaker_resnet34", **SETTINGS), jax.random.key(0)))
     full = SpeakerModel("wespeaker_resnet34", SETTINGS, "wespeaker", variables)
     save_model(directory / "full.kmq", full)
-    rules = [quant.QuantRule("/kernel$", quant.QuantSpec(4, coarse=(2, 3)))]
+    rules = [quant.QuantRule("/kernel$", quant.QuantSpec(4, coarse=(2, 3), only_smaller=False))]
     packed = {**variables, "params": quant.quantize_params(variables["params"], rules)}
     save_model(directory / "nested.kmq", dataclasses.replace(full, variables=packed))
     with pytest.MonkeyPatch.context() as patch:

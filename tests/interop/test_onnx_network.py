@@ -72,7 +72,9 @@ def test_torch_exports_give_their_originals_embeddings(family, torch_networks, t
     ours = run(imported.variables, x)
     assert furthest(ours, theirs) < 1e-4 and furthest(ours, embeddings.reshape(theirs.shape)) < 1e-4
     if family == "titanet":  # each shape of a kernel takes a compilation: one family stands for all
-        eight = quant.quantize_params(imported.variables["params"], {"/kernel$": 8})
+        eight = quant.quantize_params(
+            imported.variables["params"], {"/kernel$": quant.QuantSpec(8, only_smaller=False)}
+        )
         quantized = run({**imported.variables, "params": quant.dequantize_params(eight)}, x)
         assert cosines(np.asarray(quantized), theirs).min() > 0.999
     # What is learnt has its place: every weight of the original but those that were folded into others.

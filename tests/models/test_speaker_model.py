@@ -37,7 +37,7 @@ def test_it_is_a_tree(model):
 
 def test_its_name_is_short(model):
     assert repr(model).startswith("SpeakerModel(resnet18, kiwano features, 32 bits, ")
-    packed = quant.quantize_params(model.variables, {"kernel$": quant.QuantSpec(4, coarse=(2,))})
+    packed = quant.quantize_params(model.variables, {"kernel$": quant.QuantSpec(4, coarse=(2,), only_smaller=False)})
     shown = repr(SpeakerModel("resnet18", SETTINGS, "kiwano", packed, 2))
     assert "2/4 bits, read at 2, " in shown and len(shown) < 100
 

@@ -41,7 +41,7 @@ def quantized_of(reference, bits):
 def four():
     """A network in full precision, and fitted at 4 bits, which can be read at 2, with 8-bit activations."""
     reference = reference_of("bias")
-    rules = [quant.QuantRule("/kernel$", quant.QuantSpec(4, coarse=(2,)))]
+    rules = [quant.QuantRule("/kernel$", quant.QuantSpec(4, coarse=(2,), only_smaller=False))]
     return reference, quantize.quantize_model(reference, rules, DATA, crops=4, activations=8)
 
 

@@ -184,7 +184,7 @@ def test_one_codebook_for_all_channels_cannot_be_repaired():
 @pytest.mark.parametrize("norm", ["bias", "batch"])
 def test_the_narrowest_width_of_a_nested_model_is_fitted_as_though_it_were_alone_and_wider_ones_go_on(norm, tmp_path):
     reference = reference_of(norm)
-    spec = quant.QuantSpec(6, coarse=(2, 3))
+    spec = quant.QuantSpec(6, coarse=(2, 3), only_smaller=False)
     params = quant.quantize_params(reference.variables["params"], [quant.QuantRule("kernel$", spec)])
     nested = dataclasses.replace(reference, variables={**reference.variables, "params": params})
     fitted = fit.fit_on(reference, nested, DATA, crops=8, seconds=1.0)
@@ -260,7 +260,7 @@ def read_at(tensor, bits):
 def test_statistics_of_a_trained_nested_model_are_measured_at_each_width():
     reference = reference_of("batch")
     params = quant.quantize_params(
-        reference.variables["params"], [quant.QuantRule("kernel$", quant.QuantSpec(4, coarse=(1,)))]
+        reference.variables["params"], [quant.QuantRule("kernel$", quant.QuantSpec(4, coarse=(1,), only_smaller=False))]
     )
     nested = dataclasses.replace(reference, variables={**reference.variables, "params": params})
     features = moments.random_features(frontend_of("kiwano"), DATA, 8, 1.0)

@@ -101,7 +101,7 @@ def test_centroids_too_small_for_half_precision_are_refused(scale):
     params = {"kernel": KERNEL * np.float32(scale)}
     for run in (quant.quantize_params, quant.init_codebooks):
         with pytest.raises(UserError, match="kernel: .*too small for float16"):
-            run(params, bits=8)
+            run(params, QuantSpec(8, only_smaller=False))
     with pytest.raises(UserError, match="bias: .*too small"):
         quant.quantize_params({"bias": params["kernel"][0]}, {"bias": 16})
 
@@ -280,7 +280,9 @@ def test_forms_of_rules():
             quant.quantize_params(TREE, **both)
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(8), QuantSpec(4, coarse=(2, 3)), QuantSpec(2, levels="uniform")])
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(8, only_smaller=False), QuantSpec(4, coarse=(2, 3)), QuantSpec(2, levels="uniform")]
+)
 def test_one_channel_too_small_for_half_precision_is_kept(spec):
     params = {"kernel": KERNEL.copy(), "other": KERNEL}
     params["kernel"][:, 3] *= np.float32(1e-8)

@@ -28,7 +28,7 @@ def tree():
 @pytest.mark.parametrize("bits, granularity", [(1, "channel"), (3, "channel"), (4, "tensor"), (8, "channel")])
 def test_each_value_is_its_nearest_stored_centroid(bits, granularity):
     params = tree()
-    result = quant.quantize_params(params, QuantSpec(bits, granularity))
+    result = quant.quantize_params(params, QuantSpec(bits, granularity, only_smaller=False))
     tensor, kernel = result["conv"]["kernel"], params["conv"]["kernel"]
     tensor.validate()
     groups = 8 if granularity == "channel" else 1
@@ -103,8 +103,9 @@ def test_not_finite_names_the_tensor(bad):
 def test_too_large_for_half_precision_names_the_tensor():
     params = {"w": np.float32([[1e6, 2e6]])}
     with pytest.raises(UserError, match="w: .*float16"):
-        quant.quantize_params(params, QuantSpec(1))
-    kept = quant.quantize_params(params, QuantSpec(1, granularity="tensor", codebook_dtype="float32"))
+        quant.quantize_params(params, QuantSpec(1, only_smaller=False))
+    single = QuantSpec(1, granularity="tensor", codebook_dtype="float32", only_smaller=False)
+    kept = quant.quantize_params(params, single)
     np.testing.assert_array_equal(quant.dequantize_params(kept)["w"], params["w"])
 
 

@@ -233,7 +233,7 @@ WITH_CLASSIFIER = {4: 13.535, 3: 11.574, 2: 9.706}
 def packed_shapes(name, bits):
     network = registry.build(name, **registry.default_settings(name))
     variables = shapes_of(network)
-    params = quant.quantize_params(variables["params"], {r"/kernel$": bits})
+    params = quant.quantize_params(variables["params"], {r"/kernel$": quant.QuantSpec(bits, only_smaller=False)})
     return {**variables, "params": jax.eval_shape(with_half_biases, params)}
 
 
