@@ -134,7 +134,7 @@ CLAIMS = (
     Claim("half of it will do", "install.json",
           lambda found: 0.45 < found["light"]["megabytes"] / found["whole"]["megabytes"] < 0.55),
     Claim("Training at 4 or 2 bits takes as long as in full precision", "accelerator-h200.jsonl",
-          lambda lines: all(0.97 < newest(lines, "kmqat", f"{bits} bits")["ratio"] < 1.03 for bits in (4, 2))),
+          lambda lines: all(0.97 < newest(lines, "qat", f"{bits} bits")["ratio"] < 1.03 for bits in (4, 2))),
     Claim("Batch normalization and other passes over whole activations take more than a third of a step, and in "
           "ResNet-200, which recomputes its blocks, more than two fifths", "accelerator-h200.jsonl",
           lambda lines: share_beside_convolutions(lines, "step", "whole") > 1 / 3
