@@ -152,7 +152,9 @@ class BiasesBench(Bench):
     """
 
     model: str = option("full-precision MODEL", metavar="MODEL")
-    fit: str = option("DATA whose crops layers are fitted on", metavar="DATA")
+    fit: str = option(
+        "DATA whose crops layers are fitted on; left out: weights are rounded as they are", "", metavar="DATA"
+    )
     data: tuple[str, ...] = option("recordings: any DATA form; once for each list", metavar="DATA")
     trials: tuple[str, ...] = option("trial list, or synthetic:SPLIT; once for each --data", metavar="TRIALS")
     bits: tuple[int, ...] = option("bits of the files", (4, 3, 2), at_least=1, at_most=8)
