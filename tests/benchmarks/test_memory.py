@@ -33,9 +33,10 @@ def test_biases_in_half_precision_change_almost_nothing(tmp_path, capsys):
     settings = registry.smoke_settings("wespeaker_resnet18")
     save_model(tmp_path / "full.kmq", SpeakerModel("wespeaker_resnet18", settings, "wespeaker", variables))
     voices = "synthetic:dev?speakers=4&utterances=2"
+    model, out = str(tmp_path / "full.kmq"), tmp_path / "b.json"
     options = BiasesBench(
-        model=str(tmp_path / "full.kmq"), data=(voices,), trials=(voices,), bits=(2,), engine="jax", replicates=20, json=tmp_path / "b.json",
-    )  # fmt: skip
+        model=model, data=(voices,), trials=(voices,), bits=(2,), engine="jax", replicates=20, json=out
+    )
     biases.main(options)
     (row,) = json.loads((tmp_path / "b.json").read_text())["rows"]
     one = row["sets"][voices]
