@@ -164,6 +164,7 @@ PLAIN = (
     "what they gain is not what fewer bits gain", "it grows by what it is more than on whole recordings",
     "the control that tells what labels gain from what bits cost", "with a prior of 0.01 for the same speaker",
     # Methods, settings, limits of the code, sizes.
+    "unless a recording is longer than a minute", "Bits say nothing of what they cost",
     "Gates may be chosen by this cost, too", "false-reject rate or cost, with its interval",
     "It grows from a trained 2-bit network", "used 41.0 s of speech of 63.0 s", "Recordings over a minute, up to",
     "parts of at most a minute is taken", "(bfloat16, batches of 256 crops of 350 frames)",
