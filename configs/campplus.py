@@ -6,7 +6,7 @@
 
 7.18 M parameters; 512-dimensional embeddings. The recipe is that of the ResNets' configurations. Not run in full by
 this project: VoxCeleb2 was not at hand. `:4`, `:3` and `:2` train 3D-Speaker's network at so many bits, by
-distillation, on the sets that configs/wespeaker34_kmqat.py uses (`--config.data.root=DIR`):
+distillation, on the sets that configs/wespeaker34_distilled.py uses (`--config.data.root=DIR`):
 
     kmq-jax import_model --source=3dspeaker-campplus-zh-en.pt --out=runs/campplus-3dspeaker
     python -m kmq_jax.train --config=configs/campplus.py:2 --workdir=runs/campplus-2bit \

@@ -6,7 +6,7 @@
 #   LIMIT    seconds in all                              (480)
 #   WHEELS   folder of wheels of packages that are missing here; unpacked to a temporary directory   (none)
 #   PYTHON   interpreter                                 (.venv/bin/python where there is one, else python3)
-#   further arguments: those of `kmq-jax bench accelerator`, such as --parts=step,kmqat
+#   further arguments: those of `kmq-jax bench accelerator`, such as --parts=step,qat
 #
 # Example: WHEELS=wheels OUT=h100.jsonl launch/gpu_check.sh
 set -euo pipefail

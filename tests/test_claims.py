@@ -134,7 +134,7 @@ CLAIMS = (
     Claim("half of it will do", "install.json",
           lambda found: 0.45 < found["light"]["megabytes"] / found["whole"]["megabytes"] < 0.55),
     Claim("Training at 4 or 2 bits takes as long as in full precision", "accelerator-h200.jsonl",
-          lambda lines: all(0.97 < newest(lines, "kmqat", f"{bits} bits")["ratio"] < 1.03 for bits in (4, 2))),
+          lambda lines: all(0.97 < newest(lines, "qat", f"{bits} bits")["ratio"] < 1.03 for bits in (4, 2))),
     Claim("Batch normalization and other passes over whole activations take more than a third of a step, and in "
           "ResNet-200, which recomputes its blocks, more than two fifths", "accelerator-h200.jsonl",
           lambda lines: share_beside_convolutions(lines, "step", "whole") > 1 / 3
@@ -164,12 +164,13 @@ PLAIN = (
     "what they gain is not what fewer bits gain", "it grows by what it is more than on whole recordings",
     "the control that tells what labels gain from what bits cost", "with a prior of 0.01 for the same speaker",
     # Methods, settings, limits of the code, sizes.
+    "unless a recording is longer than a minute", "Bits say nothing of what they cost",
     "Gates may be chosen by this cost, too", "false-reject rate or cost, with its interval",
     "It grows from a trained 2-bit network", "used 41.0 s of speech of 63.0 s", "Recordings over a minute, up to",
     "parts of at most a minute is taken", "(bfloat16, batches of 256 crops of 350 frames)",
     "steps of 16 crops of 1.5 s", "32 crops of 1.5 s", "(1.21 M parameters)", "7.18 M parameters",
-    "crops of 5 s, AAM margin 0.5", "61.47 M parameters with the classifier and 140.6 G", "14.93 M parameters and 41.15 G",
-    "shows where the smaller one errs",
+    "crops of 5 s, AAM margin 0.5", "61.47 M parameters with the classifier and 140.6 G",
+    "14.93 M parameters and 41.15 G", "shows where the smaller one errs",
     # Versions, licences, papers.
     "arXiv", "Python 3.11", "pip 25.1", "(CC BY 4.0, 0.5 GB)", "FlaxSpeaker 0.4.0",
 )  # fmt: skip

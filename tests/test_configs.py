@@ -33,13 +33,13 @@ def test_a_config_says_how_to_run_it_and_fits_the_registry(path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ml_collections' way to load a file
 def test_what_a_configuration_refuses_is_told_as_it_says_it():
-    path = Path(__file__).parents[1] / "configs/wespeaker34_kmqat.py"
+    path = Path(__file__).parents[1] / "configs/wespeaker34_distilled.py"
     with pytest.raises(UserError) as error:
         parse_flags(["train", f"--config={path}:5", "--workdir=runs/x"])
-    assert str(error.value) == "--config: configs/wespeaker34_kmqat.py:5 must be 2, 3, 4, nested or smoke"
+    assert str(error.value) == "--config: configs/wespeaker34_distilled.py:5 must be 2, 3, 4, nested or smoke"
 
 
-FIRST = {"campplus", "ge2e_so762", "paper_resnet200", "voxceleb2_large_margin", "wespeaker34_kmqat"}
+FIRST = {"campplus", "ge2e_so762", "paper_resnet200", "voxceleb2_large_margin", "wespeaker34_distilled"}
 """One of each network and recipe. The others differ in settings alone, which the first test reads; quickstart's smoke
 form is a job of CI."""
 

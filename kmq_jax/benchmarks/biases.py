@@ -21,9 +21,9 @@ from kmq_jax.scoring.cosine import cosine_scores
 
 
 def both_forms(model: SpeakerModel, bits: int, fit: str, skip: Sequence[str] = ()) -> tuple[SpeakerModel, SpeakerModel]:
-    """A network fitted at so many bits, with biases in float32 and rounded to float16; all else is the same."""
+    """A network at so many bits, fitted on `fit`, with biases in float32 and in float16; all else is the same."""
     rules = [*(quant.QuantRule(pattern, None) for pattern in skip), quant.QuantRule("/kernel$", quant.QuantSpec(bits))]
-    single = quantize_model(model, rules, fit)
+    single = quantize_model(model, rules, fit or None)
     params = with_half_biases(single.variables["params"])
     return single, dataclasses.replace(single, variables={**single.variables, "params": params})
 

@@ -1,5 +1,7 @@
 """The paper's memory table, every cell, counted on the shapes of both networks as they are packed here."""
 
+import functools
+
 import jax
 
 from kmq_jax import quant
@@ -27,9 +29,15 @@ PUBLISHED: dict[str, dict[int, dict[str, str]]] = {
 """The table in MiB, by network, bits and what is counted, with the digits that are printed."""
 
 
+@functools.cache
+def shapes(name: str) -> Variables:
+    """The variables of a network in full precision, as shapes."""
+    return registry.shapes(registry.build(name))
+
+
 def packed(name: str, bits: int, biases: str) -> Variables:
     """The variables of a network as they are packed, as shapes; 32 bits: in full precision."""
-    variables = registry.shapes(registry.build(name))
+    variables = shapes(name)
     if bits == 32:
         return variables
     params = quant.quantize_params(variables["params"], {r"/kernel$": bits})

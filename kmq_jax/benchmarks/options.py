@@ -14,7 +14,7 @@ PEERS = ("onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8")
 
 PARTS = {
     "step": 240.0,
-    "kmqat": 240.0,
+    "qat": 240.0,
     "extract": 160.0,
     "input": 160.0,
     "trials": 60.0,
@@ -97,7 +97,7 @@ class AcceleratorBench(Options):
     stopped at its limit. Parts, the most wanted first:
 
       step      training step of resnet36 (augmentation and front end on the device), and where its time goes
-      kmqat     the step with 4- and 2-bit codebooks beside the step in full precision
+      qat       the step with 4- and 2-bit codebooks beside the step in full precision
       extract   embedding recordings of VoxCeleb's lengths
       input     the input pipeline on shards, alone and beside the step
       trials    cosine scores, AS-norm, a cascade
@@ -152,7 +152,9 @@ class BiasesBench(Bench):
     """
 
     model: str = option("full-precision MODEL", metavar="MODEL")
-    fit: str = option("DATA whose crops layers are fitted on", metavar="DATA")
+    fit: str = option(
+        "DATA whose crops layers are fitted on; left out: weights are rounded as they are", "", metavar="DATA"
+    )
     data: tuple[str, ...] = option("recordings: any DATA form; once for each list", metavar="DATA")
     trials: tuple[str, ...] = option("trial list, or synthetic:SPLIT; once for each --data", metavar="TRIALS")
     bits: tuple[int, ...] = option("bits of the files", (4, 3, 2), at_least=1, at_most=8)
@@ -293,7 +295,7 @@ class FrontendBench(Rounds):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KmqatBench(Rounds):
+class QatBench(Rounds):
     """What quantization adds to a training step: the step in full precision and with codebooks, in turns."""
 
     model: str = option("network, by its registry name", "resnet36")
@@ -485,7 +487,7 @@ BENCHMARKS: dict[str, type[Options]] = {
     "diagnose": DiagnoseBench,
     "extract": ExtractBench,
     "frontend": FrontendBench,
-    "kmqat": KmqatBench,
+    "qat": QatBench,
     "lazy": LazyBench,
     "memory": MemoryBench,
     "networks": NetworksBench,

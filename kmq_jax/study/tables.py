@@ -12,7 +12,7 @@ A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`, FILE
 | `bench accelerator`, `extract --peers`, `networks`, `lazy` | `accelerator`, `extraction`, `networks`, `lazy` |
 | `bench across`, `activations`, `stream` | `across`, `activations`, `stream` |
 | `bench memory`, `biases` | `memory`, one row a cell of the paper's table; `biases` |
-| `bench train`, `extract`, `quant`, `kmqat`, `diagnose`, a line of a `.jsonl` each | `speed` |
+| `bench train`, `extract`, `quant`, `qat`, `diagnose`, a line of a `.jsonl` each | `speed` |
 | `launch/fuzz.py`, `launch/faults.py` | `fuzz`, `faults` |
 | `.ci/weigh.py`, `.ci/house.py` | `weights`, `house` |
 | several studies, separated by commas | `architectures`, one row a model of each network; `fragile`, its components |
@@ -496,7 +496,7 @@ def _quant_speed(line: Row) -> list[Cells]:
     ]
 
 
-def _kmqat_speed(line: Row) -> list[Cells]:
+def _qat_speed(line: Row) -> list[Cells]:
     what = f"training step, {line['model']}, {line['batch']} x {line['frames']} frames, {line['dtype']}"
     steps = [(name, one["ratio"]) for name, one in line.items() if isinstance(one, dict) and name != "full precision"]
     return [(f"{what}, {name}", "the same in full precision", f"{ratio:.2f} of its time") for name, ratio in steps]
@@ -511,7 +511,7 @@ SPEED_ROWS: dict[str, Callable[[Row], list[Cells]]] = {
     "train": _train_speed,
     "extract": _extract_speed,
     "quant": _quant_speed,
-    "kmqat": _kmqat_speed,
+    "qat": _qat_speed,
     "diagnose": _diagnose_speed,
 }
 """The rows of each benchmark's line in `speed_table`."""

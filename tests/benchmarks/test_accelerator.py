@@ -80,7 +80,7 @@ def test_the_table_is_read_back(tmp_path, capsys):
     out = tmp_path / "figures.jsonl"
     card = {"card": "NVIDIA H100 80GB HBM3", "jax": "0.11.2"}
     lines.append(out, {"part": "step", "what": "whole", **card, "share_of_peak": 0.47, "step_seconds": 0.16})
-    lines.append(out, {"part": "kmqat", "what": "4 bits", **card, "ratio": 1.08})
+    lines.append(out, {"part": "qat", "what": "4 bits", **card, "ratio": 1.08})
     lines.append(out, {"part": "torch", "error": "stopped after 110 s"})
     run(out, f"--table={out}")
     shown = capsys.readouterr().out

@@ -166,9 +166,9 @@ def test_speeds_are_of_the_newest_line_of_each_benchmark(tmp_path):
     lines = [
         {"bench": "quant", "processors": 2, "weights": 59.8e6, "channels": 51200, "speedup_over_sklearn": 64.2,
          "times_jnp_sort": 0.671},
-        {"bench": "kmqat", "processors": 2, "model": "resnet36", "batch": 16, "frames": 200, "dtype": "float32",
+        {"bench": "qat", "processors": 2, "model": "resnet36", "batch": 16, "frames": 200, "dtype": "float32",
          "full precision": {"ratio": 1.0}, "4 bits": {"ratio": 9.0}},
-        {"bench": "kmqat", "processors": 2, "model": "resnet36", "batch": 16, "frames": 200, "dtype": "float32",
+        {"bench": "qat", "processors": 2, "model": "resnet36", "batch": 16, "frames": 200, "dtype": "float32",
          "full precision": {"ratio": 1.0}, "4 bits": {"ratio": 0.98}},
     ]  # fmt: skip
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -18,7 +18,7 @@ from kmq_jax.benchmarks.options import AcceleratorBench
 
 MODULES = {
     "step": "steps",
-    "kmqat": "steps",
+    "qat": "steps",
     "extract": "extraction",
     "input": "feeding",
     "trials": "scores",

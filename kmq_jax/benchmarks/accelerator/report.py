@@ -24,8 +24,8 @@ _SHOWN: tuple[tuple[str, str, float], ...] = (
 _GOALS = (
     ("step", "whole", "share_of_peak", "least", 0.45),
     ("torch", "compiled", "our_speed_over_it", "least", 1.0),
-    ("kmqat", "4 bits", "ratio", "most", 1.05),
-    ("kmqat", "2 bits", "ratio", "most", 1.05),
+    ("qat", "4 bits", "ratio", "most", 1.05),
+    ("qat", "2 bits", "ratio", "most", 1.05),
     ("extract", "resnet36", "times_real_time", "least", 10_000),
     ("input", "beside the step", "slowdown_by_input", "most", 1.02),
 )

@@ -248,7 +248,7 @@ def run_remat(log: Log, options: AcceleratorBench) -> None:
     _recomputed(NETWORK, log, options)
 
 
-def run_kmqat(log: Log, options: AcceleratorBench) -> None:
+def run_qat(log: Log, options: AcceleratorBench) -> None:
     """The step with codebooks of 4 and 2 bits beside full precision, in turns."""
     batch = int(options.batch or log.known("step", "whole", "batch") or batches_of(options)[0])
     runs: dict[int, Run] = {}

@@ -35,4 +35,4 @@ def test_weights_have_the_shapes_of_a_networks_kernels():
 @pytest.mark.parametrize("flag", ["--bits=9", "--bits=two", "--dtype=float64"])
 def test_mistakes_are_named(flag):
     with pytest.raises(UserError, match=flag.split("=")[0]):
-        bench.run("kmqat", [flag])
+        bench.run("qat", [flag])

@@ -3,14 +3,14 @@
 import statistics
 from collections.abc import Callable
 
-from kmq_jax.benchmarks.options import KmqatBench
+from kmq_jax.benchmarks.options import QatBench
 from kmq_jax.benchmarks.timing import Figures, in_turns, write_figures
 from kmq_jax.core.memory import keep_freed_memory
 
 CLASSES = 1000
 
 
-def make_step(options: KmqatBench, bits: int) -> Callable[[], object]:
+def make_step(options: QatBench, bits: int) -> Callable[[], object]:
     """Makes a whole training step of `train`, optimizer included, without augmentation; 0 bits is full precision."""
     from kmq_jax.benchmarks.steps import noise, start
     from kmq_jax.core import mesh
@@ -36,7 +36,7 @@ def make_step(options: KmqatBench, bits: int) -> Callable[[], object]:
     return run
 
 
-def main(options: KmqatBench) -> None:
+def main(options: QatBench) -> None:
     """Prints the comparison."""
     keep_freed_memory()
     names = {f"{bits} bits" if bits else "full precision": bits for bits in (0, *options.bits)}
@@ -49,4 +49,4 @@ def main(options: KmqatBench) -> None:
         figures[name] = {"seconds": statistics.median(runs), "ratio": ratio}
         print(f"{name:16}{figures[name]['seconds']:8.3f} s   {ratio:6.3f} of full precision")
     if options.json:
-        write_figures(options.json, "kmqat", figures)
+        write_figures(options.json, "qat", figures)

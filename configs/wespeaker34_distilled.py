@@ -2,7 +2,7 @@
 
 By distillation from the full-precision network, with margin softmax of the speaker labels beside it:
 
-    python -m kmq_jax.train --config=configs/wespeaker34_kmqat.py:2 --workdir=runs/r34-2bit \
+    python -m kmq_jax.train --config=configs/wespeaker34_distilled.py:2 --workdir=runs/r34-2bit \
         --config.init_from=runs/wespeaker34 --config.data.root=DIR
 
 Batches of 16 crops of 2 s of 3,465 utterances of 166 speakers, for 216, 324 and 1,620 steps at 4, 3 and 2 bits and 648
@@ -28,7 +28,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = default_config("wespeaker_resnet34", norm="bias")
     epochs = EPOCHS.get(bits)
     if not epochs:
-        raise UserError(f"configs/wespeaker34_kmqat.py:{arg} must be 2, 3, 4, nested or smoke")
+        raise UserError(f"configs/wespeaker34_distilled.py:{arg} must be 2, 3, 4, nested or smoke")
     config.frontend = "wespeaker"
     root = ml_collections.FieldReference("data")
     config.data.root = root
