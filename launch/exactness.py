@@ -42,7 +42,7 @@ def embeddings(place: str, data: str, count: int) -> dict[str, np.ndarray]:
     level = onnxruntime.GraphOptimizationLevel
     whole, plain = session(exported, level.ORT_ENABLE_ALL), session(exported, level.ORT_DISABLE_ALL)
     variables = quant.dequantize_params(model.variables, model.bits, np.float32)
-    by_jax = jax.jit(lambda features: network.apply(variables, features, train=False))
+    by_jax = jax.jit(lambda variables, features: network.apply(variables, features, train=False))
     rng, rows = np.random.default_rng(0), dict[str, list[np.ndarray]]()
     for row in np.linspace(0, len(table) - 1, count).astype(int).tolist():
         wave = np.resize(table.load(row), SAMPLES)
@@ -52,8 +52,8 @@ def embeddings(place: str, data: str, count: int) -> dict[str, np.ndarray]:
             "ONNX Runtime, integers": whole.run(None, {"feats": features})[0],
             "ONNX Runtime, its floats": plain.run(None, {"feats": features})[0],
             "ONNX Runtime, integers, features moved": whole.run(None, {"feats": moved})[0],
-            "JAX": np.asarray(by_jax(features)),
-            "JAX, features moved": np.asarray(by_jax(moved)),
+            "JAX": np.asarray(by_jax(variables, features)),
+            "JAX, features moved": np.asarray(by_jax(variables, moved)),
         }
         for name, found in ways.items():
             rows.setdefault(name, []).append(found[0])
