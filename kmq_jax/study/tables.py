@@ -611,7 +611,6 @@ def biases_table(found: Row) -> str:
 
 
 TABLES: dict[str, Callable[[Any], str]] = {
-    "activations": activations_table,
     "bits": study_table,
     "gains": gains_table,
     "trained": trained_table,
@@ -626,6 +625,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "networks": networks_table,
     "threshold": threshold_table,
     "lazy": lazy_table,
+    "activations": activations_table,
     "across": across_table,
     "stream": stream_table,
     "weights": weights_table,
