@@ -21,7 +21,7 @@ COMMAND = Command(
     "A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`, FILE relative to the Markdown file.\n"
     "Of a study.json, KIND is `bits`, one row a model, `trained`, those of them that were, `gains`, what of them a\n"
     "first page needs, `differences`, what they differ by, `recipes`, of that one row a recipe, `cascades`, one row a\n"
-    "cascade and evaluation set, or `components`; of `study --settings`, `settings`; of `conditions`, `conditions`;\n"
+    "cascade and evaluation set, `rescues`, or `components`; of `study --settings`, `settings`; of `conditions`, `conditions`;\n"
     "of `threshold`, with `judged_on` added, `threshold`; of `bench NAME --json`, NAME of accelerator, networks,\n"
     "lazy, across, activations, stream, memory, biases, NAME; of `bench extract --peers`, `extraction`; of a .jsonl\n"
     "of other benchmarks, `speed`; of several studies, separated by commas, `architectures` or `fragile`.",
