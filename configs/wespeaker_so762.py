@@ -18,6 +18,8 @@ what labels gain from what bits cost. `study.json` then holds `differences` with
 
 `configs/wespeaker_so762.py:free` is the study without training at 8, 4, 3 and 2 bits, to stand beside other networks.
 
+`configs/wespeaker_so762.py:so762` is the study on speechocean762 alone, which `kmq-jax lay_out` fetches.
+
 `configs/wespeaker_so762.py:levels` puts sets of levels side by side that are fitted alike, without training: by
 k-means, uniform ones of a fitted scale and offset, uniform ones over the weights' range, and powers of two.
 
@@ -33,18 +35,21 @@ from kmq_jax.training.config import default_config, known_arg
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Returns the configuration; `arg` is "compare", "free", "levels", "smoke" or nothing."""
-    known_arg(arg, "compare", "free", "levels", "smoke")
+    """Returns the configuration; `arg` is "compare", "free", "levels", "smoke", "so762" or nothing."""
+    known_arg(arg, "compare", "free", "levels", "smoke", "so762")
+    sets = ("so762",) if arg == "so762" else ("so762", "words")
     config = default_config("wespeaker_resnet34", norm="bias")
     config.frontend, config.init_from = "wespeaker", "voxceleb_resnet34.onnx"
     root = ml_collections.FieldReference("data")
     config.data.root = root
-    config.data.update(train=root + "/so762/train," + root + "/words/train", crop_seconds=2.0)
+    config.data.update(train=root + f"/{sets[0]}/train", crop_seconds=2.0)
+    if "words" in sets:
+        config.data.train += "," + root + "/words/train"
     config.update(batch_size=16, checkpoint_epochs=1.0, dtype="bfloat16")
     study_config(
         config,
         rules=(("^stem/", 0),),
-        diagnose=("so762", "words"),
+        diagnose=sets,
         diagnosis={"retention_utterances": 120, "layer_utterances": 24, "hessian_draws": 6},
         calibrate="so762",
         cascades=(("trained", (2, 3, 4)), ("trained", (2, 32)), ("distilled-nested", (2, 3, 4))),
@@ -56,5 +61,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.study.update(also=PATTERNED, nested=False, epochs=NO_EPOCHS, cascades=(), diagnose=())
     if arg == "free":
         without_training(config)
-    add_evaluation_sets(config, root, {"so762": "so762/dev", "words": "words/dev"})
+    add_evaluation_sets(config, root, {name: f"{name}/dev" for name in sets})
     return smoke_study(config) if arg == "smoke" else config

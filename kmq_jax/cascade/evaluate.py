@@ -17,10 +17,11 @@ from kmq_jax.core.files import Json, Row, atomic_write, write_json
 from kmq_jax.core.tree import Array
 from kmq_jax.data import source
 from kmq_jax.data.trials import Trials
-from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
+from kmq_jax.metrics.bootstrap import percentile_interval
 from kmq_jax.metrics.calibration import cllr
 from kmq_jax.metrics.detection import eer, min_dcf
 from kmq_jax.metrics.operating import error_rates
+from kmq_jax.metrics.paired import Errors
 from kmq_jax.models.engine import Engine
 from kmq_jax.scoring.join import join
 from kmq_jax.scoring.levels import LevelScores, score_levels
@@ -169,6 +170,7 @@ def figures_of(policy: CascadePolicy, outcome: Outcome, joined: LevelScores, opt
         "targets": int(labels.sum()),
         "remaining_flips": None,
         "each_width_alone": each_alone(policy, joined) if joined.tables else None,
+        "changes": {},
     }
     if reference is not None:
         result |= flip_rates(outcome.score, policy.threshold, reference, labels)
@@ -178,18 +180,28 @@ def figures_of(policy: CascadePolicy, outcome: Outcome, joined: LevelScores, opt
     return result | (_intervals(outcome, joined, options) if options.replicates and both else {})
 
 
-def _intervals(outcome: Outcome, joined: LevelScores, options: CascadeOptions) -> dict[str, list[float]]:
-    """95 % intervals over draws of speakers; nothing where the speakers are too few to draw."""
-    speakers = joined.sides.enrol_speaker, joined.sides.test_speaker
-    draws = speaker_bootstrap(
-        outcome.score, joined.trials.label, *speakers, options.replicates, options.seed, options.p_target
-    )
+def _intervals(outcome: Outcome, joined: LevelScores, options: CascadeOptions) -> Json:
+    """95 % intervals over draws of speakers, and `changes`; nothing where the speakers are too few to draw.
+
+    `changes` holds what the cascade changes against its first level alone (`first`) and against full precision
+    (`reference`), as far as these are known, drawn together (`Errors.minus`).
+    """
+
+    def errors_of(scores: Array) -> Errors:
+        sides = joined.sides.enrol_speaker, joined.sides.test_speaker
+        return Errors.of(scores, joined.trials.label, *sides, options.replicates, options.seed, options.p_target)
+
+    ours = errors_of(outcome.score)
     # Draws that lack a class are left out; where many do, the rest would say too little.
-    if len(draws.eer) < 0.9 * options.replicates:
+    if len(ours.eer_draws) < 0.9 * options.replicates:
         return {}
+    others = {"reference": joined.reference}
+    if joined.tables:  # a lazy run knows no level alone
+        others["first"] = joined.scores[0]  # by its own scores: a map's plateaus would tie some of them
     return {
-        "eer_ci95": [100 * side for side in percentile_interval(draws.eer)],
-        "min_dcf_ci95": list(percentile_interval(draws.min_dcf)),
+        "eer_ci95": list(percentile_interval(ours.eer_draws)),
+        "min_dcf_ci95": list(percentile_interval(ours.min_dcf_draws)),
+        "changes": {name: ours.minus(errors_of(scores)) for name, scores in others.items() if scores is not None},
     }
 
 

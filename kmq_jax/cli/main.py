@@ -11,6 +11,8 @@ from kmq_jax.core.options import Options
 COMMANDS = {
     "train": "train a network from a configuration; resumes where it stopped",
     "study": "a whole study from one configuration, with a report",
+    "lay_out": "fetch and lay out a public corpus, with trial lists",
+    "draw_trials": "draw a trial list from data that has none",
     "prepare_data": "decode a corpus once into shards",
     "import_model": "bring a checkpoint of another toolkit",
     "quantize": "pack a model into codebooks and indices",

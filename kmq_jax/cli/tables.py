@@ -21,10 +21,11 @@ COMMAND = Command(
     "A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`, FILE relative to the Markdown file.\n"
     "Of a study.json, KIND is `bits`, one row a model, `trained`, those of them that were, `gains`, what of them a\n"
     "first page needs, `differences`, what they differ by, `recipes`, of that one row a recipe, `cascades`, one row a\n"
-    "cascade and evaluation set, or `components`; of `study --settings`, `settings`; of `conditions`, `conditions`;\n"
-    "of `threshold`, with `judged_on` added, `threshold`; of `bench NAME --json`, NAME of accelerator, networks,\n"
-    "lazy, across, activations, stream, memory, biases, NAME; of `bench extract --peers`, `extraction`; of a .jsonl\n"
-    "of other benchmarks, `speed`; of several studies, separated by commas, `architectures` or `fragile`.",
+    "cascade and evaluation set, `rescues`, what a cascade gains back, or `components`; of `study --settings`,\n"
+    "`settings`; of `conditions`, `conditions`; of `threshold`, with `judged_on` added, `threshold`; of\n"
+    "`bench NAME --json`, NAME of accelerator, networks, lazy, across, activations, stream, memory, biases, NAME; of\n"
+    "`bench extract --peers`, `extraction`; of a .jsonl of other benchmarks, `speed`; of several studies, separated\n"
+    "by commas, `architectures` or `fragile`.",
     "kmq-jax tables --file=README.md",
     (Files,),
 )

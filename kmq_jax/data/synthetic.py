@@ -7,9 +7,10 @@ A DATA argument `synthetic:SPLIT[?key=value&key=value]` names it:
     synthetic:test      40 others of 10, to report
     synthetic:noise     coloured noises, tones, clicks and hums for augmentation
 
-The keys are `speakers`, `utterances` (of each speaker) and `seed`. Another seed gives other people. Nothing is stored:
-every utterance is a function of (seed, split, speaker, utterance), is the same whatever else is asked for, and is made
-when it is loaded. The trials of a split are named like the split, `--trials=synthetic:dev`.
+The keys are `speakers`, `utterances` (of each speaker), `seed`, and `seconds`, the length of every utterance in place
+of 2 to 5. Another seed gives other people. Nothing is stored: every utterance is a function of (seed, split, speaker,
+utterance, seconds), is the same whatever else is asked for, and is made when it is loaded. The trials of a split are
+named like the split, `--trials=synthetic:dev`.
 """
 
 import functools
@@ -29,6 +30,7 @@ NOISES = ("colour", "tone", "click", "hum")
 _SPLITS = ("train", "dev", "test", "noise")  # a split's place is part of its seeds, so splits share no speaker
 _SIZES = {"train": (200, 10), "dev": (40, 10), "test": (40, 10), "noise": (len(NOISES), 25)}
 _SECONDS = (2.0, 5.0)  # shortest and longest utterance
+_LONGEST = 60  # seconds of an utterance, where they are given
 _MOST = 10_000_000  # utterances in one table
 
 
@@ -41,6 +43,7 @@ class Corpus:
         speakers: How many; kinds of noise for "noise".
         utterances: How many of each.
         seed: Other seeds give other speakers.
+        seconds: The length of every utterance; 0: 2 to 5 seconds.
         spread: How hard it is to tell the speakers apart.
     """
 
@@ -48,6 +51,7 @@ class Corpus:
     speakers: int
     utterances: int
     seed: int = 0
+    seconds: int = 0
     spread: voice.Spread = voice.Spread()
 
     def rng(self, speaker: int, utterance: int | None = None) -> np.random.Generator:
@@ -66,6 +70,8 @@ class Corpus:
 
     def samples(self, speaker: int) -> np.ndarray:
         """`[utterances]` int64 lengths of a speaker's utterances at 16 kHz, whole frames."""
+        if self.seconds:
+            return np.full(self.utterances, self.seconds * voice.SAMPLE_RATE // voice.HOP * voice.HOP)
         shortest, longest = (int(seconds * voice.SAMPLE_RATE / voice.HOP) for seconds in _SECONDS)
         rng = np.random.default_rng([self.seed, _SPLITS.index(self.split), speaker, 2**32 - 1])
         return rng.integers(shortest, longest, self.utterances, endpoint=True) * voice.HOP
@@ -133,17 +139,18 @@ def parse(spec: str) -> Corpus:
     split, _, query = spec.removeprefix(PREFIX).partition("?")
     if split not in _SPLITS:
         raise UserError(f"{spec}: unknown split {split!r}; it must be one of {', '.join(_SPLITS)}")
-    values = dict(zip(("speakers", "utterances"), _SIZES[split]), seed=0)
+    values = dict(zip(("speakers", "utterances"), _SIZES[split]), seed=0, seconds=0)
     fixed = {"speakers": values.pop("speakers")} if split == "noise" else {}  # one for each kind
     for key, text in parse_qsl(query, keep_blank_values=True, separator="&"):
         if key not in values:
             raise UserError(f"{spec}: unknown key {key!r}; the keys are {', '.join(values)}")
-        least = 0 if key == "seed" else 1
-        if not (text.isascii() and text.isdigit()) or not least <= int(text) < 2**32 - 1:
-            raise UserError(f"{spec}: {key} must be a whole number from {least}, got {text!r}")
+        least, most = 0 if key in ("seed", "seconds") else 1, _LONGEST if key == "seconds" else 2**32 - 2
+        if not (text.isascii() and text.isdigit()) or not least <= int(text) <= most:
+            up_to = f" to {most}" if key == "seconds" else ""
+            raise UserError(f"{spec}: {key} must be a whole number from {least}{up_to}, got {text!r}")
         values[key] = int(text)
     sizes = {**values, **fixed}
-    corpus = Corpus(split, sizes["speakers"], sizes["utterances"], sizes["seed"])
+    corpus = Corpus(split, sizes["speakers"], sizes["utterances"], sizes["seed"], sizes["seconds"])
     if corpus.speakers * corpus.utterances > _MOST:
         raise UserError(f"{spec}: {corpus.speakers} speakers of {corpus.utterances} utterances; at most {_MOST} in all")
     return corpus

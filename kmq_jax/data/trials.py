@@ -14,6 +14,7 @@ import numpy as np
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import require_regular
 from kmq_jax.data.audio import SUFFIXES
+from kmq_jax.data.draw import draw_trials
 from kmq_jax.data.kaldi import read_table
 from kmq_jax.data.table import Trials, Utterances
 
@@ -243,47 +244,6 @@ def open_trials(text: str, utterances: Utterances, models: str | None = None) ->
             f"trials {text}: unknown utterance {trials.names[first]}{_nearest(trials.names[first], utterances.ids)}"
         )
     return dataclasses.replace(trials, enrol=enrol, test=test)
-
-
-def draw_trials(utterances: Utterances, targets: int = 5000, nontargets: int = 20000, seed: int = 0) -> Trials:
-    """Draws trials at random, without the same pair twice: a list for data that comes without one.
-
-    Args:
-        utterances: the table.
-        targets: at most this many pairs of the same speaker.
-        nontargets: at most this many of different speakers.
-        seed: the same seed gives the same trials.
-
-    Raises:
-        UserError: no two utterances share a speaker, or there is only one speaker.
-
-    >>> from kmq_jax.data.source import open_source
-    >>> trials = draw_trials(open_source("synthetic:dev?speakers=3&utterances=2"))
-    >>> len(trials), int(trials.label.sum())
-    (15, 3)
-    """
-    rng = np.random.default_rng(seed)
-    labels = utterances.labels
-    by_speaker = np.argsort(labels, kind="stable")
-    groups = np.split(by_speaker, np.flatnonzero(np.diff(labels[by_speaker])) + 1)
-    same = np.concatenate([_some_pairs(rows, targets, rng) for rows in groups])
-    if len(groups) < 2 or not len(same):
-        raise UserError("trials need two speakers, one of them with two utterances")
-    same = rng.permutation(same)[:targets]
-    # Four times as many as are asked for: repeated pairs, and pairs of one speaker, fall away.
-    drawn = np.sort(rng.integers(len(labels), size=(4 * nontargets, 2)), axis=1)
-    # Each pair once, in the order drawn; in `unique`'s own order the cut below would favour the first rows.
-    drawn = drawn[np.sort(np.unique(drawn, axis=0, return_index=True)[1])]
-    other = drawn[labels[drawn[:, 0]] != labels[drawn[:, 1]]][:nontargets]
-    enrol, test = rng.permutation(np.concatenate((same, other))).T.astype(np.int32)
-    return Trials(enrol, test, labels[enrol] == labels[test], utterances.ids, enrol, test)
-
-
-def _some_pairs(rows: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
-    """All pairs of `rows` `[pairs, 2]`; of very many rows, those of a random few, so that memory stays bounded."""
-    rows = rng.permutation(rows)[: max(2, 2 * int(most**0.5))]
-    first, second = np.triu_indices(len(rows), 1)
-    return np.stack((rows[first], rows[second]), axis=1)
 
 
 def read_models(path: str | os.PathLike[str]) -> dict[str, list[str]]:

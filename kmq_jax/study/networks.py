@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ml_collections
@@ -127,8 +127,8 @@ def training_steps(options: StudyOptions) -> list[str]:
 
 def make_networks(
     config: ml_collections.ConfigDict, options: StudyOptions, steps: Steps, only: Sequence[str] = ()
-) -> list[Network]:
-    """Trains, imports and quantizes.
+) -> Iterator[Network]:
+    """Trains, imports and quantizes, one network after the other.
 
     Args:
         config: of the full-precision training.
@@ -137,8 +137,9 @@ def make_networks(
         only: names of training steps, such as "distilled-2", and "fp32"; what is not among them is not made, but for
             full precision. Empty: all.
 
-    Returns:
-        The full-precision network, then those of each quantization: without training, and trained.
+    Yields:
+        The full-precision network, then those of each quantization: without training, and trained. Each comes as soon
+        as it is made.
 
     Raises:
         UserError: a setting, file or value is at fault.
@@ -148,12 +149,11 @@ def make_networks(
         if name not in known:
             raise UserError(f"--only (={name}) must be of {', '.join(known)}")
     reference = full_precision(config, steps)
-    networks = [Network("fp32", "full precision", FULL, reference)]
+    yield Network("fp32", "full precision", FULL, reference)
     for run in runs:
         if not only or run.step in only:
             make = mixed_network if run.name == MIXED else quantized_networks
-            networks += make(config, options, steps, run, reference)
-    return networks
+            yield from make(config, options, steps, run, reference)
 
 
 def full_precision(config: ml_collections.ConfigDict, steps: Steps) -> Path:
@@ -174,26 +174,26 @@ def full_precision(config: ml_collections.ConfigDict, steps: Steps) -> Path:
 
 def quantized_networks(
     config: ml_collections.ConfigDict, options: StudyOptions, steps: Steps, run: Run, reference: Path
-) -> list[Network]:
+) -> Iterator[Network]:
     """Quantizes without training and, where the run has epochs, with it; a network for each of the run's bits."""
     grow_from = str(steps.directory / run.grow_from) if run.grow_from else ""
     own = training_config(config, options, run, str(reference), grow_from)
-    made = []
+    nested = ", nested" if run.coarse else ""
+
+    def each(step: str, how: str, path: Path) -> Iterator[Network]:
+        method = _method(how, run, options) + nested
+        for bits in (run.bits or FULL, *run.coarse):
+            yield Network(step, method, bits, path, bits if run.coarse else None, run)
+
     if run.untrained:
         # Without training only the rules and the speech matter, not the schedule or the loss.
         rules = [settings_of(own)["quant"], own.data.train]
         untrained = functools.partial(quantize, own, reference)
         step, recipe = run.untrained_step, RECIPES["ptq"]
         path = steps.run(step, rules, ("fp32",), f"{step}.kmq", untrained, data=data_of(own), recipe=recipe)
-        made.append((step, _method("without training", run, options), path))
+        yield from each(step, "without training", path)
     if own.epochs:
-        made.append((run.step, _method("trained", run, options), _trained(own, steps, run)))
-    nested = ", nested" if run.coarse else ""
-    return [
-        Network(step, method + nested, bits, path, bits if run.coarse else None, run)
-        for step, method, path in made
-        for bits in (run.bits or FULL, *run.coarse)
-    ]
+        yield from each(run.step, "trained", _trained(own, steps, run))
 
 
 def _method(how: str, run: Run, options: StudyOptions) -> str:
@@ -208,16 +208,16 @@ def _method(how: str, run: Run, options: StudyOptions) -> str:
 
 def mixed_network(
     config: ml_collections.ConfigDict, options: StudyOptions, steps: Steps, run: Run, reference: Path
-) -> list[Network]:
+) -> Iterator[Network]:
     """Trains at mixed precision, in phases of ascending bits; nothing where the run has no epochs."""
     own = training_config(config, options, run, str(reference))
     if not own.epochs:
-        return []
+        return
     path = _trained(own, steps, run)
     params = load_model(path).variables["params"]
     tensors = [leaf for _, leaf in named_leaves(params, quant.is_codebook_tensor) if quant.is_codebook_tensor(leaf)]
     mean = sum(leaf.bits * leaf.size for leaf in tensors) / sum(leaf.size for leaf in tensors)
-    return [Network(run.step, "trained, mixed", round(mean, 3), path, run=run)]
+    yield Network(run.step, "trained, mixed", round(mean, 3), path, run=run)
 
 
 def _trained(own: ml_collections.ConfigDict, steps: Steps, run: Run) -> Path:

@@ -8,6 +8,7 @@ run them. A step that is done is not repeated; one whose settings, data or code 
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,12 +70,32 @@ def study(config: ml_collections.ConfigDict, workdir: Path, only: Sequence[str] 
             sweep(workdir)
         plan = planned(options, 0.0 if config.init_from else config.epochs, only)
         steps = Steps(workdir, plan, functools.partial(seconds_left, plan))
-        networks = make_networks(config, options, steps, only)
-        for evaluated in options.sets.values():
-            for network in networks:
+        networks: list[Network] = []
+        rows: list[Row] = []
+        # Each is measured before the next one is made: the first result comes early.
+        for network in make_networks(config, options, steps, only):
+            networks.append(network)
+            for evaluated in options.sets.values():
                 embed(steps, network, evaluated, options)
-        rows = [measure(steps, network, networks[0], options) for network in networks]
+            rows.append(measure(steps, network, networks[0], options))
+            print(f"    {in_words(rows[-1])}", file=sys.stderr, flush=True)
         return {} if only else _summed_up(steps, networks, rows, options, settings)
+
+
+def in_words(row: Row) -> str:
+    """One row of the results for people.
+
+    >>> found = {"eer": 3.5, "eer_change": 1.25, "eer_change_ci95": [0.5, 2.0]}
+    >>> in_words({"bits": 2, "method": "trained", "bytes": 20480, "sets": {"test": found}})
+    '2 bits, trained: 20 KiB, EER 3.50 % on test (+1.25 [+0.50, +2.00] against full precision)'
+    """
+    told = []
+    for name, found in row["sets"].items():
+        change = found.get("eer_change_ci95")
+        against = "" if change is None else f" ({found['eer_change']:+.2f} [{change[0]:+.2f}, {change[1]:+.2f}]"
+        told.append(f"{found['eer']:.2f} % on {name}" + (against and f"{against} against full precision)"))
+    called = row["method"] if row["bits"] == FULL else f"{row['bits']:g} bits, {row['method']}"
+    return f"{called}: {row['bytes'] / 1024:,.0f} KiB, EER {', '.join(told)}"
 
 
 def options_of(config: ml_collections.ConfigDict) -> StudyOptions:

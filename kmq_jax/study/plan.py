@@ -24,21 +24,18 @@ def planned(options: StudyOptions, epochs: float, only: Sequence[str] = ()) -> l
         epochs: of the full-precision training; 0 where it is imported.
         only: names of training steps: of these networks alone, as `networks.make_networks` has it.
     """
-    plan, networks = [Work("fp32", epochs)], 1
+    sets = len(options.sets)
+    first = [Work("embed")] * sets + [Work("score")] * sets
+    each = [*first, *([Work("compare")] * sets)]
+    plan = [Work("fp32", epochs), *first]
     for run in runs_of(options):
         if only and run.step not in only:
             continue
         trained = epochs_of(options, run)
         if run.untrained and run.name != MIXED:
-            plan.append(Work("ptq"))
-            networks += 1 + len(run.coarse)
+            plan += [Work("ptq"), *(each * (1 + len(run.coarse)))]
         if trained:
-            plan.append(Work(run.recipe, trained))
-            networks += 1 + len(run.coarse)
-    sets = len(options.sets)
-    plan += [Work("embed")] * (sets * networks)
-    plan += [Work("score")] * sets
-    plan += ([Work("score")] * sets + [Work("compare")] * sets) * (networks - 1)
+            plan += [Work(run.recipe, trained), *(each * (1 + len(run.coarse)))]
     if only:
         return plan
     plan += [Work("det")] * sets

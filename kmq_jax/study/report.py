@@ -148,7 +148,9 @@ def cascades_figure(cascades: Sequence[Row], sets: Sequence[str]) -> Figure:
                     drawn.add((cascade["family"], bits))
                     axes.plot(int(bits), 100 * alone["harmful_flip_rate"], "s", color="tab:gray", markersize=5)
                     nested = ", nested" if cascade["family"].endswith("nested") else ""
-                    axes.annotate(f"{bits} bits{nested}", (int(bits), 100 * alone["harmful_flip_rate"]), xytext=(5, 4),
+                    # Nested ones lie near the others: their names go below.
+                    place = (5, -11) if nested else (5, 4)
+                    axes.annotate(f"{bits} bits{nested}", (int(bits), 100 * alone["harmful_flip_rate"]), xytext=place,
                                   textcoords="offset points", fontsize=8, color="0.35")  # fmt: skip
             label = f"{cascade['name']}, {cascade['family']}"
             flips, colour = 100 * found["harmful_flip_rate"], f"C{number}"
@@ -387,6 +389,7 @@ def write(workdir: Path, summary: Row, config: Row, costs: Mapping[str, Row]) ->
         full=rows[0],
         verdict=verdict(summary),
         cascades=summary["cascades"],
+        compared={name: any(one["sets"][name].get("changes") for one in summary["cascades"]) for name in sets},
         headlined=headlined(summary["cascades"], config["study"]["calibrate"]),
         diagnosis=summary["diagnosis"],
         rules=rules_of(workdir, summary, files[0]["file"], config["data"]["train"]),

@@ -5,7 +5,7 @@ A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`, FILE
 | FILE is of | KIND |
 |---|---|
 | `study` | `bits`, one row a model; `trained`, of those the trained ones; `gains`, what of them a first page needs |
-| | `differences`, with paired intervals; `recipes`, of those a row a recipe; `cascades`; `components` |
+| | `differences`, with paired intervals; `recipes`, of those a row a recipe; `cascades`; `rescues`; `components` |
 | `study --settings` | `settings`, one row a line of the paper |
 | `conditions` | `conditions` |
 | `threshold` | `threshold`, with `judged_on` added |
@@ -14,7 +14,7 @@ A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`, FILE
 | `bench memory`, `biases` | `memory`, one row a cell of the paper's table; `biases` |
 | `bench train`, `extract`, `quant`, `qat`, `diagnose`, a line of a `.jsonl` each | `speed` |
 | `launch/fuzz.py`, `launch/faults.py` | `fuzz`, `faults` |
-| `.ci/weigh.py`, `.ci/house.py` | `weights`, `house` |
+| `.ci/weigh.py`, `.ci/house.py`, `.ci/fresh.py` | `weights`, `house`, `fresh` |
 | several studies, separated by commas | `architectures`, one row a model of each network; `fragile`, its components |
 """
 
@@ -181,6 +181,43 @@ def cascade_table(summary: Row) -> str:
                 ]
             )
     return _markdown(rows)
+
+
+def rescue_table(summary: Row) -> str:
+    """What a cascade gains back of what its first level loses, on every set whose trials did not calibrate it.
+
+    Changes are paired, on the same draws of speakers, and bold where they are told apart from none.
+    """
+    rows = [["on", "what decides", "EER %", "against full precision", "against the first level", "harmful flips",
+             "bits a trial"]]  # fmt: skip
+    for cascade in summary["cascades"]:
+        first, kind = str(cascade["bits"][0]), ", nested" if "nested" in cascade["family"] else ""
+        row = next(row for row in summary["rows"] if _is_level(row, cascade, first))
+        for name, found in cascade["sets"].items():
+            if not found.get("changes"):
+                continue
+            alone, change = found["each_width_alone"][first], changes_of(summary, row, name)
+            level = [
+                f"{first} bits, {row['method']}",
+                f"{row['sets'][name]['eer']:.2f}",
+                _change(change, "eer_change", 2),
+                "",
+            ]
+            rows.append([name, *level, f"{100 * alone['harmful_flip_rate']:.2f} %", first])
+            gained = [_change(found["changes"][kind_of], "eer_change", 2) for kind_of in ("reference", "first")]
+            cells = [f"{cascade['name']}{kind}", f"{found['eer']:.2f}", *gained]
+            rows.append([name, *cells, f"{100 * found['harmful_flip_rate']:.2f} %", f"{found['sequential_bits']:.2f}"])
+    return _markdown(list(map(list, dict.fromkeys(map(tuple, rows)))))
+
+
+def _is_level(row: Row, cascade: Row, bits: str) -> bool:
+    """Whether a row is of the network that a cascade's level of so many bits is."""
+    untrained = cascade["family"].startswith("ptq")
+    return (
+        f"{row['bits']:g}" == bits
+        and row["method"].startswith("without training") == untrained
+        and ("nested" in row["method"]) == ("nested" in cascade["family"])
+    )
 
 
 def _gates(cascade: Row) -> str:
@@ -610,6 +647,15 @@ def biases_table(found: Row) -> str:
     return _markdown(rows) + _about_sets({_corpus(name): found["rows"][0]["sets"][name] for name in names})
 
 
+def fresh_table(found: Row) -> str:
+    """Processor time of commands in processes of their own: the least and the median of several."""
+    rows = [["command", "least, s", "median, s"]]
+    for one in found["rows"]:
+        rows.append([f"`{one['command']}`", f"{one['least']:.2f}", f"{one['median']:.2f}"])
+    about = f"{found['repeats']} runs each; Python {found['python']}, {found['processor']}, {found['cores']} cores."
+    return _markdown(rows) + f"\n{about}\n"
+
+
 TABLES: dict[str, Callable[[Any], str]] = {
     "bits": study_table,
     "gains": gains_table,
@@ -617,6 +663,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "differences": difference_table,
     "recipes": recipes_table,
     "cascades": cascade_table,
+    "rescues": rescue_table,
     "components": components_table,
     "conditions": conditions_table,
     "accelerator": accelerator_table,
@@ -635,6 +682,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "settings": settings_table,
     "memory": memory_table,
     "biases": biases_table,
+    "fresh": fresh_table,
 }
 
 TABLES_OF_SEVERAL: dict[str, Callable[[Sequence[Any]], str]] = {

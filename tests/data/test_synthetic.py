@@ -66,6 +66,7 @@ def test_splits_and_seeds_share_no_speaker():
         ("synthetic:dev?speakers=-3", "'-3'"),
         ("synthetic:dev?utterances=many", "'many'"),
         ("synthetic:dev?seed=", "seed"),
+        ("synthetic:dev?seconds=61", "from 0 to 60, got '61'"),
         ("synthetic:dev?seed=99999999999", "seed"),
         ("synthetic:dev?speakers", "speakers"),
         ("synthetic:train?speakers=100000&utterances=100000", "at most"),
@@ -76,6 +77,11 @@ def test_a_wrong_name_gets_one_line(spec, fault):
     with pytest.raises(UserError, match=fault) as error:
         open_source(spec)
     assert spec in str(error.value) and "\n" not in str(error.value)
+
+
+def test_utterances_of_a_given_length():
+    table = open_source("synthetic:dev?speakers=2&utterances=2&seconds=2")
+    assert table.samples.tolist() == [32_000] * 4 and len(table.load(3)) == 32_000
 
 
 @pytest.mark.parametrize("spec", ["synthetic:noise", "synthetic:dev?utterances=1", "synthetic:dev?speakers=3"])

@@ -144,6 +144,12 @@ def test_both_commands(run, tmp_path):
     assert figures["incremental_bits"] == pytest.approx(bits.mean(), rel=1e-5)
     assert figures["incremental_bits"] <= figures["utterance_bits"] <= 9
     assert figures["eer_ci95"][0] < figures["eer"] < figures["eer_ci95"][1]
+    changes = figures["changes"]  # against full precision, and against 2 bits by their own scores
+    assert changes["reference"]["eer_change"] == pytest.approx(figures["eer"] - figures["reference_eer"])
+    assert changes["first"]["eer_change"] == pytest.approx(
+        figures["eer"] - figures["each_width_alone"]["2"]["eer"], abs=0.5
+    )
+    assert all(one["eer_change_ci95"][0] <= one["eer_change_ci95"][1] for one in changes.values())
     assert figures["resolved"]["2"] > 0.5
     assert "cascade" in told
 

@@ -280,10 +280,28 @@ def test_cascades_across_networks_have_a_row_a_system_and_list(tmp_path):
     assert filled[6] == "words: 9 trials, 3 of them targets, 2 speakers, 4 utterances."
 
 
+def test_what_a_cascade_gains_back_is_told_beside_what_its_first_level_loses():
+    def change(low, high):
+        return {"eer_change": (low + high) / 2, "eer_change_ci95": [low, high]}
+
+    full = {"method": "full precision", "bits": 32, "sets": {"dev": {"eer": 2.0}, "test": {"eer": 3.0}}}
+    low = {"method": "without training", "bits": 2, "sets": {"dev": {"eer": 4.0}, "test": {"eer": 5.0} | change(1, 3)}}
+    other = {"method": "trained", "bits": 2, "sets": {"dev": {"eer": 9.0}, "test": {"eer": 9.0}}}
+    found = {"eer": 3.25, "harmful_flip_rate": 0.001, "sequential_bits": 2.5}
+    found |= {"each_width_alone": {"2": {"harmful_flip_rate": 0.02}}}
+    test = found | {"changes": {"reference": change(-0.5, 1), "first": change(-3, -0.5)}}
+    cascade = {"name": "2>4", "family": "ptq", "bits": [2, 4], "sets": {"dev": found, "test": test}}
+    lines = tables.rescue_table({"rows": [full, other, low], "cascades": [cascade, cascade]}).splitlines()
+    assert lines[2:] == [
+        "| test | 2 bits, without training | 5.00 | **+2.00 [+1.00, +3.00]** |  | 2.00 % | 2 |",
+        "| test | 2>4 | 3.25 | +0.25 [-0.50, +1.00] | **-1.75 [-3.00, -0.50]** | 0.10 % | 2.50 |",
+    ]
+
+
 def test_mistakes(tmp_path):
     with pytest.raises(
         UserError,
-        match="of r.json must be one of bits, gains, trained, differences, recipes, cascades, components, cond",
+        match="of r.json must be one of bits, gains, trained, differences, recipes, cascades, rescues, components",
     ):
         tables.fill("<!-- table: r.json colours -->\n<!-- end -->", tmp_path)
     with pytest.raises(UserError, match=r"absent\.json"):
@@ -291,8 +309,3 @@ def test_mistakes(tmp_path):
     (tmp_path / "r.json").write_text("{}")
     with pytest.raises(UserError, match="not a study's results: it lacks 'rows'"):
         tables.fill("<!-- table: r.json bits -->\n<!-- end -->", tmp_path)
-
-
-def test_the_readme_shows_what_was_measured():
-    text = (ROOT / "README.md").read_text()
-    assert tables.fill(text, ROOT) == text
