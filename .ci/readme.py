@@ -30,7 +30,7 @@ SHORTER = {
     "configs/wespeaker_so762.py:so762": "configs/wespeaker_so762.py:smoke --config.study.epochs.2=0 "
     '--config.study.nested=False --config.study.diagnose="()" --config.study.cascades="()"',
     "--config=quickstart --workdir": "--config=quickstart:smoke --workdir",
-    "--config=configs/wespeaker34_kmqat.py:2": "--config=configs/wespeaker34_kmqat.py:smoke",
+    "--config=configs/wespeaker34_distilled.py:2": "--config=configs/wespeaker34_distilled.py:smoke",
     # Intervals and Hessians of a diagnosis are most of its time.
     "kmq-jax diagnose ": "kmq-jax diagnose --replicates=20 --hessian_draws=1 --hessian_utterances=1 "
     "--retention_utterances=4 --layer_utterances=4 ",
