@@ -160,7 +160,7 @@ def test_every_flag_that_names_what_is_written_says_so_to_the_check_before_the_w
         groups += getattr(getattr(importlib.import_module(f"kmq_jax.cli.{name}"), "COMMAND", None), "options", ())
     found = [(one, field) for one in groups for field in dataclasses.fields(one)]
     named = {
-        field.name: limits_of(field).writes
+        f"{one.__name__}.{field.name}": limits_of(field).writes
         for one, field in found
         if kind_of(one, field.name).type is Path and re.match(r"(also )?(write|draw|make)|.* to write\b", _help(field))
     }
