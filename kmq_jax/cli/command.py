@@ -120,7 +120,8 @@ def run(command: str, main: Callable[[], None], options: Sequence[type[Options]]
         RecursionError,
     ) as error:
         message = " ".join(name_flags(_line(error), *options).split())
-        print(f"{f'kmq-jax {command}'.strip()}: {message}", file=sys.stderr)
+        with contextlib.suppress(BrokenPipeError):
+            print(f"{f'kmq-jax {command}'.strip()}: {message}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         # What XLA raises where an array does not fit; its type can be named only where JAX is loaded.
@@ -193,11 +194,11 @@ def _leave(status: int) -> NoReturn:
 
 
 def _reader_has_gone() -> bool:
-    """Whether our output is what broke. If so, nothing more is written to it, not even when Python ends."""
-    output = sys.stdout.fileno()
-    poll = select.poll()
-    poll.register(output, select.POLLOUT)
-    if not any(events & select.POLLERR for _, events in poll.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
-    return True
+    """Whether what broke is our output, or our messages. If so, nothing more is written there, not even at the end."""
+    poll, outputs = select.poll(), [sys.stdout.fileno(), sys.stderr.fileno()]
+    for output in outputs:
+        poll.register(output, select.POLLOUT)
+    broken = [output for output, events in poll.poll(0) if events & select.POLLERR]
+    for output in broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return bool(broken)

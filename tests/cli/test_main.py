@@ -78,16 +78,19 @@ def test_completion_knows_every_flag_of_every_command():
         completion.script("fish", main.COMMANDS)
 
 
-def test_a_reader_who_has_gone_is_no_error():
+@pytest.mark.parametrize("gone", ["stdout", "stderr"])
+def test_a_reader_who_has_gone_is_no_error(gone):
     # More than a pipe holds, so that writing goes on after the reader's end.
-    code = "from kmq_jax.cli import command; command.run('x', lambda: [print('y' * 100) for _ in range(10_000)])"
+    write = f"lambda: [print('y' * 100, file=sys.{gone}) for _ in range(10_000)]"
+    code = f"import sys; from kmq_jax.cli import command; command.run('x', {write})"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
     ) as running:
-        running.stdout.readline()
-        running.stdout.close()
-        error = running.stderr.read()
-    assert (running.returncode, error) == (141, b"")
+        read, other = (running.stdout, running.stderr) if gone == "stdout" else (running.stderr, running.stdout)
+        read.readline()
+        read.close()
+        said = other.read()
+    assert (running.returncode, said) == (141, b"")
 
 
 def test_an_interrupt_is_status_130():
