@@ -171,6 +171,7 @@ PLAIN = (
     "steps of 16 crops of 1.5 s", "32 crops of 1.5 s", "(1.21 M parameters)", "7.18 M parameters",
     "crops of 5 s, AAM margin 0.5", "61.47 M parameters with the classifier and 140.6 G",
     "14.93 M parameters and 41.15 G", "shows where the smaller one errs",
+    "unless a recording is longer than a minute", "Bits say nothing of what they cost",
     # Versions, licences, papers.
     "arXiv", "Python 3.11", "pip 25.1", "(CC BY 4.0, 0.5 GB)", "FlaxSpeaker 0.4.0",
 )  # fmt: skip
