@@ -301,7 +301,7 @@ def test_what_a_cascade_gains_back_is_told_beside_what_its_first_level_loses():
 def test_mistakes(tmp_path):
     with pytest.raises(
         UserError,
-        match="of r.json must be one of .*gains, trained, differences, recipes, cascades, rescues, components",
+        match="of r.json must be one of .*bits, gains, trained, differences, recipes, cascades, rescues, components",
     ):
         tables.fill("<!-- table: r.json colours -->\n<!-- end -->", tmp_path)
     with pytest.raises(UserError, match=r"absent\.json"):
