@@ -54,12 +54,30 @@ def forget_programs():
         jax.clear_caches()
 
 
-LONGEST = ()
-"""Files in falling order of their time: a worker that takes a long one last keeps the other waiting."""
+LONGEST = (
+    "integration/test_qat.py",
+    "integration/test_notebooks.py",
+    "ptq/test_fit.py",
+    "integration/test_train.py",
+    "integration/test_study.py",
+    "test_doctests.py",
+    "test_configs.py",
+    "integration/test_diagnose.py",
+    "interop/test_onnx_network.py",
+    "interop/test_networks.py",
+)
+"""Files of a minute or so."""
+LONG = ("integration", "ptq", "interop", "models")
+"""Folders of long files."""
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first."""
+    """The longest files first: a worker that takes a long one last keeps the other waiting."""
     place = {name: number for number, name in enumerate(LONGEST)}
     here = Path(__file__).parent
-    items.sort(key=lambda item: place.get(item.path.relative_to(here).as_posix(), len(place)))
+
+    def order(item):
+        path = item.path.relative_to(here)
+        return place.get(path.as_posix(), len(place)), path.parts[0] not in LONG
+
+    items.sort(key=order)

@@ -51,7 +51,6 @@ def test_real_speech_with_bad_files_among_it(shared, tmp_path):
         np.testing.assert_allclose(opened.load(i), expected, atol=0.51 / 32768)
 
 
-@pytest.mark.slow
 def test_killed_and_started_again_with_other_workers_it_gives_the_same(tmp_path):
     source = recordings.kaldi(tmp_path / "k", speakers=10, each=40, seconds=4)
     assert run(f"--source={source}", f"--out={tmp_path / 'whole' / 'set'}", "--workers=1").returncode == 0

@@ -154,7 +154,6 @@ def test_training_leaves_statistics_as_they_are(workdir):
     jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], model.variables["batch_stats"])
 
 
-@pytest.mark.slow
 def test_it_is_diagnosed(workdir):
     options = DiagnosisOptions(
         retention_utterances=12, layer_utterances=12, hessian_draws=1, hessian_utterances=2, hessian_seconds=0.6,
@@ -180,7 +179,6 @@ def test_it_stands_in_a_cascade(workdir, monkeypatch):
     assert 0 <= json.loads((workdir / "c.json").read_text())["eer"] <= 100
 
 
-@pytest.mark.slow
 def test_it_trains_quantized_with_a_teacher(workdir, tmp_path):
     model = load_model(workdir / "full")
     section = smoke(default_config("graph", **model.settings))

@@ -227,7 +227,6 @@ def test_names_by_which_the_optimizer_groups_parameters():
     assert found == of and sum(of.values()) == len(names)
 
 
-@pytest.mark.slow
 def test_steps_with_rounded_activations_compute_with_what_is_shipped():
     settings = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8}
     network = registry.build("wespeaker_resnet34", **settings)
