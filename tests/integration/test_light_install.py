@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -36,6 +37,7 @@ def left_out():
 
 def run_without(blocked, code, cwd):
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment |= {name: os.environ[name] for name in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
     # What stands as None in there is not found, and not looked for either.
     script = f"import sys\nsys.modules.update(dict.fromkeys({tuple(blocked)!r}))\n{code}"
     return subprocess.run([sys.executable, "-c", script], cwd=cwd, capture_output=True, text=True, env=environment)
@@ -72,7 +74,6 @@ def place(tmp_path_factory):
     return directory
 
 
-@pytest.mark.slow
 def test_a_model_is_quantized_and_verifies_without_them(place):
     code = "".join(
         [

@@ -9,7 +9,6 @@ import time
 
 import commands
 import numpy as np
-import pytest
 import recordings
 
 from kmq_jax.data.source import open_source

@@ -244,7 +244,6 @@ def test_the_command_exits_2_without_a_traceback(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_published_model_on_real_speech(run, shared, tmp_path):
     """WeSpeaker's ResNet34 by ONNX Runtime and kaldi-native-fbank; the figures are those of shared/models/README.md."""
     knf, ort = pytest.importorskip("kaldi_native_fbank"), pytest.importorskip("onnxruntime")

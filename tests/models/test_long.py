@@ -34,8 +34,8 @@ def cosine(a, b):
         ("wespeaker_resnet34", "wespeaker"),  # plain statistics
         ("xvector", "wespeaker"),  # frames are lost for want of padding
         ("resnet18", "kiwano"),  # squeeze-and-excitation, attention
-        pytest.param("ecapa_speechbrain_c512", "wespeaker", marks=pytest.mark.slow),  # sees the whole, mirrored ends
-        pytest.param("campplus", "3dspeaker", marks=pytest.mark.slow),  # masks by context
+        ("ecapa_speechbrain_c512", "wespeaker"),  # sees the whole, mirrored ends
+        ("campplus", "3dspeaker"),  # masks by context
     ],
 )
 @pytest.mark.parametrize("engine", ["jax", "onnxruntime"])
