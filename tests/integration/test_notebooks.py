@@ -170,6 +170,7 @@ def pictures(monkeypatch):
     plt.close("all")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ml_collections' way to load a file
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_cells_of_a_notebook_run_from_top_to_bottom(path, tmp_path, monkeypatch, capsys, pictures):
     """In this process, so that one JAX runs all of its commands."""
