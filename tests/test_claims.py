@@ -168,7 +168,8 @@ PLAIN = (
     "It grows from a trained 2-bit network", "used 41.0 s of speech of 63.0 s", "Recordings over a minute, up to",
     "parts of at most a minute is taken", "(bfloat16, batches of 256 crops of 350 frames)",
     "steps of 16 crops of 1.5 s", "32 crops of 1.5 s", "(1.21 M parameters)", "7.18 M parameters",
-    "crops of 5 s, AAM margin 0.5", "61.47 M parameters with the classifier and 140.6 G", "14.93 M parameters and 41.15 G",
+    "crops of 5 s, AAM margin 0.5", "61.47 M parameters with the classifier and 140.6 G",
+    "14.93 M parameters and 41.15 G",
     "shows where the smaller one errs",
     # Versions, licences, papers.
     "arXiv", "Python 3.11", "pip 25.1", "(CC BY 4.0, 0.5 GB)", "FlaxSpeaker 0.4.0",
