@@ -316,6 +316,9 @@ def test_committed_results_say_how_many_trials_they_come_from(path):
     if found.get("kind") == "house":  # counts of source
         assert [column["name"] for column in found["columns"]] == ["before", "now"]
         return
+    if "pairs" in found:  # how near two runtimes come, of recordings
+        assert found["recordings"] > 0
+        return
     if found.get("kind") == "fuzz":
         assert found["tried"] == sum(row["clean"] + row["violations"] for row in found["classes"]) >= 2500
         return
