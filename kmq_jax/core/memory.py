@@ -45,7 +45,7 @@ def keep_freed_memory() -> None:
 def require_memory(needed: int, what: str) -> None:
     """Refuses what this machine's memory cannot hold, before any of it is taken: some allocators end the process.
 
-    >>> require_memory(1 << 60, "the network")
+    >>> require_memory(1 << 60, "the network")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     kmq_jax.core.errors.UserError: the network: takes 1,152,921,505 GB or more, ...
 

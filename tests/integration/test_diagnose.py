@@ -115,7 +115,9 @@ def test_what_the_models_must_show(result):
     by_bits = {b: [row for row in found["layers"] if row["bits"] == b] for b in (4, 3, 2)}
     layers = [row["layer"] for row in by_bits[2]]
     assert layers[0] == "stem/conv" and layers[-1] == "head/linear" and len(layers) == 13
-    assert all(row["tensor_bits"] == b for b, rows in by_bits.items() for row in rows)
+    # A shortcut of few weights would not shrink at every number of bits, and then stays as it is.
+    odd = {row["layer"] for b, rows in by_bits.items() for row in rows if row["tensor_bits"] != b}
+    assert odd <= {layer for layer in layers if "shortcut" in layer}
     for two, three in zip(by_bits[2], by_bits[3]):
         assert two["relative_error"] >= three["relative_error"]  # the shortcuts have too few weights to err
     # Single layers of a tiny network are a matter of rounding; all of them together are not.

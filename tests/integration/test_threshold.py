@@ -86,7 +86,7 @@ def test_verify_decides_by_the_file_and_by_a_number(place, file, tmp_path, monke
     assert found["threshold"] == held["threshold"] and found["decision"] == (found["score"] >= held["threshold"])
     assert "\n" not in line and line.startswith("same speaker" if found["decision"] else "different speakers")
     assert "of different speakers are accepted" in line and "from 4 speakers" in line
-    for number, decision in (("-1", True), ("1.5", False)):
+    for number, decision in (("-1", True), ("1", False)):
         assert run(monkeypatch, "verify", *flags, f"--threshold={number}") == 0
         assert "accepted" not in capsys.readouterr().out
         assert json.loads((tmp_path / "v.json").read_text())["decision"] is decision
