@@ -40,7 +40,8 @@ def packed(name: str, bits: int, biases: str) -> Variables:
     variables = shapes(name)
     if bits == 32:
         return variables
-    params = quant.quantize_params(variables["params"], {r"/kernel$": bits})
+    spec = quant.QuantSpec(bits, only_smaller=False)  # the paper counts every convolution
+    params = quant.quantize_params(variables["params"], {r"/kernel$": spec})
     params = jax.eval_shape(with_half_biases, params) if biases == "float16" else params
     return {**variables, "params": params}
 

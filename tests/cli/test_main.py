@@ -178,7 +178,7 @@ def _help(field):
 def test_numbered_settings_are_set_by_flags():
     words = ["study", "--config=quickstart", "--workdir=w", "--config.study.epochs.2=40", "--config.study.epochs.32=.5"]
     config, _ = config_flags.parse_flags(words)
-    assert (config.study.epochs["2"], config.study.epochs["32"], config.study.epochs["nested"]) == (40, 0.5, 2)
+    assert (config.study.epochs["2"], config.study.epochs["32"], config.study.epochs["nested"]) == (40, 0.5, 0)
     for setting in ("study.epochs.9", "study.nothing"):
         with pytest.raises(UserError, match=f"the configuration has no setting {setting.rpartition('.')[2]}"):
             config_flags.parse_flags(["study", "--config=quickstart", "--workdir=w", f"--config.{setting}=1"])

@@ -32,7 +32,8 @@ def reference_of(norm):
 
 def quantized_of(reference, bits):
     """Not fitted, which takes long: the steps alone."""
-    params = quant.quantize_params(reference.variables["params"], {"/kernel$": bits})
+    spec = quant.QuantSpec(bits, only_smaller=False)
+    params = quant.quantize_params(reference.variables["params"], {"/kernel$": spec})
     packed = dataclasses.replace(reference, variables={**reference.variables, "params": params})
     return activations.with_ranges(packed, activations.measure(reference, features_of(reference.network())))
 

@@ -24,7 +24,7 @@ def measured():
     model = SpeakerModel("wespeaker_resnet34", SETTINGS, "wespeaker", registry.initialize(network, jax.random.key(0)))
     features = np.random.default_rng(0).normal(size=(4, 60, 80)).astype(np.float32)
     rules = quantize.rules_of(QuantizeOptions(budget=3.0))
-    return model, budget.measure(model, budget.mark_of(fingerprint(model), rules), rules, features, draws=4)
+    return model, budget.measure(model, budget.mark_of(fingerprint(model), rules, DATA), rules, features, draws=4)
 
 
 def test_the_budget_is_kept_and_nothing_better_fits(measured):
