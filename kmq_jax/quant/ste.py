@@ -553,7 +553,8 @@ def grow_codebooks(params: Params, coarse: Params, rules: Rules) -> tuple[Params
     given = dict(named_leaves(coarse, is_leaf=is_codebook_tensor))
     latents, codebooks = {}, {}
     for name, spec in decide(params, rules, any_size=True).items():
-        if spec.only_smaller and not is_codebook_tensor(given.get(name)):
+        fewest = dataclasses.replace(spec, bits=spec.all_bits[0], coarse=(), minimum_size=0)
+        if not is_codebook_tensor(given.get(name)) and not decide({name: leaves[name]}, fewest):
             continue  # it did not shrink at the fewest bits, and so does not at more
         axis = group_axis(name, leaves[name].ndim, spec)
         kept = _alike(given.get(name), leaves[name].shape, axis)
