@@ -19,6 +19,8 @@ nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
 pytest.importorskip("ipykernel", reason="ipykernel is not installed")
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "colab").glob("*.ipynb"))
+TRIED = [pytest.param(path, marks=[] if path.stem == "quantize_pretrained" else pytest.mark.slow) for path in NOTEBOOKS]
+"""The others train and diagnose, as the commands' own tests do."""
 PICTURES = {"quantize_pretrained": 3, "train_tpu": 2, "diagnose_cascade": 8}  # at least
 
 
@@ -171,7 +173,7 @@ def pictures(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ml_collections' way to load a file
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TRIED, ids=lambda path: path.stem)
 def test_the_cells_of_a_notebook_run_from_top_to_bottom(path, tmp_path, monkeypatch, capsys, pictures):
     """In this process, so that one JAX runs all of its commands."""
     import jax
