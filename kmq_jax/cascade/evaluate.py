@@ -156,11 +156,7 @@ def figures_of(policy: CascadePolicy, outcome: Outcome, joined: LevelScores, opt
         "threshold": policy.threshold,
         "false_accept_rate": far,
         "false_reject_rate": frr,
-        **outcome.costs(),
-        "top_bits": policy.bits[-1],
-        "nested": bool(policy.notes.get("nested")),
-        "seconds_a_recording": policy.seconds and dict(zip(map(str, policy.bits), policy.seconds)),
-        "saved": savings(outcome.costs(), policy.bits[-1], bool(policy.notes.get("nested")), policy.seconds),
+        **cost_figures(policy, outcome.costs()),
         "harmful_flip_rate": None,
         "beneficial_flip_rate": None,
         "reference_eer": None,
@@ -178,6 +174,18 @@ def figures_of(policy: CascadePolicy, outcome: Outcome, joined: LevelScores, opt
         result["reference_eer"] = equal_error(reference, labels)
         result["reference_min_dcf"] = min_dcf(reference, labels, p_target) if both else None
     return result | (_intervals(outcome, joined, options) if options.replicates and both else {})
+
+
+def cost_figures(policy: CascadePolicy, costs: Json) -> Json:
+    """The costs of a cascade (`Outcome.costs`), and what they save of its last level alone."""
+    nested = bool(policy.notes.get("nested"))
+    return {
+        **costs,
+        "top_bits": policy.bits[-1],
+        "nested": nested,
+        "seconds_a_recording": policy.seconds and dict(zip(map(str, policy.bits), policy.seconds)),
+        "saved": savings(costs, policy.bits[-1], nested, policy.seconds),
+    }
 
 
 def _intervals(outcome: Outcome, joined: LevelScores, options: CascadeOptions) -> Json:

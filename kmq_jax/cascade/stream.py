@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from kmq_jax.cascade import evaluate
-from kmq_jax.cascade.costs import savings
 from kmq_jax.cascade.options import CascadeOptions
 from kmq_jax.cascade.policy import CascadePolicy, read_policy
 from kmq_jax.cascade.run import Decisions, costs_of, decider
@@ -248,8 +247,6 @@ class Tally:
         of_label = self.accepted.sum(axis=1)
         both = bool(of_label.all())
         *alone, own = (_rates(histogram, p_target) for histogram in self.histograms)
-        costs = self._costs()
-        nested = bool(policy.notes.get("nested"))
         cost = float(np.mean(self._cost / of_label) / np.log(2)) if both and policy.llr_maps is not None else None
         reference = _rates(self.of_reference, p_target) if self.of_reference else _unknown()
         return {
@@ -260,11 +257,7 @@ class Tally:
             "threshold": policy.threshold,
             "false_accept_rate": _share(self.accepted[0, 1], of_label[0]),
             "false_reject_rate": _share(self.accepted[1, 0], of_label[1]),
-            **costs,
-            "top_bits": policy.bits[-1],
-            "nested": nested,
-            "seconds_a_recording": policy.seconds and dict(zip(map(str, policy.bits), policy.seconds)),
-            "saved": savings(costs, policy.bits[-1], nested, policy.seconds),
+            **evaluate.cost_figures(policy, self._costs()),
             "changes": {},
             **self._flip_rates(-1),
             **{f"reference_{name}": value for name, value in reference.items()},

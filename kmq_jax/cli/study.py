@@ -39,7 +39,7 @@ def main() -> None:
     keep_freed_memory()  # before JAX starts its threads
     from kmq_jax.study.networks import training_steps
     from kmq_jax.study.pipeline import options_of, study, write_settings
-    from kmq_jax.study.tables import settings_table, study_table
+    from kmq_jax.study.study_tables import settings_table, study_table
 
     own = absl_flags.FlagValues()
     absl_flags.DEFINE_list("only", [], "", flag_values=own)

@@ -9,7 +9,7 @@ from kmq_jax.benchmarks import activations
 from kmq_jax.cli import bench
 from kmq_jax.core.errors import UserError
 from kmq_jax.scoring.cosine import cosine_scores
-from kmq_jax.study.tables import activations_table
+from kmq_jax.study.bench_tables import activations_table
 
 DATA = "synthetic:dev?speakers=4&utterances=4"
 FLAGS = ["--reference=full", "--pair=W4A8=a,b", f"--data={DATA}", f"--trials={DATA}"]

@@ -10,7 +10,7 @@ from kmq_jax.benchmarks.options import StreamBench
 from kmq_jax.cli import bench
 from kmq_jax.core.errors import UserError
 from kmq_jax.data.trials import read_trials
-from kmq_jax.study.tables import stream_table
+from kmq_jax.study.bench_tables import stream_table
 
 
 def test_small(tmp_path, capsys, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import kmq_jax
 from kmq_jax.core.errors import UserError
 from kmq_jax.data.source import open_source
-from kmq_jax.study import cascades, pipeline, plan, tables
+from kmq_jax.study import cascades, pipeline, plan, study_tables
 from kmq_jax.study.config import smoke_study, study_config
 from kmq_jax.study.options import EvaluationSet
 from kmq_jax.study.steps import Steps
@@ -44,7 +44,7 @@ def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
     assert len(low["eer_change_ci95"]) == len(low["min_dcf_change_ci95"]) == 2 and low["utterances"] > 0
     assert rows["trained", 2]["bytes"] < rows["full precision", 32]["bytes"]
     check_report(tmp_path, summary)
-    lines = tables.study_table(summary).splitlines()
+    lines = study_tables.study_table(summary).splitlines()
     assert len(lines) == 2 + len(rows) + 2 and lines[0].startswith("| bits | weights | KiB | voices")
     assert re.fullmatch(r"voices: [\d,]+ trials, [\d,]+ of them targets, \d+ speakers, [\d,]+ utterances\.", lines[-1])
 

@@ -160,7 +160,7 @@ def test_a_cascade_beside_single_models_in_one_table(place, tmp_path, monkeypatc
     from kmq_jax.cli import bench
     from kmq_jax.metrics.detection import eer
     from kmq_jax.scoring.cosine import cosine_scores
-    from kmq_jax.study.tables import lazy_table
+    from kmq_jax.study.bench_tables import lazy_table
 
     nested, lists = str(place / "nested.kmq"), [f"--data={DATA}", f"--trials={DATA}"]
     flags = [f"--cascade={place / 'cascade'}", *lists, *lists, f"--beside={nested}", "--uses=0", "--repeats=1"]

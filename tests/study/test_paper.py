@@ -10,7 +10,7 @@ import pytest
 
 from kmq_jax.cli.main import run
 from kmq_jax.core.errors import UserError
-from kmq_jax.study import paper, tables
+from kmq_jax.study import paper, study_tables, tables
 from kmq_jax.study.options import StudyOptions
 from kmq_jax.training.options import TrainOptions
 
@@ -39,7 +39,7 @@ def test_every_line_is_equal_or_has_its_reason(name, step):
 def test_a_setting_that_differs_is_told():
     (row,) = [row for row in beside("fp32", **{"optimizer.weight_decay": 1e-4}) if row["setting"].endswith("_decay")]
     assert (row["published"], row["here"], row["equal"]) == (2e-4, 1e-4, False)
-    shown = tables.settings_table({"rows": [row]})
+    shown = study_tables.settings_table({"rows": [row]})
     assert "| `0.0002` | `0.0001` | **differs**: 1e-4 in the code" in shown
 
 
@@ -77,7 +77,7 @@ def test_the_command_prints_the_lines_and_writes_them(tmp_path, monkeypatch, cap
     shown = capsys.readouterr().out
     assert re.search(r"\| retention 0.9 \| paper \| `quant.retention` \| `0.9` \| `0.9` \| equal \|", shown)
     found = json.loads((tmp_path / "settings-kmqat-2.json").read_text())
-    assert shown == tables.settings_table(found) and len(found["rows"]) == len(paper.KMQAT)
+    assert shown == study_tables.settings_table(found) and len(found["rows"]) == len(paper.KMQAT)
 
 
 def test_mistakes():

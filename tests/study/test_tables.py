@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.study import tables
+from kmq_jax.study import study_tables, tables
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
@@ -291,7 +291,7 @@ def test_what_a_cascade_gains_back_is_told_beside_what_its_first_level_loses():
     found |= {"each_width_alone": {"2": {"harmful_flip_rate": 0.02}}}
     test = found | {"changes": {"reference": change(-0.5, 1), "first": change(-3, -0.5)}}
     cascade = {"name": "2>4", "family": "ptq", "bits": [2, 4], "sets": {"dev": found, "test": test}}
-    lines = tables.rescue_table({"rows": [full, other, low], "cascades": [cascade, cascade]}).splitlines()
+    lines = study_tables.rescue_table({"rows": [full, other, low], "cascades": [cascade, cascade]}).splitlines()
     assert lines[2:] == [
         "| test | 2 bits, without training | 5.00 | **+2.00 [+1.00, +3.00]** |  | 2.00 % | 2 |",
         "| test | 2>4 | 3.25 | +0.25 [-0.50, +1.00] | **-1.75 [-3.00, -0.50]** | 0.10 % | 2.50 |",

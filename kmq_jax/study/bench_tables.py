@@ -1,0 +1,312 @@
+"""The tables of what benchmarks, drills and counts found, from their JSON."""
+
+from collections.abc import Callable
+
+from kmq_jax.core.files import Row
+from kmq_jax.study.markdown import about_sets, change_of, corpus_of, markdown
+
+
+def conditions_table(found: Row) -> str:
+    """What few bits lose by condition, and by how much more than on whole recordings; bold where beyond chance."""
+    header = ["recordings", "seconds", "FP32, EER %", "bits", "EER %", "loss", "grows by", "harmful flips", "grow by",
+              "drift", "grows by"]  # fmt: skip
+    lines, full = [header], 0.0
+    for row in found["rows"]:
+        if row["bits"] == 32:
+            full = row["eer"]
+            continue
+        cells = [row["title"], f"{row['seconds']:.1f}", f"{full:.2f}", str(row["bits"]), f"{row['eer']:.2f}"]
+        cells += [change_of(row, "eer_loss", 2), change_of(row, "eer_growth", 2)]
+        cells += [f"{row['harmful_flip_rate_loss']:.2f} %", change_of(row, "harmful_flip_rate_growth", 2)]
+        cells += [f"{row['mean_abs_drift_loss']:.3f}", change_of(row, "mean_abs_drift_growth", 3)]
+        lines.append(cells)
+    return markdown(lines) + about_sets({found["notes"]["data"]: found["notes"]})
+
+
+SPEEDS = (
+    ("examples_per_second", "{:,.0f} examples/s", 1),
+    ("times_real_time", "{:,.0f} times real time", 1),
+    ("ratio", "{:.3f} of the time of the step in full precision", 1),
+    ("slowdown_by_input", "{:.3f} of the time of the step without input", 1),
+    ("times_one_sort", "{:.2f} of the time of one sort", 1),
+    ("seconds", "{:.3f} s", 1),
+    ("trials", "{:,.0f} trials", 1),
+    ("share_of_peak", "{:.1f} % of peak", 100),
+    ("peak_memory_gb", "{:.1f} GB", 1),
+)
+"""The figures of `bench accelerator` that a table shows: key, words around it, and what it is multiplied by."""
+
+
+def accelerator_table(lines: list[Row]) -> str:
+    """What an accelerator did: one row for each thing measured, by the last line that tells of it."""
+    newest = {(line["part"], line["what"]): line for line in lines if "what" in line}
+    rows = [["part", "what", "figures", "card"]]
+    for (part, what), line in newest.items():
+        known = [form.format(line[name] * factor) for name, form, factor in SPEEDS if line.get(name) is not None]
+        if known:
+            rows.append([part, what, ", ".join(known), line["card"]])
+    return markdown(rows)
+
+
+def extraction_table(found: Row) -> str:
+    """Runtimes and models side by side: size, speed relative to the first, and nearness to full precision."""
+    rows = [["side", "MB", "times as fast", "one file of 2.5 s, ms", "cosine to full precision"]]
+    for side in found["sides"]:
+        rows.append(
+            [
+                side["side"],
+                f"{side['bytes'] / 1e6:.2f}",
+                f"{side['speedup']:.2f}",
+                f"{side['milliseconds_alone']:.0f}",
+                f"{side['mean_cosine']:.4f}",
+            ]
+        )
+    return markdown(rows)
+
+
+def networks_table(found: Row) -> str:
+    """All networks: parameters, whether these are the source's, arithmetic, and time as a ratio to the reference's."""
+    head = ["network", "features", "embedding", "parameters", "as in", "GMAC", f"time, {found['reference']} = 1"]
+    rows, notes = [head], dict[str, int]()
+    for row in found["rows"]:
+        mark = f" ({notes.setdefault(row['why'], len(notes) + 1)})" if row.get("why") else ""
+        source = f"{row['source']}{mark}" if row.get("parameters_as_source") else ""
+        cells = [row["network"], str(row["features"]), str(row["embedding_size"]), f"{row['parameters']:,}", source]
+        time = f"{row['time_of_reference']:.2f}" if "time_of_reference" in row else ""
+        rows.append([*cells, f"{row['macs'] / 1e9:.2f}", time])
+    listed = "; ".join(f"({number}) {why}" for why, number in notes.items())
+    return markdown(rows) + (f"\nBut for {listed}.\n" if listed else "")
+
+
+def lazy_table(found: Row) -> str:
+    """Cascades beside single models on each list: time, multiplications, bytes and errors; where none wins, says so."""
+    head = ["on", "system", "escalated", "detector, us a trial", "ms a trial", "ms a recording", "of full precision",
+            "G multiplications a trial", "a recording", "MB held", "EER %", "harmful flips"]  # fmt: skip
+    rows, verdicts = [head], []
+    for one in found["sets"]:
+        for row in one["rows"]:
+            # Files of before had one cascade, whose figures stood beside the rows.
+            own = row if "escalated" in row else one if row["system"] == "cascade" else {}
+            rows.append(
+                [
+                    corpus_of(one["data"]),
+                    row["system"].rpartition("/")[2],
+                    f"{100 * own['escalated']:.1f} %" if own else "",
+                    f"{own['detector_microseconds_a_trial']:.2f}" if own else "",
+                    f"{1e3 * row['seconds_a_trial']:.1f}",
+                    f"{1e3 * row['seconds_a_recording']:.1f}",
+                    f"{row['ratio']:.2f}",
+                    f"{row['macs_a_trial'] / 1e9:.2f}",
+                    f"{row['macs_a_recording'] / 1e9:.2f}",
+                    f"{row['bytes'] / 1e6:.1f}",
+                    f"{row['eer']:.2f}",
+                    "" if row["harmful_flips"] is None else str(row["harmful_flips"]),
+                ]
+            )
+            if row.get("beaten_by"):
+                better = ", ".join(name.rpartition("/")[2] for name in row["beaten_by"])
+                verdicts.append(f"On {corpus_of(one['data'])}, {row['system']} does not win: {better} takes no longer")
+    about = {corpus_of(one["data"]): {**one, "utterances": one["recordings"]} for one in found["sets"]}
+    return markdown(rows) + about_sets(about) + "".join(f"\n{line} and flips no more trials.\n" for line in verdicts)
+
+
+def activations_table(found: Row) -> str:
+    """Models with 8-bit activations beside the same with floating-point ones; bold where beyond chance."""
+    rows = [
+        ["on", "model", "MB", "EER %", "with float activations", "change", "against FP32", "minDCF, change", "cosine"]
+    ]
+    for one in found["sets"]:
+        for row in one["rows"]:
+            whole = {key.removeprefix("full_"): value for key, value in row.items() if key.startswith("full_")}
+            cells = [f"{row['eer']:.2f}", f"{row['float_eer']:.2f}", change_of(row, "eer_change", 2)]
+            cells += [change_of(whole, "eer_change", 2), change_of(row, "min_dcf_change", 3), f"{row['cosine']:.4f}"]
+            rows.append([corpus_of(one["data"]), row["name"], f"{row['bytes'] / 1e6:.2f}", *cells])
+    return markdown(rows) + about_sets({corpus_of(one["data"]): one for one in found["sets"]})
+
+
+def across_table(found: Row) -> str:
+    """Cascades of different networks beside single models on each list: errors, flips, time and bytes."""
+    head = ["on", "system", "flips allowed", "EER %", "against the last", "minDCF", "against the last", "harmful flips",
+            "go on", "time by trial", "by recording", "MB"]  # fmt: skip
+    rows = [head]
+    for one in found["sets"]:
+        for row in one["rows"]:
+            gated = row["alpha"] is not None
+            rows.append(
+                [
+                    corpus_of(one["data"]),
+                    row["system"],
+                    f"{100 * row['alpha']:g} %" if gated else "",
+                    f"{row['eer']:.2f}",
+                    change_of(row, "eer_change", 2),
+                    f"{row['min_dcf']:.3f}",
+                    change_of(row, "min_dcf_change", 3),
+                    f"{100 * row['harmful_flip_rate']:.2f} %",
+                    f"{100 * row['escalated']:.1f} %" if gated else "",
+                    f"{row['trial_ratio']:.2f}",
+                    f"{row['recording_ratio']:.2f}",
+                    f"{row['bytes'] / 1e6:.2f}",
+                ]
+            )
+    about = {corpus_of(one["data"]): {**one, "utterances": one["recordings"]} for one in found["sets"]}
+    return markdown(rows) + about_sets(about)
+
+
+def threshold_table(found: Row) -> str:
+    """A threshold from own recordings: what it was found to do there, with intervals, and on other speakers."""
+
+    def rate(name: str) -> str:
+        low, high = (100 * end for end in found[f"{name}_ci95"])
+        return f"{100 * found[name]:.3g} % [{low:.2g}, {high:.3g}]"
+
+    other = found["judged_on"]
+    head = ["threshold", "speakers, recordings", "false accepts", "false rejects"]
+    own = [f"{found['threshold']:.4f}", f"{found['speakers']}, {found['recordings']}"]
+    judged = [f"the same, on {other['set']}", f"{other['speakers']}, {other['trials']:,} trials"]
+    rates = [f"{100 * other[name]:.3g} %" for name in ("false_accept", "false_reject")]
+    return markdown([head, [*own, rate("false_accept"), rate("false_reject")], [*judged, *rates]])
+
+
+def stream_table(found: Row) -> str:
+    """Long trial lists by the commands that stream them: seconds, memory, and whether shares give the same."""
+    rows = [["command", "trials", "processes", "seconds", "most memory of one, MB", "EER %, within", "as one process"]]
+    for row in found["rows"]:
+        low, high = row["eer_bounds"]
+        same = "equal" if not row["unlike_one_process"] else f"differs: {', '.join(row['unlike_one_process'])}"
+        cells = [row["command"], f"{row['trials']:,}", str(row["processes"]), f"{row['seconds']:,.0f}"]
+        cells += [f"{row['peak_memory_mb']:,.0f}", f"{low:.5f} to {high:.5f}", same if row["processes"] > 1 else ""]
+        rows.append(cells)
+    about = f"{found['utterances']:,} utterances of {found['dim']} dimensions, {found['cores']} cores"
+    return markdown(rows) + f"\n{about}, a list of {found['list_bytes'] / 1e9:.1f} GB.\n"
+
+
+def speed_table(lines: list[Row]) -> str:
+    """What benchmarks found beside others, each by its newest line; ratios were measured in turns in one run."""
+    newest = {(line["bench"], line.get("dtype")): line for line in lines}
+    rows = [["what", "beside", "found"]]
+    for (bench, _), line in newest.items():
+        rows += [list(cells) for cells in SPEED_ROWS[bench](line)]
+    found = sorted({line["processors"] for line in newest.values()})
+    return markdown(rows) + f"\nOn {' or '.join(map(str, found))} processors.\n"
+
+
+Cells = tuple[str, str, str]
+
+
+def _train_speed(line: Row) -> list[Cells]:
+    what = f"training step, ResNet34, {line['batch']} x {line['frames']} frames, {line['dtype']}"
+    return [(what, "PyTorch, the faster of its two layouts", f"{line['ratio']:.2f} of its time")]
+
+
+def _extract_speed(line: Row) -> list[Cells]:
+    what = f"extraction, {line['audio_seconds']:,.0f} s of speech in {line['utterances']:,} files"
+    beside = f"ONNX Runtime, {line['threads']} threads, kaldi-native-fbank"
+    return [(what, beside, f"{line['speedup']:.2f} times as fast")]
+
+
+def _quant_speed(line: Row) -> list[Cells]:
+    what = f"k-means, {line['weights'] / 1e6:.1f} M weights, {line['channels']:,} channels"
+    return [
+        (what, "scikit-learn, `n_init=10`, on a part of them", f"{line['speedup_over_sklearn']:.0f} times as fast"),
+        (what, "one `jnp.sort` of the same weights", f"{line['times_jnp_sort']:.2f} of its time"),
+    ]
+
+
+def _qat_speed(line: Row) -> list[Cells]:
+    what = f"training step, {line['model']}, {line['batch']} x {line['frames']} frames, {line['dtype']}"
+    steps = [(name, one["ratio"]) for name, one in line.items() if isinstance(one, dict) and name != "full precision"]
+    return [(f"{what}, {name}", "the same in full precision", f"{ratio:.2f} of its time") for name, ratio in steps]
+
+
+def _diagnose_speed(line: Row) -> list[Cells]:
+    what = f"statistics of a diagnosis, {line['trials']:,} trials, {line['models']} models"
+    return [(what, f"{line['replicates']:,} draws for intervals with them", f"{line['per_trial_seconds']:.1f} s")]
+
+
+SPEED_ROWS: dict[str, Callable[[Row], list[Cells]]] = {
+    "train": _train_speed,
+    "extract": _extract_speed,
+    "quant": _quant_speed,
+    "qat": _qat_speed,
+    "diagnose": _diagnose_speed,
+}
+"""The rows of each benchmark's line in `speed_table`."""
+
+
+def weights_table(found: Row) -> str:
+    """What each form of installation weighs, and which packages most of it is."""
+    names = {
+        "whole": "everything",
+        "light": "the light install",
+        "example": "numpy and ONNX Runtime for an exported model",
+    }
+    rows = [["installed", "MB", "most of it"]]
+    for form, name in names.items():
+        heaviest = ", ".join(f"{package} {size}" for package, size in list(found[form]["heaviest"].items())[:4])
+        rows.append([name, f"{found[form]['megabytes']:,}", heaviest])
+    return markdown(rows) + f"\nPython {found['python']} on {found['platform']}, without an accelerator's libraries.\n"
+
+
+def fuzz_table(found: Row) -> str:
+    """How many inputs of each class were tried, and how many were clean."""
+    rows = [["class", "tried", "clean", "violations"]]
+    for row in [*found["classes"], {**found, "class": "all"}]:
+        rows.append([row["class"], *(f"{row[key]:,}" for key in ("tried", "clean", "violations"))])
+    return markdown(rows) + f"\n`{found['command']}`, {found['seconds'] / 60:.0f} minutes.\n"
+
+
+def faults_table(found: Row) -> str:
+    """How often each command was disturbed by each fault, and how often that ended otherwise than it should."""
+    rows = [["fault", "commands, and how often each was disturbed", "violations"]]
+    made: dict[str, list[Row]] = {}
+    for row in found["rows"]:
+        made.setdefault(row["fault"], []).append(row)
+    for fault, own in made.items():
+        listed = ", ".join(f"{row['command']} {row['times']:,}" for row in own)
+        rows.append([fault, listed, str(sum(len(row["violations"]) for row in own))])
+    asked = "; ".join(f"`python {command}`" for command in dict.fromkeys(row["made_by"] for row in found["rows"]))
+    return markdown(rows) + f"\n{asked}.\n"
+
+
+def house_table(found: Row) -> str:
+    """What can be counted of the structure of several revisions of this project, side by side."""
+    columns = found["columns"]
+    rows = [["", *(column["name"] for column in columns)]]
+    rows += [[name, *(f"{column['figures'][name]:,}" for column in columns)] for name in columns[0]["figures"]]
+    at = ", ".join(f"{column['name']}: revision {column['revision']}" for column in columns)
+    return markdown(rows) + f"\n{at[0].upper()}{at[1:]}.\n"
+
+
+def memory_table(found: Row) -> str:
+    """The paper's memory table, cell by cell: what is published, and what is counted here, in MiB."""
+    rows = [["network", "bits", "what", "published", "here", ""]]
+    for row in found["rows"]:
+        digits = len(row["published"].partition(".")[2])
+        here = f"{row['mib']:.{digits}f}"
+        verdict = "equal" if here == row["published"] else "**differs**"
+        rows.append([row["network"], f"{row['bits']}", row["what"], row["published"], here, verdict])
+    return markdown(rows)
+
+
+def biases_table(found: Row) -> str:
+    """What biases in half precision save and change, by bits, on each list; the least cosine is of all embeddings."""
+    names = list(found["rows"][0]["sets"])
+    heads = [head for name in names for head in (f"{corpus_of(name)}, EER %", "in FP16", "change", "minDCF", "cosine")]
+    rows = [["bits", "bytes", "in FP16", *heads]]
+    for row in found["rows"]:
+        cells = [str(row["bits"]), f"{row['bytes']:,}", f"{row['bytes_half']:,}"]
+        for name in names:
+            one = row["sets"][name]
+            cells += [f"{one['eer']:.3f}", f"{one['eer_half']:.3f}", change_of(one, "eer_change", 3)]
+            cells += [change_of(one, "min_dcf_change", 4), f"{one['min_cosine']:.6f}"]
+        rows.append(cells)
+    return markdown(rows) + about_sets({corpus_of(name): found["rows"][0]["sets"][name] for name in names})
+
+
+def fresh_table(found: Row) -> str:
+    """Processor time of commands in processes of their own: the least and the median of several."""
+    rows = [["command", "least, s", "median, s"]]
+    for one in found["rows"]:
+        rows.append([f"`{one['command']}`", f"{one['least']:.2f}", f"{one['median']:.2f}"])
+    about = f"{found['repeats']} runs each; Python {found['python']}, {found['processor']}, {found['cores']} cores."
+    return markdown(rows) + f"\n{about}\n"

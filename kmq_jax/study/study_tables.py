@@ -1,0 +1,284 @@
+"""The tables of a study's results, from its JSON."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from kmq_jax.cascade.costs import savings
+from kmq_jax.core.files import Row
+from kmq_jax.study.markdown import about_sets, change_of, markdown
+from kmq_jax.study.paired import changes_of, told_apart
+
+
+def study_table(summary: Row) -> str:
+    """The results of a study: size, EER and minDCF, and what is known of their paired changes against full precision.
+
+    Full precision's own EER has its 95 % interval over speakers; a change that is told apart from none is bold.
+    """
+    sets, rows = list(summary["rows"][0]["sets"]), summary["rows"]
+    changes = {name: [changes_of(summary, row, name) for row in rows] for name in sets}
+    shown = {name: any("eer_change_ci95" in one for one in changes[name]) for name in sets}
+    costs = {name: any("min_dcf_change_ci95" in one for one in changes[name]) for name in sets}
+    header = ["bits", "weights", "KiB"]
+    for name in sets:
+        header += [f"{name}, EER %", *(["against FP32"] if shown[name] else ())]
+        if "min_dcf" in rows[0]["sets"][name]:
+            header += ["minDCF", *(["against FP32"] if costs[name] else ())]
+    lines = [header]
+    for number, row in enumerate(rows):
+        cells = [f"{row['bits']:g}", row["method"], f"{row['bytes'] / 1024:,.0f}"]
+        for name in sets:
+            found, change = row["sets"][name], changes[name][number]
+            interval = found["eer_ci95"] if not number else None
+            cells.append(f"{found['eer']:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""))
+            cells += [change_of(change, "eer_change", 2)] if shown[name] else []
+            if "min_dcf" in rows[0]["sets"][name]:
+                cells += [f"{found['min_dcf']:.3f}", *([change_of(change, "min_dcf_change", 3)] if costs[name] else ())]
+        lines.append(cells)
+    return markdown(lines) + about_sets({name: rows[0]["sets"][name] for name in sets})
+
+
+def trained_table(summary: Row) -> str:
+    """The same table without the models that were quantized without training."""
+    chosen = [row for row in summary["rows"] if not row["method"].startswith("without training")]
+    return study_table({**summary, "rows": chosen})
+
+
+def gains_table(summary: Row) -> str:
+    """The first table of a page: full precision and its trained networks, bytes and EER alone."""
+    sets = list(summary["rows"][0]["sets"])
+    heads = [head for name in sets for head in (f"EER %, {name}", "against full precision")]
+    rows, full = [["bits", "MB", "times smaller", *heads]], summary["rows"][0]["bytes"]
+    for row in summary["rows"]:
+        if row["method"] not in ("full precision", "trained"):
+            continue
+        cells = [f"{row['bits']:g}", f"{row['bytes'] / 1e6:.1f}", f"{full / row['bytes']:.1f}"]
+        for name in sets:
+            cells += [f"{row['sets'][name]['eer']:.2f}", change_of(changes_of(summary, row, name), "eer_change", 2)]
+        rows.append(cells)
+    return markdown(rows)
+
+
+def difference_table(summary: Row) -> str:
+    """What networks differ by on each evaluation set; "none" where the paired 95 % interval of the EER's holds zero."""
+    rows = [["network", "bits", "less", "on", "EER, points", "minDCF", "EER apart"]]
+    for one in summary["differences"]:
+        interval = one["eer_change_ci95"]
+        apart = ("lower" if one["eer_change"] < 0 else "higher") if interval and told_apart(interval) else "none"
+        against = {"control": "full precision, trained alike"}.get(one["against"], one["against"])
+        name = one["recipe"] + ("" if one["trained"] else ", without training")
+        cells = [change_of(one, "eer_change", 2), change_of(one, "min_dcf_change", 3), apart if interval else ""]
+        rows.append([name, str(one["bits"]), against, one["set"], *cells])
+    return markdown(rows)
+
+
+def recipes_table(summary: Row) -> str:
+    """One row a recipe and number of bits: EER, and its paired changes against full precision, the control and ours.
+
+    EERs are means over seeds. Ours is this project's recipe with levels by k-means, trained or not as the row's is.
+    """
+    found: dict[tuple[str, int, bool], dict[str, dict[str, Row]]] = {}
+    for one in summary["differences"]:
+        rows = found.setdefault((one["recipe"], one["bits"], one["trained"]), {})
+        rows.setdefault(one["set"], {})[one["against"]] = one
+    names = list(dict.fromkeys(one["set"] for one in summary["differences"]))
+    against = {"full precision": "full precision", "control": "trained alike", "distilled": "ours"}
+    heads = [f"{name}, {what}" for name in names for what in ("EER %", *(f"less {text}" for text in against.values()))]
+    lines = [["network", "bits", "seeds", *heads]]
+    for (recipe, bits, trained), sets in sorted(found.items(), key=lambda item: (not item[0][2], -item[0][1])):
+        first = next(iter(sets.values()))["full precision"]
+        cells = [_recipe_name(recipe, bits, trained), str(bits), str(first["seeds"])]
+        for name in names:
+            compared = sets[name]
+            eers: list[float] = compared["full precision"]["eer_by_seed"]
+            cells.append(f"{sum(eers) / len(eers):.2f}")
+            cells += [change_of(compared[one], "eer_change", 2) if one in compared else "" for one in against]
+        lines.append(cells)
+    return markdown(lines)
+
+
+def _recipe_name(recipe: str, bits: int, trained: bool) -> str:
+    """How a recipe is called beside others: by its levels where nothing is trained."""
+    if not trained:
+        return f"{'k-means' if recipe == 'distilled' else recipe}, without training"
+    return f"{recipe}'s loss in full precision" if bits == 32 else recipe
+
+
+def cascade_table(summary: Row) -> str:
+    """The cascades of a study on each evaluation set: errors, flips against full precision, and costs in bits.
+
+    The cost by trial stands beside the cost by utterance, each embedded once at every level that some trial needs; new
+    bits alone are counted only where codebooks nest. The last column says what the last level alone would cost.
+    """
+    rows = [["cascade", "on", "EER %", "FP32", "harmful flips", "last level's own", "decided first", "bits a trial",
+             "new bits a trial", "bits an utterance", "new bits an utterance", "by utterance"]]  # fmt: skip
+    for cascade in summary["cascades"]:
+        first, last, nested = str(cascade["bits"][0]), cascade["bits"][-1], "nested" in cascade["family"]
+        for name, found in cascade["sets"].items():
+            saved = savings(found, last, nested)["utterance"]
+            rows.append(
+                [
+                    cascade["name"] + (", nested" if nested else "") + _gates(cascade),
+                    name,
+                    f"{found['eer']:.2f}",
+                    f"{found['reference_eer']:.2f}",
+                    f"{100 * found['harmful_flip_rate']:.3f} %",
+                    f"{100 * found['each_width_alone'][str(last)]['harmful_flip_rate']:.3f} %",
+                    f"{100 * found['resolved'][first]:.1f} %",
+                    f"{found['sequential_bits']:.2f}",
+                    f"{found['incremental_bits']:.2f}" if nested else "",
+                    f"{found['utterance_bits']:.2f}",
+                    f"{found['utterance_incremental_bits']:.2f}" if nested else "",
+                    _gain(saved, last, nested),
+                ]
+            )
+    return markdown(rows)
+
+
+def rescue_table(summary: Row) -> str:
+    """What a cascade gains back of what its first level loses, on every set whose trials did not calibrate it.
+
+    Changes are paired, on the same draws of speakers, and bold where they are told apart from none.
+    """
+    rows = [["on", "what decides", "EER %", "against full precision", "against the first level", "harmful flips",
+             "bits a trial"]]  # fmt: skip
+    for cascade in summary["cascades"]:
+        first, kind = str(cascade["bits"][0]), ", nested" if "nested" in cascade["family"] else ""
+        row = next(row for row in summary["rows"] if _is_level(row, cascade, first))
+        for name, found in cascade["sets"].items():
+            if not found.get("changes"):
+                continue
+            alone, change = found["each_width_alone"][first], changes_of(summary, row, name)
+            level = [
+                f"{first} bits, {row['method']}",
+                f"{row['sets'][name]['eer']:.2f}",
+                change_of(change, "eer_change", 2),
+                "",
+            ]
+            rows.append([name, *level, f"{100 * alone['harmful_flip_rate']:.2f} %", first])
+            gained = [change_of(found["changes"][kind_of], "eer_change", 2) for kind_of in ("reference", "first")]
+            cells = [f"{cascade['name']}{kind}", f"{found['eer']:.2f}", *gained]
+            rows.append([name, *cells, f"{100 * found['harmful_flip_rate']:.2f} %", f"{found['sequential_bits']:.2f}"])
+    return markdown(list(map(list, dict.fromkeys(map(tuple, rows)))))
+
+
+def _is_level(row: Row, cascade: Row, bits: str) -> bool:
+    """Whether a row is of the network that a cascade's level of so many bits is."""
+    untrained = cascade["family"].startswith("ptq")
+    return (
+        f"{row['bits']:g}" == bits
+        and row["method"].startswith("without training") == untrained
+        and ("nested" in row["method"]) == ("nested" in cascade["family"])
+    )
+
+
+def _gates(cascade: Row) -> str:
+    return ", gates as published" if cascade.get("gates") == "published" else ""
+
+
+def _gain(saved: float, last: int, nested: bool) -> str:
+    """What a cascade saves by utterance of the bits of its last level, or that it gains nothing."""
+    if saved <= 0:
+        return f"gains nothing: {last} bits alone cost less"
+    return f"saves {100 * saved:.0f} % of {last}" + (", in new bits" if nested else "")
+
+
+def components_table(summary: Row) -> str:
+    """What each component does alone at the fewest bits, all others in full precision: its share of the whole drift."""
+    found = {
+        name: [row for row in one["retention"] if row["experiment"] == "mirror"]
+        for name, one in summary["diagnosis"].items()
+    }
+    bits = min(row["bits"] for rows in found.values() for row in rows)
+    chosen = {name: {row["component"]: row for row in rows if row["bits"] == bits} for name, rows in found.items()}
+    names = list(dict.fromkeys(component for rows in chosen.values() for component in rows))
+    lines = [[f"alone at {bits} bits", "weights", *(f"{name}, drift it makes" for name in chosen)]]
+    for component in names:
+        share = next(rows[component]["parameters"] for rows in chosen.values() if component in rows)
+        cells = [component, f"{100 * share:.1f} %"]
+        for rows in chosen.values():
+            drift = rows[component]["drift_recovery"] if component in rows else None
+            cells.append("" if drift is None else f"{drift:.0f} %")
+        lines.append(cells)
+    first = {name: next(iter(rows.values())) for name, rows in chosen.items()}
+    return markdown(lines) + about_sets(first)
+
+
+def architectures_table(studies: Sequence[Row]) -> str:
+    """Several networks at each number of bits: size, errors, and paired changes against their own full precision.
+
+    Below it, for each network the fewest bits at which no set shows a loss of EER beyond chance: its knee.
+    """
+    sets = list(studies[0]["rows"][0]["sets"])
+    heads = [head for name in sets for head in (f"{name}, EER %", "against FP32", "minDCF", "against FP32")]
+    rows, knees = [["network", "bits", "weights", "MB", *heads]], []
+    for study in studies:
+        for row in study["rows"]:
+            cells = [study["network"], f"{row['bits']:g}", row["method"], f"{row['bytes'] / 1e6:.2f}"]
+            for name in sets:
+                found, change = row["sets"][name], changes_of(study, row, name)
+                cells += [f"{found['eer']:.2f}", change_of(change, "eer_change", 2)]
+                cells += [f"{found['min_dcf']:.3f}", change_of(change, "min_dcf_change", 3)]
+            rows.append(cells)
+        for method in dict.fromkeys(row["method"] for row in study["rows"][1:]):
+            bits = _knee(study, [row for row in study["rows"] if row["method"] == method])
+            knees.append(f"{study['network']}, {method}: {f'{bits:g}' if bits else 'none'}")
+    about = about_sets({name: studies[0]["rows"][0]["sets"][name] for name in sets})
+    return f"{markdown(rows)}\nFewest bits without a loss of EER beyond chance: {'; '.join(knees)}.\n{about}"
+
+
+def _knee(study: Row, rows: Sequence[Row]) -> float | None:
+    """The fewest bits down to which no row's EER rises beyond chance on any set; None where the most bits do."""
+    knee = None
+    for row in sorted(rows, key=lambda row: -row["bits"]):
+        found = [changes_of(study, row, name) for name in row["sets"]]
+        if any(one["eer_change"] > 0 and told_apart(one["eer_change_ci95"]) for one in found):
+            break
+        knee = row["bits"]
+    return knee
+
+
+def fragile_table(studies: Sequence[Row]) -> str:
+    """The components of each network that do most harm alone at the fewest bits, by their mean over the sets."""
+    rows = [["network", f"the {_MOST} components that do most harm alone: share of the drift, of the weights"]]
+    for study in studies:
+        mirrored = [
+            row for one in study["diagnosis"].values() for row in one["retention"] if row["experiment"] == "mirror"
+        ]
+        if not mirrored:
+            continue  # it was not diagnosed
+        bits = min(row["bits"] for row in mirrored)
+        found: dict[str, list[float]] = {}
+        for row in mirrored:
+            if row["bits"] == bits and row["drift_recovery"] is not None:
+                found.setdefault(row["component"], []).append(row["drift_recovery"])
+        weights = {row["component"]: 100 * row["parameters"] for row in mirrored}
+        worst = sorted(found, key=lambda name: -sum(found[name]) / len(found[name]))[:_MOST]
+        shown = [f"{name} {sum(found[name]) / len(found[name]):.0f} %, {weights[name]:.1f} %" for name in worst]
+        rows.append([f"{study['network']}, {bits} bits", "; ".join(shown)])
+    return markdown(rows)
+
+
+def settings_table(found: Row) -> str:
+    """What is published of a training beside its settings: equal, or chosen and why; and the test that holds it.
+
+    Args:
+        found: as `paper.settings_beside` gives it.
+    """
+    rows = [["published", "by", "setting", "there", "here", "", "held by"]]
+    for row in found["rows"]:
+        there, here = ("" if value is None else f"`{_plainly(value)}`" for value in (row["published"], row["here"]))
+        verdict = {True: "equal", False: "**differs**", None: "chosen"}[row["equal"]]
+        setting, test = (f"`{name}`" if name else "" for name in (row["setting"], row["test"].rpartition("::")[2]))
+        verdict += f": {row['why']}" if row["why"] else ""
+        rows.append([row["says"], row["source"], setting, there, here, verdict, test])
+    return markdown(rows)
+
+
+def _plainly(value: Any) -> str:
+    """A setting as a reader writes it."""
+    if isinstance(value, list):
+        return f"({', '.join(map(_plainly, value))})"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+_MOST = 5  # components that a table of fragile ones shows of a network
