@@ -147,6 +147,7 @@ def beside_peers(options: ExtractBench) -> Figures:
         `sides`, a list of rows: name, bytes, median seconds, speedup over the first side named in `peers`, mean and
         least cosine to the full-precision reference's embeddings, and milliseconds for one recording of 2.5 s, warm.
     """
+    peers.check(options.peer_names, options.calibration is not None)
     reference = load_model(str(options.reference))
     fbank = frontend_of(reference.frontend)
     utterances = subset(source.open_source(options.data), options.utterances)

@@ -5,9 +5,10 @@ speech. All sides are given the same work in the same way: recordings one by one
 by kaldi-native-fbank where the engine has none of its own.
 """
 
-import os
+import importlib.util
+import io
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,27 +31,37 @@ CALIBRATION = 60
 """Utterances that the int8 forms are made from."""
 
 
+def check(names: Sequence[str], has_speech: bool) -> None:
+    """Finds before any work what peers lack.
+
+    Args:
+        names: of `PEERS`.
+        has_speech: whether there is speech for int8.
+
+    Raises:
+        UserError: a package is missing, or an int8 peer has no speech.
+    """
+    for name in names:
+        if name.endswith("-int8") and not has_speech:
+            raise UserError(f"`peers` (={name}) needs `calibration`: speech that its ranges are measured on")
+        for package in PACKAGES[name]:
+            if importlib.util.find_spec(package) is None:
+                raise UserError(f"`peers` (={name}): the package {package} is not installed")
+
+
 def peer(name: str, reference: SpeakerModel, calibration: source.Utterances | None) -> tuple[Run, int]:
     """A peer, ready to run.
 
     Args:
-        name: one of `PEERS`.
+        name: one of `PEERS`, checked before.
         reference: the full-precision model.
         calibration: speech for int8.
 
     Returns:
         From features `[1, frames, features]` to embeddings, callable from several threads; and the bytes of its file.
-
-    Raises:
-        UserError: a package is missing, or an int8 peer has no speech.
     """
-    if name.endswith("-int8") and calibration is None:
-        raise UserError(f"`peers` (={name}) needs `calibration`: speech that its ranges are measured on")
     model = onnx_export.build(reference.network(), reference.variables, opset=18)
-    try:
-        return PEERS[name](model, _examples(reference, calibration))
-    except ImportError as error:
-        raise UserError(f"`peers` (={name}): the package {error.name} is not installed") from error
+    return PEERS[name](model, _examples(reference, calibration))
 
 
 def _examples(reference: SpeakerModel, calibration: source.Utterances | None) -> Iterator[np.ndarray]:
@@ -104,26 +115,20 @@ def _onnxruntime_int8(model: "ModelProto", examples: Iterator[np.ndarray]) -> tu
 
 
 def _openvino(model: "ModelProto", examples: Iterator[np.ndarray]) -> tuple[Run, int]:
-    import openvino
-
-    return _compiled(openvino.convert_model(_saved(model)))
+    return _compiled(_read(model))
 
 
 def _openvino_int8(model: "ModelProto", examples: Iterator[np.ndarray]) -> tuple[Run, int]:
     import nncf
-    import openvino
 
     data = nncf.Dataset(list(examples))
-    return _compiled(nncf.quantize(openvino.convert_model(_saved(model)), data, subset_size=CALIBRATION))
+    return _compiled(nncf.quantize(_read(model), data, subset_size=CALIBRATION))
 
 
-def _saved(model: "ModelProto") -> str:
-    import onnx
+def _read(model: "ModelProto") -> object:
+    import openvino
 
-    handle, name = tempfile.mkstemp(suffix=".onnx")
-    os.close(handle)
-    onnx.save(model, name)
-    return name
+    return openvino.Core().read_model(io.BytesIO(model.SerializeToString()))
 
 
 def _compiled(network: object) -> tuple[Run, int]:
@@ -166,3 +171,10 @@ PEERS: dict[str, Callable[["ModelProto", Iterator[np.ndarray]], tuple[Run, int]]
     "openvino": _openvino,
     "openvino-int8": _openvino_int8,
 }
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "onnxruntime": ("onnxruntime",),
+    "onnxruntime-int8": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "openvino-int8": ("openvino", "nncf"),
+}
+"""What each peer needs beside the packages that always come along."""
