@@ -26,8 +26,10 @@ BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHORTER = {
     "--config=configs/quickstart.py": "--config=configs/quickstart.py:smoke",
     "-m pytest": "-m pytest -n 0 tests/quant/test_readme_example.py",  # the whole of it is what .ci/run runs besides
-    # What is quantized without training, measured; the rest of a study is what block 1 does.
-    "configs/wespeaker_so762.py:so762": "configs/wespeaker_so762.py:smoke --config.study.epochs.2=0 "
+    # What is quantized without training, measured; the rest of a study is what block 1 does. The model that stands in
+    # is imported as a graph, whose first layer has another name than the real one's.
+    "configs/wespeaker_so762.py:so762": 'configs/wespeaker_so762.py:smoke --config.study.rules="()" '
+    "--config.study.epochs.2=0 "
     '--config.study.nested=False --config.study.diagnose="()" --config.study.cascades="()"',
     "--config=quickstart --workdir": "--config=quickstart:smoke --workdir",
     "--config=configs/wespeaker34_distilled.py:2": "--config=configs/wespeaker34_distilled.py:smoke",
