@@ -207,28 +207,24 @@ class _Fit:
 
     def _rounded(self, place: str, x: jax.Array) -> jax.Array:
         """Rounds the quantized network's activations where it computes with integers, not the reference's."""
-        if place not in self._rounds:
-            return x
-        reference, own = jnp.split(x, 2)
-        return jnp.concatenate([reference, integers.round_activations(own, self._rounds[place])])
+        return x if place not in self._rounds else _round_own(x, self._rounds[place])
 
     def _visit(self, layer: Layer, x: jax.Array, run: Run) -> jax.Array:
         quantized = quant.is_codebook_tensor(self._tensors.get(f"{layer.name}/kernel"))
         if layer.kind == CONVOLUTION:
-            x = self._rounded(f"{layer.name}/input", x)
-            return jnp.concatenate(self._convolution(layer, *jnp.split(x, 2)))
+            return self._convolution(layer, self._rounded(f"{layer.name}/input", x))
         if layer.measures:
             reference, own = jnp.split(x, 2)
             if self._matching:
                 return jnp.concatenate([run(reference), self._matched_normalisation(layer, reference, own)])
             return jnp.concatenate([run(reference), self._normalisation(layer, own)])
         if layer.kind == LINEAR and quantized:
-            reference, own = jnp.split(x, 2)
             if x.ndim > 2:
-                return jnp.concatenate(self._linear_of_frames(layer, reference, own, run))
+                return self._linear_of_frames(layer, x)
+            reference, own = jnp.split(x, 2)
             return jnp.concatenate([run(reference), self._with_bias(layer, own @ self._values[f"{layer.name}/kernel"])])
         if layer.kind == RECURRENCE and quantized:
-            return jnp.concatenate(self._recurrence(layer, *jnp.split(x, 2)))
+            return self._recurrence(layer, x)
         if layer.kind == OTHER and quantized:
             raise UserError(f"{layer.name}: a {type(layer.module).__name__} cannot be fitted; leave it unquantized")
         return run(x)
@@ -237,80 +233,84 @@ class _Fit:
         """Adds the quantized network's bias, where there is any."""
         return y + along(self._values[f"{layer.name}/bias"], y.ndim, y.ndim - 1) if layer.has("bias") else y
 
-    def _convolution(self, layer: Layer, x: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Fits a convolution; gives its outputs in the reference, on `x`, and in the quantized network, on `own`."""
+    def _convolution(self, layer: Layer, x: jax.Array) -> jax.Array:
+        """Fits a convolution; gives its outputs in both networks."""
         assert layer.window is not None
-        kernel, key = layer.get("kernel"), f"{layer.name}/kernel"
+        key = f"{layer.name}/kernel"
         tensor, value = self._tensors[key], self._values[key]
         # What is not nested serves all bits: fitted at one number of bits, it would be wrong at the others.
         shared = self._nested and not (quant.is_codebook_tensor(tensor) and tensor.coarse)
         if quant.is_codebook_tensor(tensor):
             next(self._progress)
             if not shared:
-                self._fit_kernel(key, kernel, x, own, layer.window)
-                self.scaled[key] = self.books[key]
-                self._steps(key, self.books[key])
-                last = kernel.ndim - 1
-                value = from_groups(lookup(self.indices[key], self.books[key], 0), tensor.shape, last)
-        wanted, y = convolve(x, kernel, layer.window), convolve(own, value, layer.window)
-        if not layer.has("bias"):
-            return wanted, y
-        wanted, y = wanted + along(layer.get("bias"), y.ndim, y.ndim - 1), self._with_bias(layer, y)
-        return (wanted, y) if shared else (wanted, self._matched(layer, wanted, y))
+                value = self._fit_kernel(layer, x, layer.window)
+        y = _both_convolved(x, layer.get("kernel"), value, layer.window)
+        return self._with_biases(layer, y, matched=not shared)
 
-    def _linear_of_frames(self, layer: Layer, x: jax.Array, own: jax.Array, run: Run) -> tuple[jax.Array, jax.Array]:
+    def _linear_of_frames(self, layer: Layer, x: jax.Array) -> jax.Array:
         """Fits a linear layer over `[batch, ..., in]` as the convolution of one tap that it is; see `_convolution`."""
-        wanted, key = run(x), f"{layer.name}/kernel"
-        tensor = self._tensors[key]
-        if self._nested and not tensor.coarse:
-            return wanted, self._with_bias(layer, own @ self._values[key])
-        flat, own_flat = (side.reshape(len(side), -1, side.shape[-1]) for side in (x, own))
-        self._fit_kernel(key, layer.get("kernel"), flat, own_flat, window(1, 1))
-        self.scaled[key] = self.books[key]
-        y = self._with_bias(layer, own @ from_groups(lookup(self.indices[key], self.books[key], 0), tensor.shape, 1))
-        return wanted, self._matched(layer, wanted, y) if layer.has("bias") else y
+        key, frames = f"{layer.name}/kernel", x.reshape(len(x), -1, x.shape[-1])
+        shared = self._nested and not self._tensors[key].coarse
+        value = self._values[key] if shared else self._fit_kernel(layer, frames, window(1, 1))
+        reference, own = jnp.split(x, 2)
+        y = jnp.concatenate([reference @ layer.get("kernel"), own @ value])
+        return self._with_biases(layer, y, matched=not shared)
 
-    def _recurrence(self, layer: Layer, x: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _recurrence(self, layer: Layer, x: jax.Array) -> jax.Array:
         """Fits what an LSTM sees of its past, on the outputs that its kernel gives before it is fitted."""
         kernel, key, frames = layer.get("kernel"), f"{layer.name}/kernel", layer.module.window
-        wanted, y = recur(x, kernel, frames), recur(own, self._values[key], frames)
-        tensor = self._tensors[key]
-        if self._nested and not tensor.coarse:
-            return wanted, y
-        self._fit_kernel(key, kernel, before(wanted, frames), before(y, frames), window(1, 1))
-        self.scaled[key] = self.books[key]
-        value = from_groups(lookup(self.indices[key], self.books[key], 0), tensor.shape, 1)
-        return wanted, recur(own, value, frames)
+        reference, own = jnp.split(x, 2)
+        wanted, y = recur(reference, kernel, frames), recur(own, self._values[key], frames)
+        if self._nested and not self._tensors[key].coarse:
+            return jnp.concatenate([wanted, y])
+        past = jnp.concatenate([before(wanted, frames), before(y, frames)])
+        return jnp.concatenate([wanted, recur(own, self._fit_kernel(layer, past, window(1, 1)), frames)])
+
+    def _with_biases(self, layer: Layer, y: jax.Array, matched: bool) -> jax.Array:
+        """Adds the biases of both networks, where there are any; then channels can get the reference's moments."""
+        if not layer.has("bias"):
+            return y
+        biases = layer.get("bias"), self._values[f"{layer.name}/bias"]
+        if not matched:
+            return _both_biased(y, *biases)
+        y, slope, shift = _both_matched(y, *biases)
+        self._match(layer.name, slope, shift)
+        return y
 
     def _steps(self, key: str, codebook: jax.Array) -> None:
         """Notes the steps of a kernel whose centroids are whole steps."""
         if key in self._rounds:
             self.leaves[f"{integers.COLLECTION}/{key}"] = np.asarray(integers.steps_of(codebook), np.float32)
 
-    def _matched(self, layer: Layer, wanted: jax.Array, y: jax.Array) -> jax.Array:
-        """Gives the channels of `y` the moments of those of `wanted`, by codebook (or kernel) and bias."""
-        key, tensor = f"{layer.name}/kernel", self._tensors[f"{layer.name}/kernel"]
-        slope, shift = matching(moments(y), moments(wanted))
-        bias = self._values[f"{layer.name}/bias"] * slope + shift
-        self.leaves[f"params/{layer.name}/bias"] = np.asarray(bias, self._tensors[f"{layer.name}/bias"].dtype)
+    def _match(self, name: str, slope: jax.Array, shift: jax.Array) -> None:
+        """Notes the map that gives a layer's channels the reference's moments, in codebook (or kernel) and bias."""
+        key, tensor = f"{name}/kernel", self._tensors[f"{name}/kernel"]
+        bias = self._values[f"{name}/bias"] * slope + shift
+        self.leaves[f"params/{name}/bias"] = np.asarray(bias, self._tensors[f"{name}/bias"].dtype)
         if quant.is_codebook_tensor(tensor):
             self.scaled[key] = self.books[key] * slope[:, None]
             self._steps(key, self.scaled[key])
         else:
             value = self._values[key] * along(slope, tensor.ndim, tensor.ndim - 1)
             self.leaves[f"params/{key}"] = np.asarray(value, tensor.dtype)
-        return scale_and_shift(y, slope, shift)
 
-    def _fit_kernel(self, key: str, kernel: jax.Array, x: jax.Array, own: jax.Array, window: Window) -> None:
-        """Rounds a kernel by GPTQ. The groups of a grouped convolution have inputs, and so an H, of their own."""
-        fits = []
-        for kernels, inputs, owns, rows in _groups(kernel, x, own, window.groups):
-            H, cross = _second_moments(inputs, owns, window)
-            W = gptq.corrected(to_groups(kernels, kernel.ndim - 1), H, cross)
+    def _fit_kernel(self, layer: Layer, x: jax.Array, window: Window) -> jax.Array:
+        """Rounds a kernel by GPTQ; gives what it becomes.
+
+        The groups of a grouped convolution have inputs, and so an H, of their own.
+        """
+        key, kernel = f"{layer.name}/kernel", layer.get("kernel")
+        last, fits = kernel.ndim - 1, []
+        seen = _seen(x, window)
+        for rows, channels in zip(_parts(kernel.shape[-1], window.groups), _parts(x.shape[-1], window.groups)):
+            H, cross = _second_moments(seen[..., channels])
+            W = gptq.corrected(to_groups(kernel[..., rows], last), H, cross)
             fits.append(self._round(key, W, H, rows))
         books, indices = zip(*fits)
-        self.books[key] = books[0] if len(fits) == 1 else jnp.concatenate(books)
+        self.books[key] = self.scaled[key] = books[0] if len(fits) == 1 else jnp.concatenate(books)
         self.indices[key] = indices[0] if len(fits) == 1 else jnp.concatenate(indices)
+        self._steps(key, self.books[key])
+        return from_groups(lookup(self.indices[key], self.books[key], 0), self._tensors[key].shape, last)
 
     def _round(self, key: str, W: jax.Array, H: jax.Array, rows: slice) -> tuple[jax.Array, jax.Array]:
         """The codebooks `[out, K]` and indices `[out, n]` of the channels `rows` of a kernel."""
@@ -379,16 +379,13 @@ def normalises_freely(network: SpeakerNetwork) -> bool:
     )
 
 
-def _groups(
-    kernel: jax.Array, x: jax.Array, own: jax.Array, groups: int
-) -> list[tuple[jax.Array, jax.Array, jax.Array, slice]]:
-    """The kernel, inputs and output channels of each group of a convolution."""
-    if groups == 1:
-        return [(kernel, x, own, slice(None))]
-    ends = np.arange(groups + 1) * (kernel.shape[-1] // groups)
-    slices = [slice(int(low), int(high)) for low, high in zip(ends, ends[1:])]
-    inputs = zip(jnp.split(x, groups, axis=-1), jnp.split(own, groups, axis=-1))
-    return [(kernel[..., rows], *both, rows) for rows, both in zip(slices, inputs)]
+def _parts(count: int, groups: int) -> list[slice]:
+    """Slices of equal length.
+
+    >>> _parts(6, 2)
+    [slice(0, 3, None), slice(3, 6, None)]
+    """
+    return [slice(end - count // groups, end) for end in range(count // groups, count + 1, count // groups)]
 
 
 def _between(book: jax.Array, cells: jax.Array, roots: int) -> jax.Array:
@@ -406,42 +403,70 @@ def _between(book: jax.Array, cells: jax.Array, roots: int) -> jax.Array:
     return jnp.clip(book, low, high)
 
 
-def _second_moments(x: jax.Array, own: jax.Array, window: Window) -> tuple[jax.Array, jax.Array]:
-    """Second moments of a convolution's inputs over random places, as `gptq.corrected` takes them.
+@jax.jit
+def _round_own(x: jax.Array, steps: jax.Array) -> jax.Array:
+    """Rounds the quantized network's half of a batch as it computes with integers."""
+    reference, own = jnp.split(x, 2)
+    return jnp.concatenate([reference, integers.round_activations(own, steps)])
+
+
+@functools.partial(jax.jit, static_argnames="window")
+def _both_convolved(x: jax.Array, kernel: jax.Array, own: jax.Array, window: Window) -> jax.Array:
+    """A convolution's outputs in both networks, without bias."""
+    reference, quantized = jnp.split(x, 2)
+    return jnp.concatenate([convolve(reference, kernel, window), convolve(quantized, own, window)])
+
+
+@jax.jit
+def _both_biased(y: jax.Array, bias: jax.Array, own: jax.Array) -> jax.Array:
+    """Adds a bias to each half of a batch."""
+    reference, quantized = jnp.split(y, 2)
+    return jnp.concatenate(
+        [side + along(one, y.ndim, y.ndim - 1) for side, one in ((reference, bias), (quantized, own))]
+    )
+
+
+@jax.jit
+def _both_matched(y: jax.Array, bias: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Adds biases, and gives the quantized network's channels the reference's moments: also by what slope and shift."""
+    reference, quantized = jnp.split(_both_biased(y, bias, own), 2)
+    slope, shift = matching(moments(quantized), moments(reference))
+    return jnp.concatenate([reference, scale_and_shift(quantized, slope, shift)]), slope, shift
+
+
+@functools.partial(jax.jit, static_argnames="window")
+def _seen(x: jax.Array, window: Window) -> jax.Array:
+    """What a convolution sees at random outputs, in either half of a batch: `[2, places, taps, channels]`."""
+    shape = len(x) // 2, *window.sizes(x.shape[1:-1])
+    count = math.prod(shape)
+    drawn = jax.random.choice(jax.random.key(0), count, (min(_PLACES, count),), replace=False)
+    places = jnp.unravel_index(drawn, shape)
+    rank = len(window.taps)
+    batch, *starts = (place.reshape(-1, *[1] * rank) for place in places)
+    index, inside = [], jnp.ones((len(batch), *window.taps), bool)
+    for axis, (start, taps) in enumerate(zip(starts, window.taps)):
+        tap = jnp.arange(taps).reshape([1, *(-1 if a == axis else 1 for a in range(rank))])
+        at = start * window.strides[axis] + tap * window.dilations[axis] - window.padding[axis][0]
+        inside &= (at >= 0) & (at < x.shape[1 + axis])
+        index.append(jnp.clip(at, 0, x.shape[1 + axis] - 1))
+
+    def half(first: int) -> jax.Array:
+        values = x[(batch + first, *index)]
+        return jnp.where(inside[..., None], values, 0).reshape(len(batch), -1, x.shape[-1])
+
+    return jnp.stack([half(0), half(len(x) // 2)])
+
+
+@jax.jit
+def _second_moments(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Second moments of a convolution's inputs, as `gptq.corrected` takes them.
 
     Args:
-        x: the reference's activations `[batch, time, (freq,) channels]`.
-        own: the quantized network's, x'.
-        window: how the convolution moves.
+        seen: by `_seen`: inputs x in the reference, then x' in the quantized network.
 
     Returns:
         H, the mean of x' x'^T, and the mean of x' (x - x')^T, both `[n, n]` with n = taps x channels.
     """
-    return _moments_at(_random_places(x.shape[0], *window.sizes(x.shape[1:-1])), x, own, window)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _random_places(*shape: int) -> tuple[jax.Array, ...]:
-    """Different places of an array `[batch, time, (freq)]`: an index for each axis, `[places]` each."""
-    count = math.prod(shape)
-    return jnp.unravel_index(jax.random.choice(jax.random.key(0), count, (min(_PLACES, count),), replace=False), shape)
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _moments_at(
-    places: tuple[jax.Array, ...], x: jax.Array, own: jax.Array, window: Window
-) -> tuple[jax.Array, jax.Array]:
-    rank = len(window.taps)
-    batch, *starts = (place.reshape(-1, *[1] * rank) for place in places)
-    index = [batch]
-    for axis, (start, taps) in enumerate(zip(starts, window.taps)):
-        tap = jnp.arange(taps).reshape([1, *(-1 if a == axis else 1 for a in range(rank))])
-        index.append(start * window.strides[axis] + tap * window.dilations[axis])
-
-    def patches(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), *window.padding, (0, 0)))
-        return x[tuple(index)].reshape(len(batch), -1)
-
-    x, own = patches(x), patches(own)
+    x, own = seen.reshape(2, seen.shape[1], -1)
     # The second moment tells GPTQ how far x' has drifted from x: see `gptq.corrected`.
-    return own.T @ own / len(batch), own.T @ (x - own) / len(batch)
+    return own.T @ own / len(own), own.T @ (x - own) / len(own)

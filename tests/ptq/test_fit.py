@@ -279,7 +279,8 @@ def test_second_moments_of_a_convolution_s_inputs_are_those_of_its_patches(rank)
     moves = window(rank, 3, 2, "valid" if rank == 1 else "same", 2 if rank == 1 else 1)
     rng = np.random.default_rng(0)
     x, own = (rng.normal(size=(2, *(11, 6)[:rank], 3)).astype(np.float32) for _ in range(2))
-    H, cross = fit._second_moments(jnp.asarray(x), jnp.asarray(own), moves)  # so few places that all are taken
+    # So few places that all are taken.
+    H, cross = fit._second_moments(fit._seen(jnp.concatenate([x, own]), moves))
 
     def patches(x):
         x = np.pad(x, ((0, 0), *moves.padding, (0, 0)))
