@@ -310,18 +310,18 @@ class _Fit:
         self.books[key] = self.scaled[key] = books[0] if len(fits) == 1 else jnp.concatenate(books)
         self.indices[key] = indices[0] if len(fits) == 1 else jnp.concatenate(indices)
         self._steps(key, self.books[key])
-        return from_groups(lookup(self.indices[key], self.books[key], 0), self._tensors[key].shape, last)
+        return _kernel_of(self.indices[key], self.books[key], self._tensors[key].shape)
 
     def _round(self, key: str, W: jax.Array, H: jax.Array, rows: slice) -> tuple[jax.Array, jax.Array]:
         """The codebooks `[out, K]` and indices `[out, n]` of the channels `rows` of a kernel."""
         tensor: CodebookTensor = self._tensors[key]
         bits = self._bits or tensor.bits
         if not self._coarser:
-            given = jnp.asarray(tensor.codebook_of(bits), jnp.float32)
+            given = np.asarray(tensor.codebook_of(bits), np.float32)
             # A codebook with a zero in it, or symmetric, was asked for: centroids that move would lose that.
-            pinned = jnp.all(jnp.any(given == 0, axis=1)) | jnp.all(given == -given[:, ::-1])
+            pinned = np.all(np.any(given == 0, axis=1)) or np.array_equal(given, -given[:, ::-1])
             kept = self.levels.get(key) == "minmax" or (key not in self.levels and pinned)
-            book, parents, free = given[rows, None], None, not kept
+            book, parents, free = jnp.asarray(given[rows, None]), None, not kept
         else:
             coarser = self._coarser[-1]
             parents, cells = coarser.indices[key][rows], coarser.books[key][rows]
@@ -403,6 +403,12 @@ def _between(book: jax.Array, cells: jax.Array, roots: int) -> jax.Array:
     return jnp.clip(book, low, high)
 
 
+@functools.partial(jax.jit, static_argnames="shape")
+def _kernel_of(indices: jax.Array, books: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """What indices `[out, n]` and codebooks `[out, K]` of a kernel say."""
+    return from_groups(lookup(indices, books, 0), shape, len(shape) - 1)
+
+
 @jax.jit
 def _round_own(x: jax.Array, steps: jax.Array) -> jax.Array:
     """Rounds the quantized network's half of a batch as it computes with integers."""
@@ -434,13 +440,17 @@ def _both_matched(y: jax.Array, bias: jax.Array, own: jax.Array) -> tuple[jax.Ar
     return jnp.concatenate([reference, scale_and_shift(quantized, slope, shift)]), slope, shift
 
 
-@functools.partial(jax.jit, static_argnames="window")
 def _seen(x: jax.Array, window: Window) -> jax.Array:
     """What a convolution sees at random outputs, in either half of a batch: `[2, places, taps, channels]`."""
     shape = len(x) // 2, *window.sizes(x.shape[1:-1])
     count = math.prod(shape)
-    drawn = jax.random.choice(jax.random.key(0), count, (min(_PLACES, count),), replace=False)
-    places = jnp.unravel_index(drawn, shape)
+    # Drawn by numpy: for JAX to sort so many, once a shape, would take longer to compile than all the rest.
+    drawn = np.random.default_rng(0).choice(count, min(_PLACES, count), replace=False)
+    return _seen_at(np.stack(np.unravel_index(drawn, shape)).astype(np.int32), x, window)
+
+
+@functools.partial(jax.jit, static_argnames="window")
+def _seen_at(places: jax.Array, x: jax.Array, window: Window) -> jax.Array:
     rank = len(window.taps)
     batch, *starts = (place.reshape(-1, *[1] * rank) for place in places)
     index, inside = [], jnp.ones((len(batch), *window.taps), bool)
