@@ -24,6 +24,6 @@ def test_inputs_of_every_class_are_clean(tmp_path):
 
 def test_disturbed_commands_end_as_undisturbed_ones(tmp_path):
     faults = "kill,twice,pipe" + (",writes" if shutil.which("cc") else "")
-    found = _run("faults", tmp_path, "--commands=calibrate", "--times=2", "--writes=3", f"--faults={faults}")
+    found = _run("faults", tmp_path, "--commands=calibrate", "--times=1", "--writes=2", f"--faults={faults}")
     assert [row["fault"] for row in found["rows"]] == faults.split(",")
-    assert all(row["times"] >= 2 and not row["violations"] for row in found["rows"])
+    assert all(row["times"] >= 1 and not row["violations"] for row in found["rows"])

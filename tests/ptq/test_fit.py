@@ -97,6 +97,7 @@ def test_training_can_start_from_the_reference_s_moments(recipe):
     assert np.max(before) > 0.3
 
 
+@pytest.mark.slow
 def test_wider_widths_begin_fitted_inside_the_cells_of_a_narrow_network_that_stays_as_it_is():
     reference = reference_of("bias")
     kept = "^(stage4|pool)/"  # in full precision: fewer shapes to compile for
@@ -132,7 +133,7 @@ def test_wider_widths_begin_fitted_inside_the_cells_of_a_narrow_network_that_sta
     assert nearness(variables, 4) < nearness(variables, 3) < nearness(variables, 2)
 
 
-@pytest.mark.parametrize("norm", ["bias", "batch"])
+@pytest.mark.parametrize("norm", [pytest.param("bias", marks=pytest.mark.slow), "batch"])
 def test_training_begins_with_the_network_fitted_without_training(norm):
     reference = reference_of(norm)
     section = QatOptions(bits=2)
@@ -181,7 +182,7 @@ def test_one_codebook_for_all_channels_cannot_be_repaired():
         fit.fit_on(reference, quantized_of(reference, granularity="tensor"), DATA, crops=4, seconds=1.0)
 
 
-@pytest.mark.parametrize("norm", ["bias", "batch"])
+@pytest.mark.parametrize("norm", [pytest.param("bias", marks=pytest.mark.slow), "batch"])
 def test_the_narrowest_width_of_a_nested_model_is_fitted_as_though_it_were_alone_and_wider_ones_go_on(norm, tmp_path):
     reference = reference_of(norm)
     spec = quant.QuantSpec(6, coarse=(2, 3), only_smaller=False)
@@ -257,6 +258,7 @@ def read_at(tensor, bits):
     )
 
 
+@pytest.mark.slow
 def test_statistics_of_a_trained_nested_model_are_measured_at_each_width():
     reference = reference_of("batch")
     params = quant.quantize_params(
