@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 _BLOCK = 64
+_FINE = 512  # inputs up to which they are padded to a whole block, beyond it to four
 _REFITTED = 16  # centroids; more are near enough to every weight as they are, and cost far more to refit
 
 
@@ -36,11 +37,10 @@ def corrected(W: jax.Array, H: jax.Array, cross: jax.Array, ridge: float = 0.3) 
     >>> corrected(jnp.array([[1.0, 2.0]]), jnp.eye(2), jnp.eye(2), ridge=1.0).tolist()  # x = 2 x'
     [[1.5, 3.0]]
     """
-    factor = jax.scipy.linalg.cho_factor(_damped(H, ridge))
+    factor = jax.scipy.linalg.cho_factor(_damped(H, ridge, len(H)))
     return W + jax.scipy.linalg.cho_solve(factor, cross @ W.T).T
 
 
-@partial(jax.jit, static_argnames=("iterations", "free"))
 def fit(
     W: jax.Array,
     codebook: jax.Array,
@@ -69,15 +69,45 @@ def fit(
     >>> index.tolist()
     [[0, 1, 1]]
     """
+    n = W.shape[1]
+    W, H, cell = _padded(jnp.asarray(W), jnp.asarray(H), None if parents is None else jnp.asarray(parents))
+    codebook, index = _fit(W, codebook, H, cell, n, basis, iterations=iterations, free=free)
+    return codebook, index[:, :n]
+
+
+@jax.jit
+def _padded(W: jax.Array, H: jax.Array, parents: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Adds inputs without power up to a round number of them, so that layers of many sizes share one program.
+
+    They are rounded last, and to nothing that counts.
+    """
+    step = _BLOCK if W.shape[1] <= _FINE else 4 * _BLOCK
+    more = (0, -W.shape[1] % step)
     cell = jnp.zeros(W.shape, jnp.int32) if parents is None else parents.astype(jnp.int32)
+    return jnp.pad(W, ((0, 0), more)), jnp.pad(H, (more, more)), jnp.pad(cell, ((0, 0), more))
+
+
+@partial(jax.jit, static_argnames=("iterations", "free"))
+def _fit(
+    W: jax.Array,
+    codebook: jax.Array,
+    H: jax.Array,
+    cell: jax.Array,
+    n: jax.Array,
+    basis: jax.Array | None,
+    *,
+    iterations: int,
+    free: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """`fit` of padded arrays whose first `n` inputs count."""
     count = codebook.shape[1] * codebook.shape[2]
     if not free or count > _REFITTED:
-        part = _round(W, codebook, H, cell)
+        part = _round(W, codebook, H, cell, n)
         return codebook, (cell * codebook.shape[2] + part).astype(jnp.uint8)
 
     def again(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         codebook = state[0]
-        index = cell * codebook.shape[2] + _round(W, codebook, H, cell)
+        index = cell * codebook.shape[2] + _round(W, codebook, H, cell, n)
         codebook = _refit(W, index, codebook.reshape(-1, count), H, basis).reshape(codebook.shape)
         # Refitted centroids may have crossed: sort each cell's, and let the indices follow.
         order = jnp.argsort(codebook, axis=-1)
@@ -89,28 +119,28 @@ def fit(
     return codebook, index.astype(jnp.uint8)
 
 
-def _damped(H: jax.Array, damping: float) -> jax.Array:
-    """H with a share of its mean diagonal added to the diagonal; of inputs that are all zero, the identity."""
-    power = jnp.mean(jnp.diag(H))
+def _damped(H: jax.Array, damping: float, n: jax.Array | int) -> jax.Array:
+    """H with a share of its n inputs' mean power added to the diagonal; of inputs that are all zero, the identity."""
+    power = jnp.trace(H) / n
     return H + jnp.where(power > 0, damping * power, 1.0) * jnp.eye(H.shape[0])
 
 
-def _round(W: jax.Array, codebook: jax.Array, H: jax.Array, cell: jax.Array, damping: float = 0.01) -> jax.Array:
+def _round(
+    W: jax.Array, codebook: jax.Array, H: jax.Array, cell: jax.Array, n: jax.Array, damping: float = 0.01
+) -> jax.Array:
     """The part `[groups, n]` that each weight takes of its cell. Inputs of the most power are rounded first.
 
     With H^-1 = U^T U, U upper triangular, rounding column j leaves the error E_j = (W_j - Q_j) / U_jj, and the columns
     still to come take on -E_j U_j. Within a block they do so at once; beyond it by one matrix product when the block is
     done.
     """
-    n = W.shape[1]
+    count = W.shape[1]
     order = jnp.argsort(-jnp.diag(H))
-    H = _damped(H, damping)[order][:, order]
+    H = _damped(H, damping, n)[order][:, order]
     lower = jnp.linalg.cholesky(H[::-1, ::-1])
-    U = jax.scipy.linalg.solve_triangular(lower, jnp.eye(n), lower=True)[::-1, ::-1]
-    pad = -n % _BLOCK
-    U = jnp.pad(U, (0, pad)) + jnp.diag((jnp.arange(n + pad) >= n).astype(jnp.float32))
-    W, cell = (jnp.pad(x[:, order], ((0, 0), (0, pad))) for x in (W, cell))
-    place = jnp.arange(n + pad)
+    U = jax.scipy.linalg.solve_triangular(lower, jnp.eye(count), lower=True)[::-1, ::-1]
+    W, cell = W[:, order], cell[:, order]
+    place = jnp.arange(count)
 
     def block(i: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         W, taken = state
@@ -128,12 +158,12 @@ def _round(W: jax.Array, codebook: jax.Array, H: jax.Array, cell: jax.Array, dam
 
         part = jax.lax.dynamic_slice(W, (0, begin), (W.shape[0], _BLOCK))
         _, taken, E = jax.lax.fori_loop(0, _BLOCK, column, (part, taken, jnp.zeros_like(part)))
-        across = jax.lax.dynamic_slice(U, (begin, 0), (_BLOCK, n + pad))
+        across = jax.lax.dynamic_slice(U, (begin, 0), (_BLOCK, count))
         return W - E @ jnp.where(place[None] >= begin + _BLOCK, across, 0.0), taken
 
     taken = jnp.zeros(W.shape, jnp.int32)
-    _, taken = jax.lax.fori_loop(0, (n + pad) // _BLOCK, block, (W, taken))
-    return jnp.zeros((W.shape[0], n), jnp.int32).at[:, order].set(taken[:, :n])
+    _, taken = jax.lax.fori_loop(0, count // _BLOCK, block, (W, taken))
+    return jnp.zeros_like(taken).at[:, order].set(taken)
 
 
 def _refit(
