@@ -85,6 +85,7 @@ def cascade_stream(
             if rows is None:
                 read.check(part.enrol)
             scores = score(part.enrol, part.test)
+            # The reference's scores, where there is one, come last.
             decided = decide(scores[: len(levels)])
             tally.add(part, decided, scores[-1] if reference else None)
             doubts.add(part)
@@ -137,6 +138,7 @@ def span(policy: CascadePolicy) -> tuple[float, float]:
     (-0.25, 0.75)
     """
 
+    # Maps rise, so that the ends of the cosines give the ends of the scale.
     def ends(fitted: AffineMap | IsotonicMap) -> tuple[float, float]:
         low, high = fitted([-1.0, 1.0]).tolist()
         return low, high
@@ -246,6 +248,7 @@ class Tally:
         policy, trials = self._policy, self.trials
         of_label = self.accepted.sum(axis=1)
         both = bool(of_label.all())
+        # The last histogram is that of the cascade.
         *alone, own = (_rates(histogram, p_target) for histogram in self.histograms)
         cost = float(np.mean(self._cost / of_label) / np.log(2)) if both and policy.llr_maps is not None else None
         reference = _rates(self.of_reference, p_target) if self.of_reference else _unknown()

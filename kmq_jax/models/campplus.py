@@ -265,6 +265,7 @@ class CamPlusPlus(SpeakerNetwork):
         x = mask_frames(features.astype(self.dtype)[..., None], mask)
         x = flatten_frames(Stem(self.stem_channels, (2, 2), style, name="stem")(x, mask, train))
         x = _Tdnn(self.width, self.dtype, name="tdnn")(x, mask, train)
+        # From here on a frame stands for two of the input.
         mask = stride_mask(mask, 2)
         for i, count in enumerate(self.layers):
             dilation = DILATIONS[min(i, len(DILATIONS) - 1)]

@@ -136,6 +136,7 @@ def embed(
     def all_chunks(given: Given) -> dict[str, Moments]:
         total: dict[str, Moments] = {}
         for start in range(0, frames, core):
+            # With as much before and behind as the network reaches, a chunk's own frames come out as in one run.
             low, stop = max(0, start - overlap), min(start + core, frames)
             new = pieces.moments(features[low : stop + overlap], own(low, start, stop), given)
             total = {name: merge(total[name], one) for name, one in new.items()} if total else new
@@ -148,6 +149,7 @@ def embed(
     head = {name: place.own(0, 0, end, end) for name, place in found.items()}
     given: Given = pieces.moments(features[:end], head, {})
     embedding = pieces.embed(given)
+    # Every place lies behind those before it: each pass has one more of them as in one run.
     for _ in found:
         given = all_chunks(given)
         before, embedding = embedding, pieces.embed(given)

@@ -146,6 +146,7 @@ def _equal_mass(
         edges = jnp.searchsorted(jnp.cumsum(weights) / jnp.sum(weights), jnp.arange(k + 1) / k).astype(jnp.int32)
         edges = jnp.minimum(edges.at[-1].set(n), n)
     mass, mean = group.weigh(edges[:-1], edges[1:])
+    # Where values repeat, a bin may be empty: its centroid is the value at which it begins.
     return jnp.where(mass > 0, mean, _take(group.values, jnp.minimum(edges[:-1], n - 1)))
 
 
@@ -210,11 +211,13 @@ def _best_borders(group: Group, borders: jax.Array) -> jax.Array:
         count, total = stop[0] - start[0], stop[1] - start[1]
         return jnp.where(stop[2] >= start[2], jnp.square(total) / jnp.maximum(count, 1e-30), -jnp.inf)
 
+    # best[i]: the most that the cells so far save if the last of them ends at place i.
     def add_cell(best: jax.Array, cell: Array) -> tuple[jax.Array, jax.Array]:
         start, stop = cell
         saved = worth(tuple(x[None, :] for x in start), tuple(x[:, None] for x in stop))
         return jnp.max(best[None, :] + saved, axis=1), best
 
+    # Backwards: of all beginnings of a cell that ends there, the one that the best came by.
     def last_cell(end: jax.Array, step: Array) -> tuple[jax.Array, jax.Array]:
         best, start, stop = step
         begin = jnp.argmax(best + worth(start, tuple(x[end] for x in stop)))
@@ -303,6 +306,7 @@ def _exchange(group: Group, centroids: jax.Array, pin: jax.Array | None) -> tupl
     middle = jnp.clip(count_at_most(group.values, group.n, mean), edges[:-1], edges[1:])
     left, left_mean = group.weigh(edges[:-1], middle)
     right, right_mean = group.weigh(middle, edges[1:])
+    # Two parts at distance d have m1 m2 / (m1 + m2) d^2 more inertia together than apart.
     gain = left * right / jnp.where(mass > 0, mass, 1) * jnp.square(left_mean - right_mean)
     pair = mass[1:] + mass[:-1]
     loss = mass[1:] * mass[:-1] / jnp.where(pair > 0, pair, 1) * jnp.square(mean[1:] - mean[:-1])

@@ -123,6 +123,7 @@ class Codebook:
             return assign(units, borders[:, 0], self.axis)
         assert self.indices is not None
         index = self.indices << (self.bits - self.kept)
+        # Inside its cell an index counts the borders that the latent lies above.
         for part in range(borders.shape[-1]):
             index += (units > lookup(self.indices, borders[:, :, part], self.axis)).astype(jnp.uint8)
         return index
@@ -196,6 +197,7 @@ def _forward(latent, values, indices, slope, axis, reduction):
 def _backward(axis, reduction, residuals, gradient):
     indices, slope, k = residuals
     count, total = cell_sums(gradient, indices, k, axis, counted=reduction == "mean")
+    # Indices are whole numbers and the slope is given: nothing flows back to either.
     return gradient * slope, total / jnp.maximum(count, 1) if reduction == "mean" else total, None, None
 
 
@@ -271,12 +273,14 @@ def fake_quantize(
         book = codebooks.get(name)
         if book is None:
             return latent
+        # Which centroid a latent takes, and where its gradient is cut, is not differentiated.
         fixed, held = jax.lax.stop_gradient((latent, book))
         indices = held.index_of(fixed)
         if bits is None or not book.coarse:
             values = book.values()
         elif isinstance(bits, int):
             values = book.values(bits)
+            # Of a nested index the leading bits are the index at fewer bits.
             indices = indices >> (book.bits - bits)
         else:
             values = book.table(bits)
