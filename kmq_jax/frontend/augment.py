@@ -177,6 +177,7 @@ def room_response(key: jax.Array, room: Room, config: RoomConfig) -> jax.Array:
     delay = jnp.round((distance - direct) * (config.sample_rate / SPEED_OF_SOUND)).astype(jnp.int32)
     early = jnp.zeros(config.taps).at[delay].add(jnp.where(heard, loudness, 0.0), mode="drop")
 
+    # From here on the tail: time counts from when the sound left its source, as the distance of images does.
     time = direct / SPEED_OF_SOUND + jnp.arange(config.taps) / config.sample_rate
     arrival = 4 * math.pi * SPEED_OF_SOUND / (volume * config.sample_rate)
     envelope = direct * jnp.sqrt(arrival) * 10.0 ** (-3 * time / room.rt60)

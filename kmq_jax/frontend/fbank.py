@@ -248,9 +248,11 @@ def _features(wave: jax.Array, config: FbankConfig) -> jax.Array:
 
     frames = _frames(wave * config.waveform_scale, config, num_frames(wave.shape[-1], config))
     frames = frames - frames.mean(-1, keepdims=True)
+    # The first sample of a frame counts as its own predecessor, as in Kaldi.
     before = jnp.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)
     lifted = frames - config.preemphasis * before
 
+    # The window is symmetric: cosines see what is even in a frame, sines what is odd, and half of each tells all.
     half = cosines.shape[0]
     left, right = lifted[..., :half], lifted[..., ::-1][..., :half]
     spectrum = product(left + right, cosines) ** 2 + product(left - right, sines) ** 2
