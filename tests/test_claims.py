@@ -321,6 +321,18 @@ def test_committed_results_say_how_many_trials_they_come_from(path):
     if "pairs" in found:  # how near two runtimes come, of recordings
         assert found["recordings"] > 0
         return
+    if "sides" in found:  # speed, of no trials
+        assert found["utterances"] >= 100 and found["audio_seconds"] > 0
+        return
+    if "list_bytes" in found:  # made-up trials, as many as wanted
+        assert all(row["trials"] >= 10**8 and not row["unlike_one_process"] for row in found["rows"])
+        return
+    if "sets" in found:  # models side by side, one entry a list
+        assert all(one["trials"] > 0 and one["rows"] for one in found["sets"])
+        return
+    if found.get("kind") == "fresh":
+        assert found["repeats"] > 1 and all(0 < row["least"] <= row["median"] for row in found["rows"])
+        return
     if found.get("kind") == "fuzz":
         assert found["tried"] == sum(row["clean"] + row["violations"] for row in found["classes"]) >= 2500
         return
