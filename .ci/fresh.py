@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Processor time of commands in fresh processes, user and system together, printed as JSON.
+"""Processor time, user and system together, and most memory of commands in fresh processes, printed as JSON.
 
     .ci/fresh.py [--repeats=5] [BIN] >.github/results/fresh.json
 
 BIN is the directory of an installed kmq-jax (that of this Python where left out). The model is a WeSpeaker ResNet34 of
 full size, made here with random weights and quantized at 4 bits: what verifies is as large as a real one. Recordings of
-3 s come from the embedded voices. Each command runs once before, so that files are in memory and caches are filled.
+3 s, and a DATA of 20, come from the embedded voices. Each command runs once before, so that files are in memory and
+caches are filled.
 """
 
 import argparse
@@ -24,8 +25,10 @@ COMMANDS = (
     ("verify", "--model=model.kmq", "--enrol=a.wav", "--test=b.wav", "--threshold=0.5"),
     ("verify", "--store=people", "--speaker=alice", "b.wav", "--threshold=0.5"),
     ("identify", "--store=people", "b.wav", "--top=1"),
+    ("extract", "--model=model.kmq", "--data=DATA", "--out=embeddings.npz"),
 )
 SETUP = """
+from pathlib import Path
 import jax, soundfile
 from kmq_jax.data.source import open_source
 from kmq_jax.models import registry
@@ -36,15 +39,22 @@ save_model("full.kmq", SpeakerModel(name, settings, "wespeaker", jax.device_get(
 voices = open_source("synthetic:test?speakers=2&utterances=1")
 for name, row in {"a": 0, "b": 1}.items():
     soundfile.write(f"{name}.wav", voices.load(row)[:48000], 16000)
+voices = open_source("synthetic:test?speakers=10&utterances=2")
+for row, name in enumerate(voices.ids):
+    place = Path("DATA", f"speaker{row // 2}")
+    place.mkdir(parents=True, exist_ok=True)
+    soundfile.write(place / f"{row % 2}.wav", voices.load(row), 16000)
 """
 
 
-def seconds_of(line: list[str], place: str) -> float:
-    """User and system seconds of one run; its output is kept to itself."""
-    before = os.times()
-    subprocess.run(line, cwd=place, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    after = os.times()
-    return after.children_user + after.children_system - before.children_user - before.children_system
+def cost_of(line: list[str], place: str) -> tuple[float, int]:
+    """Seconds of user and system, and the most memory in bytes, of one run; its output is kept to itself."""
+    with subprocess.Popen(line, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"fresh.py: {' '.join(line)} ended with {process.returncode}")
+    return used.ru_utime + used.ru_stime, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def processor() -> str:
@@ -72,9 +82,10 @@ def main() -> None:
             subprocess.run([program, *words], cwd=folder, check=True, stdout=sys.stderr)
         rows = []
         for words in COMMANDS:
-            seconds_of([program, *words], folder)
-            found = [seconds_of([program, *words], folder) for _ in range(given.repeats)]
+            cost_of([program, *words], folder)
+            found, memory = zip(*(cost_of([program, *words], folder) for _ in range(given.repeats)))
             about = {"least": round(min(found), 3), "median": round(statistics.median(found), 3)}
+            about["most_memory"] = max(memory)
             rows.append({"command": f"kmq-jax {' '.join(words)}", **about})
     about = {"kind": "fresh", "python": platform.python_version(), "processor": processor(), "cores": os.cpu_count()}
     print(json.dumps({**about, "repeats": given.repeats, "rows": rows}, indent=2))

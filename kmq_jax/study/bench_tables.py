@@ -304,9 +304,11 @@ def biases_table(found: Row) -> str:
 
 
 def fresh_table(found: Row) -> str:
-    """Processor time of commands in processes of their own: the least and the median of several."""
-    rows = [["command", "least, s", "median, s"]]
+    """Processor time of commands in processes of their own, the least and the median of several; and their memory."""
+    rows = [["command", "least, s", "median, s", "most memory, MB"]]
     for one in found["rows"]:
-        rows.append([f"`{one['command']}`", f"{one['least']:.2f}", f"{one['median']:.2f}"])
+        rows.append(
+            [f"`{one['command']}`", f"{one['least']:.2f}", f"{one['median']:.2f}", f"{one['most_memory'] / 1e6:.0f}"]
+        )
     about = f"{found['repeats']} runs each; Python {found['python']}, {found['processor']}, {found['cores']} cores."
     return markdown(rows) + f"\n{about}\n"
