@@ -63,26 +63,23 @@ def features_of(network):
     return np.random.default_rng(2).normal(size=(3, 90, network.features)).astype(np.float32)
 
 
-def test_ranges_hold_zero_and_outliers_are_cut_where_that_is_nearer():
-    rng = np.random.default_rng(0)
-    values = np.maximum(rng.normal(size=100_000), 0)
-    step, zero = activations.range_of(values)
-    assert zero == 0
-    assert step == pytest.approx(values.max() / 255, rel=0.2)
-    heavy = rng.laplace(size=200_000)
-    heavy[7] = 20.0
-    step, _ = activations.range_of(heavy)
-    assert step < 0.9 * (heavy.max() - heavy.min()) / 255
-    for drawn in (heavy, values):
-        step, zero = activations.range_of(drawn)
-        whole = integers.grid_of(drawn.min(), drawn.max())
-        errors = [
-            np.mean((np.asarray(integers.round_activations(jnp.asarray(drawn), jnp.array(grid))) - drawn) ** 2)
-            for grid in ((step, zero), whole)
-        ]
-        assert errors[0] <= errors[1] * 1.01
-    step, zero = activations.range_of(np.array([2.0, 3.0]))
-    assert zero == 0 and step * 255 == pytest.approx(3)
+def test_ranges_hold_zero_and_all_that_was_seen(four):
+    reference, _ = four
+    features = features_of(reference.network())
+    seen = {}
+
+    def watch(place, x):
+        seen[place] = np.asarray(x)
+        return x
+
+    with integers.watching(watch):
+        reference.network().apply(reference.variables, features)
+    found = activations.measure(reference, features)
+    assert found.keys() == seen.keys()
+    for place, (step, zero) in found.items():
+        low, high = min(seen[place].min(), 0), max(seen[place].max(), 0)
+        assert step * 255 == pytest.approx(high - low, rel=1e-5)
+        assert zero == round(-low / step)
 
 
 @pytest.fixture(scope="module")
