@@ -33,6 +33,8 @@ SHORTER = {
     '--config.study.nested=False --config.study.diagnose="()" --config.study.cascades="()"',
     "--config=quickstart --workdir": "--config=quickstart:smoke --workdir",
     "--config=configs/wespeaker34_distilled.py:2": "--config=configs/wespeaker34_distilled.py:smoke",
+    # Its smoke form makes a network to begin with, of a size that the model that stands in has not.
+    "--config.init_from=runs/wespeaker34 --config.data.root=DIR": "--config.data.root=DIR",
     # Intervals and Hessians of a diagnosis are most of its time.
     "kmq-jax diagnose ": "kmq-jax diagnose --replicates=20 --hessian_draws=1 --hessian_utterances=1 "
     "--retention_utterances=4 --layer_utterances=4 ",
