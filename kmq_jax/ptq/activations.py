@@ -2,7 +2,7 @@
 
 The places that are rounded, and what rounding is, stand in `nn.integers`. Here each place gets its range: from the
 least to the greatest value seen. A narrower one can have less squared error on these crops; but what it cuts off are
-the strongest activations, on other speech more of them, and embeddings come out further from full precision's.
+the strongest activations, and other speech may have more of them.
 """
 
 import dataclasses

@@ -426,10 +426,8 @@ def _both_convolved(x: jax.Array, kernel: jax.Array, own: jax.Array, window: Win
 @jax.jit
 def _both_biased(y: jax.Array, bias: jax.Array, own: jax.Array) -> jax.Array:
     """Adds a bias to each half of a batch."""
-    reference, quantized = jnp.split(y, 2)
-    return jnp.concatenate(
-        [side + along(one, y.ndim, y.ndim - 1) for side, one in ((reference, bias), (quantized, own))]
-    )
+    sides = zip(jnp.split(y, 2), (bias, own))
+    return jnp.concatenate([side + along(one, y.ndim, y.ndim - 1) for side, one in sides])
 
 
 @jax.jit
