@@ -34,6 +34,7 @@ Engine = Literal["auto", "jax", "onnxruntime"]
 ENGINES = ("auto", "jax", "onnxruntime")
 _FORM = 1  # of the converted files; another number makes kept ones stale
 _BLOCK = 1 << 20  # bytes hashed at a time
+_owner: int | None = None  # the process that embeds
 
 
 class Runner:
@@ -103,18 +104,23 @@ class Note:
 
 
 class Lean:
-    """A model that runs without JAX."""
+    """A model that runs without JAX.
+
+    Attributes:
+        note: what is known of it.
+    """
 
     def __init__(self, note: Note, file: Path):
         """Takes what is known of a model, and its converted file."""
-        self.fingerprint, self._note, self._runner = note.fingerprint, note, Runner(str(file), note.size)
+        self.note, self._runner = note, Runner(str(file), note.size)
 
     def takes(self, lengths: np.ndarray) -> bool:
         """Whether recordings of these lengths, in samples, are all neither too short for the model nor long."""
-        return bool(np.all((self._note.fewest <= lengths) & (lengths <= self._note.most)))
+        return bool(np.all((self.note.fewest <= lengths) & (lengths <= self.note.most)))
 
     def embed(self, waves: list[np.ndarray]) -> np.ndarray:
         """Embeds recordings in memory, `[waves, dim]`."""
+        check_process()
         if len(waves) == 1:
             return self._runner.embed(waves[0])[None]
         order = sorted(range(len(waves)), key=lambda i: -len(waves[i]))
@@ -153,22 +159,25 @@ def at_hand(model: str | Path, bits: int | None, engine: str, compute: str = "fl
     return Lean(note, converted) if whole else None
 
 
-@contextlib.contextmanager
-def noting(model: str | Path, bits: int | None) -> Iterator[Callable[[Note], None]]:
-    """A context in which a model is read and run, and that gives what leaves a note of it.
+def noting(model: str | Path, bits: int | None) -> Callable[[Note], None]:
+    """What leaves a note of a model that is read after this call, once it was run.
 
-    The note is written at the end, and only where the model's file is then what it was at the beginning.
+    Only the first note is left, and only where the model's file is then what it was at this call.
     """
-    notes: list[Note] = []
     file = packed_file(model)
     path = _note_file(file, bits) if file else None
-    yield notes.append
-    if not notes or file is None or path is None or path != _note_file(file, bits):
-        return
-    converted = kept_file(file, notes[0].fingerprint)
-    if converted.is_file():
-        with contextlib.suppress(UserError):  # a directory that cannot be written to
-            write_json(path, dataclasses.asdict(notes[0]) | {"bytes": converted.stat().st_size})
+    left: list[Note] = []
+
+    def leave(note: Note) -> None:
+        if left or file is None or path is None or path != _note_file(file, bits):
+            return
+        converted = kept_file(file, note.fingerprint)
+        if converted.is_file():
+            left.append(note)
+            with contextlib.suppress(UserError):  # a directory that cannot be written to
+                write_json(path, dataclasses.asdict(note) | {"bytes": converted.stat().st_size})
+
+    return leave
 
 
 def packed_file(model: str | Path) -> Path | None:
@@ -230,6 +239,21 @@ def session_of(model: bytes | str, threads: int) -> "InferenceSession":
     except Exception as error:  # its exceptions share no base class of their own
         reason = str(error).split("\n")[0]
         raise UserError(f"ONNX Runtime cannot open the converted model: {reason}") from error
+
+
+def check_process() -> None:
+    """Refuses to compute in a process that was forked after its parent did: it would wait for the parent's threads.
+
+    Raises:
+        UserError: this is one.
+    """
+    global _owner
+    if _owner not in (None, os.getpid()):
+        raise UserError(
+            "this process was forked from one that had embedded recordings, whose threads it lacks: start processes by "
+            "`multiprocessing.get_context('spawn')`, or fork them before the first recording"
+        )
+    _owner = os.getpid()
 
 
 def processors() -> int:

@@ -31,7 +31,7 @@ from kmq_jax.models.about import About, checked
 from kmq_jax.models.batches import check_lengths, padded_batches, plan_batches, usable_lengths
 from kmq_jax.models.engine import Engine, OnnxModel, chosen, note_of
 from kmq_jax.models.protocol import SpeakerNetwork
-from kmq_jax.models.runner import Note, kept_file
+from kmq_jax.models.runner import Note, check_process, kept_file
 
 FRONTENDS: dict[str, frontend.FrontEnd] = {
     "kiwano": frontend.KIWANO,
@@ -59,7 +59,6 @@ PROGRAMS = 3, 16  # shapes on an accelerator, at least and at most
 _MOST_PROGRAMS = 128  # compiled programs that are kept; each takes megabytes
 _programs: set[Hashable] = set()
 _programs_lock = threading.Lock()
-_owner: int | None = None  # the process that embeds
 Recording: TypeAlias = str | os.PathLike[str] | Array
 _PREPARED = 8  # models that are held ready for ONNX Runtime
 _UNPACKED = 3  # models whose weights JAX holds unpacked
@@ -252,26 +251,11 @@ def at_bits(model: SpeakerModel, bits: int | None) -> SpeakerModel:
     return dataclasses.replace(model, variables=replace_named(whole, own, quant.is_codebook_tensor), bits=bits)
 
 
-def _check_process() -> None:
-    """Refuses to compute in a process that was forked after its parent did: it would wait for the parent's threads.
-
-    Raises:
-        UserError: this is one.
-    """
-    global _owner
-    if _owner not in (None, os.getpid()):
-        raise UserError(
-            "this process was forked from one that had embedded recordings, whose threads it lacks: start processes by "
-            "`multiprocessing.get_context('spawn')`, or fork them before the first recording"
-        )
-    _owner = os.getpid()
-
-
 def embed_waves(
     model: SpeakerModel, waves: list[np.ndarray], dtype: str = "float32", engine: Engine = "jax"
 ) -> np.ndarray:
     """Embeds recordings at 16 kHz held in memory, float32 `[len(waves), dim]`. See `embed_all`."""
-    _check_process()
+    check_process()
     lengths = np.array([len(wave) for wave in waves])
     network, fbank = model.network(dtype), frontend_of(model.frontend)
     check_lengths(network, fbank, lengths, lambda i: f"recording {i + 1} of {len(waves)}")
@@ -346,7 +330,7 @@ def embed_share(
     Returns:
         Rows of the table, ascending, `[rows]`, and their embeddings, float32 `[rows, dim]`. A share may be empty.
     """
-    _check_process()
+    check_process()
     network, fbank = model.network(dtype), frontend_of(model.frontend)
     lengths = usable_lengths(network, fbank, utterances, max_seconds)
     runner = None if max_frames else _runner(model, dtype, engine)

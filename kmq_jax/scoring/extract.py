@@ -79,7 +79,7 @@ def extract(model: Place, data: Place, out: Place, options: ExtractionOptions | 
         if how.max_seconds:
             lengths = np.minimum(lengths, int(how.max_seconds * source.SAMPLE_RATE))
         if lean.takes(lengths):
-            return _written(out, utterances, lean.embed_table(utterances.load, lengths), lean.fingerprint)
+            return _written(out, utterances, lean.embed_table(utterances.load, lengths), lean.note.fingerprint)
     return _by_jax(model, data, out, how)
 
 
@@ -87,21 +87,14 @@ def _by_jax(model: Place, data: Place, out: Place, how: ExtractionOptions) -> np
     """The same with all that a model can be, which takes a while to import."""
     from kmq_jax.models.speaker_model import embed_all, load_model, note
 
-    with runner.noting(model, how.bits) as leave:
-        speaker_model = load_model(model, how.bits)
-        utterances = _opened(data, out, how)
-        embeddings = embed_all(
-            speaker_model,
-            utterances,
-            how.compute,
-            how.max_seconds,
-            how.batch_size,
-            max_frames=how.max_frames,
-            engine=how.engine,
-        )
-        about = note(speaker_model)
-        leave(about)
-    return _written(out, utterances, embeddings, about.fingerprint)
+    leave = runner.noting(model, how.bits)
+    speaker_model = load_model(model, how.bits)
+    utterances = _opened(data, out, how)
+    about = how.compute, how.max_seconds, how.batch_size, how.max_frames, how.engine
+    embeddings = embed_all(speaker_model, utterances, *about)
+    known = note(speaker_model)
+    leave(known)
+    return _written(out, utterances, embeddings, known.fingerprint)
 
 
 def _opened(data: Place, out: Place, how: ExtractionOptions) -> Utterances:

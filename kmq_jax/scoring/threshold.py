@@ -11,7 +11,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, read_object, write_json
 from kmq_jax.data import audio, source
 from kmq_jax.metrics.threshold import Rate, Threshold, choose_threshold
-from kmq_jax.models import runner
+from kmq_jax.models.embedder import Embedder
 from kmq_jax.models.runner import Engine
 from kmq_jax.scoring.cosine import average, cosine_scores
 from kmq_jax.scoring.options import ThresholdOptions
@@ -285,31 +285,12 @@ def decide(
     Raises:
         UserError: the threshold was found with another model, or a recording or the model cannot be read.
     """
-    rows = _embedded(os.fspath(model), (*enrol, test), threshold, bits, engine)
+    embedder = Embedder(model, bits, engine)
+    threshold.require(embedder.fingerprint, os.fspath(model))
+    rows = embedder.embed([audio.read_recording(one) for one in (*enrol, test)])
     speaker = average(rows, [range(len(enrol))]) if len(enrol) > 1 else rows[:1]
     score = float(cosine_scores(speaker, rows, [0], [len(enrol)])[0])
     return Decision(score >= float(np.float32(threshold.value)), score, threshold.value)
-
-
-def _embedded(
-    model: str, recordings: Sequence[Recording], threshold: Decider, bits: int | None, engine: Engine
-) -> np.ndarray:
-    """Embeds recordings, `[recordings, dim]`, without JAX where that can be; the threshold must be for this model."""
-    lean = runner.at_hand(model, bits, engine)
-    if lean:
-        threshold.require(lean.fingerprint, model)
-        waves = [audio.read_recording(one) for one in recordings]
-        if lean.takes(np.array([len(wave) for wave in waves])):
-            return lean.embed(waves)
-    from kmq_jax.models.speaker_model import embed_waves, load_model, note
-
-    with runner.noting(model, bits) as leave:
-        network = load_model(model, bits)
-        about = note(network)
-        threshold.require(about.fingerprint, model)
-        rows = embed_waves(network, [audio.read_recording(one) for one in recordings], engine=engine)
-        leave(about)
-    return rows
 
 
 def _percent(rate: float) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,8 +14,8 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import file_hash
 from kmq_jax.core.progress import progress
 from kmq_jax.data import audio, speech
-from kmq_jax.models.engine import Engine
-from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model
+from kmq_jax.models.embedder import Embedder
+from kmq_jax.models.runner import Engine
 from kmq_jax.scoring.cosine import average, cosine_scores, lengths, unusable
 from kmq_jax.scoring.threshold import read_threshold
 from kmq_jax.speakers.database import (
@@ -27,6 +28,9 @@ from kmq_jax.speakers.database import (
     valid_name,
     writing,
 )
+
+if TYPE_CHECKING:
+    from kmq_jax.models.speaker_model import SpeakerModel
 
 Recording = str | os.PathLike[str] | tuple[np.ndarray, int]
 
@@ -85,6 +89,7 @@ class SpeakerStore:
     >>> import soundfile
     >>> from kmq_jax.data import source
     >>> from kmq_jax.models import registry
+    >>> from kmq_jax.models.speaker_model import SpeakerModel
     >>> settings = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8}
     >>> weights = registry.initialize(registry.build("wespeaker_resnet34", **settings), jax.random.key(0))
     >>> model = SpeakerModel("wespeaker_resnet34", settings, "wespeaker", weights)
@@ -104,7 +109,7 @@ class SpeakerStore:
     def __init__(
         self,
         directory: str | os.PathLike[str],
-        model: SpeakerModel | str | os.PathLike[str] | None = None,
+        model: "SpeakerModel | str | os.PathLike[str] | None" = None,
         bits: int | None = None,
         engine: Engine = "auto",
         vad: bool = False,
@@ -126,7 +131,7 @@ class SpeakerStore:
         self._file, self._given, self._bits = Path(directory) / FILE, model, bits
         self._engine: Engine = engine
         self._vad = vad
-        self._loaded: tuple[SpeakerModel, ModelRow] | None = None
+        self._loaded: tuple[Embedder, ModelRow] | None = None
 
     def enrol(self, name: str, recordings: Sequence[str | os.PathLike[str]], replace: bool = False) -> Speaker:
         """Adds recordings to a speaker, who is new where the name is.
@@ -146,8 +151,8 @@ class SpeakerStore:
         _check_name(name)
         if not recordings:
             raise UserError(f"there is no recording to enroll of `speaker` (={name})")
-        network = self._model()
-        rows = [self._embedded(network, name, path) for path in recordings]
+        embedder = self._model()
+        rows = [self._embedded(embedder, name, path) for path in recordings]
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
@@ -178,9 +183,9 @@ class SpeakerStore:
             before, rows = database.model(), database.recordings()
         for row in rows:
             _check_unchanged(row)
-        network, model = self._load(before)
+        embedder, model = self._load(before)
         paths = [os.fsdecode(row.path) for row in rows]
-        made = [self._embed(network, path)[0] for path in progress(paths, desc="embedding", unit="recording")]
+        made = [self._embed(embedder, path)[0] for path in progress(paths, desc="embedding", unit="recording")]
         with writing(self._file) as database:
             now = [(row.number, row.hash) for row in database.recordings()]
             if database.model() != before or now != [(row.number, row.hash) for row in rows]:
@@ -252,8 +257,8 @@ class SpeakerStore:
         if not groups:
             raise UserError(f"{self._file.parent} holds no speakers: enroll them first")
         self._checked(known)
-        network, _ = self._load(known)
-        test, _ = self._embed(network, recording)
+        embedder = self._load(known)[0]
+        test, _ = self._embed(embedder, recording)
         rows = [row for group in groups.values() for row in group]
         ends = np.cumsum([len(group) for group in groups.values()])
         means = average(np.stack([row.embedding for row in rows]), np.split(np.arange(len(rows)), ends[:-1]))
@@ -268,9 +273,9 @@ class SpeakerStore:
         Raises:
             UserError: the model is not the store's, or cannot be read.
         """
-        return fingerprint(self._model())
+        return self._model().fingerprint
 
-    def _model(self) -> SpeakerModel:
+    def _model(self) -> Embedder:
         """The model given, or else the one remembered. Another model than the store's is told before the work.
 
         Raises:
@@ -284,7 +289,7 @@ class SpeakerStore:
         self._checked(known)
         return self._load(known)[0]
 
-    def _load(self, known: ModelRow | None) -> tuple[SpeakerModel, ModelRow]:
+    def _load(self, known: ModelRow | None) -> tuple[Embedder, ModelRow]:
         """The model, loaded once, and what the store remembers of it."""
         if self._loaded is None:
             given, bits = self._given, self._bits
@@ -292,11 +297,9 @@ class SpeakerStore:
                 if known is None or not known.place:
                     raise UserError(f"`model` must be given: {self._file.parent} does not know where its model lies")
                 given, bits = os.fsdecode(known.place), known.bits
-            network = given if isinstance(given, SpeakerModel) else load_model(Path(given), bits)
-            place = network.origin if isinstance(given, SpeakerModel) else Path(given)
-            about = b"" if place is None else os.fsencode(place.absolute())
-            dim = network.network().embedding_size
-            self._loaded = network, ModelRow(about, network.bits, fingerprint(network), dim)
+            embedder = Embedder(given, bits, self._engine)
+            about = b"" if embedder.place is None else os.fsencode(embedder.place)
+            self._loaded = embedder, ModelRow(about, embedder.bits, embedder.fingerprint, embedder.size)
         return self._loaded
 
     def _checked(self, known: ModelRow | None) -> ModelRow:
@@ -305,11 +308,11 @@ class SpeakerStore:
         Raises:
             UserError: it is of another model.
         """
-        network, model = self._load(known)
+        model = self._load(known)[1]
         if known is None:
             return model
         if known.fingerprint != model.fingerprint:
-            shown = shown_path(model.place) or repr(network)
+            shown = shown_path(model.place) or repr(self._given)
             raise UserError(
                 f"`model` (={shown}) is not the one of {self._file.parent}, which was made with "
                 f"{shown_path(known.place)} as it was then: name that one, or embed all again (enroll --again)"
@@ -327,25 +330,23 @@ class SpeakerStore:
             raise UserError(f"{self._file.parent} has no speaker {repr(name)[:100]}")
         return rows
 
-    def _embedded(self, network: SpeakerModel, name: str, path: str | os.PathLike[str]) -> RecordingRow:
+    def _embedded(self, embedder: Embedder, name: str, path: str | os.PathLike[str]) -> RecordingRow:
         """A recording to be enrolled."""
-        embedding, seconds = self._embed(network, path)
+        embedding, seconds = self._embed(embedder, path)
         place = os.fsencode(Path(path).absolute())
         return RecordingRow(name, place, file_hash(path), seconds, time.time(), embedding)
 
-    def _embed(self, network: SpeakerModel, recording: Recording) -> tuple[np.ndarray, float]:
+    def _embed(self, embedder: Embedder, recording: Recording) -> tuple[np.ndarray, float]:
         """A recording's embedding `[dim]` and its seconds.
 
         Raises:
             UserError: it cannot be read, or is too short; the message names it.
         """
-        if isinstance(recording, tuple):
-            where, wave = "the recording", audio.checked(audio.to_mono_16k(*recording), "the recording")
-        else:
-            where, wave = os.fspath(recording), audio.read_audio(recording)
+        where = "the recording" if isinstance(recording, tuple) else os.fspath(recording)
+        wave = audio.read_recording(recording)
         wave = speech.only(wave, where) if self._vad else wave
         try:
-            embedding = network.embed(wave, audio.SAMPLE_RATE, self._engine)
+            embedding = embedder.embed([wave])[0]
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         if unusable(lengths(embedding[None]))[0]:

@@ -1,0 +1,119 @@
+"""What embeds recordings in memory: a model, or the MODEL of a path, of which no more is read than that takes.
+
+Where a `.kmq` file was converted before (`models.runner`), JAX is not imported: a fresh process starts in a second.
+"""
+
+import os
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.hub import is_place
+from kmq_jax.models import runner
+from kmq_jax.models.runner import Engine, Lean, Note
+
+if TYPE_CHECKING:
+    from kmq_jax.models.speaker_model import SpeakerModel
+
+Place = str | os.PathLike[str]
+
+
+class Embedder:
+    """Embeds recordings by one model.
+
+    >>> import jax
+    >>> from kmq_jax.models import registry
+    >>> from kmq_jax.models.speaker_model import SpeakerModel
+    >>> settings = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8}
+    >>> weights = registry.initialize(registry.build("wespeaker_resnet34", **settings), jax.random.key(0))
+    >>> embedder = Embedder(SpeakerModel("wespeaker_resnet34", settings, "wespeaker", weights))
+    >>> embedder.embed([np.random.default_rng(0).normal(size=16000)]).shape, len(embedder.fingerprint)
+    ((1, 8), 20)
+    """
+
+    def __init__(self, model: "SpeakerModel | Place", bits: int | None = None, engine: Engine = "auto"):
+        """Names the model; nothing is read yet.
+
+        Args:
+            model: in memory, or the MODEL to load.
+            bits: at which a nested MODEL is read; None: the most it has.
+            engine: what runs the network: "jax", "onnxruntime", or "auto", ONNX Runtime on a CPU.
+        """
+        self._model, self._bits, self._engine = model, bits, engine
+
+    @property
+    def fingerprint(self) -> str:
+        """The model's, as `speaker_model.fingerprint`.
+
+        Raises:
+            UserError: the model cannot be read; so do `size` and `embed`.
+        """
+        return self._note.fingerprint
+
+    @property
+    def size(self) -> int:
+        """Values of an embedding."""
+        return self._note.size
+
+    @property
+    def bits(self) -> int | None:
+        """At which a nested model is read; None: the most it has."""
+        return self._bits if isinstance(self._model, (str, os.PathLike)) else self._model.bits
+
+    @property
+    def place(self) -> str | None:
+        """Where the model lies: an absolute path, or `hf://ORG/NAME`; None: in memory alone."""
+        place = self._model if isinstance(self._model, (str, os.PathLike)) else self._model.origin
+        if place is None:
+            return None
+        text = os.fspath(place)
+        return text if is_place(text) else os.path.abspath(text)
+
+    def embed(self, waves: list[np.ndarray]) -> np.ndarray:
+        """Embeds recordings at 16 kHz, as `data.audio.read_recording` gives them; float32 `[waves, size]`.
+
+        Raises:
+            UserError: one is too short for the network.
+        """
+        if self._lean and self._lean.takes(np.array([len(wave) for wave in waves])):
+            return self._lean.embed(waves)
+        from kmq_jax.models.speaker_model import embed_waves
+
+        network, leave = self._loaded
+        rows = embed_waves(network, waves, engine=self._engine)
+        leave(self._note)
+        return rows
+
+    @cached_property
+    def _lean(self) -> Lean | None:
+        in_memory = not isinstance(self._model, (str, os.PathLike))
+        return None if in_memory else runner.at_hand(self._path, self._bits, self._engine)
+
+    @cached_property
+    def _note(self) -> Note:
+        if self._lean:
+            return self._lean.note
+        from kmq_jax.models.speaker_model import note
+
+        return note(self._loaded[0])
+
+    @cached_property
+    def _loaded(self) -> "tuple[SpeakerModel, Callable[[Note], None]]":
+        """The network, and what leaves a note of it."""
+        if not isinstance(self._model, (str, os.PathLike)):
+            return self._model, lambda note: None
+        from kmq_jax.models.speaker_model import fingerprint, load_model
+
+        leave = runner.noting(self._path, self._bits)
+        network = load_model(self._path, self._bits)
+        if self._lean and self._lean.note.fingerprint != fingerprint(network):
+            raise UserError(f"{self._path} was changed by another process meanwhile: run this again")
+        return network, leave
+
+    @property
+    def _path(self) -> str:
+        assert isinstance(self._model, (str, os.PathLike))
+        return os.fspath(self._model)
