@@ -74,6 +74,9 @@ def open_prepared(root: Path) -> Utterances:
         UserError: tfds cannot open it, or it is none of ours.
     """
     tfds = require_tfds()
+    for path in sorted(root.iterdir()):  # shards, too, which are opened by C++ much later
+        if not path.is_dir():
+            require_regular(path)
     for name in ("dataset_info.json", "features.json"):
         if (root / name).exists():
             _check_classes(root / name, read_json(root / name))

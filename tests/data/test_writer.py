@@ -227,6 +227,22 @@ def test_a_damaged_shard_is_told_by_its_utterance(tmp_path, fast):
             opened.load(i)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_in_place_of_any_file_is_refused_at_once(tmp_path, fast):
+    writer.prepare(open_source(recordings.kaldi(tmp_path / "k", 1, 3)), tmp_path / "set")
+    for path in sorted((tmp_path / "set").iterdir()):
+        kept = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        # Without its information a folder is taken for one of recordings.
+        told = "holds no audio file" if path.name == "dataset_info.json" else f"{path.name}: it is a pipe"
+        with pytest.raises(UserError, match=told):
+            open_source(tmp_path / "set")
+        path.unlink()
+        path.write_bytes(kept)
+    assert len(open_source(tmp_path / "set")) == 3
+
+
 def test_a_listing_that_does_not_fit(tmp_path, fast):
     writer.prepare(open_source(recordings.kaldi(tmp_path / "k", 1, 3)), tmp_path / "out")
     listing = tmp_path / "out" / "utterances-train.csv"
