@@ -42,9 +42,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.frontend, config.init_from = "wespeaker", "voxceleb_resnet34.onnx"
     root = ml_collections.FieldReference("data")
     config.data.root = root
-    config.data.update(train=root + f"/{sets[0]}/train", crop_seconds=2.0)
-    if "words" in sets:
-        config.data.train += "," + root + "/words/train"
+    train = root + "/so762/train" if arg == "so762" else root + "/so762/train," + root + "/words/train"
+    config.data.update(train=train, crop_seconds=2.0)
     config.update(batch_size=16, checkpoint_epochs=1.0, dtype="bfloat16")
     study_config(
         config,

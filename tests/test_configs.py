@@ -31,6 +31,29 @@ def test_a_config_says_how_to_run_it_and_fits_the_registry(path):
     json.loads(config.to_json())
 
 
+ARGUMENTS = {"wespeaker_so762": ("", "compare", "free", "levels", "so762"), "campplus_so762": ("", "free")}
+
+
+def paths_in(value):
+    """All strings of a configuration that are below `data/`, where its data lie unless told otherwise."""
+    if isinstance(value, dict):
+        return [path for one in value.values() for path in paths_in(one)]
+    if isinstance(value, list):
+        return [path for one in value for path in paths_in(one)]
+    return [part for part in value.split(",") if part.startswith("data/")] if isinstance(value, str) else []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_another_root_of_the_data_is_that_of_all_of_them(path):
+    for arg in ARGUMENTS.get(path.stem, ("",)):
+        _, config = get_config(path, arg or None)
+        if not config.data.root:
+            continue  # its data are named one by one
+        before = paths_in(json.loads(config.to_json()))
+        config.data.root = "elsewhere"
+        assert before and not paths_in(json.loads(config.to_json()))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ml_collections' way to load a file
 def test_what_a_configuration_refuses_is_told_as_it_says_it():
     path = Path(__file__).parents[1] / "configs/wespeaker34_distilled.py"

@@ -11,7 +11,16 @@ from kmq_jax.data.kaldi import open_kaldi
 from kmq_jax.data.table import Utterances, concatenate
 from kmq_jax.data.voxceleb import open_voxceleb, tree_root
 
-__all__ = ["SAMPLE_RATE", "AudioError", "Utterances", "open_source", "open_sources", "read_audio", "to_mono_16k"]
+__all__ = [
+    "SAMPLE_RATE",
+    "AudioError",
+    "Utterances",
+    "open_source",
+    "open_sources",
+    "read_audio",
+    "require_data",
+    "to_mono_16k",
+]
 
 
 def open_source(data: str | os.PathLike[str], speakers: bool = True) -> Utterances:
@@ -38,13 +47,8 @@ def open_source(data: str | os.PathLike[str], speakers: bool = True) -> Utteranc
         from kmq_jax.data.synthetic import open_synthetic
 
         return open_synthetic(text)
-    check_no_bucket("DATA", text)
+    _require(text)
     path = Path(text)
-    try:
-        path.stat()
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        reason = (getattr(error, "strerror", None) or str(error)).lower()
-        raise UserError(f"no data at {text}: {reason}") from None
     if path.is_file():
         if path.suffix.lower() == ".csv":
             return open_csv(path)
@@ -77,5 +81,30 @@ def open_sources(data: str, speakers: bool = True) -> Utterances:
     >>> len(open_sources("synthetic:dev?speakers=2&utterances=3,synthetic:test?speakers=2&utterances=3"))
     12
     """
-    parts = [part.strip() for part in data.split(",") if part.strip()]
-    return concatenate([open_source(part, speakers) for part in parts or [data]])
+    return concatenate([open_source(part, speakers) for part in _parts(data)])
+
+
+def require_data(data: str) -> None:
+    """Refuses DATA, or one of several, that is not there. Nothing of it is read: a step hours later will.
+
+    Raises:
+        UserError: there is no such file or directory.
+
+    >>> require_data("synthetic:dev,.")
+    """
+    for part in _parts(data):
+        if not part.startswith("synthetic:"):
+            _require(part)
+
+
+def _parts(data: str) -> list[str]:
+    return [part.strip() for part in data.split(",") if part.strip()] or [data]
+
+
+def _require(text: str) -> None:
+    check_no_bucket("DATA", text)
+    try:
+        Path(text).stat()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise UserError(f"no data at {text}: {reason}") from None

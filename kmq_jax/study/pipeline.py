@@ -8,6 +8,7 @@ run them. A step that is done is not repeated; one whose settings, data or code 
 import dataclasses
 import functools
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from kmq_jax import quant
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, Row, atomic_write, read_json, sweep, write_json
 from kmq_jax.core.locks import sole_writer
+from kmq_jax.data.source import require_data
 from kmq_jax.diagnosis import report as diagnosis_report
 from kmq_jax.diagnosis.run import diagnose
 from kmq_jax.metrics.det_plot import save_det
@@ -63,6 +65,7 @@ def study(config: ml_collections.ConfigDict, workdir: Path, only: Sequence[str] 
     """
     settings = json.loads(config.to_json())
     options = options_of(config)
+    _require_inputs(config, options)
     if options.quick_compile:
         jax.config.update("jax_disable_most_optimizations", True)
     with sole_writer(workdir, shared=bool(only)):
@@ -80,6 +83,22 @@ def study(config: ml_collections.ConfigDict, workdir: Path, only: Sequence[str] 
             rows.append(measure(steps, network, networks[0], options))
             print(f"    {in_words(rows[-1])}", file=sys.stderr, flush=True)
         return {} if only else _summed_up(steps, networks, rows, options, settings)
+
+
+def _require_inputs(config: ml_collections.ConfigDict, options: StudyOptions) -> None:
+    """Refuses data and lists that are not there before the first step: some are read hours later.
+
+    Raises:
+        UserError: one is missing.
+    """
+    data = config.data
+    heard = [data.train, data.noise, data.music, data.babble, data.rooms]
+    for text in (*heard, *(evaluated.data for evaluated in options.sets.values())):
+        if text:
+            require_data(text)
+    for text in (text for evaluated in options.sets.values() for text in evaluated.lists):
+        if not text.startswith("synthetic:") and not os.path.exists(text):
+            raise UserError(f"no list of trials or models at {text}: no such file")
 
 
 def in_words(row: Row) -> str:

@@ -27,6 +27,17 @@ def test_a_study_without_evaluation_sets_is_a_mistake(tmp_path):
         pipeline.study(study_config(default_config("resnet18")), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "key", ["data.train", "data.noise", "study.evaluate.voices.data", "study.evaluate.voices.trials"]
+)
+def test_what_is_read_hours_later_is_found_missing_before_the_work(tmp_path, key):
+    config = smoke_study(study_config(default_config("own_tdnn")))
+    config.update_from_flattened_dict({key: str(tmp_path / "absent")})
+    with pytest.raises(UserError, match=r"^no (data|list of trials or models) at .*absent: no such file"):
+        pipeline.study(config, tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
 def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
     config = smoke_study(study_config(default_config("own_tdnn")))
     config.validation.data = ""
