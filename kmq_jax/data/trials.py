@@ -183,8 +183,8 @@ def _lines(path: Path, share: tuple[int, int]) -> Iterator[tuple[list[bytes], bo
 def _opening(path: Path) -> str:
     """The first line of a file that is not blank; it tells the list's form."""
     with path.open("rb") as file:
-        line = next((line for line in file if line.strip()), b"")
-    return line.decode("utf-8-sig")
+        lines = (line.decode("utf-8-sig") for line in file)  # a byte-order mark or a no-break space is blank as well
+        return next((line for line in lines if line.strip()), "")
 
 
 def _separator(text: str) -> str:
