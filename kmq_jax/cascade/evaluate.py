@@ -289,7 +289,7 @@ def write_decisions(path: Place, trials: Trials, outcome: Outcome, llrs: np.ndar
     Nine digits give every float32 back exactly.
     """
     names = np.array([quoted(name) for name in trials.names], object)
-    with atomic_write(Path(path)) as temporary, temporary.open("w") as file:
+    with atomic_write(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(header(llrs is not None))
         for lines in decision_lines(names, trials, outcome.score, outcome.accept, outcome.bits, llrs):
             file.write(lines)

@@ -326,7 +326,7 @@ def _writer(out: Path | None, policy: CascadePolicy, llr: bool) -> Iterator[Call
         yield lambda part, decided: None
         return
     names, bits = Names(evaluate.quoted), np.array(policy.bits, np.int16)
-    with atomic_write(out) as temporary, temporary.open("w") as file:
+    with atomic_write(out) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(evaluate.header(llr))
 
         def write(part: Trials, decided: Decisions) -> None:

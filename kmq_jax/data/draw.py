@@ -7,7 +7,7 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import atomic_write
-from kmq_jax.data.table import Trials, Utterances
+from kmq_jax.data.table import Trials, Utterances, require_utf8
 
 AGES = (12, 18)
 """Years at which a group of ages ends and the next begins: children, youths, adults."""
@@ -99,11 +99,12 @@ def write_trials(path: str | os.PathLike[str], trials: Trials, names: Sequence[s
         names: `[utterances]`, how the rows are called; the trials' own where left out.
 
     Raises:
-        UserError: it cannot be written, or a name holds a blank, which a list cannot.
+        UserError: it cannot be written, or a name holds a blank, which a list cannot, or is not UTF-8.
     """
     called = np.array(names or trials.names, object)
     if split := next((name for name in called if len(str(name).split()) != 1), None):
         raise UserError(f"{split!r} holds a blank, which a trial list cannot hold: rename the recording")
+    require_utf8(called, "a trial list")
     rows = zip(trials.label.astype(int), called[trials.enrol], called[trials.test])
     with atomic_write(path) as temporary:
         temporary.write_text("".join(f"{label} {enrol} {test}\n" for label, enrol, test in rows), encoding="utf-8")

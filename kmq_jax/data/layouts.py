@@ -253,7 +253,7 @@ def _write_kaldi(place: Path, speakers: dict[str, list[str]], found: dict[str, d
             rows["utt2spk"].append(f"{own} so762_{speaker}\n")
     for name, lines in rows.items():
         with atomic_write(place / name) as temporary:
-            temporary.write_text("".join(lines))
+            temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def finish_voxceleb(out: Path) -> list[str]:

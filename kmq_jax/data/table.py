@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -239,6 +240,29 @@ class _Joined:
         """The same as int16."""
         table, i = self.rows[name]
         return self.tables[table].load_int16(i)
+
+
+def require_utf8(names: Iterable[str], what: str) -> None:
+    r"""Refuses names of files that are not UTF-8, before they are written where nothing else may stand.
+
+    Args:
+        names: as Python has them, bytes that are not UTF-8 escaped.
+        what: holds no such name, for the message.
+
+    Raises:
+        UserError: there is one.
+
+    >>> require_utf8(["caf\udce9.wav"], "a trial list")
+    Traceback (most recent call last):
+    kmq_jax.core.errors.UserError: b'caf\xe9.wav' is not UTF-8, as names in a trial list must be: rename the recording
+    """
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{os.fsencode(name)!r} is not UTF-8, as names in {what} must be: rename the recording"
+            ) from None
 
 
 def require_unique(ids: Sequence[str], listing: Path, lines: Sequence[int]) -> None:

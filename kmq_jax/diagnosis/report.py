@@ -65,8 +65,11 @@ def flat(row: Row) -> Json:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Writes rows that share their keys; None is an empty cell, infinity is `inf`."""
-    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    """Writes rows that share their keys; None is an empty cell, infinity is `inf`. Names of files are any bytes."""
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.DictWriter(file, list(flat(rows[0])))
         writer.writeheader()
         writer.writerows(flat(row) for row in rows)

@@ -202,7 +202,7 @@ def save_calibration(path: Place, scored: Scored) -> None:
 def write_scores(path: Place, trials: Trials, scores: np.ndarray) -> None:
     """Writes `enrol test score` lines, with names as in the list. Nine digits give every float32 back exactly."""
     names = np.array(trials.names, object)
-    with atomic_write(path) as temporary, temporary.open("w") as file:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for start in range(0, len(scores), _LINES):
             part = slice(start, start + _LINES)
             rows = zip(names[trials.enrol_name[part]], names[trials.test_name[part]], scores[part].tolist())

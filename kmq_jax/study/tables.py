@@ -139,8 +139,8 @@ def fill_file(path: Path) -> None:
         UserError: the file cannot be read, or a JSON file is at fault.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     with atomic_write(path) as temporary:
-        temporary.write_text(fill(text, path.parent))
+        temporary.write_text(fill(text, path.parent), encoding="utf-8")

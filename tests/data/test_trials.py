@@ -8,8 +8,9 @@ import pytest
 import recordings
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.data.draw import write_trials
 from kmq_jax.data.source import open_source
-from kmq_jax.data.trials import doubts, draw_trials, open_trials, read_models, read_trials, utterance_index
+from kmq_jax.data.trials import Trials, doubts, draw_trials, open_trials, read_models, read_trials, utterance_index
 
 IDS = ["u1", "u2", "u3"]
 PATHS = ["a/1.wav", "a/2.wav", "b/3.wav"]
@@ -170,6 +171,13 @@ def test_trials_of_the_embedded_corpus_follow_the_table():
     np.testing.assert_array_equal(turned.enrol, len(table) - 1 - trials.enrol)
     with pytest.raises(UserError, match="unknown utterance syn-dev-"):
         open_trials(spec, table.select([0, 1, 2]))
+
+
+def test_a_list_holds_no_name_that_is_not_utf8(tmp_path):
+    row = np.zeros(1, np.int32)
+    with pytest.raises(UserError, match=r"b'caf\\xe9\.wav' is not UTF-8, as names in a trial list must be"):
+        write_trials(tmp_path / "trials", Trials(row, row, row == 0, ("caf\udce9.wav",), row, row))
+    assert not (tmp_path / "trials").exists()
 
 
 def test_blank_lines_of_any_kind(tmp_path):

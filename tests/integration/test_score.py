@@ -1,6 +1,8 @@
 """`python -m kmq_jax.score` on hand-made embeddings, on mistakes, and on a real model's embeddings."""
 
 import json
+import os
+import subprocess
 import sys
 
 import commands
@@ -188,6 +190,19 @@ def test_calibration_travels(run, tmp_path):
     (tmp_path / "cal.json").write_text('{"kind": "magic"}')
     with pytest.raises(UserError, match="--calibration=cal.json: a calibration of kind 'magic' is not known"):
         run(embeddings="e.npz", trials="trials", calibration="cal.json")
+
+
+def test_scores_are_utf8_whatever_the_locale(tmp_path):
+    code = """
+import numpy as np
+from kmq_jax.data.table import Trials
+from kmq_jax.scoring.run import write_scores
+row = np.zeros(1, np.int32)
+write_scores("scores.txt", Trials(row, row, row > 0, ("caf\\u00e9",), row, row), np.ones(1))
+"""
+    plain = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=plain, check=True)
+    assert (tmp_path / "scores.txt").read_text(encoding="utf-8") == "caf\u00e9 caf\u00e9 1\n"
 
 
 def test_det_plot(run, tmp_path):
