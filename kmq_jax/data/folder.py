@@ -30,23 +30,28 @@ _NO_SPEAKER = re.compile(
 )
 
 
+def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As `os.walk`, in sorted order, through links too, but for those that lead back to where they lie."""
+    for directory, directories, names in os.walk(root, followlinks=True):
+        # In place, as `os.walk` asks: it then enters these, in this order, on any file system.
+        directories[:] = sorted(name for name in directories if not _loops(root, directory, name))
+        yield directory, directories, sorted(names)
+
+
 def audio_files(root: Path, others: "collections.Counter[str] | None" = None) -> Iterator[str]:
     """Yields the audio files below `root`, as sorted "/"-separated paths relative to it; hidden names are left out.
 
-    Links are followed, but for those that lead back to where they lie.
+    Links are followed (see `walk`).
 
     Args:
         root: where to look.
         others: counts the files that are left out, by suffix.
     """
-    for directory, directories, names in os.walk(root, followlinks=True):
-        # In place, as `os.walk` asks: it then enters these, in this order, on any file system.
-        directories[:] = sorted(
-            name for name in directories if not name.startswith(".") and not _loops(root, directory, name)
-        )
+    for directory, directories, names in walk(root):
+        directories[:] = [name for name in directories if not name.startswith(".")]
         below = os.path.relpath(directory, root).replace(os.sep, "/")
         prefix = "" if below == "." else below + "/"
-        for name in sorted(names):
+        for name in names:
             suffix = os.path.splitext(name)[1].lower()
             if name.startswith("."):
                 continue
