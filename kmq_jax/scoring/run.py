@@ -135,19 +135,16 @@ def check_cohort_options(cohort: Place | None, options: ScoringOptions) -> None:
         raise UserError("`top_n` and `cohort_speaker_means` need a cohort (`snorm_cohort`)")
 
 
-def cohort_members(
-    cohort: EmbeddingTable, top_n: int | None, means: bool, speakers: frozenset[str]
-) -> tuple[np.ndarray, Json]:
+def cohort_members(cohort: EmbeddingTable, top_n: int | None, means: bool) -> tuple[np.ndarray, Json]:
     """What scores are normalised by, and how.
 
     Args:
         cohort: embeddings of other speakers.
         top_n: nearest cohort members that count; 300, or all if fewer, where left out.
         means: whether a cohort member is the mean of a speaker's embeddings.
-        speakers: names of the trials' speakers; a warning tells how many of them the cohort has.
 
     Returns:
-        The members `[members, dim]`; and `cohort`, `members`, `top_n`, `shared_speakers`.
+        The members `[members, dim]`; and `cohort`, `members`, `top_n`.
 
     Raises:
         UserError: the cohort does not name its speakers, or is smaller than `top_n`.
@@ -163,10 +160,15 @@ def cohort_members(
     if top_n is not None and not 2 <= top_n <= len(members):
         raise UserError(f"`top_n` (={top_n}) must lie between 2 and the cohort's size, {len(members)}")
     top_n = min(_TOP_N, len(members)) if top_n is None else top_n
+    return members, {"cohort": cohort.source, "members": len(members), "top_n": top_n}
+
+
+def shared_speakers(cohort: EmbeddingTable, speakers: frozenset[str]) -> int:
+    """How many of the trials' speakers a cohort has; a warning tells of them."""
     shared = len(speakers & set(cohort.speakers or ()))
     if shared:
         print(f"warning: {shared} speakers of the trials are also in the cohort {cohort.source}", file=sys.stderr)
-    return members, {"cohort": cohort.source, "members": len(members), "top_n": top_n, "shared_speakers": shared}
+    return shared
 
 
 def normalise(
@@ -175,9 +177,10 @@ def normalise(
     """Applies adaptive S-norm to cosine scores `[trials]`; arguments and errors as of `cohort_members`.
 
     Returns:
-        The new scores `[trials]`, and what was done.
+        The new scores `[trials]`, and what was done: as `cohort_members`, and `shared_speakers`.
     """
-    members, notes = cohort_members(cohort, top_n, means, sides.speaker_names)
+    members, notes = cohort_members(cohort, top_n, means)
+    notes["shared_speakers"] = shared_speakers(cohort, sides.speaker_names)
     tables = sides.enrol_embeddings, sides.test_embeddings
     return adaptive_snorm(scores, *tables, sides.enrol, sides.test, members, notes["top_n"]), notes
 

@@ -126,7 +126,7 @@ class Steps:
         before = [done[other]["digest"] for other in needs]
         read = [self._stamp(place) for place in data]
         known = done.get(name, {})
-        # Places in the directory are the same wherever it lies. Steps that were done before that was so keep their digest.
+        # Places in the directory are the same wherever it lies. Steps done before that was so keep their digest.
         digests = [
             _digest([kmq_jax.__version__, recipe, one, read, before]) for one in (self._inside(settings), settings)
         ]

@@ -101,6 +101,31 @@ def test_doubtful_trials_are_counted(files, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
+def test_utterances_that_no_trial_compares_do_not_count_for_snorm(files, tmp_path, capsys):
+    """As the cohort, the speakers of the same file that the trials leave out; and an utterance like none of them."""
+    with np.load(files / "e.npz") as held:
+        arrays = dict(held)
+    ids, rows = arrays["ids"].tolist(), arrays["embeddings"].copy()
+    cohort = {name: values[25:] for name, values in arrays.items()}
+    cohort["embeddings"] = rows[25:] * (np.arange(8) > 0)
+    np.savez(tmp_path / "c.npz", **cohort)
+    rows[-1] = np.arange(8) == 0
+    np.savez(tmp_path / "e.npz", **arrays | {"embeddings": rows})
+    lines = (files / "trials.txt").read_text().splitlines(keepends=True)
+    half = set(ids[:25])
+    (tmp_path / "t.txt").write_text("".join(line for line in lines if half.issuperset(line.split()[1:])))
+    about = tmp_path / "e.npz", str(tmp_path / "t.txt"), OPTIONS
+    whole = run.score(*about, cohort=tmp_path / "c.npz")
+    found = stream.score_stream(*about, cohort=tmp_path / "c.npz")
+    assert found["snorm"] == whole.metrics["snorm"] and found["snorm"]["shared_speakers"] == 0
+    assert found["eer_bounds"][0] <= whole.metrics["eer"] <= found["eer_bounds"][1]
+    assert "warning" not in capsys.readouterr().err
+    (tmp_path / "t.txt").write_text(f"1 {ids[-2]} {ids[-1]}\n0 {ids[-2]} {ids[0]}\n")
+    for score in (run.score, stream.score_stream):
+        with pytest.raises(UserError, match="the top 25 cohort scores of embedding 49 are all the same"):
+            score(*about, cohort=tmp_path / "c.npz")
+
+
 def test_two_processes_give_what_one_gives(files, tmp_path):
     cohort = files / "c.npz"
     one = stream.score_stream(
@@ -132,8 +157,7 @@ def test_the_cohorts_blocks_are_shared_without_a_difference(count, monkeypatch):
     rng = np.random.default_rng(1)
     rows, cohort = rng.standard_normal((50, 8)), rng.standard_normal((40, 8))
     monkeypatch.setattr(snorm, "_CHUNK", 40 * 7)  # blocks of seven rows
-    # What the others found is taken from here; alone, a process keeps minus infinity in their places.
-    monkeypatch.setattr(stream, "check_spread", lambda deviation, top_n: None)
+    # Alone, a process keeps minus infinity in the others' places.
     parts = [stream._shared_statistics(rows, cohort, 10, (i, count)) for i in range(count)]
     assert all(np.isinf(part).any() for part in parts)
     np.testing.assert_array_equal(np.max(parts, axis=0), snorm.cohort_statistics(rows, cohort, 10))
