@@ -127,16 +127,16 @@ def adaptive_snorm(
     """
     scores = np.asarray(scores, np.float32)
     table, enrol, test = np.asarray(enrol_embeddings), np.asarray(enrol, np.int64), np.asarray(test, np.int64)
-    two_tables = test_embeddings is not enrol_embeddings
+    two_tables, enrolled = test_embeddings is not enrol_embeddings, len(table)
     if two_tables:
-        test = test + len(table)
+        test = test + enrolled
         table = np.concatenate([table, np.asarray(test_embeddings)])
     # Scores against the cohort are what costs: an utterance has them once, in however many trials it is.
     used, place = np.unique(np.stack([enrol, test]), return_inverse=True)
     try:
         mean, deviation = statistics(table[used], cohort, top_n)
     except FlatScores as error:
-        row, enrolled = int(used[error.row]), len(enrol_embeddings)
+        row = int(used[error.row])
         if not two_tables:
             raise FlatScores(row, top_n) from None
         if row < enrolled:
