@@ -277,8 +277,12 @@ class Tally:
 
     def _costs(self) -> Json:
         levels = len(self._policy.bits)
-        reached, enrolled = (np.bincount(rows[rows >= 0], minlength=levels) for rows in (self._reached, self._enrolled))
-        found = costs_of(self._policy.bits, self._top, self.decided, reached, enrolled, self._policy.seconds)
+        reached, enrolled, both = self._reached, self._enrolled, self._reached[:0]
+        if self._top and not self._models:  # as in `run`
+            kept = enrolled >= 0
+            reached, enrolled, both = reached[~kept], enrolled[kept & (reached < 0)], reached[kept]
+        counts = (np.bincount(rows[rows >= 0], minlength=levels) for rows in (reached, enrolled, both))
+        found = costs_of(self._policy.bits, self._top, self.decided, *counts, seconds=self._policy.seconds)
         resolved = {str(bits): share for bits, share in zip(self._policy.bits, found.pop("resolved").tolist())}
         return {"resolved": resolved} | {name: float(value) for name, value in found.items()}
 
