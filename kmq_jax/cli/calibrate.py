@@ -8,7 +8,7 @@ from kmq_jax.cascade.options import CalibrationOptions
 from kmq_jax.cli.command import Command
 from kmq_jax.cli.flags import options_of
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.options import Options, option
+from kmq_jax.core.options import Options, option, refuse_given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,8 @@ def main() -> None:
     """Runs the command."""
     args = COMMAND.parse()
     files, options = options_of(Files, args), options_of(CalibrationOptions, args)
+    others = ("objective",) if options.rule == "risk" else ("bound", "certify_share")
+    refuse_given(options, others, f"does not go with `rule` ({options.rule})")
     from kmq_jax.cascade import calibrate, figures
     from kmq_jax.cascade.verifier import save_cascade
     from kmq_jax.scoring.levels import parse_levels

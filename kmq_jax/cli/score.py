@@ -5,8 +5,7 @@ from pathlib import Path
 
 from kmq_jax.cli.command import Command
 from kmq_jax.cli.flags import options_of
-from kmq_jax.core.errors import UserError
-from kmq_jax.core.options import Options, option
+from kmq_jax.core.options import Options, option, refuse_given
 from kmq_jax.scoring.options import ScoringOptions
 
 
@@ -47,10 +46,9 @@ def main() -> None:
     args = COMMAND.parse()
     files, options = options_of(Files, args), options_of(ScoringOptions, args)
     if options.stream:
-        if bad := [
-            name for name in ("enrol_embeddings", "calibration", "save_calibration", "det") if getattr(files, name)
-        ]:
-            raise UserError(f"--{bad[0]} cannot be used with --stream")
+        whole = "enrol_embeddings", "calibration", "save_calibration", "det"
+        refuse_given(files, whole, "cannot be used with `stream`")
+        refuse_given(options, ("replicates", "seed"), "does not go with `stream`, which has no intervals")
         from kmq_jax.scoring.stream import score_together
 
         models, cohort = files.enrol_models, files.snorm_cohort

@@ -177,6 +177,11 @@ def test_embeddings_give_what_scores_alone_tell(embeddings, tmp_path, monkeypatc
     assert page.images == 4
 
 
+def test_options_of_networks_need_networks(embeddings, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, *of_embeddings(embeddings, max_seconds=3), f"--out={tmp_path}") == 2
+    assert "--max_seconds needs models" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -242,6 +242,7 @@ def test_mistakes_get_one_line_and_leave_nothing(run, tmp_path):
         ({"trials": "unknown"}, "unknown:2: unknown utterance nobody"),
         ({"trials": "one_class"}, "one_class: no nontarget trials among 1 trials"),
         ({"p_target": "1.5"}, r"--p_target \(=1.5\) must be below 1"),
+        ({"stream": True, "replicates": 50}, "`replicates` does not go with `stream`, which has no intervals"),
         ({"replicates": "-1"}, r"--replicates \(=-1\) must be at least 0"),
         ({"out": "trials/below"}, r"--out \(=trials/below\) cannot be written"),
     ]:
