@@ -281,8 +281,9 @@ class Tally:
         if self._top and not self._models:  # as in `run`
             kept = enrolled >= 0
             reached, enrolled, both = reached[~kept], enrolled[kept & (reached < 0)], reached[kept]
-        counts = (np.bincount(rows[rows >= 0], minlength=levels) for rows in (reached, enrolled, both))
-        found = costs_of(self._policy.bits, self._top, self.decided, *counts, seconds=self._policy.seconds)
+        kinds = {"reached": reached, "enrolled": enrolled, "both": both}
+        counts = {name: np.bincount(rows[rows >= 0], minlength=levels) for name, rows in kinds.items()}
+        found = costs_of(self._policy.bits, self._top, self.decided, **counts, seconds=self._policy.seconds)
         resolved = {str(bits): share for bits, share in zip(self._policy.bits, found.pop("resolved").tolist())}
         return {"resolved": resolved} | {name: float(value) for name, value in found.items()}
 

@@ -41,8 +41,7 @@ COMMAND = Command(
     "Costs: `sequential` bits count every level climbed through, `utterance` the levels at which an utterance must\n"
     "be embedded, once each, and `incremental`, of a cascade calibrated with --nested, only bits that are new.\n"
     "Harmful flips: trials that the reference decides right at the same threshold and the cascade wrong. With\n"
-    "--cascade and --data in place of --policy and --stage it runs lazily from recordings: each level embeds only\n"
-    "those still in doubt.",
+    "--cascade and --data it runs lazily from recordings: each level embeds only those still in doubt.",
     "kmq-jax cascade --policy=policy.json --stage=2:t2.npz --stage=3:t3.npz --stage=4:t4.npz\n"
     "      --reference=t32.npz --trials=trials.txt --out=decisions.csv --json=cascade.json",
     (Files, CascadeOptions),
