@@ -24,7 +24,9 @@ class Files(Options):
     save_calibration: Path | None = option(
         "write the logistic calibration fitted on all these trials", None, writes="file"
     )
-    out: Path | None = option("write `enrol test score` lines here, in trial order", None, writes="file")
+    out: Path | None = option(
+        "write `enrol test score` lines here, in trial order; a name in .npy gets the scores alone", None, writes="file"
+    )
     json: Path | None = option("write the figures here", None, writes="file")
     det: Path | None = option(
         "draw the DET curve into this .png, .pdf or .svg", None, suffixes=(".png", ".pdf", ".svg"), writes="file"

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,13 +204,26 @@ def save_calibration(path: Place, scored: Scored) -> None:
 
 
 def write_scores(path: Place, trials: Trials, scores: np.ndarray) -> None:
-    """Writes `enrol test score` lines, with names as in the list. Nine digits give every float32 back exactly."""
-    names = np.array(trials.names, object)
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for start in range(0, len(scores), _LINES):
-            part = slice(start, start + _LINES)
-            rows = zip(names[trials.enrol_name[part]], names[trials.test_name[part]], scores[part].tolist())
-            file.write("".join([f"{enrol} {test} {score:.9g}\n" for enrol, test, score in rows]))
+    """Writes `enrol test score` lines, with names as in the list; into an `.npy`, the scores alone as float32."""
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        if Path(path).suffix == ".npy":
+            np.save(file, np.asarray(scores, "<f4"))
+        else:
+            file.writelines(score_lines(np.array(trials.names, object), trials, scores))
+
+
+def score_lines(names: np.ndarray, trials: Trials, scores: np.ndarray) -> Iterator[bytes]:
+    """`enrol test score` lines in UTF-8, many at a time. Nine digits give every float32 back exactly.
+
+    Args:
+        names: `[names]`, for the trials' `enrol_name` and `test_name`.
+        trials: the list, or a part of it.
+        scores: `[trials]`.
+    """
+    for start in range(0, len(scores), _LINES):
+        part = slice(start, start + _LINES)
+        rows = zip(names[trials.enrol_name[part]], names[trials.test_name[part]], scores[part].tolist())
+        yield "".join([f"{enrol} {test} {score:.9g}\n" for enrol, test, score in rows]).encode()
 
 
 def draw_det(path: Place, scored: Scored) -> None:

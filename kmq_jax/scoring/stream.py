@@ -18,11 +18,10 @@ from kmq_jax.data.trials import Trials, model_rows, read_in_parts, read_models
 from kmq_jax.metrics.histogram import ScoreHistogram
 from kmq_jax.scoring.cosine import Scorer, average, cosine_scorer
 from kmq_jax.scoring.options import ScoringOptions
-from kmq_jax.scoring.run import check_cohort_options, cohort_members, shared_speakers
+from kmq_jax.scoring.run import check_cohort_options, cohort_members, score_lines, shared_speakers
 from kmq_jax.scoring.snorm import FlatScores, block_statistics, blocks, check_spread, checked_rows
 from kmq_jax.scoring.table import EmbeddingTable, read_embeddings
 
-_LINES = 1 << 16  # lines written at a time
 _WIDEST = 64.0  # S-norm scores beyond it share the outermost bins
 
 Share: TypeAlias = tuple[int, int]
@@ -263,7 +262,7 @@ def part_writer(out: Path | None) -> Iterator[Callable[[Trials, np.ndarray], Non
                 yield write
         else:
             names = Names()
-            yield lambda part, scores: _lines(file, names.of(part), part, scores)
+            yield lambda part, scores: file.writelines(score_lines(names.of(part), part, scores))
 
 
 @contextlib.contextmanager
@@ -286,11 +285,3 @@ def _numpy(file: IO[bytes]) -> Iterator[Callable[[Trials, np.ndarray], None]]:
     yield write
     file.seek(0)
     header()
-
-
-def _lines(file: IO[bytes], names: np.ndarray, part: Trials, scores: np.ndarray) -> None:
-    """Writes `enrol test score` lines. Nine digits give every float32 back exactly."""
-    for start in range(0, len(scores), _LINES):
-        some = slice(start, start + _LINES)
-        rows = zip(names[part.enrol_name[some]], names[part.test_name[some]], scores[some].tolist())
-        file.write("".join([f"{enrol} {test} {score:.9g}\n" for enrol, test, score in rows]).encode())

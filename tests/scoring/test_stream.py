@@ -50,7 +50,9 @@ def test_the_same_scores_and_rates_as_at_once(files, tmp_path, form):
     about = {"cohort": cohort, "enrol_models": str(models) if models else None}
     found = stream.score_stream(files / "e.npz", trials, options, out=tmp_path / "s.txt", **about)
     stream.score_stream(files / "e.npz", trials, options, out=tmp_path / "s.npy", **about)
-    run.write_scores(tmp_path / "whole.txt", whole.trials, whole.scores)
+    for name in ("whole.txt", "whole.npy"):
+        run.write_scores(tmp_path / name, whole.trials, whole.scores)
+    np.testing.assert_array_equal(np.load(tmp_path / "whole.npy"), whole.scores)
     if form == "cosine":
         assert (tmp_path / "s.txt").read_text() == (tmp_path / "whole.txt").read_text()
     np.testing.assert_allclose(np.load(tmp_path / "s.npy"), whole.scores, rtol=1e-6, atol=1e-6)
