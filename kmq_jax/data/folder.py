@@ -103,15 +103,16 @@ def open_folder(root: Path, speakers: bool = True) -> Utterances:
                 )
     names = sorted(set(found))
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    _say(f"{root}: {len(paths)} recordings of {len(names)} speaker{'s' * (len(names) > 1)} ({shown})")
+    say_once(f"{root}: {len(paths)} recordings of {len(names)} speaker{'s' * (len(names) > 1)} ({shown})")
     if others:
         listed = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(8))
-        _say(f"{root}: {sum(others.values())} other files are left out ({listed})")
+        say_once(f"{root}: {sum(others.values())} other files are left out ({listed})")
     return Utterances(ids=paths, paths=paths, speakers=found, root=root)
 
 
 @functools.lru_cache(maxsize=64)  # once a process: commands open the same data several times
-def _say(line: str) -> None:
+def say_once(line: str) -> None:
+    """Prints what is said of data on standard error."""
     print(line, file=sys.stderr)
 
 

@@ -115,6 +115,13 @@ def test_voxceleb_tree_with_an_utterance_in_two_formats(tmp_path):
         open_source(tmp_path)
 
 
+def test_what_a_voxceleb_tree_holds_besides_is_left_out_with_a_line(tmp_path, capsys):
+    for name in ("id10001/v/1.wav", "alice/v/1.wav", "id10001/v/deep/2.wav"):
+        recordings.write(tmp_path / name)
+    assert open_source(tmp_path).ids == ("id10001/v/1.wav",)
+    assert "2 recordings are left out: not id*/video/utterance, as alice/v/1.wav" in capsys.readouterr().err
+
+
 def test_folder(tmp_path):
     for name in ("bob/a.wav", "ann/day1/x/b.flac", "ann/.hidden.wav", ".cache/c.wav"):
         recordings.write(tmp_path / name)
