@@ -124,7 +124,8 @@ def open_csv(path: Path) -> Utterances:
     without an id is called `path:start-stop`.
 
     Raises:
-        UserError: naming file and line: no such columns, an empty field, a wrong number of fields, an id twice.
+        UserError: naming file and line: no such columns, one of them twice, an empty field, a wrong number of fields,
+            an id twice.
     """
     ids: list[str] = []
     paths: list[str] = []
@@ -143,6 +144,8 @@ def open_csv(path: Path) -> Utterances:
                 raise UserError(
                     f"{path}:1: the header must name the columns path and speaker, found {','.join(header)!r}"
                 )
+            if twice := [name for name, count in collections.Counter(header).items() if name and count > 1]:
+                raise UserError(f"{path}:1: the header names the column {twice[0]} twice")
             if "stop" in header and "end" in header:
                 raise UserError(f"{path}:1: the header names both stop and end")
             for fields in rows:

@@ -209,7 +209,8 @@ def drift_causes(utterances: Sequence[Row]) -> list[Json]:
     rows = []
     for bits in sorted({row["bits"] for row in utterances}, reverse=True):
         for key in ("seconds", "snr_db"):
-            pairs = [(row[key], row["mean_abs_drift"]) for row in utterances if row["bits"] == bits and row[key]]
+            some = [row for row in utterances if row["bits"] == bits and row[key] is not None]
+            pairs = [(row[key], row["mean_abs_drift"]) for row in some]
             x, y = np.array(pairs, float).reshape(-1, 2).T
             if len(x) > 3 and np.ptp(x) and np.ptp(y):
                 rows.append({"bits": bits, "with": key, "utterances": len(x), "spearman": float(spearman(x, y))})

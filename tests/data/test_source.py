@@ -161,6 +161,7 @@ def test_csv(tmp_path):
         ("path,speaker\na.wav,\n", r"list.csv:2: path or speaker is empty"),
         ("path,speaker\na.wav,s\na.wav,t\n", r"list.csv:3: utterance a.wav was already given on line 2"),
         ("path,speaker,age\na.wav,s,old\n", r"list.csv:2: age 'old'"),
+        ("path,speaker,path,,\na.wav,ann,b.wav,,\n", r"list.csv:1: the header names the column path twice"),
     ],
 )
 def test_mistakes_in_a_csv(tmp_path, text, message):

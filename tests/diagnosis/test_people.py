@@ -82,6 +82,8 @@ def test_worst_trials_are_harmful_ones_by_drift_then_the_largest_drifts():
 def test_what_drift_goes_with():
     rows = [{"bits": 2, "seconds": s, "snr_db": None, "mean_abs_drift": 1 / s} for s in (1.0, 2.0, 3.0, 4.0)]
     assert people.drift_causes(rows) == [{"bits": 2, "with": "seconds", "utterances": 4, "spearman": pytest.approx(-1)}]
+    steady = [row | {"snr_db": float(i), "seconds": None} for i, row in enumerate(rows)]  # 0 dB is known, too
+    assert people.drift_causes(steady)[0]["utterances"] == 4
 
 
 @pytest.mark.parametrize("ratio", [10.0, 30.0])
