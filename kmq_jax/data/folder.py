@@ -8,7 +8,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -138,16 +138,8 @@ def open_csv(path: Path) -> Utterances:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file, skipinitialspace=True)
-            header = [name.strip() for name in rows.fieldnames or []]
+            header = _header(path, rows.fieldnames or [])
             rows.fieldnames = header
-            if not {"path", "speaker"} <= set(header):
-                raise UserError(
-                    f"{path}:1: the header must name the columns path and speaker, found {','.join(header)!r}"
-                )
-            if twice := [name for name, count in collections.Counter(header).items() if name and count > 1]:
-                raise UserError(f"{path}:1: the header names the column {twice[0]} twice")
-            if "stop" in header and "end" in header:
-                raise UserError(f"{path}:1: the header names both stop and end")
             for fields in rows:
                 line = rows.line_num
                 if None in fields or None in fields.values():
@@ -188,6 +180,18 @@ def open_csv(path: Path) -> Utterances:
         listing=path,
         lines=tuple(lines),
     )
+
+
+def _header(path: Path, names: Sequence[str]) -> list[str]:
+    """The names of a CSV's columns, checked."""
+    header = [name.strip() for name in names]
+    if not {"path", "speaker"} <= set(header):
+        raise UserError(f"{path}:1: the header must name the columns path and speaker, found {','.join(header)!r}")
+    if twice := [name for name, count in collections.Counter(header).items() if name and count > 1]:
+        raise UserError(f"{path}:1: the header names the column {twice[0]} twice")
+    if "stop" in header and "end" in header:
+        raise UserError(f"{path}:1: the header names both stop and end")
+    return header
 
 
 def _span(path: Path, line: int, first: str, last: str) -> tuple[float, float]:

@@ -42,7 +42,8 @@ def _checked(embeddings: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     length = lengths(rows)
     bad = unusable(length)
     if bad.any():
-        raise UserError(f"embedding {int(bad.argmax())} is zero or not finite, and so are {int(bad.sum()) - 1} others")
+        more = f", and {int(bad.sum()) - 1} more" if bad.sum() > 1 else ""
+        raise UserError(f"embedding {int(bad.argmax())} is zero or not finite{more}")
     return rows, length.astype(np.float32)
 
 
