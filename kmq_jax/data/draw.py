@@ -1,6 +1,7 @@
 """Trial lists drawn from data that come without one."""
 
 import os
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,7 +25,8 @@ def draw_trials(
         nontargets: at most this many of different speakers.
         seed: the same seed gives the same trials.
         matched: at least this share of the nontargets, 0 to 1, is of two speakers of one gender and one group of ages
-            (`AGES`): harder than pairs of anybody. Speakers whose gender is not known are in none of these.
+            (`AGES`): harder than pairs of anybody. Speakers whose gender is not known are in none of these. A warning
+            tells where there are too few such pairs.
 
     Raises:
         UserError: no two utterances share a speaker, there is only one speaker, or no two speakers are alike where
@@ -47,6 +49,12 @@ def draw_trials(
     # Four times as many as are asked for: repeated pairs, and pairs of one speaker, fall away.
     drawn = np.sort(rng.integers(len(labels), size=(4 * nontargets, 2)), axis=1)
     other = _once(np.concatenate((alike, drawn[labels[drawn[:, 0]] != labels[drawn[:, 1]]])))[:nontargets]
+    if len(alike) < round(matched * len(other)):
+        print(
+            f"warning: {len(alike)} of {len(other)} nontargets are sure to be of one gender and group of ages, fewer "
+            f"than the share of {matched:g}",
+            file=sys.stderr,
+        )
     enrol, test = rng.permutation(np.concatenate((same, other))).T.astype(np.int32)
     return Trials(enrol, test, labels[enrol] == labels[test], utterances.ids, enrol, test)
 

@@ -1,3 +1,5 @@
+import dataclasses
+import re
 import subprocess
 import sys
 import time
@@ -171,6 +173,15 @@ def test_trials_of_the_embedded_corpus_follow_the_table():
     np.testing.assert_array_equal(turned.enrol, len(table) - 1 - trials.enrol)
     with pytest.raises(UserError, match="unknown utterance syn-dev-"):
         open_trials(spec, table.select([0, 1, 2]))
+
+
+def test_too_few_matched_pairs_are_told(tmp_path, capsys):
+    table = open_source(recordings.kaldi(tmp_path, speakers=6, each=3))
+    known = dataclasses.replace(table, genders=dict.fromkeys(table.speaker_names[:2], "f"), ages={})
+    draw_trials(known, nontargets=40, matched=0.1)
+    assert capsys.readouterr().err == ""
+    draw_trials(known, nontargets=40, matched=0.5)
+    assert re.match(r"warning: [5-9] of 40 nontargets are sure to be of one gender", capsys.readouterr().err)
 
 
 def test_a_list_holds_no_name_that_is_not_utf8(tmp_path):
