@@ -250,17 +250,18 @@ def test_networks_stand_side_by_side(tmp_path):
         # At 4 bits the change may be chance, at 3 it is not: what lies below does not count.
         "a.json": about | {"rows": [full, row(4, 0.2, [-0.1, 0.5]), row(3, 0.9, [0.1, 2.0]), row(2, 0.1, [-0.1, 0.3])]},
         "b.json": about | {"network": "two", "rows": [full, row(8, 0.3, [0.1, 0.5])]},
+        "c.json": about | {"network": "few speakers", "rows": [full, row(8, 0.3, None)]},
     }
     for name, study in studies.items():
         (tmp_path / name).write_text(json.dumps(study))
-    text = "<!-- table: a.json,b.json KIND -->\n<!-- end -->"
+    text = "<!-- table: a.json,b.json,c.json KIND -->\n<!-- end -->"
     filled = tables.fill(text.replace("KIND", "architectures"), tmp_path).splitlines()
     assert filled[1] == "| network | bits | weights | MB | a, EER % | against FP32 | minDCF | against FP32 |"
     assert filled[3] == "| one | 32 | full precision | 8.00 | 2.00 |  | 0.400 |  |"
     assert filled[5].startswith("| one | 3 | without training | 2.00 | 3.00 | **+0.90 [+0.10, +2.00]** | 0.500 |")
-    assert (
-        filled[10]
-        == "Fewest bits without a loss of EER beyond chance: one, without training: 4; two, without training: none."
+    kind = "without training"
+    assert filled[12] == (
+        f"Fewest bits without a loss of EER beyond chance: one, {kind}: 4; two, {kind}: none; few speakers, {kind}: none."
     )
     filled = tables.fill(text.replace("KIND", "fragile"), tmp_path).splitlines()
     assert filled[3] == "| one, 2 bits | head 70 %, 25.0 %; stem 9 %, 25.0 % |"
