@@ -59,7 +59,8 @@ from kmq_jax.study.study_tables import (
     trained_table,
 )
 
-BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+START = re.compile(r"(<!-- table: (\S+) (\S+) -->\n)")
+BLOCK = re.compile(rf"{START.pattern}(?:(?!<!-- table: ).)*?(<!-- end -->)", re.DOTALL)
 
 
 def _read(path: Path) -> Any:
@@ -113,8 +114,12 @@ def fill(text: str, directory: Path) -> str:
     """The Markdown `text` with its tables written afresh.
 
     Raises:
-        UserError: a JSON file is missing, or is none of a study.
+        UserError: a JSON file is missing, or is none of a study; or a table has no end.
     """
+    closed = {match.start() for match in BLOCK.finditer(text)}
+    for match in START.finditer(text):
+        if match.start() not in closed:
+            raise UserError(f"the table {match[3]!r} of {match[2]} has no <!-- end -->")
 
     def table(match: re.Match[str]) -> str:
         known = [*TABLES, *TABLES_OF_SEVERAL]

@@ -229,6 +229,13 @@ def test_a_threshold_stands_with_its_intervals_and_what_it_did_to_others(tmp_pat
     assert filled[4] == "| the same, on b | 11, 9,000 trials | 11.8 % | 0.05 % |"
 
 
+def test_a_table_without_an_end_takes_nothing_from_the_next(tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps({}))
+    text = "<!-- table: r.json house -->\nkept\n<!-- table: r.json memory -->\n<!-- end -->\n"
+    with pytest.raises(UserError, match=r"the table 'house' of r\.json has no <!-- end -->"):
+        tables.fill(text, tmp_path)
+
+
 def test_networks_stand_side_by_side(tmp_path):
     def row(bits, change, interval):
         found = {"eer": 3.0, "eer_change": change, "eer_change_ci95": interval, "min_dcf": 0.5}
