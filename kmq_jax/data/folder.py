@@ -16,7 +16,7 @@ import numpy as np
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import require_regular
 from kmq_jax.data.audio import SUFFIXES
-from kmq_jax.data.table import Utterances, require_unique
+from kmq_jax.data.table import Utterances, age_of, gender_of, require_unique
 
 # Corpora whose first directory is no speaker. Each pattern finds the speaker in the path of a recording.
 _LIBRISPEECH = re.compile(r"(?:.*/)?(?P<chapter>\d+)/(?P<speaker>\d+)-(?P=chapter)-\d+\.\w+$")
@@ -155,13 +155,13 @@ def open_csv(path: Path) -> Utterances:
                 paths.append(row["path"])
                 speakers.append(speaker)
                 lines.append(line)
-                if row.get("gender"):
-                    genders[speaker] = row["gender"][:1].lower()
-                if row.get("age"):
-                    try:
-                        ages[speaker] = float(row["age"])
-                    except ValueError:
-                        raise UserError(f"{path}:{line}: age {row['age']!r} is not a number") from None
+                if gender := gender_of(row.get("gender", "")):
+                    genders[speaker] = gender
+                try:
+                    if row.get("age") and (age := age_of(row["age"])) is not None:
+                        ages[speaker] = age
+                except ValueError:
+                    raise UserError(f"{path}:{line}: age {row['age']!r} is not a number") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (UnicodeDecodeError, csv.Error) as error:

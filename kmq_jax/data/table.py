@@ -242,6 +242,28 @@ class _Joined:
         return self.tables[table].load_int16(i)
 
 
+def gender_of(text: str) -> str | None:
+    """A gender as lists write it, as "f" or "m"; None of what is neither, such as "unknown".
+
+    >>> gender_of("Female"), gender_of("m"), gender_of("unknown")
+    ('f', 'm', None)
+    """
+    return {"f": "f", "female": "f", "m": "m", "male": "m"}.get(text.lower())
+
+
+def age_of(text: str) -> float | None:
+    """An age in years; None of one that is below zero or not a number, by which lists say that it is unknown.
+
+    Raises:
+        ValueError: the text is no number.
+
+    >>> age_of("31"), age_of("-1"), age_of("nan")
+    (31.0, None, None)
+    """
+    age = float(text)
+    return age if 0 <= age < math.inf else None
+
+
 def require_utf8(names: Iterable[str], what: str) -> None:
     r"""Refuses names of files that are not UTF-8, before they are written where nothing else may stand.
 

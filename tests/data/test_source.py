@@ -218,6 +218,18 @@ def test_shared_sets(shared):
     assert len(open_source(shared / "data/noise/dev")) == 161
 
 
+def test_genders_and_ages_that_are_unknown_are_left_out(tmp_path):
+    root = recordings.kaldi(tmp_path / "kaldi", speakers=4, each=1)
+    (root / "spk2gender").write_text("s0 F\ns1 male\ns2 unknown\n")
+    (root / "spk2age").write_text("s0 31\ns1 -1\ns2 nan\ns3 old\n")
+    (tmp_path / "list.csv").write_text(
+        "path,speaker,gender,age\na.wav,s0,F,31\nb.wav,s1,male,-1\nc.wav,s2,unknown,nan\nd.wav,s3,,\n"
+    )
+    for data in (root, tmp_path / "list.csv"):
+        table = open_source(data)
+        assert table.genders == {"s0": "f", "s1": "m"} and table.ages == {"s0": 31.0}
+
+
 def test_parts_in_a_csv(tmp_path):
     whole = audio.read_audio(recordings.write(tmp_path / "a.wav", recordings.tone(3)))
     (tmp_path / "list.csv").write_text("path,speaker,start,stop\na.wav,s1 ,0,1.0\na.wav,s1,1.5,\na.wav, s2,,\n")
