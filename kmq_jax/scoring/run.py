@@ -79,7 +79,9 @@ def score(
     scores = cosine_scores(sides.enrol_embeddings, sides.test_embeddings, sides.enrol, sides.test)
     notes = None
     if cohort:
-        scores, notes = normalise(scores, sides, read_embeddings(cohort), how.top_n, how.cohort_speaker_means)
+        others = read_embeddings(cohort)
+        warn_of_other_model(others, enrol_table, test_table)
+        scores, notes = normalise(scores, sides, others, how.top_n, how.cohort_speaker_means)
     speakers = sides.enrol_speaker, sides.test_speaker
     try:
         metrics = evaluate(scores, listed.label, *speakers, how.p_target, fitted, how.replicates, how.seed)
@@ -170,6 +172,13 @@ def shared_speakers(cohort: EmbeddingTable, speakers: frozenset[str]) -> int:
     if shared:
         print(f"warning: {shared} speakers of the trials are also in the cohort {cohort.source}", file=sys.stderr)
     return shared
+
+
+def warn_of_other_model(cohort: EmbeddingTable, *tables: EmbeddingTable) -> None:
+    """Warns where a cohort is known to be of a model that embedded neither side of the trials."""
+    known = {table.model for table in tables}
+    if cohort.model and None not in known and cohort.model not in known:
+        print(f"warning: the cohort {cohort.source} is of another model than {tables[-1].source}", file=sys.stderr)
 
 
 def normalise(

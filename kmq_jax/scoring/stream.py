@@ -18,7 +18,13 @@ from kmq_jax.data.trials import Trials, model_rows, read_in_parts, read_models
 from kmq_jax.metrics.histogram import ScoreHistogram
 from kmq_jax.scoring.cosine import Scorer, average, cosine_scorer
 from kmq_jax.scoring.options import ScoringOptions
-from kmq_jax.scoring.run import check_cohort_options, cohort_members, score_lines, shared_speakers
+from kmq_jax.scoring.run import (
+    check_cohort_options,
+    cohort_members,
+    score_lines,
+    shared_speakers,
+    warn_of_other_model,
+)
 from kmq_jax.scoring.snorm import FlatScores, block_statistics, blocks, check_spread, checked_rows
 from kmq_jax.scoring.table import EmbeddingTable, read_embeddings
 
@@ -70,6 +76,8 @@ def score_stream(
         if cohort:
             others = read_embeddings(cohort)
             members, notes = cohort_members(others, options.top_n, options.cohort_speaker_means)
+            if share[0] == 0:  # one process warns
+                warn_of_other_model(others, table)
     if notes:
         scorer = _normalised(scorer, enrolled, table.embeddings, members, notes["top_n"], share)
     counts = ScoreHistogram(-_WIDEST, _WIDEST) if notes else ScoreHistogram(-1.0, 1.0)
@@ -85,7 +93,7 @@ def score_stream(
     doubts.warn(trials, share)
     met = doubts.speakers()
     if notes:
-        notes["shared_speakers"] = shared_speakers(others, met if share[0] == 0 else frozenset())  # one process warns
+        notes["shared_speakers"] = shared_speakers(others, met if share[0] == 0 else frozenset())
     try:
         rates = rates_of(counts, options.p_target)
     except UserError as error:

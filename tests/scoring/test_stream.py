@@ -128,6 +128,19 @@ def test_utterances_that_no_trial_compares_do_not_count_for_snorm(files, tmp_pat
             score(*about, cohort=tmp_path / "c.npz")
 
 
+def test_a_cohort_of_another_model_is_warned_of(files, tmp_path, capsys):
+    for name, model in (("e.npz", "r34 at 2 bits"), ("c.npz", "r34 at 4 bits"), ("own.npz", "r34 at 2 bits")):
+        with np.load(files / name.replace("own", "c")) as held:
+            np.savez(tmp_path / name, model=np.array(model), **held)
+    for score in (run.score, stream.score_stream):
+        about = tmp_path / "e.npz", str(files / "trials.txt"), OPTIONS
+        score(*about, cohort=tmp_path / "own.npz")
+        score(*about, cohort=files / "c.npz")  # of which no model is known
+        assert "warning" not in capsys.readouterr().err
+        score(*about, cohort=tmp_path / "c.npz")
+        assert f"warning: the cohort {tmp_path / 'c.npz'} is of another model" in capsys.readouterr().err
+
+
 def test_two_processes_give_what_one_gives(files, tmp_path):
     cohort = files / "c.npz"
     one = stream.score_stream(
