@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import itertools
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
@@ -290,6 +291,9 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     '; known is, for example, a'
     """
     ordered = sorted(known)
+    composed = unicodedata.normalize("NFC", name)
+    if not name.isascii() and any(unicodedata.normalize("NFC", one) == composed for one in ordered):
+        return "; the same name is known with its accents written otherwise (Unicode's NFC and NFD)"
     # A table may hold millions: only names that begin or end alike are compared letter by letter.
     place, last = bisect.bisect(ordered, name), name.rsplit("/", 1)[-1]
     alike = [one for one in ordered if one.rsplit("/", 1)[-1] == last][:_COMPARED]

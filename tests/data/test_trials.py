@@ -66,6 +66,13 @@ def test_a_path_that_two_segments_share_names_neither():
     assert utterance_index(["a", "b", "c"], ["x.wav", "x.wav", "y.wav"]) == {"y.wav": 2, "a": 0, "b": 1, "c": 2}
 
 
+def test_a_name_in_another_unicode_form_is_told(tmp_path):
+    path = tmp_path / "trials"
+    path.write_text("1 u2 jose\u0301.wav\n", encoding="utf-8")  # as macOS writes it
+    with pytest.raises(UserError, match="trials:1: .*the same name is known with its accents written otherwise"):
+        read_trials(path, ["u2", "jos\u00e9.wav"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
