@@ -368,6 +368,9 @@ def run_grid(
 
     Returns:
         `resolved` `[policies, levels]`, the costs of `Outcome` and `harmful_flip_rate`, each `[policies]`.
+
+    Raises:
+        UserError: as `run`, or the policies have not all of this in common.
     """
     if not policies or len({(p.bits, p.enrolment, p.seconds) for p in policies}) > 1:
         raise UserError("a grid needs one or more policies of the same bits, enrolment and seconds")

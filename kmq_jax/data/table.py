@@ -109,7 +109,13 @@ class Utterances:
             raise audio.AudioError(self.where(i), error.reason) from None
 
     def num_samples(self, i: int) -> int:
-        """The length of utterance `i` at 16 kHz, without decoding where the source or the header tells it."""
+        """The length of utterance `i` at 16 kHz, without decoding where the source or the header tells it.
+
+        Of a part of a recording it may be a sample off.
+
+        Raises:
+            AudioError: the file is missing, cannot be read, or ends before the part does.
+        """
         if self.samples is not None:
             return int(self.samples[i])
         if self.reader is not None:

@@ -255,7 +255,12 @@ def read_models(path: str | os.PathLike[str]) -> dict[str, list[str]]:
 def model_rows(
     models: Mapping[str, Sequence[str]], ids: Sequence[str], paths: Sequence[str] = ()
 ) -> tuple[np.ndarray, ...]:
-    """The rows of each enrolment model's utterances, in the order of `models` (`read_models`).
+    """The rows of each enrolment model's utterances, in the order of `models`.
+
+    Args:
+        models: utterances by model (`read_models`).
+        ids: the utterances' ids.
+        paths: their paths, by which models may name them, too.
 
     Raises:
         UserError: a model names an unknown utterance, or none.

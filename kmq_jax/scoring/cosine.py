@@ -132,6 +132,9 @@ def average(embeddings: ArrayLike, groups: Iterable[ArrayLike]) -> np.ndarray:
     Returns:
         `[groups, dim]` float32.
 
+    Raises:
+        UserError: a group is empty, there is none, or an embedding is zero or not finite.
+
     >>> average([[2.0, 0.0], [0.0, 4.0], [5.0, 0.0]], [[0, 1], [2]]).tolist()
     [[0.5, 0.5], [1.0, 0.0]]
     """

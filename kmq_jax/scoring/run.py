@@ -196,7 +196,11 @@ def normalise(
 
 
 def read_calibration(path: Place, kind: str) -> AffineMap | IsotonicMap:
-    """Reads what `save_calibration` wrote, for scores of the same kind, "cosine" or "snorm"."""
+    """Reads what `save_calibration` wrote, for scores of the same kind, "cosine" or "snorm".
+
+    Raises:
+        UserError: it is no calibration, or one for scores of the other kind.
+    """
     value = read_json(path)
     try:
         calibration = map_from_dict(value)
