@@ -41,7 +41,7 @@ def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 def audio_files(root: Path, others: "collections.Counter[str] | None" = None) -> Iterator[str]:
     """Yields the audio files below `root`, as sorted "/"-separated paths relative to it; hidden names are left out.
 
-    Links are followed (see `walk`).
+    Links are followed (see `walk`). A warning tells of those to directories of the same tree, which are read twice.
 
     Args:
         root: where to look.
@@ -49,6 +49,8 @@ def audio_files(root: Path, others: "collections.Counter[str] | None" = None) ->
     """
     for directory, directories, names in walk(root):
         directories[:] = [name for name in directories if not name.startswith(".")]
+        for name in directories:
+            _warn_of_twin(root, os.path.join(directory, name))
         below = os.path.relpath(directory, root).replace(os.sep, "/")
         prefix = "" if below == "." else below + "/"
         for name in names:
@@ -69,6 +71,14 @@ def _loops(root: Path, directory: str, name: str) -> bool:
     leads_to = os.path.realpath(place) + os.sep
     passed = [way, *itertools.takewhile(lambda above: above != root.parent, way.parents)]
     return any((os.path.realpath(above) + os.sep).startswith(leads_to) for above in passed)
+
+
+def _warn_of_twin(root: Path, place: str) -> None:
+    """Warns of a directory that is a link to one of the same tree: its recordings may be of two speakers then."""
+    if os.path.islink(place):
+        inside = os.path.relpath(os.path.realpath(place), os.path.realpath(root)).split(os.sep)
+        if not any(part.startswith(".") for part in inside):  # hidden, or outside
+            say_once(f"warning: {place} is a link to {'/'.join(inside)}: what lies there is read twice")
 
 
 def open_folder(root: Path, speakers: bool = True) -> Utterances:

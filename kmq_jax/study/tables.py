@@ -132,7 +132,8 @@ def fill(text: str, directory: Path) -> str:
             studies = [{"network": Path(file).stem, **_read(directory / file)} for file in match[2].split(",")]
             return match[1] + TABLES_OF_SEVERAL[match[3]](studies) + match[4]
         except (KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{directory / match[2]} is not a study's results: it lacks {error}") from error
+            what = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{directory / match[2]} holds no results of the table {match[3]!r}: {what}") from error
 
     return BLOCK.sub(table, text)
 

@@ -278,14 +278,15 @@ def test_a_folder_whose_directories_are_no_speakers_is_refused(tmp_path, capsys)
     assert "1 recordings of 1 speaker (ann)" in said and "1 other files are left out (1 .wma)" in said
 
 
-def test_links_that_loop_and_names_of_any_bytes(tmp_path):
+def test_links_that_loop_and_names_of_any_bytes(tmp_path, capsys):
     recordings.write(tmp_path / "ann" / "a.wav")
     (tmp_path / "ann" / "again").symlink_to(tmp_path, target_is_directory=True)
-    (tmp_path / "bob").symlink_to(tmp_path / "ann", target_is_directory=True)  # leads elsewhere: that is fine
+    (tmp_path / "bob").symlink_to(tmp_path / "ann", target_is_directory=True)  # no loop
     odd = os.fsdecode(bytes(tmp_path / "ann") + b"/\xff\xfe.wav")
     os.rename(tmp_path / "ann" / "a.wav", odd)
     table = open_source(tmp_path)
     assert table.speakers == ("ann", "bob") and len(table.load(0)) == table.num_samples(1) == 16000
+    assert f"warning: {tmp_path}/bob is a link to ann: what lies there is read twice" in capsys.readouterr().err
 
 
 def test_links_that_lead_to_one_another_are_followed_once(tmp_path):
