@@ -314,5 +314,5 @@ def test_mistakes(tmp_path):
     with pytest.raises(UserError, match=r"absent\.json"):
         tables.fill("<!-- table: absent.json bits -->\n<!-- end -->", tmp_path)
     (tmp_path / "r.json").write_text("{}")
-    with pytest.raises(UserError, match="not a study's results: it lacks 'rows'"):
+    with pytest.raises(UserError, match=r"r\.json holds no results of the table 'bits': it lacks 'rows'"):
         tables.fill("<!-- table: r.json bits -->\n<!-- end -->", tmp_path)
