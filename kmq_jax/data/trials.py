@@ -317,7 +317,7 @@ def _guess_form(tokens: Sequence[str], table: Mapping[str, int]) -> _Form:
 
 def _first_error(path: Path, form: _Form, enrolled: Mapping[str, int], table: Mapping[str, int]) -> UserError:
     """Finds the first line at fault, line by line: the fast way only tells that there is one."""
-    separator = ""
+    separator: str | None = None
     columns = "`label enrol test`" if form == _LABEL_FIRST else "`enrol test label`"
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -325,7 +325,8 @@ def _first_error(path: Path, form: _Form, enrolled: Mapping[str, int], table: Ma
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
                 return UserError(f"{path}:{number}: not UTF-8 text")
-            separator = separator or _separator(text)
+            if separator is None and text.strip():  # the first line tells it, as it did before
+                separator = _separator(text)
             tokens = (text.replace(separator, " ") if separator else text).split()
             if not tokens:
                 continue

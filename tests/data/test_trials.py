@@ -84,6 +84,7 @@ def test_a_name_in_another_unicode_form_is_told(tmp_path):
         ("1 u1 u2 u3\n0 u1\n", r"trials:1: expected `label enrol test`, found 4 columns"),
         ("u1 u2 target\nu1 u2 tgt\n", r"trials:2: label 'tgt' is none of"),
         ("1 u1 u2\n2 u1 u2\n", r"trials:2: label '2' is none of"),
+        ("1 u1 u2\n0,u1,u3\n", r"trials:2: expected `label enrol test`, found 1 columns"),
         ("\n \n", r"trials: lists no trial"),
         (b"1 u1 u2\n1 \xff u2\n", r"trials:2: not UTF-8"),
     ],
