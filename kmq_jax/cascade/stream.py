@@ -23,7 +23,7 @@ from kmq_jax.data.trials import Trials, model_rows, read_in_parts, read_models
 from kmq_jax.metrics.calibration import AffineMap, IsotonicMap
 from kmq_jax.metrics.histogram import ScoreHistogram
 from kmq_jax.scoring.levels import read_levels
-from kmq_jax.scoring.stream import Doubts, Names, Share, check_streamable, join, rates_of, share_of
+from kmq_jax.scoring.stream import Doubts, Names, Share, check_streamable, own_share, rates_of, share_of
 
 _MARGINS = 1 << 16  # bins of distances from the threshold
 _BOUNDED = ("eer", "min_dcf")
@@ -112,7 +112,7 @@ def cascade_together(
 
     Args and errors as `cascade_stream`; `json` is the file of the figures.
     """
-    share = join()
+    share = own_share()
     given = policy_file, levels, trials, options
     figures = cascade_stream(*given, reference=reference, enrol_models=enrol_models, out=out, llr=llr, share=share)
     if share[0] == 0:

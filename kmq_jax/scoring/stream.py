@@ -114,7 +114,7 @@ def score_together(
 
     Args and errors as `score_stream`; `json` is the file of the figures.
     """
-    share = join()
+    share = own_share()
     figures = score_stream(embeddings, trials, options, enrol_models=enrol_models, cohort=cohort, out=out, share=share)
     if share[0] == 0:
         if json:
@@ -122,7 +122,7 @@ def score_together(
         print(describe(figures))
 
 
-def join() -> Share:
+def own_share() -> Share:
     """Joins the processes that were started together; which one this is, and how many there are."""
     distributed.join()
     import jax
