@@ -14,8 +14,8 @@ BOUNDS = ("survey", "hoeffding-bentkus", "conformal")
 APPROXIMATE = ("survey",)
 """Bounds without a proof: they break where few speakers are unlike the others. The rest of `BOUNDS` is proven."""
 
-OF_THE_OTHER = {"pareto": ("bound", "certify_share"), "risk": ("objective",)}
-"""By rule, the options that only the other one looks at."""
+IGNORED_BY = {"pareto": ("bound", "certify_share"), "risk": ("objective",)}
+"""The options that a rule does not look at."""
 
 
 @dataclass(frozen=True, kw_only=True)
