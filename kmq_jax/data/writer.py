@@ -113,7 +113,8 @@ class _Task:
 
 
 def _fingerprint(utterances: Utterances, min_seconds: float) -> str:
-    digest = hashlib.sha256(f"{VERSION} {min_seconds} {utterances.root.absolute()}\n".encode())
+    about = f"{VERSION} {min_seconds} {utterances.root.absolute()}\n"
+    digest = hashlib.sha256(about.encode(errors="surrogateescape"))
     for row in zip(utterances.ids, utterances.paths, utterances.speakers):
         digest.update("\t".join(row).encode(errors="surrogateescape") + b"\n")
     if utterances.spans is not None:

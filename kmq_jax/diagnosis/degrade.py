@@ -162,7 +162,7 @@ class _Worse:
             return coded(wave, how.codec)
         assert self.noise is not None
         # By the utterance's name, so that neither order nor the number of others matters.
-        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode(errors="surrogateescape"))])
         clip = self.noise.load(int(rng.integers(len(self.noise))))
         return noisy(wave, clip, how.value, rng)
 

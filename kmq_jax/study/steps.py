@@ -248,7 +248,8 @@ def stamp(data: str) -> str:
         # Through links, as DATA is read.
         files = sorted(Path(directory, name) for directory, _, names in walk(path) for name in names)
         lines = [f"{one.relative_to(path)} {_size_and_time(one)}" for one in files if one.is_file()]
-    return f"{data} {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
+    text = "\n".join(lines).encode(errors="surrogateescape")  # names of files are any bytes
+    return f"{data} {hashlib.sha256(text).hexdigest()[:16]}"
 
 
 def _of_file(path: Path) -> str:

@@ -117,6 +117,12 @@ def test_a_step_is_done_again_when_its_data_has_changed(counted, tmp_path):
     assert counted(**places) == 4
 
 
+def test_names_of_recordings_are_any_bytes(tmp_path):
+    before = stamp(str(tmp_path))
+    (tmp_path / "caf\udce9.wav").write_bytes(b"1")
+    assert stamp(str(tmp_path)) != before
+
+
 def test_recordings_behind_links_are_looked_at(tmp_path):
     data, elsewhere = tmp_path / "voices", tmp_path / "elsewhere"
     (elsewhere / "deep").mkdir(parents=True)
