@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from kmq_jax.benchmarks.options import StreamBench
-from kmq_jax.benchmarks.timing import Figures
+from kmq_jax.benchmarks.timing import Figures, processors
 from kmq_jax.cascade.policy import CascadePolicy, fit_map, symmetric_gates
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import write_json
@@ -178,8 +178,4 @@ def main(options: StreamBench) -> None:
         rows = measure(place, options)
     if options.json:
         about = {name: getattr(options, name) for name in ("trials", "utterances", "speakers", "dim")}
-        write_json(options.json, {**about, "cores": _cores(), "list_bytes": size, "rows": rows})
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        write_json(options.json, {**about, "cores": processors(), "list_bytes": size, "rows": rows})

@@ -142,6 +142,12 @@ def figures_of(policy: CascadePolicy, outcome: Outcome, joined: LevelScores, opt
     """All figures of a cascade on a trial list; a figure that cannot be computed is None.
 
     A lazy run has no embedding tables, so it has no figures of a level alone.
+
+    Args:
+        policy: the cascade.
+        outcome: what it did.
+        joined: the trials, and the scores that it saw.
+        options: the prior, and the draws of speakers.
     """
     labels, reference, p_target = joined.trials.label, joined.reference, options.p_target
     both = bool(labels.any() and not labels.all())
@@ -225,6 +231,12 @@ def equal_error(scores: Array, labels: Array) -> float | None:
 def flip_rates(scores: Array, threshold: float, reference: Array, labels: Array) -> dict[str, float]:
     """Shares of trials that the reference decides right and the scores wrong, and the reverse.
 
+    Args:
+        scores: `[trials]`, on the reference's scale.
+        threshold: of both.
+        reference: `[trials]`, the reference's scores.
+        labels: `[trials]` bool.
+
     >>> labels, reference = np.array([True, True, False]), np.array([0.9, 0.4, 0.1])
     >>> found = flip_rates(np.array([0.3, 0.6, 0.2]), 0.5, reference, labels)
     >>> {name: round(rate, 3) for name, rate in found.items()}
@@ -289,7 +301,7 @@ def write_decisions(path: Place, trials: Trials, outcome: Outcome, llrs: np.ndar
     Nine digits give every float32 back exactly.
     """
     names = np.array([quoted(name) for name in trials.names], object)
-    with atomic_write(Path(path)) as temporary, temporary.open("w") as file:
+    with atomic_write(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(header(llrs is not None))
         for lines in decision_lines(names, trials, outcome.score, outcome.accept, outcome.bits, llrs):
             file.write(lines)

@@ -91,6 +91,13 @@ def front_of(
     The search is of costs by trial, which are sums over trials: bits, or seconds where `options` has them. By utterance
     the front so found is priced anew, and what another point then beats is left out.
 
+    Args:
+        policy: maps and threshold; its gates do not count.
+        data: the trials.
+        options: `cost`, `seconds`, `nested`, `symmetric` and `enrolment` count here.
+        objective: what is kept low beside the cost, one of `OBJECTIVES`.
+        last_counts: whether harmful flips of the last level count.
+
     Raises:
         UserError: costs by utterance are asked for, and the utterances of the trials are not known.
     """

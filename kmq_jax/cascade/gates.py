@@ -251,7 +251,12 @@ def pareto(cost: Array, bits: Array) -> Array:
 
 
 def choose(front: Front, most: float, slack: float = 1e-12) -> int:
-    """The cheapest point whose objective is at most `most`; the best of all where none is.
+    """The place of the cheapest point whose objective is at most `most`; of the best of all where none is.
+
+    Args:
+        front: from cheapest to dearest, as `search` gives it.
+        most: of the objective, a fraction.
+        slack: how far above a point may still lie, for rounding.
 
     >>> front = Front(np.zeros((3, 1, 2)), objective=np.array([0.2, 0.1, 0.0]), bits=np.array([2.0, 3.0, 5.0]))
     >>> choose(front, most=0.1)

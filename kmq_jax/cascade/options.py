@@ -14,6 +14,9 @@ BOUNDS = ("survey", "hoeffding-bentkus", "conformal")
 APPROXIMATE = ("survey",)
 """Bounds without a proof: they break where few speakers are unlike the others. The rest of `BOUNDS` is proven."""
 
+IGNORED_BY = {"pareto": ("bound", "certify_share"), "risk": ("objective",)}
+"""The options that a rule does not look at."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions(Options):

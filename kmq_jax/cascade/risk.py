@@ -219,7 +219,14 @@ def _jackknife_variance(values: Array, one: Array, two: Array, speakers: int) ->
 
 
 def bounds(losses: Array, worst: Array, pairs: Pairs, delta: float) -> dict[str, float]:
-    """Every bound on the risk, by name."""
+    """Every bound on the risk, by name.
+
+    Args:
+        losses: `[pairs]`, of the gates in question (`Pairs.losses`).
+        worst: `[pairs]`, of gates that flip much; `survey` alone looks at them.
+        pairs: the design.
+        delta: one minus the confidence.
+    """
     rate = float(losses.mean())
     return {
         "survey": survey(losses, worst, pairs, delta),
@@ -241,6 +248,9 @@ def walk(path: Iterable[Array], worst: Array, pairs: Pairs, alpha: float, delta:
 
     Returns:
         The number of steps before the first whose bound exceeds alpha.
+
+    Raises:
+        UserError: the bound is unknown.
     """
     if bound not in BOUNDS:
         raise UserError(f"bound {bound!r} must be one of {', '.join(BOUNDS)}")

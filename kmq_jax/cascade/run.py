@@ -140,20 +140,22 @@ def _reach(level: jax.Array, rows: jax.Array, size: int) -> jax.Array:
 def _counts(table: Tables, level: jax.Array, enrol: jax.Array, test: jax.Array, sizes: tuple[int, int, bool]) -> Counts:
     enrol_size, test_size, top = sizes
     reach = _reach(level, test, test_size)
-    if enrol_size == 0:  # both sides are rows of one table: an utterance on both sides is embedded once
-        if top:  # it is kept at the top level if it is enrolled, and climbs if it is tested
-            enrolled = _reach(jnp.full_like(level, 0), enrol, test_size)
-        else:
-            reach = jnp.maximum(reach, _reach(level, enrol, test_size))
-            enrolled = jnp.full(1, -1, jnp.int8)
-    else:
+    enrolled = both = jnp.full(1, -1, jnp.int8)
+    if enrol_size:
         enrolled = _reach(jnp.full_like(level, 0) if top else level, enrol, enrol_size)
+    elif top:  # both sides are rows of one table: an utterance on both is kept at the top level, and climbs to it
+        kept = _reach(jnp.full_like(level, 0), enrol, test_size) >= 0
+        enrolled = jnp.where(kept & (reach < 0), jnp.int8(0), jnp.int8(-1))
+        reach, both = jnp.where(kept, jnp.int8(-1), reach), jnp.where(kept, reach, jnp.int8(-1))
+    else:
+        reach = jnp.maximum(reach, _reach(level, enrol, test_size))
 
     def by_level(values: jax.Array) -> jax.Array:
         # Whole numbers: a sum in float32 would stand still from 2^24 trials on.
         return jnp.stack([jnp.sum(values == i, dtype=jnp.int32) for i in range(table.low.shape[0])])
 
-    return {"decided": by_level(level), "reached": by_level(reach), "enrolled": by_level(enrolled)}
+    counted = {"reached": reach, "enrolled": enrolled, "both": both}
+    return {"decided": by_level(level)} | {name: by_level(values) for name, values in counted.items()}
 
 
 def costs_of(
@@ -162,6 +164,7 @@ def costs_of(
     decided: np.ndarray,
     reached: np.ndarray,
     enrolled: np.ndarray,
+    both: np.ndarray | None = None,
     seconds: Sequence[float] | None = None,
 ) -> dict[str, np.ndarray]:
     """What a cascade costs, from counts.
@@ -172,6 +175,8 @@ def costs_of(
         decided: `[..., levels]`, trials that each level decides.
         reached: `[..., levels]`, utterances by the highest level that a trial took them to.
         enrolled: `[..., levels]`, the same of the enrolled side, where that is counted apart.
+        both: `[..., levels]`, the same of utterances that are tested, and enrolled at the last level; in neither of
+            the others.
         seconds: `[levels]`, what a recording takes at each, where it is known.
 
     Returns:
@@ -184,12 +189,15 @@ def costs_of(
     """
     sequential, incremental = (price.astype(np.float64) for price in prices(bits))
     resolved = decided / np.sum(decided, axis=-1, keepdims=True)
-    utterances = np.sum(reached, axis=-1) + np.sum(enrolled, axis=-1)
+    both = np.zeros_like(reached) if both is None else both
+    utterances = sum(np.sum(counts, axis=-1) for counts in (reached, enrolled, both))
 
-    def mean_cost(price: np.ndarray, last: float) -> np.ndarray:
+    def mean_cost(price: np.ndarray, last: float, shared: bool = False) -> np.ndarray:
         # The enrolled side's counts lie at the first level where it does not climb.
         of_enrolled = np.full_like(price, last) if top else price
-        cost: np.ndarray = (reached @ price + enrolled @ of_enrolled) / utterances
+        of_both = np.full_like(price, last) + (0 if shared else price)
+        of_both[-1] = price[-1]  # whoever has climbed to the last level is embedded there already
+        cost: np.ndarray = (reached @ price + enrolled @ of_enrolled + both @ of_both) / utterances
         return cost
 
     costs = {
@@ -197,7 +205,8 @@ def costs_of(
         "sequential_bits": resolved @ sequential,
         "incremental_bits": resolved @ incremental,
         "utterance_bits": mean_cost(sequential, bits[-1]),
-        "utterance_incremental_bits": mean_cost(incremental, bits[-1]),
+        # Where codebooks nest, the last level's bits hold those of the levels below it.
+        "utterance_incremental_bits": mean_cost(incremental, bits[-1], shared=bits[-1] < _FLOATING),
     }
     if seconds is not None:
         climbed = np.cumsum(np.asarray(seconds, np.float64))
@@ -359,6 +368,9 @@ def run_grid(
 
     Returns:
         `resolved` `[policies, levels]`, the costs of `Outcome` and `harmful_flip_rate`, each `[policies]`.
+
+    Raises:
+        UserError: as `run`, or the policies have not all of this in common.
     """
     if not policies or len({(p.bits, p.enrolment, p.seconds) for p in policies}) > 1:
         raise UserError("a grid needs one or more policies of the same bits, enrolment and seconds")

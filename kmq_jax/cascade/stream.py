@@ -23,7 +23,7 @@ from kmq_jax.data.trials import Trials, model_rows, read_in_parts, read_models
 from kmq_jax.metrics.calibration import AffineMap, IsotonicMap
 from kmq_jax.metrics.histogram import ScoreHistogram
 from kmq_jax.scoring.levels import read_levels
-from kmq_jax.scoring.stream import Doubts, Names, Share, check_streamable, join, rates_of, share_of
+from kmq_jax.scoring.stream import Doubts, Names, Share, check_streamable, own_share, rates_of, share_of
 
 _MARGINS = 1 << 16  # bins of distances from the threshold
 _BOUNDED = ("eer", "min_dcf")
@@ -112,7 +112,7 @@ def cascade_together(
 
     Args and errors as `cascade_stream`; `json` is the file of the figures.
     """
-    share = join()
+    share = own_share()
     given = policy_file, levels, trials, options
     figures = cascade_stream(*given, reference=reference, enrol_models=enrol_models, out=out, llr=llr, share=share)
     if share[0] == 0:
@@ -277,8 +277,13 @@ class Tally:
 
     def _costs(self) -> Json:
         levels = len(self._policy.bits)
-        reached, enrolled = (np.bincount(rows[rows >= 0], minlength=levels) for rows in (self._reached, self._enrolled))
-        found = costs_of(self._policy.bits, self._top, self.decided, reached, enrolled, self._policy.seconds)
+        reached, enrolled, both = self._reached, self._enrolled, self._reached[:0]
+        if self._top and not self._models:  # as in `run`
+            kept = enrolled >= 0
+            reached, enrolled, both = reached[~kept], enrolled[kept & (reached < 0)], reached[kept]
+        kinds = {"reached": reached, "enrolled": enrolled, "both": both}
+        counts = {name: np.bincount(rows[rows >= 0], minlength=levels) for name, rows in kinds.items()}
+        found = costs_of(self._policy.bits, self._top, self.decided, **counts, seconds=self._policy.seconds)
         resolved = {str(bits): share for bits, share in zip(self._policy.bits, found.pop("resolved").tolist())}
         return {"resolved": resolved} | {name: float(value) for name, value in found.items()}
 
@@ -326,7 +331,7 @@ def _writer(out: Path | None, policy: CascadePolicy, llr: bool) -> Iterator[Call
         yield lambda part, decided: None
         return
     names, bits = Names(evaluate.quoted), np.array(policy.bits, np.int16)
-    with atomic_write(out) as temporary, temporary.open("w") as file:
+    with atomic_write(out) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(evaluate.header(llr))
 
         def write(part: Trials, decided: Decisions) -> None:

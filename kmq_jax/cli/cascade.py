@@ -7,7 +7,7 @@ from kmq_jax.cascade.options import CascadeOptions
 from kmq_jax.cli.command import Command
 from kmq_jax.cli.flags import options_of
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.options import Options, option
+from kmq_jax.core.options import Options, option, refuse_given
 from kmq_jax.scoring.options import Compute, Engine
 
 
@@ -41,8 +41,7 @@ COMMAND = Command(
     "Costs: `sequential` bits count every level climbed through, `utterance` the levels at which an utterance must\n"
     "be embedded, once each, and `incremental`, of a cascade calibrated with --nested, only bits that are new.\n"
     "Harmful flips: trials that the reference decides right at the same threshold and the cascade wrong. With\n"
-    "--cascade and --data in place of --policy and --stage it runs lazily from recordings: each level embeds only\n"
-    "those still in doubt.",
+    "--cascade and --data it runs lazily from recordings: each level embeds only those still in doubt.",
     "kmq-jax cascade --policy=policy.json --stage=2:t2.npz --stage=3:t3.npz --stage=4:t4.npz\n"
     "      --reference=t32.npz --trials=trials.txt --out=decisions.csv --json=cascade.json",
     (Files, CascadeOptions),
@@ -56,6 +55,8 @@ def main() -> None:
     from kmq_jax.cascade import evaluate
     from kmq_jax.scoring.levels import parse_levels
 
+    if files.llr and not files.out:
+        raise UserError("`llr` adds a column to `out`, which is not given")
     if files.cascade:
         if options.stream:
             raise UserError("--cascade cannot be used with --stream")
@@ -67,8 +68,10 @@ def main() -> None:
     else:
         if not files.policy or not files.levels:
             raise UserError("--policy and --stage are needed, or else --cascade and --data")
+        refuse_given(files, ("data", "compute", "engine"), "goes with `cascade`, which is not given")
         about = files.policy, parse_levels(files.levels), files.trials, options, files.reference, files.enrol_models
         if options.stream:
+            refuse_given(options, ("replicates", "seed"), "does not go with `stream`, which has no intervals")
             from kmq_jax.cascade.stream import cascade_together
 
             cascade_together(*about, files.out, files.llr, files.json)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kmq_jax.cli.command import Command
 from kmq_jax.cli.flags import options_of, way_of
-from kmq_jax.core.options import Options, option
+from kmq_jax.core.options import Options, option, refuse_given
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,8 @@ def main() -> None:
     """Runs the command."""
     files = options_of(Files, COMMAND.parse())
     way = way_of((files,), _WAYS, ("out", "port", "runtime"))
+    if files.out:
+        refuse_given(files, ("port",), "does not go with `out`: nothing is served")
     from kmq_jax.demo.page import demo_of_cascade, demo_of_model, write_demo
     from kmq_jax.demo.runtime import runtime_files
     from kmq_jax.demo.serve import serve

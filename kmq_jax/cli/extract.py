@@ -44,9 +44,8 @@ def main() -> None:
 
     if files.shards:
         wrote = extract_shards(files.model, files.data, files.out, files.shards, options)
-        print(
-            f"{files.out}: {files.shards} shards, {'put together' if wrote else 'which another process put together'}"
-        )
+        how = "put together" if wrote else "which another process put together, or a run before"
+        print(f"{files.out}: {files.shards} shards, {how}")
         return
     embeddings = extract(files.model, files.data, files.out, options)
     print(f"{files.out}: {len(embeddings)} embeddings of {embeddings.shape[1]} dimensions")

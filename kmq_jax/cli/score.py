@@ -5,8 +5,7 @@ from pathlib import Path
 
 from kmq_jax.cli.command import Command
 from kmq_jax.cli.flags import options_of
-from kmq_jax.core.errors import UserError
-from kmq_jax.core.options import Options, option
+from kmq_jax.core.options import Options, option, refuse_given
 from kmq_jax.scoring.options import ScoringOptions
 
 
@@ -25,7 +24,9 @@ class Files(Options):
     save_calibration: Path | None = option(
         "write the logistic calibration fitted on all these trials", None, writes="file"
     )
-    out: Path | None = option("write `enrol test score` lines here, in trial order", None, writes="file")
+    out: Path | None = option(
+        "write `enrol test score` lines here, in trial order; a name in .npy gets the scores alone", None, writes="file"
+    )
     json: Path | None = option("write the figures here", None, writes="file")
     det: Path | None = option(
         "draw the DET curve into this .png, .pdf or .svg", None, suffixes=(".png", ".pdf", ".svg"), writes="file"
@@ -47,10 +48,9 @@ def main() -> None:
     args = COMMAND.parse()
     files, options = options_of(Files, args), options_of(ScoringOptions, args)
     if options.stream:
-        if bad := [
-            name for name in ("enrol_embeddings", "calibration", "save_calibration", "det") if getattr(files, name)
-        ]:
-            raise UserError(f"--{bad[0]} cannot be used with --stream")
+        whole = "enrol_embeddings", "calibration", "save_calibration", "det"
+        refuse_given(files, whole, "cannot be used with `stream`")
+        refuse_given(options, ("replicates", "seed"), "does not go with `stream`, which has no intervals")
         from kmq_jax.scoring.stream import score_together
 
         models, cohort = files.enrol_models, files.snorm_cohort

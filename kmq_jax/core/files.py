@@ -176,14 +176,20 @@ def file_hash(path: str | os.PathLike[str]) -> str:
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:
-    """Writes `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON.
+    """Writes `value` as indented JSON, atomically.
+
+    Raises:
+        UserError: it holds NaN or infinity, which are not JSON, or the file cannot be written.
 
     >>> with tempfile.TemporaryDirectory() as directory:
     ...     write_json(f"{directory}/a.json", {"bits": 2})
     ...     read_json(f"{directory}/a.json")
     {'bits': 2}
     """
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise UserError(f"cannot write {path}: a figure is infinite or not a number, which JSON has not") from error
     with atomic_write(path) as temporary:
         temporary.write_text(text)
 

@@ -156,5 +156,5 @@ def _hold(directory: Path, flag: str, shared: bool) -> int:
     command = " ".join(sys.argv)[:500]
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
         os.ftruncate(held, 0)
-        os.pwrite(held, f"process {os.getpid()} on {platform.node()} since {started} ({command})".encode(), 0)
+        os.pwrite(held, os.fsencode(f"process {os.getpid()} on {platform.node()} since {started} ({command})"), 0)
     return held

@@ -202,6 +202,31 @@ def limits_of(field: "dataclasses.Field[object]") -> Limits:
     return field.metadata.get("option") or Limits("")
 
 
+def refuse_given(options: Options, names: Sequence[str], why: str) -> None:
+    """Refuses options that were given but would do nothing. Zero and what is empty ask for nothing.
+
+    Args:
+        options: as given; an option that has its default was not.
+        names: of the options.
+        why: follows the name in the message.
+
+    Raises:
+        UserError: one was given.
+
+    >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+    ... class Example(Options):
+    ...     draws: int = option("for intervals", 1000)
+    >>> refuse_given(Example(), ["draws"], "does not go with `stream`")
+    >>> refuse_given(Example(draws=50), ["draws"], "does not go with `stream`")
+    Traceback (most recent call last):
+    kmq_jax.core.errors.UserError: `draws` does not go with `stream`
+    """
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name in names and value and value != field.default:
+            raise UserError(f"`{field.name}` {why}")
+
+
 def shown(value: object) -> str:
     """A value as messages and help show it: a tuple's items are separated by commas.
 

@@ -116,7 +116,17 @@ def _regular(path: Path) -> int:
 def checked(
     wave: np.ndarray, path: str | os.PathLike[str], min_seconds: float = MIN_SECONDS, silence: float = SILENCE
 ) -> np.ndarray:
-    """Returns `wave` `[samples]` unchanged if it can be used, else raises `AudioError`."""
+    """Returns `wave` `[samples]` at 16 kHz unchanged if it can be used.
+
+    Args:
+        wave: the samples.
+        path: for messages.
+        min_seconds: less than this is "too short".
+        silence: RMS around the mean below which it is "silent".
+
+    Raises:
+        AudioError: it is empty, too short or silent, or holds values that are not finite.
+    """
     if not wave.size:
         raise AudioError(path, "empty")
     if not np.isfinite(wave).all():

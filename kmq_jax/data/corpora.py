@@ -89,6 +89,9 @@ def cnceleb(root: Path) -> Corpus:
     and the recordings in `data/` that `eval/lists/enroll.map` joins into enrolment models. Lists: `eval`
     (`eval/lists/trials.lst`). Without `enroll.map`, a model is the one joined recording that `enroll.lst` names. Ids
     end in `.wav`, as the lists write them, where the release has `.flac`.
+
+    Raises:
+        UserError: it is no such release, or a list or a recording is missing.
     """
     first = root / "CN-Celeb_flac" if (root / "CN-Celeb_flac").is_dir() else root
     lists = first / "eval" / "lists"

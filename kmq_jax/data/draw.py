@@ -1,13 +1,14 @@
 """Trial lists drawn from data that come without one."""
 
 import os
+import sys
 from collections.abc import Sequence
 
 import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import atomic_write
-from kmq_jax.data.table import Trials, Utterances
+from kmq_jax.data.table import Trials, Utterances, require_utf8
 
 AGES = (12, 18)
 """Years at which a group of ages ends and the next begins: children, youths, adults."""
@@ -24,7 +25,8 @@ def draw_trials(
         nontargets: at most this many of different speakers.
         seed: the same seed gives the same trials.
         matched: at least this share of the nontargets, 0 to 1, is of two speakers of one gender and one group of ages
-            (`AGES`): harder than pairs of anybody. Speakers whose gender is not known are in none of these.
+            (`AGES`): harder than pairs of anybody. Speakers whose gender is not known are in none of these. A warning
+            tells where there are too few such pairs.
 
     Raises:
         UserError: no two utterances share a speaker, there is only one speaker, or no two speakers are alike where
@@ -47,6 +49,12 @@ def draw_trials(
     # Four times as many as are asked for: repeated pairs, and pairs of one speaker, fall away.
     drawn = np.sort(rng.integers(len(labels), size=(4 * nontargets, 2)), axis=1)
     other = _once(np.concatenate((alike, drawn[labels[drawn[:, 0]] != labels[drawn[:, 1]]])))[:nontargets]
+    if len(alike) < round(matched * len(other)):
+        print(
+            f"warning: {len(alike)} of {len(other)} nontargets are sure to be of one gender and group of ages, fewer "
+            f"than the share of {matched:g}",
+            file=sys.stderr,
+        )
     enrol, test = rng.permutation(np.concatenate((same, other))).T.astype(np.int32)
     return Trials(enrol, test, labels[enrol] == labels[test], utterances.ids, enrol, test)
 
@@ -99,11 +107,12 @@ def write_trials(path: str | os.PathLike[str], trials: Trials, names: Sequence[s
         names: `[utterances]`, how the rows are called; the trials' own where left out.
 
     Raises:
-        UserError: it cannot be written, or a name holds a blank, which a list cannot.
+        UserError: it cannot be written, or a name holds a blank, which a list cannot, or is not UTF-8.
     """
     called = np.array(names or trials.names, object)
     if split := next((name for name in called if len(str(name).split()) != 1), None):
         raise UserError(f"{split!r} holds a blank, which a trial list cannot hold: rename the recording")
+    require_utf8(called, "a trial list")
     rows = zip(trials.label.astype(int), called[trials.enrol], called[trials.test])
     with atomic_write(path) as temporary:
         temporary.write_text("".join(f"{label} {enrol} {test}\n" for label, enrol, test in rows), encoding="utf-8")

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import require_regular
 from kmq_jax.data.audio import SUFFIXES
-from kmq_jax.data.table import Utterances, require_unique
+from kmq_jax.data.table import Utterances, age_of, gender_of, require_unique
 
 # Corpora whose first directory is no speaker. Each pattern finds the speaker in the path of a recording.
 _LIBRISPEECH = re.compile(r"(?:.*/)?(?P<chapter>\d+)/(?P<speaker>\d+)-(?P=chapter)-\d+\.\w+$")
@@ -30,23 +30,30 @@ _NO_SPEAKER = re.compile(
 )
 
 
+def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As `os.walk`, in sorted order, through links too, but for those that lead back to where they lie."""
+    for directory, directories, names in os.walk(root, followlinks=True):
+        # In place, as `os.walk` asks: it then enters these, in this order, on any file system.
+        directories[:] = sorted(name for name in directories if not _loops(root, directory, name))
+        yield directory, directories, sorted(names)
+
+
 def audio_files(root: Path, others: "collections.Counter[str] | None" = None) -> Iterator[str]:
     """Yields the audio files below `root`, as sorted "/"-separated paths relative to it; hidden names are left out.
 
-    Links are followed, but for those that lead back to where they lie.
+    Links are followed (see `walk`). A warning tells of those to directories of the same tree, which are read twice.
 
     Args:
         root: where to look.
         others: counts the files that are left out, by suffix.
     """
-    for directory, directories, names in os.walk(root, followlinks=True):
-        # In place, as `os.walk` asks: it then enters these, in this order, on any file system.
-        directories[:] = sorted(
-            name for name in directories if not name.startswith(".") and not _loops(root, directory, name)
-        )
+    for directory, directories, names in walk(root):
+        directories[:] = [name for name in directories if not name.startswith(".")]
+        for name in directories:
+            _warn_of_twin(root, os.path.join(directory, name))
         below = os.path.relpath(directory, root).replace(os.sep, "/")
         prefix = "" if below == "." else below + "/"
-        for name in sorted(names):
+        for name in names:
             suffix = os.path.splitext(name)[1].lower()
             if name.startswith("."):
                 continue
@@ -64,6 +71,14 @@ def _loops(root: Path, directory: str, name: str) -> bool:
     leads_to = os.path.realpath(place) + os.sep
     passed = [way, *itertools.takewhile(lambda above: above != root.parent, way.parents)]
     return any((os.path.realpath(above) + os.sep).startswith(leads_to) for above in passed)
+
+
+def _warn_of_twin(root: Path, place: str) -> None:
+    """Warns of a directory that is a link to one of the same tree: its recordings may be of two speakers then."""
+    if os.path.islink(place):
+        inside = os.path.relpath(os.path.realpath(place), os.path.realpath(root)).split(os.sep)
+        if not any(part.startswith(".") for part in inside):  # hidden, or outside
+            say_once(f"warning: {place} is a link to {'/'.join(inside)}: what lies there is read twice")
 
 
 def open_folder(root: Path, speakers: bool = True) -> Utterances:
@@ -98,15 +113,16 @@ def open_folder(root: Path, speakers: bool = True) -> Utterances:
                 )
     names = sorted(set(found))
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    _say(f"{root}: {len(paths)} recordings of {len(names)} speaker{'s' * (len(names) > 1)} ({shown})")
+    say_once(f"{root}: {len(paths)} recordings of {len(names)} speaker{'s' * (len(names) > 1)} ({shown})")
     if others:
         listed = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(8))
-        _say(f"{root}: {sum(others.values())} other files are left out ({listed})")
+        say_once(f"{root}: {sum(others.values())} other files are left out ({listed})")
     return Utterances(ids=paths, paths=paths, speakers=found, root=root)
 
 
 @functools.lru_cache(maxsize=64)  # once a process: commands open the same data several times
-def _say(line: str) -> None:
+def say_once(line: str) -> None:
+    """Prints what is said of data on standard error."""
     print(line, file=sys.stderr)
 
 
@@ -118,7 +134,8 @@ def open_csv(path: Path) -> Utterances:
     without an id is called `path:start-stop`.
 
     Raises:
-        UserError: naming file and line: no such columns, an empty field, a wrong number of fields, an id twice.
+        UserError: naming file and line: no such columns, one of them twice, an empty field, a wrong number of fields,
+            an id twice.
     """
     ids: list[str] = []
     paths: list[str] = []
@@ -131,14 +148,8 @@ def open_csv(path: Path) -> Utterances:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file, skipinitialspace=True)
-            header = [name.strip() for name in rows.fieldnames or []]
+            header = _header(path, rows.fieldnames or [])
             rows.fieldnames = header
-            if not {"path", "speaker"} <= set(header):
-                raise UserError(
-                    f"{path}:1: the header must name the columns path and speaker, found {','.join(header)!r}"
-                )
-            if "stop" in header and "end" in header:
-                raise UserError(f"{path}:1: the header names both stop and end")
             for fields in rows:
                 line = rows.line_num
                 if None in fields or None in fields.values():
@@ -154,13 +165,13 @@ def open_csv(path: Path) -> Utterances:
                 paths.append(row["path"])
                 speakers.append(speaker)
                 lines.append(line)
-                if row.get("gender"):
-                    genders[speaker] = row["gender"][:1].lower()
-                if row.get("age"):
-                    try:
-                        ages[speaker] = float(row["age"])
-                    except ValueError:
-                        raise UserError(f"{path}:{line}: age {row['age']!r} is not a number") from None
+                if gender := gender_of(row.get("gender", "")):
+                    genders[speaker] = gender
+                try:
+                    if row.get("age") and (age := age_of(row["age"])) is not None:
+                        ages[speaker] = age
+                except ValueError:
+                    raise UserError(f"{path}:{line}: age {row['age']!r} is not a number") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (UnicodeDecodeError, csv.Error) as error:
@@ -179,6 +190,18 @@ def open_csv(path: Path) -> Utterances:
         listing=path,
         lines=tuple(lines),
     )
+
+
+def _header(path: Path, names: Sequence[str]) -> list[str]:
+    """The names of a CSV's columns, checked."""
+    header = [name.strip() for name in names]
+    if not {"path", "speaker"} <= set(header):
+        raise UserError(f"{path}:1: the header must name the columns path and speaker, found {','.join(header)!r}")
+    if twice := [name for name, count in collections.Counter(header).items() if name and count > 1]:
+        raise UserError(f"{path}:1: the header names the column {twice[0]} twice")
+    if "stop" in header and "end" in header:
+        raise UserError(f"{path}:1: the header names both stop and end")
+    return header
 
 
 def _span(path: Path, line: int, first: str, last: str) -> tuple[float, float]:

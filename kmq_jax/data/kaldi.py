@@ -1,13 +1,18 @@
 """Kaldi data directories: `wav.scp`, `utt2spk`, and where present `segments`, `spk2gender`, `spk2age`."""
 
+import contextlib
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import require_regular
-from kmq_jax.data.table import Utterances, require_unique
+from kmq_jax.data.table import Utterances, age_of, gender_of, require_unique
+
+T = TypeVar("T")
 
 
 def read_table(path: Path) -> tuple[dict[str, str], dict[str, int]]:
@@ -97,8 +102,8 @@ def open_kaldi(root: Path) -> Utterances:
         speakers=tuple(speaker_of[key] for key in ids),
         root=root,
         spans=spans,
-        genders=_read_optional(root / "spk2gender"),
-        ages={key: _age(value) for key, value in _read_optional(root / "spk2age").items() if _age(value) >= 0},
+        genders=_read_optional(root / "spk2gender", gender_of),
+        ages=_read_optional(root / "spk2age", age_of),
         listing=listing,
         lines=tuple(lines),
     )
@@ -137,12 +142,11 @@ def _read_segments(path: Path, recordings: dict[str, str]) -> tuple[list[str], l
     return ids, paths, np.array(spans, np.float64).reshape(-1, 2), lines
 
 
-def _read_optional(path: Path) -> dict[str, str]:
-    return read_table(path)[0] if path.is_file() else {}
-
-
-def _age(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return -1.0
+def _read_optional(path: Path, read: Callable[[str], T | None]) -> dict[str, T]:
+    """What a table says of speakers, where there is one; what it says in another way is left out."""
+    found = {}
+    for key, text in (read_table(path)[0] if path.is_file() else {}).items():
+        with contextlib.suppress(ValueError):
+            if (value := read(text)) is not None:
+                found[key] = value
+    return found

@@ -7,11 +7,13 @@ and genders are downloaded. Nothing is trusted that an archive's names say: it i
 
 import contextlib
 import dataclasses
+import gzip
 import io
 import shutil
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -29,6 +31,8 @@ from kmq_jax.data.voxceleb import open_voxceleb
 _SLR, _VOX = "https://www.openslr.org/resources", "https://www.robots.ox.ac.uk/~vgg/data/voxceleb"
 _ASK = f"ask for it at {_VOX}/ (or give a --mirror that has it)"
 _UNPACKING = ".unpacking-"
+# Of an archive that is damaged, has a password, or was packed in a way that Python does not know.
+_BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError)
 
 _DEV = (
     "0024 0044 0093 0096 0114 0133 0157 0457 0461 0567 0811 0981 1037 1039 1046 1061 1075 1099 1135 1181 "
@@ -133,7 +137,7 @@ def _unpack(parts: Sequence[Path], out: Path, inside: str) -> None:
             raise UserError(f"{parts[0]} holds no directory {inside}")
         _merge(place / inside, final)
         marker.touch()
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except _BROKEN as error:
         raise UserError(f"cannot unpack {parts[0]}: {error}") from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -151,8 +155,11 @@ def _merge(source: Path, target: Path) -> None:
 
 def _extract_tar(parts: Sequence[Path], place: Path) -> None:
     (archive,) = parts
-    with tarfile.open(archive, "r:gz") as opened:
-        opened.extractall(place, filter="data")  # no links out, no devices, no absolute names
+    with gzip.open(archive) as stream:
+        with tarfile.open(fileobj=stream, mode="r:") as opened:
+            opened.extractall(place, filter="data")  # no links out, no devices, no absolute names
+        while stream.read(1 << 20):  # to the end, where the checksum stands
+            pass
 
 
 def _extract_zip(parts: Sequence[Path], place: Path) -> None:
@@ -253,7 +260,7 @@ def _write_kaldi(place: Path, speakers: dict[str, list[str]], found: dict[str, d
             rows["utt2spk"].append(f"{own} so762_{speaker}\n")
     for name, lines in rows.items():
         with atomic_write(place / name) as temporary:
-            temporary.write_text("".join(lines))
+            temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def finish_voxceleb(out: Path) -> list[str]:

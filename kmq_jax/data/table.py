@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -108,7 +109,13 @@ class Utterances:
             raise audio.AudioError(self.where(i), error.reason) from None
 
     def num_samples(self, i: int) -> int:
-        """The length of utterance `i` at 16 kHz, without decoding where the source or the header tells it."""
+        """The length of utterance `i` at 16 kHz, without decoding where the source or the header tells it.
+
+        Of a part of a recording it may be a sample off.
+
+        Raises:
+            AudioError: the file is missing, cannot be read, or ends before the part does.
+        """
         if self.samples is not None:
             return int(self.samples[i])
         if self.reader is not None:
@@ -239,6 +246,51 @@ class _Joined:
         """The same as int16."""
         table, i = self.rows[name]
         return self.tables[table].load_int16(i)
+
+
+def gender_of(text: str) -> str | None:
+    """A gender as lists write it, as "f" or "m"; None of what is neither, such as "unknown".
+
+    >>> gender_of("Female"), gender_of("m"), gender_of("unknown")
+    ('f', 'm', None)
+    """
+    return {"f": "f", "female": "f", "m": "m", "male": "m"}.get(text.lower())
+
+
+def age_of(text: str) -> float | None:
+    """An age in years; None of one that is below zero or not a number, by which lists say that it is unknown.
+
+    Raises:
+        ValueError: the text is no number.
+
+    >>> age_of("31"), age_of("-1"), age_of("nan")
+    (31.0, None, None)
+    """
+    age = float(text)
+    return age if 0 <= age < math.inf else None
+
+
+def require_utf8(names: Iterable[str], what: str) -> None:
+    r"""Refuses names of files that are not UTF-8, before they are written where nothing else may stand.
+
+    Args:
+        names: as Python has them, bytes that are not UTF-8 escaped.
+        what: holds no such name, for the message.
+
+    Raises:
+        UserError: there is one.
+
+    >>> require_utf8(["caf\udce9.wav"], "a trial list")
+    Traceback (most recent call last):
+    kmq_jax.core.errors.UserError: b'caf\xe9.wav' is not UTF-8, as names in a trial list must be: rename the recording
+    """
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{os.fsencode(name)!r} is not UTF-8, as names in {what} must be: rename the recording"
+            ) from None
 
 
 def require_unique(ids: Sequence[str], listing: Path, lines: Sequence[int]) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import itertools
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
@@ -183,8 +184,8 @@ def _lines(path: Path, share: tuple[int, int]) -> Iterator[tuple[list[bytes], bo
 def _opening(path: Path) -> str:
     """The first line of a file that is not blank; it tells the list's form."""
     with path.open("rb") as file:
-        line = next((line for line in file if line.strip()), b"")
-    return line.decode("utf-8-sig")
+        lines = (line.decode("utf-8-sig") for line in file)  # a byte-order mark or a no-break space is blank as well
+        return next((line for line in lines if line.strip()), "")
 
 
 def _separator(text: str) -> str:
@@ -254,7 +255,12 @@ def read_models(path: str | os.PathLike[str]) -> dict[str, list[str]]:
 def model_rows(
     models: Mapping[str, Sequence[str]], ids: Sequence[str], paths: Sequence[str] = ()
 ) -> tuple[np.ndarray, ...]:
-    """The rows of each enrolment model's utterances, in the order of `models` (`read_models`).
+    """The rows of each enrolment model's utterances, in the order of `models`.
+
+    Args:
+        models: utterances by model (`read_models`).
+        ids: the utterances' ids.
+        paths: their paths, by which models may name them, too.
 
     Raises:
         UserError: a model names an unknown utterance, or none.
@@ -290,6 +296,9 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     '; known is, for example, a'
     """
     ordered = sorted(known)
+    composed = unicodedata.normalize("NFC", name)
+    if not name.isascii() and any(unicodedata.normalize("NFC", one) == composed for one in ordered):
+        return "; the same name is known with its accents written otherwise (Unicode's NFC and NFD)"
     # A table may hold millions: only names that begin or end alike are compared letter by letter.
     place, last = bisect.bisect(ordered, name), name.rsplit("/", 1)[-1]
     alike = [one for one in ordered if one.rsplit("/", 1)[-1] == last][:_COMPARED]
@@ -308,7 +317,7 @@ def _guess_form(tokens: Sequence[str], table: Mapping[str, int]) -> _Form:
 
 def _first_error(path: Path, form: _Form, enrolled: Mapping[str, int], table: Mapping[str, int]) -> UserError:
     """Finds the first line at fault, line by line: the fast way only tells that there is one."""
-    separator = ""
+    separator: str | None = None
     columns = "`label enrol test`" if form == _LABEL_FIRST else "`enrol test label`"
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -316,7 +325,8 @@ def _first_error(path: Path, form: _Form, enrolled: Mapping[str, int], table: Ma
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
                 return UserError(f"{path}:{number}: not UTF-8 text")
-            separator = separator or _separator(text)
+            if separator is None and text.strip():  # the first line tells it, as it did before
+                separator = _separator(text)
             tokens = (text.replace(separator, " ") if separator else text).split()
             if not tokens:
                 continue

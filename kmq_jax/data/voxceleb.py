@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.data.folder import audio_files
+from kmq_jax.data.folder import audio_files, say_once
 from kmq_jax.data.table import Utterances
 
 _SPEAKER = re.compile(r"id\d{5}$")
@@ -42,15 +42,19 @@ def open_voxceleb(root: Path) -> Utterances:
 
     The id of an utterance is its path as the official trial lists write it, with the suffix `.wav` even where the
     release (VoxCeleb2) or the user's own conversion has another one. Genders come from `vox1_meta.csv` or
-    `vox2_meta.csv`, found beside the tree.
+    `vox2_meta.csv`, found beside the tree. Recordings that lie otherwise are left out, and counted on standard error.
 
     Raises:
         UserError: no VoxCeleb tree, or the same utterance in two formats.
     """
     place = tree_root(root)
-    paths = tuple(path for path in audio_files(place) if _UTTERANCE.match(path)) if place else ()
+    found = tuple(audio_files(place)) if place else ()
+    paths = tuple(path for path in found if _UTTERANCE.match(path))
     if place is None or not paths:
         raise UserError(f"{root} is no VoxCeleb tree (id*/video/utterance.wav)")
+    if len(paths) < len(found):
+        first = next(path for path in found if not _UTTERANCE.match(path))
+        say_once(f"{place}: {len(found) - len(paths)} recordings are left out: not id*/video/utterance, as {first}")
     ids = tuple(path.rpartition(".")[0] + ".wav" for path in paths)
     for before, after, name in zip(paths, paths[1:], ids):  # the walk is sorted, so twins are neighbours
         if before.rpartition(".")[0] == after.rpartition(".")[0]:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
@@ -70,6 +71,8 @@ def _prepare(utterances: Utterances, out: Path, workers: int, min_seconds: float
         if summary.get("source") != fingerprint:
             raise UserError(f"--out={out} already holds another dataset; remove it or choose another directory")
         shutil.rmtree(work, ignore_errors=True)
+        # Only names tell one dataset from another: recordings that were mended since are not in it.
+        print(f"{out} was complete before; its recordings are not looked at again", file=sys.stderr)
         return summary
     plan = work / "plan.json"
     if plan.is_file():
@@ -110,7 +113,8 @@ class _Task:
 
 
 def _fingerprint(utterances: Utterances, min_seconds: float) -> str:
-    digest = hashlib.sha256(f"{VERSION} {min_seconds} {utterances.root.absolute()}\n".encode())
+    about = f"{VERSION} {min_seconds} {utterances.root.absolute()}\n"
+    digest = hashlib.sha256(about.encode(errors="surrogateescape"))
     for row in zip(utterances.ids, utterances.paths, utterances.speakers):
         digest.update("\t".join(row).encode(errors="surrogateescape") + b"\n")
     if utterances.spans is not None:

@@ -5,6 +5,7 @@ same condition, so that what is measured is quantization and not the condition. 
 less the loss on whole recordings. Every interval is paired: one draw of speakers for all networks and conditions.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,10 @@ def compare_conditions(
     """
     wanted = [degrade.parse_condition(text) for text in options.conditions]
     if options.noise is None:
+        left_out = [str(one) for one in wanted if one.kind == "noise"]
         wanted = [one for one in wanted if one.kind != "noise"]
+        if left_out:
+            print(f"left out for want of clips of noise (--noise): {', '.join(left_out)}", file=sys.stderr)
     clips = source.open_source(options.noise) if options.noise else None
     table = source.open_source(data)
     utterances, listed = used_only(table, open_trials(trials, table))

@@ -124,6 +124,12 @@ def _fit(wave: np.ndarray, samples: int) -> np.ndarray:
 def noisy(wave: np.ndarray, clip: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
     """Adds a clip from a random place on, repeated where it is short; both powers are means over all samples.
 
+    Args:
+        wave: `[samples]`, the recording.
+        clip: `[any]`, the noise.
+        snr_db: how far the recording's power is above that of what is added.
+        rng: draws the place.
+
     >>> rng = np.random.default_rng(0)
     >>> wave, clip = rng.standard_normal(8000), rng.standard_normal(300)
     >>> added = noisy(wave, clip, 10.0, rng) - wave
@@ -156,7 +162,7 @@ class _Worse:
             return coded(wave, how.codec)
         assert self.noise is not None
         # By the utterance's name, so that neither order nor the number of others matters.
-        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode(errors="surrogateescape"))])
         clip = self.noise.load(int(rng.integers(len(self.noise))))
         return noisy(wave, clip, how.value, rng)
 

@@ -32,7 +32,13 @@ class Diagnosis:
 
 
 def diagnose_scores(trials: scores.ScoredTrials, recordings: people.Recordings, options: DiagnosisOptions) -> Diagnosis:
-    """Everything that scores alone tell."""
+    """Everything that scores alone tell.
+
+    Args:
+        trials: the scores of the reference and of its quantized versions.
+        recordings: what the trials compare.
+        options: how much is computed; those of networks do not count here.
+    """
     replicates, seed = options.replicates, options.seed
     draws = few = None
     if replicates:

@@ -82,6 +82,11 @@ def _by(rows: tuple[Array, Array], values: Array, count: int) -> Array:
 def speaker_rows(trials: ScoredTrials, flips: Flips, recordings: Recordings) -> list[Json]:
     """Flips and drift in the trials that a speaker takes part in, on either side; most harmful flips first.
 
+    Args:
+        trials: the scores.
+        flips: at one threshold.
+        recordings: what the trials compare.
+
     Returns:
         `bits, speaker, gender, age, trials, harmful, beneficial, harmful_rate, share_of_harmful` (of the speaker's
         trials among all harmful flips, so that shares sum to more than one), `mean_abs_drift`.
@@ -172,6 +177,12 @@ def group_rows(
 ) -> list[Json]:
     """Flips and drift by group of utterances. A trial counts once for each of its two sides that is of the group.
 
+    Args:
+        trials: the scores.
+        flips: at one threshold.
+        recordings: what the trials compare.
+        draws: of the trials' speakers, for intervals.
+
     Returns:
         `bits, by, group, utterances, trial_sides, harmful_rate, harmful_rate_ci95, mean_abs_drift,
         mean_abs_drift_ci95`.
@@ -209,7 +220,8 @@ def drift_causes(utterances: Sequence[Row]) -> list[Json]:
     rows = []
     for bits in sorted({row["bits"] for row in utterances}, reverse=True):
         for key in ("seconds", "snr_db"):
-            pairs = [(row[key], row["mean_abs_drift"]) for row in utterances if row["bits"] == bits and row[key]]
+            some = [row for row in utterances if row["bits"] == bits and row[key] is not None]
+            pairs = [(row[key], row["mean_abs_drift"]) for row in some]
             x, y = np.array(pairs, float).reshape(-1, 2).T
             if len(x) > 3 and np.ptp(x) and np.ptp(y):
                 rows.append({"bits": bits, "with": key, "utterances": len(x), "spearman": float(spearman(x, y))})
@@ -218,6 +230,12 @@ def drift_causes(utterances: Sequence[Row]) -> list[Json]:
 
 def worst_trials(trials: ScoredTrials, flips: Flips, recordings: Recordings, count: int = 20) -> list[Json]:
     """The trials to listen to: harmful flips by the size of their drift, then other trials by theirs.
+
+    Args:
+        trials: the scores.
+        flips: at one threshold.
+        recordings: what the trials compare.
+        count: at each number of bits.
 
     Returns:
         `bits, flip, label, enrol_path, test_path, enrol, test, reference_score, score, drift, margin`.

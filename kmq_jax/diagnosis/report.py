@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,24 +13,38 @@ from kmq_jax.diagnosis.diagnosis import GROUP_DRAWS, Diagnosis
 from kmq_jax.diagnosis.layers import more_bits
 from kmq_jax.diagnosis.networks import COMPONENT_DRAWS
 
-_FIGURE_PREFIX = "figure-"
+_FIGURE_PREFIX, _WHOLE = "figure-", "diagnosis.json"
 _NETWORK_TABLES = ("retention", "layers", "blocks", "correlations")  # which embeddings alone do not give
+_SCORE_TABLES = ("systems", "drift", "flips", "speakers", "utterances", "groups", "drift_causes", "worst_trials")
+_OURS = re.compile(
+    rf"({'|'.join((*_SCORE_TABLES, *_NETWORK_TABLES))})\.csv|{_FIGURE_PREFIX}({'|'.join(figures.FIGURES)})\.png|"
+    r"rules-[\d.]+\.json"
+)
+"""Names of files that one diagnosis writes and another may not."""
 
 
 def write(out: Path, found: Diagnosis) -> None:
-    """Writes everything into the directory `out`; each file appears whole or not at all, the report last."""
+    """Writes everything into the directory `out`; each file appears whole or not at all, the report last.
+
+    What an earlier diagnosis left there, and this one has not, is removed: it would pass for a part of this one.
+    """
     pictures = {name: html.png(figure) for name, figure in figures.draw_all(found).items()}
     for name in pictures:
         with atomic_write(out / f"{_FIGURE_PREFIX}{name}.png") as temporary:
             temporary.write_bytes(pictures[name])
-    for name, rows in found.tables.items():
-        if rows:
-            write_csv(out / f"{name}.csv", rows)
-    layers = found.tables.get("layers", ())
-    for bits in {row["bits"]: None for row in layers}:
-        if rules := more_bits(layers, bits):
-            write_json(out / f"rules-{bits:g}.json", rules)
-    write_json(out / "diagnosis.json", finite({"notes": found.notes, **found.tables}))
+    tables = {name: rows for name, rows in found.tables.items() if rows}
+    for name, rows in tables.items():
+        write_csv(out / f"{name}.csv", rows)
+    layers = tables.get("layers", [])
+    rules = {f"rules-{bits:g}.json": more_bits(layers, bits) for bits in {row["bits"]: None for row in layers}}
+    rules = {name: rows for name, rows in rules.items() if rows}
+    for name, rows in rules.items():
+        write_json(out / name, rows)
+    kept = {*rules, *(f"{name}.csv" for name in tables), *(f"{_FIGURE_PREFIX}{name}.png" for name in pictures)}
+    for path in out.iterdir() if (out / _WHOLE).is_file() else ():
+        if _OURS.fullmatch(path.name) and path.name not in kept:
+            path.unlink()
+    write_json(out / _WHOLE, finite({"notes": found.notes, **found.tables}))
     html.write(
         out / "report.html",
         "diagnosis",
@@ -65,8 +80,11 @@ def flat(row: Row) -> Json:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Writes rows that share their keys; None is an empty cell, infinity is `inf`."""
-    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    """Writes rows that share their keys; None is an empty cell, infinity is `inf`. Names of files are any bytes."""
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.DictWriter(file, list(flat(rows[0])))
         writer.writeheader()
         writer.writerows(flat(row) for row in rows)

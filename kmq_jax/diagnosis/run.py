@@ -9,6 +9,7 @@ import numpy as np
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.options import refuse_given
 from kmq_jax.data import source
 from kmq_jax.data.trials import Trials, open_trials
 from kmq_jax.diagnosis import people, scores
@@ -20,6 +21,9 @@ from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model
 from kmq_jax.scoring.cosine import average, cosine_scores
 from kmq_jax.scoring.levels import LevelScores, score_levels
 from kmq_jax.scoring.table import EmbeddingTable
+
+_OF_NETWORKS = ("retention_utterances", "retention_bits", "layer_utterances", "hessian_draws", "hessian_utterances",
+                "hessian_seconds", "compute", "max_seconds", "max_frames")  # fmt: skip
 
 
 def parse_quantized(given: Iterable[str]) -> dict[int, str]:
@@ -61,12 +65,14 @@ def diagnose(
         enrol_models: list of enrolment models, where the trials enrol models.
 
     Raises:
-        UserError: models and embeddings are mixed; or as `diagnose_models` and `diagnose_embeddings`.
+        UserError: models and embeddings are mixed, or an option of networks is given with embeddings; or as
+            `diagnose_models` and `diagnose_embeddings`.
     """
     tables = [str(place).endswith(".npz") for place in (reference, *quantized.values())]
     if any(tables) and not all(tables):
         raise UserError("--reference and --quantized must be all models or all embeddings (.npz)")
     if all(tables):
+        refuse_given(options, _OF_NETWORKS, "needs models: nothing is embedded where embeddings are given")
         found = diagnose_embeddings(reference, quantized, trials, data, options, enrol_models)
     else:
         if not data:

@@ -222,7 +222,14 @@ class Flips:
 
 
 def find_flips(trials: ScoredTrials, name: str, threshold: float, model_thresholds: ArrayLike | None = None) -> Flips:
-    """Compares decisions `score >= threshold`, the models' at their own thresholds where those are given."""
+    """Compares decisions `score >= threshold`.
+
+    Args:
+        trials: the scores.
+        name: of the threshold, for tables.
+        threshold: the reference's.
+        model_thresholds: `[models]`, their own; the reference's where left out.
+    """
     own = np.full(len(trials.bits), threshold) if model_thresholds is None else np.asarray(model_thresholds, float)
     right = (trials.reference >= threshold) == trials.labels
     now = (trials.full >= own[:, None]) == trials.labels

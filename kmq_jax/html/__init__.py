@@ -51,7 +51,7 @@ def write(path: Path, page: str, pictures: Mapping[str, bytes], **values: object
     images = {name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in pictures.items()}
     text = environment.get_template(f"{page}.html.j2").render(images=images, **values)
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # names of files are any bytes
 
 
 def number(value: float | None, digits: int = 3, signed: bool = False) -> str:

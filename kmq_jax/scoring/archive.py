@@ -19,6 +19,7 @@ import numpy as np
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import atomic_write, require_regular
 from kmq_jax.data.kaldi import read_table
+from kmq_jax.data.table import require_utf8
 
 SUFFIXES = ".ark", ".scp"
 _LONGEST_KEY = 4096
@@ -52,12 +53,13 @@ def check_archive(path: Path, ids: Sequence[str]) -> None:
         ids: `[utterances]`, the keys.
 
     Raises:
-        UserError: kaldiio is not installed, or an id has a space or is empty.
+        UserError: kaldiio is not installed, or an id has a space, is empty or is not UTF-8.
     """
     _library()
     for key in ids:
         if not key or re.search(r"\s", key):
             raise UserError(f"{path}: the id {key!r} has a space, which keys of Kaldi's files have not")
+    require_utf8(ids, "Kaldi's files")
 
 
 def write_archive(path: Path, ids: Sequence[str], embeddings: np.ndarray) -> None:
@@ -69,7 +71,7 @@ def write_archive(path: Path, ids: Sequence[str], embeddings: np.ndarray) -> Non
         embeddings: `[utterances, dim]`.
 
     Raises:
-        UserError: kaldiio is not installed, an id has a space or is empty, or a file cannot be written.
+        UserError: kaldiio is not installed, an id has a space, is empty or is not UTF-8, or a file cannot be written.
     """
     check_archive(path, ids)
     kaldiio = _library()

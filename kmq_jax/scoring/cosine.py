@@ -42,7 +42,8 @@ def _checked(embeddings: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     length = lengths(rows)
     bad = unusable(length)
     if bad.any():
-        raise UserError(f"embedding {int(bad.argmax())} is zero or not finite, and so are {int(bad.sum()) - 1} others")
+        more = f", and {int(bad.sum()) - 1} more" if bad.sum() > 1 else ""
+        raise UserError(f"embedding {int(bad.argmax())} is zero or not finite{more}")
     return rows, length.astype(np.float32)
 
 
@@ -130,6 +131,9 @@ def average(embeddings: ArrayLike, groups: Iterable[ArrayLike]) -> np.ndarray:
 
     Returns:
         `[groups, dim]` float32.
+
+    Raises:
+        UserError: a group is empty, there is none, or an embedding is zero or not finite.
 
     >>> average([[2.0, 0.0], [0.0, 4.0], [5.0, 0.0]], [[0, 1], [2]]).tolist()
     [[0.5, 0.5], [1.0, 0.0]]

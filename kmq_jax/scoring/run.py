@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +79,9 @@ def score(
     scores = cosine_scores(sides.enrol_embeddings, sides.test_embeddings, sides.enrol, sides.test)
     notes = None
     if cohort:
-        scores, notes = normalise(scores, sides, read_embeddings(cohort), how.top_n, how.cohort_speaker_means)
+        others = read_embeddings(cohort)
+        warn_of_other_model(others, enrol_table, test_table)
+        scores, notes = normalise(scores, sides, others, how.top_n, how.cohort_speaker_means)
     speakers = sides.enrol_speaker, sides.test_speaker
     try:
         metrics = evaluate(scores, listed.label, *speakers, how.p_target, fitted, how.replicates, how.seed)
@@ -135,19 +138,16 @@ def check_cohort_options(cohort: Place | None, options: ScoringOptions) -> None:
         raise UserError("`top_n` and `cohort_speaker_means` need a cohort (`snorm_cohort`)")
 
 
-def cohort_members(
-    cohort: EmbeddingTable, top_n: int | None, means: bool, speakers: frozenset[str]
-) -> tuple[np.ndarray, Json]:
+def cohort_members(cohort: EmbeddingTable, top_n: int | None, means: bool) -> tuple[np.ndarray, Json]:
     """What scores are normalised by, and how.
 
     Args:
         cohort: embeddings of other speakers.
         top_n: nearest cohort members that count; 300, or all if fewer, where left out.
         means: whether a cohort member is the mean of a speaker's embeddings.
-        speakers: names of the trials' speakers; a warning tells how many of them the cohort has.
 
     Returns:
-        The members `[members, dim]`; and `cohort`, `members`, `top_n`, `shared_speakers`.
+        The members `[members, dim]`; and `cohort`, `members`, `top_n`.
 
     Raises:
         UserError: the cohort does not name its speakers, or is smaller than `top_n`.
@@ -163,10 +163,22 @@ def cohort_members(
     if top_n is not None and not 2 <= top_n <= len(members):
         raise UserError(f"`top_n` (={top_n}) must lie between 2 and the cohort's size, {len(members)}")
     top_n = min(_TOP_N, len(members)) if top_n is None else top_n
+    return members, {"cohort": cohort.source, "members": len(members), "top_n": top_n}
+
+
+def shared_speakers(cohort: EmbeddingTable, speakers: frozenset[str]) -> int:
+    """How many of the trials' speakers a cohort has; a warning tells of them."""
     shared = len(speakers & set(cohort.speakers or ()))
     if shared:
         print(f"warning: {shared} speakers of the trials are also in the cohort {cohort.source}", file=sys.stderr)
-    return members, {"cohort": cohort.source, "members": len(members), "top_n": top_n, "shared_speakers": shared}
+    return shared
+
+
+def warn_of_other_model(cohort: EmbeddingTable, *tables: EmbeddingTable) -> None:
+    """Warns where a cohort is known to be of a model that embedded neither side of the trials."""
+    known = {table.model for table in tables}
+    if cohort.model and None not in known and cohort.model not in known:
+        print(f"warning: the cohort {cohort.source} is of another model than {tables[-1].source}", file=sys.stderr)
 
 
 def normalise(
@@ -175,15 +187,20 @@ def normalise(
     """Applies adaptive S-norm to cosine scores `[trials]`; arguments and errors as of `cohort_members`.
 
     Returns:
-        The new scores `[trials]`, and what was done.
+        The new scores `[trials]`, and what was done: as `cohort_members`, and `shared_speakers`.
     """
-    members, notes = cohort_members(cohort, top_n, means, sides.speaker_names)
+    members, notes = cohort_members(cohort, top_n, means)
+    notes["shared_speakers"] = shared_speakers(cohort, sides.speaker_names)
     tables = sides.enrol_embeddings, sides.test_embeddings
     return adaptive_snorm(scores, *tables, sides.enrol, sides.test, members, notes["top_n"]), notes
 
 
 def read_calibration(path: Place, kind: str) -> AffineMap | IsotonicMap:
-    """Reads what `save_calibration` wrote, for scores of the same kind, "cosine" or "snorm"."""
+    """Reads what `save_calibration` wrote, for scores of the same kind, "cosine" or "snorm".
+
+    Raises:
+        UserError: it is no calibration, or one for scores of the other kind.
+    """
     value = read_json(path)
     try:
         calibration = map_from_dict(value)
@@ -200,13 +217,26 @@ def save_calibration(path: Place, scored: Scored) -> None:
 
 
 def write_scores(path: Place, trials: Trials, scores: np.ndarray) -> None:
-    """Writes `enrol test score` lines, with names as in the list. Nine digits give every float32 back exactly."""
-    names = np.array(trials.names, object)
-    with atomic_write(path) as temporary, temporary.open("w") as file:
-        for start in range(0, len(scores), _LINES):
-            part = slice(start, start + _LINES)
-            rows = zip(names[trials.enrol_name[part]], names[trials.test_name[part]], scores[part].tolist())
-            file.write("".join([f"{enrol} {test} {score:.9g}\n" for enrol, test, score in rows]))
+    """Writes `enrol test score` lines, with names as in the list; into an `.npy`, the scores alone as float32."""
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        if Path(path).suffix == ".npy":
+            np.save(file, np.asarray(scores, "<f4"))
+        else:
+            file.writelines(score_lines(np.array(trials.names, object), trials, scores))
+
+
+def score_lines(names: np.ndarray, trials: Trials, scores: np.ndarray) -> Iterator[bytes]:
+    """`enrol test score` lines in UTF-8, many at a time. Nine digits give every float32 back exactly.
+
+    Args:
+        names: `[names]`, for the trials' `enrol_name` and `test_name`.
+        trials: the list, or a part of it.
+        scores: `[trials]`.
+    """
+    for start in range(0, len(scores), _LINES):
+        part = slice(start, start + _LINES)
+        rows = zip(names[trials.enrol_name[part]], names[trials.test_name[part]], scores[part].tolist())
+        yield "".join([f"{enrol} {test} {score:.9g}\n" for enrol, test, score in rows]).encode()
 
 
 def draw_det(path: Place, scored: Scored) -> None:

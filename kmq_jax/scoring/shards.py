@@ -1,9 +1,10 @@
 """Embeddings of a list shard by shard: by any number of processes, and a run that is killed goes on where it stopped.
 
 While shards are being made they lie in `OUT.shards/`, beside a plan that holds a digest of all that decides what they
-hold: model, recordings, their lengths, options, devices. A shard that is there is complete. Each is made under a lock
-of its own, which ends with its holder; processes take whichever is free. The last of them writes the whole file, with
-the bytes of a run in one piece. The plan stays, so that a process that comes late finds that all is done.
+hold: model, recordings, their lengths, sizes and times, options, devices. A shard that is there is complete. Each is
+made under a lock of its own, which ends with its holder; processes take whichever is free. The last of them writes the
+whole file, with the bytes of a run in one piece. The plan stays, so that a process that comes late finds that all is
+done.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -24,12 +26,16 @@ from kmq_jax.data.table import Utterances
 from kmq_jax.models.engine import chosen
 from kmq_jax.scoring.options import ExtractionOptions
 
+_THREADS = 8
+
 EmbedShare = Callable[[tuple[int, int]], tuple[np.ndarray, np.ndarray]]
 """Embeds a share `(i, n)` of the list, as `models.speaker_model.embed_share`: rows, and `[rows, dim]`."""
 
 
 def digest(utterances: Utterances, model: str, options: ExtractionOptions, shards: int) -> str:
     """What tells one sharded run from another: all that decides which bits a shard holds.
+
+    Recordings that lie in files of their own count by size and time: what took a file's place is another recording.
 
     Args:
         utterances: the list; with `samples`, its lengths.
@@ -46,7 +52,20 @@ def digest(utterances: Utterances, model: str, options: ExtractionOptions, shard
         found.update("\t".join(row).encode(errors="surrogateescape") + b"\n")
     for values in (utterances.spans, utterances.samples):
         found.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
+    if utterances.reader is None:
+        with ThreadPoolExecutor(_THREADS) as pool:  # which wait for the disk together
+            for seen in pool.map(_size_and_time, map(utterances.location, range(len(utterances)))):
+                found.update(seen)
     return found.hexdigest()
+
+
+def _size_and_time(path: Path) -> bytes:
+    """What tells a recording from one that takes its place; nothing of one that is missing."""
+    try:
+        seen = path.stat()
+    except OSError:
+        return b"-"
+    return f"{seen.st_size} {seen.st_mtime_ns}\n".encode()
 
 
 def run(

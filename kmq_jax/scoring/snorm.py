@@ -69,14 +69,26 @@ def checked_rows(embeddings: ArrayLike, cohort: ArrayLike, top_n: int) -> tuple[
     return unit, members
 
 
+class FlatScores(UserError):
+    """An utterance whose scores cannot be normalised, for its top cohort scores are all the same.
+
+    Attributes:
+        row: of the utterance.
+    """
+
+    def __init__(self, row: int, top_n: int, what: str = "embedding"):
+        super().__init__(f"the top {top_n} cohort scores of {what} {row} are all the same")
+        self.row = row
+
+
 def check_spread(deviation: np.ndarray, top_n: int) -> None:
     """Checks deviations `[utterances]`, which scores are divided by.
 
     Raises:
-        UserError: an utterance's top scores are all the same.
+        FlatScores: an utterance's top scores are all the same.
     """
-    if deviation.min() < 1e-6:
-        raise UserError(f"the top {top_n} cohort scores of embedding {int(deviation.argmin())} are all the same")
+    if deviation.size and deviation.min() < 1e-6:
+        raise FlatScores(int(deviation.argmin()), top_n)
 
 
 def adaptive_snorm(
@@ -106,17 +118,29 @@ def adaptive_snorm(
     Returns:
         `[trials]` float32.
 
+    Raises:
+        UserError: as `cohort_statistics`; a message names the row of the caller's table.
+
     References:
         Cumani et al., "Comparison of speaker recognition approaches for real applications", Interspeech 2011. Matejka
         et al., "Analysis of score normalization in multilingual speaker recognition", Interspeech 2017.
     """
     scores = np.asarray(scores, np.float32)
     table, enrol, test = np.asarray(enrol_embeddings), np.asarray(enrol, np.int64), np.asarray(test, np.int64)
-    if test_embeddings is not enrol_embeddings:
-        test = test + len(table)
+    two_tables, enrolled = test_embeddings is not enrol_embeddings, len(table)
+    if two_tables:
+        test = test + enrolled
         table = np.concatenate([table, np.asarray(test_embeddings)])
     # Scores against the cohort are what costs: an utterance has them once, in however many trials it is.
     used, place = np.unique(np.stack([enrol, test]), return_inverse=True)
-    mean, deviation = statistics(table[used], cohort, top_n)
+    try:
+        mean, deviation = statistics(table[used], cohort, top_n)
+    except FlatScores as error:
+        row = int(used[error.row])
+        if not two_tables:
+            raise FlatScores(row, top_n) from None
+        if row < enrolled:
+            raise FlatScores(row, top_n, "enrolment embedding") from None
+        raise FlatScores(row - enrolled, top_n, "test embedding") from None
     place = place.reshape(2, -1)
     return ((scores - mean[place]) / deviation[place]).mean(axis=0)

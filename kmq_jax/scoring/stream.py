@@ -18,11 +18,16 @@ from kmq_jax.data.trials import Trials, model_rows, read_in_parts, read_models
 from kmq_jax.metrics.histogram import ScoreHistogram
 from kmq_jax.scoring.cosine import Scorer, average, cosine_scorer
 from kmq_jax.scoring.options import ScoringOptions
-from kmq_jax.scoring.run import check_cohort_options, cohort_members
-from kmq_jax.scoring.snorm import block_statistics, blocks, check_spread, checked_rows
+from kmq_jax.scoring.run import (
+    check_cohort_options,
+    cohort_members,
+    score_lines,
+    shared_speakers,
+    warn_of_other_model,
+)
+from kmq_jax.scoring.snorm import FlatScores, block_statistics, blocks, check_spread, checked_rows
 from kmq_jax.scoring.table import EmbeddingTable, read_embeddings
 
-_LINES = 1 << 16  # lines written at a time
 _WIDEST = 64.0  # S-norm scores beyond it share the outermost bins
 
 Share: TypeAlias = tuple[int, int]
@@ -69,9 +74,10 @@ def score_stream(
         enrolled = average(table.embeddings, rows) if rows else table.embeddings
         scorer, notes = cosine_scorer(enrolled, table.embeddings), None
         if cohort:
-            names = frozenset(table.speakers or ()) if share[0] == 0 else frozenset()  # one process warns
-            how = options.top_n, options.cohort_speaker_means
-            members, notes = cohort_members(read_embeddings(cohort), *how, names)
+            others = read_embeddings(cohort)
+            members, notes = cohort_members(others, options.top_n, options.cohort_speaker_means)
+            if share[0] == 0:  # one process warns
+                warn_of_other_model(others, table)
     if notes:
         scorer = _normalised(scorer, enrolled, table.embeddings, members, notes["top_n"], share)
     counts = ScoreHistogram(-_WIDEST, _WIDEST) if notes else ScoreHistogram(-1.0, 1.0)
@@ -85,6 +91,9 @@ def score_stream(
             write(part, scores)
     counts.counts = distributed.sum_of_all(counts.counts)
     doubts.warn(trials, share)
+    met = doubts.speakers()
+    if notes:
+        notes["shared_speakers"] = shared_speakers(others, met if share[0] == 0 else frozenset())
     try:
         rates = rates_of(counts, options.p_target)
     except UserError as error:
@@ -105,7 +114,7 @@ def score_together(
 
     Args and errors as `score_stream`; `json` is the file of the figures.
     """
-    share = join()
+    share = own_share()
     figures = score_stream(embeddings, trials, options, enrol_models=enrol_models, cohort=cohort, out=out, share=share)
     if share[0] == 0:
         if json:
@@ -113,7 +122,7 @@ def score_together(
         print(describe(figures))
 
 
-def join() -> Share:
+def own_share() -> Share:
     """Joins the processes that were started together; which one this is, and how many there are."""
     distributed.join()
     import jax
@@ -148,6 +157,8 @@ def rates_of(counts: ScoreHistogram, p_target: float) -> Json:
 class Doubts:
     """Counts doubtful trials part by part: labels that contradict the speakers, recordings against themselves.
 
+    It also keeps which speakers the trials compare.
+
     What `data.trials.doubts` finds besides, pairs that have both labels, needs the whole list at once.
     """
 
@@ -155,8 +166,10 @@ class Doubts:
         """Takes the utterances that the list's rows stand for, and the rows of enrolment models where it has them."""
         self._models = models
         self._speaker: tuple[np.ndarray, np.ndarray] | None = None
+        self._names, self._met = np.empty(0, str), np.empty(0, np.int8)
         if table.speakers:
-            label = np.unique(np.array(table.speakers), return_inverse=True)[1]
+            self._names, label = np.unique(np.array(table.speakers), return_inverse=True)
+            self._met = np.zeros(len(self._names), np.int8)
             self._speaker = label if models is None else label[[rows[0] for rows in models]], label
         self._counts = np.zeros(2, np.int64)
 
@@ -164,9 +177,16 @@ class Doubts:
         """Counts those of a part."""
         if self._speaker is not None:
             enrol, test = self._speaker
-            self._counts[0] += np.count_nonzero((enrol[part.enrol] == test[part.test]) != part.label)
+            sides = enrol[part.enrol], test[part.test]
+            self._counts[0] += np.count_nonzero((sides[0] == sides[1]) != part.label)
+            for side in sides:
+                self._met[side] = 1
         if self._models is None:
             self._counts[1] += np.count_nonzero(part.enrol == part.test)
+
+    def speakers(self) -> frozenset[str]:
+        """Names of the speakers that all processes met. All must call it."""
+        return frozenset(self._names[distributed.highest_of_all(self._met) > 0].tolist())
 
     def warn(self, trials: str, share: Share) -> None:
         """Prints what all processes found, in the first one. All must call it."""
@@ -187,10 +207,20 @@ def _normalised(
     def score(enrol: ArrayLike, test: ArrayLike) -> np.ndarray:
         scores = scorer(enrol, test)
         sides = ((of_enrol, enrol), (of_test, test))
+        for (_, spread), rows in sides:
+            _check_spread(spread, np.asarray(rows), top_n)
         normed: np.ndarray = np.mean([(scores - mean[rows]) / spread[rows] for (mean, spread), rows in sides], axis=0)
         return normed
 
     return score
+
+
+def _check_spread(spread: np.ndarray, rows: np.ndarray, top_n: int) -> None:
+    """Checks deviations at the rows that trials compare: nothing is divided by those of others."""
+    try:
+        check_spread(spread[rows], top_n)
+    except FlatScores as error:
+        raise FlatScores(int(rows[error.row]), top_n) from None
 
 
 def _shared_statistics(embeddings: np.ndarray, cohort: np.ndarray, top_n: int, share: Share) -> np.ndarray:
@@ -201,9 +231,7 @@ def _shared_statistics(embeddings: np.ndarray, cohort: np.ndarray, top_n: int, s
         # The blocks are those of a single process: sums in blocks of other sizes would round otherwise.
         for rows in progress(blocks(len(unit), len(members))[share[0] :: share[1]], desc="cohort", unit="block"):
             found[:, rows] = block_statistics(unit[rows], members, top_n)
-    found = distributed.highest_of_all(found)
-    check_spread(found[1], top_n)
-    return found
+    return distributed.highest_of_all(found)
 
 
 def share_of(out: Path | None, share: Share) -> Path | None:
@@ -242,7 +270,7 @@ def part_writer(out: Path | None) -> Iterator[Callable[[Trials, np.ndarray], Non
                 yield write
         else:
             names = Names()
-            yield lambda part, scores: _lines(file, names.of(part), part, scores)
+            yield lambda part, scores: file.writelines(score_lines(names.of(part), part, scores))
 
 
 @contextlib.contextmanager
@@ -265,11 +293,3 @@ def _numpy(file: IO[bytes]) -> Iterator[Callable[[Trials, np.ndarray], None]]:
     yield write
     file.seek(0)
     header()
-
-
-def _lines(file: IO[bytes], names: np.ndarray, part: Trials, scores: np.ndarray) -> None:
-    """Writes `enrol test score` lines. Nine digits give every float32 back exactly."""
-    for start in range(0, len(scores), _LINES):
-        some = slice(start, start + _LINES)
-        rows = zip(names[part.enrol_name[some]], names[part.test_name[some]], scores[some].tolist())
-        file.write("".join([f"{enrol} {test} {score:.9g}\n" for enrol, test, score in rows]).encode())

@@ -201,7 +201,7 @@ def _write_halves(evaluated: EvaluationSet, out: Path) -> None:
         rows = np.flatnonzero((sides[0] == number) & (sides[1] == number))
         columns = pairs.label[rows].astype(int), enrolled[rows], ids[pairs.test[rows]]
         with atomic_write(out / f"{name}.txt") as temporary:
-            temporary.write_text("".join(f"{y} {a} {b}\n" for y, a, b in zip(*columns)))
+            temporary.write_text("".join(f"{y} {a} {b}\n" for y, a, b in zip(*columns)), encoding="utf-8")
 
 
 def mean_of(halves: Sequence[Row]) -> Json:

@@ -23,6 +23,7 @@ from kmq_jax.core.files import Json, read_json, read_object, write_json
 from kmq_jax.core.locks import in_turn
 from kmq_jax.core.memory import peak_device_mb, peak_memory_mb
 from kmq_jax.core.provenance import start
+from kmq_jax.data.folder import walk
 
 _LISTS = ("wav.scp", "dataset_info.json")
 """A directory with one of these is described by the files that lie in it; what they name is not looked at."""
@@ -124,9 +125,12 @@ class Steps:
         # Digests of the steps before: a change travels down to all that depends on it.
         before = [done[other]["digest"] for other in needs]
         read = [self._stamp(place) for place in data]
-        about = [kmq_jax.__version__, recipe, settings, read, before]
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         known = done.get(name, {})
+        # Places in the directory are the same wherever it lies. Steps done before that was so keep their digest.
+        digests = [
+            _digest([kmq_jax.__version__, recipe, one, read, before]) for one in (self._inside(settings), settings)
+        ]
+        digest = known["digest"] if known.get("digest") in digests else digests[0]
         if known.get("digest") == digest and known["done"] and path.exists():
             if not again:
                 self._say(name, "done before")
@@ -150,6 +154,17 @@ class Steps:
         """What each step of this run took, in order: `seconds`, `memory_mb`, `device_mb`, as far as that is known."""
         known = self._known()
         return {name: {key: known[name].get(key) for key in _COSTS} for name in self._met}
+
+    def _inside(self, settings: object) -> object:
+        """Settings in which places below the directory are relative to it, however they were written."""
+        if isinstance(settings, dict):
+            return {name: self._inside(value) for name, value in settings.items()}
+        if isinstance(settings, (list, tuple)):
+            return [self._inside(value) for value in settings]
+        if isinstance(settings, str):
+            for root in (self.directory, self.directory.absolute()):
+                settings = settings.removeprefix(f"{root}{os.sep}")
+        return settings
 
     def _meet(self, name: str) -> None:
         if name not in self._met:
@@ -194,6 +209,10 @@ class Steps:
             write_json(self._file, {**self._known(), name: step})
 
 
+def _digest(about: object) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def duration(seconds: float) -> str:
     """A time in the unit that suits it.
 
@@ -226,8 +245,11 @@ def stamp(data: str) -> str:
     elif any((path / name).is_file() for name in _LISTS):
         lines = [f"{one.name} {_of_file(one)}" for one in sorted(path.iterdir()) if one.is_file()]
     else:
-        lines = [f"{one.relative_to(path)} {_size_and_time(one)}" for one in sorted(path.rglob("*")) if one.is_file()]
-    return f"{data} {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
+        # Through links, as DATA is read.
+        files = sorted(Path(directory, name) for directory, _, names in walk(path) for name in names)
+        lines = [f"{one.relative_to(path)} {_size_and_time(one)}" for one in files if one.is_file()]
+    text = "\n".join(lines).encode(errors="surrogateescape")  # names of files are any bytes
+    return f"{data} {hashlib.sha256(text).hexdigest()[:16]}"
 
 
 def _of_file(path: Path) -> str:

@@ -227,10 +227,15 @@ def architectures_table(studies: Sequence[Row]) -> str:
 
 
 def _knee(study: Row, rows: Sequence[Row]) -> float | None:
-    """The fewest bits down to which no row's EER rises beyond chance on any set; None where the most bits do."""
+    """The fewest bits down to which no row's EER rises beyond chance on any set.
+
+    None where it does at the most bits, or the speakers are too few to tell.
+    """
     knee = None
     for row in sorted(rows, key=lambda row: -row["bits"]):
         found = [changes_of(study, row, name) for name in row["sets"]]
+        if any("eer_change_ci95" not in one for one in found):
+            break  # nothing is known of it
         if any(one["eer_change"] > 0 and told_apart(one["eer_change_ci95"]) for one in found):
             break
         knee = row["bits"]

@@ -59,7 +59,8 @@ from kmq_jax.study.study_tables import (
     trained_table,
 )
 
-BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+START = re.compile(r"(<!-- table: (\S+) (\S+) -->\n)")
+BLOCK = re.compile(rf"{START.pattern}(?:(?!<!-- table: ).)*?(<!-- end -->)", re.DOTALL)
 
 
 def _read(path: Path) -> Any:
@@ -113,8 +114,12 @@ def fill(text: str, directory: Path) -> str:
     """The Markdown `text` with its tables written afresh.
 
     Raises:
-        UserError: a JSON file is missing, or is none of a study.
+        UserError: a JSON file is missing, or is none of a study; or a table has no end.
     """
+    closed = {match.start() for match in BLOCK.finditer(text)}
+    for match in START.finditer(text):
+        if match.start() not in closed:
+            raise UserError(f"the table {match[3]!r} of {match[2]} has no <!-- end -->")
 
     def table(match: re.Match[str]) -> str:
         known = [*TABLES, *TABLES_OF_SEVERAL]
@@ -127,7 +132,8 @@ def fill(text: str, directory: Path) -> str:
             studies = [{"network": Path(file).stem, **_read(directory / file)} for file in match[2].split(",")]
             return match[1] + TABLES_OF_SEVERAL[match[3]](studies) + match[4]
         except (KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{directory / match[2]} is not a study's results: it lacks {error}") from error
+            what = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{directory / match[2]} holds no results of the table {match[3]!r}: {what}") from error
 
     return BLOCK.sub(table, text)
 
@@ -139,8 +145,8 @@ def fill_file(path: Path) -> None:
         UserError: the file cannot be read, or a JSON file is at fault.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     with atomic_write(path) as temporary:
-        temporary.write_text(fill(text, path.parent))
+        temporary.write_text(fill(text, path.parent), encoding="utf-8")

@@ -1,6 +1,7 @@
 """Cascades of different networks: maps from other speakers, gates by time, shares counted by hand."""
 
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from kmq_jax.benchmarks import across
 from kmq_jax.benchmarks.options import AcrossBench
 from kmq_jax.cascade.policy import CascadePolicy
 from kmq_jax.core.errors import UserError
+from kmq_jax.data.table import Utterances
 from kmq_jax.metrics.calibration import AffineMap
 from kmq_jax.metrics.detection import eer
 
@@ -81,6 +83,22 @@ def test_the_first_list_is_decided_by_policies_of_other_speakers(monkeypatch):
     monkeypatch.setattr(across, "policy_of", watched)
     judged(across.System((SMALL, BIG), 0.01), base, base)
     assert len(seen) == 2 and not seen[0] & seen[1]
+
+
+def test_kept_embeddings_are_of_the_set_not_of_one_that_names_its_recordings_alike(tmp_path, monkeypatch):
+    made = []
+
+    def embed(loaded, utterances, engine):
+        made.append(len(utterances))
+        seed = {"clean": 0, "noisy": 1}[utterances.root.name]
+        return np.random.default_rng(seed).standard_normal((9, 5))[[int(name) for name in utterances.ids]]
+
+    monkeypatch.setattr(across, "embed_all", embed)
+    ids, options = tuple("012345678"), AcrossBench(**GIVEN | {"kept": tmp_path})
+    clean, noisy = (Utterances(ids, ids, ids, root=Path(name, "x").parent) for name in ("clean", "noisy"))
+    first = across.embedded(MODELS["big.kmq"], "sets/clean", clean, options)
+    assert across.embedded(MODELS["big.kmq"], "sets/clean", clean, options) == first and made == [9, 4]
+    assert across.embedded(MODELS["big.kmq"], "sets/noisy", noisy, options) != first and made == [9, 4, 4, 9]
 
 
 def test_shares_by_hand():

@@ -130,6 +130,27 @@ def test_enrolled_speakers_at_the_top_width():
     assert outcome.utterance_incremental_bits == pytest.approx((4 + 2 + 3) / 3)
 
 
+@pytest.mark.parametrize("bits", [(2, 3, 4), (2, 4, 32)])
+def test_an_utterance_on_both_sides_is_embedded_at_the_top_width_once(bits):
+    """Every utterance is embedded at the levels up to the one it is taken to, and at the last if it is enrolled."""
+    scores, enrol, test = random_trials(trials=40, utterances=30)
+    policy = made(symmetric_gates(THRESHOLD, [0.3, 0.3]), bits=bits, enrolment="top", seconds=(1.0, 2.0, 8.0))
+    outcome = run(policy, scores, enrol, test)
+    levels = {utterance: {2} for utterance in enrol.tolist()}
+    for utterance, level in zip(test.tolist(), outcome.level.tolist()):
+        levels.setdefault(utterance, set()).update(range(level + 1))
+    assert {frozenset(one) for one in levels.values()} >= {frozenset({2}), frozenset({0, 2}), frozenset({0, 1, 2})}
+    embedded = [sorted(one) for one in levels.values()]
+    assert outcome.utterance_bits == pytest.approx(np.mean([sum(bits[i] for i in one) for one in embedded]))
+    assert outcome.utterance_seconds == pytest.approx(
+        np.mean([sum(policy.seconds[i] for i in one) for one in embedded])
+    )
+    # New bits: the most of the codebooks, which nest, and all of floating point, which does not.
+    codebooks = [max([bits[i] for i in one if bits[i] < 16], default=0) for one in embedded]
+    whole = [32 * (bits[one[-1]] == 32) for one in embedded]
+    assert outcome.utterance_incremental_bits == pytest.approx(np.mean(np.add(codebooks, whole)))
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_grid_equals_single_runs(shared):
     scores, enrol, test = random_trials(seed=4)

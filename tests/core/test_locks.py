@@ -41,6 +41,12 @@ def test_two_in_one_process_and_a_directory_that_cannot_be(tmp_path):
         pass
 
 
+def test_a_command_line_is_any_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["kmq-jax", "--source=caf\udce9"])
+    with sole_writer(tmp_path / "out"):
+        assert b"--source=caf\xe9" in (tmp_path / "out" / NAME).read_bytes()
+
+
 def test_those_who_share_keep_out_who_wants_it_alone(tmp_path):
     with sole_writer(tmp_path, shared=True):
         with sole_writer(tmp_path, shared=True):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import random
 import tarfile
 import threading
 import zipfile
@@ -57,6 +58,28 @@ def speechocean(place):
             (root / part / name).write_text("".join(lines))
     with tarfile.open(place / "speechocean762.tar.gz", "w:gz") as archive:
         archive.add(root, "speechocean762")
+
+
+@pytest.mark.parametrize("damage", ["checksum", "deflate", "password"])
+def test_a_broken_archive_is_one_line(tmp_path, damage):
+    place = tmp_path / ("a.zip" if damage == "password" else "a.tar.gz")
+    if damage != "password":
+        noise = random.Random(0).randbytes(1 << 16)  # which gzip stores as it is; as letters it is packed
+        (tmp_path / "noise").write_bytes(noise if damage == "checksum" else noise.hex().encode())
+        with tarfile.open(place, "w:gz") as archive:
+            archive.add(tmp_path / "noise", "inside/noise")
+        held = bytearray(place.read_bytes())
+        held[30_000:30_100] = b"\xff" * 100
+    else:
+        with zipfile.ZipFile(place, "w") as archive:
+            archive.writestr("inside/noise", b"noise")
+        held = bytearray(place.read_bytes())
+        for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            held[held.index(mark) + flags] |= 1  # "encrypted", in both headers
+    place.write_bytes(held)
+    with pytest.raises(UserError, match=f"cannot unpack {place}"):
+        layouts._unpack([place], tmp_path, "inside")
+    assert not list(tmp_path.glob(".unpacking-*"))
 
 
 def test_speechocean762_from_its_archive_to_trials(served, tmp_path, monkeypatch, capsys):

@@ -115,6 +115,13 @@ def test_voxceleb_tree_with_an_utterance_in_two_formats(tmp_path):
         open_source(tmp_path)
 
 
+def test_what_a_voxceleb_tree_holds_besides_is_left_out_with_a_line(tmp_path, capsys):
+    for name in ("id10001/v/1.wav", "alice/v/1.wav", "id10001/v/deep/2.wav"):
+        recordings.write(tmp_path / name)
+    assert open_source(tmp_path).ids == ("id10001/v/1.wav",)
+    assert "2 recordings are left out: not id*/video/utterance, as alice/v/1.wav" in capsys.readouterr().err
+
+
 def test_folder(tmp_path):
     for name in ("bob/a.wav", "ann/day1/x/b.flac", "ann/.hidden.wav", ".cache/c.wav"):
         recordings.write(tmp_path / name)
@@ -154,6 +161,7 @@ def test_csv(tmp_path):
         ("path,speaker\na.wav,\n", r"list.csv:2: path or speaker is empty"),
         ("path,speaker\na.wav,s\na.wav,t\n", r"list.csv:3: utterance a.wav was already given on line 2"),
         ("path,speaker,age\na.wav,s,old\n", r"list.csv:2: age 'old'"),
+        ("path,speaker,path,,\na.wav,ann,b.wav,,\n", r"list.csv:1: the header names the column path twice"),
     ],
 )
 def test_mistakes_in_a_csv(tmp_path, text, message):
@@ -210,6 +218,18 @@ def test_shared_sets(shared):
     assert len(open_source(shared / "data/noise/dev")) == 161
 
 
+def test_genders_and_ages_that_are_unknown_are_left_out(tmp_path):
+    root = recordings.kaldi(tmp_path / "kaldi", speakers=4, each=1)
+    (root / "spk2gender").write_text("s0 F\ns1 male\ns2 unknown\n")
+    (root / "spk2age").write_text("s0 31\ns1 -1\ns2 nan\ns3 old\n")
+    (tmp_path / "list.csv").write_text(
+        "path,speaker,gender,age\na.wav,s0,F,31\nb.wav,s1,male,-1\nc.wav,s2,unknown,nan\nd.wav,s3,,\n"
+    )
+    for data in (root, tmp_path / "list.csv"):
+        table = open_source(data)
+        assert table.genders == {"s0": "f", "s1": "m"} and table.ages == {"s0": 31.0}
+
+
 def test_parts_in_a_csv(tmp_path):
     whole = audio.read_audio(recordings.write(tmp_path / "a.wav", recordings.tone(3)))
     (tmp_path / "list.csv").write_text("path,speaker,start,stop\na.wav,s1 ,0,1.0\na.wav,s1,1.5,\na.wav, s2,,\n")
@@ -258,14 +278,15 @@ def test_a_folder_whose_directories_are_no_speakers_is_refused(tmp_path, capsys)
     assert "1 recordings of 1 speaker (ann)" in said and "1 other files are left out (1 .wma)" in said
 
 
-def test_links_that_loop_and_names_of_any_bytes(tmp_path):
+def test_links_that_loop_and_names_of_any_bytes(tmp_path, capsys):
     recordings.write(tmp_path / "ann" / "a.wav")
     (tmp_path / "ann" / "again").symlink_to(tmp_path, target_is_directory=True)
-    (tmp_path / "bob").symlink_to(tmp_path / "ann", target_is_directory=True)  # leads elsewhere: that is fine
+    (tmp_path / "bob").symlink_to(tmp_path / "ann", target_is_directory=True)  # no loop
     odd = os.fsdecode(bytes(tmp_path / "ann") + b"/\xff\xfe.wav")
     os.rename(tmp_path / "ann" / "a.wav", odd)
     table = open_source(tmp_path)
     assert table.speakers == ("ann", "bob") and len(table.load(0)) == table.num_samples(1) == 16000
+    assert f"warning: {tmp_path}/bob is a link to ann: what lies there is read twice" in capsys.readouterr().err
 
 
 def test_links_that_lead_to_one_another_are_followed_once(tmp_path):

@@ -1,3 +1,5 @@
+import dataclasses
+import re
 import subprocess
 import sys
 import time
@@ -8,8 +10,9 @@ import pytest
 import recordings
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.data.draw import write_trials
 from kmq_jax.data.source import open_source
-from kmq_jax.data.trials import doubts, draw_trials, open_trials, read_models, read_trials, utterance_index
+from kmq_jax.data.trials import Trials, doubts, draw_trials, open_trials, read_models, read_trials, utterance_index
 
 IDS = ["u1", "u2", "u3"]
 PATHS = ["a/1.wav", "a/2.wav", "b/3.wav"]
@@ -23,6 +26,9 @@ PATHS = ["a/1.wav", "a/2.wav", "b/3.wav"]
         "\n\nu1 u2 target\nu1 u3 nontarget\n\n",
         "a/1.wav a/2.wav target\nu1 b/3.wav nontarget\n",
         "\ufeffu1 u2 1\nu1 u3 0\n",
+        "\ufeff\nu1 u2 target\nu1 u3 nontarget\n",
+        "\ufeff\r\nu1,u2,1\r\nu1,u3,0\r\n",
+        "\u00a0\nu1 u2 target\nu1 u3 nontarget\n",
         "u1,u2,1\nu1,u3,0\n",
         "1; u1; u2\n0; u1; u3\n",
         "1 a/1.flac a/2.mp3\n0 a/1.wav b/3.WAV\n",
@@ -60,6 +66,13 @@ def test_a_path_that_two_segments_share_names_neither():
     assert utterance_index(["a", "b", "c"], ["x.wav", "x.wav", "y.wav"]) == {"y.wav": 2, "a": 0, "b": 1, "c": 2}
 
 
+def test_a_name_in_another_unicode_form_is_told(tmp_path):
+    path = tmp_path / "trials"
+    path.write_text("1 u2 jose\u0301.wav\n", encoding="utf-8")  # as macOS writes it
+    with pytest.raises(UserError, match="trials:1: .*the same name is known with its accents written otherwise"):
+        read_trials(path, ["u2", "jos\u00e9.wav"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -71,6 +84,7 @@ def test_a_path_that_two_segments_share_names_neither():
         ("1 u1 u2 u3\n0 u1\n", r"trials:1: expected `label enrol test`, found 4 columns"),
         ("u1 u2 target\nu1 u2 tgt\n", r"trials:2: label 'tgt' is none of"),
         ("1 u1 u2\n2 u1 u2\n", r"trials:2: label '2' is none of"),
+        ("1 u1 u2\n0,u1,u3\n", r"trials:2: expected `label enrol test`, found 1 columns"),
         ("\n \n", r"trials: lists no trial"),
         (b"1 u1 u2\n1 \xff u2\n", r"trials:2: not UTF-8"),
     ],
@@ -167,6 +181,22 @@ def test_trials_of_the_embedded_corpus_follow_the_table():
     np.testing.assert_array_equal(turned.enrol, len(table) - 1 - trials.enrol)
     with pytest.raises(UserError, match="unknown utterance syn-dev-"):
         open_trials(spec, table.select([0, 1, 2]))
+
+
+def test_too_few_matched_pairs_are_told(tmp_path, capsys):
+    table = open_source(recordings.kaldi(tmp_path, speakers=6, each=3))
+    known = dataclasses.replace(table, genders=dict.fromkeys(table.speaker_names[:2], "f"), ages={})
+    draw_trials(known, nontargets=40, matched=0.1)
+    assert capsys.readouterr().err == ""
+    draw_trials(known, nontargets=40, matched=0.5)
+    assert re.match(r"warning: [5-9] of 40 nontargets are sure to be of one gender", capsys.readouterr().err)
+
+
+def test_a_list_holds_no_name_that_is_not_utf8(tmp_path):
+    row = np.zeros(1, np.int32)
+    with pytest.raises(UserError, match=r"b'caf\\xe9\.wav' is not UTF-8, as names in a trial list must be"):
+        write_trials(tmp_path / "trials", Trials(row, row, row == 0, ("caf\udce9.wav",), row, row))
+    assert not (tmp_path / "trials").exists()
 
 
 def test_blank_lines_of_any_kind(tmp_path):

@@ -180,12 +180,13 @@ def test_finished_shards_are_not_written_again(tmp_path, fast, monkeypatch):
     assert not (tmp_path / "out" / ".prepare").exists()
 
 
-def test_what_is_in_the_way(tmp_path, fast):
+def test_what_is_in_the_way(tmp_path, fast, capsys):
     table = open_source(recordings.kaldi(tmp_path / "k"))
     other = open_source(recordings.kaldi(tmp_path / "k2", 2, 2))
     writer.prepare(table, tmp_path / "out")
     before = contents(tmp_path / "out")
-    assert writer.prepare(table, tmp_path / "out")["utterances"] == 12  # done already
+    assert writer.prepare(table, tmp_path / "out")["utterances"] == 12
+    assert "was complete before; its recordings are not looked at again" in capsys.readouterr().err
     with pytest.raises(UserError, match="already holds another dataset"):
         writer.prepare(other, tmp_path / "out")
     with pytest.raises(UserError, match="already holds another dataset"):

@@ -90,5 +90,6 @@ def test_the_command(models, tmp_path, monkeypatch, capsys):
     # Without clips, noise is left out; what is no condition is refused before any work.
     found = run(models, tmp_path, monkeypatch, "--condition=noise=0", "--replicates=0")
     assert {row["condition"] for row in found["rows"]} == {"whole"} and found["rows"][1]["eer_loss_ci95"] is None
+    assert "left out for want of clips of noise (--noise): noise=0" in capsys.readouterr().err
     with pytest.raises(UserError, match="condition 'loud' must be"):
         run(models, tmp_path, monkeypatch, "--condition=loud")

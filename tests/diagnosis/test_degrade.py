@@ -1,5 +1,7 @@
 """Recordings made worse, against tones whose fate is known."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -57,6 +59,13 @@ def test_noise_is_at_its_level_and_goes_by_name():
     assert any((other.load(i) != noisy.load(i)).any() for i in range(len(table)))
     with pytest.raises(UserError, match="needs clips of noise: --noise"):
         degrade.degrade(table, degrade.parse_condition("noise=5"))
+
+
+def test_names_of_recordings_are_any_bytes():
+    table = open_source(DATA)
+    odd = dataclasses.replace(table, ids=("caf\udce9", *table.ids[1:]), reader=lambda name: tone(440))
+    worse = degrade.degrade(odd, degrade.parse_condition("noise=5"), table.select([1, 2]))
+    assert len(worse.load(0)) == 16000
 
 
 def test_lengths_are_known_before_anything_is_read():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kmq_jax.diagnosis import people, scores
+from kmq_jax.diagnosis import people, report, scores
 from kmq_jax.diagnosis.resample import SpeakerDraws
 
 # Utterances a1 a2 (speaker a), b1 (speaker b), c1 (speaker c).
@@ -24,6 +24,11 @@ HERE = people.Recordings(
 )
 TRIALS = scores.scored_trials(REFERENCE, {2: LOW}, None, np.array([1, 0, 0, 0]), OWNER[ENROL], OWNER[TEST])
 FLIPS = scores.find_flips(TRIALS, "0.5", 0.5)  # harmful: the first (0.9 -> 0.4) and the third (0.2 -> 0.7)
+
+
+def test_names_of_files_are_any_bytes(tmp_path):
+    report.write_csv(tmp_path / "a.csv", [{"path": "caf\udce9.wav"}])
+    assert (tmp_path / "a.csv").read_bytes() == b"path\r\ncaf\xe9.wav\r\n"
 
 
 def test_speakers():
@@ -77,6 +82,8 @@ def test_worst_trials_are_harmful_ones_by_drift_then_the_largest_drifts():
 def test_what_drift_goes_with():
     rows = [{"bits": 2, "seconds": s, "snr_db": None, "mean_abs_drift": 1 / s} for s in (1.0, 2.0, 3.0, 4.0)]
     assert people.drift_causes(rows) == [{"bits": 2, "with": "seconds", "utterances": 4, "spearman": pytest.approx(-1)}]
+    steady = [row | {"snr_db": float(i), "seconds": None} for i, row in enumerate(rows)]  # 0 dB is known, too
+    assert people.drift_causes(steady)[0]["utterances"] == 4
 
 
 @pytest.mark.parametrize("ratio", [10.0, 30.0])

@@ -234,13 +234,23 @@ def test_lists_of_one_class(run, tmp_path):
     assert (figures["eer"], figures["false_reject_rate"]) == (None, None)
     assert figures["false_accept_rate"] < 0.03
     with pytest.raises(UserError, match="no likelihood ratios"):
-        run(cascade, *stages("dev"), "--llr", policy="p.json", trials="one.txt")
+        run(cascade, *stages("dev"), "--llr", policy="p.json", trials="one.txt", out="d.csv")
 
 
 def test_refusals(run, tmp_path):
     fit = {"reference": "dev32.npz", "trials": "dev.txt", "out": "p.json"}
     run(calibrate, *stages("dev"), **fit)
+    for given in ({"bound": "conformal"}, {"certify_share": 0.25}, {"rule": "risk", "objective": "eer"}):
+        with pytest.raises(UserError, match=rf"`{list(given)[-1]}` does not go with `rule`"):
+            run(calibrate, *stages("dev"), **fit, **given)
     use = {"policy": "p.json", "trials": "new.txt"}
+    for given in ({"data": "nowhere"}, {"compute": "bfloat16"}, {"engine": "jax"}):
+        with pytest.raises(UserError, match=rf"`{list(given)[-1]}` goes with `cascade`, which is not given"):
+            run(cascade, *stages("new"), **use, **given)
+    with pytest.raises(UserError, match="`llr` adds a column to `out`, which is not given"):
+        run(cascade, *stages("new"), "--llr", **use)
+    with pytest.raises(UserError, match="`replicates` does not go with `stream`, which has no intervals"):
+        run(cascade, *stages("new"), "--stream", "--replicates=50", **use)
     with pytest.raises(UserError, match="is for 2, 3, 4 bits, but 2, 4 are given"):
         run(cascade, *stages("new", (2, 4)), **use)
     write_tables(tmp_path, "alien", 1, model=np.array("someone else's"))

@@ -177,6 +177,22 @@ def test_embeddings_give_what_scores_alone_tell(embeddings, tmp_path, monkeypatc
     assert page.images == 4
 
 
+def test_what_an_earlier_diagnosis_left_is_removed(embeddings, tmp_path, monkeypatch):
+    old = ("layers.csv", "figure-layers.png", "rules-2.json")
+    for name in (*old, "notes.csv"):
+        (tmp_path / name).write_text("")
+    assert run(monkeypatch, *of_embeddings(embeddings), f"--out={tmp_path}") == 0
+    assert all((tmp_path / name).exists() for name in old)  # no diagnosis was there: they are somebody's
+    assert run(monkeypatch, *of_embeddings(embeddings), f"--out={tmp_path}") == 0
+    assert not any((tmp_path / name).exists() for name in old)
+    assert (tmp_path / "notes.csv").exists() and (tmp_path / "systems.csv").exists()
+
+
+def test_options_of_networks_need_networks(embeddings, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, *of_embeddings(embeddings, max_seconds=3), f"--out={tmp_path}") == 2
+    assert "--max_seconds needs models" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -1,6 +1,8 @@
 """`python -m kmq_jax.score` on hand-made embeddings, on mistakes, and on a real model's embeddings."""
 
 import json
+import os
+import subprocess
 import sys
 
 import commands
@@ -190,6 +192,19 @@ def test_calibration_travels(run, tmp_path):
         run(embeddings="e.npz", trials="trials", calibration="cal.json")
 
 
+def test_scores_are_utf8_whatever_the_locale(tmp_path):
+    code = """
+import numpy as np
+from kmq_jax.data.table import Trials
+from kmq_jax.scoring.run import write_scores
+row = np.zeros(1, np.int32)
+write_scores("scores.txt", Trials(row, row, row > 0, ("caf\\u00e9",), row, row), np.ones(1))
+"""
+    plain = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=plain, check=True)
+    assert (tmp_path / "scores.txt").read_text(encoding="utf-8") == "caf\u00e9 caf\u00e9 1\n"
+
+
 def test_det_plot(run, tmp_path):
     names = write_table(tmp_path / "e.npz")["ids"].tolist()
     write_trials(tmp_path / "trials", names, "kaldi")
@@ -227,6 +242,7 @@ def test_mistakes_get_one_line_and_leave_nothing(run, tmp_path):
         ({"trials": "unknown"}, "unknown:2: unknown utterance nobody"),
         ({"trials": "one_class"}, "one_class: no nontarget trials among 1 trials"),
         ({"p_target": "1.5"}, r"--p_target \(=1.5\) must be below 1"),
+        ({"stream": True, "replicates": 50}, "`replicates` does not go with `stream`, which has no intervals"),
         ({"replicates": "-1"}, r"--replicates \(=-1\) must be at least 0"),
         ({"out": "trials/below"}, r"--out \(=trials/below\) cannot be written"),
     ]:

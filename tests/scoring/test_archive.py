@@ -8,6 +8,7 @@ import pytest
 from commands import run
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.scoring.archive import check_archive
 from kmq_jax.scoring.table import read_embeddings, write_embeddings
 
 kaldiio = pytest.importorskip("kaldiio", reason="reads and writes Kaldi's archives")
@@ -129,6 +130,8 @@ def test_archives_that_do_not_fit_are_refused(tmp_path, monkeypatch):
         read_embeddings(tmp_path / "long.ark")
     with pytest.raises(UserError, match="the id 'a b' has a space"):
         write_embeddings(tmp_path / "x.scp", ["a b"], [""], [""], ROWS[:1], "m")
+    with pytest.raises(UserError, match=r"b'caf\\xe9' is not UTF-8, as names in Kaldi's files must be"):
+        check_archive(tmp_path / "x.ark", ["caf\udce9"])  # before anything is embedded
     assert not (tmp_path / "x.scp").exists() and not (tmp_path / "x.ark").exists()
     monkeypatch.setitem(__import__("sys").modules, "kaldiio", None)
     with pytest.raises(UserError, match=r'pip install "kmq_jax\[kaldi\]"'):

@@ -1,14 +1,18 @@
 """Shards of a list: the bytes of a run in one piece, however many processes, kills and starts it took."""
 
+import dataclasses
 import os
 import threading
 
 import numpy as np
 import pytest
+import recordings
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.locks import if_free
+from kmq_jax.data.source import open_source
 from kmq_jax.scoring import shards
+from kmq_jax.scoring.options import ExtractionOptions
 
 COUNT, SHARDS = 23, 5
 WHOLE = np.arange(COUNT * 4, dtype=np.float32).reshape(COUNT, 4)
@@ -37,6 +41,18 @@ class Run:
 
 def left(out):
     return sorted(os.listdir(f"{out}.shards"))
+
+
+def test_a_recording_in_another_ones_place_makes_another_run(tmp_path):
+    table = open_source(recordings.kaldi(tmp_path, speakers=2, each=2))
+    table = dataclasses.replace(table, samples=table.lengths())
+    how = ExtractionOptions()
+    before = shards.digest(table, "m", how, 3)
+    assert shards.digest(table, "m", how, 3) == before
+    path = table.location(1)
+    path.write_bytes(path.read_bytes()[::-1])  # as long as it was
+    os.utime(path, (1, 1))
+    assert shards.digest(table, "m", how, 3) != before
 
 
 @pytest.mark.parametrize("killed_at", [0, 1, 4])

@@ -58,6 +58,16 @@ def test_top_n_must_fit_the_cohort(top_n):
         snorm.cohort_statistics(table(3, 0), table(50, 1), top_n)
 
 
+def test_a_flat_utterance_is_named_by_its_own_row():
+    cohort = table(50, 1) * (np.arange(16) > 0)
+    enrol, test = table(6, 0), table(6, 2)
+    test[4] = np.arange(16) == 0
+    for one, two, message in ((enrol, test, "of test embedding 4 "), (test, test, "of embedding 4 "),
+                              (test, enrol, "of enrolment embedding 4 ")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            snorm.adaptive_snorm([0.5, 0.5], one, two, [3, 4], [3, 4], cohort, 5)
+
+
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="16 dimensions, the cohort 8"):
         snorm.cohort_statistics(table(3, 0), table(50, 1, dim=8), 5)

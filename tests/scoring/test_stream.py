@@ -50,7 +50,9 @@ def test_the_same_scores_and_rates_as_at_once(files, tmp_path, form):
     about = {"cohort": cohort, "enrol_models": str(models) if models else None}
     found = stream.score_stream(files / "e.npz", trials, options, out=tmp_path / "s.txt", **about)
     stream.score_stream(files / "e.npz", trials, options, out=tmp_path / "s.npy", **about)
-    run.write_scores(tmp_path / "whole.txt", whole.trials, whole.scores)
+    for name in ("whole.txt", "whole.npy"):
+        run.write_scores(tmp_path / name, whole.trials, whole.scores)
+    np.testing.assert_array_equal(np.load(tmp_path / "whole.npy"), whole.scores)
     if form == "cosine":
         assert (tmp_path / "s.txt").read_text() == (tmp_path / "whole.txt").read_text()
     np.testing.assert_allclose(np.load(tmp_path / "s.npy"), whole.scores, rtol=1e-6, atol=1e-6)
@@ -101,6 +103,44 @@ def test_doubtful_trials_are_counted(files, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
+def test_utterances_that_no_trial_compares_do_not_count_for_snorm(files, tmp_path, capsys):
+    """As the cohort, the speakers of the same file that the trials leave out; and an utterance like none of them."""
+    with np.load(files / "e.npz") as held:
+        arrays = dict(held)
+    ids, rows = arrays["ids"].tolist(), arrays["embeddings"].copy()
+    cohort = {name: values[25:] for name, values in arrays.items()}
+    cohort["embeddings"] = rows[25:] * (np.arange(8) > 0)
+    np.savez(tmp_path / "c.npz", **cohort)
+    rows[-1] = np.arange(8) == 0
+    np.savez(tmp_path / "e.npz", **arrays | {"embeddings": rows})
+    lines = (files / "trials.txt").read_text().splitlines(keepends=True)
+    half = set(ids[:25])
+    (tmp_path / "t.txt").write_text("".join(line for line in lines if half.issuperset(line.split()[1:])))
+    about = tmp_path / "e.npz", str(tmp_path / "t.txt"), OPTIONS
+    whole = run.score(*about, cohort=tmp_path / "c.npz")
+    found = stream.score_stream(*about, cohort=tmp_path / "c.npz")
+    assert found["snorm"] == whole.metrics["snorm"] and found["snorm"]["shared_speakers"] == 0
+    assert found["eer_bounds"][0] <= whole.metrics["eer"] <= found["eer_bounds"][1]
+    assert "warning" not in capsys.readouterr().err
+    (tmp_path / "t.txt").write_text(f"1 {ids[-2]} {ids[-1]}\n0 {ids[-2]} {ids[0]}\n")
+    for score in (run.score, stream.score_stream):
+        with pytest.raises(UserError, match="the top 25 cohort scores of embedding 49 are all the same"):
+            score(*about, cohort=tmp_path / "c.npz")
+
+
+def test_a_cohort_of_another_model_is_warned_of(files, tmp_path, capsys):
+    for name, model in (("e.npz", "r34 at 2 bits"), ("c.npz", "r34 at 4 bits"), ("own.npz", "r34 at 2 bits")):
+        with np.load(files / name.replace("own", "c")) as held:
+            np.savez(tmp_path / name, model=np.array(model), **held)
+    for score in (run.score, stream.score_stream):
+        about = tmp_path / "e.npz", str(files / "trials.txt"), OPTIONS
+        score(*about, cohort=tmp_path / "own.npz")
+        score(*about, cohort=files / "c.npz")  # of which no model is known
+        assert "warning" not in capsys.readouterr().err
+        score(*about, cohort=tmp_path / "c.npz")
+        assert f"warning: the cohort {tmp_path / 'c.npz'} is of another model" in capsys.readouterr().err
+
+
 def test_two_processes_give_what_one_gives(files, tmp_path):
     cohort = files / "c.npz"
     one = stream.score_stream(
@@ -132,8 +172,7 @@ def test_the_cohorts_blocks_are_shared_without_a_difference(count, monkeypatch):
     rng = np.random.default_rng(1)
     rows, cohort = rng.standard_normal((50, 8)), rng.standard_normal((40, 8))
     monkeypatch.setattr(snorm, "_CHUNK", 40 * 7)  # blocks of seven rows
-    # What the others found is taken from here; alone, a process keeps minus infinity in their places.
-    monkeypatch.setattr(stream, "check_spread", lambda deviation, top_n: None)
+    # Alone, a process keeps minus infinity in the others' places.
     parts = [stream._shared_statistics(rows, cohort, 10, (i, count)) for i in range(count)]
     assert all(np.isinf(part).any() for part in parts)
     np.testing.assert_array_equal(np.max(parts, axis=0), snorm.cohort_statistics(rows, cohort, 10))

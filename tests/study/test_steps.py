@@ -1,7 +1,9 @@
+import hashlib
 import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -113,6 +115,53 @@ def test_a_step_is_done_again_when_its_data_has_changed(counted, tmp_path):
     assert counted(**places) == counted(**places) == 4
     os.utime(trials, (1, 1))  # a list is known by its content
     assert counted(**places) == 4
+
+
+def test_names_of_recordings_are_any_bytes(tmp_path):
+    before = stamp(str(tmp_path))
+    (tmp_path / "caf\udce9.wav").write_bytes(b"1")
+    assert stamp(str(tmp_path)) != before
+
+
+def test_recordings_behind_links_are_looked_at(tmp_path):
+    data, elsewhere = tmp_path / "voices", tmp_path / "elsewhere"
+    (elsewhere / "deep").mkdir(parents=True)
+    data.mkdir()
+    (data / "alice").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(data)
+    (elsewhere / "deep" / "1.wav").write_bytes(b"123")
+    before = stamp(str(data))
+    (elsewhere / "deep" / "1.wav").write_bytes(b"1234")
+    assert stamp(str(data)) != before
+
+
+def test_a_directory_that_moves_keeps_what_was_done(tmp_path, monkeypatch):
+    done = []
+
+    def run(directory):
+        steps = Steps(directory)
+        made = steps.run("fp32", {}, (), "fp32", lambda path: (done.append("fp32"), path.write_text("")))
+        settings = {"init_from": str(made), "lists": [f"{directory}/a.txt"], "loss": "runs"}
+        steps.run("d", settings, ("fp32",), "d", lambda path: (done.append("d"), path.write_text("")))
+        return len(done)
+
+    monkeypatch.chdir(tmp_path)
+    assert run(Path("runs")) == run(tmp_path / "runs") == 2
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    assert run(Path("moved")) == 2
+
+
+def test_a_directory_from_before_it_could_move_keeps_what_was_done(tmp_path):
+    def run():
+        Steps(tmp_path).run("a", {"from": f"{tmp_path}/b"}, (), "a", lambda path: done.append(path.write_text("")))
+        return len(done)
+
+    done = []
+    about = [kmq_jax.__version__, 1, {"from": f"{tmp_path}/b"}, [], []]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    (tmp_path / "a").write_text("")
+    (tmp_path / "steps.json").write_text(json.dumps({"a": {"digest": digest, "done": True}}))
+    assert run() == 0
 
 
 def test_a_kaldi_directory_is_known_by_its_lists(tmp_path):

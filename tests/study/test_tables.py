@@ -229,6 +229,13 @@ def test_a_threshold_stands_with_its_intervals_and_what_it_did_to_others(tmp_pat
     assert filled[4] == "| the same, on b | 11, 9,000 trials | 11.8 % | 0.05 % |"
 
 
+def test_a_table_without_an_end_takes_nothing_from_the_next(tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps({}))
+    text = "<!-- table: r.json house -->\nkept\n<!-- table: r.json memory -->\n<!-- end -->\n"
+    with pytest.raises(UserError, match=r"the table 'house' of r\.json has no <!-- end -->"):
+        tables.fill(text, tmp_path)
+
+
 def test_networks_stand_side_by_side(tmp_path):
     def row(bits, change, interval):
         found = {"eer": 3.0, "eer_change": change, "eer_change_ci95": interval, "min_dcf": 0.5}
@@ -250,18 +257,18 @@ def test_networks_stand_side_by_side(tmp_path):
         # At 4 bits the change may be chance, at 3 it is not: what lies below does not count.
         "a.json": about | {"rows": [full, row(4, 0.2, [-0.1, 0.5]), row(3, 0.9, [0.1, 2.0]), row(2, 0.1, [-0.1, 0.3])]},
         "b.json": about | {"network": "two", "rows": [full, row(8, 0.3, [0.1, 0.5])]},
+        "c.json": about | {"network": "few speakers", "rows": [full, row(8, 0.3, None)]},
     }
     for name, study in studies.items():
         (tmp_path / name).write_text(json.dumps(study))
-    text = "<!-- table: a.json,b.json KIND -->\n<!-- end -->"
+    text = "<!-- table: a.json,b.json,c.json KIND -->\n<!-- end -->"
     filled = tables.fill(text.replace("KIND", "architectures"), tmp_path).splitlines()
     assert filled[1] == "| network | bits | weights | MB | a, EER % | against FP32 | minDCF | against FP32 |"
     assert filled[3] == "| one | 32 | full precision | 8.00 | 2.00 |  | 0.400 |  |"
     assert filled[5].startswith("| one | 3 | without training | 2.00 | 3.00 | **+0.90 [+0.10, +2.00]** | 0.500 |")
-    assert (
-        filled[10]
-        == "Fewest bits without a loss of EER beyond chance: one, without training: 4; two, without training: none."
-    )
+    kind = "without training"
+    knees = f"one, {kind}: 4; two, {kind}: none; few speakers, {kind}: none"
+    assert filled[12] == f"Fewest bits without a loss of EER beyond chance: {knees}."
     filled = tables.fill(text.replace("KIND", "fragile"), tmp_path).splitlines()
     assert filled[3] == "| one, 2 bits | head 70 %, 25.0 %; stem 9 %, 25.0 % |"
 
@@ -307,5 +314,5 @@ def test_mistakes(tmp_path):
     with pytest.raises(UserError, match=r"absent\.json"):
         tables.fill("<!-- table: absent.json bits -->\n<!-- end -->", tmp_path)
     (tmp_path / "r.json").write_text("{}")
-    with pytest.raises(UserError, match="not a study's results: it lacks 'rows'"):
+    with pytest.raises(UserError, match=r"r\.json holds no results of the table 'bits': it lacks 'rows'"):
         tables.fill("<!-- table: r.json bits -->\n<!-- end -->", tmp_path)
