@@ -411,10 +411,7 @@ def order(values: Array, weights: Array | None) -> tuple[Array, Array | None]:
         UserError: a value or weight is not finite, or a weight negative (not seen inside jit).
     """
     traced = isinstance(values, jax.core.Tracer) or isinstance(weights, jax.core.Tracer)
-    if not traced and weights is not None:
-        weights = np.asarray(weights, np.float32)
-        if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any(-1).all()):
-            raise UserError("weights must be finite, zero or more, and not all zero in a group")
+    weights = None if weights is None else in_range(weights)
     ordered: Array
     mass: Array | None
     if not traced and (isinstance(values, np.ndarray) or jax.default_backend() == "cpu"):
@@ -431,6 +428,26 @@ def order(values: Array, weights: Array | None) -> tuple[Array, Array | None]:
     if not traced and not np.isfinite(ordered[:, np.array([0, -1])]).all():  # NaN and infinity are sorted to the ends
         raise UserError("some values are NaN or infinite")
     return ordered, mass
+
+
+def in_range(weights: Array) -> Array:
+    """Weights `[groups, n]` as float32, those of a group times one power of two: the largest is then 1 to 2.
+
+    Only their shares count, but products of their sums must fit float32: squared gradients are often below 1e-20.
+
+    >>> in_range(np.array([[3e-40, 1.5e-40], [4.0, 1.0]])).round(2).tolist()
+    [[1.63, 0.82], [1.0, 0.25]]
+
+    Raises:
+        UserError: one is not finite or is negative, or all of a group are zero (not seen inside jit).
+    """
+    xp = jnp if isinstance(weights, jax.core.Tracer) else np
+    # Double precision, where it is given, holds what float32 does not.
+    exact = xp.asarray(weights).astype(xp.promote_types(weights.dtype, np.float32))
+    if xp is np and not (np.isfinite(exact).all() and (exact >= 0).all() and exact.any(-1).all()):
+        raise UserError("weights of the error must be finite, zero or more, and not all zero in a group")
+    _, exponent = xp.frexp(xp.max(exact, axis=-1, keepdims=True))
+    return xp.ldexp(exact, 1 - exponent).astype(np.float32)
 
 
 def scaled(ordered: Array) -> tuple[Array, np.ndarray | None]:
@@ -522,6 +539,7 @@ def kmeans(
         values: numbers `[..., n]`; every leading index is a group of its own.
         k: number of centroids.
         weights: importance of each value `[..., n]`, zero or more, such as the diagonal of a Hessian or Fisher matrix.
+            Only their shares within a group count.
         init: "optimal" (dynamic programming over a choice of borders),
             "companding" (density of centroids as the cube root of the values' density), "equal-mass" (means of
             equal-mass bins of the values clamped to their central `retention`, the init of KMQAT), "quantile", or
@@ -545,7 +563,7 @@ def kmeans(
         raise UserError(f"k (={k}) must be at least 1, and even for a symmetric codebook")
     if not 0 < retention <= 1:
         raise UserError(f"retention (={retention}) must be above 0 and at most 1")
-    if values.shape[-1] == 0:
+    if values.size == 0:
         raise UserError(f"no values to cluster: shape {tuple(values.shape)}")
     if weights is not None and weights.shape != values.shape:
         raise UserError(f"weights have shape {tuple(weights.shape)}, values {tuple(values.shape)}")
@@ -587,7 +605,9 @@ def inertia(values: Array, codebook: Array, weights: Array | None = None) -> jax
 
 
 def nearest(values: Array, codebook: Array) -> jax.Array:
-    """Index `[..., n]` uint8 of the centroid nearest to each value `[..., n]` in an ascending codebook `[..., k]`.
+    """Index `[..., n]` of the centroid nearest to each value `[..., n]` in an ascending codebook `[..., k]`.
+
+    It is uint8, or int32 where there are more than 256 centroids.
 
     >>> nearest(jnp.array([0.2, 0.8, 4.0]), jnp.array([0.0, 1.0])).tolist()
     [0, 1, 1]
@@ -596,4 +616,4 @@ def nearest(values: Array, codebook: Array) -> jax.Array:
     search = partial(jnp.searchsorted, side="left", method="compare_all")
     for _ in range(values.ndim - 1):
         search = jax.vmap(search)
-    return search(midpoints(codebook), values).astype(jnp.uint8)
+    return search(midpoints(codebook), values).astype(jnp.uint8 if codebook.shape[-1] <= 256 else jnp.int32)

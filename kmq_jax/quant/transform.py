@@ -14,7 +14,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Array, Leaf, Params, map_named
 from kmq_jax.quant import nested
 from kmq_jax.quant.codes import assign, to_groups, where_sorted
-from kmq_jax.quant.kmeans import kmeans, scaled
+from kmq_jax.quant.kmeans import in_range, kmeans, scaled
 from kmq_jax.quant.levels import fit_levels
 from kmq_jax.quant.packing import pack_bits
 from kmq_jax.quant.rules import Rules, decide, group_axis
@@ -36,8 +36,8 @@ def quantize_params(
         rules: a `QuantSpec` for every leaf, or `QuantRule`s, or `{"regular expression": bits, spec or None}`. What is
             kept whatever they say: see `rules.decide`.
         bits: in place of rules: this many for every leaf.
-        importance: by leaf name, weights of the squared error in the leaf's shape, such as the diagonal of a Fisher
-            or Hessian matrix.
+        importance: by leaf name, weights of the squared error in the leaf's shape, zero or more, such as the diagonal
+            of a Fisher or Hessian matrix. Only their shares within a channel count.
 
     Returns:
         The same tree with `CodebookTensor` leaves, and with float16 leaves where a rule says 16 bits.
@@ -86,7 +86,7 @@ def quantize_tensor(tensor: Array, spec: QuantSpec, axis: int | None, importance
     rows = to_groups(tensor, axis)
     if importance is not None and importance.shape != tensor.shape:
         raise UserError(f"importance has shape {importance.shape}, the tensor {tensor.shape}")
-    weights = None if importance is None else to_groups(importance, axis)
+    weights = None if importance is None else in_range(to_groups(importance, axis))
     codebooks: tuple[jax.Array, ...]
     if spec.levels != "kmeans":
         codebooks = (fit_levels(rows, spec.levels, spec.bits, weights, spec.iterations),)
