@@ -22,6 +22,7 @@ from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, at_bits
 from kmq_jax.models.walk import CONVOLUTION, Layer, Run, walk
 
 Moments = tuple[jax.Array, jax.Array]
+_FLAT = 1e-4  # of the deviation that is wanted, below which a channel has none
 
 
 def random_features(fbank: frontend.FrontEnd, utterances: source.Utterances, crops: int, seconds: float) -> jax.Array:
@@ -135,12 +136,15 @@ def moments(y: jax.Array) -> Moments:
 def matching(seen: Moments, wanted: Moments) -> Moments:
     """The slope and shift that turn outputs with the moments `seen` into ones with the moments `wanted`.
 
+    Outputs that do not vary keep their slope, and get the mean alone.
+
     >>> slope, shift = matching((jnp.array([1.0]), jnp.array([2.0])), (jnp.array([3.0]), jnp.array([4.0])))
     >>> slope.tolist(), shift.tolist()
     ([2.0], [1.0])
     """
-    # A dead channel has no deviation; any finite slope does.
-    slope = wanted[1] / jnp.maximum(seen[1], 1e-12)
+    # A channel without deviation cannot be stretched: what seems to be some is rounding, and would overflow codebooks.
+    flat = seen[1] < _FLAT * wanted[1]
+    slope = jnp.where(flat, 1.0, wanted[1] / jnp.maximum(seen[1], 1e-12))
     return slope, wanted[0] - slope * seen[0]
 
 
