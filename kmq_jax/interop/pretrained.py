@@ -52,12 +52,9 @@ def read(path: Path, form: str | None = None, activation: str | None = None, ask
         raise UserError(f"{path}: its tensors are not those of CAM++, which --format=3dspeaker reads")
     if activation:
         raise UserError(f"{path}: {_NO_ACTIVATION}")
-    if tdnn.recognizes(checkpoint.tensors):
-        return tdnn.convert(checkpoint, str(path))
-    if redimnet.recognizes(checkpoint.tensors):
-        return redimnet.convert(checkpoint, str(path))
-    if ge2e.recognizes(checkpoint.tensors):
-        return ge2e.convert(checkpoint, str(path))
+    for family in (tdnn, redimnet, ge2e):
+        if family.recognizes(checkpoint.tensors):
+            return family.convert(checkpoint, str(path))
     if form == "wespeaker-torch" or wespeaker.recognizes(checkpoint.tensors):
         return wespeaker.convert(checkpoint, str(path))
     raise UserError(f"{path}: its tensors ({', '.join(list(checkpoint.tensors)[:3])}, ...) are of no known network")
