@@ -358,7 +358,8 @@ def _best_pair(group: Group) -> jax.Array:
     left, left_mean = group.weigh(jnp.zeros_like(cut), jnp.minimum(cut, n))
     right, right_mean = group.weigh(jnp.minimum(cut, n), jnp.full_like(cut, n))
     best = jnp.argmax(left * right * jnp.square(left_mean - right_mean))  # between-cell inertia, up to a factor
-    low = left_mean[best]
+    # Where one value has all the mass, one of the sides has none, and no mean.
+    low = jnp.where(left[best] > 0, left_mean[best], right_mean[best])
     return jnp.stack([low, jnp.where(right[best] > 0, right_mean[best], low)])
 
 

@@ -117,6 +117,15 @@ def test_only_the_shares_of_weights_count(scale):
     np.testing.assert_allclose(kmeans(values, 2, double), kmeans(values, 2, weights), rtol=1e-5)
 
 
+def test_one_value_with_all_the_weight():
+    values = np.array([-7, -5, -3], np.float32)
+    for weights in ([1, 0, 0], [0, 1, 0], [0, 0, 1]):
+        only = values[np.argmax(weights)]
+        np.testing.assert_array_equal(kmeans(values, 2, np.array(weights)), [only, only])
+        found = np.asarray(kmeans(values, 4, np.array(weights)))
+        assert only in found and np.all(np.diff(found) >= 0)
+
+
 def test_pinned_zero_and_symmetric():
     values = (RNG.standard_normal(900) + 0.3).astype(np.float32)
     pinned = np.asarray(kmeans(values, 8, pinned_zero=True))
