@@ -288,6 +288,13 @@ def _plus_plus(values: jax.Array, n: jax.Array | int, weights: jax.Array | None,
 # --- iterations -----------------------------------------------------------------------------------------------
 
 
+def _nearest_to_zero(centroids: jax.Array) -> jax.Array:
+    """The place of the ordered centroid nearest to 0, the last of equal ones below it: 0 there keeps them in order."""
+    below = jnp.sum(centroids < 0)
+    last, first = _take(centroids, jnp.maximum(below - 1, 0)), _take(centroids, jnp.minimum(below, len(centroids) - 1))
+    return jnp.where((below > 0) & (-last <= jnp.abs(first)), below - 1, below)
+
+
 def _pin(centroids: jax.Array, pin: jax.Array | None) -> jax.Array:
     return centroids if pin is None else jnp.where(jnp.arange(centroids.shape[0]) == pin, 0.0, centroids)
 
@@ -331,7 +338,7 @@ def _solve(group: Group, centroids: jax.Array, iterations: int, pinned: bool, ex
     """Lloyd iterations until nothing moves, with an exchange after every fourth while exchanges help."""
 
     def pin_of(centroids: jax.Array) -> jax.Array | None:
-        return jnp.argmin(jnp.abs(centroids)) if pinned else None
+        return _nearest_to_zero(centroids) if pinned else None
 
     def going(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         return (state[2] < iterations) & state[1]
@@ -378,7 +385,7 @@ def one_group(
     """The codebook [k] of one group of n ordered values [padded], the last repeated (weight 0); see `kmeans`."""
 
     def pin(centroids: jax.Array) -> jax.Array:
-        return _pin(centroids, jnp.argmin(jnp.abs(centroids)) if pinned_zero else None)
+        return _pin(centroids, _nearest_to_zero(centroids) if pinned_zero else None)
 
     group = make_group(values, n, weights)
     if k == 1:

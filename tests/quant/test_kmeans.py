@@ -131,6 +131,12 @@ def test_pinned_zero_and_symmetric():
     pinned = np.asarray(kmeans(values, 8, pinned_zero=True))
     assert np.sum(pinned == 0) == 1 and np.all(np.diff(pinned) > 0)
     assert brute_inertia(values, pinned) < 1.2 * optimal_inertia(values, 8)
+    for sign in (-1, 1):  # many equal values, all on one side of zero
+        equal = sign * np.array([2, 2, 2, 2, 1], np.float32)
+        for start in ("quantile", "equal-mass", "kmeans++", "optimal"):
+            found = np.asarray(kmeans(equal, 4, init=start, pinned_zero=True))
+            assert np.all(np.diff(found) >= 0) and found[0 if sign > 0 else -1] == 0
+            assert brute_inertia(equal, found) <= 1
     symmetric = np.asarray(kmeans(values, 8, symmetric=True))
     np.testing.assert_array_equal(symmetric, -symmetric[::-1])
     both = np.asarray(kmeans(values, 8, symmetric=True, pinned_zero=True))
