@@ -66,11 +66,11 @@ def with_ranges(quantized: SpeakerModel, ranges: Ranges) -> SpeakerModel:
         name: (leaf.shape[-1], np.asarray(leaf.codebook, np.float32) if quant.is_codebook_tensor(leaf) else None)
         for name, leaf in named_leaves(quantized.variables["params"], quant.is_codebook_tensor)
     }
-    tree = jax.tree.map(np.asarray, steps_of(ranges, kernels))
+    tree = jax.tree.map(np.asarray, rounding_steps(ranges, kernels))
     return dataclasses.replace(quantized, variables={**quantized.variables, integers.COLLECTION: tree})
 
 
-def steps_of(ranges: Ranges, kernels: Mapping[str, tuple[int, Array | None]]) -> Variables:
+def rounding_steps(ranges: Ranges, kernels: Mapping[str, tuple[int, Array | None]]) -> Variables:
     """The collection `nn.integers.COLLECTION` of a network: steps of its activations and of its quantized kernels.
 
     Args:

@@ -70,7 +70,12 @@ def measure(reference: SpeakerModel, quantized: SpeakerModel, features: jax.Arra
 
 
 def own_statistics(quantized: SpeakerModel, features: jax.Array) -> SpeakerModel:
-    """Measures the statistics of a network's batch normalisations, at all its bits; convolutions stay as they are."""
+    """Gives a network's batch normalisations the statistics of their inputs, at all its bits.
+
+    Args:
+        quantized: the model; its convolutions stay as they are.
+        features: `[batch, time, mel]`.
+    """
     per_bits = {}
     # The most bits last: their statistics are the model's own, those of fewer bits stand beside them.
     for bits in (*coarse_bits(quantized.variables), None):
@@ -103,7 +108,16 @@ def averaged_statistics(quantized: SpeakerModel, batches: Iterable[jax.Array]) -
 
 
 def apply(repair: Repair, variables: Variables, scaled: Callable[[str, Leaf, jax.Array], Leaf]) -> Variables:
-    """Folds a repair into `{"params", "batch_stats"}`; `scaled(name, leaf, slope)` gives a kernel its slope."""
+    """Folds a repair into a network's variables.
+
+    Args:
+        repair: from `measure`.
+        variables: with `params` and `batch_stats`.
+        scaled: `scaled(name, leaf, slope)` gives a kernel, or its codebook, the slope `[channels]` of its outputs.
+
+    Returns:
+        `{"params": tree, "batch_stats": tree}`.
+    """
 
     def rewrite(name: str, leaf: Leaf) -> Leaf:
         layer, _, kind = name.rpartition("/")

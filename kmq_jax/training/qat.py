@@ -289,7 +289,7 @@ def integer_steps(
         for name, latent in named_leaves(params.latents)
         if latent.ndim
     }
-    return {integers.COLLECTION: activations.steps_of(ranges, kernels)}
+    return {integers.COLLECTION: activations.rounding_steps(ranges, kernels)}
 
 
 def _trained_parts(options: QatOptions, book: quant.Codebook, thawed: jax.Array) -> quant.Codebook:
