@@ -443,8 +443,8 @@ def in_range(weights: Array) -> Array:
 
     Only their shares count, but products of their sums must fit float32: squared gradients are often below 1e-20.
 
-    >>> in_range(np.array([[3e-40, 1.5e-40], [4.0, 1.0]])).round(2).tolist()
-    [[1.63, 0.82], [1.0, 0.25]]
+    >>> in_range(np.array([[2.0**-140, 2.0**-141], [4.0, 1.0]])).tolist()
+    [[1.0, 0.5], [1.0, 0.25]]
 
     Raises:
         UserError: one is not finite or is negative, or all of a group are zero (not seen inside jit).
