@@ -18,6 +18,7 @@ from kmq_jax.interop.assemble import Imported
 from kmq_jax.interop.onnx_network import NOTHING_ASKED, Asked
 
 FORMATS = ("wespeaker-onnx", "onnx", "wespeaker-torch", "kiwano", "3dspeaker")
+_NO_ACTIVATION = "--activation is for Kiwano's checkpoints and CAM++ only"
 
 
 def read(path: Path, form: str | None = None, activation: str | None = None, asked: Asked = NOTHING_ASKED) -> Imported:
@@ -33,11 +34,12 @@ def read(path: Path, form: str | None = None, activation: str | None = None, ask
     Raises:
         UserError: the file cannot be read, is of no known format, or holds another network; see the readers.
     """
-    if activation and form not in (None, "kiwano", "3dspeaker"):
-        raise UserError("--activation is for Kiwano's checkpoints and CAM++ only")
+    is_onnx = form in ("wespeaker-onnx", "onnx") or form is None and _looks_like_onnx(path)
+    if activation and (is_onnx or form == "wespeaker-torch"):
+        raise UserError(_NO_ACTIVATION)
     if form == "wespeaker-onnx":
         return wespeaker_onnx.read(path)
-    if form == "onnx" or form is None and _looks_like_onnx(path):
+    if is_onnx:
         return _read_onnx(path, form, asked)
     if asked != NOTHING_ASKED:
         raise UserError("--frontend, --layout and --output are for ONNX files only")
@@ -46,12 +48,13 @@ def read(path: Path, form: str | None = None, activation: str | None = None, ask
         return kiwano.convert(checkpoint, str(path), activation)
     if campplus.recognizes(checkpoint.tensors):
         return campplus.convert(checkpoint, str(path), form, activation)
-    if tdnn.recognizes(checkpoint.tensors):
-        return tdnn.convert(checkpoint, str(path))
-    if redimnet.recognizes(checkpoint.tensors):
-        return redimnet.convert(checkpoint, str(path))
-    if ge2e.recognizes(checkpoint.tensors):
-        return ge2e.convert(checkpoint, str(path))
+    if form == "3dspeaker":
+        raise UserError(f"{path}: its tensors are not those of CAM++, which --format=3dspeaker reads")
+    if activation:
+        raise UserError(f"{path}: {_NO_ACTIVATION}")
+    for family in (tdnn, redimnet, ge2e):
+        if family.recognizes(checkpoint.tensors):
+            return family.convert(checkpoint, str(path))
     if form == "wespeaker-torch" or wespeaker.recognizes(checkpoint.tensors):
         return wespeaker.convert(checkpoint, str(path))
     raise UserError(f"{path}: its tensors ({', '.join(list(checkpoint.tensors)[:3])}, ...) are of no known network")

@@ -43,9 +43,9 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from kmq_jax.core.errors import UserError
 from kmq_jax.models import resnet_onnx
 from kmq_jax.models.protocol import GraphBuilder, Part, SpeakerNetwork
+from kmq_jax.models.settings import check, check_counts, check_dtype, check_features, is_count
 from kmq_jax.nn.frames import frame_mask, mask_frames, stride_mask
 from kmq_jax.nn.layers import (
     CONVOLUTION,
@@ -68,7 +68,6 @@ STRIDES = (1, 2, 2, 2)
 SMOKE = {"width": 8, "blocks": (1, 1, 1, 1), "embedding_size": 32}
 """Settings of a network that passes through a whole run in seconds."""
 ACTIVATIONS = {"silu": nn.silu, "relu": nn.relu}
-DTYPES = ("float32", "bfloat16", "float16")
 KEPT: dict[str, tuple[str, ...]] = {
     "nothing": (),
     "statistics": (STATISTICS,),
@@ -196,10 +195,7 @@ class ResNet(SpeakerNetwork):
         Raises:
             UserError: the input has not the network's number of features.
         """
-        if features.ndim != 3 or features.shape[-1] != self.features:
-            raise UserError(
-                f"input of shape {features.shape}: the network takes [batch, time, {self.features} features]"
-            )
+        check_features(features.shape, self.features)
         style = LayerStyle(self.norm, self.dtype, self.kernel_init, named=self.remat)
         mask = frame_mask(lengths, features.shape[1])
         x = mask_frames(features.astype(self.dtype)[..., None], mask)
@@ -279,9 +275,9 @@ def kiwano(
     Raises:
         UserError: a value is not allowed; the message names the setting.
     """
-    _require("width", _is_count(width), width, "a positive integer")
-    _require("activation", activation in ACTIVATIONS, activation, f"one of {', '.join(ACTIVATIONS)}")
-    _require("last_taps", last_taps in (1, 3), last_taps, "1 or 3")
+    check_counts(width=width)
+    check("activation", activation in ACTIVATIONS, activation, f"one of {', '.join(ACTIVATIONS)}")
+    check("last_taps", last_taps in (1, 3), last_taps, "1 or 3")
     return ResNet(
         block=PreActivationBlock if preactivation else BasicBlock,
         channels=(width, width, 2 * width, 2 * width),
@@ -321,7 +317,7 @@ def wespeaker(
     Raises:
         UserError: a value is not allowed; the message names the setting.
     """
-    _require("width", _is_count(width), width, "a positive integer")
+    check_counts(width=width)
     return ResNet(
         block=Bottleneck if bottleneck else BasicBlock,
         channels=(width, 2 * width, 4 * width, 8 * width),
@@ -349,31 +345,16 @@ def _common(
 ) -> _Common:
     """Checks the settings that both families have, and returns them as attributes of `ResNet`."""
     is_list = isinstance(blocks, Sequence) and not isinstance(blocks, str)
-    _require("blocks", is_list and len(blocks) == 4 and all(map(_is_count, blocks)), blocks, "four positive integers")
-    _require("features", _is_count(features), features, "a positive integer")
-    _require("embedding_size", _is_count(embedding_size), embedding_size, "a positive integer")
-    _require("norm", norm in ("batch", "bias"), norm, "batch or bias")
-    _require("remat", isinstance(remat, bool), remat, "true or false")
-    try:
-        name = jnp.dtype("" if dtype is None else dtype).name  # numpy takes None for float64
-    except TypeError:
-        name = ""
-    _require("dtype", name in DTYPES, dtype, f"one of {', '.join(DTYPES)}")
+    check("blocks", is_list and len(blocks) == 4 and all(map(is_count, blocks)), blocks, "four positive integers")
+    check_counts(features=features, embedding_size=embedding_size)
+    check("norm", norm in ("batch", "bias"), norm, "batch or bias")
+    check("remat", isinstance(remat, bool), remat, "true or false")
+    check_dtype(dtype)
     return {
         "blocks": tuple(blocks),
         "features": features,
         "embedding_size": embedding_size,
         "norm": norm,
-        "dtype": jnp.dtype(name),
+        "dtype": jnp.dtype(dtype),
         "remat": remat,
     }
-
-
-def _is_count(value: object) -> bool:
-    # True is an int to Python.
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _require(setting: str, holds: bool, value: object, what: str) -> None:
-    if not holds:
-        raise UserError(f"model setting {setting} (={value}) must be {what}")

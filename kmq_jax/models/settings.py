@@ -15,7 +15,17 @@ def check(name: str, fits: bool, value: object, allowed: str) -> None:
         UserError: `fits` is false; the message names the setting.
     """
     if not fits:
-        raise UserError(f"{name} (={value}) must be {allowed}")
+        raise UserError(f"model setting {name} (={value}) must be {allowed}")
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a positive integer.
+
+    >>> is_count(3), is_count(0), is_count(True)
+    (True, False, False)
+    """
+    # True is an int to Python.
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def check_counts(**settings: object) -> None:
@@ -27,9 +37,7 @@ def check_counts(**settings: object) -> None:
     >>> check_counts(width=8)
     """
     for name, value in settings.items():
-        # True is an int to Python.
-        fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        check(name, fits, value, "a positive integer")
+        check(name, is_count(value), value, "a positive integer")
 
 
 def check_dtype(dtype: DTypeLike | None) -> None:

@@ -162,7 +162,7 @@ def _features(network: SpeakerNetwork, frames: int) -> jax.ShapeDtypeStruct:
 
 
 def _kind(module: nn.Module) -> str | None:
-    if isinstance(module, Conv | nn.Conv):
+    if isinstance(module, Conv) or isinstance(module, nn.Conv) and _is_plain(module):
         return CONVOLUTION
     if isinstance(module, nn.Dense):
         return LINEAR
@@ -173,11 +173,18 @@ def _kind(module: nn.Module) -> str | None:
     return OTHER if module.has_variable("params", "kernel") else None
 
 
+def _is_plain(module: nn.Conv) -> bool:
+    """Whether a `Window` tells all of Flax's convolution: neither mirrored or circular padding nor a spread input."""
+    spread = module.input_dilation if isinstance(module.input_dilation, Sequence) else [module.input_dilation]
+    padding = module.padding
+    return set(spread) <= {None, 1} and (not isinstance(padding, str) or padding.upper() in ("SAME", "VALID"))
+
+
 def _window(module: nn.Module, x: jax.Array) -> Window | None:
     """How a convolution, ours or Flax's own, moves over `x` `[batch, ..., channels]`."""
     if isinstance(module, Conv):
         return module.window(x)
-    if not isinstance(module, nn.Conv):
+    if not isinstance(module, nn.Conv) or not _is_plain(module):
         return None
     taps = (module.kernel_size,) if isinstance(module.kernel_size, int) else tuple(module.kernel_size)
 

@@ -8,7 +8,8 @@ collection, cost nothing. A convolution that has steps for its channels, too, mu
     w = step * k,          -127 <= k <= 127      a kernel: a step for each output channel
     b = step_x * step_w * n                      a bias, which is added to the sum of products
 
-Zero is a number of both, so that padding stays zero. Gradients pass straight through, but not where a value is cut.
+Zero is a number of both, so that padding stays zero. Gradients pass straight through, but not where an activation is
+cut; a kernel's steps leave nothing to cut.
 
 References:
     Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference, 2018.

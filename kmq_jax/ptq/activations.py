@@ -6,6 +6,7 @@ the strongest activations, and other speech may have more of them.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax
@@ -31,16 +32,24 @@ def measure(reference: SpeakerModel, features: jax.Array) -> dict[str, tuple[flo
 
     Returns:
         By place, such as "stage1/block0/conv1/input": the step and the level of zero.
+
+    Raises:
+        UserError: activations of a place are not finite.
     """
-    found: dict[str, tuple[float, float]] = {}
+    seen: dict[str, tuple[float, float]] = {}
 
     def watch(place: str, x: jax.Array) -> jax.Array:
-        found[place] = integers.grid_of(float(x.min()), float(x.max()))
+        low, high = float(x.min()), float(x.max())
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise UserError(f"activations of {place} are not finite: their range cannot be measured")
+        # A module may run more than once: its place holds what all its runs saw.
+        before = seen.get(place, (low, high))
+        seen[place] = min(low, before[0]), max(high, before[1])
         return x
 
     with integers.watching(watch):
         reference.network().without_remat().apply(reference.variables, features, train=False)
-    return found
+    return {place: integers.grid_of(low, high) for place, (low, high) in seen.items()}
 
 
 def with_ranges(quantized: SpeakerModel, ranges: Ranges) -> SpeakerModel:
@@ -57,11 +66,11 @@ def with_ranges(quantized: SpeakerModel, ranges: Ranges) -> SpeakerModel:
         name: (leaf.shape[-1], np.asarray(leaf.codebook, np.float32) if quant.is_codebook_tensor(leaf) else None)
         for name, leaf in named_leaves(quantized.variables["params"], quant.is_codebook_tensor)
     }
-    tree = jax.tree.map(np.asarray, steps_of(ranges, kernels))
+    tree = jax.tree.map(np.asarray, rounding_steps(ranges, kernels))
     return dataclasses.replace(quantized, variables={**quantized.variables, integers.COLLECTION: tree})
 
 
-def steps_of(ranges: Ranges, kernels: Mapping[str, tuple[int, Array | None]]) -> Variables:
+def rounding_steps(ranges: Ranges, kernels: Mapping[str, tuple[int, Array | None]]) -> Variables:
     """The collection `nn.integers.COLLECTION` of a network: steps of its activations and of its quantized kernels.
 
     Args:

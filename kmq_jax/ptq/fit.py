@@ -109,7 +109,8 @@ def fit(
         The fitted model, of the same size.
 
     Raises:
-        UserError: a quantized tensor shares one codebook among channels, or belongs to a layer of an unknown kind.
+        UserError: a quantized tensor shares one codebook among channels, or belongs to a layer of an unknown kind or
+            to one that runs more than once.
     """
     tensors = dict(named_leaves(quantized.variables["params"], quant.is_codebook_tensor))
     for name, tensor in tensors.items():
@@ -186,6 +187,7 @@ class _Fit:
         self.leaves: dict[str, np.ndarray] = {}
         self.levels: Mapping[str, str] = {}
         self._matching = False
+        self._done: set[str] = set()  # names of the layers that ran
         convolutions = sum(quant.is_codebook_tensor(leaf) and leaf.ndim > 2 for leaf in tensors.values())
         at = f" at {bits} bits" if bits else ""
         self._progress = progress(range(convolutions), desc=f"fitting{at}", unit="layer")
@@ -211,6 +213,9 @@ class _Fit:
 
     def _visit(self, layer: Layer, x: jax.Array, run: Run) -> jax.Array:
         quantized = quant.is_codebook_tensor(self._tensors.get(f"{layer.name}/kernel"))
+        if quantized and layer.name in self._done:
+            raise UserError(f"{layer.name} runs more than once, so it cannot be fitted; leave it unquantized")
+        self._done.add(layer.name)
         if layer.kind == CONVOLUTION:
             return self._convolution(layer, self._rounded(f"{layer.name}/input", x))
         if layer.measures:

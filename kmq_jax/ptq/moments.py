@@ -22,6 +22,7 @@ from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, at_bits
 from kmq_jax.models.walk import CONVOLUTION, Layer, Run, walk
 
 Moments = tuple[jax.Array, jax.Array]
+_FLAT = 1e-4  # of the deviation that is wanted, below which a channel has none
 
 
 def random_features(fbank: frontend.FrontEnd, utterances: source.Utterances, crops: int, seconds: float) -> jax.Array:
@@ -69,7 +70,12 @@ def measure(reference: SpeakerModel, quantized: SpeakerModel, features: jax.Arra
 
 
 def own_statistics(quantized: SpeakerModel, features: jax.Array) -> SpeakerModel:
-    """Measures the statistics of a network's batch normalisations, at all its bits; convolutions stay as they are."""
+    """Gives a network's batch normalisations the statistics of their inputs, at all its bits.
+
+    Args:
+        quantized: the model; its convolutions stay as they are.
+        features: `[batch, time, mel]`.
+    """
     per_bits = {}
     # The most bits last: their statistics are the model's own, those of fewer bits stand beside them.
     for bits in (*coarse_bits(quantized.variables), None):
@@ -102,7 +108,16 @@ def averaged_statistics(quantized: SpeakerModel, batches: Iterable[jax.Array]) -
 
 
 def apply(repair: Repair, variables: Variables, scaled: Callable[[str, Leaf, jax.Array], Leaf]) -> Variables:
-    """Folds a repair into `{"params", "batch_stats"}`; `scaled(name, leaf, slope)` gives a kernel its slope."""
+    """Folds a repair into a network's variables.
+
+    Args:
+        repair: from `measure`.
+        variables: with `params` and `batch_stats`.
+        scaled: `scaled(name, leaf, slope)` gives a kernel, or its codebook, the slope `[channels]` of its outputs.
+
+    Returns:
+        `{"params": tree, "batch_stats": tree}`.
+    """
 
     def rewrite(name: str, leaf: Leaf) -> Leaf:
         layer, _, kind = name.rpartition("/")
@@ -135,12 +150,15 @@ def moments(y: jax.Array) -> Moments:
 def matching(seen: Moments, wanted: Moments) -> Moments:
     """The slope and shift that turn outputs with the moments `seen` into ones with the moments `wanted`.
 
+    Outputs that do not vary keep their slope, and get the mean alone.
+
     >>> slope, shift = matching((jnp.array([1.0]), jnp.array([2.0])), (jnp.array([3.0]), jnp.array([4.0])))
     >>> slope.tolist(), shift.tolist()
     ([2.0], [1.0])
     """
-    # A dead channel has no deviation; any finite slope does.
-    slope = wanted[1] / jnp.maximum(seen[1], 1e-12)
+    # A channel without deviation cannot be stretched: what seems to be some is rounding, and would overflow codebooks.
+    flat = seen[1] < _FLAT * wanted[1]
+    slope = jnp.where(flat, 1.0, wanted[1] / jnp.maximum(seen[1], 1e-12))
     return slope, wanted[0] - slope * seen[0]
 
 

@@ -1,6 +1,7 @@
 """A packed low-bit model from a full-precision one, without training."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from kmq_jax.core.files import read_json, write_json
 from kmq_jax.core.tree import Leaf, Params, map_named, named_leaves
 from kmq_jax.data import source
 from kmq_jax.models.about import METRICS, made_by, told
-from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, frontend_of
+from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, fingerprint, frontend_of
 from kmq_jax.ptq import activations as ranges
 from kmq_jax.ptq import budget
 from kmq_jax.ptq.fit import fit, patterned
@@ -27,6 +28,7 @@ CROPS = 100
 SECONDS = 2.0
 """Length of each."""
 _JUDGED = 16  # crops beside these
+_OF_FEWER_BITS = re.compile(rf"^{PER_BITS}/\d+/")  # what the names of the leaves begin with that these bits have
 
 
 def quantize_model(
@@ -69,8 +71,7 @@ def quantize_model(
         packed = fit(model, packed, features, levels=patterned(model.variables["params"], rules))
     if biases == "float32":
         return packed
-    halved = with_half_biases(packed.variables["params"])
-    return dataclasses.replace(packed, variables={**packed.variables, "params": halved})
+    return dataclasses.replace(packed, variables=with_half_biases(packed.variables))
 
 
 def fitting(data: str | None) -> str:
@@ -89,23 +90,24 @@ def fitting(data: str | None) -> str:
     return f"fitted on crops of {data}"
 
 
-def with_half_biases(params: Params) -> Params:
-    """Rounds the biases of layers with a kernel to float16: all but those of normalisations.
+def with_half_biases(tree: Params) -> Params:
+    """Rounds the biases of layers with a kernel to float16, at all bits: all biases but those of normalisations.
 
     >>> layers = {"conv": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "norm": {"bias": jnp.ones(2)}}
     >>> jax.tree.map(lambda leaf: leaf.dtype.name, with_half_biases(layers))
     {'conv': {'bias': 'float16', 'kernel': 'float32'}, 'norm': {'bias': 'float32'}}
 
     Args:
-        params: tree of parameters, packed or not, or of shapes (inside `jax.eval_shape`).
+        tree: parameters, or a model's variables, packed or not, or their shapes (inside `jax.eval_shape`).
     """
-    names = {name for name, _ in named_leaves(params, is_leaf=quant.is_codebook_tensor)}
+    names = {name for name, _ in named_leaves(tree, is_leaf=quant.is_codebook_tensor)}
 
     def halved(name: str, leaf: Leaf) -> Leaf:
         layer, _, kind = name.rpartition("/")
+        layer = _OF_FEWER_BITS.sub("", layer)
         return leaf.astype(jnp.float16) if kind == "bias" and f"{layer}/kernel" in names else leaf
 
-    return map_named(halved, params, is_leaf=quant.is_codebook_tensor)
+    return map_named(halved, tree, is_leaf=quant.is_codebook_tensor)
 
 
 def rules_of(options: QuantizeOptions) -> list[quant.QuantRule]:

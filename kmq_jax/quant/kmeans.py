@@ -288,6 +288,13 @@ def _plus_plus(values: jax.Array, n: jax.Array | int, weights: jax.Array | None,
 # --- iterations -----------------------------------------------------------------------------------------------
 
 
+def _nearest_to_zero(centroids: jax.Array) -> jax.Array:
+    """The place of the ordered centroid nearest to 0, the last of equal ones below it: 0 there keeps them in order."""
+    below = jnp.sum(centroids < 0)
+    last, first = _take(centroids, jnp.maximum(below - 1, 0)), _take(centroids, jnp.minimum(below, len(centroids) - 1))
+    return jnp.where((below > 0) & (-last <= jnp.abs(first)), below - 1, below)
+
+
 def _pin(centroids: jax.Array, pin: jax.Array | None) -> jax.Array:
     return centroids if pin is None else jnp.where(jnp.arange(centroids.shape[0]) == pin, 0.0, centroids)
 
@@ -331,7 +338,7 @@ def _solve(group: Group, centroids: jax.Array, iterations: int, pinned: bool, ex
     """Lloyd iterations until nothing moves, with an exchange after every fourth while exchanges help."""
 
     def pin_of(centroids: jax.Array) -> jax.Array | None:
-        return jnp.argmin(jnp.abs(centroids)) if pinned else None
+        return _nearest_to_zero(centroids) if pinned else None
 
     def going(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         return (state[2] < iterations) & state[1]
@@ -358,7 +365,8 @@ def _best_pair(group: Group) -> jax.Array:
     left, left_mean = group.weigh(jnp.zeros_like(cut), jnp.minimum(cut, n))
     right, right_mean = group.weigh(jnp.minimum(cut, n), jnp.full_like(cut, n))
     best = jnp.argmax(left * right * jnp.square(left_mean - right_mean))  # between-cell inertia, up to a factor
-    low = left_mean[best]
+    # Where one value has all the mass, one of the sides has none, and no mean.
+    low = jnp.where(left[best] > 0, left_mean[best], right_mean[best])
     return jnp.stack([low, jnp.where(right[best] > 0, right_mean[best], low)])
 
 
@@ -377,7 +385,7 @@ def one_group(
     """The codebook [k] of one group of n ordered values [padded], the last repeated (weight 0); see `kmeans`."""
 
     def pin(centroids: jax.Array) -> jax.Array:
-        return _pin(centroids, jnp.argmin(jnp.abs(centroids)) if pinned_zero else None)
+        return _pin(centroids, _nearest_to_zero(centroids) if pinned_zero else None)
 
     group = make_group(values, n, weights)
     if k == 1:
@@ -411,10 +419,7 @@ def order(values: Array, weights: Array | None) -> tuple[Array, Array | None]:
         UserError: a value or weight is not finite, or a weight negative (not seen inside jit).
     """
     traced = isinstance(values, jax.core.Tracer) or isinstance(weights, jax.core.Tracer)
-    if not traced and weights is not None:
-        weights = np.asarray(weights, np.float32)
-        if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any(-1).all()):
-            raise UserError("weights must be finite, zero or more, and not all zero in a group")
+    weights = None if weights is None else in_range(weights)
     ordered: Array
     mass: Array | None
     if not traced and (isinstance(values, np.ndarray) or jax.default_backend() == "cpu"):
@@ -431,6 +436,26 @@ def order(values: Array, weights: Array | None) -> tuple[Array, Array | None]:
     if not traced and not np.isfinite(ordered[:, np.array([0, -1])]).all():  # NaN and infinity are sorted to the ends
         raise UserError("some values are NaN or infinite")
     return ordered, mass
+
+
+def in_range(weights: Array) -> Array:
+    """Weights `[groups, n]` as float32, those of a group times one power of two: the largest is then 1 to 2.
+
+    Only their shares count, but products of their sums must fit float32: squared gradients are often below 1e-20.
+
+    >>> in_range(np.array([[2.0**-140, 2.0**-141], [4.0, 1.0]])).tolist()
+    [[1.0, 0.5], [1.0, 0.25]]
+
+    Raises:
+        UserError: one is not finite or is negative, or all of a group are zero (not seen inside jit).
+    """
+    xp = jnp if isinstance(weights, jax.core.Tracer) else np
+    # Double precision, where it is given, holds what float32 does not.
+    exact = xp.asarray(weights).astype(xp.promote_types(weights.dtype, np.float32))
+    if xp is np and not (np.isfinite(exact).all() and (exact >= 0).all() and exact.any(-1).all()):
+        raise UserError("weights of the error must be finite, zero or more, and not all zero in a group")
+    _, exponent = xp.frexp(xp.max(exact, axis=-1, keepdims=True))
+    return xp.ldexp(exact, 1 - exponent).astype(np.float32)
 
 
 def scaled(ordered: Array) -> tuple[Array, np.ndarray | None]:
@@ -522,6 +547,7 @@ def kmeans(
         values: numbers `[..., n]`; every leading index is a group of its own.
         k: number of centroids.
         weights: importance of each value `[..., n]`, zero or more, such as the diagonal of a Hessian or Fisher matrix.
+            Only their shares within a group count.
         init: "optimal" (dynamic programming over a choice of borders),
             "companding" (density of centroids as the cube root of the values' density), "equal-mass" (means of
             equal-mass bins of the values clamped to their central `retention`, the init of KMQAT), "quantile", or
@@ -545,7 +571,7 @@ def kmeans(
         raise UserError(f"k (={k}) must be at least 1, and even for a symmetric codebook")
     if not 0 < retention <= 1:
         raise UserError(f"retention (={retention}) must be above 0 and at most 1")
-    if values.shape[-1] == 0:
+    if values.size == 0:
         raise UserError(f"no values to cluster: shape {tuple(values.shape)}")
     if weights is not None and weights.shape != values.shape:
         raise UserError(f"weights have shape {tuple(weights.shape)}, values {tuple(values.shape)}")
@@ -587,7 +613,9 @@ def inertia(values: Array, codebook: Array, weights: Array | None = None) -> jax
 
 
 def nearest(values: Array, codebook: Array) -> jax.Array:
-    """Index `[..., n]` uint8 of the centroid nearest to each value `[..., n]` in an ascending codebook `[..., k]`.
+    """Index `[..., n]` of the centroid nearest to each value `[..., n]` in an ascending codebook `[..., k]`.
+
+    It is uint8, or int32 where there are more than 256 centroids.
 
     >>> nearest(jnp.array([0.2, 0.8, 4.0]), jnp.array([0.0, 1.0])).tolist()
     [0, 1, 1]
@@ -596,4 +624,4 @@ def nearest(values: Array, codebook: Array) -> jax.Array:
     search = partial(jnp.searchsorted, side="left", method="compare_all")
     for _ in range(values.ndim - 1):
         search = jax.vmap(search)
-    return search(midpoints(codebook), values).astype(jnp.uint8)
+    return search(midpoints(codebook), values).astype(jnp.uint8 if codebook.shape[-1] <= 256 else jnp.int32)

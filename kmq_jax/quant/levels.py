@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kmq_jax.quant.codes import assign, lookup
-from kmq_jax.quant.kmeans import midpoints
+from kmq_jax.quant.kmeans import in_range, midpoints
 
 LEVELS = ("kmeans", "uniform", "minmax", "powers")
 """Free centroids; uniform levels, their scale and offset fitted; uniform from the least to the greatest weight; powers
@@ -63,7 +63,7 @@ def fit_levels(
     [[-4.0, -2.0, 2.0, 4.0]]
     """
     rows = jnp.asarray(rows, jnp.float32)
-    weights = jnp.ones_like(rows) if weights is None else jnp.asarray(weights, jnp.float32)
+    weights = jnp.ones_like(rows) if weights is None else in_range(weights)
     known = basis(levels, bits)
     assert known is not None
     low, high = jnp.min(rows, axis=1), jnp.max(rows, axis=1)

@@ -7,6 +7,7 @@ References:
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -54,7 +55,8 @@ def hessian_traces(
         `{name: trace}`.
 
     Raises:
-        UserError: a name is not in the tree, or `draws` is not a positive multiple of `vectorized`.
+        UserError: a name is not in the tree, `draws` is not a positive multiple of `vectorized`, or a trace is not
+            finite (the message names the tensor).
     """
     leaves = dict(named_leaves(params))
     floating = [name for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -83,7 +85,11 @@ def hessian_traces(
     batches = jax.random.split(key, draws).reshape(-1, vectorized)
     # A Python loop: a convolution inside lax.scan is many times slower on a CPU.
     estimates = [jax.device_get(some(keys)) for keys in batches]
-    return {n: float(np.mean([estimate[n] for estimate in estimates])) for n in chosen}
+    traces = {n: float(np.mean([estimate[n] for estimate in estimates])) for n in chosen}
+    for name, trace in traces.items():
+        if not math.isfinite(trace):
+            raise UserError(f"the trace of {name} is {trace}: the loss, or its curvature, is not finite")
+    return traces
 
 
 def distortions(params: Params, rules: Rules, all_bits: Sequence[int] = (2, 3, 4)) -> tuple[Table, Table]:
@@ -144,11 +150,11 @@ def allocate(traces: Mapping[str, float], errors: Table, sizes: Table, budget: f
         `{name: bits}`.
 
     Raises:
-        UserError: even the fewest bits exceed the budget.
+        UserError: even the fewest bits exceed the budget, or there is no tensor.
     """
     from scipy import optimize  # large, and needed here alone
 
-    names = list(errors)
+    names = _some(errors)
     _check_budget(sizes, names, budget)
     choices = [(name, bits) for name in names for bits in errors[name]]
     cost = np.array([_cost(traces, errors, name, bits) for name, bits in choices])
@@ -181,7 +187,7 @@ def allocate_sections(
     >>> allocate_sections({"a": 5.0, "b": 1.0}, errors, sizes, budget=30, sections=1)
     {'a': 2, 'b': 2}
     """
-    names = sorted(errors, key=lambda name: -traces[name])
+    names = sorted(_some(errors), key=lambda name: -traces[name])
     parts = [list(part) for part in np.array_split(np.array(names, object), min(sections, len(names)))]
     whole_costs, whole_sizes = {}, {}
     for number, part in enumerate(parts):
@@ -191,6 +197,12 @@ def allocate_sections(
     # A section is one tensor to the integer program: combinations of many sections are more than can be tried.
     chosen = allocate(dict.fromkeys(whole_costs, 1.0), whole_costs, whole_sizes, budget)
     return {name: chosen[str(number)] for number, part in enumerate(parts) for name in part}
+
+
+def _some(errors: Table) -> list[str]:
+    if not errors:
+        raise UserError("there is no tensor to give bits to: the rules quantize none")
+    return list(errors)
 
 
 def _cost(traces: Mapping[str, float], errors: Table, name: str, bits: int) -> float:

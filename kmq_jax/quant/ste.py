@@ -481,7 +481,7 @@ def adopt_codebooks(
         quantize is as there. Where codebooks nest, the caller gives them their `indices`.
 
     Raises:
-        UserError: a tensor is not quantized alike in `packed` (the message names it).
+        UserError: a tensor is not quantized alike in `packed`, or is not there (the message names it).
     """
     leaves = dict(named_leaves(params))
     given = dict(named_leaves(packed, is_leaf=is_codebook_tensor))
@@ -501,7 +501,14 @@ def adopt_codebooks(
         codebooks[name] = dataclasses.replace(
             own, kept=kept, dtype=str(tensor.codebook.dtype), latent_dtype=_type_of(leaves[name])
         )
-    return map_named(lambda name, leaf: jnp.asarray(latents[name]), params), codebooks
+
+    def adopted(name: str, leaf: Leaf) -> jax.Array:
+        if name not in latents:
+            how = "must be in full precision in" if name in given else "is missing in"
+            raise UserError(f"{name} {how} the packed network")
+        return jnp.asarray(latents[name], leaf.dtype)  # what is stored in half precision trains in its own
+
+    return map_named(adopted, params), codebooks
 
 
 def _alike(leaf: Leaf, shape: tuple[int, ...], axis: int | None) -> CodebookTensor | None:

@@ -14,7 +14,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Array, Leaf, Params, map_named
 from kmq_jax.quant import nested
 from kmq_jax.quant.codes import assign, to_groups, where_sorted
-from kmq_jax.quant.kmeans import kmeans, scaled
+from kmq_jax.quant.kmeans import in_range, kmeans, scaled
 from kmq_jax.quant.levels import fit_levels
 from kmq_jax.quant.packing import pack_bits
 from kmq_jax.quant.rules import Rules, decide, group_axis
@@ -36,8 +36,8 @@ def quantize_params(
         rules: a `QuantSpec` for every leaf, or `QuantRule`s, or `{"regular expression": bits, spec or None}`. What is
             kept whatever they say: see `rules.decide`.
         bits: in place of rules: this many for every leaf.
-        importance: by leaf name, weights of the squared error in the leaf's shape, such as the diagonal of a Fisher
-            or Hessian matrix.
+        importance: by leaf name, weights of the squared error in the leaf's shape, zero or more, such as the diagonal
+            of a Fisher or Hessian matrix. Only their shares within a channel count.
 
     Returns:
         The same tree with `CodebookTensor` leaves, and with float16 leaves where a rule says 16 bits.
@@ -78,7 +78,24 @@ def quantize_params(
 
 
 def quantize_tensor(tensor: Array, spec: QuantSpec, axis: int | None, importance: jax.Array | None = None) -> Leaf:
-    """Quantizes one tensor, its groups along `axis` (None: one group)."""
+    """Quantizes one tensor, whatever its size.
+
+    Args:
+        tensor: floating point, any shape.
+        spec: how.
+        axis: where its groups lie; None is one group.
+        importance: see `quantize_params`, in the tensor's shape.
+
+    Returns:
+        A `CodebookTensor`; at 16 bits a float16 array, or bfloat16 as it is.
+
+    Raises:
+        UserError: a value or a weight of the error is not finite, shapes differ, or the type of codebooks cannot hold
+            the centroids.
+
+    >>> quantize_tensor(np.ones((3, 2), np.float32), QuantSpec(1), axis=1)
+    CodebookTensor(shape=(3, 2), bits=1, axis=1, float32)
+    """
     dtype = jax.dtypes.canonicalize_dtype(tensor.dtype).name
     if spec.bits == HALF:
         return tensor if dtype == "bfloat16" else stored(tensor, "float16", bits=4)
@@ -86,7 +103,7 @@ def quantize_tensor(tensor: Array, spec: QuantSpec, axis: int | None, importance
     rows = to_groups(tensor, axis)
     if importance is not None and importance.shape != tensor.shape:
         raise UserError(f"importance has shape {importance.shape}, the tensor {tensor.shape}")
-    weights = None if importance is None else to_groups(importance, axis)
+    weights = None if importance is None else in_range(to_groups(importance, axis))
     codebooks: tuple[jax.Array, ...]
     if spec.levels != "kmeans":
         codebooks = (fit_levels(rows, spec.levels, spec.bits, weights, spec.iterations),)
@@ -118,7 +135,18 @@ def quantize_tensor(tensor: Array, spec: QuantSpec, axis: int | None, importance
 def encode_tensor(
     rows: jax.Array, codebooks: tuple[jax.Array, ...], shape: tuple[int, ...], axis: int | None, dtype: str = "float32"
 ) -> CodebookTensor:
-    """Gives each value of `rows` `[groups, n]` its index in given codebooks, in ascending bits, and packs it."""
+    """Gives each value its index in given codebooks, and packs it.
+
+    Args:
+        rows: `[groups, n]`, the groups of a tensor as `codes.to_groups` gives them.
+        codebooks: `[groups, 2^b]`, in ascending bits, each ascending along its rows.
+        shape: of the tensor.
+        axis: where its groups lie; None is one group.
+        dtype: the tensor's type, which dequantization gives back.
+
+    >>> encode_tensor(jnp.array([[0.1, 0.9]]), (jnp.array([[0.0, 1.0]]),), (2,), None).indices().tolist()
+    [0, 1]
+    """
     exact = tuple(c.astype(jnp.float32) for c in codebooks)
     limits = nested.thresholds(exact)
     bits = codebooks[-1].shape[-1].bit_length() - 1

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Array, Leaf
 from kmq_jax.quant.codes import from_groups, lookup
+from kmq_jax.quant.kmeans import INITS
 from kmq_jax.quant.levels import LEVELS
 from kmq_jax.quant.packing import packed_bytes, unpack_bits
 
@@ -39,8 +40,10 @@ class QuantSpec:
         levels: "kmeans", or a pattern that a scale alone (and an offset) fits, see `levels.LEVELS`.
         coarse: fewer bits at which the tensor can be read too, such as (2, 3) beside `bits=4`. Their index is a prefix
             of the stored one, and each has a codebook of its own.
-        init, retention, iterations, symmetric, pinned_zero: see `kmeans.kmeans`. At 1 bit, `symmetric` is the static
-            binary quantizer (plus and minus the mean magnitude); without it both centroids are free.
+        init, retention: see `kmeans.kmeans`; of single, free codebooks. Nested ones and other `levels` start their own
+            way.
+        iterations, symmetric, pinned_zero: see `kmeans.kmeans`. At 1 bit, `symmetric` is the static binary quantizer
+            (plus and minus the mean magnitude); without it both centroids are free.
         only_smaller: tensors that would not shrink stay as they are. A small tensor does not where its codebooks take
             what its indices save: at 8 bits, 512 bytes of codebook a channel. Without it every tensor is quantized,
             as training does, whose networks may go on at other bits.
@@ -66,7 +69,7 @@ class QuantSpec:
         Raises:
             UserError: a field is outside its range.
         """
-        if self.bits not in (*range(1, 9), HALF):
+        if not _is_whole(self.bits) or self.bits not in (*range(1, 9), HALF):
             raise UserError(f"bits (={self.bits}) must be 1 to 8, or 16 for half precision")
         if self.granularity not in GRANULARITIES:
             raise UserError(f"granularity (={self.granularity!r}) must be one of {', '.join(GRANULARITIES)}")
@@ -74,6 +77,7 @@ class QuantSpec:
             raise UserError(f"codebook_dtype (={self.codebook_dtype!r}) must be float16 or float32")
         if self.levels not in LEVELS:
             raise UserError(f"levels (={self.levels!r}) must be one of {', '.join(LEVELS)}")
+        self._check_fit()
         if self.levels != "kmeans" and (self.coarse or self.symmetric or self.pinned_zero):
             raise UserError(f"levels (={self.levels!r}) cannot be nested, symmetric or have a pinned zero")
         # Sorted once, so that specs are equal in whatever order their bits were given.
@@ -84,6 +88,15 @@ class QuantSpec:
             raise UserError(f"coarse bits (={self.coarse}) must differ")
         if self.coarse and (self.symmetric or self.pinned_zero):
             raise UserError("nested codebooks cannot be symmetric or have a pinned zero")
+
+    def _check_fit(self) -> None:
+        if self.init not in INITS:
+            raise UserError(f"init (={self.init!r}) must be one of {', '.join(INITS)}")
+        if not 0 < self.retention <= 1:
+            raise UserError(f"retention (={self.retention}) must be above 0 and at most 1")
+        for name in ("iterations", "minimum_size"):
+            if not _is_whole(getattr(self, name)) or getattr(self, name) < 0:
+                raise UserError(f"{name} (={getattr(self, name)}) must be a whole number, 0 or more")
 
     @property
     def all_bits(self) -> tuple[int, ...]:
@@ -270,6 +283,11 @@ class CodebookTensor:
                 raise ValueError(f"the {bits}-bit codebook has shape {codebook.shape}, not {(self.groups, 1 << bits)}")
         if self.dtype_name not in ("float16", "float32", "float64", "bfloat16"):
             raise ValueError(f"dtype (={self.dtype_name!r}) must be floating point")
+
+
+def _is_whole(value: object) -> bool:
+    # True is an int to Python.
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _over_batch(read: Callable[[CodebookTensor], jax.Array], tensor: CodebookTensor) -> jax.Array:

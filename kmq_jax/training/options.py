@@ -53,6 +53,12 @@ class DataOptions(Options):
         super().__post_init__()
         if not self.speeds or len(set(self.speeds)) < len(self.speeds):
             raise UserError(f"`speeds` (={shown(self.speeds)}) must hold at least one speed, and none twice")
+        if self.normalize == "utterance" and self.utterance_seconds < self.crop_seconds:
+            # Crops would be shorter than asked for, and repeated.
+            raise UserError(
+                f"`utterance_seconds` (={self.utterance_seconds:g}) must be at least crop_seconds "
+                f"(={self.crop_seconds:g})"
+            )
 
     @property
     def crop_samples(self) -> int:

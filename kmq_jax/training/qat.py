@@ -11,7 +11,7 @@ quantization, 2024.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from kmq_jax.nn import integers
 from kmq_jax.ptq import activations, fit, moments
 from kmq_jax.ptq.quantize import with_half_biases
 from kmq_jax.quant.codes import along
-from kmq_jax.training.options import QatOptions
+from kmq_jax.training.options import HALF, QatOptions
 from kmq_jax.training.state import QatParams
 
 Codebooks = Mapping[str, quant.Codebook]
@@ -289,7 +289,7 @@ def integer_steps(
         for name, latent in named_leaves(params.latents)
         if latent.ndim
     }
-    return {integers.COLLECTION: activations.steps_of(ranges, kernels)}
+    return {integers.COLLECTION: activations.rounding_steps(ranges, kernels)}
 
 
 def _trained_parts(options: QatOptions, book: quant.Codebook, thawed: jax.Array) -> quant.Codebook:
@@ -442,6 +442,27 @@ def nearest_indices(params: QatParams) -> dict[str, jax.Array]:
     return {name: book.indices for name, book in books.items() if book.indices is not None}
 
 
+def hold_still(options: QatOptions, before: QatParams, after: QatParams, frozen: jax.Array | bool) -> QatParams:
+    """The parameters `after` an optimizer's step, with what it shall not move as it was `before`.
+
+    That is centroids which no gradient trains, and scales that do not train yet: decay and momentum would move them.
+
+    Args:
+        options: the `quant` section.
+        before: parameters before the step.
+        after: those that the optimizer gives.
+        frozen: whether scales do not train yet.
+    """
+
+    def held(old: quant.Codebook, book: quant.Codebook) -> quant.Codebook:
+        if options.centroids != "gradient":
+            book = dataclasses.replace(book, centroids=old.centroids, coarse=old.coarse)
+        return dataclasses.replace(book, raw_scale=jnp.where(frozen, old.raw_scale, book.raw_scale))
+
+    books = {name: held(before.codebooks[name], book) for name, book in after.codebooks.items()}
+    return dataclasses.replace(after, codebooks=books)
+
+
 def keep_parent(before: QatParams, after: QatParams) -> QatParams:
     """The parameters `after` a step, with what the network of the fewest bits is made of as it was `before`.
 
@@ -461,13 +482,30 @@ def keep_parent(before: QatParams, after: QatParams) -> QatParams:
     )
 
 
-def packed_variables(params: QatParams, indices: Indices, half_biases: bool = False) -> Variables:
+def half_rules(options: QatOptions) -> list[quant.QuantRule]:
+    """The section's rules that store tensors in half precision; the others keep what they match. None where none does.
+
+    >>> rules = half_rules(QatOptions(bits=2, rules=(("^stem/", 16),)))
+    >>> [(rule.pattern, rule.spec and rule.spec.bits) for rule in rules]
+    [('^stem/', 16), ('/kernel$', None)]
+    """
+    rules = [
+        quant.QuantRule(rule.pattern, rule.spec if rule.spec and rule.spec.bits == HALF else None)
+        for rule in rules_of(options)
+    ]
+    return rules if any(rule.spec for rule in rules) else []
+
+
+def packed_variables(
+    params: QatParams, indices: Indices, half_biases: bool = False, half: Sequence[quant.QuantRule] = ()
+) -> Variables:
     """The variables that are shipped: packed tensors in place of latents, and the biases of fewer bits.
 
     Args:
         params: of a state.
         indices: see `TrainState`.
         half_biases: store the biases of convolutions and linear layers in float16.
+        half: rules by which other tensors are stored in float16, from `half_rules`. Steps compute with them in float32.
     """
     books = {name: dataclasses.replace(book, indices=indices.get(name)) for name, book in params.codebooks.items()}
     per_bits = {
@@ -475,5 +513,6 @@ def packed_variables(params: QatParams, indices: Indices, half_biases: bool = Fa
         for bits, biases in params.per_bits.items()
     }
     packed = quant.pack(params.latents, books)
-    packed = with_half_biases(packed) if half_biases else packed
-    return {"params": packed, **({PER_BITS: per_bits} if per_bits else {})}
+    packed = quant.quantize_params(packed, half) if half else packed
+    variables = {"params": packed, **({PER_BITS: per_bits} if per_bits else {})}
+    return with_half_biases(variables) if half_biases else variables

@@ -165,9 +165,10 @@ class FullPrecision:
         """Averages the last checkpoints, running statistics included."""
         if self.average_last < 2:
             return None
-        mean = average([load_network(checkpoints, step) for step in checkpoints.steps()[-self.average_last :]])
+        newest = checkpoints.steps()[-self.average_last :]
+        mean = average([load_network(checkpoints, step) for step in newest])
         model = dataclasses.replace(trained, variables=mean)
-        return Final(model, "averaged.kmq", f"average of the last {self.average_last} checkpoints")
+        return Final(model, "averaged.kmq", f"average of the last {len(newest)} checkpoints")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +252,8 @@ class Quantized:
     ) -> tuple[QatParams, qat.Indices]:
         """See `Task`."""
         assert isinstance(before, QatParams) and isinstance(after, QatParams)
+        if self.thaw or self.options.centroids != "gradient":
+            after = qat.hold_still(self.options, before, after, step <= self.thaw)
         after = qat.move_centroids(self.options, after, indices, step, self.last_move)
         indices = qat.reassign(self.options, after, indices, step)
         return (qat.keep_parent(before, after) if self.options.grow_from else after), indices
@@ -258,7 +261,8 @@ class Quantized:
     def variables(self, state: TrainState) -> Variables:
         """See `Task`."""
         assert isinstance(state.params.network, QatParams)
-        packed = qat.packed_variables(state.params.network, state.indices, self.options.biases == "float16")
+        halves = self.options.biases == "float16", qat.half_rules(self.options)
+        packed = qat.packed_variables(state.params.network, state.indices, *halves)
         steps = jax.device_get(self.beside(state.params.network, None))
         return {**packed, "batch_stats": state.batch_stats, **steps}
 

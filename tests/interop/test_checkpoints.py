@@ -142,6 +142,17 @@ def test_a_missing_stage_is_named(tmp_path):
         pretrained.read(save(tmp_path / "m.safetensors", tensors))
 
 
+def test_what_a_file_has_no_use_for_is_refused(tmp_path):
+    path = save(tmp_path / "m.safetensors", wespeaker_tensors())
+    with pytest.raises(UserError, match="--activation is for Kiwano's checkpoints and CAM"):
+        pretrained.read(path, activation="relu")
+    with pytest.raises(UserError, match="--format=3dspeaker"):
+        pretrained.read(path, form="3dspeaker")
+    (tmp_path / "m.onnx").write_bytes(b"no zip, no pickle")
+    with pytest.raises(UserError, match="--activation is for"):
+        pretrained.read(tmp_path / "m.onnx", activation="relu")
+
+
 def test_unknown_networks_and_damaged_files(tmp_path):
     with pytest.raises(UserError, match="are of no known network"):
         pretrained.read(save(tmp_path / "m.safetensors", {"layers.0.weight": np.zeros(3, np.float32)}))

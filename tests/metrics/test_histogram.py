@@ -43,7 +43,7 @@ def test_parts_add_up():
 
 def test_separable_scores_and_scores_at_the_ends():
     counts = ScoreHistogram(-1, 1, 4)
-    counts.add([-1.0, -5.0, 1.0, 7.0], [0, 0, 1, 1])
+    counts.add([-1.0, -5.0, -1e300, 1.0, 7.0, 1e300], [0, 0, 0, 1, 1, 1])
     rates = counts.rates()
     assert (rates.eer, rates.min_dcf) == (0, 0)
 

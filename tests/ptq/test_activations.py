@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +15,10 @@ from kmq_jax import quant
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import named_leaves
 from kmq_jax.models import onnx_export, registry
+from kmq_jax.models.protocol import Part, SpeakerNetwork
 from kmq_jax.models.speaker_model import SpeakerModel, at_bits, embed_all, load_model, save_model
 from kmq_jax.nn import integers
+from kmq_jax.nn.layers import Conv
 from kmq_jax.ptq import activations, quantize
 
 DATA = "synthetic:train?speakers=4&utterances=4"
@@ -86,6 +89,34 @@ def test_ranges_hold_zero_and_all_that_was_seen(four):
 def two(four):
     """The same at 2 bits."""
     return quantized_of(four[0], 2)
+
+
+class Twice(SpeakerNetwork):
+    """A convolution that runs twice, the second time on larger values."""
+
+    features: int = 1
+    embedding_size: int = 1
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, features, lengths=None, train=False):
+        conv = Conv(1, 1, kernel_init=nn.initializers.constant(10.0), name="conv")
+        return conv(conv(-features) / -20)[:, 0]
+
+    @nn.nowrap
+    def parts(self):
+        return (Part("conv", "conv"),)
+
+
+def test_a_range_holds_what_all_runs_of_a_module_see():
+    registry.register("integers_twice", Twice)
+    variables = Twice().init(jax.random.key(0), np.ones((1, 3, 1)))
+    reference = SpeakerModel("integers_twice", {}, "kiwano", jax.device_get(variables))
+    # First -3 to -1, then half of 3 to 1.
+    found = activations.measure(reference, jnp.array([[[1.0], [2.0], [3.0]]]))
+    assert found == {"conv/input": integers.grid_of(-3.0, 1.5)}
+    with pytest.raises(UserError, match="conv/input are not finite"):
+        activations.measure(reference, jnp.array([[[jnp.nan]]]))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -391,3 +391,44 @@ def test_linear_layers_that_see_every_frame_are_fitted():
     for name, leaf in named_leaves(fitted.variables["params"], quant.is_codebook_tensor):
         if quant.is_codebook_tensor(leaf):
             assert not np.array_equal(leaf.packed, there[name].packed)
+
+
+class Repeating(SpeakerNetwork):
+    """A convolution of one's own choice that runs once, or twice."""
+
+    features: int = 8
+    embedding_size: int = 4
+    padding: str = "SAME"
+    runs: int = 1
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, features, lengths=None, train=False):
+        conv, x = nn.Conv(8, (3,), padding=self.padding, name="conv"), features
+        for _ in range(self.runs):
+            x = conv(x)
+        return dense(self.embedding_size, "head")(x.mean(1))
+
+    @nn.nowrap
+    def parts(self):
+        return Part("conv", "conv"), Part("head", "head")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"runs": 2}, "conv runs more than once"), ({"padding": "CIRCULAR"}, "conv: a Conv cannot be fitted")],
+)
+def test_a_layer_that_cannot_be_fitted_is_named(settings, message):
+    registry.register("fit_repeating", Repeating)
+    network, features = registry.build("fit_repeating", **settings), np.ones((2, 9, 8), np.float32)
+    variables = network.init(jax.random.key(0), features)
+    reference = SpeakerModel("fit_repeating", settings, "kiwano", jax.device_get(variables))
+    with pytest.raises(UserError, match=message):
+        fit.fit(reference, quantized_of(reference, only_smaller=False), jnp.asarray(features))
+
+
+def test_a_channel_without_deviation_keeps_its_slope():
+    seen = jnp.array([1.0, 1.0, 1.0]), jnp.array([0.0, 1e-9, 2.0])
+    wanted = jnp.array([3.0, 3.0, 3.0]), jnp.array([0.5, 0.5, 1.0])
+    slope, shift = moments.matching(seen, wanted)
+    assert slope.tolist() == [1, 1, 0.5] and shift.tolist() == [2, 2, 2.5]

@@ -103,11 +103,40 @@ def test_weights_count_like_repetition():
     np.testing.assert_allclose(inertia(values, centroids, times), brute_inertia(values, centroids, times), rtol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_only_the_shares_of_weights_count(scale):
+    values, weights = RNG.standard_normal((2, 1, 60)).astype(np.float32)
+    weights = weights**2 + 1e-3
+    for k in (2, 4):
+        plain = kmeans(values, k, weights)
+        np.testing.assert_allclose(kmeans(values, k, weights * np.float32(scale)), plain, rtol=1e-5)
+        inside = jax.jit(lambda v, w, k=k: kmeans(v, k, w))(values, weights * np.float32(scale))
+        np.testing.assert_allclose(inside, plain, rtol=1e-5)
+    # Below what float32 holds.
+    double = weights.astype(np.float64) * 1e-60
+    np.testing.assert_allclose(kmeans(values, 2, double), kmeans(values, 2, weights), rtol=1e-5)
+
+
+def test_one_value_with_all_the_weight():
+    values = np.array([-7, -5, -3], np.float32)
+    for weights in ([1, 0, 0], [0, 1, 0], [0, 0, 1]):
+        only = values[np.argmax(weights)]
+        np.testing.assert_array_equal(kmeans(values, 2, np.array(weights)), [only, only])
+        found = np.asarray(kmeans(values, 4, np.array(weights)))
+        assert only in found and np.all(np.diff(found) >= 0)
+
+
 def test_pinned_zero_and_symmetric():
     values = (RNG.standard_normal(900) + 0.3).astype(np.float32)
     pinned = np.asarray(kmeans(values, 8, pinned_zero=True))
     assert np.sum(pinned == 0) == 1 and np.all(np.diff(pinned) > 0)
     assert brute_inertia(values, pinned) < 1.2 * optimal_inertia(values, 8)
+    for sign in (-1, 1):  # many equal values, all on one side of zero
+        equal = sign * np.array([2, 2, 2, 2, 1], np.float32)
+        for start in ("quantile", "equal-mass", "kmeans++", "optimal"):
+            found = np.asarray(kmeans(equal, 4, init=start, pinned_zero=True))
+            assert np.all(np.diff(found) >= 0) and found[0 if sign > 0 else -1] == 0
+            assert brute_inertia(equal, found) <= 1
     symmetric = np.asarray(kmeans(values, 8, symmetric=True))
     np.testing.assert_array_equal(symmetric, -symmetric[::-1])
     both = np.asarray(kmeans(values, 8, symmetric=True, pinned_zero=True))
@@ -145,6 +174,12 @@ def test_nearest_by_hand():
     np.testing.assert_array_equal(found, [[0, 0, 1, 3]])
 
 
+def test_nearest_of_more_centroids_than_a_byte_holds():
+    codebook = np.arange(300, dtype=np.float32)
+    np.testing.assert_array_equal(nearest(jnp.array([256.0, 299.4]), jnp.asarray(codebook)), [256, 299])
+    assert float(inertia(codebook, codebook)) == 0
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -159,9 +194,14 @@ def test_nearest_by_hand():
 def test_mistakes(settings, message):
     with pytest.raises(UserError, match=message):
         kmeans(np.arange(10, dtype=np.float32), **{"k": 4, **settings})
+    for shape in ((0, 3), (3, 0)):
+        with pytest.raises(UserError, match="no values"):
+            kmeans(np.zeros(shape, np.float32), 2)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_not_finite(bad):
+    with pytest.raises(UserError, match="weights of the error"):
+        kmeans(np.array([0.0, 1.0, 2.0], np.float32), 2, np.array([1.0, bad, 1.0]))
     with pytest.raises(UserError, match="NaN or infinite"):
         kmeans(np.array([0.0, 1.0, bad], np.float32), 2)

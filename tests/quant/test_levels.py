@@ -55,6 +55,8 @@ def test_weights_count():
     rows = jnp.array([[0.0, 1.0, 10.0]])
     heavy = fit_levels(rows, "uniform", 1, jnp.array([[1.0, 1.0, 1e3]]))
     np.testing.assert_allclose(heavy, [[0.5, 10.0]], rtol=1e-2)
+    tiny = fit_levels(rows, "uniform", 1, jnp.array([[1e-33, 1e-33, 1e-30]]))
+    np.testing.assert_allclose(tiny, heavy, rtol=1e-2)
 
 
 def test_error_feedback_keeps_the_pattern_and_does_better_than_the_nearest_level():

@@ -89,3 +89,14 @@ def test_distortions_rules_and_stages():
     mixed = quant.quantize_params(params, quant.rules_of(widths, QuantSpec(4)))
     assert (mixed["a"]["w"].bits, mixed["b"].bits) == (3, 2)
     assert quant.phases({"a": 4, "b": 2, "c": 3}) == [{"b": 2}, {"b": 2, "c": 3}, {"a": 4, "b": 2, "c": 3}]
+
+
+def test_mistakes():
+    def loss(params):  # whose curvature at zero is infinite
+        return jnp.sum(jnp.abs(params["w"]) ** 1.5)
+
+    with pytest.raises(UserError, match="the trace of w is"):
+        quant.hessian_traces(loss, {"w": jnp.zeros(3)}, jax.random.key(0), draws=1)
+    for allocate in (quant.allocate, quant.allocate_sections):
+        with pytest.raises(UserError, match="no tensor"):
+            allocate({}, {}, {}, 10.0)

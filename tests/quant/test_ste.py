@@ -262,3 +262,14 @@ def test_only_a_network_quantized_alike_is_adopted():
     ):
         with pytest.raises(UserError, match="w: the packed network must hold it at 2 bits"):
             quant.adopt_codebooks(PARAMS, bad, QuantSpec(2))
+    with pytest.raises(UserError, match="w must be in full precision in the packed network"):
+        quant.adopt_codebooks(PARAMS, packed, {"w": None, "bias": 16})
+    with pytest.raises(UserError, match="bias is missing in the packed network"):
+        quant.adopt_codebooks(PARAMS, {"w": quant.quantize_params(PARAMS, QuantSpec(2))["w"]}, QuantSpec(2))
+
+
+def test_what_is_stored_in_half_precision_trains_in_its_own():
+    rules = {"w": 2, "bias": 16}
+    packed = quant.quantize_params(PARAMS, rules)
+    latents, _ = quant.adopt_codebooks(PARAMS, packed, rules)
+    assert packed["bias"].dtype == jnp.float16 and latents["bias"].dtype == jnp.float32

@@ -110,7 +110,20 @@ def test_too_large_for_half_precision_names_the_tensor():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"bits": 0}, {"bits": 9}, {"granularity": "row"}, {"codebook_dtype": "int8"}, {"coarse": (4,)}]
+    "fields",
+    [
+        {"bits": 0},
+        {"bits": 9},
+        {"bits": 2.0},
+        {"bits": True},
+        {"granularity": "row"},
+        {"codebook_dtype": "int8"},
+        {"coarse": (4,)},
+        {"init": "random"},
+        {"retention": 0.0},
+        {"iterations": -1},
+        {"minimum_size": -1},
+    ],
 )
 def test_bad_specs(fields):
     with pytest.raises(UserError, match=next(iter(fields))):
@@ -179,6 +192,9 @@ def test_importance_moves_the_centroids():
     assert np.sum(importance * (found - values) ** 2) < 0.8 * np.sum(importance * (plain - values) ** 2)
     with pytest.raises(UserError, match="elsewhere"):
         quant.quantize_params({"w": values}, QuantSpec(2), importance={"elsewhere": importance})
+    for levels in ("kmeans", "uniform"):
+        with pytest.raises(UserError, match="w: weights of the error"):
+            quant.quantize_params({"w": values}, QuantSpec(2, levels=levels), importance={"w": -importance})
 
 
 def test_partition_lets_a_packed_model_be_differentiated():

@@ -119,6 +119,10 @@ def test_a_value_out_of_range_is_one_line_that_names_it(name, values):
         ({"learning_rate.kind": "exponential"}, "`learning_rate.final` (=0)"),
         ({"average_last": 2, "quant.bits": 2}, "`average_last` (=2) cannot be used with quant"),
         ({"distill.weight": 1.0}, "distill.teacher or init_from must name"),
+        (
+            {"data.normalize": "utterance", "data.utterance_seconds": 2.0, "data.crop_seconds": 3.0},
+            "`data.utterance_seconds` (=2) must be at least crop_seconds (=3)",
+        ),
     ],
 )
 def test_what_does_not_go_together(changes, message):

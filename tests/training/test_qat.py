@@ -13,7 +13,7 @@ from kmq_jax import quant
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import named_leaves
 from kmq_jax.models import registry
-from kmq_jax.models.speaker_model import SpeakerModel, at_bits, embed_waves
+from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, at_bits, embed_waves
 from kmq_jax.nn import integers
 from kmq_jax.ptq import activations
 from kmq_jax.training import qat
@@ -114,6 +114,36 @@ def test_scales_thaw_and_centroids_move_by_gradient_only_if_asked():
     assert np.any(gradient(options(), 0, 5.0).centroids != 0)
     for rest in ("lloyd", "fixed"):
         assert np.all(gradient(options(centroids=rest), 0, 5.0).centroids == 0)
+
+
+@pytest.mark.parametrize("centroids", ["gradient", "lloyd", "fixed"])
+def test_decay_moves_no_centroid_that_has_no_gradient_and_no_scale_before_it_thaws(centroids):
+    task = Quantized(options(centroids=centroids, lloyd_every=100), thaw=5.0)
+    before = qat.init_params(task.options, NETWORK)
+    decayed = jax.tree.map(lambda x: 0.9 * x if jnp.issubdtype(x.dtype, jnp.floating) else x, before)
+    for step, thawed in ((5, False), (6, True)):  # the fifth step is the last before they train
+        after, _ = task.after_update(before, decayed, {}, jnp.array(step))
+        for name, book in after.codebooks.items():
+            old, given = before.codebooks[name], decayed.codebooks[name]
+            np.testing.assert_array_equal(book.raw_scale, given.raw_scale if thawed else old.raw_scale)
+            np.testing.assert_array_equal(book.centroids, (given if centroids == "gradient" else old).centroids)
+        np.testing.assert_array_equal(after.latents["first"]["kernel"], decayed.latents["first"]["kernel"])
+
+
+def test_a_rule_of_sixteen_bits_is_trained_in_full_and_stored_in_half_precision():
+    settings = options(rules=(("second", 16),))
+    params = qat.init_params(settings, NETWORK)
+    assert list(params.codebooks) == ["first/kernel"] and params.latents["second"]["kernel"].dtype == jnp.float32
+    shipped = qat.packed_variables(params, {}, half=qat.half_rules(settings))["params"]
+    assert shipped["second"]["kernel"].dtype == jnp.float16 and shipped["first"]["bias"].dtype == jnp.float32
+    assert qat.half_rules(options()) == []
+
+
+def test_biases_of_all_bits_are_stored_in_half_precision():
+    _, _, params, cells = grown()
+    shipped = qat.packed_variables(params, cells, half_biases=True)
+    own = [shipped["params"]["first"]["bias"], *(shipped[PER_BITS][bits]["params/first/bias"] for bits in ("2", "3"))]
+    assert [bias.dtype for bias in own] == [jnp.float16] * 3
 
 
 def moved(params):
