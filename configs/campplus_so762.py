@@ -5,7 +5,8 @@
 
 DIR is as in configs/wespeaker_so762.py. CAM++ is densely connected and normalises before it convolves, so that what
 helps a ResNet need not help it. The first convolution stays in full precision.
-Quantized by distillation from itself, without speaker labels.
+Quantized by distillation from itself, without speaker labels. It computes in float32, for a processor;
+`--config.dtype=bfloat16` is for accelerators.
 
 `configs/campplus_so762.py:free` is the study without training at 8, 4, 3 and 2 bits, as `wespeaker_so762.py:free` is;
 `kmq-jax tables` sets several such studies side by side (KIND `architectures` and `fragile`).
@@ -25,7 +26,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     root = ml_collections.FieldReference("data")
     config.data.root = root
     config.data.update(train=root + "/so762/train," + root + "/words/train", crop_seconds=2.0)
-    config.update(batch_size=16, checkpoint_epochs=1.0, dtype="bfloat16")
+    config.update(batch_size=16, checkpoint_epochs=1.0, dtype="float32")
     study_config(
         config,
         rules=(("^stem/conv1/", 0),),
