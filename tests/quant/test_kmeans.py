@@ -103,17 +103,17 @@ def test_weights_count_like_repetition():
     np.testing.assert_allclose(inertia(values, centroids, times), brute_inertia(values, centroids, times), rtol=1e-4)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])  # which round no weight: where cells tie, that would count
 def test_only_the_shares_of_weights_count(scale):
     values, weights = RNG.standard_normal((2, 1, 60)).astype(np.float32)
     weights = weights**2 + 1e-3
     for k in (2, 4):
         plain = kmeans(values, k, weights)
-        np.testing.assert_allclose(kmeans(values, k, weights * np.float32(scale)), plain, rtol=1e-5)
+        np.testing.assert_array_equal(kmeans(values, k, weights * np.float32(scale)), plain)
         inside = jax.jit(lambda v, w, k=k: kmeans(v, k, w))(values, weights * np.float32(scale))
-        np.testing.assert_allclose(inside, plain, rtol=1e-5)
+        np.testing.assert_allclose(inside, plain, rtol=1e-3)
     # Below what float32 holds.
-    double = weights.astype(np.float64) * 1e-60
+    double = weights.astype(np.float64) * 2.0**-200
     np.testing.assert_allclose(kmeans(values, 2, double), kmeans(values, 2, weights), rtol=1e-5)
 
 
