@@ -1,6 +1,6 @@
 """What embeds recordings in memory: a model, or the MODEL of a path, of which no more is read than that takes.
 
-Where a `.kmq` file was converted before (`models.runner`), JAX is not imported: a fresh process starts in a second.
+Where a `.kmq` file was converted before (`models.runner`), JAX is not imported.
 """
 
 import os
@@ -42,7 +42,13 @@ class Embedder:
             bits: at which a nested MODEL is read; None: the most it has.
             engine: what runs the network: "jax", "onnxruntime", or "auto", ONNX Runtime on a CPU.
         """
-        self._model, self._bits, self._engine = model, bits, engine
+        self._engine: Engine = engine
+        self._path: str | None = None
+        self._given: SpeakerModel | None = None
+        if isinstance(model, (str, os.PathLike)):
+            self._path, self._bits = os.fspath(model), bits
+        else:
+            self._given, self._bits = model, model.bits
 
     @property
     def fingerprint(self) -> str:
@@ -61,12 +67,12 @@ class Embedder:
     @property
     def bits(self) -> int | None:
         """At which a nested model is read; None: the most it has."""
-        return self._bits if isinstance(self._model, (str, os.PathLike)) else self._model.bits
+        return self._bits
 
     @property
     def place(self) -> str | None:
         """Where the model lies: an absolute path, or `hf://ORG/NAME`; None: in memory alone."""
-        place = self._model if isinstance(self._model, (str, os.PathLike)) else self._model.origin
+        place = self._given.origin if self._given else self._path
         if place is None:
             return None
         text = os.fspath(place)
@@ -89,8 +95,7 @@ class Embedder:
 
     @cached_property
     def _lean(self) -> Lean | None:
-        in_memory = not isinstance(self._model, (str, os.PathLike))
-        return None if in_memory else runner.at_hand(self._path, self._bits, self._engine)
+        return None if self._path is None else runner.at_hand(self._path, self._bits, self._engine)
 
     @cached_property
     def _note(self) -> Note:
@@ -103,8 +108,9 @@ class Embedder:
     @cached_property
     def _loaded(self) -> "tuple[SpeakerModel, Callable[[Note], None]]":
         """The network, and what leaves a note of it."""
-        if not isinstance(self._model, (str, os.PathLike)):
-            return self._model, lambda note: None
+        if self._path is None:
+            assert self._given is not None
+            return self._given, lambda note: None
         from kmq_jax.models.speaker_model import fingerprint, load_model
 
         leave = runner.noting(self._path, self._bits)
@@ -112,8 +118,3 @@ class Embedder:
         if self._lean and self._lean.note.fingerprint != fingerprint(network):
             raise UserError(f"{self._path} was changed by another process meanwhile: run this again")
         return network, leave
-
-    @property
-    def _path(self) -> str:
-        assert isinstance(self._model, (str, os.PathLike))
-        return os.fspath(self._model)
