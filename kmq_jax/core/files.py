@@ -163,6 +163,15 @@ def require_regular(path: str | os.PathLike[str]) -> None:
         raise UserError(f"cannot read {os.fspath(path)}: it is a pipe or a device; write it to a file first")
 
 
+def size_and_time(path: str | os.PathLike[str]) -> str:
+    """What tells a file from one that takes its place: bytes and time of writing; "-" of one that is missing."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return "-"
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
 def file_hash(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file, in hexadecimal.
 

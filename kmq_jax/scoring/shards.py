@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import atomic_write, file_hash, read_object, sweep, write_json
+from kmq_jax.core.files import atomic_write, file_hash, read_object, size_and_time, sweep, write_json
 from kmq_jax.core.locks import if_free, in_turn
 from kmq_jax.core.npz import read_npz
 from kmq_jax.data.table import Utterances
@@ -54,18 +54,9 @@ def digest(utterances: Utterances, model: str, options: ExtractionOptions, shard
         found.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
     if utterances.reader is None:
         with ThreadPoolExecutor(_THREADS) as pool:  # which wait for the disk together
-            for seen in pool.map(_size_and_time, map(utterances.location, range(len(utterances)))):
-                found.update(seen)
+            for seen in pool.map(size_and_time, map(utterances.location, range(len(utterances)))):
+                found.update(f"{seen}\n".encode())
     return found.hexdigest()
-
-
-def _size_and_time(path: Path) -> bytes:
-    """What tells a recording from one that takes its place; nothing of one that is missing."""
-    try:
-        seen = path.stat()
-    except OSError:
-        return b"-"
-    return f"{seen.st_size} {seen.st_mtime_ns}\n".encode()
 
 
 def run(

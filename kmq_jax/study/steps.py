@@ -19,7 +19,7 @@ from pathlib import Path
 
 import kmq_jax
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Json, read_json, read_object, write_json
+from kmq_jax.core.files import Json, read_json, read_object, size_and_time, write_json
 from kmq_jax.core.locks import in_turn
 from kmq_jax.core.memory import peak_device_mb, peak_memory_mb
 from kmq_jax.core.provenance import start
@@ -247,7 +247,7 @@ def stamp(data: str) -> str:
     else:
         # Through links, as DATA is read.
         files = sorted(Path(directory, name) for directory, _, names in walk(path) for name in names)
-        lines = [f"{one.relative_to(path)} {_size_and_time(one)}" for one in files if one.is_file()]
+        lines = [f"{one.relative_to(path)} {size_and_time(one)}" for one in files if one.is_file()]
     text = "\n".join(lines).encode(errors="surrogateescape")  # names of files are any bytes
     return f"{data} {hashlib.sha256(text).hexdigest()[:16]}"
 
@@ -255,10 +255,5 @@ def stamp(data: str) -> str:
 def _of_file(path: Path) -> str:
     """The hash of a list's content; size and time of what is too long to be one."""
     if path.stat().st_size > _SHORT:
-        return _size_and_time(path)
+        return size_and_time(path)
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _size_and_time(path: Path) -> str:
-    found = path.stat()
-    return f"{found.st_size} {found.st_mtime_ns}"
