@@ -26,7 +26,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     root = ml_collections.FieldReference("data")
     config.data.root = root
     config.data.update(train=root + "/so762/train," + root + "/words/train", crop_seconds=2.0)
-    config.update(batch_size=16, checkpoint_epochs=1.0, dtype="float32")
+    config.update(batch_size=16, checkpoint_epochs=1.0, dtype="float32", batch_norm="running")
     study_config(
         config,
         rules=(("^stem/conv1/", 0),),

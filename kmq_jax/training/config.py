@@ -157,6 +157,6 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     if config.distill.weight and not config.distill.teacher:  # no model is at hand to start and to learn from
         config.distill.weight, config.loss.weight = 0.0, 1.0
     config.quant.fit_crops = min(config.quant.fit_crops, 8)
-    config.update(init_from="", batch_size=8, epochs=2.0, epoch_steps=2, log_every=1)
+    config.update(init_from="", batch_norm="batch", batch_size=8, epochs=2.0, epoch_steps=2, log_every=1)
     config.average_last = 0 if config.quant.bits else 2
     return config

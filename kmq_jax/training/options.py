@@ -327,6 +327,10 @@ class TrainOptions(Options):
         "statistics",
     )
     data: DataOptions = option("what training hears", DataOptions())
+    batch_norm: Literal["batch", "running"] = option(
+        "what batch normalisation goes by in training: statistics of the batch, or the running ones, which then stay",
+        "batch",
+    )
     spec_augment: float = option(
         "probability that one band and one stretch of time are masked", 0.6, at_least=0, at_most=1
     )
@@ -359,6 +363,10 @@ class TrainOptions(Options):
             raise UserError(f"`average_last` (={self.average_last}) cannot be used with quant: indices have no average")
         if self.distill.weight and not (self.distill.teacher or self.init_from):
             raise UserError("`distill.weight` is above zero, so distill.teacher or init_from must name a MODEL")
+        if self.batch_norm == "running" and not self.init_from:
+            raise UserError("`batch_norm` (=running) needs init_from, a MODEL whose running statistics are used")
+        if self.batch_norm == "running" and self.quant.bn_passes:
+            raise UserError("`quant.bn_passes` measures statistics of batches, and cannot go with batch_norm=running")
 
     @classmethod
     def from_config(cls, config: Row) -> "TrainOptions":

@@ -110,7 +110,8 @@ def make_task(options: TrainOptions, epoch_steps: int, parent: Params | None = N
         return FullPrecision(options.average_last)
     total_steps = steps_of(options.epochs, epoch_steps)
     thaw, last_move = options.quant.thaw_epochs * epoch_steps, options.quant.lloyd_until * total_steps
-    return Quantized(options.quant.in_steps(epoch_steps), thaw, last_move, parent=parent)
+    measured = options.batch_norm == "batch"
+    return Quantized(options.quant.in_steps(epoch_steps), thaw, last_move, parent=parent, measured=measured)
 
 
 def make_recipe(objective: Objective, task: Task, params: Trainable) -> Recipe:
@@ -204,8 +205,9 @@ def total_loss(
     distill, weight = objective.options.distill.weight, objective.options.loss.weight
     variables = {"params": network, "batch_stats": batch_stats, **(beside or {})}
     parts = objective.network.distilled_parts() if distill else ()
+    by_batch = objective.options.batch_norm == "batch"
     embeddings, outputs, updates = objective.network.taps(
-        variables, features, train=True, names=parts, mutable=["batch_stats"]
+        variables, features, train=by_batch, names=parts, mutable=["batch_stats"] if by_batch else []
     )
     metrics: Metrics = {"loss": jnp.zeros(())}
     if weight:
@@ -216,7 +218,7 @@ def total_loss(
         stages, taught_stages = ([found[name] for name in parts] for found in (outputs, taught_outputs))
         metrics["teacher_cosine"] = 1 - losses.cosine_distance(embeddings, taught)
         loss += distill * losses.distillation(embeddings, stages, taught, taught_stages)
-    return loss, ({**metrics, "loss": loss}, updates.get("batch_stats", {}))
+    return loss, ({**metrics, "loss": loss}, updates.get("batch_stats", {}) if by_batch else batch_stats)
 
 
 def train_step(

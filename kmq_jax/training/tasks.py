@@ -182,6 +182,7 @@ class Quantized:
         allocation: bits by name, in mixed precision.
         parent: parameters of the packed network that nested codebooks grow from.
         ranges: of activations that are rounded to 8 bits; None rounds none.
+        measured: whether training leaves running statistics that are to be measured afresh.
     """
 
     options: QatOptions
@@ -190,6 +191,7 @@ class Quantized:
     allocation: qat.Allocation | None = None
     parent: Params | None = None
     ranges: activations.Ranges | None = None
+    measured: bool = True
     saved_as: str | None = "model.kmq"
 
     @property
@@ -267,8 +269,9 @@ class Quantized:
         return {**packed, "batch_stats": state.batch_stats, **steps}
 
     def finish(self, trained: SpeakerModel, checkpoints: Checkpoints, speech: Speech) -> Final | None:
-        """Measures batch normalisation afresh."""
-        if not (self.options.fit_crops or self.options.bn_passes) or not trained.variables["batch_stats"]:
+        """Measures batch normalisation afresh, but where it was trained with the statistics that it is shipped with."""
+        measurable = self.measured and trained.variables["batch_stats"]
+        if not measurable or not (self.options.fit_crops or self.options.bn_passes):
             return None
         if self.options.bn_passes:
             passes = speech.passes(self.options.bn_passes)

@@ -24,6 +24,7 @@ from kmq_jax.training.config import default_config, distilled, smoke
 from kmq_jax.training.from_models import describe
 from kmq_jax.training.options import TrainOptions
 from kmq_jax.training.runlog import read_runlog
+from kmq_jax.training.state import load_network
 
 
 def tiny(network="own_tdnn", **changes):
@@ -126,6 +127,33 @@ def test_a_stopped_run_goes_on_bit_exactly(run, full, tmp_path, monkeypatch):
     logs = [read_runlog(d / "metrics.jsonl") for d in (workdir, tmp_path)]
     losses = [[line["loss"] for line in log if "loss" in line] for log in logs]
     assert losses[0] == losses[1]
+
+
+def test_by_running_statistics_a_network_begins_as_its_own_teacher(full, tmp_path):
+    config = qat_config(full, 0, fit_crops=0)
+    config.optimizer.groups = (("/(bias|scale)$|classifier", 0.1, 0.0),)
+    config.learning_rate.peak = 1e-12
+    for batch_norm in ("running", "batch"):
+        config.batch_norm = batch_norm
+        loop.train(config, tmp_path / batch_norm)
+    running, batch = (read_runlog(tmp_path / name / "metrics.jsonl") for name in ("running", "batch"))
+    np.testing.assert_allclose([line["loss"] for line in running], 0, atol=1e-5)
+    np.testing.assert_allclose([line["teacher_cosine"] for line in running], 1, atol=1e-5)
+    assert min(line["loss"] for line in batch) > 0.01
+
+
+def test_running_statistics_stay_as_they_were_fitted(full, tmp_path):
+    config = qat_config(full, 2, rules=KEPT)
+    config.update(batch_norm="running", keep_checkpoints=4)
+    loop.train(config, tmp_path)
+    first, last = (dict(named_leaves(load_network(Checkpoints(tmp_path / "checkpoints"), s))) for s in (1, 4))
+    shipped = dict(named_leaves(load_model(tmp_path).variables["batch_stats"]))
+    assert any("mean" in name for name in shipped)
+    for name, leaf in shipped.items():
+        np.testing.assert_array_equal(leaf, first[f"batch_stats/{name}"])
+        np.testing.assert_array_equal(leaf, last[f"batch_stats/{name}"])
+    moved = [name for name in first if name.startswith("params/") and not np.array_equal(first[name], last[name])]
+    assert moved
 
 
 def test_mixed_precision(full, tmp_path):

@@ -118,6 +118,11 @@ def test_a_value_out_of_range_is_one_line_that_names_it(name, values):
         ({"quant.budget": 0.1, "quant.bits": 2}, "`quant.budget` chooses bits itself"),
         ({"learning_rate.kind": "exponential"}, "`learning_rate.final` (=0)"),
         ({"average_last": 2, "quant.bits": 2}, "`average_last` (=2) cannot be used with quant"),
+        ({"batch_norm": "running"}, "`batch_norm` (=running) needs init_from"),
+        (
+            {"batch_norm": "running", "init_from": "x", "quant.bits": 2, "quant.bn_passes": 2},
+            "`quant.bn_passes` measures statistics of batches",
+        ),
         ({"distill.weight": 1.0}, "distill.teacher or init_from must name"),
         (
             {"data.normalize": "utterance", "data.utterance_seconds": 2.0, "data.crop_seconds": 3.0},
