@@ -346,7 +346,7 @@ def _first_error(path: Path, form: _Form, enrolled: Mapping[str, int], table: Ma
 
 
 def doubts(path: str, trials: Trials, enrol_speaker: np.ndarray, test_speaker: np.ndarray) -> list[str]:
-    """What makes a list doubtful: labels that contradict the speakers, or one another; a recording against itself.
+    """What makes a list doubtful: labels that contradict, a recording against itself, a pair that stands there again.
 
     Args:
         path: of the list; lines of it are named.
@@ -370,7 +370,11 @@ def doubts(path: str, trials: Trials, enrol_speaker: np.ndarray, test_speaker: n
         pair = trials.enrol.astype(np.int64) * (int(trials.test.max(initial=0)) + 1) + trials.test
     found.append(("recordings are compared with themselves", own))
     both = np.intersect1d(pair[trials.label], pair[~trials.label])
-    found.append(("trials are of pairs that have both labels", np.isin(pair, both)))
+    twofold = np.isin(pair, both)
+    found.append(("trials are of pairs that have both labels", twofold))
+    again = np.ones(len(pair), bool)
+    again[np.unique(pair, return_index=True)[1]] = False
+    found.append(("trials are of pairs that stand there before, and count again", again & ~twofold))
     return [
         f"{path}:{_line_of(path, int(rows.argmax()))}: {int(rows.sum())} {what}; this is the first"
         for what, rows in found

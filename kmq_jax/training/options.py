@@ -294,6 +294,9 @@ class ScheduleOptions(Options):
         super().__post_init__()
         if self.kind == "exponential" and self.final == 0:
             raise UserError("`final` (=0) must be above 0 for the exponential schedule")
+        if self.kind == "step" and (not self.flat_until or self.flat_until < self.warmup_epochs):
+            least = f"above 0 and not below warmup_epochs (={self.warmup_epochs:g})"
+            raise UserError(f"`flat_until` (={self.flat_until:g}) of the step schedule must be {least}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -219,6 +219,10 @@ def test_doubtful_lists_are_told_with_counts_and_lines(tmp_path):
         "5: 1 recordings are compared with themselves; this is the first",
         "1: 4 trials are of pairs that have both labels; this is the first",
     ]
+    path.write_text("1 a b\n0 a c\n0 c a\n1 a b\n")
+    trials = read_trials(path, ["a", "b", "c"])
+    found = doubts(str(path), trials, speaker[trials.enrol], speaker[trials.test])
+    assert found == [f"{path}:3: 2 trials are of pairs that stand there before, and count again; this is the first"]
     path.write_text("1 a b\n0 a c\n")
     trials = read_trials(path, ["a", "b", "c"])
     assert doubts(str(path), trials, speaker[trials.enrol], speaker[trials.test]) == []

@@ -117,6 +117,11 @@ def test_a_value_out_of_range_is_one_line_that_names_it(name, values):
         ),
         ({"quant.budget": 0.1, "quant.bits": 2}, "`quant.budget` chooses bits itself"),
         ({"learning_rate.kind": "exponential"}, "`learning_rate.final` (=0)"),
+        ({"learning_rate.kind": "step"}, "`learning_rate.flat_until` (=0) of the step schedule must be above 0"),
+        (
+            {"learning_rate.kind": "step", "learning_rate.flat_until": 0.5},
+            "`learning_rate.flat_until` (=0.5) of the step schedule must be above 0 and not below warmup_epochs (=1)",
+        ),
         ({"average_last": 2, "quant.bits": 2}, "`average_last` (=2) cannot be used with quant"),
         ({"batch_norm": "running"}, "`batch_norm` (=running) needs init_from"),
         (
