@@ -15,10 +15,9 @@ class Files(Options):
 
     embeddings: Path = option("embeddings (.npz of `extract`, or Kaldi's .scp or .ark) of the test utterances")
     enrol_embeddings: Path | None = option("those of the enrolment utterances; left out: --embeddings", None)
+    reference: Path | None = option("those of another model: what changes against it, with paired intervals", None)
     trials: str = option("trial list, in VoxCeleb or Kaldi form, or synthetic:SPLIT", metavar="TRIALS")
-    enrol_models: str | None = option(
-        "the list enrols models: `model utterance [utterance ...]` a line", None, metavar="FILE"
-    )
+    enrol_models: str | None = option("models that it enrols: `model utterance [...]` a line", None, metavar="FILE")
     snorm_cohort: Path | None = option("embeddings of a cohort of other speakers, for adaptive S-norm", None)
     calibration: Path | None = option("use this calibration instead of a cross-validated one", None)
     save_calibration: Path | None = option(
@@ -33,12 +32,13 @@ class Files(Options):
     )
 
 
+WHOLE = "enrol_embeddings", "reference", "calibration", "save_calibration", "det"  # need all scores at once
 COMMAND = Command(
     "score",
     "Scores a trial list by cosine, with adaptive S-norm if a cohort is given, and prints EER, minDCF, actDCF,\n"
     "Cllr and minCllr. The intervals are the central 95 % over bootstrap draws of speakers. actDCF and Cllr are\n"
     "of calibrated scores: by --calibration, else cross-validated, each trial by a logistic fit on other speakers.",
-    "kmq-jax score --embeddings=runs/dev.npz --trials=synthetic:dev --out=scores.txt --json=metrics.json",
+    "kmq-jax score --embeddings=runs/2bit.npz --reference=runs/32bit.npz --trials=synthetic:dev --json=metrics.json",
     (Files, ScoringOptions),
 )
 
@@ -48,13 +48,11 @@ def main() -> None:
     args = COMMAND.parse()
     files, options = options_of(Files, args), options_of(ScoringOptions, args)
     if options.stream:
-        whole = "enrol_embeddings", "calibration", "save_calibration", "det"
-        refuse_given(files, whole, "cannot be used with `stream`")
+        refuse_given(files, WHOLE, "cannot be used with `stream`")
         refuse_given(options, ("replicates", "seed"), "does not go with `stream`, which has no intervals")
         from kmq_jax.scoring.stream import score_together
 
-        models, cohort = files.enrol_models, files.snorm_cohort
-        paths = files.embeddings, files.trials, models, cohort, files.out, files.json
+        paths = files.embeddings, files.trials, files.enrol_models, files.snorm_cohort, files.out, files.json
         score_together(*paths, options)
         return
     from kmq_jax.core.files import write_json
@@ -68,6 +66,7 @@ def main() -> None:
         enrol_models=files.enrol_models,
         cohort=files.snorm_cohort,
         calibration=files.calibration,
+        reference=files.reference,
     )
     if files.out:
         run.write_scores(files.out, scored.trials, scored.scores)

@@ -54,6 +54,7 @@ def score(
     enrol_models: str | None = None,
     cohort: Place | None = None,
     calibration: Place | None = None,
+    reference: Place | None = None,
 ) -> Scored:
     """Scores a trial list by cosine, with adaptive S-norm if a cohort is given, and evaluates it.
 
@@ -65,11 +66,16 @@ def score(
         enrol_models: list of enrolment models (`data.trials.read_models`), where the trials enrol models.
         cohort: embedding file of other speakers, for adaptive S-norm.
         calibration: what `save_calibration` wrote; in place of a cross-validated one.
+        reference: embedding file of another model; the metrics then also hold what changes against it, by `compare`.
 
     Raises:
         UserError: a file cannot be read or does not fit the others, or options need a cohort that is not there.
     """
     how = options or ScoringOptions()
+    if reference and (enrol_embeddings or cohort):
+        raise UserError(
+            "`reference` is compared by cosine, of one file a model: without enrol_embeddings, snorm_cohort"
+        )
     check_cohort_options(cohort, how)
     kind = "snorm" if cohort else "cosine"
     fitted = read_calibration(calibration, kind) if calibration else None
@@ -89,6 +95,9 @@ def score(
         raise UserError(f"{trials}: {error}") from error
     if calibration:
         metrics["calibration"] = f"given by {calibration}"
+    if reference:
+        changes = compare(embeddings, reference, trials, how, enrol_models=enrol_models)
+        metrics |= changes | {"reference": str(reference)}
     about = {"utterances": utterances_of(listed), "speakers_source": sides.speakers_source, "snorm": notes}
     return Scored(listed, scores, kind, metrics | about)
 
@@ -252,7 +261,7 @@ def draw_det(path: Place, scored: Scored) -> None:
 
 
 def describe(metrics: Row) -> str:
-    """The figures as a short table."""
+    """The figures as a short table, with the change against a reference where there is one."""
 
     def line(name: str, value: float | None, interval: list[float] | None, digits: int) -> str:
         if value is None:
@@ -260,6 +269,20 @@ def describe(metrics: Row) -> str:
         span = f"   [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""
         return f"{name:10}{value:9.{digits}f}{span}"
 
+    def change(title: str, name: str, digits: int) -> str:
+        value, interval = metrics[f"{name}_change"], metrics[f"{name}_change_ci95"]
+        if interval is None:
+            return f"{title:12}{value:+.{digits}f}   too few speakers for an interval"
+        apart = "not told apart" if interval[0] <= 0 <= interval[1] else "beyond chance"
+        return f"{title:12}{value:+.{digits}f}   [{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]   {apart}"
+
+    changes = []
+    if "reference" in metrics:
+        changes = [
+            f"against {metrics['reference']}, paired:",
+            change("EER, points", "eer", 3),
+            change("minDCF", "min_dcf", 4),
+        ]
     return "\n".join(
         [
             f"{metrics['trials']:,} trials, {metrics['targets']:,} of them targets, {metrics['speakers']:,} speakers "
@@ -272,5 +295,6 @@ def describe(metrics: Row) -> str:
             line("threshold", metrics["threshold"], None, 5),
             f"target prior {metrics['p_target']:g}; intervals: {metrics['intervals']}",
             f"calibration: {metrics['calibration']}",
+            *changes,
         ]
     )

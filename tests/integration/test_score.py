@@ -64,6 +64,33 @@ def run(tmp_path, monkeypatch, capsys):
     return call
 
 
+def test_what_changes_against_another_model(run, tmp_path):
+    names = write_table(tmp_path / "full.npz", noise=0.4)["ids"].tolist()
+    write_table(tmp_path / "few.npz", noise=0.4)
+    write_table(tmp_path / "bad.npz", noise=6.0)
+    write_trials(tmp_path / "trials", names, "kaldi")
+    alone = [
+        run(embeddings=f"{name}.npz", trials="trials", json="m.json") and read(tmp_path / "m.json")
+        for name in ("full", "bad")
+    ]
+    same = run(embeddings="few.npz", reference="full.npz", trials="trials", json="same.json").out
+    assert "EER, points +0.000   [+0.000, +0.000]   not told apart" in same
+    worse = run(embeddings="bad.npz", reference="full.npz", trials="trials", json="worse.json").out
+    found = read(tmp_path / "worse.json")
+    assert found["eer_change"] == pytest.approx(alone[1]["eer"] - alone[0]["eer"]) and found["eer_change_ci95"][0] > 5
+    assert (
+        f"EER, points {found['eer_change']:+.3f}" in worse and "beyond chance" in worse.partition("against full.npz")[2]
+    )
+    assert found["reference"] == "full.npz" and "reference" not in alone[0]
+    for other in ("enrol_embeddings", "snorm_cohort"):
+        with pytest.raises(UserError, match="`reference` is compared by cosine"):
+            run(embeddings="bad.npz", reference="full.npz", trials="trials", **{other: "few.npz"})
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
 @pytest.mark.parametrize("form", ["voxceleb", "kaldi"])
 def test_scores_and_figures(run, tmp_path, form):
     arrays = write_table(tmp_path / "e.npz")
