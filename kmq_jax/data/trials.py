@@ -372,9 +372,10 @@ def doubts(path: str, trials: Trials, enrol_speaker: np.ndarray, test_speaker: n
     both = np.intersect1d(pair[trials.label], pair[~trials.label])
     twofold = np.isin(pair, both)
     found.append(("trials are of pairs that have both labels", twofold))
-    again = np.ones(len(pair), bool)
-    again[np.unique(pair, return_index=True)[1]] = False
-    found.append(("trials are of pairs that stand there before, and count again", again & ~twofold))
+    if os.path.isfile(path):  # lists that are made repeat a pair now and then
+        again = np.ones(len(pair), bool)
+        again[np.unique(pair, return_index=True)[1]] = False
+        found.append(("trials are of pairs that stand there before, and count again", again & ~twofold))
     return [
         f"{path}:{_line_of(path, int(rows.argmax()))}: {int(rows.sum())} {what}; this is the first"
         for what, rows in found
