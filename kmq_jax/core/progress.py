@@ -1,5 +1,6 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
+"""Progress of long work: a bar on a terminal, plain lines elsewhere. And what is to be said once."""
 
+import functools
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -86,3 +87,9 @@ def progress(
             bar.show(done)
     finally:
         bar.close()
+
+
+@functools.lru_cache(maxsize=64)  # once a process: commands open the same data several times
+def say_once(line: str) -> None:
+    """Prints what is said of data on standard error."""
+    print(line, file=sys.stderr)

@@ -2,12 +2,10 @@
 
 import collections
 import csv
-import functools
 import itertools
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import require_regular
+from kmq_jax.core.progress import say_once
 from kmq_jax.data.audio import SUFFIXES
 from kmq_jax.data.table import Utterances, age_of, gender_of, require_unique
 
@@ -118,12 +117,6 @@ def open_folder(root: Path, speakers: bool = True) -> Utterances:
         listed = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(8))
         say_once(f"{root}: {sum(others.values())} other files are left out ({listed})")
     return Utterances(ids=paths, paths=paths, speakers=found, root=root)
-
-
-@functools.lru_cache(maxsize=64)  # once a process: commands open the same data several times
-def say_once(line: str) -> None:
-    """Prints what is said of data on standard error."""
-    print(line, file=sys.stderr)
 
 
 def open_csv(path: Path) -> Utterances:

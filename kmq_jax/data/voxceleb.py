@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.data.folder import audio_files, say_once
+from kmq_jax.core.progress import say_once
+from kmq_jax.data.folder import audio_files
 from kmq_jax.data.table import Utterances
 
 _SPEAKER = re.compile(r"id\d{5}$")

@@ -1,12 +1,12 @@
 """Joins a trial list with embedding files: which rows each trial compares, and whose they are."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.progress import say_once
 from kmq_jax.data.trials import Trials, doubts, read_models, read_trials, utterance_index
 from kmq_jax.metrics.bootstrap import speakers_from_targets
 from kmq_jax.scoring.cosine import average
@@ -77,7 +77,7 @@ def join(
     speakers = _speakers(trials, test, enrol_table, test_table)
     named = speakers[:2] if enrol_table.speakers and test_table.speakers else (test[:0], test[:0])
     for line in doubts(trials_path, trials, *named):
-        print(f"warning: {line}", file=sys.stderr)
+        say_once(f"warning: {line}")
     return trials, Sides(enrol_embeddings, test_table.embeddings, trials.enrol, test, *speakers)
 
 
