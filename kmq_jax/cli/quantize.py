@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kmq_jax.cli.command import Command
 from kmq_jax.cli.flags import options_of
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.options import Options, option
+from kmq_jax.core.options import Options, option, refuse_given
 from kmq_jax.ptq.options import QuantizeOptions
 
 if TYPE_CHECKING:
@@ -21,16 +21,15 @@ class Files(Options):
 
     model: str = option("MODEL to quantize", metavar="MODEL")
     out: Path = option("the .kmq file to write", writes="file")
-    data: str | None = option(
-        "fit layers on crops of these recordings; left out: of the embedded synthetic voices", None, metavar="DATA"
-    )
+    data: str | None = option("fit layers on crops of it; left out: of the embedded voices", None, metavar="DATA")
+    crops: int = option("so many of 2 s: more fit other speech better, and take longer", 100, at_least=1, at_most=1000)
     unfitted: bool = option("round weights as they are: errors multiply at few bits", False)
 
     def __post_init__(self) -> None:
         """Checks every field."""
         super().__post_init__()
-        if self.unfitted and self.data:
-            raise UserError("`unfitted` and `data` exclude each other")
+        if self.unfitted:
+            refuse_given(self, ("data", "crops"), "does not go with `unfitted`")
 
 
 COMMAND = Command(
@@ -59,7 +58,7 @@ def main() -> None:
     try:
         if options.bits is None:
             rules = _within_budget(files, options, model)
-        quantized = quantize_model(model, rules, data, biases=options.biases, activations=options.activations)
+        quantized = quantize_model(model, rules, data, files.crops, options.biases, options.activations)
     except UserError as error:
         raise UserError(f"--model={files.model}: {error}") from error
     save_model(files.out, quantized)
@@ -67,7 +66,8 @@ def main() -> None:
     after = files.out.stat().st_size or packed  # a device has no size
     print(f"{files.out}: {after:,} bytes, {before / after:.1f} times smaller than FP32; {fitting(data)}")
     if options.bits is None:
-        print(f"measured on other crops, fitted: loss of cosine {measured_loss(model, quantized, str(data)):.4f}")
+        loss = measured_loss(model, quantized, str(data), files.crops)
+        print(f"measured on other crops, fitted: loss of cosine {loss:.4f}")
 
 
 def _within_budget(files: Files, options: QuantizeOptions, model: "SpeakerModel") -> "list[QuantRule]":

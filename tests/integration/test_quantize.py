@@ -80,7 +80,9 @@ def test_rules_decide_by_layer(original, tmp_path, monkeypatch):
         (["--bits=2", "--model=nowhere"], "nowhere"),
         (["--bits=2", "--granularity=tensor", "--data=nowhere"], "nowhere"),
         (["--bits=2", "--recalibrate=nowhere"], "--recalibrate is now --data"),
-        (["--bits=2", "--unfitted", "--data=synthetic:dev"], "--unfitted and --data exclude each other"),
+        (["--bits=2", "--unfitted", "--data=synthetic:dev"], "--data does not go with --unfitted"),
+        (["--bits=2", "--unfitted", "--crops=50"], "--crops does not go with --unfitted"),
+        (["--bits=2", "--crops=1001"], "--crops (=1001) must be"),
         (["--bits=2", "--activations=8"], "--activations, --budget and --size need --data"),
         (["--budget=3"], "--activations, --budget and --size need --data"),
         (["--bits=2", "--nested=3"], "--nested (=3) must be below --bits (=2)"),
@@ -104,7 +106,7 @@ def test_a_quantized_model_is_not_quantized_again(original, tmp_path, monkeypatc
 def test_without_data_it_is_fitted_on_the_embedded_voices_and_says_so(original, tmp_path, monkeypatch, capsys):
     fitted_on = []
     monkeypatch.setattr(
-        "kmq_jax.ptq.quantize.quantize_model", lambda model, rules, data, **more: fitted_on.append(data) or model
+        "kmq_jax.ptq.quantize.quantize_model", lambda model, rules, data, *more: fitted_on.append(data) or model
     )
     for flags in ([], ["--data=synthetic:dev"], ["--unfitted"]):
         assert run(monkeypatch, "quantize", f"--model={original}", "--bits=2", f"--out={tmp_path}/q.kmq", *flags) == 0
