@@ -188,8 +188,8 @@ def _refit(
 ) -> jax.Array:
     """The centroids `[groups, K]` of least squared error of the outputs; those without members stay.
 
-    So many as are `filled` count, the others are void. With M the one-hot memberships `[n, K]` of a row w, the centroids c minimise (w - M c)^T H (w - M c). Where levels
-    have a basis B, c is B theta, and theta is sought.
+    The first `filled` centroids count, the others are void. With M the one-hot memberships `[n, K]` of a row w, the
+    centroids c minimise (w - M c)^T H (w - M c). Where levels have a basis B, c is B theta, and theta is sought.
     """
     k = codebook.shape[1]
 
