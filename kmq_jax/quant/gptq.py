@@ -69,10 +69,13 @@ def fit(
     >>> index.tolist()
     [[0, 1, 1]]
     """
-    n = W.shape[1]
+    n, (_, cells, parts) = W.shape[1], codebook.shape
     W, H, cell = _padded(jnp.asarray(W), jnp.asarray(H), None if parents is None else jnp.asarray(parents))
-    codebook, index = _fit(W, codebook, H, cell, n, basis, iterations=iterations, free=free)
-    return codebook, index[:, :n]
+    if free and basis is None and cells == 1 and parts < _REFITTED and W.shape[1] <= _FINE:
+        # Compiling costs more than so few inputs: 2, 3 and 4 bits share a program, in which centroids can be void.
+        codebook = jnp.pad(codebook, ((0, 0), (0, 0), (0, _REFITTED - parts)))
+    codebook, index = _fit(W, codebook, H, cell, n, parts, basis, iterations=iterations, free=free)
+    return codebook[..., :parts], index[:, :n]
 
 
 @jax.jit
@@ -94,23 +97,26 @@ def _fit(
     H: jax.Array,
     cell: jax.Array,
     n: jax.Array,
+    parts: jax.Array,
     basis: jax.Array | None,
     *,
     iterations: int,
     free: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """`fit` of padded arrays whose first `n` inputs count."""
+    """`fit` of padded arrays whose first `n` inputs, and first `parts` of each cell, count."""
     count = codebook.shape[1] * codebook.shape[2]
     if not free or count > _REFITTED:
-        part = _round(W, codebook, H, cell, n)
+        part = _round(W, codebook, H, cell, n, parts)
         return codebook, (cell * codebook.shape[2] + part).astype(jnp.uint8)
+    real = jnp.arange(codebook.shape[2]) < parts
 
     def again(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         codebook = state[0]
-        index = cell * codebook.shape[2] + _round(W, codebook, H, cell, n)
-        codebook = _refit(W, index, codebook.reshape(-1, count), H, basis).reshape(codebook.shape)
+        index = cell * codebook.shape[2] + _round(W, codebook, H, cell, n, parts)
+        filled = codebook.shape[1] * parts
+        codebook = _refit(W, index, codebook.reshape(-1, count), H, filled, basis).reshape(codebook.shape)
         # Refitted centroids may have crossed: sort each cell's, and let the indices follow.
-        order = jnp.argsort(codebook, axis=-1)
+        order = jnp.argsort(jnp.where(real, codebook, jnp.inf), axis=-1)
         rank = jnp.argsort(order, axis=-1) + codebook.shape[2] * jnp.arange(codebook.shape[1])[None, :, None]
         index = jnp.take_along_axis(rank.reshape(-1, count), index, axis=1)
         return jnp.take_along_axis(codebook, order, axis=-1), index
@@ -126,7 +132,13 @@ def _damped(H: jax.Array, damping: float, n: jax.Array | int) -> jax.Array:
 
 
 def _round(
-    W: jax.Array, codebook: jax.Array, H: jax.Array, cell: jax.Array, n: jax.Array, damping: float = 0.01
+    W: jax.Array,
+    codebook: jax.Array,
+    H: jax.Array,
+    cell: jax.Array,
+    n: jax.Array,
+    parts: jax.Array,
+    damping: float = 0.01,
 ) -> jax.Array:
     """The part `[groups, n]` that each weight takes of its cell. Inputs of the most power are rounded first.
 
@@ -140,7 +152,7 @@ def _round(
     lower = jnp.linalg.cholesky(H[::-1, ::-1])
     U = jax.scipy.linalg.solve_triangular(lower, jnp.eye(count), lower=True)[::-1, ::-1]
     W, cell = W[:, order], cell[:, order]
-    place = jnp.arange(count)
+    place, void = jnp.arange(count), jnp.arange(codebook.shape[2]) >= parts
 
     def block(i: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         W, taken = state
@@ -150,7 +162,7 @@ def _round(
         def column(j: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             part, taken, E = state
             choices = jnp.take_along_axis(codebook, cell[:, begin + j].reshape(-1, 1, 1), axis=1)[:, 0]
-            chosen = jnp.argmin(jnp.abs(part[:, j, None] - choices), axis=-1)
+            chosen = jnp.argmin(jnp.where(void, jnp.inf, jnp.abs(part[:, j, None] - choices)), axis=-1)
             Q = jnp.take_along_axis(choices, chosen[:, None], axis=1)[:, 0]
             error = (part[:, j] - Q) / inner[j, j]
             later = jnp.where(jnp.arange(_BLOCK) > j, inner[j], 0.0)
@@ -167,27 +179,32 @@ def _round(
 
 
 def _refit(
-    W: jax.Array, index: jax.Array, codebook: jax.Array, H: jax.Array, basis: jax.Array | None = None
+    W: jax.Array,
+    index: jax.Array,
+    codebook: jax.Array,
+    H: jax.Array,
+    filled: jax.Array | int,
+    basis: jax.Array | None = None,
 ) -> jax.Array:
     """The centroids `[groups, K]` of least squared error of the outputs; those without members stay.
 
-    With M the one-hot memberships `[n, K]` of a row w, the centroids c minimise (w - M c)^T H (w - M c). Where levels
-    have a basis B, c is B theta, and theta is sought.
+    The first `filled` centroids count, the others are void. With M the one-hot memberships `[n, K]` of a row w, the
+    centroids c minimise (w - M c)^T H (w - M c). Where levels have a basis B, c is B theta, and theta is sought.
     """
     k = codebook.shape[1]
 
-    def solved(M: jax.Array, w: jax.Array, before: jax.Array) -> jax.Array:
+    def solved(M: jax.Array, w: jax.Array, before: jax.Array, count: jax.Array | int) -> jax.Array:
         HM = H @ M
-        power, count = M.T @ HM, M.shape[1]
+        power = M.T @ HM
         hold = jnp.where(jnp.trace(power) > 0, 1e-4 * jnp.trace(power) / count, 1.0)
-        return jnp.linalg.solve(power + hold * jnp.eye(count), HM.T @ w + hold * before)
+        return jnp.linalg.solve(power + hold * jnp.eye(M.shape[1]), HM.T @ w + hold * before)
 
     def one(w: jax.Array, index: jax.Array, centroids: jax.Array) -> jax.Array:
         M = jax.nn.one_hot(index, k)
         if basis is None:
-            return solved(M, w, centroids)
+            return solved(M, w, centroids, filled)
         before = jnp.linalg.lstsq(basis, centroids)[0]
-        theta = solved(M @ basis, w, before)
+        theta = solved(M @ basis, w, before, basis.shape[1])
         return basis @ jnp.where(theta[-1] > 0, theta, before)  # else the levels would turn around
 
     return jax.lax.map(lambda group: one(*group), (W, index, codebook))
