@@ -6,7 +6,9 @@
 
 7.18 M parameters; 512-dimensional embeddings. The recipe is that of the ResNets' configurations. Not run in full by
 this project: VoxCeleb2 was not at hand. `:4`, `:3` and `:2` train 3D-Speaker's network at so many bits, by
-distillation, on the sets that configs/wespeaker34_distilled.py uses (`--config.data.root=DIR`):
+distillation, on the sets that configs/wespeaker34_distilled.py uses (`--config.data.root=DIR`). Batch normalisation goes
+by running statistics: by those of 16 crops, which also normalise the embedding, no student comes near its teacher. They
+compute in float32, for a processor, and need 16 GB:
 
     kmq-jax import_model --source=3dspeaker-campplus-zh-en.pt --out=runs/campplus-3dspeaker
     python -m kmq_jax.train --config=configs/campplus.py:2 --workdir=runs/campplus-2bit \
@@ -36,6 +38,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.root = root
     config.data.update(train=root + "/so762/train," + root + "/words/train", crop_seconds=2.0)
     config.validation.update(data=root + "/so762/dev", trials=root + "/so762/dev/trials.txt", epochs=EPOCHS[arg])
-    distilled(config, int(arg), rules=(("^stem/conv1/", 0),))
-    config.update(batch_size=16, epochs=EPOCHS[arg], dtype="bfloat16")
+    distilled(config, int(arg), rules=(("^stem/conv1/", 0),), fit_crops=400)
+    config.learning_rate.peak *= 0.1  # over a hundred layers follow one another, with nothing that normalises afresh
+    config.update(batch_size=16, epochs=EPOCHS[arg], dtype="float32", batch_norm="running")
     return config

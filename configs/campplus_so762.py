@@ -5,8 +5,8 @@
 
 DIR is as in configs/wespeaker_so762.py. CAM++ is densely connected and normalises before it convolves, so that what
 helps a ResNet need not help it. The first convolution stays in full precision.
-Quantized by distillation from itself, without speaker labels. It computes in float32, for a processor;
-`--config.dtype=bfloat16` is for accelerators.
+Quantized by distillation from itself, without speaker labels, by running statistics (see configs/campplus.py). It
+computes in float32, for a processor; `--config.dtype=bfloat16` is for accelerators.
 
 `configs/campplus_so762.py:free` is the study without training at 8, 4, 3 and 2 bits, as `wespeaker_so762.py:free` is;
 `kmq-jax tables` sets several such studies side by side (KIND `architectures` and `fragile`).
@@ -33,6 +33,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         nested=False,
         diagnose=("so762", "words"),
         diagnosis={"retention_utterances": 120, "layer_utterances": 24, "hessian_draws": 6},
+        learning_rate=1e-3,
         calibrate="so762",
         cascades=(("trained", (2, 3, 4)), ("trained", (2, 32))),
     )

@@ -134,7 +134,21 @@ def two_networks_take_longer(found):
     return len(gone_on) > 8 and all(row["recording_ratio"] > 1 for row in gone_on)
 
 
+def pair(found, model, less):
+    pairs = [one for one in found["pairs"] if (one["model"], one["less"]) == (model, less)]
+    return {one["set"]: beyond(one) for one in pairs}
+
+
+def training_helps_campplus(found):
+    above = {beyond(row["sets"][name]) for row in found["rows"][1:] for name in ("so762", "words")}
+    return above == {1} and pair(found, "trained", "ptq-400") == {"so762": -1, "words": -1}
+
+
 CLAIMS = (
+    Claim("On so762 the fit on 400 crops errs less than that on 100, beyond chance; on words no difference is seen",
+          "campplus-trained.json", lambda found: pair(found, "ptq-400", "ptq-100") == {"so762": -1, "words": 0}),
+    Claim("The trained network errs less than the fitted one on both, beyond chance, and still more than full precision",
+          "campplus-trained.json", training_helps_campplus),
     Claim("On so762 CAM++ at 4 bits with ResNet34 behind it errs less than ResNet34 alone, beyond chance, where gates "
           "may make 0.1 or 0.5 % of flips; on words no difference is seen", "across.json", two_networks_err_less),
     Claim("By recording of such lists, where each stands in many trials, a cascade that goes on at all takes longer "
