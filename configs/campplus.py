@@ -6,9 +6,9 @@
 
 7.18 M parameters; 512-dimensional embeddings. The recipe is that of the ResNets' configurations. Not run in full by
 this project: VoxCeleb2 was not at hand. `:4`, `:3` and `:2` train 3D-Speaker's network at so many bits, by
-distillation, on the sets that configs/wespeaker34_distilled.py uses (`--config.data.root=DIR`). Batch normalisation goes
-by running statistics: by those of 16 crops, which also normalise the embedding, no student comes near its teacher. They
-compute in float32, for a processor, and need 16 GB:
+distillation, on the sets that configs/wespeaker34_distilled.py uses (`--config.data.root=DIR`). Batch normalisation
+goes by running statistics: by those of 16 crops, which also normalise the embedding, no student comes near its teacher.
+They compute in float32, for a processor, and need 16 GB:
 
     kmq-jax import_model --source=3dspeaker-campplus-zh-en.pt --out=runs/campplus-3dspeaker
     python -m kmq_jax.train --config=configs/campplus.py:2 --workdir=runs/campplus-2bit \

@@ -135,7 +135,7 @@ def two_networks_take_longer(found):
 
 
 def pair(found, model, less):
-    pairs = [one for one in found["pairs"] if (one["model"], one["less"]) == (model, less)]
+    pairs = [one for one in found["between"] if (one["model"], one["less"]) == (model, less)]
     return {one["set"]: beyond(one) for one in pairs}
 
 
@@ -147,8 +147,8 @@ def training_helps_campplus(found):
 CLAIMS = (
     Claim("On so762 the fit on 400 crops errs less than that on 100, beyond chance; on words no difference is seen",
           "campplus-trained.json", lambda found: pair(found, "ptq-400", "ptq-100") == {"so762": -1, "words": 0}),
-    Claim("The trained network errs less than the fitted one on both, beyond chance, and still more than full precision",
-          "campplus-trained.json", training_helps_campplus),
+    Claim("The trained network errs less than the fitted one on both, beyond chance, and still more than full "
+          "precision", "campplus-trained.json", training_helps_campplus),
     Claim("On so762 CAM++ at 4 bits with ResNet34 behind it errs less than ResNet34 alone, beyond chance, where gates "
           "may make 0.1 or 0.5 % of flips; on words no difference is seen", "across.json", two_networks_err_less),
     Claim("By recording of such lists, where each stands in many trials, a cascade that goes on at all takes longer "
