@@ -34,6 +34,7 @@ import ctypes
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -427,7 +428,7 @@ def main() -> None:
     rows: list[Row] = []
     if args.json and args.json.exists():
         rows = json.loads(args.json.read_text())["rows"]
-    asked = " ".join(word for word in sys.argv[1:] if not word.startswith("--json"))
+    asked = shlex.join(word for word in sys.argv[1:] if not word.startswith("--json"))
     own = []
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
