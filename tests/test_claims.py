@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from kmq_jax.cascade.costs import savings
+from kmq_jax.metrics.paired import told_apart
 from kmq_jax.study import tables
-from kmq_jax.study.paired import told_apart
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / ".github/results"

@@ -78,3 +78,12 @@ class Errors:
         for name, (ours, theirs) in pairs.items():
             found[f"{name}_change_ci95"] = list(percentile_interval(ours - theirs)) if known else None
         return found
+
+
+def told_apart(interval: Sequence[float] | None) -> bool:
+    """Whether a difference is beyond chance: its paired interval leaves out zero.
+
+    >>> told_apart([-0.1, 0.2]), told_apart([0.1, 0.2]), told_apart(None)
+    (False, True, False)
+    """
+    return interval is not None and not interval[0] <= 0 <= interval[1]

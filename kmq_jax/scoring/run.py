@@ -13,7 +13,7 @@ from kmq_jax.core.files import Json, Row, atomic_write, read_json, write_json
 from kmq_jax.data.trials import Trials
 from kmq_jax.metrics.calibration import AffineMap, IsotonicMap, fit_logistic, map_from_dict
 from kmq_jax.metrics.evaluate import evaluate
-from kmq_jax.metrics.paired import Errors
+from kmq_jax.metrics.paired import Errors, told_apart
 from kmq_jax.scoring.cosine import average, cosine_scores
 from kmq_jax.scoring.join import Sides, join
 from kmq_jax.scoring.levels import score_levels
@@ -77,7 +77,12 @@ def score(
             "`reference` is compared by cosine, of one file a model: without enrol_embeddings, snorm_cohort"
         )
     check_cohort_options(cohort, how)
-    kind = "snorm" if cohort else "cosine"
+    kind, changes = "snorm" if cohort else "cosine", {}
+    if reference:
+        changes = {
+            **compare(embeddings, reference, trials, how, enrol_models=enrol_models),
+            "reference": str(reference),
+        }
     fitted = read_calibration(calibration, kind) if calibration else None
     test_table = read_embeddings(embeddings)
     enrol_table = read_embeddings(enrol_embeddings) if enrol_embeddings else test_table
@@ -95,9 +100,7 @@ def score(
         raise UserError(f"{trials}: {error}") from error
     if calibration:
         metrics["calibration"] = f"given by {calibration}"
-    if reference:
-        changes = compare(embeddings, reference, trials, how, enrol_models=enrol_models)
-        metrics |= changes | {"reference": str(reference)}
+    metrics |= changes
     about = {"utterances": utterances_of(listed), "speakers_source": sides.speakers_source, "snorm": notes}
     return Scored(listed, scores, kind, metrics | about)
 
@@ -273,7 +276,7 @@ def describe(metrics: Row) -> str:
         value, interval = metrics[f"{name}_change"], metrics[f"{name}_change_ci95"]
         if interval is None:
             return f"{title:12}{value:+.{digits}f}   too few speakers for an interval"
-        apart = "not told apart" if interval[0] <= 0 <= interval[1] else "beyond chance"
+        apart = "beyond chance" if told_apart(interval) else "not told apart"
         return f"{title:12}{value:+.{digits}f}   [{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]   {apart}"
 
     changes = []

@@ -1,7 +1,7 @@
 """What the cells and the last lines of all tables are written with."""
 
 from kmq_jax.core.files import Row
-from kmq_jax.study.paired import told_apart
+from kmq_jax.metrics.paired import told_apart
 
 
 def change_of(change: Row, name: str, digits: int) -> str:

@@ -1,7 +1,5 @@
 """What each network of a study changes against full precision, as its JSON tells it."""
 
-from collections.abc import Sequence
-
 from kmq_jax.core.files import Json, Row
 
 CHANGES = ("eer_change", "min_dcf_change")
@@ -26,12 +24,3 @@ def changes_of(summary: Row, row: Row, name: str) -> Json:
         known = next((one for one in systems if one["bits"] == row["bits"]), {})
     keys = [key for change in CHANGES for key in (change, f"{change}_ci95")]
     return {key: known[key] for key in keys if known.get(key) is not None}
-
-
-def told_apart(interval: Sequence[float] | None) -> bool:
-    """Whether a difference is beyond chance: its paired interval leaves out zero.
-
-    >>> told_apart([-0.1, 0.2]), told_apart([0.1, 0.2]), told_apart(None)
-    (False, True, False)
-    """
-    return interval is not None and not interval[0] <= 0 <= interval[1]

@@ -5,8 +5,9 @@ from typing import Any
 
 from kmq_jax.cascade.costs import savings
 from kmq_jax.core.files import Row
+from kmq_jax.metrics.paired import told_apart
 from kmq_jax.study.markdown import about_sets, change_of, markdown
-from kmq_jax.study.paired import changes_of, told_apart
+from kmq_jax.study.paired import changes_of
 
 
 def study_table(summary: Row) -> str:
