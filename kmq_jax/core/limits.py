@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -12,6 +13,8 @@ from kmq_jax.core.errors import UserError
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
     """Stops the block after so many seconds. Works in the main thread; elsewhere there is no limit.
+
+    An alarm that the caller has set goes on. One that is due within the block rings behind it.
 
     Args:
         seconds: of wall-clock time.
@@ -34,9 +37,12 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         raise UserError(f"{what}: stopped after {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    began = time.monotonic()
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if left:  # zero would set none
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - began), 1e-6), interval)

@@ -101,12 +101,17 @@ def shape_of(tensors: Mapping[str, np.ndarray], name: str, axes: int, where: str
     """The shape of a tensor that a network's settings are read off.
 
     Raises:
-        UserError: it is missing or has another number of axes.
+        UserError: it is missing, has another number of axes, or is empty.
+
+    >>> shape_of({"conv.weight": np.ones((2, 3))}, "conv.weight", 2, "model.pt")
+    (2, 3)
     """
     if name not in tensors:
         raise UserError(f"{where}: tensor {name} is missing")
     if tensors[name].ndim != axes:
         raise UserError(f"{where}: tensor {name} has shape {tensors[name].shape}, not {axes} axes")
+    if not tensors[name].size:
+        raise UserError(f"{where}: tensor {name} of shape {tensors[name].shape} is empty")
     return tensors[name].shape
 
 

@@ -90,8 +90,9 @@ def _features(about: Json, where: str) -> int:
     config = about.get("config")
     config = config if isinstance(config, dict) else {}
     strides = config.get("stage_strides", (1, 2, 2, 2))
-    if list(strides) != [1, 2, 2, 2]:
-        raise UserError(f"{where}: stage_strides {tuple(strides)} are not supported, only (1, 2, 2, 2)")
+    strides = tuple(strides) if isinstance(strides, list) else strides
+    if strides != (1, 2, 2, 2):
+        raise UserError(f"{where}: stage_strides {strides!r} are not supported, only (1, 2, 2, 2)")
     features = config.get("in_channels", FEATURES)
     if not isinstance(features, int) or not 81 <= features <= 88:  # the original pools exactly 11 frequencies
         raise UserError(f"{where}: in_channels (={features}) must be 81 to 88")

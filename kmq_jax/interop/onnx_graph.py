@@ -3,6 +3,7 @@
 import math
 import os
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -47,6 +48,7 @@ class Graph:
             raise UserError(f"{path} is not an ONNX file, or it was cut short") from error
         graph = model.graph
         self._largest = 2 * os.path.getsize(path)  # no element takes less than half a byte
+        self._check_complete(graph.node)
         self._aliases = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Identity"}
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
         self._used: set[str] = set()
@@ -72,6 +74,11 @@ class Graph:
         for node in self.nodes:
             for name in dict.fromkeys(map(self.resolve, node.input)):
                 self._users[name].append(node)
+
+    def _check_complete(self, nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            if not node.output or node.op_type == "Identity" and not node.input:
+                self.fail(f"node {node.op_type} {node.name} lacks an input or an output")
 
     def _constant_of(self, node: Node) -> Onnx:
         """The tensor of a `Constant` node."""

@@ -75,7 +75,12 @@ def read(path: Path, asked: Asked = NOTHING_ASKED) -> Imported:
     reader = _Reader(graph, layout)
     nodes = _before(graph, output)
     for node in nodes:
-        reader.take(node)
+        try:
+            reader.take(node)
+        except UserError:
+            raise
+        except Exception as error:  # inputs, outputs or attributes that an operator cannot be without
+            raise UserError(f"{path}: node {graph.describe(node)} is damaged: {error!r}") from error
     text = reader.text(output)
     frontend = asked.frontend or _frontend(graph, features)
     features = features or frontend_of(frontend).num_features

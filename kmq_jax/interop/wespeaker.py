@@ -82,7 +82,7 @@ def settings_of(
     # The fourth stage has eight times the channels of the first.
     channels = 8 * width * (Bottleneck.expansion if bottleneck else 1)
     # A mean and a deviation for every channel at every frequency that is pooled.
-    freqs, left = divmod(statistics, 2 * channels)
+    freqs, left = divmod(statistics, 2 * channels) if channels else (0, 0)
     if left or not freqs or features and -(-features // 8) != freqs:
         raise UserError(
             f"{where}: the linear layer reads {statistics} values, "

@@ -53,8 +53,8 @@ def read(path: Path) -> Imported:
     nodes = [graph.sole_user(start, "Transpose")]
     graph.expect(nodes[-1], perm=[0, 2, 1])
     nodes.append(graph.sole_user(nodes[-1].output[0], "Unsqueeze"))
-    axes = graph.attributes(nodes[-1]).get("axes")
-    if list(axes or graph.constant(nodes[-1].input[1])) != [1]:
+    axes = graph.attributes(nodes[-1]).get("axes") or [graph.constant(name) for name in nodes[-1].input[1:]]
+    if np.ravel(axes).tolist() != [1]:
         graph.fail(f"node {graph.describe(nodes[-1])} must add axis 1")
     stem = _conv(graph, graph.sole_user(nodes[-1].output[0], "Conv"))
     nodes += [stem.node, graph.sole_user(stem.output, "Relu")]
@@ -158,11 +158,11 @@ def _from_walk(
 ) -> Imported:
     if not blocks:
         graph.fail("no residual block follows the first convolution")
-    width = len(graph.constant(stem.bias))
+    width = graph.constant(stem.bias).size
     counts = [0] * STAGES
     names = {"stem/conv": stem}
     for block in blocks:
-        channels = len(graph.constant(block.convs[0].bias))
+        channels = graph.constant(block.convs[0].bias).size
         stage = next((i for i in range(STAGES) if channels == width << i), None)
         if stage is None or any(counts[stage + 1 :]):
             node = graph.describe(block.convs[0].node)

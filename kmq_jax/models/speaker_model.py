@@ -241,14 +241,22 @@ def at_bits(model: SpeakerModel, bits: int | None) -> SpeakerModel:
     """The model read at `bits` (None: the most), with the biases and statistics that these bits have to themselves.
 
     Raises:
-        UserError: no tensor can be read at these bits.
+        UserError: no tensor can be read at these bits, or the model is read at others already: it then lacks what
+            these bits have to themselves.
     """
+    if model.bits not in (None, bits) and _is_nested(model):
+        raise UserError(f"the model is read at {model.bits} bits already: read the whole one at others")
     whole = {part: tree for part, tree in model.variables.items() if part != PER_BITS}
     leaves = [leaf for leaf in jax.tree.leaves(whole, quant.is_codebook_tensor) if quant.is_codebook_tensor(leaf)]
     if bits is not None and not any(bits in leaf.all_bits for leaf in leaves):
         raise UserError(f"the model cannot be read at {bits} bits")
     own = dict(named_leaves(model.variables.get(PER_BITS, {}).get(str(bits), {})))
     return dataclasses.replace(model, variables=replace_named(whole, own, quant.is_codebook_tensor), bits=bits)
+
+
+def _is_nested(model: SpeakerModel) -> bool:
+    leaves = jax.tree.leaves(model.variables, quant.is_codebook_tensor)
+    return any(quant.is_codebook_tensor(leaf) and leaf.coarse for leaf in leaves)
 
 
 def embed_waves(
@@ -575,8 +583,11 @@ def save_model(path: str | Path, model: SpeakerModel) -> None:
     """Writes the model as one `.kmq` file.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written; or it is nested and read at some of its bits, so that it lacks what the others
+            have to themselves.
     """
+    if model.bits is not None and _is_nested(model):
+        raise UserError(f"the model is read at {model.bits} bits: save the whole one, which is read at any of its bits")
     manifest = {
         "architecture": model.architecture,
         "settings": dict(model.settings),

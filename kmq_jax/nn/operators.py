@@ -249,10 +249,10 @@ def _reduction(function: Callable[[ModuleType, Array, tuple[int, ...], bool], Ar
     def run(call: Call) -> Array:
         x, axes = call.x[0], call.numbers(1, "axes")
         if not axes:
-            if call.get("noop_with_empty_axes", 0):
-                return x
-            axes = list(range(x.ndim))
-        return function(call.xp, x, tuple(_axis(a, x.ndim) for a in axes), bool(call.get("keepdims", 1)))
+            # Over no axis a sum of squares is a square, and so on.
+            axes = [] if call.get("noop_with_empty_axes", 0) else list(range(x.ndim))
+        y = function(call.xp, x, tuple(_axis(a, x.ndim) for a in axes), bool(call.get("keepdims", 1)))
+        return y.astype(x.dtype) if _is_integer(x) else y
 
     return run
 
@@ -434,15 +434,22 @@ def _cumulative_sum(call: Call) -> Array:
     return call.xp.cumsum(call.x[0], axis=_axis(axis, call.x[0].ndim), dtype=call.x[0].dtype)
 
 
-def _softmax(call: Call) -> Array:
+def _along_one(call: Call) -> tuple[jax.Array, int]:
+    """What a softmax is of, and along which axis."""
     x, axis = jnp.asarray(call.x[0]), _axis(call.get("axis", -1), call.x[0].ndim)
     if call.get("flat", 0) and axis != x.ndim - 1:
         raise ValueError("a softmax over several axes, as before operator set 13, is not supported")
+    return x, axis
+
+
+def _softmax(call: Call) -> Array:
+    x, axis = _along_one(call)
     return jax.nn.softmax(x, axis)
 
 
 def _log_softmax(call: Call) -> Array:
-    return jnp.log(_softmax(call)) if call.get("flat", 0) else jax.nn.log_softmax(call.x[0], call.get("axis", -1))
+    x, axis = _along_one(call)
+    return jax.nn.log_softmax(x, axis)
 
 
 def _normalised(x: Array, axes: tuple[int, ...], epsilon: float) -> jax.Array:
@@ -466,9 +473,10 @@ def _layer_norm(call: Call) -> Array:
 
 def _lp_norm(call: Call) -> Array:
     x, axis = jnp.asarray(call.x[0]), call.get("axis", -1)
-    if call.get("p", 2) == 1:
-        return x / jnp.sum(jnp.abs(x), axis, keepdims=True)
-    return x * lax.rsqrt(jnp.sum(x * x, axis, keepdims=True))
+    norm = jnp.sum(jnp.abs(x) if call.get("p", 2) == 1 else x * x, axis, keepdims=True)
+    # Zeros, as of digital silence, stay zeros.
+    some = jnp.where(norm > 0, norm, 1)
+    return x / some if call.get("p", 2) == 1 else x * lax.rsqrt(some)
 
 
 def _along(value: Array, x: Array, axis: int) -> Array:

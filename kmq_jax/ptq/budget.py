@@ -9,6 +9,7 @@ of its k-means codebook. The bits of all tensors are then those of the least dam
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -203,9 +204,9 @@ def report(found: Sensitivities, bits_of: Mapping[str, int], out: Path) -> str:
         "damage": found.damage(bits_of),
     }
     plot(rows, taken, out.with_suffix(".budget.png"))
-    write_json(
-        out.with_suffix(".rules.json"), [{"pattern": f"^{name}$", "bits": bits} for name, bits in bits_of.items()]
-    )
+    # Names of imported graphs have dots, which stand for any letter.
+    rules = [{"pattern": f"^{re.escape(name)}$", "bits": bits} for name, bits in bits_of.items()]
+    write_json(out.with_suffix(".rules.json"), rules)
     return describe(rows, taken)
 
 

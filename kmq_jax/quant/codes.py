@@ -1,5 +1,7 @@
 """Values to indices and indices to values, on tensors in their own layout: groups lie along one axis."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,21 @@ def where_sorted(tensor: Array) -> Array:
     if isinstance(tensor, jax.core.Tracer) or jax.default_backend() != "cpu":
         return jnp.asarray(tensor, jnp.float32)
     return np.asarray(tensor, np.float32)
+
+
+def known_now(*arrays: Array | None) -> contextlib.AbstractContextManager[None]:
+    """A context in which arithmetic on known arrays is done at once, even while a function around it is traced.
+
+    >>> weights = np.ones((3, 2), np.float32)
+    >>> def largest():
+    ...     with known_now(weights):
+    ...         return float(jnp.max(weights))  # within jit alone this would be a traced value, and no float
+    >>> jax.jit(largest)().item()
+    1.0
+    """
+    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        return contextlib.nullcontext()
+    return jax.ensure_compile_time_eval()
 
 
 def to_groups(tensor: jax.Array, axis: int | None) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import TypeAlias
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Leaf, Params, match_rules, named_leaves
 from kmq_jax.quant.packing import packed_bytes
-from kmq_jax.quant.types import HALF, QuantRule, QuantSpec, is_codebook_tensor, is_floating
+from kmq_jax.quant.types import HALF, QuantRule, QuantSpec, is_codebook_tensor, is_floating, is_whole
 
 Rules: TypeAlias = QuantSpec | Sequence[QuantRule] | Mapping[str, int | QuantSpec | None]
 """One spec for every leaf; or rules; or `{"regular expression": bits, spec, or None to keep it}`, first match wins."""
@@ -46,7 +46,7 @@ def as_rules(rules: Rules | None = None, bits: int | None = None) -> list[QuantR
 def _as_spec(pattern: str, value: int | QuantSpec | None) -> QuantSpec | None:
     if value is None or isinstance(value, QuantSpec):
         return value
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_whole(value):
         raise UserError(f"rule {pattern!r} (={value!r}) must be a number of bits, a QuantSpec or None")
     return QuantSpec(value)
 

@@ -23,6 +23,7 @@ from kmq_jax.quant.types import HALF, QuantRule, QuantSpec, is_codebook_tensor
 
 Table = Mapping[str, Mapping[int, float]]
 """`{name: {bits: number}}`."""
+_SCALE = 1e3  # of a budget: the solver's tolerance of 1e-6 is then a billionth of it, less than a byte
 
 
 def hessian_traces(
@@ -160,20 +161,26 @@ def allocate(traces: Mapping[str, float], errors: Table, sizes: Table, budget: f
     cost = np.array([_cost(traces, errors, name, bits) for name, bits in choices])
     size = np.array([float(sizes[name][bits]) for name, bits in choices])
     one_each = np.array([[float(name == chosen) for chosen, _ in choices] for name in names])
-    # Scaled, as the solver's tolerances are absolute; its relative gap is left at zero for the exact optimum.
-    solution = optimize.milp(
-        cost / max(cost.max(), 1e-300),
-        constraints=[
-            optimize.LinearConstraint(one_each, 1, 1),
-            optimize.LinearConstraint(size[None, :] / budget, -np.inf, 1),
-        ],
-        integrality=np.ones(len(choices)),
-        bounds=optimize.Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
-    if solution.x is None:
-        raise UserError(f"no allocation was found within {budget:.0f} bytes: {solution.message}")
-    return {name: bits for (name, bits), x in zip(choices, solution.x) if x > 0.5}
+    limits = [
+        optimize.LinearConstraint(one_each, 1, 1),
+        optimize.LinearConstraint(_SCALE * size[None, :] / budget, -np.inf, _SCALE),
+    ]
+    while True:
+        # Scaled, as the solver's tolerances are absolute; its relative gap is left at zero for the exact optimum.
+        solution = optimize.milp(
+            cost / max(cost.max(), 1e-300),
+            constraints=limits,
+            integrality=np.ones(len(choices)),
+            bounds=optimize.Bounds(0, 1),
+            options={"mip_rel_gap": 0.0},
+        )
+        if solution.x is None:
+            raise UserError(f"no allocation was found within {budget:.0f} bytes: {solution.message}")
+        taken = solution.x > 0.5
+        if size[taken].sum() <= budget * (1 + 1e-12):
+            return {name: bits for (name, bits), one in zip(choices, taken) if one}
+        # What its tolerances let pass is ruled out, and the next best is sought.
+        limits.append(optimize.LinearConstraint(taken[None, :].astype(float), -np.inf, len(names) - 1))
 
 
 def allocate_sections(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Array, Leaf, Params, map_named, named_leaves
-from kmq_jax.quant.codes import along, assign, from_groups, lookup, to_groups, where_sorted
+from kmq_jax.quant.codes import along, assign, from_groups, known_now, lookup, to_groups, where_sorted
 from kmq_jax.quant.kmeans import kmeans, midpoints
 from kmq_jax.quant.levels import fit_levels
 from kmq_jax.quant.nested import nested_kmeans, split_kmeans, thresholds
@@ -387,7 +387,8 @@ def init_codebooks(
     for name, spec in specs.items():
         axis = group_axis(name, leaves[name].ndim, spec)
         try:
-            latents[name], codebooks[name] = _begin(leaves[name], spec, axis, recipe)
+            with known_now(leaves[name]):
+                latents[name], codebooks[name] = _begin(leaves[name], spec, axis, recipe)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
     if cached:

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Array, Leaf, Params, map_named
 from kmq_jax.quant import nested
-from kmq_jax.quant.codes import assign, to_groups, where_sorted
+from kmq_jax.quant.codes import assign, known_now, to_groups, where_sorted
 from kmq_jax.quant.kmeans import in_range, kmeans, scaled
 from kmq_jax.quant.levels import fit_levels
 from kmq_jax.quant.packing import pack_bits
@@ -67,7 +67,8 @@ def quantize_params(
         try:
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 return jax.eval_shape(encode, leaf)
-            made = encode(leaf, importance=importance.get(name))
+            with known_now(leaf, importance.get(name)):
+                made = encode(leaf, importance=importance.get(name))
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         # Centroids too small for float16 are float32, which shapes alone do not tell.

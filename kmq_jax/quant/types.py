@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeGuard
@@ -69,7 +70,7 @@ class QuantSpec:
         Raises:
             UserError: a field is outside its range.
         """
-        if not _is_whole(self.bits) or self.bits not in (*range(1, 9), HALF):
+        if not is_whole(self.bits) or self.bits not in (*range(1, 9), HALF):
             raise UserError(f"bits (={self.bits}) must be 1 to 8, or 16 for half precision")
         if self.granularity not in GRANULARITIES:
             raise UserError(f"granularity (={self.granularity!r}) must be one of {', '.join(GRANULARITIES)}")
@@ -77,6 +78,10 @@ class QuantSpec:
             raise UserError(f"codebook_dtype (={self.codebook_dtype!r}) must be float16 or float32")
         if self.levels not in LEVELS:
             raise UserError(f"levels (={self.levels!r}) must be one of {', '.join(LEVELS)}")
+        if not is_whole(self.axis):
+            raise UserError(f"axis (={self.axis!r}) must be a whole number")
+        if not isinstance(self.coarse, Sequence) or not all(map(is_whole, self.coarse)):
+            raise UserError(f"coarse bits (={self.coarse!r}) must be whole numbers, such as (2, 3)")
         self._check_fit()
         if self.levels != "kmeans" and (self.coarse or self.symmetric or self.pinned_zero):
             raise UserError(f"levels (={self.levels!r}) cannot be nested, symmetric or have a pinned zero")
@@ -92,10 +97,10 @@ class QuantSpec:
     def _check_fit(self) -> None:
         if self.init not in INITS:
             raise UserError(f"init (={self.init!r}) must be one of {', '.join(INITS)}")
-        if not 0 < self.retention <= 1:
+        if not isinstance(self.retention, numbers.Real) or not 0 < self.retention <= 1:
             raise UserError(f"retention (={self.retention}) must be above 0 and at most 1")
         for name in ("iterations", "minimum_size"):
-            if not _is_whole(getattr(self, name)) or getattr(self, name) < 0:
+            if not is_whole(getattr(self, name)) or getattr(self, name) < 0:
                 raise UserError(f"{name} (={getattr(self, name)}) must be a whole number, 0 or more")
 
     @property
@@ -285,7 +290,12 @@ class CodebookTensor:
             raise ValueError(f"dtype (={self.dtype_name!r}) must be floating point")
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number, of Python or of numpy.
+
+    >>> is_whole(4), is_whole(np.int64(4)), is_whole(True), is_whole(4.0)
+    (True, True, False, False)
+    """
     # True is an int to Python.
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 

@@ -20,7 +20,7 @@ def make_schedule(options: ScheduleOptions, epoch_steps: int, total_steps: int) 
 
     It rises linearly from `start` to `peak`. Then "cosine" and "exponential" (WeSpeaker's) fall to `final` at the end;
     "step" stays flat to epoch `flat_until`, is divided by `factor` there, and again after every `every` epochs (as in
-    the paper's public code).
+    the paper's public code), each time at the step nearest to it.
 
     >>> schedule = make_schedule(ScheduleOptions(peak=1.0, warmup_epochs=1.0), epoch_steps=10, total_steps=110)
     >>> [round(float(schedule(step)), 3) for step in (0, 5, 10, 60, 110)]
@@ -45,7 +45,10 @@ def make_schedule(options: ScheduleOptions, epoch_steps: int, total_steps: int) 
         return peak * (final / peak) ** share(step)
 
     def drops(step: jax.Array) -> jax.Array:
-        count = jnp.floor((step / epoch_steps - options.flat_until) / options.every) + 1
+        # From the middle of the step: a compiled quotient may fall short of the whole number that it is, and the drop
+        # would come a step late.
+        since = step + 0.5 - options.flat_until * epoch_steps
+        count = jnp.floor(since / (options.every * epoch_steps)) + 1
         return peak * options.factor ** -jnp.maximum(count, 0.0)
 
     after_warmup = {"cosine": cosine, "exponential": exponential, "step": drops}[options.kind]

@@ -15,8 +15,8 @@ import safetensors.numpy
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import named_leaves
-from kmq_jax.interop import pretrained
-from kmq_jax.interop.torch_checkpoint import read
+from kmq_jax.interop import kiwano, pretrained
+from kmq_jax.interop.torch_checkpoint import Checkpoint, read
 from kmq_jax.models import registry
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
@@ -123,6 +123,11 @@ def test_the_classifier_is_left_behind(tmp_path):
             "pool.linear1.weight: only the pooling TSTP",
         ),
         (wespeaker_tensors, lambda t: t.update({"seg_1.weight": np.zeros((8, 65), np.float32)}), "reads 65 values"),
+        (
+            wespeaker_tensors,
+            lambda t: t.update({"conv1.weight": np.zeros((0, 1, 3, 3), np.float32)}),
+            r"conv1.weight of shape \(0, 1, 3, 3\) is empty",
+        ),
         (wespeaker_tensors, lambda t: t.pop("layer2.0.conv1.weight"), "layer2.0.conv1.weight is missing"),
         (kiwano_tensors, lambda t: t.pop("preresnet.layer1.0.se.fc.2.bias"), "preresnet.layer1.0.se.fc.2.bias is mis"),
         (kiwano_tensors, lambda t: t.update({"embedding.x": np.zeros(1, np.float32)}), "embedding.x is not part"),
@@ -134,6 +139,13 @@ def test_a_tensor_that_does_not_fit_is_named(make, change, message, tmp_path):
     change(tensors)
     with pytest.raises(UserError, match=message):
         pretrained.read(save(tmp_path / "m.safetensors", tensors))
+
+
+@pytest.mark.parametrize("strides", [3, None, [1, 1, 2, 2], "1222"])
+def test_other_strides_are_refused_whatever_a_file_calls_them(strides):
+    about = {"config": {"stage_strides": strides}}
+    with pytest.raises(UserError, match=r"m.ckpt: stage_strides .* are not supported"):
+        kiwano.convert(Checkpoint(kiwano_tensors(), about), "m.ckpt")
 
 
 def test_a_missing_stage_is_named(tmp_path):

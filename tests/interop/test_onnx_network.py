@@ -298,6 +298,10 @@ def outside(made, x):
         (lambda m, x: m.node("Reshape", x, m.constant(3, 7)), "node Reshape n1: .*reshape"),
         (lambda m, x: m.node("Concat", x, m.node("Transpose", x, perm=[1, 0]), axis=0), "node Concat n2: "),
         (lambda m, x: m.node("Slice", x, m.node("Cast", x, to=7), m.constant(3)), "node Slice n2: its start depends"),
+        (lambda m, x: m.node("Cast", x), "node Cast n1 is damaged: .*to"),
+        *((lambda m, x, kind=kind: m.node(kind, x), f"node {kind} n1 is damaged") for kind in ("MatMul", "Conv")),
+        (lambda m, x: m.node("BatchNormalization", x, m.constant(1.0)), "node BatchNormalization n1 is damaged"),
+        (lambda m, x: m.node("Identity"), "node Identity n1 lacks an input or an output"),
     ],
 )
 def test_what_cannot_be_computed_is_one_line(change, message, tmp_path):

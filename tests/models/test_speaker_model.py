@@ -11,7 +11,7 @@ import soundfile
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
 from kmq_jax.models import registry, speaker_model
-from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model, mono, save_model
+from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, at_bits, fingerprint, load_model, mono, save_model
 
 WAVE = (0.1 * np.random.default_rng(0).standard_normal(16000)).astype(np.float32)
 SETTINGS = {"width": 4, "features": 81, "embedding_size": 8, "blocks": [1, 1, 1, 1]}
@@ -86,6 +86,21 @@ def test_a_bfloat16_model_is_saved_and_loaded(model, tmp_path, packed):
 def test_strict_types(model):
     with jax.numpy_dtype_promotion("strict"):
         assert model.embed(WAVE, 16000).dtype == np.float32
+
+
+def test_what_is_read_at_some_bits_is_neither_read_at_others_nor_saved(model, tmp_path):
+    # Each number of bits may have biases and statistics of its own, which are gone once others are taken.
+    params = quant.quantize_params(model.variables["params"], {"kernel$": quant.QuantSpec(4, coarse=(2,))})
+    own = {"2": {"params/head/linear/bias": np.full(8, 9, np.float32)}}
+    whole = SpeakerModel("resnet18", SETTINGS, "kiwano", {**model.variables, "params": params, PER_BITS: own})
+    low = at_bits(whole, 2)
+    assert at_bits(low, 2).variables["params"]["head"]["linear"]["bias"][0] == 9
+    for other in (None, 4):
+        with pytest.raises(UserError, match="read at 2 bits already"):
+            at_bits(low, other)
+    with pytest.raises(UserError, match="read at 2 bits: save the whole one"):
+        save_model(tmp_path / "low.kmq", low)
+    assert not (tmp_path / "low.kmq").exists()
 
 
 def test_types_without_a_place_in_the_file(model, tmp_path):

@@ -41,6 +41,8 @@ CASES = [
     *((f"Reduce{kind}", [np.abs(X), ints(0, 2)], {"keepdims": 0}) for kind in ("SumSquare", "LogSum", "LogSumExp")),
     ("ReduceSum", [X], {}),
     ("ReduceSum", [X], {"noop_with_empty_axes": 1}),
+    ("ReduceSumSquare", [X], {"noop_with_empty_axes": 1}),
+    *((f"Reduce{kind}", [np.abs(N), ints(1)], {}) for kind in ("Mean", "Max", "L2")),
     ("Concat", [X, X], {"axis": -2}),
     ("Shape", [X], {"start": 1}),
     ("Gather", [X, ints(-1, 0)], {"axis": 1}),
@@ -70,6 +72,7 @@ CASES = [
     ("InstanceNormalization", [X, ROW, ROW], {"epsilon": 1e-3}),
     ("LayerNormalization", [X, X[0, 0], X[1, 1]], {}),
     ("LpNormalization", [X], {"axis": 1}),
+    *(("LpNormalization", [np.float32([[3, 4], [0, 0]])], {"p": p}) for p in (1, 2)),
     ("DequantizeLinear", [N.astype(np.int8), np.abs(ROW), np.int8([0, 1, 2])], {"axis": 0}),
     ("QuantizeLinear", [X, np.float32(0.1), np.uint8(120)], {}),
     ("AveragePool", [IMAGE], {"kernel_shape": [3, 2], "strides": [2, 2], "pads": [1, 0, 1, 1]}),
@@ -101,6 +104,11 @@ def test_operators_give_what_onnx_runtime_gives(kind, inputs, attributes):
         traced = jax.jit(lambda x: operators.compute(kind, [x, *inputs[1:]], attributes, 1 << 20))(inputs[0])
         for ours, theirs in zip(traced, wanted):
             np.testing.assert_allclose(np.asarray(ours), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_flat_softmax_has_a_logarithm_where_it_is_zero_itself():
+    (found,) = operators.compute("LogSoftmax", [np.float32([[0, -200, 0]])], {"axis": 1, "flat": 1}, 100)
+    np.testing.assert_allclose(found, [[-np.log(2), -200 - np.log(2), -np.log(2)]], rtol=1e-6)
 
 
 def test_every_operator_is_compared_or_is_a_cast():

@@ -9,6 +9,7 @@ import pytest
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import read_json
 from kmq_jax.models import registry
 from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, save_model
 from kmq_jax.ptq import budget, quantize
@@ -99,6 +100,18 @@ def test_rules_keep_tensors_within_a_budget_but_give_no_bits(tmp_path):
     (tmp_path / "r.json").write_text('[{"pattern": "^stem/", "bits": 8}]')
     with pytest.raises(UserError, match=r"r\.json gives bits, which `budget`"):
         quantize.rules_of(options)
+
+
+def test_the_rules_beside_a_file_name_each_tensor_alone(tmp_path):
+    bits_of = {"a_b/kernel": 3, "a.b/kernel": 2}  # names of imported graphs have dots
+    table = {name: {bits: 4.0**-bits for bits in budget.BITS} for name in bits_of}
+    found = budget.Sensitivities("m", dict.fromkeys(bits_of, 1.0), table, table, dict.fromkeys(bits_of, 8), 0)
+    for chosen in (bits_of, dict(reversed(bits_of.items()))):
+        budget.report(found, chosen, tmp_path / "a.kmq")
+        written = read_json(tmp_path / "a.rules.json")
+        rules = [quant.QuantRule(rule["pattern"], quant.QuantSpec(rule["bits"])) for rule in written]
+        params = {name: np.zeros((64, 64), np.float32) for name in bits_of}
+        assert {name: spec.bits for name, spec in quant.decide(params, rules).items()} == bits_of
 
 
 def test_mistakes(measured):

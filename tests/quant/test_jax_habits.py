@@ -52,6 +52,15 @@ def test_a_batch_of_trees_dequantizes_to_a_batch(spec):
     equal(quant.indices_of(batch["kernel"])[1], quant.indices_of(packed["kernel"]))
 
 
+def test_known_weights_are_quantized_while_a_function_is_traced():
+    def packed():
+        return quant.quantize_params(TREE, bits=3), quant.init_codebooks(TREE, bits=2)
+
+    equal(jax.jit(packed)(), packed())
+    weights = jax.tree.map(jnp.asarray, TREE)  # of jax they are known as well
+    equal(jax.jit(lambda: quant.quantize_params(weights, bits=3))(), packed()[0])
+
+
 def test_arrays_that_do_not_fit_are_refused():
     packed = quant.quantize_params(TREE, QuantSpec(3))["kernel"]
     for arrays in (

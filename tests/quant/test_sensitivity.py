@@ -67,6 +67,14 @@ def test_allocation_is_the_best_of_all(share):
         quant.allocate(traces, errors, sizes, low - 1)
 
 
+def test_a_budget_is_kept_to_the_byte():
+    # Five bytes of thirty million are less than the solver's own tolerance.
+    errors = {name: {2: 9.0, 4: 1.0} for name in "ab"}
+    sizes = {"a": {2: 10_000_000, 4: 20_000_005}, "b": {2: 10_000_000, 4: 25_000_000}}
+    for budget, bits in ((30_000_004, 2), (30_000_005, 4)):
+        assert quant.allocate({"a": 1.0, "b": 1.0}, errors, sizes, budget) == {"a": bits, "b": 2}
+
+
 def test_sections_share_a_width_and_follow_the_traces():
     traces, errors, sizes = problem(8)
     widths = quant.allocate_sections(traces, errors, sizes, 1e9)

@@ -119,8 +119,14 @@ def test_too_large_for_half_precision_names_the_tensor():
         {"granularity": "row"},
         {"codebook_dtype": "int8"},
         {"coarse": (4,)},
+        {"coarse": (2.5,)},
+        {"coarse": 2},
+        {"axis": "out"},
+        {"axis": None},
+        {"axis": 0.5},
         {"init": "random"},
         {"retention": 0.0},
+        {"retention": "most"},
         {"iterations": -1},
         {"minimum_size": -1},
     ],
@@ -128,6 +134,13 @@ def test_too_large_for_half_precision_names_the_tensor():
 def test_bad_specs(fields):
     with pytest.raises(UserError, match=next(iter(fields))):
         QuantSpec(**{"bits": 4, **fields})
+
+
+def test_bits_may_be_numpys_and_arrays_may_not():
+    assert quant.as_rules({"": np.int64(4)}) == quant.as_rules(bits=4)
+    for wrong in (4.0, True, np.float32(4), "4"):
+        with pytest.raises(UserError, match="must be a number of bits"):
+            quant.as_rules({"": wrong})
 
 
 def test_frozen_dict_and_lists():

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -29,6 +30,16 @@ def test_steps_as_in_the_paper():
         kind="step", start=1e-5, peak=0.2, warmup_epochs=5.0, flat_until=19.0, every=10.0, factor=5.0,
     )  # fmt: skip
     np.testing.assert_allclose(got, [1e-5, 0.2, 0.2, 0.04, 0.04, 0.008], rtol=1e-5)
+
+
+@pytest.mark.parametrize("epoch_steps", [10, 49, 107, 2132])
+def test_a_drop_comes_at_its_step_in_a_compiled_program_too(epoch_steps):
+    options = ScheduleOptions(kind="step", peak=0.2, warmup_epochs=5.0, flat_until=19.0, every=10.0, factor=5.0)
+    schedule = jax.jit(make_schedule(options, epoch_steps, 51 * epoch_steps))  # a training step compiles it likewise
+    drops = np.array([19, 29, 39]) * epoch_steps
+    before, at = ([float(schedule(jnp.int32(step + later))) for step in drops] for later in (-1, 0))
+    np.testing.assert_allclose(before, [0.2, 0.04, 0.008], rtol=1e-5)
+    np.testing.assert_allclose(at, [0.04, 0.008, 0.0016], rtol=1e-5)
 
 
 def updates(params, gradients, steps=1, **settings):
