@@ -2,6 +2,7 @@
 
 import _thread
 import argparse
+import codecs
 import contextlib
 import difflib
 import os
@@ -72,6 +73,21 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
+_WRITTEN = "kmq_jax.written"
+"""How text is written that the output's encoding does not know, by the name that `codecs` has for it."""
+
+
+def _written(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Bytes of a file's name, which need not be UTF-8, as they are; what the encoding does not have as an escape."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
+
+
+codecs.register_error(_WRITTEN, _written)
+
+
 def parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
     """Makes an argument parser for `kmq-jax <command>` without flags.
 
@@ -100,7 +116,7 @@ def run(command: str, main: Callable[[], None], options: Sequence[type[Options]]
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="surrogateescape")  # names of files are any bytes
+            stream.reconfigure(errors=_WRITTEN)
     sys.unraisablehook = _unraisable
     try:
         status = _status_of(main)

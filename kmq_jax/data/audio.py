@@ -389,10 +389,10 @@ def _decode_ffmpeg(path: Path, start: float, seconds: float | None, max_seconds:
     if program is None:
         kind = path.suffix[1:]
         raise AudioError(path, f"unreadable ({kind} files need the ffmpeg program, which is not installed)")
-    limit = max_seconds + 1 if seconds is None else seconds
+    limit = min(max_seconds + 1, math.inf if seconds is None else seconds)
     source = ["-protocol_whitelist", "file,pipe", "-i", f"file:{path.absolute()}"]
     # After -i: before it, even `-ss 0` makes ffmpeg keep the samples by which AAC encoders delay the sound.
-    part = ["-ss", str(start), "-t", str(limit)]
+    part = ["-ss", f"{start:.6f}", "-t", f"{limit:.6f}"]  # exponents are not read
     samples = ["-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "f32le", "pipe:1"]
     command = [program, "-v", "error", "-xerror", "-nostdin", *source, *part, *samples]
     try:
@@ -403,6 +403,6 @@ def _decode_ffmpeg(path: Path, start: float, seconds: float | None, max_seconds:
         lines = re.sub(r"\[[^]]* @ 0x[0-9a-f]+\] ", "", done.stderr.decode(errors="replace")).strip().splitlines()
         raise AudioError(path, f"unreadable (ffmpeg: {lines[-1].strip() if lines else f'status {done.returncode}'})")
     wave = np.frombuffer(done.stdout[: len(done.stdout) // 4 * 4], "<f4")
-    if seconds is None and len(wave) > max_seconds * SAMPLE_RATE:
+    if len(wave) > max_seconds * SAMPLE_RATE:
         raise AudioError(path, f"too long (over {max_seconds:.0f} s)")
     return in_scale(wave.astype(np.float32), path, lossy=True)

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -30,8 +31,16 @@ _NO_SPEAKER = re.compile(
 
 
 def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As `os.walk`, in sorted order, through links too, but for those that lead back to where they lie."""
-    for directory, directories, names in os.walk(root, followlinks=True):
+    """As `os.walk`, in sorted order, through links too, but for those that lead back to where they lie.
+
+    Raises:
+        UserError: a directory cannot be read: what lies in it would be left out without a word.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(f"cannot read {error.filename}: {error.strerror or error}") from error
+
+    for directory, directories, names in os.walk(root, followlinks=True, onerror=refuse):
         # In place, as `os.walk` asks: it then enters these, in this order, on any file system.
         directories[:] = sorted(name for name in directories if not _loops(root, directory, name))
         yield directory, directories, sorted(names)
@@ -45,6 +54,9 @@ def audio_files(root: Path, others: "collections.Counter[str] | None" = None) ->
     Args:
         root: where to look.
         others: counts the files that are left out, by suffix.
+
+    Raises:
+        UserError: a directory cannot be read.
     """
     for directory, directories, names in walk(root):
         directories[:] = [name for name in directories if not name.startswith(".")]
@@ -93,7 +105,7 @@ def open_folder(root: Path, speakers: bool = True) -> Utterances:
             like is refused.
 
     Raises:
-        UserError: there is no audio file, or its first directories are no speakers.
+        UserError: there is no audio file, its first directories are no speakers, or a directory cannot be read.
     """
     others: collections.Counter[str] = collections.Counter()
     paths = tuple(audio_files(root, others))

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -195,8 +195,13 @@ def concatenate(tables: Sequence[Utterances], same_speakers: bool = False) -> Ut
     """Joins tables into one; an id that comes again gets the number of its table before it.
 
     Args:
-        tables: what to join.
+        tables: what to join, at least one; each may be joined of several itself.
         same_speakers: whether a name that two tables share is one speaker, as in the splits of one corpus, or two.
+
+    >>> tables = [Utterances(("a.wav",), ("a.wav",), ("0001",), Path(place)) for place in ("one", "two")]
+    >>> joined = concatenate(tables)
+    >>> joined.ids, joined.speakers
+    (('a.wav', '1:a.wav'), ('0001', '1:0001'))
     """
     if len(tables) == 1:
         return tables[0]
@@ -208,10 +213,11 @@ def concatenate(tables: Sequence[Utterances], same_speakers: bool = False) -> Ut
     known: set[str] = set()
     for t, table in enumerate(tables):
         # Two corpora may both have a speaker 0001: the second gets the number of its table before its name.
-        new = {name: name if same_speakers or name not in known else f"{t}:{name}" for name in table.speaker_names}
+        taken: Container[str] = () if same_speakers else known
+        new = {name: _free(name, t, taken) for name in table.speaker_names}
         known.update(new.values())
         for i, name in enumerate(table.ids):
-            unique = f"{t}:{name}" if name in rows else name
+            unique = _free(name, t, rows)
             rows[unique] = (t, i)
             ids.append(unique)
         speakers += [new[name] for name in table.speakers]
@@ -229,6 +235,13 @@ def concatenate(tables: Sequence[Utterances], same_speakers: bool = False) -> Ut
         ages=ages,
         reader=None if plain else _Joined(tuple(tables), rows),
     )
+
+
+def _free(name: str, number: int, taken: Container[str]) -> str:
+    """A name that is not taken: with its table's number before it as often as that needs."""
+    while name in taken:
+        name = f"{number}:{name}"
+    return name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ from kmq_jax.data.table import Trials, Utterances
 
 __all__ = [
     "Trials",
+    "check_models",
     "doubts",
     "draw_trials",
     "model_rows",
@@ -227,8 +228,9 @@ def open_trials(text: str, utterances: Utterances, models: str | None = None) ->
         models: list of enrolment models (`read_models`), where the trials enrol models.
 
     Raises:
-        UserError: the list cannot be read, or names an unknown utterance.
+        UserError: the list cannot be read, or names an unknown utterance; or models are given for trials that are made.
     """
+    check_models(text, models)
     if not text:
         return draw_trials(utterances)
     if not text.startswith("synthetic:"):
@@ -245,6 +247,23 @@ def open_trials(text: str, utterances: Utterances, models: str | None = None) ->
             f"trials {text}: unknown utterance {trials.names[first]}{_nearest(trials.names[first], utterances.ids)}"
         )
     return dataclasses.replace(trials, enrol=enrol, test=test)
+
+
+def check_models(text: str, models: str | None) -> None:
+    """Refuses a list of enrolment models beside trials that are made: these enrol utterances.
+
+    Args:
+        text: a TRIALS argument; nothing where trials are drawn.
+        models: list of enrolment models, if any.
+
+    Raises:
+        UserError: both are given.
+
+    >>> check_models("synthetic:dev", None)
+    """
+    if models and (not text or text.startswith("synthetic:")):
+        what = f"`trials` (={text})" if text else "trials drawn at random"
+        raise UserError(f"`enrol_models` does not go with {what}, which enrol utterances")
 
 
 def read_models(path: str | os.PathLike[str]) -> dict[str, list[str]]:

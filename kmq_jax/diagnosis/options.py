@@ -7,6 +7,7 @@ from typing import Literal
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import Options, option
+from kmq_jax.scoring.options import check_max_seconds
 
 CONDITIONS = "whole, first=SECONDS, telephone, noise=DB or codec=NAME"
 """The forms of a condition that recordings are compared under (`diagnosis.degrade`)."""
@@ -66,6 +67,7 @@ class DiagnosisOptions(Options):
             UserError: "`name` (=value) must be ...".
         """
         super().__post_init__()
+        check_max_seconds(self.max_seconds)
         edges = self.margin_edges
         if any(low >= high for low, high in itertools.pairwise(edges)) or not all(map(math.isfinite, edges)):
             raise UserError(f"`margin_edges` (={','.join(map(str, edges))}) must ascend from above zero")

@@ -18,6 +18,7 @@ from kmq_jax.metrics.detection import Array, check_trials, number_speakers
 
 _RIDGE = 1e-7
 _BINS = 2048
+_REACH = 4  # how far out scores count in a fit, in widths of the middle halves of both classes
 
 
 def cllr(llrs: ArrayLike, labels: ArrayLike) -> float:
@@ -148,12 +149,16 @@ def fit_logistic(scores: ArrayLike, labels: ArrayLike, p_target: float = 0.5) ->
 
     Both classes are weighted to the prior `p_target`, and its log odds are taken off afterwards. So the result does not
     depend on the shares of the classes in the list. A small ridge penalty keeps the slope finite where the scores
-    separate the classes perfectly; elsewhere it does not show.
+    separate the classes perfectly; elsewhere it does not show. A score far out of both classes counts as less far
+    (`_within_reach`).
 
     Args:
-        scores: `[trials]`.
+        scores: `[trials]`, finite.
         labels: `[trials]`, true for target trials.
-        p_target: the prior at which the fit is best.
+        p_target: the prior at which the fit is best, above 0 and below 1.
+
+    Raises:
+        UserError: as `detection.check_trials`, or `p_target` is out of range.
 
     References:
         Brummer and du Preez 2006.
@@ -163,7 +168,20 @@ def fit_logistic(scores: ArrayLike, labels: ArrayLike, p_target: float = 0.5) ->
     1.5
     """
     scores, labels = check_trials(scores, labels)
+    scores = _within_reach(scores, labels)
     return _fit_logistic(scores, labels.astype(np.float64), (~labels).astype(np.float64), p_target)
+
+
+def _within_reach(scores: Array, labels: Array) -> Array:
+    """Scores `[trials]`, of which those far out of where both classes lie are moved nearer; ordinarily there are none.
+
+    Normalised by a cohort that hardly varies, one score can be thousands of times the others. Units and bins that
+    reach up to it would leave nothing of these.
+    """
+    middles = [np.quantile(scores[labels == side], (0.25, 0.75)) for side in (False, True)]
+    low, high = np.min(middles), np.max(middles)
+    reach = _REACH * (high - low) or np.inf  # where most scores are tied, nothing is known to be far out
+    return np.clip(scores, low - reach, high + reach)
 
 
 def _fit_logistic(scores: Array, targets: Array, nontargets: Array, p_target: float) -> AffineMap:
@@ -231,7 +249,7 @@ def cross_calibrate(
 
     Speakers are dealt into folds. A trial whose speakers lie in folds i and j is mapped by the logistic fit on the
     trials that have no speaker in either. For these fits the scores are counted in 2,048 bins, each at the mean of its
-    scores, which moves a ratio by some 1e-4.
+    scores, which moves a ratio by some 1e-4; far out ones as in `fit_logistic`.
 
     Args:
         scores: `[trials]`.
@@ -260,11 +278,12 @@ def cross_calibrate(
     fold_of = np.random.default_rng(seed).permutation(speakers) % folds
     pair = fold_of[enrol] * folds + fold_of[test]
 
-    lowest, highest = scores.min(), scores.max()
-    bins = np.minimum((scores - lowest) * (_BINS / max(highest - lowest, 1e-300)), _BINS - 1).astype(np.int64)
+    near = _within_reach(scores, labels)
+    lowest, highest = near.min(), near.max()
+    bins = np.minimum((near - lowest) * (_BINS / max(highest - lowest, 1e-300)), _BINS - 1).astype(np.int64)
     size = np.bincount(bins, minlength=_BINS)
     used = size > 0
-    centres = np.bincount(bins, scores, _BINS)[used] / size[used]
+    centres = np.bincount(bins, near, _BINS)[used] / size[used]
     counts = np.bincount((pair * 2 + labels) * _BINS + bins, minlength=folds**2 * 2 * _BINS)
     counts = counts.reshape(folds, folds, 2, _BINS)[..., used].astype(np.float64)
 

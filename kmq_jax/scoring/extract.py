@@ -24,7 +24,7 @@ def extract_shards(
     Args:
         model: the MODEL.
         data: the DATA.
-        out: the .npz to write; while shards are made, they lie in `OUT.shards/` beside it.
+        out: the .npz, .ark or .scp to write; while shards are made, they lie in `OUT.shards/` beside it.
         shards: how many; the same in all processes.
         options: how; the defaults where left out.
 
@@ -41,7 +41,7 @@ def extract_shards(
     if how.vad:
         raise UserError("`vad` cannot be used with --shards: it reads every recording before the first is embedded")
     speaker_model = load_model(model, how.bits)
-    utterances = source.open_source(data)
+    utterances = _opened(data, out, how)
     utterances = dataclasses.replace(utterances, samples=utterances.lengths())  # once for all shards
     name, place = fingerprint(speaker_model), Path(out)
 
@@ -62,7 +62,7 @@ def extract(model: Place, data: Place, out: Place, options: ExtractionOptions | 
     Args:
         model: the MODEL.
         data: the DATA.
-        out: the .npz to write.
+        out: the .npz to write; or Kaldi's .ark, or .scp with its .ark beside.
         options: how; the defaults where left out.
 
     Returns:

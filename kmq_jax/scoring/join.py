@@ -7,7 +7,7 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.progress import say_once
-from kmq_jax.data.trials import Trials, doubts, read_models, read_trials, utterance_index
+from kmq_jax.data.trials import Trials, check_models, doubts, read_models, read_trials, utterance_index
 from kmq_jax.metrics.bootstrap import speakers_from_targets
 from kmq_jax.scoring.cosine import average
 from kmq_jax.scoring.table import EmbeddingTable
@@ -52,7 +52,8 @@ def join(
         models_path: the list of enrolment models' utterances (`read_models`), where the trials enrol models.
 
     Raises:
-        UserError: the list cannot be read, or names an utterance without an embedding.
+        UserError: the list cannot be read, or names an utterance without an embedding; or models are given for
+            trials that are made, `synthetic:SPLIT`.
     """
     # One numbering of the utterances of both files: the enrolment file's rows, then what only the test file has.
     known = set(enrol_table.ids)
@@ -83,6 +84,7 @@ def join(
 
 def _read(path: str, ids: Sequence[str], paths: Sequence[str], models_path: str | None) -> Trials:
     """The trials at `path`, as rows of `ids`."""
+    check_models(path, models_path)
     if not path.startswith("synthetic:"):
         return read_trials(path, ids, paths, read_models(models_path) if models_path else None)
     from kmq_jax.data.synthetic import synthetic_trials  # the voices take a second to import

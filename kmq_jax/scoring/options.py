@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import Options, option
 
 Compute = Literal["float32", "bfloat16"]
@@ -10,6 +11,26 @@ Compute = Literal["float32", "bfloat16"]
 
 Engine = Literal["auto", "jax", "onnxruntime"]
 """What runs a network, as `models.engine.ENGINES` lists it."""
+
+
+LEAST_SECONDS = 0.1
+"""As short as a recording may be, `data.audio.MIN_SECONDS`, which takes longer to import."""
+
+
+def check_max_seconds(seconds: float) -> None:
+    """Refuses to cut recordings to next to nothing: a single frame, less its mean, is zero whoever speaks.
+
+    Args:
+        seconds: the option `max_seconds`; 0 cuts nothing.
+
+    Raises:
+        UserError: it lies between.
+
+    >>> check_max_seconds(0), check_max_seconds(3.0)
+    (None, None)
+    """
+    if 0 < seconds < LEAST_SECONDS:
+        raise UserError(f"`max_seconds` (={seconds:g}) must be 0, which takes all, or at least {LEAST_SECONDS:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +60,15 @@ class ExtractionOptions(HearOptions):
         "the network sees only so many frames of each, less the mean over all of its frames; 0: all", 0, at_least=0
     )
     batch_size: int = option("recordings in one batch of JAX", 16, at_least=1, at_most=4096)
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            UserError: "`name` (=value) must be ...".
+        """
+        super().__post_init__()
+        check_max_seconds(self.max_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, Row
 from kmq_jax.core.options import Options, option, shown
 from kmq_jax.diagnosis.options import DiagnosisOptions
-from kmq_jax.scoring.options import Compute, Engine
+from kmq_jax.scoring.options import Compute, Engine, check_max_seconds
 
 Recipe = Literal["distilled", "kmqat", "uniform", "minmax", "powers"]
 """How networks are made at fewer bits: trained by distillation from full precision, or by KMQAT as published; or by
@@ -108,6 +108,7 @@ class StudyOptions(Options):
             UserError: there is no evaluation set, or one is named that there is not.
         """
         super().__post_init__()
+        check_max_seconds(self.max_seconds)
         if not self.sets:
             raise UserError("`evaluate` names no evaluation set")
         for name, epochs in self.epochs.items():

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -44,6 +45,23 @@ def test_a_users_mistake_is_one_line_and_status_2(capsys):
         command.run("quantize", main)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "kmq-jax quantize: --bits (=9) must be 1 to 8\n"
+
+
+@pytest.mark.parametrize("encoding, written", [
+    ("latin-1", b"\\u738b Zo\xeb caf\xe9\n"),
+    ("ascii", b"\\u738b Zo\\xeb caf\xe9\n"),
+    ("utf-8", "王 Zoë caf".encode() + b"\xe9\n"),
+])  # fmt: skip
+def test_names_that_the_terminal_does_not_know_are_written_all_the_same(encoding, written):
+    # The last is a file's name that is not UTF-8, as Python has it.
+    code = r"from kmq_jax.cli.command import run; run('x', lambda: print('\u738b Zo\xeb caf\udce9'))"
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        check=False,
+    )
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, written, b"")
 
 
 def test_a_defect_of_ours_keeps_its_traceback():

@@ -181,6 +181,18 @@ def test_m4a_is_decoded_by_ffmpeg(tmp_path, monkeypatch):
         audio.read_audio(other)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a shell script stands for ffmpeg")
+def test_a_part_of_an_m4a_is_bounded_too(tmp_path, monkeypatch):
+    (tmp_path / "a.m4a").write_bytes(b"m4a")
+    recordings.tone(2).astype("<f4").tofile(tmp_path / "pcm")
+    (tmp_path / "ffmpeg").write_text(f'#!/bin/sh\necho "$*" >"{tmp_path}/asked"; exec /bin/cat "{tmp_path}/pcm"\n')
+    (tmp_path / "ffmpeg").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(audio.AudioError, match=r"too long \(over 1 s\)"):
+        audio.read_audio(tmp_path / "a.m4a", start=0.00001, seconds=1e6, max_seconds=1)
+    assert " -ss 0.000010 -t 2.000000 " in (tmp_path / "asked").read_text()
+
+
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg")
 def test_m4a_by_the_real_ffmpeg(tmp_path):
     wav = recordings.write(tmp_path / "a.wav", np.stack([recordings.tone(4, rate=44100)] * 2, axis=1), 44100)

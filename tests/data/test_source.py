@@ -1,5 +1,7 @@
+import dataclasses
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import recordings
 from kmq_jax.core.errors import UserError
 from kmq_jax.data import audio
 from kmq_jax.data.source import open_source, open_sources
+from kmq_jax.data.table import Utterances, concatenate
 
 
 def test_kaldi_directory(tmp_path):
@@ -202,6 +205,16 @@ def test_several_sources_keep_equal_names_apart(tmp_path):
     np.testing.assert_array_equal(mixed.lengths()[[0, 4]], [16000, 16000])
 
 
+def test_tables_that_were_joined_before_keep_names_apart():
+    one, two, three = (Utterances(("x",), ("x",), ("s",), root=Path(place)) for place in "abc")
+    table = concatenate([concatenate([one, two]), three])
+    assert table.ids == ("x", "1:x", "1:1:x") and table.speakers == ("s", "1:s", "1:1:s")
+    quiet = [dataclasses.replace(part, reader=lambda _: 0.1 * recordings.tone()) for part in (one, two)]
+    loud = dataclasses.replace(three, reader=lambda _: recordings.tone())
+    read = concatenate([concatenate(quiet), loud])
+    np.testing.assert_array_equal(read.load(1), 0.1 * recordings.tone())
+
+
 def test_selection(tmp_path):
     table = open_source(recordings.kaldi(tmp_path))
     part = table.select([5, 2])
@@ -294,6 +307,21 @@ def test_links_that_lead_to_one_another_are_followed_once(tmp_path):
         recordings.write(tmp_path / name / "a.wav")
         (tmp_path / name / "to").symlink_to(tmp_path / other, target_is_directory=True)
     assert open_source(tmp_path).ids == ("ann/a.wav", "ann/to/a.wav", "bob/a.wav", "bob/to/a.wav")
+
+
+def test_a_directory_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    for name in ("ann", "bob", "cy"):
+        recordings.write(tmp_path / name / "a.wav")
+    listed = os.scandir
+
+    def refuse(place):  # as the superuser, who runs many tests, may read any directory
+        if os.fspath(place) == str(tmp_path / "bob"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return listed(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="^cannot read .*/bob: Permission denied$"):
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "x/" * 3000])

@@ -13,6 +13,8 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.data.draw import write_trials
 from kmq_jax.data.source import open_source
 from kmq_jax.data.trials import Trials, doubts, draw_trials, open_trials, read_models, read_trials, utterance_index
+from kmq_jax.scoring.join import join
+from kmq_jax.scoring.table import EmbeddingTable
 
 IDS = ["u1", "u2", "u3"]
 PATHS = ["a/1.wav", "a/2.wav", "b/3.wav"]
@@ -259,3 +261,17 @@ def test_an_unknown_utterance_is_told_with_the_nearest_known(tmp_path):
     (tmp_path / "trials").write_text("1 xx yy\n")
     with pytest.raises(UserError, match=r"unknown utterance xx; known is, for example, id1/a.wav"):
         read_trials(tmp_path / "trials", ["id1/a.wav", "id1/b.wav"])
+
+
+def test_models_beside_trials_that_are_made_are_refused(tmp_path):
+    (tmp_path / "models.txt").write_text("m nobody\n")
+    models, spec = str(tmp_path / "models.txt"), "synthetic:dev?speakers=4&utterances=2"
+    utterances = open_source(spec)
+    embedded = EmbeddingTable(utterances.ids, (), None, np.eye(8, dtype=np.float32), "e.npz")
+    assert len(join(spec, embedded, embedded)[0])
+    with pytest.raises(UserError, match=r"`enrol_models` does not go with `trials` \(=synthetic:dev"):
+        join(spec, embedded, embedded, models)
+    with pytest.raises(UserError, match=r"`enrol_models` does not go with `trials` \(=synthetic:dev"):
+        open_trials(spec, utterances, models)
+    with pytest.raises(UserError, match="`enrol_models` does not go with trials drawn at random"):
+        open_trials("", utterances, models)

@@ -192,5 +192,7 @@ def test_what_makes_shards_others(saved, tmp_path, monkeypatch):
         library.extract_shards(saved, DATA, tmp_path / "e.npz", 3)
     with pytest.raises(UserError, match=r"e\.npz\.shards holds shards of another run"):
         library.extract_shards(saved, DATA, tmp_path / "e.npz", 4)
+    with pytest.raises(UserError, match=r"`max_seconds` \(=0\.03\) must be 0, which takes all, or at least 0\.1"):
+        ExtractionOptions(max_seconds=0.03)  # one frame, less its mean: the same embedding of everybody
     with pytest.raises(UserError, match="cannot be used with --shards"):
         library.extract_shards(saved, DATA, tmp_path / "e.npz", 3, ExtractionOptions(vad=True))

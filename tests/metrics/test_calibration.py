@@ -157,6 +157,19 @@ def test_cross_calibration_fits_on_other_speakers():
         assert llrs[i] == pytest.approx(expected, abs=1e-3)  # the bins
 
 
+def test_a_score_far_out_does_not_flatten_the_fits():
+    # As normalised by a cohort that hardly varies. On the right side it is no evidence against any fit.
+    scores, labels, enrol, test = speaker_trials(20)
+    expected = calibration.fit_logistic(scores, labels)
+    llrs = calibration.cross_calibrate(scores, labels, enrol, test)
+    far = scores.copy()
+    far[np.flatnonzero(labels)[0]] = 1e6
+    fitted = calibration.fit_logistic(far, labels)
+    assert (fitted.scale, fitted.offset) == pytest.approx((expected.scale, expected.offset), rel=0.05)
+    moved = calibration.cross_calibrate(far, labels, enrol, test)
+    assert np.median(np.abs(moved - llrs)) < 0.1 and np.median(np.abs(llrs)) > 1
+
+
 def test_cross_calibration_costs_more_than_cheating_and_little():
     scores, labels, enrol, test = speaker_trials(60)
     cheating = calibration.cllr(calibration.fit_logistic(scores, labels)(scores), labels)

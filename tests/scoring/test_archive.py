@@ -5,15 +5,26 @@ import struct
 
 import numpy as np
 import pytest
+import recordings
 from commands import run
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.scoring import extract
 from kmq_jax.scoring.archive import check_archive
 from kmq_jax.scoring.table import read_embeddings, write_embeddings
 
 kaldiio = pytest.importorskip("kaldiio", reason="reads and writes Kaldi's archives")
 IDS = ("a-1", "a-2", "b-1")
 ROWS = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+
+
+def test_a_sharded_run_finds_before_the_work_that_keys_cannot_be(tmp_path, monkeypatch):
+    recordings.write(tmp_path / "a" / "one two.wav")
+    monkeypatch.setattr("kmq_jax.models.speaker_model.load_model", lambda *_: None)  # nothing is embedded
+    monkeypatch.setattr("kmq_jax.models.speaker_model.fingerprint", lambda _: "m")
+    with pytest.raises(UserError, match="the id 'a/one two.wav' has a space"):
+        extract.extract_shards("m", str(tmp_path), tmp_path / "e.ark", 2)
+    assert not (tmp_path / "e.ark.shards").exists()
 
 
 def test_what_is_written_is_what_kaldiio_and_we_read(tmp_path):
