@@ -1,6 +1,5 @@
 """`kmq-jax identify`: whose voice of a store is a recording?"""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ class Files(Options):
         "rate at which one comparison accepts a stranger at --threshold, where it is known", None, at_least=0, at_most=1
     )
     model: str | None = option("MODEL; left out: the one that the store remembers", None, metavar="MODEL")
-    json: Path | None = option("write `matches`, `speakers`, `false_accept` here", None, writes="file")
+    json: Path | None = option("write `speaker` (the best), `score`, `accepted`, `ranking` and what else is known here", None, writes="file")
 
 
 COMMAND = Command(
@@ -51,8 +50,9 @@ def main() -> None:
     rate = None if one is None else false_accept_rate(one, count)
     shown = matches[: files.top]
     if files.json:
-        listed = [dataclasses.asdict(match) for match in shown]
-        write_json(files.json, {"matches": listed, "speakers": count, "false_accept": rate})
+        found = {"speaker": matches[0].speaker, "score": matches[0].score, "accepted": matches[0].decision}
+        found |= {"ranking": [{"speaker": match.speaker, "score": match.score} for match in shown]}
+        write_json(files.json, found | {"speakers": count, "false_accept_rate": rate})
     for match in shown:
         print(f"{match.score:7.4f}  {match.speaker}")
     if threshold is None:

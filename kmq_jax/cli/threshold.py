@@ -18,6 +18,7 @@ class Files(Options):
     model: str = option("MODEL: a training workdir, a .kmq file or an imported directory", metavar="MODEL")
     data: str = option("DATA: a folder with a subfolder a speaker, or any other form of DATA", metavar="DATA")
     out: Path | None = option("write the threshold here, for `verify --threshold`", None, writes="file")
+    json: Path | None = option("the same as --out: `threshold`, `false_accept_rate`, ...", None, writes="file")
 
 
 COMMAND = Command(
@@ -37,9 +38,9 @@ def main() -> None:
     from kmq_jax.scoring import threshold
 
     found = threshold.find_threshold(files.model, files.data, options)
-    if files.out:
-        command = shlex.join(["kmq-jax", "threshold", *sys.argv[1:]])
-        threshold.save_threshold(files.out, found, files.model, files.data, command)
+    command = shlex.join(["kmq-jax", "threshold", *sys.argv[1:]])
+    for path in filter(None, (files.out, files.json)):
+        threshold.save_threshold(path, found, files.model, files.data, command)
     print(threshold.describe(found))
     if told := threshold.warning(found):
         print(told, file=sys.stderr)

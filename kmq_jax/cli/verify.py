@@ -19,7 +19,7 @@ class Files(Options):
     model: str | None = option("MODEL to decide by alone; with --store: in place of its own", None, metavar="MODEL")
     store: Path | None = option("a store of speakers, as `enroll` makes it", None, metavar="DIR")
     enrol: tuple[Path, ...] = option("recording of the claimed speaker; several are averaged", (), metavar="FILE")
-    test: Path | None = option("recording to verify", None)
+    test: Path | None = option("recording to verify; with --store it may stand without the flag", None)
     speaker: str | None = option("with --store: name of the claimed speaker", None)
     recording: Path | None = option("with --store: recording to verify", None, positional=True, metavar="RECORDING")
     threshold: str | None = option("of --model or --store: a number, or a file of `threshold`", None, metavar="X|FILE")
@@ -46,6 +46,8 @@ def main() -> None:
     """Runs the command."""
     args = COMMAND.parse()
     files, how = options_of(Files, args), options_of(HearOptions, args)
+    if files.store and files.test and not files.recording:
+        files = dataclasses.replace(files, recording=files.test, test=None)
     way = way_of((files, how), _WAYS, ("engine", "vad", "json"))
     found, threshold = {"cascade": _by_cascade, "store": _by_store, "model": _by_model}[way](files, how)
     if files.json:

@@ -94,13 +94,13 @@ def save_threshold(path: Place, found: Found, model: Place, data: str, command: 
         "version": VERSION,
         "threshold": chosen.value,
         "threshold_ci95": [chosen.low, chosen.high],
-        "wanted_false_accept": chosen.wanted,
+        "wanted_false_accept_rate": chosen.wanted,
     }
-    for name, rate in (("false_accept", chosen.false_accept), ("false_reject", chosen.false_reject)):
+    for name, rate in (("false_accept_rate", chosen.false_accept), ("false_reject_rate", chosen.false_reject)):
         value |= {name: rate.value, f"{name}_ci95": [rate.low, rate.high]}
         value |= {f"{name}_trials": rate.trials, f"{name}_units": rate.units}
     value |= {
-        "smallest_false_accept": chosen.smallest,
+        "smallest_false_accept_rate": chosen.smallest,
         "rule_of_three": chosen.rule_of_three,
         "speakers": chosen.speakers,
         "speakers_to_halve": chosen.speakers_to_halve,
@@ -216,7 +216,7 @@ def _from_file(path: str) -> Decider:
         raise UserError(f"`threshold` (={path}) is no file of `kmq-jax threshold --out` that this version reads")
     try:
         value, speakers = _number(held["threshold"], -math.inf), int(_number(held["speakers"]))
-        accepts, rejects = (_read_rate(held, name) for name in ("false_accept", "false_reject"))
+        accepts, rejects = (_read_rate(held, name) for name in ("false_accept_rate", "false_reject_rate"))
         model = held["fingerprint"]
         if not isinstance(model, str):
             raise TypeError

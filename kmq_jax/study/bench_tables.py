@@ -163,8 +163,8 @@ def threshold_table(found: Row) -> str:
     head = ["threshold", "speakers, recordings", "false accepts", "false rejects"]
     own = [f"{found['threshold']:.4f}", f"{found['speakers']}, {found['recordings']}"]
     judged = [f"the same, on {other['set']}", f"{other['speakers']}, {other['trials']:,} trials"]
-    rates = [f"{100 * other[name]:.3g} %" for name in ("false_accept", "false_reject")]
-    return markdown([head, [*own, rate("false_accept"), rate("false_reject")], [*judged, *rates]])
+    rates = [f"{100 * other[name]:.3g} %" for name in ("false_accept_rate", "false_reject_rate")]
+    return markdown([head, [*own, rate("false_accept_rate"), rate("false_reject_rate")], [*judged, *rates]])
 
 
 def stream_table(found: Row) -> str:

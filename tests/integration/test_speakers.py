@@ -54,13 +54,16 @@ def test_identify_tells_what_is_known_and_no_more(place, monkeypatch, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == ["1.0000", "bob"] and len(out) == 3 and "nothing is decided among 3 speakers" in out[2]
     found = json.loads((place / "i.json").read_text())
-    assert found["speakers"] == 3 and found["false_accept"] is None and len(found["matches"]) == 2
-    assert found["matches"][0]["speaker"] == "bob" and found["matches"][0]["decision"] is None
+    assert found["speakers"] == 3 and found["false_accept_rate"] is None and len(found["ranking"]) == 2
+    assert found["speaker"] == found["ranking"][0]["speaker"] == "bob" and found["accepted"] is None
     flags = ["--store=s", "bob.wav", "--threshold=1", "--false_accept=0.5", "--json=i.json"]
     assert run(monkeypatch, "identify", *flags) == 0
     out = capsys.readouterr().out
     assert "about 0.875 if comparisons err independently, of at most 1 in any case" in out
-    assert json.loads((place / "i.json").read_text())["false_accept"] == pytest.approx(7 / 8)
+    found = json.loads((place / "i.json").read_text())
+    assert found["false_accept_rate"] == pytest.approx(7 / 8) and found["score"] == pytest.approx(1)
+    assert run(monkeypatch, "identify", "--store=s", "bob.wav", "--threshold=0.9", "--json=i.json") == 0
+    assert json.loads((place / "i.json").read_text())["accepted"] is True
     assert run(monkeypatch, "speakers", "--store=s", "--remove=bob") == 0
     assert "bob is removed; recordings: 1" in capsys.readouterr().out
 
@@ -86,6 +89,8 @@ def test_identify_tells_what_is_known_and_no_more(place, monkeypatch, capsys):
             "--false_accept is a rate at a threshold: give --threshold, too",
         ),
         ("identify --store=s", "the following arguments are required: RECORDING (see --help)"),
+        ("verify --store=s --speaker=a --test=bob.wav", "s holds no speakers yet: enroll them first"),
+        ("verify --store=s --speaker=a bob.wav --test=bob.wav", "--test does not go with --store"),
         ("verify --store=s --speaker=a bob.wav", "s holds no speakers yet: enroll them first"),
         ("verify --store=s bob.wav", "--speaker must be given with --store"),
         ("verify --store=s --speaker=a", "RECORDING must be given with --store"),

@@ -56,21 +56,22 @@ def test_the_file_holds_what_the_embeddings_tell(place, file):
     one, two = np.triu_indices(len(files), 1)
     scores, same = (rows[one] * rows[two]).sum(axis=1), owner[one] == owner[two]
     accepted = scores >= held["threshold"] - 1e-5
-    assert held["false_accept"] == pytest.approx(accepted[~same].mean()) and held["false_accept"] <= 0.2
-    assert held["false_reject"] == pytest.approx(1 - accepted[same].mean())
+    assert held["false_accept_rate"] == pytest.approx(accepted[~same].mean()) and held["false_accept_rate"] <= 0.2
+    assert held["false_reject_rate"] == pytest.approx(1 - accepted[same].mean())
     assert held["fingerprint"] == fingerprint(model)
     counts = {"recordings": 12, "speakers": 4, "speaker_pairs": 6, "trials": 66}
-    counts |= {"false_accept_trials": 54, "false_reject_trials": 12, "wanted_false_accept": 0.2}
+    counts |= {"false_accept_rate_trials": 54, "false_reject_rate_trials": 12, "wanted_false_accept_rate": 0.2}
     assert {name: held[name] for name in counts} == counts
-    for name in ("false_accept", "false_reject"):
+    for name in ("false_accept_rate", "false_reject_rate"):
         low, high = held[f"{name}_ci95"]
         assert 0 <= low <= held[name] <= high <= 1
     assert held["command"].startswith("kmq-jax threshold --model=")
 
 
-def test_what_is_printed_says_how_little_few_speakers_tell(place, monkeypatch, capsys):
-    flags = [f"--model={place}/one.kmq", f"--data={place}/people", "--replicates=100"]
+def test_what_is_printed_says_how_little_few_speakers_tell(place, tmp_path, monkeypatch, capsys):
+    flags = [f"--model={place}/one.kmq", f"--data={place}/people", "--replicates=100", f"--json={tmp_path}/t.json"]
     assert run(monkeypatch, "threshold", *flags, "--false_accept=0.15") == 0
+    assert json.loads((tmp_path / "t.json").read_text())["false_accept_rate"] <= 0.15
     shown = capsys.readouterr()
     assert "12 recordings of 4 speakers" in shown.out and "12 more speakers would halve" in shown.out
     (told,) = (line for line in shown.err.splitlines() if line.startswith("warning"))
@@ -110,8 +111,8 @@ def test_verify_refuses_what_does_not_fit(place, file, tmp_path, monkeypatch, ca
         ("{", "is not valid JSON"),
         ("[]", "does not hold a JSON object"),
         ("{}", "is no file of"),
-        (json.dumps(held | {"false_accept": 2}), "is damaged"),
-        (json.dumps(held | {"false_reject_ci95": [0]}), "is damaged"),
+        (json.dumps(held | {"false_accept_rate": 2}), "is damaged"),
+        (json.dumps(held | {"false_reject_rate_ci95": [0]}), "is damaged"),
         (json.dumps(held | {"fingerprint": None}), "is damaged"),
         (json.dumps(held | {"threshold": True}), "is damaged"),
         (json.dumps(held | {"threshold": 10**400}), "is damaged"),
