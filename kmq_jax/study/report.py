@@ -87,7 +87,9 @@ def learning_figure(workdir: Path, rows: Sequence[Row]) -> Figure | None:
 
     None where none was trained.
     """
-    logs = {row["model"]: _log_of(workdir / row["model"]) for row in rows}
+    # A model from elsewhere may have a log, too, but was not trained here.
+    here = [row["model"] for row in rows if not Path(row["model"]).is_absolute()]
+    logs = {model: _log_of(workdir / model) for model in here}
     panels: dict[str, dict[str, list[Row]]] = {}
     for model, lines in logs.items():
         if any("loss" in line for line in lines):
@@ -298,16 +300,20 @@ def files_of(workdir: Path, rows: Sequence[Row]) -> list[Json]:
 
 
 def rules_of(workdir: Path, summary: Row, model: str, data: str) -> list[Json]:
-    """The rules that diagnoses propose, as `quantize --rules` reads them: `file`, `bits`, `text`, and the `command`."""
+    """The rules that diagnoses propose, as `quantize --rules` reads them: `file`, `bits`, `text`, and the `command`.
+
+    The command runs where the study's did: places within the study are told from there, as DATA is.
+    """
     found = []
+    network = str(workdir / model) if (workdir / model).exists() else model
     for one in summary["diagnosis"].values():
         for path in sorted((workdir / one["directory"]).glob("rules-*.json")):
             file, bits = str(path.relative_to(workdir)), path.stem.removeprefix("rules-")
             text = "[\n" + ",\n".join(f"  {json.dumps(rule)}" for rule in read_json(path)) + "\n]"
             words = [
-                f"--model={model}",
+                f"--model={network}",
                 f"--bits={bits}",
-                f"--rules={file}",
+                f"--rules={workdir / file}",
                 f"--data={data}",
                 f"--out=mixed-{bits}.kmq",
             ]
