@@ -23,6 +23,7 @@ METHODS = {  # colour, marker and name of each way to quantize
     "trained, distilled": ("tab:green", "v", "trained, distilled"),
     "without training, nested": ("0.75", "^", "nested, without training"),
     "trained, nested": ("tab:orange", "D", "nested, trained"),
+    "trained, mixed": ("tab:purple", "P", "mixed precision, trained"),
 }
 TICKS = (2, 3, 4, 6, 8, 16, 32)
 EER_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
@@ -40,7 +41,8 @@ FROM_DIAGNOSIS = ("histograms", "flips", "retention")
 def bits_figure(summary: Row, sets: Sequence[str]) -> Figure:
     """EER against bits, a panel for each evaluation set, with paired 95 % intervals of the change where known."""
     rows = summary["rows"]
-    all_bits = sorted({row["bits"] for row in rows[1:]}, reverse=True)
+    # A tick for what is drawn alone: controls and further recipes have no curve here.
+    all_bits = sorted({row["bits"] for row in rows[1:] if row["method"] in METHODS}, reverse=True)
     figure = Figure(figsize=(html.WIDTH, 3.4 * len(sets)), layout="constrained")
     panels = figure.subplots(len(sets), 1, squeeze=False)[:, 0]
     for axes, name in zip(panels, sets):
@@ -49,7 +51,7 @@ def bits_figure(summary: Row, sets: Sequence[str]) -> Figure:
         for shift, (method, (colour, marker, label)) in enumerate(METHODS.items()):
             chosen = sorted((row for row in rows if row["method"] == method), key=lambda row: row["bits"])
             # A little apart, so that intervals of different methods do not cover one another.
-            places = [all_bits.index(row["bits"]) + 0.07 * (shift - 2.5) for row in chosen]
+            places = [all_bits.index(row["bits"]) + 0.07 * (shift - (len(METHODS) - 1) / 2) for row in chosen]
             values = [row["sets"][name]["eer"] for row in chosen]
             # Paired intervals of the difference, drawn around full precision's EER: one that meets its line is no
             # difference.

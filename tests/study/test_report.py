@@ -105,3 +105,18 @@ def test_one_bad_network_does_not_hide_the_others(eers, scale):
     assert axes.get_yscale() == scale
     assert axes.get_ylim()[0] < min(eers) and axes.get_ylim()[1] > max(eers)
     assert [text.get_text() for text in axes.get_xticklabels()] == ["4", "2"]
+
+
+def test_every_tick_of_bits_has_a_network():
+    made = {
+        "full precision": 32,
+        "trained": 2,
+        "trained, mixed": 3.144,
+        "trained, full precision": 32,
+        "trained, kmqat": 2,
+    }
+    rows = [{"bits": bits, "method": name, "sets": {"dev": {"eer": 3.0}}} for name, bits in made.items()]
+    (axes,) = report.bits_figure({"rows": rows}, ["dev"]).axes
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["3.144", "2"]
+    places = [round(x) for drawn in axes.containers for x in drawn.lines[0].get_xdata()]
+    assert sorted(places) == [0, 1, 1]
