@@ -6,7 +6,7 @@
 
 DIR is as in configs/wespeaker_so762.py. The network has no convolution over time and no normalisation: each frame meets
 the same kernels, and so does what an LSTM keeps of the past. Quantized without training, fitted on so762/train and
-words/train. Silences stay, which Resemblyzer itself cuts. README shows the results, from `.github/results/ge2e.json`.
+words/train. Silences stay, which Resemblyzer itself cuts. `.github/results/README.md` shows the results (`ge2e.json`).
 """
 
 import ml_collections

@@ -5,8 +5,9 @@
 An x-vector network, 16 channels wide, on 120 synthetic speakers: 720 steps of 32 crops of 1.5 s. It validates itself on
 60 unseen speakers (`DEV`); 100 others are `TEST`:
 
-    kmq-jax extract --model=runs/quickstart --data=synthetic:test --out=test.npz
-    kmq-jax score --embeddings=test.npz --trials=synthetic:test --out=scores.txt --json=metrics.json
+    TEST="synthetic:test?speakers=100&utterances=6&seconds=3"
+    kmq-jax extract --model=runs/quickstart --data="$TEST" --out=test.npz
+    kmq-jax score --embeddings=test.npz --trials="$TEST" --out=scores.txt --json=metrics.json
 
 The README's main job is the study of that network: 4, 3 and 2 bits without training, 2 bits trained, a diagnosis, and
 cascades. The network is small on purpose: it can spare little.

@@ -23,8 +23,8 @@ what labels gain from what bits cost. `study.json` then holds `differences` with
 `configs/wespeaker_so762.py:levels` puts sets of levels side by side that are fitted alike, without training: by
 k-means, uniform ones of a fitted scale and offset, uniform ones over the weights' range, and powers of two.
 
-README shows the results, from `.github/results/wespeaker.json`. `--config.study.nested=False` leaves out the
-nested network.
+`.github/results/README.md` shows the results (`wespeaker.json`). `--config.study.nested=False` leaves out the nested
+network.
 """
 
 import ml_collections

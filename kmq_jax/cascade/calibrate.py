@@ -67,7 +67,8 @@ def calibrate(
         policy, front, notes = _fitted(data, how, point)
     except UserError as error:
         raise UserError(f"{trials}: {error}") from error
-    policy = dataclasses.replace(policy, seconds=how.seconds or None)
+    # Before the figures are made: what an utterance costs depends on the enrolled side.
+    policy = dataclasses.replace(policy, enrolment=how.enrolment, seconds=how.seconds or None)
     notes |= {
         "operating_point": str(point),
         "threshold_ci95": _interval(data, point, how),
@@ -81,7 +82,6 @@ def calibrate(
     }
     return dataclasses.replace(
         policy,
-        enrolment=how.enrolment,
         models=tuple(table.model for table in joined.tables),
         dims=tuple(table.embeddings.shape[1] for table in joined.tables),
         notes=notes,

@@ -34,7 +34,9 @@ def draw_front(path: str | os.PathLike[str], policy: CascadePolicy) -> None:
 def _panel(axes: Axes, key: str, notes: Row, seconds: Sequence[float] | None) -> None:
     rows, alone = notes["front"], notes["each_width_alone"]
     scale, label = PANELS[key]
-    cost = "utterance_incremental" if notes["cost"] == "utterance" and notes.get("nested") else notes["cost"]
+    cost = notes["cost"]
+    if notes.get("nested"):  # gates were then chosen by the bits that are new
+        cost = {"sequential": "incremental", "utterance": "utterance_incremental"}.get(cost, cost)
     unit = "seconds" if seconds else "bits"
     bits = [row[f"{cost}_{unit}"] for row in rows]
     values = [scale * row[key] for row in rows]
@@ -49,7 +51,7 @@ def _panel(axes: Axes, key: str, notes: Row, seconds: Sequence[float] | None) ->
     if chosen is not None:
         axes.plot(bits[chosen], values[chosen], "o", color="tab:red", markersize=8, fillstyle="none", label="chosen")
     axes.set(
-        xlabel=f"mean {unit} an utterance" if notes["cost"] == "utterance" else f"mean {notes['cost']} {unit} a trial",
+        xlabel=f"mean {unit} an utterance" if notes["cost"] == "utterance" else f"mean {cost} {unit} a trial",
         ylabel=label,
     )
     axes.grid(color="0.9", linewidth=0.6)

@@ -308,11 +308,13 @@ def save_cascade(directory: str | os.PathLike[str], policy: CascadePolicy, model
 def _read_at(whole: SpeakerModel, bits: int, known: str | None, place: str) -> SpeakerModel:
     """The model read at a level's bits; refuses one whose fingerprint is not the `known` one."""
     leaves = jax.tree.leaves(whole.variables, quant.is_codebook_tensor)
-    nested = any(quant.is_codebook_tensor(leaf) and leaf.coarse for leaf in leaves)
+    nested = [leaf for leaf in leaves if quant.is_codebook_tensor(leaf) and leaf.coarse]
     found = at_bits(whole, bits) if nested else whole
-    # Embeddings may have been extracted at the most bits, without --bits.
-    if known and known not in (fingerprint(found), fingerprint(whole)):
-        raise UserError(f"{place} is not the model that the policy was made for at {bits} bits")
+    # Without --bits a nested model embeds at its most bits: such embeddings are of that level alone.
+    same = [found, *([whole] if nested and bits == max(leaf.bits for leaf in nested) else ())]
+    if known and known not in map(fingerprint, same):
+        hint = f" (extract --bits={bits})" if nested else ""
+        raise UserError(f"{place} is not the model that the policy was made for at {bits} bits{hint}")
     return found
 
 

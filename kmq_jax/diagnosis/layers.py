@@ -181,12 +181,13 @@ def correlation_rows(rows: Sequence[Row], damage: str = "damage", replicates: in
 
     Returns:
         `bits, predictor, title, layers, spearman` (positive where the predictor says what it should), `spearman_ci95`,
-        and `explained`, its square: the share of the ranks' variance that the predictor accounts for.
+        and `explained`, its square: the share of the ranks' variance that the predictor accounts for. No rows at bits
+        where no layer has damage.
     """
     result = []
     for bits in sorted({row["bits"] for row in rows}, reverse=True):
         here = [row for row in rows if row["bits"] == bits and row.get(damage) is not None]
-        for predictor, title in PREDICTORS.items():
+        for predictor, title in PREDICTORS.items() if here else ():
             some = [row for row in here if row.get(predictor) is not None]
             x = np.array([row[predictor] for row in some]) * (-1 if predictor in _NEGATED else 1)
             y = np.array([row[damage] for row in some])

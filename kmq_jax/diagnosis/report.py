@@ -57,6 +57,7 @@ def write(out: Path, found: Diagnosis) -> None:
         knees=knees_in_words(found),
         best=best_predictors(found),
         top=top_components(found),
+        rules=list(rules),
         GROUP_DRAWS=GROUP_DRAWS,
         COMPONENT_DRAWS=COMPONENT_DRAWS,
         KNEE_RULE=scores.KNEE_RULE,
@@ -164,6 +165,7 @@ def headline(found: Diagnosis) -> Json:
     everywhere = max(flips["harmful"], 1)
     return last | {
         "near_share": last["near"]["harmful"] / everywhere,
+        "near_trials": last["near"]["trials"] / found.notes["trials"],
         "changed": flips["harmful"] + flips["beneficial"],
     }
 

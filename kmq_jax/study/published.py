@@ -124,8 +124,10 @@ def _of_drift(summary: Row, name: str, kind: str, bits: str, figure: str, of: st
 
 
 def _flips(summary: Row, name: str, bits: str, place: int) -> float | None:
-    rows = (row for row in _table(summary, name, "flips") if row["binning"] == "equal-mass" and row["bin"] == place)
-    return next((row["harmful_rate"] for row in rows if str(row["bits"]) == bits), None)
+    rows = [row for row in _table(summary, name, "flips") if row["binning"] == "equal-mass"]
+    found = {row["bin"]: row["harmful_rate"] for row in rows if str(row["bits"]) == bits}
+    # Other bins than thirds (`margin_bins`) are not what is published.
+    return found[place] if len(found) == len(_THIRDS) else None
 
 
 def _order(found: Row) -> list[str]:

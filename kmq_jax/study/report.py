@@ -23,6 +23,7 @@ METHODS = {  # colour, marker and name of each way to quantize
     "trained, distilled": ("tab:green", "v", "trained, distilled"),
     "without training, nested": ("0.75", "^", "nested, without training"),
     "trained, nested": ("tab:orange", "D", "nested, trained"),
+    "trained, mixed": ("tab:purple", "P", "mixed precision, trained"),
 }
 TICKS = (2, 3, 4, 6, 8, 16, 32)
 EER_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
@@ -40,7 +41,8 @@ FROM_DIAGNOSIS = ("histograms", "flips", "retention")
 def bits_figure(summary: Row, sets: Sequence[str]) -> Figure:
     """EER against bits, a panel for each evaluation set, with paired 95 % intervals of the change where known."""
     rows = summary["rows"]
-    all_bits = sorted({row["bits"] for row in rows[1:]}, reverse=True)
+    # A tick for what is drawn alone: controls and further recipes have no curve here.
+    all_bits = sorted({row["bits"] for row in rows[1:] if row["method"] in METHODS}, reverse=True)
     figure = Figure(figsize=(html.WIDTH, 3.4 * len(sets)), layout="constrained")
     panels = figure.subplots(len(sets), 1, squeeze=False)[:, 0]
     for axes, name in zip(panels, sets):
@@ -49,7 +51,7 @@ def bits_figure(summary: Row, sets: Sequence[str]) -> Figure:
         for shift, (method, (colour, marker, label)) in enumerate(METHODS.items()):
             chosen = sorted((row for row in rows if row["method"] == method), key=lambda row: row["bits"])
             # A little apart, so that intervals of different methods do not cover one another.
-            places = [all_bits.index(row["bits"]) + 0.07 * (shift - 2.5) for row in chosen]
+            places = [all_bits.index(row["bits"]) + 0.07 * (shift - (len(METHODS) - 1) / 2) for row in chosen]
             values = [row["sets"][name]["eer"] for row in chosen]
             # Paired intervals of the difference, drawn around full precision's EER: one that meets its line is no
             # difference.
@@ -87,7 +89,9 @@ def learning_figure(workdir: Path, rows: Sequence[Row]) -> Figure | None:
 
     None where none was trained.
     """
-    logs = {row["model"]: _log_of(workdir / row["model"]) for row in rows}
+    # A model from elsewhere may have a log, too, but was not trained here.
+    here = [row["model"] for row in rows if not Path(row["model"]).is_absolute()]
+    logs = {model: _log_of(workdir / model) for model in here}
     panels: dict[str, dict[str, list[Row]]] = {}
     for model, lines in logs.items():
         if any("loss" in line for line in lines):
@@ -298,16 +302,20 @@ def files_of(workdir: Path, rows: Sequence[Row]) -> list[Json]:
 
 
 def rules_of(workdir: Path, summary: Row, model: str, data: str) -> list[Json]:
-    """The rules that diagnoses propose, as `quantize --rules` reads them: `file`, `bits`, `text`, and the `command`."""
+    """The rules that diagnoses propose, as `quantize --rules` reads them: `file`, `bits`, `text`, and the `command`.
+
+    The command runs where the study's did: places within the study are told from there, as DATA is.
+    """
     found = []
+    network = str(workdir / model) if (workdir / model).exists() else model
     for one in summary["diagnosis"].values():
         for path in sorted((workdir / one["directory"]).glob("rules-*.json")):
             file, bits = str(path.relative_to(workdir)), path.stem.removeprefix("rules-")
             text = "[\n" + ",\n".join(f"  {json.dumps(rule)}" for rule in read_json(path)) + "\n]"
             words = [
-                f"--model={model}",
+                f"--model={network}",
                 f"--bits={bits}",
-                f"--rules={file}",
+                f"--rules={workdir / file}",
                 f"--data={data}",
                 f"--out=mixed-{bits}.kmq",
             ]

@@ -144,7 +144,7 @@ def rescue_table(summary: Row) -> str:
              "bits a trial"]]  # fmt: skip
     for cascade in summary["cascades"]:
         first, kind = str(cascade["bits"][0]), ", nested" if "nested" in cascade["family"] else ""
-        row = next(row for row in summary["rows"] if _is_level(row, cascade, first))
+        row = _row_of_level(summary["rows"], cascade, first)
         for name, found in cascade["sets"].items():
             if not found.get("changes"):
                 continue
@@ -162,14 +162,13 @@ def rescue_table(summary: Row) -> str:
     return markdown(list(map(list, dict.fromkeys(map(tuple, rows)))))
 
 
-def _is_level(row: Row, cascade: Row, bits: str) -> bool:
-    """Whether a row is of the network that a cascade's level of so many bits is."""
-    untrained = cascade["family"].startswith("ptq")
-    return (
-        f"{row['bits']:g}" == bits
-        and row["method"].startswith("without training") == untrained
-        and ("nested" in row["method"]) == ("nested" in cascade["family"])
-    )
+def _row_of_level(rows: Sequence[Row], cascade: Row, bits: str) -> Row:
+    """The row of the network that a cascade's level of so many bits is."""
+    family, _, nested = cascade["family"].partition("-")
+    here = {row["method"]: row for row in rows if f"{row['bits']:g}" == bits}
+    # The study's own recipe goes without saying, another one is named (`networks.Network.method`).
+    own = f"{'without training' if family == 'ptq' else 'trained'}{', nested' if nested else ''}"
+    return here.get(f"trained, {family}") or here[own]
 
 
 def _gates(cascade: Row) -> str:

@@ -196,6 +196,17 @@ def test_enrolled_speakers_at_the_top_width(run, tmp_path):
     assert one < other  # only one side of a trial is coarse
 
 
+@pytest.mark.parametrize("enrolment", ["each", "top"])
+def test_calibration_tells_the_costs_that_its_cascade_has(run, tmp_path, enrolment):
+    given = {"reference": "dev32.npz", "trials": "dev.txt"}
+    run(calibrate, *stages("dev"), out="p.json", enrolment=enrolment, replicates=0, **given)
+    run(cascade, *stages("dev"), policy="p.json", json="c.json", replicates=0, **given)
+    notes, figures = read_policy(tmp_path / "p.json").notes, json.loads((tmp_path / "c.json").read_text())
+    for told in (notes["here"], notes["front"][notes["chosen"]]):
+        for name in ("sequential_bits", "utterance_bits", "utterance_incremental_bits"):
+            assert told[name] == pytest.approx(figures[name]), name
+
+
 @pytest.mark.parametrize("kind", ["affine", "logistic"])
 @pytest.mark.parametrize("point", ["far=0.02", "frr=0.02", "dcf=0.05"])
 def test_maps_and_operating_points(run, tmp_path, kind, point):

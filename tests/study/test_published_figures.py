@@ -47,6 +47,13 @@ SUMMARY = {
 }
 
 
+def test_thirds_are_compared_with_thirds_alone():
+    quarters = [{"bits": 2, "binning": "equal-mass", "bin": i, "harmful_rate": 0.1} for i in range(4)]
+    summary = SUMMARY | {"diagnosis": {"a": diagnosed(0.1) | {"flips": quarters}}}
+    found = {row["figure"]: row["measured"] for row in comparison(summary) if row["where"] == "a"}
+    assert found["harmful flips, near"] is None and found["harmful flips, far"] is None
+
+
 def test_every_published_figure_has_its_measured_one():
     found = {(r["figure"], r["where"], r["bits"]): (r["published"], r["measured"]) for r in comparison(SUMMARY)}
     assert found.pop(("EER %", "g", "32")) == (1.1, 1.0)

@@ -305,6 +305,20 @@ def test_what_a_cascade_gains_back_is_told_beside_what_its_first_level_loses():
     ]
 
 
+@pytest.mark.parametrize(("family", "method"), [("kmqat", "trained, kmqat"), ("distilled", "trained")])
+def test_a_cascade_of_another_recipe_stands_beside_its_own_first_level(family, method):
+    eers = {"full precision": 2.0, "without training": 8.0, "trained": 4.0, "trained, kmqat": 40.0}
+    rows = [
+        {"method": name, "bits": 32 if name == "full precision" else 2, "sets": {"test": {"eer": eer}}}
+        for name, eer in eers.items()
+    ]
+    found = {"eer": 3.0, "harmful_flip_rate": 0.0, "sequential_bits": 2.5}
+    found |= {"each_width_alone": {"2": {"harmful_flip_rate": 0.02}}, "changes": {"reference": {}, "first": {}}}
+    cascade = {"name": "2>4", "family": family, "bits": [2, 4], "sets": {"test": found}}
+    level = study_tables.rescue_table({"rows": rows, "cascades": [cascade]}).splitlines()[2]
+    assert level == f"| test | 2 bits, {method} | {eers[method]:.2f} |  |  | 2.00 % | 2 |"
+
+
 def test_mistakes(tmp_path):
     with pytest.raises(
         UserError,
