@@ -22,7 +22,9 @@ class Files(Options):
         "rate at which one comparison accepts a stranger at --threshold, where it is known", None, at_least=0, at_most=1
     )
     model: str | None = option("MODEL; left out: the one that the store remembers", None, metavar="MODEL")
-    json: Path | None = option("write `speaker` (the best), `score`, `accepted`, `ranking` and what else is known here", None, writes="file")
+    json: Path | None = option(
+        "write `speaker`, `score`, `accepted` of the best, and `ranking`, here", None, writes="file"
+    )
 
 
 COMMAND = Command(

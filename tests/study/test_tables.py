@@ -222,7 +222,8 @@ def test_a_first_page_has_bytes_errors_and_their_changes(tmp_path):
 def test_a_threshold_stands_with_its_intervals_and_what_it_did_to_others(tmp_path):
     found = {"threshold": 0.25, "speakers": 8, "recordings": 40, "false_accept_rate": 0.05, "false_reject_rate": 0.0}
     found |= {"false_accept_rate_ci95": [0.001, 0.25], "false_reject_rate_ci95": [0.0, 0.489]}
-    found |= {"judged_on": {"set": "b", "speakers": 11, "trials": 9000, "false_accept_rate": 0.118, "false_reject_rate": 0.0005}}
+    judged = {"set": "b", "speakers": 11, "trials": 9000, "false_accept_rate": 0.118, "false_reject_rate": 0.0005}
+    found |= {"judged_on": judged}
     (tmp_path / "r.json").write_text(json.dumps(found))
     filled = tables.fill("<!-- table: r.json threshold -->\n<!-- end -->", tmp_path).splitlines()
     assert filled[3] == "| 0.2500 | 8, 40 | 5 % [0.1, 25] | 0 % [0, 48.9] |"
