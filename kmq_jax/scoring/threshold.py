@@ -19,7 +19,7 @@ from kmq_jax.scoring.options import ThresholdOptions
 Place = str | os.PathLike[str]
 Recording = Place | tuple[np.ndarray, int]
 
-KIND, VERSION = "threshold", 1
+KIND, VERSION = "threshold", 2
 _MOST = 3000  # recordings: all pairs of them take some hundred megabytes
 
 

@@ -214,7 +214,7 @@ def test_mistakes_are_one_line(monkeypatch, capsys, place, tmp_path, stand_in):
     export_model(place / "2.kmq", tmp_path / "outside.onnx")
     export_model(place / "2.kmq", tmp_path / "inside.onnx", features_inside=True)
     (tmp_path / "bad.onnx").write_bytes(b"\xff\xff")
-    other = {"kind": "threshold", "version": 1, "threshold": 0.5, "speakers": 3, "fingerprint": "another"}
+    other = {"kind": "threshold", "version": 2, "threshold": 0.5, "speakers": 3, "fingerprint": "another"}
     for name in ("false_accept_rate", "false_reject_rate"):
         other |= {name: 0.1, f"{name}_ci95": [0, 1], f"{name}_trials": 9, f"{name}_units": 9}
     (tmp_path / "t.json").write_text(json.dumps(other))
