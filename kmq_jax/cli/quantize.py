@@ -22,7 +22,7 @@ class Files(Options):
     model: str = option("MODEL to quantize", metavar="MODEL")
     out: Path = option("the .kmq file to write", writes="file")
     data: str | None = option("fit layers on crops of it; left out: of the embedded voices", None, metavar="DATA")
-    crops: int = option("crops of 2 s: more can fit better, and take more time and memory", 100, at_least=1, at_most=1000)
+    crops: int = option("crops of 2 s: more can fit better, but take time and memory", 100, at_least=1, at_most=1000)
     unfitted: bool = option("round weights as they are: errors multiply at few bits", False)
 
     def __post_init__(self) -> None:
