@@ -58,8 +58,8 @@ def counted(variables: Variables) -> dict[str, float]:
 def measure(biases: str = "float16") -> list[Json]:
     """Every cell: `network, bits, what, published, mib, equal`; equal is to the digits that are printed."""
     rows = []
-    for name, widths in PUBLISHED.items():
-        for bits, cells in widths.items():
+    for name, by_bits in PUBLISHED.items():
+        for bits, cells in by_bits.items():
             found = counted(packed(name, bits, biases))
             for what, published in cells.items():
                 mib = found[what] / MIB

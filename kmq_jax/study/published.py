@@ -31,13 +31,13 @@ def comparison(summary: Row) -> list[Json]:
     found = _errors(summary, "EER %", summary["published"])
     found += _errors(summary, "minDCF", more.get("min_dcf", {}))
     found += _drifts(summary, more.get("drift", {}))
-    for name, widths in more.get("shift", {}).items():
-        for bits, classes in widths.items():
+    for name, by_bits in more.get("shift", {}).items():
+        for bits, classes in by_bits.items():
             for kind, value in classes.items():
                 measured = _of_drift(summary, name, "full", bits, "mean", kind)
                 found.append(_line(f"mean drift, {kind}", name, bits, value, measured))
-    for name, widths in more.get("pearson", {}).items():
-        for bits, value in widths.items():
+    for name, by_bits in more.get("pearson", {}).items():
+        for bits, value in by_bits.items():
             found.append(_line("correlation", name, bits, value, _of_drift(summary, name, "full", bits, "pearson")))
     found += _flip_rates(summary, more.get("flips", {}))
     for name, one in (summary.get("diagnosis") or {}).items() if "order" in more else ():

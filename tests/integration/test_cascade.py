@@ -1,4 +1,4 @@
-"""`calibrate` and `cascade` on simulated widths: figures against a plain count, refusals, both rules."""
+"""`calibrate` and `cascade` on simulated bits: figures against a plain count, refusals, both rules."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ COSINES = {2: 0.9, 3: 0.96, 4: 0.985, 32: 1.0}
 
 
 def write_tables(directory, prefix, seed=0, speakers=SPEAKERS, **changes):
-    """Embeddings of a reference and of three widths that differ from it by noise; returns ids and their speakers."""
+    """Embeddings of a reference and at three numbers of bits that differ from it by noise; returns ids and their speakers."""
     rng = np.random.default_rng(seed)
     owner = np.repeat(np.arange(speakers), EACH)
     rows = rng.standard_normal((speakers, DIM))[owner] + 0.75 * rng.standard_normal((len(owner), DIM))
@@ -66,8 +66,8 @@ def run(tmp_path, monkeypatch, capsys):
     return call
 
 
-def stages(prefix, widths=(2, 3, 4)):
-    return [f"--stage={bits}:{prefix}{bits}.npz" for bits in widths]
+def stages(prefix, bits_of_levels=(2, 3, 4)):
+    return [f"--stage={bits}:{prefix}{bits}.npz" for bits in bits_of_levels]
 
 
 def load(path):
@@ -155,9 +155,11 @@ def test_both_commands(run, tmp_path):
 
 
 def test_the_last_stage_may_be_the_reference(run, tmp_path):
-    widths = (2, 32)
-    run(calibrate, *stages("dev", widths), reference="dev32.npz", trials="dev.txt", out="p.json", alpha=0.002)
-    run(cascade, *stages("new", widths), reference="new32.npz", policy="p.json", trials="new.txt", json="c.json")
+    bits_of_levels = (2, 32)
+    run(calibrate, *stages("dev", bits_of_levels), reference="dev32.npz", trials="dev.txt", out="p.json", alpha=0.002)
+    run(
+        cascade, *stages("new", bits_of_levels), reference="new32.npz", policy="p.json", trials="new.txt", json="c.json"
+    )
     figures = json.loads((tmp_path / "c.json").read_text())
     alone = figures["each_width_alone"]
     assert alone["32"]["harmful_flip_rate"] == 0
