@@ -77,7 +77,7 @@ def calibrate(
         "map": how.map,
         "trials": _trial_notes(joined) | {"file": Path(trials).name},
         "here": _report(policy, joined),
-        "each_width_alone": each_alone(policy, joined),
+        "each_level_alone": each_alone(policy, joined),
         "front": describe_front(front, policy, joined),
     }
     return dataclasses.replace(

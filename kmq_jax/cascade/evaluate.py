@@ -171,7 +171,7 @@ def figures_of(policy: CascadePolicy, outcome: Outcome, joined: LevelScores, opt
         "trials": len(labels),
         "targets": int(labels.sum()),
         "remaining_flips": None,
-        "each_width_alone": each_alone(policy, joined) if joined.tables else None,
+        "each_level_alone": each_alone(policy, joined) if joined.tables else None,
         "changes": {},
     }
     if reference is not None:
@@ -387,7 +387,7 @@ def describe(figures: Row) -> str:
     lines = [f"{figures['trials']:,} trials, {figures['targets']:,} of them targets"]
     lines.append(f"{'':14}{'EER %':>9}{'harmful flips %':>18}{'decides %':>12}")
     for bits, resolved in figures["resolved"].items():
-        alone = (figures["each_width_alone"] or {}).get(bits, {})
+        alone = (figures["each_level_alone"] or {}).get(bits, {})
         flips, share = number(alone.get("harmful_flip_rate"), 4, 100), number(resolved, 2, 100)
         lines.append(f"{bits + ' bits':14}{number(alone.get('eer'), 3):>9}{flips:>18}{share:>12}")
     lines.append(f"{'cascade':14}{number(figures['eer'], 3):>9}{number(figures['harmful_flip_rate'], 4, 100):>18}")

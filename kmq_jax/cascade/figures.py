@@ -32,7 +32,7 @@ def draw_front(path: str | os.PathLike[str], policy: CascadePolicy) -> None:
 
 
 def _panel(axes: Axes, key: str, notes: Row, seconds: Sequence[float] | None) -> None:
-    rows, alone = notes["front"], notes["each_width_alone"]
+    rows, alone = notes["front"], notes["each_level_alone"]
     scale, label = PANELS[key]
     cost = notes["cost"]
     if notes.get("nested"):  # gates were then chosen by the bits that are new

@@ -268,7 +268,7 @@ class Tally:
             "trials": trials,
             "targets": int(of_label[1]),
             "remaining_flips": self._remaining() if self.near is not None else None,
-            "each_width_alone": {
+            "each_level_alone": {
                 str(bits): {name: rates[name] for name in ("eer", "eer_bounds")}
                 | (self._flip_rates(level) if self.flips is not None else {})
                 for level, (bits, rates) in enumerate(zip(policy.bits, alone))

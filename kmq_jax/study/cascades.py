@@ -26,7 +26,7 @@ RECIPES = {"halves": 1, "calibrate": 3, "cascade": 3}
 HALVES = ("a", "b")
 MEANT = (
     "eer", "reference_eer", "harmful_flip_rate", "beneficial_flip_rate", "sequential_bits", "incremental_bits",
-    "utterance_bits", "utterance_incremental_bits", "resolved", "remaining_flips", "each_width_alone", "saved",
+    "utterance_bits", "utterance_incremental_bits", "resolved", "remaining_flips", "each_level_alone", "saved",
     "min_dcf", "reference_min_dcf",
 )  # fmt: skip
 """Figures of two halves that are averaged: those that the report shows."""

@@ -142,7 +142,7 @@ KMQAT = (
     Line("no teacher", PAPER, "distill.weight", 0.0),
     Line("every convolution and linear layer", CODE, "quant.rules", ()),
     Line("but the classifier, and no normalisation", CODE, test=_HERE + "test_the_memory_table_holds_in_every_cell"),
-    Line("one width alone in a file", PAPER, "quant.coarse", ()),
+    Line("one number of bits alone in a file", PAPER, "quant.coarse", ()),
     Line("not fitted on speech before", CODE, "quant.fit_crops", 0),
     Line("alpha is frozen for 2 epochs", CODE, "quant.thaw_epochs", 2.0),
     Line("centroids move towards the mean of their members", CODE, "quant.centroids", "lloyd"),

@@ -147,7 +147,7 @@ def cascades_figure(cascades: Sequence[Row], sets: Sequence[str]) -> Figure:
         drawn = set()
         for number, cascade in enumerate(cascades):
             found = cascade["sets"][name]
-            for bits, alone in found["each_width_alone"].items():
+            for bits, alone in found["each_level_alone"].items():
                 if int(bits) < 16 and (cascade["family"], bits) not in drawn:
                     drawn.add((cascade["family"], bits))
                     axes.plot(int(bits), 100 * alone["harmful_flip_rate"], "s", color="tab:gray", markersize=5)
@@ -264,11 +264,11 @@ def level_as_good(found: Row) -> str | None:
     """The bits of a cascade's level that alone costs no more an utterance and makes no more harmful flips, if any does.
 
     >>> alone = {"2": {"harmful_flip_rate": 0.04}, "4": {"harmful_flip_rate": 0.01}}
-    >>> level_as_good({"saved": {"utterance": 0.25}, "harmful_flip_rate": 0.01, "each_width_alone": alone})
-    >>> level_as_good({"saved": {"utterance": -0.5}, "harmful_flip_rate": 0.01, "each_width_alone": alone})
+    >>> level_as_good({"saved": {"utterance": 0.25}, "harmful_flip_rate": 0.01, "each_level_alone": alone})
+    >>> level_as_good({"saved": {"utterance": -0.5}, "harmful_flip_rate": 0.01, "each_level_alone": alone})
     '4'
     """
-    levels = found["each_width_alone"]
+    levels = found["each_level_alone"]
     cost = (1 - found["saved"]["utterance"]) * max(map(int, levels))
     fit = [bits for bits in levels if int(bits) <= cost]
     return next((bits for bits in fit if levels[bits]["harmful_flip_rate"] <= found["harmful_flip_rate"]), None)

@@ -123,7 +123,7 @@ def cascade_table(summary: Row) -> str:
                     f"{found['eer']:.2f}",
                     f"{found['reference_eer']:.2f}",
                     f"{100 * found['harmful_flip_rate']:.3f} %",
-                    f"{100 * found['each_width_alone'][str(last)]['harmful_flip_rate']:.3f} %",
+                    f"{100 * found['each_level_alone'][str(last)]['harmful_flip_rate']:.3f} %",
                     f"{100 * found['resolved'][first]:.1f} %",
                     f"{found['sequential_bits']:.2f}",
                     f"{found['incremental_bits']:.2f}" if nested else "",
@@ -148,7 +148,7 @@ def rescue_table(summary: Row) -> str:
         for name, found in cascade["sets"].items():
             if not found.get("changes"):
                 continue
-            alone, change = found["each_width_alone"][first], changes_of(summary, row, name)
+            alone, change = found["each_level_alone"][first], changes_of(summary, row, name)
             level = [
                 f"{first} bits, {row['method']}",
                 f"{row['sets'][name]['eer']:.2f}",

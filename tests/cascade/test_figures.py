@@ -20,7 +20,7 @@ def test_the_axis_is_the_cost_that_gates_were_chosen_by(cost, nested, key, label
     names = ("sequential_bits", "incremental_bits", "utterance_bits", "utterance_incremental_bits")
     # Each cost has numbers of its own: no other column can pass for the wanted one.
     front = [{"eer": 2.0 - i, **{name: 10.0 * n + i for n, name in enumerate(names)}} for i in range(2)]
-    notes = {"cost": cost, "nested": nested, "front": front, "each_width_alone": {"4": {"eer": 1.0}}, "chosen": 1}
+    notes = {"cost": cost, "nested": nested, "front": front, "each_level_alone": {"4": {"eer": 1.0}}, "chosen": 1}
     axes = Figure().subplots()
     figures._panel(axes, "eer", notes, None)
     place = 10.0 * names.index(key)

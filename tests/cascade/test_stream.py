@@ -90,13 +90,13 @@ def test_the_same_decisions_and_figures_as_at_once(files, tmp_path, form):
         low, high = found.pop(f"{name}_bounds")
         assert low - 1e-9 <= expected.pop(name) <= high + 1e-9
         assert low - 1e-9 <= found.pop(name) <= high + 1e-9
-    for bits, alone in expected.pop("each_width_alone").items():
-        ours = found["each_width_alone"][bits]
+    for bits, alone in expected.pop("each_level_alone").items():
+        ours = found["each_level_alone"][bits]
         low, high = ours.pop("eer_bounds")
         assert low - 1e-9 <= alone.pop("eer") <= high + 1e-9 and high - low < 2
         assert low - 1e-9 <= ours.pop("eer") <= high + 1e-9
         assert ours == pytest.approx(alone, rel=1e-12)
-    del found["each_width_alone"]
+    del found["each_level_alone"]
     bands, theirs = found.pop("remaining_flips"), expected.pop("remaining_flips")
     assert found == {
         name: pytest.approx(value, rel=1e-9) if isinstance(value, (float, dict)) else value

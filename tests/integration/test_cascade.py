@@ -18,7 +18,7 @@ COSINES = {2: 0.9, 3: 0.96, 4: 0.985, 32: 1.0}
 
 
 def write_tables(directory, prefix, seed=0, speakers=SPEAKERS, **changes):
-    """Embeddings of a reference and at three numbers of bits that differ from it by noise; returns ids and their speakers."""
+    """Embeddings of a reference and of three levels that differ from it by noise; returns ids and their speakers."""
     rng = np.random.default_rng(seed)
     owner = np.repeat(np.arange(speakers), EACH)
     rows = rng.standard_normal((speakers, DIM))[owner] + 0.75 * rng.standard_normal((len(owner), DIM))
@@ -66,8 +66,8 @@ def run(tmp_path, monkeypatch, capsys):
     return call
 
 
-def stages(prefix, bits_of_levels=(2, 3, 4)):
-    return [f"--stage={bits}:{prefix}{bits}.npz" for bits in bits_of_levels]
+def stages(prefix, levels=(2, 3, 4)):
+    return [f"--stage={bits}:{prefix}{bits}.npz" for bits in levels]
 
 
 def load(path):
@@ -147,7 +147,7 @@ def test_both_commands(run, tmp_path):
     changes = figures["changes"]  # against full precision, and against 2 bits by their own scores
     assert changes["reference"]["eer_change"] == pytest.approx(figures["eer"] - figures["reference_eer"])
     assert changes["first"]["eer_change"] == pytest.approx(
-        figures["eer"] - figures["each_width_alone"]["2"]["eer"], abs=0.5
+        figures["eer"] - figures["each_level_alone"]["2"]["eer"], abs=0.5
     )
     assert all(one["eer_change_ci95"][0] <= one["eer_change_ci95"][1] for one in changes.values())
     assert figures["resolved"]["2"] > 0.5
@@ -155,13 +155,11 @@ def test_both_commands(run, tmp_path):
 
 
 def test_the_last_stage_may_be_the_reference(run, tmp_path):
-    bits_of_levels = (2, 32)
-    run(calibrate, *stages("dev", bits_of_levels), reference="dev32.npz", trials="dev.txt", out="p.json", alpha=0.002)
-    run(
-        cascade, *stages("new", bits_of_levels), reference="new32.npz", policy="p.json", trials="new.txt", json="c.json"
-    )
+    levels = (2, 32)
+    run(calibrate, *stages("dev", levels), reference="dev32.npz", trials="dev.txt", out="p.json", alpha=0.002)
+    run(cascade, *stages("new", levels), reference="new32.npz", policy="p.json", trials="new.txt", json="c.json")
     figures = json.loads((tmp_path / "c.json").read_text())
-    alone = figures["each_width_alone"]
+    alone = figures["each_level_alone"]
     assert alone["32"]["harmful_flip_rate"] == 0
     assert figures["harmful_flip_rate"] < alone["2"]["harmful_flip_rate"] / 2
     assert figures["sequential_bits"] == pytest.approx(2 + 32 * figures["resolved"]["32"], rel=1e-5)
@@ -194,7 +192,7 @@ def test_enrolled_speakers_at_the_top_width(run, tmp_path):
     run(calibrate, *stages("dev"), reference="dev32.npz", trials="dev.txt", out="p.json")
     run(cascade, *stages("new"), reference="new32.npz", policy="p.json", trials="new.txt", json="each.json")
     top, each = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("top", "each"))
-    one, other = (figures["each_width_alone"]["2"]["harmful_flip_rate"] for figures in (top, each))
+    one, other = (figures["each_level_alone"]["2"]["harmful_flip_rate"] for figures in (top, each))
     assert one < other  # only one side of a trial is coarse
 
 

@@ -17,7 +17,7 @@ from kmq_jax.study import report
 
 def cascade(name, saved, flips, alone):
     levels = {bits: {"harmful_flip_rate": rate} for bits, rate in alone.items()}
-    found = {"saved": {"utterance": saved}, "harmful_flip_rate": flips, "each_width_alone": levels}
+    found = {"saved": {"utterance": saved}, "harmful_flip_rate": flips, "each_level_alone": levels}
     return {"name": name, "sets": {"dev": found}}
 
 
@@ -87,7 +87,7 @@ def test_the_page_tells_flips_as_shares_of_all_trials():
     (line,) = (line for line in source.splitlines() if line.startswith("<p>The cascade {{ headlined.name }}"))
     environment.filters |= {"percent": html.percent, "number": html.number}
     levels = {"2": {"harmful_flip_rate": 0.02}}
-    there = {"harmful_flip_rate": 0.005, "resolved": {"2": 0.75}, "each_width_alone": levels}
+    there = {"harmful_flip_rate": 0.005, "resolved": {"2": 0.75}, "each_level_alone": levels}
     there |= {"saved": {"utterance": 0.5}}
     cascade = {"name": "2>4", "bits": [2, 4], "sets": {"dev": there}}
     page = environment.from_string(line).render(headlined=cascade, there=there, calibrated="dev", sets=["dev"])

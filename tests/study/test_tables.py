@@ -80,7 +80,7 @@ def test_cascades_have_a_row_for_each_set(tmp_path):
     figures = {
         "eer": 2.756, "reference_eer": 2.5, "harmful_flip_rate": 0.00123, "sequential_bits": 2.214,
         "incremental_bits": 2.1, "utterance_bits": 5.44, "utterance_incremental_bits": 3.0,
-        "resolved": {"2": 0.954, "4": 0.046}, "each_width_alone": {"4": {"harmful_flip_rate": 0.0057}},
+        "resolved": {"2": 0.954, "4": 0.046}, "each_level_alone": {"4": {"harmful_flip_rate": 0.0057}},
     }  # fmt: skip
     cascades = [
         {"name": "2>4", "family": family, "bits": [2, 4], "sets": {"a": figures}}
@@ -296,7 +296,7 @@ def test_what_a_cascade_gains_back_is_told_beside_what_its_first_level_loses():
     low = {"method": "without training", "bits": 2, "sets": {"dev": {"eer": 4.0}, "test": {"eer": 5.0} | change(1, 3)}}
     other = {"method": "trained", "bits": 2, "sets": {"dev": {"eer": 9.0}, "test": {"eer": 9.0}}}
     found = {"eer": 3.25, "harmful_flip_rate": 0.001, "sequential_bits": 2.5}
-    found |= {"each_width_alone": {"2": {"harmful_flip_rate": 0.02}}}
+    found |= {"each_level_alone": {"2": {"harmful_flip_rate": 0.02}}}
     test = found | {"changes": {"reference": change(-0.5, 1), "first": change(-3, -0.5)}}
     cascade = {"name": "2>4", "family": "ptq", "bits": [2, 4], "sets": {"dev": found, "test": test}}
     lines = study_tables.rescue_table({"rows": [full, other, low], "cascades": [cascade, cascade]}).splitlines()
@@ -314,7 +314,7 @@ def test_a_cascade_of_another_recipe_stands_beside_its_own_first_level(family, m
         for name, eer in eers.items()
     ]
     found = {"eer": 3.0, "harmful_flip_rate": 0.0, "sequential_bits": 2.5}
-    found |= {"each_width_alone": {"2": {"harmful_flip_rate": 0.02}}, "changes": {"reference": {}, "first": {}}}
+    found |= {"each_level_alone": {"2": {"harmful_flip_rate": 0.02}}, "changes": {"reference": {}, "first": {}}}
     cascade = {"name": "2>4", "family": family, "bits": [2, 4], "sets": {"test": found}}
     level = study_tables.rescue_table({"rows": rows, "cascades": [cascade]}).splitlines()[2]
     assert level == f"| test | 2 bits, {method} | {eers[method]:.2f} |  |  | 2.00 % | 2 |"
