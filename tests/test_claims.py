@@ -68,6 +68,20 @@ def labels_gain(found):
     return both == [-1, -1] and beyond(difference(found, "kmqat", 32, "distilled", "so762")) == -1
 
 
+def kmqat_differs(found, bits, on):
+    return {
+        beyond(difference(found, "kmqat", bits, against, on)) for against in ("full precision", "control", "distilled")
+    }
+
+
+def ours_lose_nothing(found):
+    return not any(
+        beyond(difference(found, "distilled", bits, "full precision", on)) == 1
+        for bits in (3, 2)
+        for on in ("so762", "words")
+    )
+
+
 def bits_cost(found):
     seen = [beyond(difference(found, "distilled", 2, "control", on)) for on in ("so762", "words")]
     return seen == [1, 0] and not any(
@@ -168,6 +182,16 @@ CLAIMS = (
     Claim("KMQAT at 2 bits does not recover within an epoch", "wespeaker-compare.json",
           lambda found: all(difference(found, "kmqat", 2, "control", on)["eer_change"] > 30
                             for on in ("so762", "words"))),
+    Claim("KMQAT ends within two points of full precision", "small-compare.json",
+          lambda found: all(abs(difference(found, "kmqat", bits, "full precision", on)["eer_change"]) < 2
+                            for bits in (3, 2) for on in ("so762", "words"))),
+    Claim("At 2 bits it errs more on words than this project's recipe, than full precision and than its control, "
+          "beyond chance; on so762, and at 3 bits on both, no difference is seen", "small-compare.json",
+          lambda found: kmqat_differs(found, 2, "words") == {1} and all(
+              kmqat_differs(found, bits, on) == {0} for bits, on in ((2, "so762"), (3, "so762"), (3, "words")))),
+    Claim("This project's recipe shows no loss at 3 and 2 bits on either set", "small-compare.json", ours_lose_nothing),
+    Claim("full precision itself errs in one trial of eight", "small-compare.json",
+          lambda found: 1 / 8.5 < found["rows"][0]["sets"]["so762"]["eer"] / 100 < 1 / 7.5),
     Claim("a 2-bit network with one component put back into full precision can drift more than before",
           "wespeaker.json", lambda found: min(row["drift_recovery"] for one in found["diagnosis"].values()
                                               for row in one["retention"] if row["experiment"] == "retention") < 0),
