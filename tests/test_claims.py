@@ -158,7 +158,15 @@ def training_helps_campplus(found):
     return above == {1} and pair(found, "trained", "ptq-400") == {"so762": -1, "words": -1}
 
 
+def levels_differ(found):
+    less = [row for row in found["differences"] if row["against"] == "distilled"]
+    seen = {(row["recipe"], row["set"]): beyond(row) for row in less}
+    return seen == {(levels, on): int(on == "so762") for levels in ("uniform", "powers") for on in ("so762", "words")}
+
+
 CLAIMS = (
+    Claim("On so762 uniform levels and powers of two err more than k-means, beyond chance; on words no difference is "
+          "seen", "levels.json", levels_differ),
     Claim("At 4 bits, trained for an epoch, no loss of EER is seen", "campplus-trained.json",
           lambda found: [{beyond(one) for one in row["sets"].values()} for row in found["rows"]
                          if row["bits"] == 4] == [{0}]),
