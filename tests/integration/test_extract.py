@@ -128,7 +128,7 @@ def test_what_cannot_be_embedded_is_told(speaker_model, wave):
         speaker_model.embed(wave, 16000)
 
 
-def test_a_model_is_read_at_a_width_it_has(saved):
+def test_a_model_is_read_at_bits_it_has(saved):
     with pytest.raises(UserError, match="cannot be read at 2 bits"):
         load_model(saved, bits=2)
 
@@ -192,7 +192,5 @@ def test_what_makes_shards_others(saved, tmp_path, monkeypatch):
         library.extract_shards(saved, DATA, tmp_path / "e.npz", 3)
     with pytest.raises(UserError, match=r"e\.npz\.shards holds shards of another run"):
         library.extract_shards(saved, DATA, tmp_path / "e.npz", 4)
-    with pytest.raises(UserError, match=r"`max_seconds` \(=0\.03\) must be 0, which takes all, or at least 0\.1"):
-        ExtractionOptions(max_seconds=0.03)  # one frame, less its mean: the same embedding of everybody
     with pytest.raises(UserError, match="cannot be used with --shards"):
         library.extract_shards(saved, DATA, tmp_path / "e.npz", 3, ExtractionOptions(vad=True))
