@@ -11,7 +11,8 @@ of the nested network; the stem stays in full precision. The nested network need
 
 These are the networks that configs/wespeaker_so762.py trains, as two studies, with `--config.study.label_weight=0.1`
 and without. `.github/results/README.md` shows what came of both (`wespeaker-labels.json`, `wespeaker.json`). Full
-precision was not trained on the labels: what they gain is not what fewer bits gain. Their weight was chosen on training speakers left out for that; epochs were compared on so762/dev and words/dev.
+precision was not trained on the labels: what they gain is not what fewer bits gain. Their weight was chosen on training
+speakers left out for that; epochs were compared on so762/dev and words/dev.
 """
 
 import ml_collections
