@@ -93,8 +93,8 @@ def parse_flags(
 
 
 def _with_files(argv: list[str]) -> list[str]:
-    """The command line as the library reads it: with the configuration's file in place of its name."""
-    words, before = [], ""
+    """The command line as the library reads it: the configuration first, by its file's name, then what changes it."""
+    words, first, before = [], [], ""
     for word in argv:
         if meant := meant_flag(word):
             raise UserError(f"{meant[1]} (see --help)")
@@ -104,13 +104,14 @@ def _with_files(argv: list[str]) -> list[str]:
         if flag.startswith(("--config.", "-config.")):
             # A key that is a number, as in study.epochs.2, is written as a subscript for the library.
             word = re.sub(r"\.(\d+)(?=\.|$)", r"['\1']", flag) + equals + value
-        if flag in ("--config", "-config") and equals:
-            word = f"{flag}={find_config(value)}"
+        if flag in ("--config", "-config"):
+            first.append(f"{flag}={find_config(value)}" if equals else word)
         elif before in ("--config", "-config"):
-            word = find_config(word)
-        words.append(word)
+            first.append(find_config(word))
+        else:
+            words.append(word)
         before = word
-    return words
+    return words[:1] + first + words[1:]
 
 
 def _told(message: str) -> str:

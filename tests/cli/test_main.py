@@ -122,6 +122,12 @@ def test_a_configuration_is_found_by_its_name_from_any_directory(tmp_path, monke
         config_flags.parse_flags(["train", "--config=quickstar", "--workdir=w"])
 
 
+def test_the_configuration_may_stand_behind_what_changes_it():
+    for words in (["--config=quickstart:smoke"], ["--config", "quickstart:smoke"]):
+        config, _ = config_flags.parse_flags(["train", "--config.seed=7", "--workdir=w", *words])
+        assert config.seed == 7
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ml_collections' way to load a file
 @pytest.mark.parametrize(
     ("word", "told"),
