@@ -164,7 +164,7 @@ def totals(cells: list[tuple[Array, Array]], values: Array, count: int, symmetri
         for sides in itertools.product((0, 1), repeat=depth):
             part = table[tuple(x for side in sides for x in (side, slice(None)))]
             places = list(range(depth)) if symmetric else [2 * level + side for level, side in enumerate(sides)]
-            result += np.expand_dims(part, [axis for axis in range(axes) if axis not in places])
+            result += np.expand_dims(part, tuple(axis for axis in range(axes) if axis not in places))
     return result
 
 

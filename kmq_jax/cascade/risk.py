@@ -102,7 +102,7 @@ def pair_up(enrol_speaker: ArrayLike, test_speaker: ArrayLike, labels: ArrayLike
         pair = np.full(len(target), -1)
         pair[counts] = place
         degrees = np.bincount(np.concatenate([one, two]), minlength=speakers)
-        most, vertices = int(degrees.max(initial=0)), int((degrees > 0).sum())
+        most, vertices = int(np.max(degrees, initial=0)), int((degrees > 0).sum())
         # A complete graph splits into (nearly) perfect matchings; any other may need a colour more than its degree.
         complete = most == vertices - 1 and 2 * len(one) == vertices * most
         units = vertices // 2 if complete else len(one) // (most + 1)

@@ -190,7 +190,7 @@ class _Examples:
         assert self.rooms is not None
         piece, _ = self.rooms.piece(int(rng.integers(len(self.rooms.utterances))), _WHOLE_ROOM, rng)
         response = audio.from_int16(piece)
-        direct = int(np.abs(response).argmax())
+        direct = int(np.argmax(np.abs(response)))
         response = response[direct : direct + ROOM_SAMPLES] / (response[direct] or 1.0)
         return np.pad(response, (0, ROOM_SAMPLES - len(response))).astype(np.float32)
 

@@ -136,7 +136,7 @@ def _open_split(root: Path, split: str, count: int) -> Utterances:
         samples = np.array([int(row["samples"]) for row in rows], np.int64)
         ages = {row["speaker"]: float(row["age"]) for row in rows if row["age"]}
         if (samples < 0).any():
-            raise ValueError(f"an utterance of {samples.min()} samples")
+            raise ValueError(f"an utterance of {np.min(samples)} samples")
     except (ValueError, OverflowError) as error:
         raise UserError(f"{listing}: {error}") from None
     return Utterances(

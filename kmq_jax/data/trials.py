@@ -156,7 +156,7 @@ def read_in_parts(
             enrol_rows = np.append(enrol_rows, _rows(enrolled, fresh))
             test_rows = np.append(test_rows, _rows(table, fresh))
             enrol, test = enrol_rows[enrol_name], test_rows[test_name]
-            if min(enrol.min(), test.min(), label.min()) < 0:
+            if min(np.min(enrol), np.min(test), np.min(label)) < 0:
                 raise _first_error(path, form, enrolled, table)
             found = True
             yield Trials(enrol, test, label.astype(bool), tuple(names), enrol_name, test_name, members)
@@ -301,7 +301,7 @@ def _rows(table: Mapping[str, int], names: Sequence[str] | Mapping[str, int]) ->
 def _members(model: str, utterances: Sequence[str], table: Mapping[str, int]) -> np.ndarray:
     rows = _rows(table, utterances)
     if not len(rows) or rows.min() < 0:
-        unknown = utterances[int(rows.argmin())] if len(rows) else "nothing"
+        unknown = utterances[int(np.argmin(rows))] if len(rows) else "nothing"
         raise UserError(f"enrolment model {model} names the unknown utterance {unknown}{_nearest(unknown, table)}")
     return rows
 

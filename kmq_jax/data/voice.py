@@ -405,7 +405,7 @@ def _next_sound(silent: np.ndarray) -> np.ndarray:
     """For each phone the index of itself or of the first sound after it (the last sound at the end)."""
     index = np.where(silent, len(silent), np.arange(len(silent)))
     following = np.minimum.accumulate(index[::-1])[::-1]
-    return np.where(following == len(silent), np.maximum(np.flatnonzero(~silent).max(initial=0), 0), following)
+    return np.where(following == len(silent), np.max(np.flatnonzero(~silent), initial=0), following)
 
 
 def _glottis(tracks: Tracks, speaker: Speaker, rng: np.random.Generator) -> tuple[Array, Array]:

@@ -194,7 +194,7 @@ def group_rows(
         title, name, mask = group
         sides = mask[recordings.enrol].astype(float) + mask[recordings.test]
         # A trial within the group has both of its sides in it, and counts twice.
-        total = sides.sum()
+        total = float(sides.sum())
         if not total:
             return []
         weights = draws.sums(sides) if draws else None
@@ -202,8 +202,8 @@ def group_rows(
         for m, bits in enumerate(trials.bits):
             row: Json = {"bits": bits, "by": title, "group": name, "utterances": int(mask.sum())}
             flipped, drift = sides[harmful[m]], size[m] * sides
-            row |= {"trial_sides": int(total), "harmful_rate": float(flipped.sum() / total), "harmful_rate_ci95": None}
-            row |= {"mean_abs_drift": float(drift.sum() / total), "mean_abs_drift_ci95": None}
+            row |= {"trial_sides": int(total), "harmful_rate": float(flipped.sum()) / total, "harmful_rate_ci95": None}
+            row |= {"mean_abs_drift": float(drift.sum()) / total, "mean_abs_drift_ci95": None}
             if draws and weights is not None:
                 row["harmful_rate_ci95"] = interval_of_ratio(draws.sums(flipped, harmful[m]), weights)
                 row["mean_abs_drift_ci95"] = interval_of_ratio(draws.sums(drift), weights)

@@ -99,7 +99,7 @@ def scored_trials(
                 bad = ~np.isfinite(row)
                 raise UserError(
                     f"{bits} bits: {bad.sum()} of {len(row)} scores are not finite, the first is trial "
-                    f"{int(bad.argmax()) + 1}"
+                    f"{int(np.argmax(bad)) + 1}"
                 )
             rows.append(row)
         return np.stack(rows)

@@ -57,7 +57,7 @@ class ScoreHistogram:
         """
         scores, labels = np.asarray(scores, np.float64), np.asarray(labels, bool)
         if not np.isfinite(scores).all():
-            raise UserError(f"score {int(np.isfinite(scores).argmin())} is not finite")
+            raise UserError(f"score {int(np.argmin(np.isfinite(scores)))} is not finite")
         place = (scores - self.low) * (self.bins / (self.high - self.low))
         place = np.clip(place, 0, self.bins - 1).astype(np.int64)  # before the cast, which turns huge scores around
         for label in (0, 1):

@@ -232,7 +232,7 @@ def _indices(tensor: CodebookTensor, bits: int) -> np.ndarray:
     stream = np.unpackbits(np.asarray(tensor.packed), axis=1, bitorder="little")[:, : tensor.group_size * tensor.bits]
     digits = stream.reshape(tensor.groups, tensor.group_size, tensor.bits)[..., tensor.bits - bits :]
     # Of a nested tensor the index at fewer bits is the upper bits of that at the most.
-    rows: Leaf = np.bitwise_or.reduce(digits << np.arange(bits, dtype=np.uint8), axis=-1)
+    rows: Leaf = np.sum(digits << np.arange(bits, dtype=np.uint8), axis=-1, dtype=np.uint8)
     return np.asarray(from_groups(rows, tensor.shape, tensor.axis))
 
 
@@ -417,9 +417,9 @@ class _Graph:
             dtype = _NATIVE[bits][1]
             per_byte = 8 // bits
             flat = np.pad(rows.ravel(), (0, -rows.size % per_byte)).reshape(-1, per_byte)
-            packed = np.bitwise_or.reduce(flat << (bits * np.arange(per_byte, dtype=np.uint8)), axis=1)
+            packed = np.sum(flat << (bits * np.arange(per_byte, dtype=np.uint8)), axis=1, dtype=np.uint8)
             kind = getattr(self._onnx.TensorProto, dtype)
-            data = packed.astype(np.uint8).tobytes()
+            data = packed.tobytes()
             self._tensors[name] = self._onnx.helper.make_tensor(name, kind, rows.shape, data, raw=True)
             return self.cast(name, "INT32")
         # Eight indices fill exactly `bits` bytes: an integer of at most 48 bits, taken apart by division. (With 56

@@ -21,6 +21,7 @@ References: Yakovlev et al., Reshape Dimensions Network for Speaker Recognition,
 wespeaker/models/redimnet.py and IDRnD's redimnet/model.py. IDRnD's weights have tables of their own.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -180,7 +181,7 @@ class WeightedSum(nn.Module):
             return rows[0]
         # Zeros at the start: the plain mean of all rows so far.
         weights = nn.softmax(self.param("weights", zeros, (len(rows), rows[0].shape[-1])), axis=0)
-        return sum(weight[None, None] * row for weight, row in zip(weights, rows))
+        return functools.reduce(jnp.add, [weight[None, None] * row for weight, row in zip(weights, rows)])
 
 
 class _Stage(nn.Module):

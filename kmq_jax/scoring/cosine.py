@@ -43,7 +43,7 @@ def _checked(embeddings: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     bad = unusable(length)
     if bad.any():
         more = f", and {int(bad.sum()) - 1} more" if bad.sum() > 1 else ""
-        raise UserError(f"embedding {int(bad.argmax())} is zero or not finite{more}")
+        raise UserError(f"embedding {int(np.argmax(bad))} is zero or not finite{more}")
     return rows, length.astype(np.float32)
 
 

@@ -48,8 +48,8 @@ def cosine_scores(
         raise UserError(f"enrolment embeddings have {one.shape[1]} dimensions, test embeddings {two.shape[1]}")
     rows = [np.asarray(enrol, np.int32), np.asarray(test, np.int32)]
     for side, table in zip(rows, (one, two)):
-        if side.size and not 0 <= side.min() <= side.max() < len(table):
-            raise UserError(f"a trial names embedding {int(side.max())} of {len(table)}")
+        if side.size and not 0 <= np.min(side) <= np.max(side) < len(table):
+            raise UserError(f"a trial names embedding {int(np.max(side))} of {len(table)}")
     count = len(rows[0])
     chunk = min(_TRIALS, 1 << max(count - 1, 0).bit_length())
     padded = [np.pad(side, (0, -count % chunk)) for side in rows]

@@ -64,12 +64,12 @@ def join(
 
     enrol_rows = trials.enrol if trials.models is None else np.concatenate(trials.models)
     if (missing := enrol_rows >= len(enrol_table)).any():
-        name = ids[enrol_rows[missing.argmax()]]
+        name = ids[enrol_rows[np.argmax(missing)]]
         raise UserError(f"{models_path or trials_path}: the enrolment utterance {name} is not in {enrol_table.source}")
     test_row = dict(zip(test_table.ids, range(len(test_table))))
     test = np.array([test_row.get(name, -1) for name in ids])[trials.test]
     if (missing := test < 0).any():
-        name = ids[trials.test[missing.argmax()]]
+        name = ids[trials.test[np.argmax(missing)]]
         raise UserError(f"{trials_path}: the test utterance {name} is not in {test_table.source}")
 
     enrol_embeddings = enrol_table.embeddings

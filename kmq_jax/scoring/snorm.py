@@ -88,7 +88,7 @@ def check_spread(deviation: np.ndarray, top_n: int) -> None:
         FlatScores: an utterance's top scores are all the same.
     """
     if deviation.size and deviation.min() < 1e-6:
-        raise FlatScores(int(deviation.argmin()), top_n)
+        raise FlatScores(int(np.argmin(deviation)), top_n)
 
 
 def adaptive_snorm(

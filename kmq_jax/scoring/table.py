@@ -96,7 +96,7 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
     bad = unusable(lengths(embeddings))
     if bad.any():
         others = f", and {bad.sum() - 1} more" if bad.sum() > 1 else ""
-        raise UserError(f"{path}: the embedding of {ids[int(bad.argmax())]} is zero or not finite{others}")
+        raise UserError(f"{path}: the embedding of {ids[int(np.argmax(bad))]} is zero or not finite{others}")
     return EmbeddingTable(
         ids, names.get("paths", ()), names.get("speakers"), embeddings, str(path), None if model is None else str(model)
     )
