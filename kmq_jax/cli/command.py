@@ -190,11 +190,20 @@ def _unraisable(found: "sys.UnraisableHookArgs") -> None:
     Python would print it and go on as if nothing had been pressed.
     """
     if isinstance(found.exc_value, KeyboardInterrupt):
-        again = threading.Timer(0.05, _thread.interrupt_main)
+        again = threading.Timer(0.05, _interrupt)
         again.daemon = True
         again.start()
     else:
         sys.__unraisablehook__(found)
+
+
+def _interrupt() -> None:
+    """Interrupts the main thread, even where it waits: `interrupt_main` would let it wait to the end."""
+    main = threading.main_thread().ident
+    if main is not None and hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(main, signal.SIGINT)
+    else:
+        _thread.interrupt_main()  # on Windows
 
 
 def _leave(status: int) -> NoReturn:

@@ -354,22 +354,15 @@ class _Fit:
 
     def _matched_normalisation(self, layer: Layer, wanted: jax.Array, x: jax.Array) -> jax.Array:
         """Normalises so that outputs have the moments that the reference's have, on `wanted`."""
-        (mean, deviation), (seen, spread) = moments(wanted), moments(x)
-        root = jnp.sqrt(layer.get("var", "batch_stats") + layer.epsilon)
-        # A channel that is dead in the reference tells nothing of its scale; one that is dead here cannot be stretched.
-        stretch = jnp.where(deviation > 1e-6 * root, spread / jnp.maximum(deviation, 1e-12), 1.0)
-        var = jnp.maximum((root * stretch) ** 2 - layer.epsilon, 0.0)
-        centre = layer.get("mean", "batch_stats")
-        return self._normalised(layer, x, seen - (mean - centre) * jnp.sqrt(var + layer.epsilon) / root, var)
+        statistics = layer.get("mean", "batch_stats"), layer.get("var", "batch_stats")
+        return self._normalised(layer, x, *_statistics_for(wanted, x, *statistics, layer.epsilon))
 
     def _normalised(self, layer: Layer, x: jax.Array, mean: jax.Array, var: jax.Array) -> jax.Array:
         """Normalises by these statistics, and notes them as the layer's."""
         self.leaves[f"batch_stats/{layer.name}/mean"] = np.asarray(mean)
         self.leaves[f"batch_stats/{layer.name}/var"] = np.asarray(var)
         scale, bias = (self._values.get(f"{layer.name}/{leaf}") for leaf in ("scale", "bias"))
-        root = jnp.sqrt(var + layer.epsilon)
-        slope = 1 / root if scale is None else scale / root
-        return scale_and_shift(x, slope, (0 if bias is None else bias) - mean * slope)
+        return _normalised_by(x, mean, var, layer.epsilon, scale, bias)
 
 
 def normalises_freely(network: SpeakerNetwork) -> bool:
@@ -406,6 +399,32 @@ def _between(book: jax.Array, cells: jax.Array, roots: int) -> jax.Array:
     low = jnp.concatenate([-ends, borders], axis=-1).reshape(*cells.shape, 1)
     high = jnp.concatenate([borders, ends], axis=-1).reshape(*cells.shape, 1)
     return jnp.clip(book, low, high)
+
+
+@jax.jit
+def _statistics_for(
+    wanted: jax.Array, x: jax.Array, centre: jax.Array, var: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance by which `x` gets the moments that `wanted` has when normalised by `centre` and `var`."""
+    (mean, deviation), (seen, spread) = moments(wanted), moments(x)
+    root = jnp.sqrt(var + epsilon)
+    # A channel that is dead in the reference tells nothing of its scale; one that is dead here cannot be stretched.
+    stretch = jnp.where(deviation > 1e-6 * root, spread / jnp.maximum(deviation, 1e-12), 1.0)
+    new = jnp.maximum((root * stretch) ** 2 - epsilon, 0.0)
+    return seen - (mean - centre) * jnp.sqrt(new + epsilon) / root, new
+
+
+@jax.jit
+def _normalised_by(
+    x: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    epsilon: float,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+) -> jax.Array:
+    slope = (1.0 if scale is None else scale) / jnp.sqrt(var + epsilon)
+    return scale_and_shift(x, slope, (0.0 if bias is None else bias) - mean * slope)
 
 
 @functools.partial(jax.jit, static_argnames="shape")

@@ -136,6 +136,7 @@ def apply(repair: Repair, variables: Variables, scaled: Callable[[str, Leaf, jax
     }
 
 
+@jax.jit
 def moments(y: jax.Array) -> Moments:
     """Mean and deviation of each channel of `[..., channels]`.
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 _BLOCK = 64
-_FINE = 512  # inputs up to which they are padded to a whole block, beyond it to four
+_FINE = 512  # inputs up to which they, and the outputs, are padded to a whole block; beyond it inputs to four
 _REFITTED = 16  # centroids; more are near enough to every weight as they are, and cost far more to refit
 
 
@@ -69,25 +69,30 @@ def fit(
     >>> index.tolist()
     [[0, 1, 1]]
     """
-    n, (_, cells, parts) = W.shape[1], codebook.shape
-    W, H, cell = _padded(jnp.asarray(W), jnp.asarray(H), None if parents is None else jnp.asarray(parents))
-    if free and basis is None and cells == 1 and parts < _REFITTED and W.shape[1] <= _FINE:
-        # Compiling costs more than so few inputs: 2, 3 and 4 bits share a program, in which centroids can be void.
-        codebook = jnp.pad(codebook, ((0, 0), (0, 0), (0, _REFITTED - parts)))
-    codebook, index = _fit(W, codebook, H, cell, n, parts, basis, iterations=iterations, free=free)
-    return codebook[..., :parts], index[:, :n]
+    (groups, n), (_, cells, parts) = W.shape, codebook.shape
+    # Compiling costs more than few inputs do: layers of many sizes, and 2, 3 and 4 bits, then share one program.
+    few = n <= _FINE
+    void = _REFITTED - parts if few and free and basis is None and cells == 1 and parts < _REFITTED else 0
+    inputs, outputs = -n % (_BLOCK if few else 4 * _BLOCK), -groups % _BLOCK if few else 0
+    cell = None if parents is None else jnp.asarray(parents)
+    arrays = _padded(jnp.asarray(W), jnp.asarray(codebook), jnp.asarray(H), cell, (outputs, void, inputs))
+    codebook, index = _fit(*arrays, n, parts, basis, iterations=iterations, free=free)
+    return codebook[:groups, :, :parts], index[:groups, :n]
 
 
-@jax.jit
-def _padded(W: jax.Array, H: jax.Array, parents: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Adds inputs without power up to a round number of them, so that layers of many sizes share one program.
+@partial(jax.jit, static_argnames="more")
+def _padded(
+    W: jax.Array, codebook: jax.Array, H: jax.Array, parents: jax.Array | None, more: tuple[int, int, int]
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Adds so many outputs, void centroids, and inputs without power; gives weights, codebook, H and cells.
 
-    They are rounded last, and to nothing that counts.
+    Such inputs are rounded last, and to nothing that counts. No output depends on another.
     """
-    step = _BLOCK if W.shape[1] <= _FINE else 4 * _BLOCK
-    more = (0, -W.shape[1] % step)
+    outputs, void, inputs = more
     cell = jnp.zeros(W.shape, jnp.int32) if parents is None else parents.astype(jnp.int32)
-    return jnp.pad(W, ((0, 0), more)), jnp.pad(H, (more, more)), jnp.pad(cell, ((0, 0), more))
+    around = (0, outputs), (0, inputs)
+    book = jnp.pad(codebook, ((0, outputs), (0, 0), (0, void)))
+    return jnp.pad(W, around), book, jnp.pad(H, ((0, inputs), (0, inputs))), jnp.pad(cell, around)
 
 
 @partial(jax.jit, static_argnames=("iterations", "free"))

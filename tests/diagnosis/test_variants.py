@@ -25,7 +25,7 @@ def speaker_model(request):
 
 @pytest.fixture(scope="module")
 def utterances():
-    return open_synthetic("synthetic:dev?speakers=2&utterances=3")
+    return open_synthetic("synthetic:dev?speakers=2&utterances=2")
 
 
 def shaken(variables, amount=0.1):
@@ -63,7 +63,7 @@ def test_embeddings_are_those_of_extract(speaker_model, utterances):
     seen = {}
     network, fbank = speaker_model.network(), frontend_of(speaker_model.frontend)
     batches = variants.feature_batches(
-        network, fbank, utterances, batch_size=4, seen=lambda i, wave: seen.update({i: wave})
+        network, fbank, utterances, batch_size=3, seen=lambda i, wave: seen.update({i: wave})
     )
     base = variants.on_devices(speaker_model.variables)
     found = variants.embed_variants(network, batches, [base, shaken(base), base], len(utterances))
@@ -77,7 +77,7 @@ def test_embeddings_are_those_of_extract(speaker_model, utterances):
 @pytest.mark.parametrize("cut", [{"max_seconds": 1.0}, {"max_frames": 60}])
 def test_what_is_left_of_a_recording_is_that_of_extract(speaker_model, utterances, cut):
     network, fbank = speaker_model.network(), frontend_of(speaker_model.frontend)
-    batches = variants.feature_batches(network, fbank, utterances, batch_size=4, **cut)
+    batches = variants.feature_batches(network, fbank, utterances, batch_size=3, **cut)
     (found,) = variants.embed_variants(
         network, batches, [variants.on_devices(speaker_model.variables)], len(utterances)
     )
@@ -90,7 +90,7 @@ def test_activation_sqnr_against_arithmetic_on_single_utterances(speaker_model, 
     base = variants.on_devices(speaker_model.variables)
     low = shaken(base, 0.02)
     (found, copy) = variants.activation_sqnr(
-        network, variants.feature_batches(network, fbank, utterances, batch_size=4), base, [low, base]
+        network, variants.feature_batches(network, fbank, utterances, batch_size=3), base, [low, base]
     )
     assert set(copy.values()) == {np.inf}
     names = list(found)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -22,6 +24,7 @@ def test_inputs_of_every_class_are_clean(tmp_path):
     assert found["tried"] == found["clean"] == 15 and found["violations"] == 0
 
 
+@pytest.mark.slow
 def test_disturbed_commands_end_as_undisturbed_ones(tmp_path):
     faults = "kill,twice,pipe" + (",writes" if shutil.which("cc") else "")
     found = _run("faults", tmp_path, "--commands=calibrate", "--times=1", "--writes=2", f"--faults={faults}")

@@ -71,6 +71,7 @@ def test_two_bits_on_labels(full, tmp_path):
     assert np.isfinite(load_model(tmp_path).embed(wave, 16000)).all()
 
 
+@pytest.mark.slow
 def test_mixed_precision_in_phases(tmp_path):
     loop.train(full_precision(), tmp_path / "full")
     config = published(tmp_path / "full", 0, average_bits=3.144, multi_stage=True, hessian_draws=1, bn_passes=1)

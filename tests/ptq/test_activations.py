@@ -42,11 +42,19 @@ def quantized_of(reference, bits):
 
 
 @pytest.fixture(scope="module")
-def four():
-    """A network in full precision, and fitted at 4 bits, which can be read at 2, with 8-bit activations."""
-    reference = reference_of("bias")
-    rules = [quant.QuantRule("/kernel$", quant.QuantSpec(4, coarse=(2,), only_smaller=False))]
-    return reference, quantize.quantize_model(reference, rules, DATA, crops=4, activations=8)
+def reference():
+    """A network in full precision."""
+    return reference_of("bias")
+
+
+FITTED = 2  # convolutions of one shape: each shape takes seconds to compile
+
+
+@pytest.fixture(scope="module")
+def four(reference):
+    """Its first stage fitted at 4 bits, which can be read at 2, with 8-bit activations."""
+    rules = [quant.QuantRule("stage1/.*/kernel$", quant.QuantSpec(4, coarse=(2,), only_smaller=False))]
+    return quantize.quantize_model(reference, rules, DATA, crops=4, activations=8)
 
 
 def session_of(model, tmp_path):
@@ -66,8 +74,7 @@ def features_of(network):
     return np.random.default_rng(2).normal(size=(3, 90, network.features)).astype(np.float32)
 
 
-def test_ranges_hold_zero_and_all_that_was_seen(four):
-    reference, _ = four
+def test_ranges_hold_zero_and_all_that_was_seen(reference):
     features = features_of(reference.network())
     seen = {}
 
@@ -86,9 +93,9 @@ def test_ranges_hold_zero_and_all_that_was_seen(four):
 
 
 @pytest.fixture(scope="module")
-def two(four):
-    """The same at 2 bits."""
-    return quantized_of(four[0], 2)
+def two(reference):
+    """The whole network at 2 bits."""
+    return quantized_of(reference, 2)
 
 
 class Twice(SpeakerNetwork):
@@ -120,8 +127,8 @@ def test_a_range_holds_what_all_runs_of_a_module_see():
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_onnx_runtime_computes_with_integers_what_jax_emulates(bits, four, two, tmp_path):
-    model = {2: two, 4: four[1]}.get(bits) or quantized_of(four[0], bits)
+def test_onnx_runtime_computes_with_integers_what_jax_emulates(bits, reference, two, tmp_path):
+    model = two if bits == 2 else quantized_of(reference, bits)
     network = model.network()
     session, operators = session_of(onnx_export.build(network, model.variables), tmp_path)
     assert operators["QLinearConv"] == CONVOLUTIONS
@@ -148,11 +155,11 @@ def test_forms_for_other_runtimes_give_the_same(indices, opset, two, tmp_path):
 
 
 def test_centroids_are_whole_steps_and_the_file_keeps_everything(four, tmp_path):
-    _, model = four
+    model = four
     params = dict(named_leaves(model.variables["params"], quant.is_codebook_tensor))
     steps = dict(named_leaves(model.variables[integers.COLLECTION]))
     kernels = [name for name in steps if name.endswith("/kernel")]
-    assert len(kernels) == CONVOLUTIONS
+    assert len(kernels) == FITTED
     for name in kernels:
         whole = np.asarray(params[name].codebook, np.float32) / np.asarray(steps[name])[:, None]
         assert np.abs(whole - np.round(whole)).max() < 0.2  # what half precision leaves of it
@@ -173,21 +180,20 @@ def test_folded_normalisation(tmp_path):
 
 
 def test_nested_codebooks_have_steps_of_their_own(four, tmp_path):
-    nested = four[1]
-    two, most = at_bits(nested, 2), at_bits(nested, None)
-    name = f"{integers.COLLECTION}/stem/conv/kernel"
+    two, most = at_bits(four, 2), at_bits(four, None)
+    name = f"{integers.COLLECTION}/stage1/block0/conv1/kernel"
     assert not np.array_equal(*(dict(named_leaves(m.variables))[name] for m in (two, most)))
     network, features = two.network(), features_of(two.network())
     session, operators = session_of(onnx_export.build(network, two.variables, bits=2), tmp_path)
-    assert operators["QLinearConv"] == CONVOLUTIONS
+    assert operators["QLinearConv"] >= FITTED  # ONNX Runtime makes integers of shortcuts, too
     ours = np.asarray(network.apply(quant.dequantize_params(two.variables, 2), features))
     assert cosine(session.run(None, {"feats": features})[0], ours) > 0.998
 
 
-def test_emulation_leaves_padding_alone(four):
+def test_emulation_leaves_padding_alone(two):
     from kmq_jax.data import source
 
-    model = dataclasses.replace(four[1])
+    model = dataclasses.replace(two)
     table = source.open_source("synthetic:dev?speakers=2&utterances=2")
     together, alone = embed_all(model, table), np.concatenate([embed_all(model, table.select([i])) for i in range(4)])
     assert cosine(together, alone) > 0.998
