@@ -437,7 +437,10 @@ def _in_units(
     """Brings codebooks, and a normalized latent, into units of the scale; None is each group's standard deviation."""
     if scale is None:
         rows = to_groups(tensor, axis)
-        spread, largest = jnp.std(rows, axis=1), jnp.max(jnp.abs(rows), axis=1)
+        largest = jnp.max(jnp.abs(rows), axis=1)
+        # The squares of very large weights would not fit float32. Powers of two round nothing.
+        unit = jnp.ldexp(jnp.ones_like(largest), jnp.clip(jnp.frexp(largest)[1] - 1, -126, 126))
+        spread = jnp.std(rows / unit[:, None], axis=1) * unit
         # A constant group has no spread; its magnitude is then the unit.
         scale = jnp.where(spread > 1e-6 * largest, spread, jnp.where(largest > 0, largest, 1.0))
     books = tuple(book / scale[:, None] for book in books)

@@ -121,6 +121,8 @@ def test_any_magnitude_in_single_precision(scale):
         found = quant.dequantize_params(quant.quantize_params({"w": KERNEL * np.float32(scale)}, spec))["w"]
         plain = quant.dequantize_params(quant.quantize_params({"w": KERNEL}, spec))["w"]
         np.testing.assert_allclose(np.float64(found) / scale, plain, rtol=2e-2, atol=1e-2)
+        begun = quant.pack(*quant.init_codebooks({"w": KERNEL * np.float32(scale)}, spec))
+        np.testing.assert_allclose(np.float64(quant.dequantize_params(begun)["w"]) / scale, plain, rtol=2e-2, atol=1e-2)
 
 
 def test_tensors_that_would_not_shrink_are_kept_unless_the_rule_says_otherwise():
