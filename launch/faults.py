@@ -87,7 +87,8 @@ def left_by(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if not path.is_file() or "/checkpoints/" in f"/{name}":
+        # Notes of `models.runner` spare work: a command that was killed and went on may leave more of them.
+        if not path.is_file() or "/checkpoints/" in f"/{name}" or (path.name[0] == "." and path.suffix == ".json"):
             continue
         found[name] = _content(path)
     for place in sorted(folder.rglob("checkpoints")):

@@ -213,6 +213,9 @@ CLAIMS = (
           lambda found: len(found["sets"]) == 2
           and all(beyond(row, name) < 1 for one in found["sets"] for row in one["rows"] if row["name"] == "W4A8"
                   for name in ("eer_change", "full_eer_change"))),
+    Claim("Rounding is not told to cost anything, on either set", "activations-trained.json",
+          lambda found: len(found["sets"]) == 2
+          and not any(beyond(row) for one in found["sets"] for row in one["rows"])),
     Claim("it is not told apart from the former one, which cut outliers, nor from full precision", "ranges.json",
           lambda found: not any(beyond(row, name) for one in found["sets"] for row in one["rows"]
                                 for name in ("eer_change", "full_eer_change"))),
