@@ -198,6 +198,15 @@ CLAIMS = (
           lambda found: kmqat_differs(found, 2, "words") == {1} and all(
               kmqat_differs(found, bits, on) == {0} for bits, on in ((2, "so762"), (3, "so762"), (3, "words")))),
     Claim("This project's recipe shows no loss at 3 and 2 bits on either set", "small-compare.json", ours_lose_nothing),
+    Claim("Levels by k-means, evenly spaced ones of a learned scale and powers of two are not told apart here, trained "
+          "or not, on either set", "small-baselines.json",
+          lambda found: len(levels := [row for row in found["differences"] if row["recipe"] in ("uniform", "powers")
+                                       and row["against"] in ("distilled", "uniform")]) == 24
+          and not any(map(beyond, levels))),
+    Claim("KMQAT at 2 bits errs more than this project's recipe on so762, beyond chance; on words no difference is "
+          "seen", "small-baselines.json",
+          lambda found: [beyond(difference(found, "kmqat", 2, "distilled", on)) for on in ("so762", "words")]
+          == [1, 0]),
     Claim("full precision itself errs in one trial of eight", "small-compare.json",
           lambda found: 1 / 8.5 < found["rows"][0]["sets"]["so762"]["eer"] / 100 < 1 / 7.5),
     Claim("a 2-bit network with one component put back into full precision can drift more than before",
