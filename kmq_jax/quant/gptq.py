@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 _BLOCK = 64
 _FINE = 512  # inputs up to which they, and the outputs, are padded to a whole block; beyond it inputs to four
+_MANY = 8  # outputs from which they are padded; a depthwise convolution has one at a time, and hundreds of times
 _REFITTED = 16  # centroids; more are near enough to every weight as they are, and cost far more to refit
 
 
@@ -73,7 +74,8 @@ def fit(
     # Compiling costs more than few inputs do: layers of many sizes, and 2, 3 and 4 bits, then share one program.
     few = n <= _FINE
     void = _REFITTED - parts if few and free and basis is None and cells == 1 and parts < _REFITTED else 0
-    inputs, outputs = -n % (_BLOCK if few else 4 * _BLOCK), -groups % _BLOCK if few else 0
+    inputs = -n % (_BLOCK if few else 4 * _BLOCK)
+    outputs = -groups % _BLOCK if few and groups >= _MANY else 0
     cell = None if parents is None else jnp.asarray(parents)
     arrays = _padded(jnp.asarray(W), jnp.asarray(codebook), jnp.asarray(H), cell, (outputs, void, inputs))
     codebook, index = _fit(*arrays, n, parts, basis, iterations=iterations, free=free)
