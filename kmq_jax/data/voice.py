@@ -28,7 +28,8 @@ WINDOW = 2 * HOP
 _FFT = 3 * WINDOW  # leaves 32 ms for the tract to ring
 _FRAME_SECONDS = HOP / SAMPLE_RATE
 _WINDOW_SHAPE = np.hanning(WINDOW + 1)[:-1].astype(np.float32)  # periodic: shifted copies sum to one
-_DELAY = np.exp(-2j * np.pi / _FFT * np.arange(_FFT // 2 + 1)).astype(np.complex64)  # z^-1 on the unit circle, [bins]
+# z^-k on the unit circle, [delays, bins]
+_DELAYS = np.exp(-2j * np.pi / _FFT * np.outer(np.arange(16), np.arange(_FFT // 2 + 1))).astype(np.complex64)
 _WEAVE = (np.arange(HOP) / HOP).astype(np.float32)
 
 
@@ -340,7 +341,7 @@ def render(tracks: Tracks, speaker: Speaker, rng: np.random.Generator) -> Array:
     spectrum *= _fixed_response(speaker, tracks.tract)
     spectrum /= _spectrum(poles)
     frication = scipy.fft.rfft(_frames(hiss), _FFT, axis=1)
-    frication *= 1 - _DELAY  # frication has no low frequencies
+    frication *= 1 - _DELAYS[1]  # frication has no low frequencies
     frication /= _spectrum(hiss_poles)
     spectrum += frication
     return _overlap_add(scipy.fft.irfft(spectrum, _FFT, axis=1))
@@ -496,9 +497,7 @@ def _resonators(frequency: Array, bandwidth: Array) -> tuple[Array, Array]:
 
 def _spectrum(polynomial: Array) -> NDArray[np.complex64]:
     """Values on the unit circle: [frames, order + 1] -> [frames, bins]."""
-    # Not as a product of matrices: the threads of BLAS and those of a training step would wait for each other.
-    values: NDArray[np.complex64] = scipy.fft.rfft(polynomial, _FFT, axis=1)
-    return values
+    return polynomial @ _DELAYS[: polynomial.shape[1]]
 
 
 def _per_sample(track: Array) -> Array:
