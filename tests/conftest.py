@@ -5,7 +5,6 @@ import os
 from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # librosa, a reference here, would compile for 20 s what no test calls
 gc.set_threshold(50_000, 20, 100)  # tracing makes many small objects, and hardly any garbage
 # Tests compile for longer than they compute. Without its fusion emitters XLA compiles in a third of the time; the smoke
 # form of the main job in .ci/run has them. Newer versions have nothing else, and end at a flag that they do not know.

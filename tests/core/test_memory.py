@@ -39,6 +39,7 @@ def page_faults(keep):
 HAS_MALLOPT = sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallopt")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_MALLOPT, reason="the C library has no mallopt")
 def test_steps_take_no_fresh_pages():
     assert page_faults(True) * 10 < page_faults(False)
