@@ -63,8 +63,8 @@ def test_what_a_configuration_refuses_is_told_as_it_says_it():
 
 
 FIRST = {"ge2e_so762"}
-"""The quickest. The others differ in settings, which the first test reads, or in networks, which have tests of their own;
-a distillation is part of quickstart's smoke form, a job of CI."""
+"""The quickest. The others differ in settings, which the first test reads, or in networks, which have tests of their
+own; a distillation is part of quickstart's smoke form, a job of CI."""
 
 
 @pytest.mark.parametrize(
