@@ -34,6 +34,7 @@ import ctypes
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -57,6 +58,8 @@ RESUMED = ("train", "train quantized", "study", "prepare_data", "quantize", "cal
 """What is killed at random moments: what takes long, and what writes models, policies and stores."""
 NOTES = ("starts.json", "report.html", "steps.json")
 """Files that tell times: they are compared by what else they hold, or not at all."""
+NOTE = re.compile(r"\..+\.kmq-[0-9a-f]{32}\.json")
+"""What `models.runner` notes of a model spares work: a command that was killed and went on may leave more of them."""
 FAULTS = ("kill", "writes", "kill at writes", "full", "twice", "interrupt", "pipe")
 
 
@@ -87,8 +90,7 @@ def left_by(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        # Notes of `models.runner` spare work: a command that was killed and went on may leave more of them.
-        if not path.is_file() or "/checkpoints/" in f"/{name}" or (path.name[0] == "." and path.suffix == ".json"):
+        if not path.is_file() or "/checkpoints/" in f"/{name}" or NOTE.fullmatch(path.name):
             continue
         found[name] = _content(path)
     for place in sorted(folder.rglob("checkpoints")):

@@ -423,6 +423,7 @@ def _normalised_by(
     scale: jax.Array | None,
     bias: jax.Array | None,
 ) -> jax.Array:
+    """Normalises `x` `[..., channels]` by statistics, scale and bias `[channels]`."""
     slope = (1.0 if scale is None else scale) / jnp.sqrt(var + epsilon)
     return scale_and_shift(x, slope, (0.0 if bias is None else bias) - mean * slope)
 
