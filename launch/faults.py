@@ -56,6 +56,8 @@ Row = dict[str, object]
 CONFIG = ["--config=quickstart:smoke", "--config.validation.data="]
 RESUMED = ("train", "train quantized", "study", "prepare_data", "quantize", "calibrate", "enroll")
 """What is killed at random moments: what takes long, and what writes models, policies and stores."""
+LONG = ("train", "train quantized", "study", "prepare_data")
+"""What is disturbed at its work: the lines of `fuzz.good_lines` that begin so only look for data that are not there."""
 NOTES = ("starts.json", "report.html", "steps.json")
 """Files that tell times: they are compared by what else they hold, or not at all."""
 NOTE = re.compile(r"\..+\.kmq-[0-9a-f]{32}\.json")
@@ -305,6 +307,8 @@ def interrupt(line: Line, base: Path, place: Path, times: int, rng: random.Rando
         status = fuzz.forked(lambda: fuzz.command(line), log, 120, make.folder, at)
         took = time.monotonic() - began if number < 0 else took
         said = log.read_text(errors="replace")
+        if number < 0 and status != 0:
+            raise RuntimeError(said[-600:])
         row["times"] += status == 130
         if wrong := fuzz.problems(0 if status == 130 else status, said, make):
             row["violations"].append(f"{' '.join(line)[:200]} after {at} s: {', '.join(wrong)}: {said[-600:]}")
@@ -336,10 +340,15 @@ def rows_of(fault: str, names: list[str], args: argparse.Namespace, base: Path, 
     """Disturbs commands by one fault; a row for each."""
     known, rng = commands(base), random.Random(args.seed)
     if fault in ("interrupt", "pipe"):
-        for line in fuzz.good_lines(base, place / "out" / "out"):
-            if line[0] in names:
+        out = place / "out" / "out"
+        lines = {name: [known[name](out)] for name in LONG}
+        for line in fuzz.good_lines(base, out):
+            if line[0] not in LONG:
+                lines.setdefault(line[0], []).append(line)
+        for name in names:
+            for line in lines.get(name, ()):
                 own = interrupt(line, base, place, args.times, rng) if fault == "interrupt" else pipe(line, base, place)
-                yield {"command": line[0], **own}
+                yield {"command": name, **own}
         return
     for name in (name for name in known if name in names):
         if fault == "kill":
