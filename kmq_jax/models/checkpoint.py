@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     from orbax.checkpoint import v1 as ocp
 
 
-FULL = os.strerror(errno.ENOSPC)
+FULL = os.strerror(errno.ENOSPC)  # how the system words a full disk
 
 
 class Checkpoints:
@@ -33,7 +33,7 @@ class Checkpoints:
 
         Args:
             directory: of the checkpoints.
-            keep: the newest so many are kept, where it is written to.
+            keep: how many of the newest a writer keeps.
             writes: whether checkpoints are saved. One process alone may do so (`core.locks`): it makes the directory,
                 and removes what a killed run left half written. Readers change nothing.
         """
@@ -51,11 +51,15 @@ class Checkpoints:
                 )
             except Exception as error:  # no permission, a full disk
                 raise UserError(f"cannot open {self.directory}: {_first_line(error)}") from error
-        # The one that a run goes on from: it may be asked to save it again.
+        # A run goes on from the newest checkpoint, and may be asked to save that step again.
         self._known = set(self.steps()[-1:])
 
     def steps(self) -> list[int]:
-        """Steps that can be restored, ascending."""
+        """Steps that can be restored, ascending.
+
+        Raises:
+            UserError: the directory cannot be read. One that does not exist holds no steps.
+        """
         if self._writer is not None:
             return sorted(found.step for found in self._writer.checkpoints)
         try:
@@ -66,9 +70,9 @@ class Checkpoints:
             raise UserError(f"cannot read {self.directory}: {error.strerror}") from error
 
     def save(self, step: int, **parts: object) -> None:
-        """Saves named parts as checkpoint `step`: trees of arrays, and grain iterators, of which it is the position.
+        """Saves named parts as checkpoint `step`: trees of arrays, or grain iterators, whose position is saved.
 
-        Nothing is done where this run saved the step before, or resumed at it.
+        A step that this run has saved already, or has resumed at, is not saved again.
 
         Raises:
             UserError: it cannot be written (full disk, no permission), or another run wrote it; earlier checkpoints
@@ -135,12 +139,12 @@ class Checkpoints:
             return
         try:
             self._writer.close()
-        except Exception as error:  # a write under way failed: it was told of, or is told now
+        except Exception as error:  # a write under way failed
             raise UserError(f"cannot write to {self.directory}: {_first_line(error)}") from error
 
 
 class _TellOnce(logging.Filter):
-    """Keeps back what threads of orbax log of a failed write, page after page: `Checkpoints` raises it, in one line."""
+    """Drops the pages that threads of orbax log about a failed write: `Checkpoints` raises it, in one line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno < logging.ERROR or "orbax" not in record.pathname
@@ -150,15 +154,26 @@ logging.getLogger("absl").addFilter(_TellOnce())
 
 
 def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """As before, but for callbacks of writes that go on when their failure has been told: tensorstore prints them."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+    """The hook as it was, but silent on writes that still run after their failure was told: tensorstore prints them."""
+    if not _late(error):
         _told_before(kind, error, trace)
 
 
+def _tell_ignored(ignored: "sys.UnraisableHookArgs") -> None:
+    """As `_tell`, for what nobody can catch: tensorstore's threads hand over some of these errors so."""
+    if not _late(ignored.exc_value):
+        _ignored_before(ignored)
+
+
+def _late(error: BaseException | None) -> bool:
+    return type(error) is RuntimeError and str(error) == "Event loop is closed"
+
+
 _told_before, sys.excepthook = sys.excepthook, _tell
+_ignored_before, sys.unraisablehook = sys.unraisablehook, _tell_ignored
 
 
 def _first_line(error: BaseException) -> str:
-    if FULL in str(error):  # which tensorstore tells at length
+    if FULL in str(error):  # tensorstore wraps it in pages
         return FULL
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

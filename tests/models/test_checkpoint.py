@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.models import checkpoint
 from kmq_jax.models.checkpoint import Checkpoints
 
 
@@ -35,3 +38,15 @@ def test_saving_never_skips_in_silence(saved):
         with pytest.raises(UserError, match="has a checkpoint 2 that this run did not write"):
             writer.save(2, network={"kernel": np.zeros((2, 3), np.float32)})
         np.testing.assert_array_equal(writer.load(3, "network")["kernel"], np.full((2, 3), 3))
+
+
+@pytest.mark.parametrize("text, told", [("Event loop is closed", 0), ("another", 1)])
+def test_writes_that_go_on_after_their_failure_are_not_told_again(monkeypatch, text, told):
+    """Threads of tensorstore end so on a full disk, by either hook, after the one line that says why."""
+    heard = []
+    monkeypatch.setattr(checkpoint, "_told_before", lambda *error: heard.append(error))
+    monkeypatch.setattr(checkpoint, "_ignored_before", heard.append)
+    error = RuntimeError(text)
+    checkpoint._tell(RuntimeError, error, None)
+    checkpoint._tell_ignored(SimpleNamespace(exc_value=error))
+    assert len(heard) == 2 * told
