@@ -1,1 +1,1 @@
-"""Functions every floor uses: named trees, meshes, errors, files, command-line habits. Needs jax and numpy only."""
+"""What all packages build on: errors, files, locks, options, named trees, the mesh. Needs jax and numpy only."""

@@ -1,9 +1,10 @@
-"""Several processes that work together: joining them, and what they must agree on."""
+"""Several processes that work together: how they join, and how they exchange values."""
 
 import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Params
+
+T = TypeVar("T")
 
 HERE = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Variables of a process that is started by hand: `host:port` of process 0, how many there are, which this one is."""
@@ -54,7 +57,8 @@ def join() -> None:
     try:
         initialize()
     except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}") from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"cannot join the other processes: {reason}") from error
 
 
 def anywhere(flag: bool) -> bool:
@@ -81,12 +85,12 @@ def mean_of_all(tree: Params) -> Params:
 
 
 def sum_of_all(values: np.ndarray) -> np.ndarray:
-    """The sum over all processes of an int64 or float64 array. All must call it.
+    """The sum over all processes of an int64 or float64 array of at least one axis. All must call it.
 
     >>> sum_of_all(np.array([1 << 40])).tolist()
     [1099511627776]
     """
-    halves = np.ascontiguousarray(values).view(np.uint32)  # JAX itself counts in 32 bits
+    halves = np.ascontiguousarray(values).view(np.uint32)  # JAX would round to 32 bits: send the halves as they are
     return np.ascontiguousarray(_from_all(halves)).view(values.dtype).sum(axis=0)
 
 
@@ -101,20 +105,41 @@ def highest_of_all(values: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def all_or_none() -> Iterator[None]:
-    """Runs a block in all processes; where it fails in one, it fails in all, so that none waits for ever.
+    """Runs a block in all processes; an exception in one fails it in all, so that none waits for ever.
 
-    All must run it, and nothing within may wait for the others.
+    All must run it, and nothing within may wait for the others. What ends the process at once, such as Ctrl-C, passes,
+    and the other processes are not told.
 
     Raises:
-        UserError: this process's own, or that another one failed.
+        Exception: this process's own.
+        UserError: another process failed.
     """
-    failed: UserError | None = None
+    failed: Exception | None = None
     try:
         yield
-    except UserError as error:
+    except Exception as error:  # whatever it is: the others wait
         failed = error
     if anywhere(failed is not None):
         raise failed or UserError("stopped: another process failed, and says why")
+
+
+@contextlib.contextmanager
+def entered_by_all(manager: contextlib.AbstractContextManager[T]) -> Iterator[T]:
+    """Runs a block within a context of each process's own, such as a file that it writes; as `all_or_none`.
+
+    An exception on entering, within the block or on leaving fails it in all.
+
+    >>> with entered_by_all(contextlib.nullcontext("mine")) as value:
+    ...     print(value)
+    mine
+    """
+    with contextlib.ExitStack() as stack:
+        with all_or_none():
+            value = stack.enter_context(manager)
+        with all_or_none():
+            yield value
+        with all_or_none():
+            stack.close()  # a disk may be full only now, when the last bytes go out
 
 
 def local(tree: Params) -> Params:
@@ -127,7 +152,7 @@ def local(tree: Params) -> Params:
 
 
 def _from_all(values: np.ndarray) -> np.ndarray:
-    """Values by process, `[processes, ...]`."""
+    """The values of every process, `[processes, ...]`."""
     if jax.process_count() == 1:
         return values[None]
     from jax.experimental import multihost_utils

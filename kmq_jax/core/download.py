@@ -1,4 +1,4 @@
-"""Files from the net: whole or not at all, and the ones that were meant where their hash is published."""
+"""Downloads: a file arrives whole or not at all, and is checked by its hash where one is published."""
 
 import hashlib
 import http.client
@@ -15,7 +15,7 @@ _TIMEOUT = 60  # seconds without a byte
 
 
 def md5_of(path: Path) -> str:
-    """The MD5 of a file, in hexadecimal: what corpora publish. It tells damage, not malice.
+    """The MD5 of a file, in hexadecimal: what corpora publish. It shows damage, and is no guard against malice.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
@@ -28,17 +28,17 @@ def md5_of(path: Path) -> str:
 
 
 def check_md5(path: Path, md5: str, name: str = "") -> None:
-    """Refuses a file that is another than the published one.
+    """Refuses a file that differs from the published one.
 
     Args:
         path: of the file.
-        md5: what it must have; empty where none is published.
+        md5: what it must have, in hexadecimal; empty where none is published.
         name: what it is called in messages; its path where left out.
 
     Raises:
-        UserError: it has another.
+        UserError: its MD5 is another.
     """
-    if md5 and (found := md5_of(path)) != md5:
+    if md5 and (found := md5_of(path)) != md5.lower():
         raise UserError(f"{name or path} is damaged or another file: its MD5 is {found}, and should be {md5}")
 
 
@@ -47,7 +47,7 @@ def download(address: str, path: Path, md5: str = "") -> Path:
 
     Args:
         address: http:// or https://.
-        path: what it is called here.
+        path: where it goes.
         md5: its MD5 in hexadecimal; empty where none is published.
 
     Returns:
@@ -64,26 +64,37 @@ def download(address: str, path: Path, md5: str = "") -> Path:
     try:
         with urllib.request.urlopen(address, timeout=_TIMEOUT) as answer, atomic_write(path) as temporary:
             length = answer.headers.get("Content-Length")
-            _copy(answer, temporary, int(length) if length else None, path.name)
+            _copy(answer, temporary, int(length) if length else None, path.name, address)
             check_md5(temporary, md5, address)
     except UserError:
         raise
     except (OSError, ValueError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
-        raise UserError(f"cannot download {address}: {getattr(error, 'reason', None) or error}") from error
+        raise _failed(address, error) from error
     return path
 
 
-def _copy(answer: http.client.HTTPResponse, path: Path, length: int | None, name: str) -> None:
+def _failed(address: str, error: Exception) -> UserError:
+    return UserError(f"cannot download {address}: {getattr(error, 'reason', None) or error}")
+
+
+def _copy(answer: http.client.HTTPResponse, path: Path, length: int | None, name: str, address: str) -> None:
     """Writes what comes; a connection that ends early is an error."""
-    total = None if length is None else -(-length // _BLOCK)
+    total = None if length is None else -(-length // _BLOCK)  # in blocks, rounded up
     bar, got = Bar(total, f"downloading {name}", "MiB"), 0
     try:
         with path.open("wb") as file:
-            while block := answer.read(_BLOCK):
+            while block := _read(answer, address):
                 file.write(block)
                 got += len(block)
                 bar.show(-(-got // _BLOCK))
     finally:
         bar.close()
     if length is not None and got != length:
-        raise OSError(f"it broke off after {got:,} of {length:,} bytes")
+        raise UserError(f"cannot download {address}: it broke off after {got:,} of {length:,} bytes")
+
+
+def _read(answer: http.client.HTTPResponse, address: str) -> bytes:
+    try:
+        return answer.read(_BLOCK)
+    except OSError as error:  # the connection's, which must not pass for one of the disk
+        raise _failed(address, error) from error

@@ -35,8 +35,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `path`; it takes that name only when the block ends well.
 
     The temporary file keeps the suffix, for writers that choose a format by it. Where `path` is a link, the file that
-    it leads to is replaced. A device or a pipe is written to. What killed commands left of earlier temporary files of
-    the same name is removed.
+    it leads to is replaced. A device or a pipe is written to. Temporary files that killed commands left for the same
+    name are removed.
 
     >>> with tempfile.TemporaryDirectory() as directory:
     ...     with atomic_write(f"{directory}/a.txt") as temporary:
@@ -45,7 +45,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     ['a.txt']
 
     Raises:
-        UserError: the directory cannot be written to, or the disk is full; `path` is left as it was.
+        UserError: the directory cannot be written to, or the disk is full; `path` is left as it was. Any OSError
+            within the block is taken for such a failure; of another file, the message names that one, too.
     """
     path = Path(path)
     try:
@@ -72,7 +73,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             held = None
         temporary.replace(target)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        other = "" if str(error.filename) in ("None", str(temporary), str(path)) else f"{error.filename}: "
+        raise UserError(f"cannot write {path}: {other}{error.strerror or error}") from error
     finally:
         if held is not None:
             os.close(held)
@@ -80,14 +82,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether a path leads to what is neither a file nor a directory."""
+    """Whether a path leads to a device, a pipe or an open descriptor, which are written to and never replaced."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         return False
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    # Standard output that goes to a file is written to as it is, not replaced behind the back of who opened it.
+    # Standard output that goes to a file is written to, not replaced: who opened it would keep the old file.
     return not stat.S_ISREG(mode) or _descriptor(path) is not None
 
 
@@ -110,7 +112,7 @@ def _copy_into(source: Path, path: Path) -> None:
 
 def _temporary(folder: Path, target: Path) -> tuple[Path, int]:
     """Makes a temporary file for a target, and a lock on it that ends with this process; removes those without."""
-    # Of long names only the beginning, so that the whole is not too long for the file system.
+    # Only the beginning of a long name, so that the whole is not too long for the file system.
     prefix = f".{target.stem[:40]}{_MARK}"
     suffix = target.suffix if len(target.suffix) <= 20 else ""
     sweep(folder, prefix)
@@ -134,7 +136,7 @@ def sweep(folder: Path, prefix: str = ".") -> None:
         with contextlib.suppress(OSError):
             opened = os.open(name, os.O_RDWR)
             try:
-                lock(opened)
+                lock(opened)  # raises where its process still runs
                 os.unlink(name)
             finally:
                 os.close(opened)
@@ -164,7 +166,7 @@ def require_regular(path: str | os.PathLike[str]) -> None:
 
 
 def size_and_time(path: str | os.PathLike[str]) -> str:
-    """What tells a file from one that takes its place: bytes and time of writing; "-" of one that is missing."""
+    """Bytes and time of writing, as a text that changes when another file takes the place; "-" where there is none."""
     try:
         found = os.stat(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""Locks on open files, which end with their holder. Windows has none: there nothing is locked."""
+"""Locks on open files. A lock ends with the process that holds it. Windows has none: there nothing is locked."""
 
 import errno
 import os
@@ -15,9 +15,9 @@ def lock(handle: int, *, shared: bool = False, wait: bool = False) -> None:
     """Locks an open file for this process.
 
     Args:
-        handle: of the file.
-        shared: admits others that share it.
-        wait: for whoever holds it.
+        handle: the file's descriptor.
+        shared: others may hold it too, if they also ask for it shared.
+        wait: until whoever holds it lets go.
 
     Raises:
         BlockingIOError: another holds it, and it is not waited for.
@@ -29,4 +29,5 @@ def lock(handle: int, *, shared: bool = False, wait: bool = False) -> None:
     """
     if fcntl is None:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    # flock belongs to the open file: opening it twice in one process makes two that exclude each other.
     fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))

@@ -9,7 +9,7 @@ from kmq_jax.core.errors import UserError
 FILE = "model.kmq"
 """What a repository's model is called, unless another file is named."""
 
-# `Path` makes one slash of two.
+# Repository, revision, file. `Path` makes one slash of two, so that one is enough.
 _PLACE = re.compile(r"hf://?([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/([\w./-]+\.kmq))?")
 
 
@@ -23,7 +23,7 @@ def is_place(text: str) -> bool:
 
 
 def fetch(text: str) -> Path:
-    """Fetches a `.kmq` file, unless it was fetched before; nothing else of the repository is.
+    """Fetches one `.kmq` file of a repository, unless it was fetched before.
 
     Args:
         text: `hf://ORG/NAME`, with `@REVISION` or `/FILE.kmq` or both behind it.
@@ -47,7 +47,7 @@ def fetch(text: str) -> Path:
 
 
 def library() -> ModuleType:
-    """huggingface_hub.
+    """Imports huggingface_hub.
 
     Raises:
         UserError: it is not installed.
@@ -60,9 +60,9 @@ def library() -> ModuleType:
 
 
 def said(error: Exception) -> str:
-    """An error's text as one line.
+    """An error's text as one line, or the name of its class where it has no text.
 
-    >>> said(OSError("no such   file"))
-    'no such file'
+    >>> said(OSError("no such   file")), said(OSError())
+    ('no such file', 'OSError')
     """
     return re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__

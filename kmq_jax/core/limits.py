@@ -1,4 +1,4 @@
-"""Bounds on the time and the memory that what comes from elsewhere may take."""
+"""A bound on the time that input from elsewhere may take."""
 
 import contextlib
 import signal
@@ -14,11 +14,11 @@ from kmq_jax.core.errors import UserError
 def time_limit(seconds: float, what: str) -> Iterator[None]:
     """Stops the block after so many seconds. Works in the main thread; elsewhere there is no limit.
 
-    An alarm that the caller has set goes on. One that is due within the block rings behind it.
+    A timer (`SIGALRM`) that the caller has set keeps running. If it falls due within the block, it fires after it.
 
     Args:
-        seconds: of wall-clock time.
-        what: takes too long, for the message.
+        seconds: of wall-clock time, above 0.
+        what: what is timed, for the message.
 
     Raises:
         UserError: the time is up.
@@ -29,20 +29,28 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
     Traceback (most recent call last):
     kmq_jax.core.errors.UserError: the pattern: stopped after 0.2 s
     """
+    # Only the main thread receives signals, and Windows has no such timer.
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise UserError(f"{what}: stopped after {seconds:g} s")
+    done = False
 
-    before = signal.signal(signal.SIGALRM, stop)
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not done:
+            raise UserError(f"{what}: stopped after {seconds:g} s")
+
     began = time.monotonic()
-    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, 0)  # the caller's
+    before = signal.signal(signal.SIGALRM, stop)
     try:
-        yield
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            yield
+        finally:
+            done = True  # an alarm from here on comes too late; one that came just before has rung its only time
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        if left:  # zero would set none
+        if left:  # the caller's timer; one that is overdue gets a microsecond, since zero would turn it off
             signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - began), 1e-6), interval)

@@ -1,4 +1,4 @@
-"""Locks between processes, which end with their holder, however that ends: one writer a directory, one at a time."""
+"""Locks between processes: one writer of a directory, or one process at a time. A lock ends with its holder."""
 
 import contextlib
 import errno
@@ -19,13 +19,13 @@ NAME = ".lock"
 def sole_writer(directory: str | os.PathLike[str], flag: str = "workdir", shared: bool = False) -> Iterator[None]:
     """Makes a directory where it is missing, and lets no other process write into it while the block runs.
 
-    The system drops the lock when its holder ends, killed or not; what then is left of `.lock` hinders nobody. Readers
+    The system drops the lock when its holder ends, killed or not; a `.lock` that is left behind hinders nobody. Readers
     need no lock. On a file system without locks there is a warning instead.
 
     Args:
         directory: what is written into.
         flag: the one that named it, for messages.
-        shared: admits other processes that share it too, but none that wants it alone.
+        shared: other processes may write too, if they also share it; one that wants it alone may not.
 
     Raises:
         UserError: another process holds it (the message tells which), or it cannot be written to.
@@ -57,7 +57,10 @@ def in_turn(path: Path, waiting: str = "") -> Iterator[None]:
 
     Args:
         path: of the lock's file, in a directory that exists; it is removed afterwards.
-        waiting: a line for stderr, where it has to be waited for.
+        waiting: a line for stderr, printed if another process holds the lock.
+
+    Raises:
+        OSError: the directory is not there, or is removed while this process waits.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as place, in_turn(Path(place) / ".step.lock"):
@@ -65,13 +68,12 @@ def in_turn(path: Path, waiting: str = "") -> Iterator[None]:
     ['.step.lock']
     """
     held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    with contextlib.suppress(OSError):  # a file system without locks
-        _wait(held, waiting)
-        while not _is_at(held, path):
-            os.close(held)
-            held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            _wait(held, "")
     try:
+        while _waited(held, waiting) and not _is_at(held, path):
+            # The file that was waited for is gone: its holder removed it. The lock is now another file of that name.
+            old, held = held, os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            os.close(old)
+            waiting = ""
         yield
     finally:
         _drop(held, path)
@@ -79,7 +81,7 @@ def in_turn(path: Path, waiting: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def if_free(path: Path) -> Iterator[bool]:
-    """Tells the block whether it holds a lock: false where another process does. On a file system without locks, true.
+    """Takes a lock if it is free, and yields whether it did; on a file system without locks always true.
 
     Args:
         path: of the lock's file, in a directory that exists; it is removed afterwards.
@@ -109,13 +111,17 @@ def if_free(path: Path) -> Iterator[bool]:
         _drop(held, path)
 
 
-def _wait(held: int, waiting: str) -> None:
-    try:
-        lock(held)
-    except BlockingIOError:
-        if waiting:
-            print(waiting, file=sys.stderr)
-        lock(held, wait=True)
+def _waited(held: int, waiting: str) -> bool:
+    """Waits until this process has the lock; false on a file system without locks."""
+    with contextlib.suppress(OSError):
+        try:
+            lock(held)
+        except BlockingIOError:
+            if waiting:
+                print(waiting, file=sys.stderr)
+            lock(held, wait=True)
+        return True
+    return False
 
 
 def _is_at(held: int, path: Path) -> bool:
@@ -126,15 +132,18 @@ def _is_at(held: int, path: Path) -> bool:
 
 
 def _drop(held: int, path: Path) -> None:
-    """Ends a lock. The last to hold it removes its file, while it is still held: whoever waits looks for that."""
+    """Ends a lock. Its last holder removes the file while it still holds it; who waits checks for that by `_is_at`."""
     with contextlib.suppress(OSError):
+        # Fails where others share it: then the file stays for them.
         lock(held)
-        os.unlink(path)
+        if _is_at(held, path):  # not what another process has put there
+            os.unlink(path)
     os.close(held)
 
 
 def _hold(directory: Path, flag: str, shared: bool) -> int:
     path = directory / NAME
+    # Until what was locked is still the file at this path: the holder before may have removed it in between.
     while True:
         held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:

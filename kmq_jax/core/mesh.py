@@ -36,6 +36,9 @@ def shard_batch(batch: Params, mesh: Mesh) -> Params:
         batch: tree of arrays `[local batch, ...]`.
         mesh: from `make_mesh`.
 
+    Returns:
+        The same tree of global arrays `[batch of all processes, ...]`.
+
     Raises:
         UserError: the batch does not divide evenly over this process's devices.
     """
@@ -57,13 +60,14 @@ def tree_shardings(tree: Params, mesh: Mesh, rules: Sequence[tuple[str, int]] = 
     Args:
         tree: tree of arrays (or of their shapes).
         mesh: from `make_mesh`.
-        rules: `(pattern on the leaf's name, axis to split)`; first match wins, an unused rule raises.
+        rules: `(pattern on the leaf's name, axis to split)`; the first match wins.
 
     Returns:
         The same tree of `NamedSharding`.
 
     Raises:
-        UserError: a rule names an axis that the leaf lacks or that does not divide by the number of devices.
+        UserError: a rule names an axis that the leaf lacks or that does not divide by the number of devices, or is the
+            first match of no leaf.
     """
     axes = match_rules(rules, [name for name, _ in named_leaves(tree)])
 

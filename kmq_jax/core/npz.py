@@ -13,7 +13,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import require_regular
 
 _ALWAYS, _TIMES = 1 << 26, 32
-"""Bytes that any file may inflate to, and how many times its own size on top: text of equal width packs well."""
+"""Bytes that any file may inflate to, and how many times its own size on top: fixed-width text compresses well."""
 
 
 def read_npz(
@@ -28,7 +28,10 @@ def read_npz(
         path: the file.
         needed: arrays that it must hold.
         more: arrays that are read where it holds them; others are left alone.
-        what: it holds, for messages.
+        what: what the file holds, for messages.
+
+    Returns:
+        The arrays by name; of `more`, those that the file holds.
 
     Raises:
         UserError: it cannot be read, is no such file, lacks an array, or an array claims more than there is.
@@ -53,6 +56,7 @@ def read_npz(
             return {name: _read(archive, members[name], name) for name in wanted}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    # What zipfile, zlib and numpy raise on damaged or forged files.
     except (
         ValueError, EOFError, MemoryError, RuntimeError, SyntaxError, TypeError, KeyError, OverflowError,
         RecursionError, NotImplementedError, zipfile.BadZipFile, zlib.error,
@@ -71,7 +75,8 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> np.nd
         shape, _, dtype = read_header(file)
         if dtype.hasobject:
             raise ValueError(f"{name} holds Python objects, which are not read")
+        # zipfile reads at most `file_size` bytes of a member, so an array that fits them is safe to allocate.
         if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize > member.file_size:
             raise ValueError(f"{name} of shape {shape} claims more than the file holds")
-    with archive.open(member) as file:
+    with archive.open(member) as file:  # again from its start: read_array reads the header itself
         return np.lib.format.read_array(file, allow_pickle=False)

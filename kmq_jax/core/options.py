@@ -116,6 +116,7 @@ class Options:
             UserError: "`name` (=value) must be ...".
         """
         for field in dataclasses.fields(self):
+            # The class is frozen: this is the one way to keep the converted value.
             object.__setattr__(self, field.name, self._converted(field.name, getattr(self, field.name)))
             value = getattr(self, field.name)
             limits = limits_of(field)
@@ -158,7 +159,7 @@ class Options:
         # Unknown names first: whoever misspells a name also leaves the right one out.
         for name in values:
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
+                near = difflib.get_close_matches(str(name), names, n=1)
                 hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(names)}"
                 raise UserError(f"{prefix}there is no option `{name}`; {hint}")
         for field in dataclasses.fields(cls):
@@ -193,7 +194,7 @@ def kind_of(options: type[Options], name: str) -> Kind:
         hint, many = typing.get_args(hint)[0], True
     if typing.get_origin(hint) is typing.Literal:
         choices = typing.get_args(hint)
-        hint = type(choices[0])
+        hint = type(choices[0])  # the values of a Literal here are of one type
     return Kind(hint, many, optional, choices)
 
 
@@ -203,11 +204,11 @@ def limits_of(field: "dataclasses.Field[object]") -> Limits:
 
 
 def refuse_given(options: Options, names: Sequence[str], why: str) -> None:
-    """Refuses options that were given but would do nothing. Zero and what is empty ask for nothing.
+    """Refuses options that were given but would do nothing. Zero and empty values count as not given.
 
     Args:
-        options: as given; an option that has its default was not.
-        names: of the options.
+        options: as given; one that has its default counts as not given.
+        names: of the options to look at.
         why: follows the name in the message.
 
     Raises:
@@ -253,14 +254,14 @@ def _cast(value: Any, kind: type) -> object:
         if not isinstance(value, (tuple, list)):
             raise ValueError("a list of lists")
         return tuple(value)
+    if hasattr(value, "item") and not isinstance(value, (str, bool)) and getattr(value, "size", 1) == 1:
+        value = value.item()  # a scalar of numpy
     # True is an int to Python: it must not pass for 1.0.
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
         except OverflowError:
             raise ValueError("a finite number") from None
-    if hasattr(value, "item") and not isinstance(value, (str, bool)) and getattr(value, "size", 1) == 1:
-        value = value.item()  # a scalar of numpy
     if kind in NAMES and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
         raise ValueError(NAMES[kind])
     return value

@@ -1,4 +1,4 @@
-"""What a command writes: found to be impossible before the work, not after it."""
+"""Checks that a command's outputs can be written: before the work, not after it."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ _BUCKET = re.compile(r"((?:gs|gcs|s3|hdfs|abfss?|https?):)/+(.*)", re.DOTALL)  #
 
 _PARTS = {"model.kmq", "averaged.kmq", "config.json", "policy.json", "cascade.json", "dataset_info.json"}
 _PARTS |= {"wav.scp", "utt2spk", "segments"}
-"""What a directory that is a MODEL, a cascade or DATA is read by."""
+"""Files that are read when a directory is given as a MODEL, a cascade or DATA."""
 
 
 def check_outputs(files: Mapping[str, Path], folders: Mapping[str, Path], inputs: Mapping[str, Sequence[str]]) -> None:
@@ -50,10 +50,14 @@ def check_outputs(files: Mapping[str, Path], folders: Mapping[str, Path], inputs
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{flag} (={path}) cannot be written: {reason}") from None
+    for place, flag in seen.items():
+        for folder in Path(place).parents:
+            if (above := seen.get(str(folder))) in files:
+                raise UserError(f"{flag} (={place}) lies below {above} (={folder}), which is a file")
 
 
 def _is_read(value: str, place: str) -> bool:
-    """Whether reading a file or a directory means reading the file at `place`."""
+    """Whether reading `value`, a file or a directory, means reading the file at `place`."""
     if not value:
         return False
     read = os.path.realpath(value)
@@ -92,18 +96,20 @@ def _check_writable(flag: str, path: Path, folder: bool) -> None:
         number = errno.ENOTDIR if folder else errno.EISDIR
         raise OSError(number, os.strerror(number))
     parent = target if folder and target.exists() else target.parent
+    # Up to the nearest directory that exists: the missing ones will be made in it.
     while not parent.exists():
         _check_name(parent)
         parent = parent.parent
     _check_name(target)
     if not parent.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    # Tried, not asked: to the superuser a read-only file system looks writable. Without a name, where the system can:
-    # what is killed here leaves nothing.
+    # A file is made, not permissions asked for: to the superuser a read-only file system looks writable. Where the
+    # system can, the file has no name, so that a kill here leaves nothing.
     with tempfile.TemporaryFile(prefix=".part-", dir=parent):
         pass
 
 
 def _check_name(path: Path) -> None:
+    # Linux's NAME_MAX, and PATH_MAX without its closing null byte.
     if len(os.fsencode(path.name)) > 255 or len(os.fsencode(path)) > 4095:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))

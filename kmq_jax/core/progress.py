@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere. And what is to be said once."""
+"""Progress of long work: a bar on a terminal, plain lines elsewhere. And lines that are printed only once."""
 
 import functools
 import sys
@@ -42,8 +42,12 @@ class Bar:
             self._bar = tqdm(initial=done, total=total, desc=desc, unit=unit, dynamic_ncols=True)
 
     def show(self, done: int, figures: str = "") -> None:
-        """Shows that `done` are done, and figures beside it; the last one always, where the work took an interval."""
+        """Shows how much is done, with figures beside it.
+
+        A plain line is printed where the last one is an interval ago, and at the end of work that took an interval.
+        """
         if self._bar is not None:
+            # tqdm counts steps, not totals.
             self._bar.update(done - self._bar.n)
             self._bar.set_postfix_str(figures, refresh=False)
         elif not self._hidden:
@@ -54,11 +58,13 @@ class Bar:
                 self.say(self._line(done, now, figures))
 
     def _line(self, done: int, now: float, figures: str) -> str:
+        # Work of an earlier run that was resumed took none of this time.
         rate = (done - self._first) / max(now - self._start, 1e-9)
         parts = [f"{self._desc}: {done}"]
         if self._total:
-            left = (self._total - done) / max(rate, 1e-9)
-            parts = [f"{self._desc}: {done}/{self._total} ({100 * done / self._total:.0f} %)", f"{left:.0f} s left"]
+            parts = [f"{self._desc}: {done}/{self._total} ({100 * done / self._total:.0f} %)"]
+            if rate > 0:
+                parts.append(f"{(self._total - done) / rate:.0f} s left")
         return ", ".join([*parts, figures or f"{rate:.1f} {self._unit}/s"])
 
     def say(self, line: str) -> None:
@@ -77,7 +83,7 @@ class Bar:
 def progress(
     items: Iterable[T], total: int | None = None, desc: str = "", unit: str = "it", interval: float = 10.0
 ) -> Iterator[T]:
-    """Iterates, and shows how far it is, as `Bar` does."""
+    """Yields the items, and shows how far it is, as `Bar` does; `total` where they have no length."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
     bar = Bar(total, desc, unit, interval=interval)
@@ -91,5 +97,5 @@ def progress(
 
 @functools.lru_cache(maxsize=64)  # once a process: commands open the same data several times
 def say_once(line: str) -> None:
-    """Prints what is said of data on standard error."""
+    """Prints a line about data on standard error; the same line only once."""
     print(line, file=sys.stderr)

@@ -18,7 +18,7 @@ SOURCE = Path(__file__).resolve()
 
 
 def provenance() -> Json:
-    """Returns `revision`, `dirty`, `python` and the version of each of `LIBRARIES`; null is what cannot be known."""
+    """Returns `revision`, `dirty`, `python` and the version of each of `LIBRARIES`; None where one cannot be known."""
     revision, dirty = revision_of(SOURCE)
     if revision is None:
         revision = _installed_revision()
@@ -55,7 +55,7 @@ def command_line(words: Sequence[str]) -> str:
     'python -m kmq_jax.study --config=quickstart'
     """
     program, *rest = words or [""]
-    if rest and not rest[0].startswith("-") and not rest[0].endswith(".py"):  # an installed script
+    if rest and not rest[0].startswith("-") and not rest[0].endswith(".py"):  # a script that Python runs
         program, *rest = rest
     return shlex.join([Path(program).name, *rest])
 
@@ -90,6 +90,7 @@ def revision_of(file: Path) -> tuple[str | None, bool | None]:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
 
     try:
+        # Fails unless git tracks this very file.
         git("ls-files", "--error-unmatch", file.name)
         return git("rev-parse", "HEAD").strip(), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):

@@ -70,7 +70,7 @@ def map_named(function: Callable[..., Leaf], tree: Params, *rest: Params, is_lea
 
 
 def replace_named(tree: Params, values: Mapping[str, Leaf], is_leaf: IsLeaf = None) -> Params:
-    """The tree with the leaves that `values` names replaced.
+    """The tree with the leaves that `values` names replaced. A name that the tree lacks is ignored.
 
     >>> replace_named({"a": 1, "b": {"c": 2}}, {"b/c": 5})
     {'a': 1, 'b': {'c': 5}}

@@ -116,7 +116,12 @@ class Room(NamedTuple):
 
 
 def draw_room(key: jax.Array, config: RoomConfig) -> Room:
-    """Draws a room, places a source and a microphone in it, and sets how long it reverberates."""
+    """Draws a room, places a source and a microphone in it, and sets how long it reverberates.
+
+    >>> room = draw_room(jax.random.key(0), RoomConfig())
+    >>> bool(((0.3 <= room.source) & (room.source <= room.size - 0.3)).all())  # off the walls
+    True
+    """
     keys = jax.random.split(key, 4)
     size = jax.random.uniform(keys[0], (3,), minval=jnp.array(config.smallest), maxval=jnp.array(config.largest))
     place = functools.partial(jax.random.uniform, shape=(3,), minval=config.margin, maxval=size - config.margin)
@@ -165,16 +170,20 @@ def room_response(key: jax.Array, room: Room, config: RoomConfig) -> jax.Array:
         return (x[:, None, None] + y[None, :, None] + z[None, None, :]).ravel()
 
     squares, walls = zip(*(axis(i) for i in range(3)))
+    # A centimetre at least: the loudness is divided by it.
     distance = jnp.maximum(jnp.sqrt(lattice(*squares)), 0.01)
     crossed = lattice(*walls)
     direct = jnp.maximum(jnp.linalg.norm(room.source - room.microphone), 0.01)
+    # Within this distance no image is missing.
     horizon = jnp.min(jnp.array(config.images, jnp.float32) * room.size)
 
     # Each wall also turns the sound's sign: with all images positive they add up to a 17 dB boost below 20 Hz.
     sign = 1 - 2 * (crossed % 2)
     loudness = sign * jnp.exp(log_reflection * crossed) * direct / distance
+    # The direct sound always is.
     heard = (distance <= horizon) | (crossed == 0)
     delay = jnp.round((distance - direct) * (config.sample_rate / SPEED_OF_SOUND)).astype(jnp.int32)
+    # Images that arrive after the end are dropped.
     early = jnp.zeros(config.taps).at[delay].add(jnp.where(heard, loudness, 0.0), mode="drop")
 
     # From here on the tail: time counts from when the sound left its source, as the distance of images does.
@@ -211,6 +220,7 @@ def reverberate(wave: jax.Array, rir: jax.Array) -> jax.Array:
     True
     """
     samples = wave.shape[-1]
+    # Room for the whole convolution: otherwise its end would wrap around to the start.
     size = next_fast_len(samples + rir.shape[-1] - 1, real=True)
     spectrum = jnp.fft.rfft(wave, size) * jnp.fft.rfft(rir, size)
     wet = jnp.fft.irfft(spectrum, size)[..., :samples]
@@ -247,6 +257,7 @@ def augment_batch(
     def disturb(
         rooms: jax.Array, wave: jax.Array, interference: jax.Array, snr_db: jax.Array, reverb: jax.Array
     ) -> jax.Array:
+        # `rooms` are responses, or one random key for each.
         rirs = rooms if "rir" in batch else jax.vmap(lambda k: simulate_rir(k, config))(rooms)
         placed = jnp.where(reverb[:, None], reverberate(wave, rirs), wave)
         return add_noise(placed, interference, snr_db)

@@ -36,7 +36,8 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.frontend import mel
 from kmq_jax.frontend.normalize import mean_normalize
 
-_FLOOR = float(np.finfo(np.float32).eps)
+_FLOOR = float(np.finfo(np.float32).eps)  # Kaldi's
+_LARGEST_FFT = 4096  # points: settings may come from anyone, and set the size of matrices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +93,15 @@ class FbankConfig:
                 f"frame_shift_ms (={self.frame_shift_ms}) must be positive and at most "
                 f"frame_length_ms (={self.frame_length_ms})"
             )
+        if self.fft_size > _LARGEST_FFT:
+            most = 1000 * _LARGEST_FFT / self.sample_rate
+            raise UserError(f"frame_length_ms (={self.frame_length_ms}) must be at most {most:g} at this sample rate")
         if not 0 <= self.low_freq < self.top_freq <= self.sample_rate / 2:
             raise UserError(
                 f"low_freq (={self.low_freq}) and high_freq (={self.high_freq}) must be in order and below "
                 f"half the sample rate (={self.sample_rate})"
             )
-        if self.num_mel_bins < 1 or (_mel_filters(self).sum(0) == 0).any():
+        if not 1 <= self.num_mel_bins <= self.fft_size or (_mel_filters(self).sum(0) == 0).any():
             raise UserError(f"num_mel_bins (={self.num_mel_bins}) leaves a filter without a frequency; ask for fewer")
 
     @property
@@ -209,8 +213,9 @@ def spectrum_operators(config: FrontEnd) -> tuple[np.ndarray, np.ndarray]:
         config: the settings.
 
     Returns:
-        `transform` float32 `[length, 2 bins]`, from a frame, Kaldi's without its mean, to the real and imaginary parts
-        of its spectrum, and `filters` float32 `[2 bins, num_mel_bins]`, from their squares to the filters' energies.
+        `transform` float32 `[length, 2 bins]`, from a frame (for Kaldi's features less its mean) to the real and
+        imaginary parts of its spectrum, and `filters` float32 `[2 bins, num_mel_bins]`, from their squares to the
+        filters' energies.
 
     >>> [matrix.shape for matrix in spectrum_operators(WESPEAKER)]
     [(400, 510), (510, 80)]
@@ -221,7 +226,7 @@ def spectrum_operators(config: FrontEnd) -> tuple[np.ndarray, np.ndarray]:
     used = np.flatnonzero(kaldi.sum(1))
     angle = 2 * np.pi / config.fft_size * np.outer(np.arange(config.length) - (config.length - 1) / 2, used)
     windowed = np.concatenate([np.cos(angle), np.sin(angle)], axis=1) * _window(config)[:, None]
-    # y[n] = x[n] - p x[n-1], and y[0] = x[0] - p x[0].
+    # frame @ emphasis is y[n] = x[n] - p x[n-1], and y[0] = x[0] - p x[0].
     emphasis = np.eye(config.length) - config.preemphasis * np.eye(config.length, k=1)
     emphasis[0, 0] -= config.preemphasis
     return (emphasis @ windowed).astype(np.float32), np.concatenate([kaldi[used]] * 2).astype(np.float32)
@@ -236,7 +241,7 @@ def _frames(wave: jax.Array, config: FrontEnd, count: int) -> jax.Array:
     block = math.gcd(config.shift, config.length)
     step = config.shift // block
     blocks = wave[..., : wave.shape[-1] // block * block].reshape(*wave.shape[:-1], -1, block)
-    last = (count - 1) * step + 1
+    last = (count - 1) * step + 1  # one past the first block of the last frame
     pieces = [blocks[..., i : i + last : step, :] for i in range(config.length // block)]
     return jnp.concatenate(pieces, axis=-1)
 
@@ -258,6 +263,7 @@ def _features(wave: jax.Array, config: FbankConfig) -> jax.Array:
     spectrum = product(left + right, cosines) ** 2 + product(left - right, sines) ** 2
     features = product(spectrum, filters)
     if config.use_energy:
+        # Of the frames before pre-emphasis and window: Kaldi's raw energy.
         features = jnp.concatenate([jnp.sum(frames**2, -1, keepdims=True), features], axis=-1)
     return jnp.log(jnp.maximum(features, _FLOOR))
 
@@ -292,7 +298,7 @@ def fbank(wave: jax.Array, config: FrontEnd, samples: jax.Array | None = None) -
     rows = wave.astype(jnp.float32).reshape(-1, wave.shape[-1])
     if isinstance(config, mel.MelConfig):
         full = jnp.full(wave.shape[:-1], wave.shape[-1]) if samples is None else samples
-        # Of row by row: the ends of each lie elsewhere.
+        # Row by row, with its own length: each recording ends at another sample.
         features = _by_row(_mel_features, config, rows, full.reshape(-1))
     else:
         features = _by_row(_features, config, rows)
@@ -318,7 +324,7 @@ def _mel_features(wave: jax.Array, samples: jax.Array, config: mel.MelConfig) ->
 
 
 def features_of(wave: jax.Array, config: FrontEnd, samples: jax.Array | None = None) -> jax.Array:
-    """What a network sees of waveforms: filterbank features, less their mean over the waveform where that is usual.
+    """What a network sees of waveforms: filterbank features, less their mean over the waveform if `subtract_mean`.
 
     Args:
         wave: waveforms [batch, samples], floating point in [-1, 1).

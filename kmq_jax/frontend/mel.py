@@ -1,9 +1,9 @@
 """Mel features of toolkits that do not follow Kaldi: SpeechBrain's, IDRnD's for ReDimNet, Resemblyzer's for GE2E.
 
 Unlike Kaldi's, their frames are centred: frame `t` lies about sample `t * shift`, so that the first and the last reach
-beyond the recording, where they see zeros or its mirror image. The offset of a frame stays, the window is not quite
-symmetric (it is one period of a cosine), and the filters are straight-sided in Hz. Of their
-energies are taken decibels, no more than 80 below the recording's loudest, the logarithm, or themselves.
+beyond the recording, where they see zeros or its mirror image. A frame's mean is not taken away, the window is not
+quite symmetric (it is one period of a cosine), and the filters are straight-sided in Hz. Features are the filters'
+energies in decibels (no more than 80 below the recording's loudest), their logarithms, or the energies themselves.
 
 References: speechbrain/processing/features.py (https://github.com/speechbrain/speechbrain at 9c826ef),
 redimnet/layers/features.py (https://github.com/IDRnD/redimnet at dd9f519) with torchaudio's `MelSpectrogram`, and
@@ -20,8 +20,8 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 
-DECIBEL_FLOOR, LOUDEST = 1e-10, 80.0
-LOG_OFFSET = 1e-6
+DECIBEL_FLOOR, LOUDEST = 1e-10, 80.0  # the least energy; decibels kept below the loudest one of a recording
+LOG_OFFSET = 1e-6  # added to energies before the logarithm
 _BREAK_HZ, _BREAK_MEL = 1000.0, 15.0  # Slaney's scale is straight up to here,
 _STEP = np.log(6.4) / 27  # and logarithmic beyond
 _COSINES = {"hamming": (0.54, 0.46), "hann": (0.5, 0.5)}
@@ -117,20 +117,27 @@ def operators(config: MelConfig) -> tuple[np.ndarray, np.ndarray]:
     filters = mel_filters(config)
     used = np.flatnonzero(filters.sum(1))
     time = np.arange(config.length)
+    # A cosine of period `length`, not `length - 1` as in NumPy: the last sample is not the first one's mirror image.
     offset, height = _COSINES[config.window]
     window = offset - height * np.cos(2 * np.pi * time / config.length)
     angle = 2 * np.pi / config.fft_size * np.outer(time, used)
+    # The sine's sign does not matter: both parts are squared.
     transform = np.concatenate([np.cos(angle), np.sin(angle)], axis=1) * window[:, None]
     return transform.astype(np.float32), np.concatenate([filters[used]] * 2).astype(np.float32)
 
 
 @functools.cache
 def mel_filters(config: MelConfig) -> np.ndarray:
-    """The triangular filters, float64 `[fft_size / 2 + 1, num_mel_bins]`."""
+    """The triangular filters, float64 `[fft_size / 2 + 1, num_mel_bins]`.
+
+    >>> mel_filters(RESEMBLYZER).shape
+    (201, 40)
+    """
     slaney = config.filters == "librosa"
     to_mel, to_hertz = (_slaney, _from_slaney) if slaney else (_htk, _from_htk)
     ends = to_mel(np.array([config.low_freq, config.high_freq]))
     edges = to_hertz(np.linspace(ends[0], ends[1], config.num_mel_bins + 2))
+    # Of each frequency of the transform, as a column against the filters' row.
     hertz = np.arange(config.fft_size // 2 + 1)[:, None] * config.sample_rate / config.fft_size
     left, right = np.diff(edges)[:-1], np.diff(edges)[1:]
     if config.filters == "speechbrain":
@@ -168,11 +175,16 @@ def padded(wave: jax.Array, samples: jax.Array, config: MelConfig) -> jax.Array:
 
     Returns:
         `[longest + margin]`; frame `t` begins at `t * shift`. Behind the real samples' margin stand zeros.
+
+    >>> padded(jnp.ones(1000), jnp.array(800), SPEECHBRAIN).shape
+    (1400,)
     """
+    # `samples` is traced, so shapes stay those of the longest recording, and masks and dynamic slices do the rest.
     place = jnp.arange(len(wave))
     wave = jnp.where(place < samples, wave, 0)
     if config.raised_to is not None:
         level = jnp.sqrt(jnp.sum(wave**2) / jnp.maximum(samples, 1))
+        # Raised and never lowered; digital silence, of level 0, stays as it is.
         wave = wave * jnp.maximum(10 ** (config.raised_to / 20) / jnp.where(level > 0, level, jnp.inf), 1)
     if config.preemphasis:
         # The first sample's neighbour is the second: the recording is mirrored there.
@@ -183,13 +195,19 @@ def padded(wave: jax.Array, samples: jax.Array, config: MelConfig) -> jax.Array:
         return jnp.pad(wave, half)
     ahead = jnp.pad(wave, (half, half))
     start = wave[half:0:-1]
-    # As many samples before the last one, backwards, laid behind the real ones.
+    # The `half` samples before the last one, backwards, are laid behind the real ones; the last is not repeated.
     end = jax.lax.dynamic_slice(jnp.pad(wave, (half, 0)), (samples - 1,), (half,))[::-1]
     return jax.lax.dynamic_update_slice(ahead.at[:half].set(start), end, (samples + half,))
 
 
 def scaled(energies: jax.Array, real: jax.Array, config: MelConfig) -> jax.Array:
-    """What the network sees of the filters' energies `[frames, mel]`, of which `real` frames are."""
+    """Brings the filters' energies `[frames, mel]`, of which the first `real` frames are real, to the network's scale.
+
+    Decibels end 80 below the loudest of the real frames.
+
+    >>> scaled(jnp.array([[100.0], [0.0]]), jnp.array(2), SPEECHBRAIN).tolist()
+    [[20.0], [-60.0]]
+    """
     if config.scale == "power":
         return energies
     if config.scale == "log":

@@ -1,4 +1,4 @@
-"""Mean normalisation of features over the real frames of each utterance, and cutting a crop out of it."""
+"""Mean normalisation of features over the real frames of each utterance, and cutting crops of utterances."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def mean_normalize(features: jax.Array, lengths: jax.Array | None = None) -> jax
 
 
 def crop_frames(features: jax.Array, lengths: jax.Array, place: jax.Array, frames: int) -> jax.Array:
-    """Cuts so many frames out of each utterance; one that is shorter is repeated.
+    """Cuts a crop of `frames` frames out of each utterance; one that is shorter is repeated.
 
     Args:
         features: `[batch, time, mel]`.
@@ -55,7 +55,7 @@ def crop_frames(features: jax.Array, lengths: jax.Array, place: jax.Array, frame
     >>> crop_frames(features, jnp.array([2]), jnp.array([0.99]), 3).ravel().tolist()
     [0.0, 1.0, 0.0]
     """
-    lengths = jnp.maximum(lengths, 1)
+    lengths = jnp.maximum(lengths, 1)  # the remainder below divides by them
     start = jnp.floor(place * jnp.maximum(lengths - frames + 1, 1)).astype(jnp.int32)
     index = (start[:, None] + jnp.arange(frames)[None]) % lengths[:, None]
     return jnp.take_along_axis(features, index[:, :, None], axis=1)

@@ -12,23 +12,26 @@ ort.env.wasm.proxy = true; // in a worker: the page stays alive while the model 
 
 // ---- sound
 
-// The sample rate that a WAV or FLAC file names; null of other files, whose decoder alone knows it.
-function namedRate(bytes) {
+// The sample rate that a WAV or FLAC file names, or null of other files, whose decoder alone knows it; and whether its
+// samples are floating point, which alone can be of another scale.
+function described(bytes) {
   const view = new DataView(bytes);
   const text = (from, length) => String.fromCharCode(...new Uint8Array(bytes, from, length));
   if (bytes.byteLength > 44 && text(0, 4) === "RIFF" && text(8, 4) === "WAVE") {
     for (let at = 12; at + 16 <= bytes.byteLength; at += 8 + view.getUint32(at + 4, true) + (view.getUint32(at + 4, true) & 1)) {
-      if (text(at, 4) === "fmt ") return view.getUint32(at + 12, true);
+      if (text(at, 4) !== "fmt ") continue;
+      const plain = view.getUint16(at + 8, true), long = plain === 0xfffe && at + 34 <= bytes.byteLength;
+      return { rate: view.getUint32(at + 12, true), floats: (long ? view.getUint16(at + 32, true) : plain) === 3 };
     }
   }
-  if (bytes.byteLength > 22 && text(0, 4) === "fLaC") return view.getUint32(18) >>> 12;
-  return null;
+  if (bytes.byteLength > 22 && text(0, 4) === "fLaC") return { rate: view.getUint32(18) >>> 12, floats: false };
+  return { rate: null, floats: false };
 }
 
 // A file's samples at 16 kHz, mono, and what was done to get them. The browser decodes it, and resamples where needed.
 async function decoded(file) {
   const bytes = await file.arrayBuffer();
-  const rate = namedRate(bytes);
+  const { rate, floats } = described(bytes);
   let sound;
   try {
     sound = await new OfflineAudioContext(1, 1, RATE).decodeAudioData(bytes);
@@ -40,7 +43,7 @@ async function decoded(file) {
   else if (rate !== RATE) notes.push(`resampled from ${rate} Hz to 16 kHz`);
   const channels = Array.from({ length: sound.numberOfChannels }, (_, i) => sound.getChannelData(i));
   if (channels.length > 1) notes.push(`mean of ${channels.length} channels`);
-  return { wave: mixed(channels), notes };
+  return { wave: mixed(channels), notes, floats };
 }
 
 function mixed(channels) {
@@ -59,8 +62,9 @@ async function resampled(wave, rate) {
   return (await context.startRendering()).getChannelData(0);
 }
 
-// Samples that a model can take, or an error that says why there are none; adds to the notes what was done.
-function checked(wave, notes) {
+// Samples that a model can take, or an error that says why there are none; adds to the notes what was done. Decoders
+// and resampling overshoot where a recording was loud, however often that was: only floats must keep to full scale.
+function checked(wave, notes, floats) {
   if (wave.length < SHORTEST * RATE) throw new Error(`too short (${(wave.length / RATE).toFixed(2)} s)`);
   if (wave.length > LONGEST * RATE) {
     notes.push(`the first ${LONGEST} s of ${Math.round(wave.length / RATE)} s`);
@@ -76,7 +80,7 @@ function checked(wave, notes) {
   }
   const mean = sum / wave.length;
   if (Math.sqrt(Math.max(squares / wave.length - mean * mean, 0)) < SILENCE) throw new Error("silent: nothing was recorded");
-  if (peak > LOUDEST || outside > MOST_OUTSIDE * wave.length) {
+  if (peak > LOUDEST || floats && outside > MOST_OUTSIDE * wave.length) {
     throw new Error(`values up to ${peak.toPrecision(4)}, where full scale is 1`);
   }
   if (outside) notes.push("clipped to full scale");
@@ -120,7 +124,7 @@ function embedding(recording, level) {
     const wave = recording.wave.slice(); // it is handed over to the worker
     const { embs } = await model.run({ wave: new ort.Tensor("float32", wave, [1, wave.length]) });
     return { unit: unit(embs.data), milliseconds: performance.now() - start };
-  });
+  }).catch((error) => { recording.embeddings[level] = undefined; throw error; }); // the next one tries again
   return recording.embeddings[level];
 }
 
@@ -234,8 +238,8 @@ function draw(canvas, wave) {
   }
 }
 
-function add(side, name, wave, notes) {
-  const recording = { wave: checked(wave, notes), embeddings: [] };
+function add(side, name, wave, notes, floats = false) {
+  const recording = { wave: checked(wave, notes, floats), embeddings: [] };
   const item = document.getElementById("recording").content.cloneNode(true).firstElementChild;
   const address = URL.createObjectURL(wavFile(recording.wave));
   const part = (selector) => item.querySelector(selector);
@@ -323,8 +327,8 @@ async function addFiles(side, files) {
   tell("");
   for (const file of files) {
     try {
-      const { wave, notes } = await decoded(file);
-      add(side, file.name, wave, notes);
+      const { wave, notes, floats } = await decoded(file);
+      add(side, file.name, wave, notes, floats);
     } catch (error) {
       tell(`${file.name}: ${error.message}`);
     }

@@ -14,13 +14,13 @@ def jeffreys(logits: jax.Array, labels: jax.Array, smoothing: float = 0.1, sprea
         logits: `[batch, classes]`, at least two classes.
         labels: int `[batch]`.
         smoothing: c1, the share of the target mass on the wrong classes.
-        spread: c2, the weight of the wrong classes' negative entropy, which pulls them apart evenly.
+        spread: c2, the weight of the wrong classes' negative entropy, which spreads their probability evenly.
 
     Returns:
         `[batch]`.
 
     References:
-        As in the public code of paper A's first author (Kiwano).
+        Kiwano, the public code of the first author of the paper (`configs/PAPER.md`).
 
     >>> loss = jeffreys(jnp.array([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]]), jnp.array([0, 0]))
     >>> bool(loss[0] < 1.0 < loss[1])

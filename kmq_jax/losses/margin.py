@@ -86,6 +86,7 @@ def margin_logits(
         # The clip keeps the square root's gradient finite where an embedding meets its centre.
         sine = jnp.sqrt(jnp.clip(1.0 - true**2, 1e-7, 1.0))
         rotated = true * jnp.cos(margin) - sine * jnp.sin(margin)
+        # cos(angle) > cos(pi - m): the angle plus the margin still lies below pi.
         hard = jnp.where(true > -jnp.cos(margin), rotated, true - margin * jnp.sin(margin))
     else:
         hard = true
@@ -113,5 +114,5 @@ def init_centres(key: jax.Array, classes: int, sub_centres: int, dim: int) -> ja
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    # rsqrt of a floored square: a zero vector has gradient zero instead of NaN.
+    # rsqrt of a floored square: a zero vector stays zero, and its gradient is 1e6 times the incoming one, not NaN.
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))

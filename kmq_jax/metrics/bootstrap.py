@@ -24,15 +24,16 @@ from numpy.typing import ArrayLike
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
+from kmq_jax.core.errors import UserError
 from kmq_jax.metrics.detection import Array, check_trials, equal_error_point, normalised_dcf, number_speakers, thin
 
-_MAX_SEGMENTS = 4096
-_BLOCK = 128  # trials weighted at a time: their rows stay in the cache, and the sum of 128 bytes fits 16 bits
+_MAX_SEGMENTS = 4096  # thresholds tried at most: bounds the sums of weights `[2 * segments, replicates]`
+_BLOCK = 128  # trials weighted at a time: their rows stay in the cache, and 128 weights of a byte add up within 16 bits
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """The metrics of every usable replicate. Replicates that drew no target or no nontarget trial are left out.
+    """The metrics of every usable replicate: one that drew no target trial, or no nontarget trial, is left out.
 
     Attributes:
         eer: `[replicates]`, fractions.
@@ -64,14 +65,14 @@ def speaker_bootstrap(
         labels: `[trials]`, true for target trials.
         enrol_speaker: `[trials]`, a nonnegative integer for the speaker of each enrolment.
         test_speaker: `[trials]`, the same for the test utterance.
-        replicates: number of draws.
+        replicates: number of draws, at least one.
         seed: of the random draws.
         p_target: prior probability of a target trial, for minDCF.
         c_miss: cost of a miss.
         c_fa: cost of a false alarm.
 
     Raises:
-        UserError: as `eer`, or the speakers do not fit the trials.
+        UserError: as `eer`, the speakers do not fit the trials, or there are no draws.
 
     >>> scores = [0.9, 0.8, 0.7, 0.1, 0.2, 0.3]
     >>> enrol, test = [0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2]
@@ -79,6 +80,8 @@ def speaker_bootstrap(
     >>> float(draws.eer.max())  # separable whoever is drawn
     0.0
     """
+    if replicates < 1:
+        raise UserError(f"`replicates` (={replicates}) must be at least 1")
     scores, labels = check_trials(scores, labels)
     enrol, test, speakers = number_speakers(enrol_speaker, test_speaker, len(scores))
     order = np.argsort(scores)
@@ -86,9 +89,12 @@ def speaker_bootstrap(
     segment = _segments(scores[order], labels)
     draws = np.random.default_rng(seed).multinomial(speakers, np.full(speakers, 1 / speakers), replicates)
 
+    # Of each segment an even row for nontargets and an odd one for targets.
     sums = _weight_sums(2 * segment + labels, enrol, test, draws)
     fa, miss = (np.cumsum(sums[side::2], axis=0, dtype=np.float64) for side in (0, 1))
+    # Cumulated over ascending scores: what lies below a threshold is missed (targets) or rightly rejected.
     usable = (fa[-1] > 0) & (miss[-1] > 0)
+    # The padding is the point that accepts all.
     p_miss, p_rejected = (np.pad(x[:, usable] / x[-1, usable], ((1, 0), (0, 0))).T for x in (miss, fa))
     p_fa = 1 - p_rejected
     costs = normalised_dcf(p_miss, p_fa, p_target, c_miss, c_fa).min(axis=-1)
@@ -106,9 +112,10 @@ def percentile_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[fl
 
 
 def speakers_from_targets(enrol: ArrayLike, test: ArrayLike, labels: ArrayLike, utterances: int) -> Array:
-    """Finds who speaks where from a trial list alone: utterances joined by target trials are of one speaker.
+    """Finds the speaker of each utterance from a trial list alone: target trials join utterances of one speaker.
 
-    A speaker whose utterances no chain of target trials joins counts as several, which narrows the intervals.
+    A speaker whose utterances are not all joined by chains of target trials counts as several, which narrows the
+    intervals.
 
     Args:
         enrol: `[trials]`, utterance indices.
@@ -129,18 +136,22 @@ def speakers_from_targets(enrol: ArrayLike, test: ArrayLike, labels: ArrayLike, 
 
 
 def _segments(scores: Array, labels: Array) -> Array:
-    """Numbers the stretches of sorted trials `[trials]` between the thresholds that are tried.
+    """Numbers the segments of sorted trials `[trials]`: the stretches between the thresholds that are tried.
 
-    Between two thresholds with trials of one class only, the curve is a straight line, and both metrics lie at its
-    ends or on it, whatever the weights. So neighbours of one class share a segment, and nothing is lost. Tied trials
-    always do. Of a curve with more than `_MAX_SEGMENTS` such thresholds, that many evenly spaced ones are tried.
+    Where only trials of one class lie between two thresholds, the curve is a straight line there, and both metrics lie
+    at its ends or on it, whatever the weights. So neighbours of one class share a segment, and nothing is lost. Tied
+    trials always share one. If there are more than `_MAX_SEGMENTS` such thresholds, about that many are tried, evenly
+    spaced along the curve.
     """
+    # Tied trials are one group; its kind is 0 for nontargets only, 1 for targets only, 2 for both.
     group = np.concatenate([[0], np.cumsum(scores[1:] != scores[:-1])])
     size, targets = np.bincount(group), np.bincount(group, labels)
     kind = np.where(targets == 0, 0, np.where(targets == size, 1, 2))
+    # A tie of both classes is a segment of its own: within it no threshold can lie.
     segment = np.concatenate([[0], np.cumsum((kind[1:] != kind[:-1]) | (kind[1:] == 2))])
     miss, fa = (np.cumsum(np.bincount(segment, x)) for x in (targets, size - targets))
     ends = thin(np.append(0, miss / miss[-1]), np.append(1, 1 - fa / fa[-1]), _MAX_SEGMENTS + 1)
+    # A segment joins the later ones up to the next threshold that was kept.
     return (np.searchsorted(ends[1:], segment, side="right"))[group]
 
 
@@ -158,11 +169,11 @@ def _weight_sums(row: Array, enrol: Array, test: Array, draws: Array) -> Array:
     """
     order = np.argsort(row, kind="stable")
     row, enrol, test = row[order], enrol[order], test[order]
-    # One row of multiplicities a speaker, all replicates of a trial side by side: bytes while products fit.
+    # One row of multiplicities for each speaker, with all replicates side by side: in bytes while the products fit.
     dtype, wide = (np.uint8, np.uint16) if draws.max() ** 2 < 256 else (np.uint32, np.uint32)
     copies = np.ones((draws.shape[1] + 1, len(draws)), dtype)
     copies[:-1] = draws.T
-    second = np.where(enrol == test, len(copies) - 1, test)  # a speaker against itself counts once: times one
+    second = np.where(enrol == test, len(copies) - 1, test)  # a speaker against itself: times the row of ones
     sums = np.zeros((row[-1] + 2 - row[-1] % 2, len(draws)), np.uint32)
     starts = np.flatnonzero(np.diff(row, prepend=-1))
     for start, stop in zip(starts, np.append(starts[1:], len(row))):

@@ -16,13 +16,13 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json
 from kmq_jax.metrics.detection import Array, check_trials, number_speakers
 
-_RIDGE = 1e-7
-_BINS = 2048
+_RIDGE = 1e-7  # on the slope, for scores of unit spread and a loss that is a weighted mean
+_BINS = 2048  # of scores in cross-calibration
 _REACH = 4  # how far out scores count in a fit, in widths of the middle halves of both classes
 
 
 def cllr(llrs: ArrayLike, labels: ArrayLike) -> float:
-    """Cost of log likelihood ratios, in bits: 0 for perfect evidence, 1 for none at all; bad calibration exceeds 1.
+    """Cost of log likelihood ratios, in bits: 0 for perfect evidence, 1 for none at all; bad calibration can exceed 1.
 
     Args:
         llrs: natural-log likelihood ratios `[trials]`. One of -inf for a target trial, or +inf for a nontarget trial,
@@ -54,14 +54,16 @@ def min_cllr(scores: ArrayLike, labels: ArrayLike) -> float:
     """
     scores, labels = check_trials(scores, labels)
     order = np.argsort(scores)
+    # Tied scores are one point: no map can tell them apart.
     group = np.concatenate([[0], np.cumsum(np.diff(scores[order]) != 0)])
     size, targets = np.bincount(group), np.bincount(group, labels[order])
     fit = isotonic_regression(targets / size, weights=size)
-    blocks = fit.blocks[:-1]
+    blocks = fit.blocks[:-1]  # where each pooled block starts; the last entry is the end
     size, targets = np.add.reduceat(size, blocks), np.add.reduceat(targets, blocks)
     nontargets = size - targets
     with np.errstate(divide="ignore"):
         llrs = np.log(targets) - np.log(nontargets) + np.log(nontargets.sum() / targets.sum())
+    # Blocks without trials of a class are left out of its sum: 0 times infinity would be NaN.
     hit, rejected = targets > 0, nontargets > 0
     miss_cost = np.sum(targets[hit] * np.logaddexp(0, -llrs[hit])) / targets.sum()
     fa_cost = np.sum(nontargets[rejected] * np.logaddexp(0, llrs[rejected])) / nontargets.sum()
@@ -173,10 +175,10 @@ def fit_logistic(scores: ArrayLike, labels: ArrayLike, p_target: float = 0.5) ->
 
 
 def _within_reach(scores: Array, labels: Array) -> Array:
-    """Scores `[trials]`, of which those far out of where both classes lie are moved nearer; ordinarily there are none.
+    """Clips scores `[trials]` that lie far outside both classes; ordinarily there are none.
 
-    Normalised by a cohort that hardly varies, one score can be thousands of times the others. Units and bins that
-    reach up to it would leave nothing of these.
+    A score that was normalised by a cohort that hardly varies can be thousands of times the others. A spread or bins
+    that reach up to it would leave no detail for these.
     """
     middles = [np.quantile(scores[labels == side], (0.25, 0.75)) for side in (False, True)]
     low, high = np.min(middles), np.max(middles)
@@ -185,10 +187,11 @@ def _within_reach(scores: Array, labels: Array) -> Array:
 
 
 def _fit_logistic(scores: Array, targets: Array, nontargets: Array, p_target: float) -> AffineMap:
-    """As `fit_logistic`, for `[points]` scores that stand for so many target and nontarget trials each."""
+    """As `fit_logistic`, for scores `[points]` that each stand for so many `targets` and `nontargets`, `[points]`."""
     if not 0 < p_target < 1:
         raise UserError(f"p_target (={p_target}) must lie between 0 and 1")
     both = targets + nontargets
+    # The fit runs on scores of mean 0 and spread 1, so that the ridge means the same on any scale.
     centre = np.average(scores, weights=both)
     spread = np.sqrt(np.average((scores - centre) ** 2, weights=both)) or 1.0
     x = (scores - centre) / spread
@@ -196,6 +199,7 @@ def _fit_logistic(scores: Array, targets: Array, nontargets: Array, p_target: fl
     both = targets + nontargets * ((1 - p_target) / nontargets.sum())
 
     def loss(ab: Array) -> tuple[float, Array]:
+        # Weighted cross entropy: -sum(targets log p + nontargets log(1 - p)) with p = expit(z).
         z = ab[0] * x + ab[1]
         error = both * expit(z) - targets
         value = both @ np.logaddexp(0, z) - targets @ z + _RIDGE * ab[0] ** 2 / 2
@@ -208,6 +212,7 @@ def _fit_logistic(scores: Array, targets: Array, nontargets: Array, p_target: fl
         return np.array([[slope, cross], [cross, h.sum()]])
 
     best = minimize(loss, np.zeros(2), jac=True, hess=curvature, method="trust-exact", options={"gtol": 1e-9})
+    # Back to the scale of the scores, and from posterior log odds to log likelihood ratios.
     scale = float(best.x[0] / spread)
     return AffineMap(scale, float(best.x[1] - scale * centre - np.log(p_target / (1 - p_target))))
 
@@ -222,6 +227,9 @@ def fit_isotonic(scores: ArrayLike, values: ArrayLike, weights: ArrayLike | None
         values: `[trials]`, finite.
         weights: `[trials]`, positive; all one where left out.
 
+    Raises:
+        UserError: shapes differ, there is no trial, a score or value is not finite, or a weight is not positive.
+
     >>> fit_isotonic([0.0, 1.0, 2.0], [0.0, 3.0, 1.0])([0.0, 2.0]).tolist()
     [0.0, 2.0]
     """
@@ -232,6 +240,8 @@ def fit_isotonic(scores: ArrayLike, values: ArrayLike, weights: ArrayLike | None
         raise UserError(f"scores of shape {scores.shape} do not fit values of shape {values.shape}")
     if not (np.isfinite(scores).all() and np.isfinite(values).all()):
         raise UserError("scores and values of an isotonic map must be finite")
+    if weights is not None and not (np.shape(weights) == scores.shape and (np.asarray(weights) > 0).all()):
+        raise UserError(f"weights of an isotonic map must be {len(scores)} positive numbers")
     model = IsotonicRegression(out_of_bounds="clip").fit(scores, values, weights)
     return IsotonicMap(np.asarray(model.X_thresholds_), np.asarray(model.y_thresholds_))
 
@@ -249,7 +259,7 @@ def cross_calibrate(
 
     Speakers are dealt into folds. A trial whose speakers lie in folds i and j is mapped by the logistic fit on the
     trials that have no speaker in either. For these fits the scores are counted in 2,048 bins, each at the mean of its
-    scores, which moves a ratio by some 1e-4; far out ones as in `fit_logistic`.
+    scores, which moves a ratio by some 1e-4; scores far out are treated as in `fit_logistic`.
 
     Args:
         scores: `[trials]`.
@@ -261,7 +271,7 @@ def cross_calibrate(
         seed: of the deal.
 
     Returns:
-        `[trials]`.
+        Natural-log likelihood ratios `[trials]`.
 
     Raises:
         UserError: some fit is left without target or nontarget trials: there are too few speakers.
@@ -276,6 +286,7 @@ def cross_calibrate(
     enrol, test, speakers = number_speakers(enrol_speaker, test_speaker, len(scores))
     folds = min(folds, speakers)
     fold_of = np.random.default_rng(seed).permutation(speakers) % folds
+    # Numbers the folds of a trial's two speakers: row and column of `maps` in one.
     pair = fold_of[enrol] * folds + fold_of[test]
 
     near = _within_reach(scores, labels)
@@ -284,6 +295,7 @@ def cross_calibrate(
     size = np.bincount(bins, minlength=_BINS)
     used = size > 0
     centres = np.bincount(bins, near, _BINS)[used] / size[used]
+    # How many trials fall into each fold of enrolment, fold of test, label and bin.
     counts = np.bincount((pair * 2 + labels) * _BINS + bins, minlength=folds**2 * 2 * _BINS)
     counts = counts.reshape(folds, folds, 2, _BINS)[..., used].astype(np.float64)
 
@@ -291,7 +303,7 @@ def cross_calibrate(
     for i, j in itertools.combinations_with_replacement(range(folds), 2):
         others = np.delete(np.arange(folds), [i, j])
         if not counts[[i, j], [j, i]].any():
-            continue
+            continue  # no trial needs this map
         nontargets, targets = counts[np.ix_(others, others)].sum(axis=(0, 1))
         if not (targets.any() and nontargets.any()):
             raise UserError(f"{speakers} speakers are too few for calibration on other speakers")

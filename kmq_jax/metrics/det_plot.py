@@ -21,13 +21,21 @@ def det_figure(systems: Mapping[str, tuple[ArrayLike, ArrayLike]], title: str = 
     Args:
         systems: scores `[trials]` and labels `[trials]` of each system, by its name.
         title: above the axes.
+
+    Returns:
+        The figure, not yet drawn.
+
+    Raises:
+        UserError: as `detection.eer`.
     """
     figure = Figure(figsize=(5.2, 5.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     lowest, highest = 0.5, 0.02
     for name, (scores, labels) in systems.items():
         p_fa, p_miss, _ = det_curve(scores, labels)
+        # Rates of 0 and 1 lie at infinity on these axes.
         inside = (p_fa > 0) & (p_fa < 1) & (p_miss > 0) & (p_miss < 1)
+        # The EER comes from all points: on the thinned curve it could lie a little elsewhere.
         _, every_miss, every_fa = operating_points(scores, labels)
         rate = float(equal_error_point(every_miss, every_fa)[0])
         (line,) = axes.plot(
@@ -54,11 +62,11 @@ def det_figure(systems: Mapping[str, tuple[ArrayLike, ArrayLike]], title: str = 
     axes.set_yticks(ndtri(ticks), names)
     axes.grid(color="0.9", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    # Where the curves are not: they bend around the lower left, of bad systems around the upper right.
+    # Where the curves are not: ordinary ones bend around the lower left, those of bad systems around the upper right.
     axes.legend(loc="lower left" if highest > 0.25 else "upper right", frameon=False)
     return figure
 
 
 def save_det(path: str | os.PathLike[str], systems: Mapping[str, tuple[ArrayLike, ArrayLike]], title: str = "") -> None:
-    """Draws DET curves (`det_figure`) into a file whose suffix tells the format."""
+    """Draws DET curves (`det_figure`) into a file; its suffix chooses the format."""
     det_figure(systems, title).savefig(path)

@@ -31,13 +31,7 @@ def check_trials(scores: ArrayLike, labels: ArrayLike, finite: bool = True) -> t
     >>> check_trials([0.5, 2], [1, 0])
     (array([0.5, 2. ]), array([ True, False]))
     """
-    scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
-    if scores.ndim != 1 or scores.shape != labels.shape:
-        raise UserError(f"scores of shape {scores.shape} do not fit labels of shape {labels.shape}")
-    if labels.dtype != bool:
-        if not np.isin(labels, (0, 1)).all():
-            raise UserError(f"labels must be 0 or 1, got {labels[~np.isin(labels, (0, 1))][0]}")
-        labels = labels.astype(bool)
+    scores, labels = as_trials(scores, labels)
     bad = ~np.isfinite(scores) if finite else np.isnan(scores)
     if bad.any():
         first = int(np.argmax(bad))
@@ -45,6 +39,25 @@ def check_trials(scores: ArrayLike, labels: ArrayLike, finite: bool = True) -> t
     targets = int(labels.sum())
     if targets == 0 or targets == len(labels):
         raise UserError(f"no {'nontarget' if targets else 'target'} trials among {len(labels)} trials")
+    return scores, labels
+
+
+def as_trials(scores: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
+    """Scores as float64 and labels as bool, whatever the scores and however many trials of either class.
+
+    Raises:
+        UserError: lengths differ, or a label is neither 0 nor 1.
+
+    >>> as_trials([0.5], [1])
+    (array([0.5]), array([ True]))
+    """
+    scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
+    if scores.ndim != 1 or scores.shape != labels.shape:
+        raise UserError(f"scores of shape {scores.shape} do not fit labels of shape {labels.shape}")
+    if labels.dtype != bool:
+        if not np.isin(labels, (0, 1)).all():
+            raise UserError(f"labels must be 0 or 1, got {labels[~np.isin(labels, (0, 1))][0]}")
+        labels = labels.astype(bool)
     return scores, labels
 
 
@@ -69,6 +82,9 @@ def number_speakers(enrol: ArrayLike, test: ArrayLike, trials: int) -> tuple[Arr
     for side in sides:
         if side.shape != (trials,) or not np.issubdtype(side.dtype, np.integer) or side.min() < 0:
             raise UserError(f"speakers must be {trials} nonnegative integers, got {side.dtype} of shape {side.shape}")
+    if max(side.max() for side in sides) > 100 * trials:  # so far apart that a table of all would not fit
+        ranks = np.unique(np.concatenate([side.astype(np.uint64) for side in sides]), return_inverse=True)[1]
+        sides = [ranks[:trials], ranks[trials:]]
     occurs = np.zeros(max(side.max() for side in sides) + 1, bool)
     for side in sides:
         occurs[side] = True
@@ -94,6 +110,7 @@ def operating_points(scores: ArrayLike, labels: ArrayLike) -> tuple[Array, Array
     order = np.argsort(scores)
     scores, labels = scores[order], labels[order]
     starts = np.concatenate([[0], np.flatnonzero(np.diff(scores)) + 1])
+    # How many trials each threshold rejects: those that come before its score, in the end all.
     rejected = np.append(starts, len(scores))
     misses = np.concatenate([[0], np.cumsum(labels)])[rejected]
     targets, nontargets = misses[-1], len(scores) - misses[-1]
@@ -123,8 +140,10 @@ def equal_error_point(p_miss: Array, p_fa: Array) -> tuple[Array, Array]:
     miss0, miss1 = (np.take_along_axis(p_miss, above - i, -1)[..., 0] for i in (1, 0))
     fa0, fa1 = (np.take_along_axis(p_fa, above - i, -1)[..., 0] for i in (1, 0))
     gap0, gap1 = fa0 - miss0, miss1 - fa1  # gap0 > 0 and gap1 >= 0
+    # The gap between the rates is linear along the segment; the EER lies where it is zero.
     rate = miss0 + (miss1 - miss0) * gap0 / (gap0 + gap1)
     above = above[..., 0]
+    # The nearer of the segment's two ends, but never the point that rejects all.
     lower = (gap0 < gap1) | (above == p_miss.shape[-1] - 1)
     return rate, np.where(lower, above - 1, above)
 
@@ -156,7 +175,7 @@ def eer(scores: ArrayLike, labels: ArrayLike) -> tuple[float, float]:
 def normalised_dcf(
     p_miss: ArrayLike, p_fa: ArrayLike, p_target: float = 0.01, c_miss: float = 1.0, c_fa: float = 1.0
 ) -> Array:
-    """Detection cost, divided by that of the better of accepting all and rejecting all.
+    """The detection cost, divided by the cost of accepting all or of rejecting all, whichever is less.
 
     Args:
         p_miss: miss rates, any shape.
@@ -164,6 +183,12 @@ def normalised_dcf(
         p_target: prior probability of a target trial.
         c_miss: cost of a miss.
         c_fa: cost of a false alarm.
+
+    Returns:
+        The cost, in the shape of the rates: 0 without errors, 1 for the better of those two.
+
+    Raises:
+        UserError: a prior or a cost is out of range.
 
     References:
         NIST Speaker Recognition Evaluation plans, 1998 onwards.
@@ -214,7 +239,7 @@ def act_dcf(
 
 
 def bayes_threshold(p_target: float = 0.01, c_miss: float = 1.0, c_fa: float = 1.0) -> float:
-    """The log likelihood ratio above which accepting costs less than rejecting.
+    """The natural-log likelihood ratio at which accepting and rejecting cost the same; above it, accepting costs less.
 
     >>> bayes_threshold(p_target=0.5)
     0.0
@@ -263,6 +288,7 @@ def thin(p_miss: Array, p_fa: Array, max_points: int) -> Array:
         return np.arange(len(p_miss))
     # A rate of 0 or 1 lies at infinity: stop half a step of the rate short of it.
     sides = [np.clip(p, step / 2, 1 - step / 2) for p in (p_miss, p_fa) for step in [_smallest_step(p)]]
+    # Length along the curve, as the sum of both axes' moves; then one point for each cell of equal length.
     length = np.concatenate([[0], np.cumsum(np.sum(np.abs(np.diff(ndtri(sides), axis=1)), axis=0))])
     cell = np.floor(length / length[-1] * (max_points - 2))
     return np.flatnonzero(np.concatenate([[True], cell[1:] != cell[:-1]]) | (np.arange(len(cell)) == len(cell) - 1))

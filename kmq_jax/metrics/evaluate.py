@@ -21,9 +21,9 @@ def evaluate(
 ) -> Json:
     """Evaluates the scores of a trial list.
 
-    Raw scores are not likelihood ratios, so actDCF and Cllr are of calibrated ones: by `calibration` where given, else
-    by logistic maps that were each fitted on other speakers than they are applied to (`cross_calibrate`). Intervals
-    are the central 95 % of `speaker_bootstrap`.
+    Raw scores are not likelihood ratios, so actDCF and Cllr are measured on calibrated scores: calibrated by
+    `calibration` where given, else by logistic maps, each fitted on other speakers than it is applied to
+    (`cross_calibrate`). Intervals are the central 95 % of `speaker_bootstrap`.
 
     Args:
         scores: `[trials]`.
@@ -37,8 +37,11 @@ def evaluate(
 
     Returns:
         `eer` (percent), `eer_ci95`, `threshold` (at the EER), `min_dcf`, `min_dcf_ci95`, `act_dcf`, `cllr`, `min_cllr`,
-        `p_target`, `trials`, `targets`, `speakers`, and how it was done: `calibration`, `intervals`. What there are too
-        few speakers for is None.
+        `p_target`, `trials`, `targets`, `speakers`, and how it was done: `calibration`, `intervals`. A figure for
+        which there are too few speakers is None.
+
+    Raises:
+        UserError: as `detection.eer` and `normalised_dcf`, or the speakers do not fit the trials.
 
     >>> scores = [0.9, 0.8, 0.7, 0.1, 0.2, 0.3]
     >>> enrol, test = [0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2]
@@ -78,6 +81,7 @@ def evaluate(
     result["intervals"] = "none"
     if replicates:
         draws = speaker_bootstrap(scores, labels, enrol, test, replicates, seed, p_target)
+        # Draws without targets or nontargets are missing: with many of them, the rest would no longer stand for all.
         if len(draws.eer) < 0.9 * replicates:
             result["intervals"] = f"none: {speakers} speakers are too few to resample"
         else:

@@ -6,24 +6,24 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.metrics.detection import Array, equal_error_point, normalised_dcf
+from kmq_jax.metrics.detection import Array, as_trials, equal_error_point, normalised_dcf
 
 
 @dataclass(frozen=True)
 class Rates:
     """Error rates known from a histogram.
 
-    The rates are exact at the edges of bins. Between two edges a score may lie anywhere, so the figure of the sorted
-    scores is known to lie within `..._bounds`, and no nearer.
+    The rates are exact at the edges of bins. Between two edges a score may lie anywhere, so all that is known of the
+    figure of the sorted scores is that it lies within `..._bounds`.
 
     Attributes:
         trials: all of them.
         targets: those of the same speaker.
         eer: equal error rate, a fraction, of the curve through the edges.
-        eer_bounds: what the EER of the sorted scores lies within.
+        eer_bounds: the EER of the sorted scores lies between these.
         threshold: edge nearest to the equal error rate.
         min_dcf: the least normalised detection cost at an edge.
-        min_dcf_bounds: what that of the sorted scores lies within.
+        min_dcf_bounds: that of the sorted scores lies between these.
     """
 
     trials: int
@@ -45,17 +45,24 @@ class ScoreHistogram:
     """
 
     def __init__(self, low: float, high: float, bins: int = 1 << 20):
-        """Makes an empty one; scores outside `low` to `high` count in the first and the last bin."""
+        """Makes an empty one; scores outside `low` to `high` count in the first or the last bin.
+
+        Raises:
+            UserError: `low` is not below `high`.
+        """
+        if not 0 < high - low < np.inf:
+            raise UserError(f"a histogram of scores from {low:g} to {high:g} has no bins")
         self.low, self.high, self.bins = low, high, bins
+        # A row for nontargets, one for targets: 16 MB at the default number of bins.
         self.counts = np.zeros((2, bins), np.int64)
 
     def add(self, scores: ArrayLike, labels: ArrayLike) -> None:
         """Counts scores `[trials]` with labels `[trials]`, true for targets.
 
         Raises:
-            UserError: a score is not finite.
+            UserError: lengths differ, a label is neither 0 nor 1, or a score is not finite.
         """
-        scores, labels = np.asarray(scores, np.float64), np.asarray(labels, bool)
+        scores, labels = as_trials(scores, labels)
         if not np.isfinite(scores).all():
             raise UserError(f"score {int(np.argmin(np.isfinite(scores)))} is not finite")
         place = (scores - self.low) * (self.bins / (self.high - self.low))
@@ -72,6 +79,7 @@ class ScoreHistogram:
         Raises:
             UserError: there is no target trial, or no nontarget trial.
         """
+        # How many scores of either class lie below each edge, `[2, bins + 1]`.
         below = np.pad(np.cumsum(self.counts, axis=1), ((0, 0), (1, 0)))
         nontargets, targets = (int(n) for n in below[:, -1])
         if not targets or not nontargets:
@@ -82,6 +90,7 @@ class ScoreHistogram:
         p_miss, p_fa = p_miss[kept], p_fa[kept]
         edges = self.low + kept * ((self.high - self.low) / self.bins)
         rate, point = equal_error_point(p_miss, p_fa)
+        # The two rates cross between the last edge at which false alarms prevail and the one after it.
         after = max(int(np.sum(p_miss < p_fa)), 1)
         bounds = _between(p_miss, p_fa, after)
         costs = normalised_dcf(p_miss, p_fa, p_target)
@@ -99,7 +108,8 @@ class ScoreHistogram:
 
 
 def _between(p_miss: Array, p_fa: Array, after: int) -> tuple[float, float]:
-    """What the equal error rate lies within, between the edges `after - 1` and `after` that it lies between."""
+    """The bounds of an equal error rate that lies between the edges `after - 1` and `after`."""
+    # In that bin misses can only rise and false alarms only fall, each between its values at the two edges.
     low = max(p_miss[after - 1], p_fa[after])
     high = min(p_miss[after], p_fa[after - 1])
     return float(min(low, high)), float(max(low, high))

@@ -1,4 +1,4 @@
-"""Operating points: the threshold for a wanted error rate or cost, and how sure it is."""
+"""Operating points: the threshold for a wanted error rate or cost, and its uncertainty."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.metrics.bootstrap import percentile_interval
-from kmq_jax.metrics.detection import Array, check_trials, eer, number_speakers, operating_points
+from kmq_jax.metrics.detection import Array, as_trials, check_trials, eer, number_speakers, operating_points
 
 FORMS = "eer, far=RATE, frr=RATE or dcf=P_TARGET"
 
@@ -19,11 +19,20 @@ class OperatingPoint:
     Attributes:
         kind: "eer", "far" (false-accept rate at most `value`), "frr" (false-reject rate at most `value`) or "dcf"
             (least detection cost at the target prior `value`, both costs 1).
-        value: a fraction; unused by "eer".
+        value: a fraction below 1; unused by "eer".
     """
 
     kind: str
     value: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Checks both.
+
+        Raises:
+            UserError: the kind is unknown, or the value out of range.
+        """
+        if self.kind != "eer" and not (self.kind in ("far", "frr", "dcf") and 0 <= self.value < 1):
+            raise UserError(f"operating point {str(self)!r} must be {FORMS}, with a number between 0 and 1")
 
     def __str__(self) -> str:
         return self.kind if self.kind == "eer" else f"{self.kind}={self.value:g}"
@@ -53,8 +62,8 @@ def parse_point(text: str) -> OperatingPoint:
 def threshold_at(scores: ArrayLike, labels: ArrayLike, point: OperatingPoint) -> float:
     """The threshold of an operating point: accept when `score >= threshold`.
 
-    For "far" it is the lowest score that occurs with a false-accept rate of at most the wanted one, for "frr" the
-    highest with such a false-reject rate. "far" needs nontarget trials only, "frr" target trials only.
+    For "far" it is the lowest score that occurs whose false-accept rate is at most the wanted one, for "frr" the
+    highest whose false-reject rate is. "far" needs nontarget trials only, "frr" target trials only.
 
     Args:
         scores: `[trials]`, finite.
@@ -72,18 +81,20 @@ def threshold_at(scores: ArrayLike, labels: ArrayLike, point: OperatingPoint) ->
         return eer(scores, labels)[1]
     if point.kind == "dcf":
         thresholds, p_miss, p_fa = operating_points(scores, labels)
+        # Without the last point: no score that occurs rejects all.
         best = int(np.argmin(point.value * p_miss[:-1] + (1 - point.value) * p_fa[:-1]))
         return float(thresholds[best])
-    values, target = np.asarray(scores, np.float64), np.asarray(labels, bool)
-    if values.ndim != 1 or values.shape != target.shape or not np.isfinite(values).all():
-        raise UserError(f"scores {values.shape} must be finite and as many as labels {target.shape}")
+    values, target = as_trials(scores, labels)
+    if not np.isfinite(values).all():
+        raise UserError(f"score {int(np.argmin(np.isfinite(values)))} is not finite")
     own = np.sort(values[target == (point.kind == "frr")])
     if not len(own):
         raise UserError(f"no {'target' if point.kind == 'frr' else 'nontarget'} trials to find {point} by")
-    allowed = int(np.floor(point.value * len(own) * (1 + 1e-12)))
+    # Rounding must not lose a trial: 0.29 * 100 is 28.999999999999996.
+    allowed = min(int(np.floor(point.value * len(own) * (1 + 1e-12))), len(own) - 1)
     if point.kind == "frr":
-        return float(own[allowed])  # the `allowed` targets below it are rejected, more only if tied: none
-    # At most `allowed` nontargets may score at or above it: the lowest score above the others.
+        return float(own[allowed])  # at most `allowed` targets lie below it; those tied with it are accepted
+    # At most `allowed` nontargets may be accepted: the threshold is the lowest score above all other nontargets.
     limit = own[len(own) - allowed - 1]
     above = values[values > limit]
     if not len(above):
@@ -111,7 +122,7 @@ def threshold_interval(
     replicates: int = 200,
     seed: int = 0,
 ) -> tuple[float, float] | None:
-    """Central 95 % of the threshold over draws of speakers with replacement (weights as in `metrics.bootstrap`).
+    """The central 95 % of the threshold over draws of speakers (trials weighted as in `metrics.bootstrap`).
 
     Args:
         scores: `[trials]`.
@@ -150,12 +161,14 @@ def threshold_interval(
 
 
 def _pick(p_miss: Array, p_fa: Array, point: OperatingPoint) -> int:
-    """The operating point's place on a curve whose thresholds ascend."""
+    """The index of the operating point on a curve `[thresholds]`; thresholds ascend."""
     if point.kind == "eer":
         return int(np.argmin(np.abs(p_miss - p_fa)))
     if point.kind == "dcf":
         return int(np.argmin(point.value * p_miss + (1 - point.value) * p_fa))
     if point.kind == "frr":
+        # The last one whose miss rate is low enough: the first rejects nobody, so there is one.
         return int(np.searchsorted(p_miss, point.value * (1 + 1e-12), side="right")) - 1
     within = p_fa <= point.value * (1 + 1e-12)
+    # In some draws no threshold is strict enough: then the strictest counts.
     return int(np.argmax(within)) if within.any() else len(p_fa) - 1

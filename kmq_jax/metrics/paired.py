@@ -1,4 +1,4 @@
-"""Differences of systems on the same trials, drawn together: what a draw of speakers does to both is no difference."""
+"""Differences between systems on the same trials, over the same draws of speakers: what a draw does to both cancels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json
 from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
 from kmq_jax.metrics.detection import Array, eer, min_dcf
@@ -15,7 +16,7 @@ _USABLE = 0.9  # share of the draws that must hold both kinds of trials, or else
 
 @dataclass(frozen=True, eq=False)
 class Errors:
-    """What a system errs, on all trials and in every draw of speakers.
+    """The error rates of a system, on all trials and in every draw of speakers.
 
     Attributes:
         eer: percent.
@@ -42,7 +43,7 @@ class Errors:
         seed: int = 0,
         p_target: float = 0.01,
     ) -> "Errors":
-        """Measures a system; arguments and errors as of `bootstrap.speaker_bootstrap`, no replicates: no draws."""
+        """Measures a system. Arguments and errors are as of `bootstrap.speaker_bootstrap`; 0 replicates: no draws."""
         eers = costs = np.empty(0)
         if replicates:
             draws = speaker_bootstrap(scores, labels, enrol_speaker, test_speaker, replicates, seed, p_target)
@@ -61,18 +62,25 @@ class Errors:
         )
 
     def minus(self, other: "Errors") -> Json:
-        """The change against another system on the same trials, drawn with the same seed.
+        """The change against another system on the same trials, drawn as often and with the same seed.
 
         Returns:
             `eer_change` (points of a percent) and `min_dcf_change`, each with `_ci95`: the central 95 % over draws that
             both share; None where the speakers are too few to draw.
+
+        Raises:
+            UserError: the other system was drawn another number of times.
 
         >>> scores, labels, speakers = [0.9, 0.8, 0.1, 0.2], [1, 1, 0, 0], ([0, 1, 0, 1], [0, 1, 1, 0])
         >>> errors = Errors.of(scores, labels, *speakers, replicates=0)
         >>> errors.minus(errors)["eer_change"], errors.minus(errors)["eer_change_ci95"]
         (0.0, None)
         """
+        # Whether a draw is usable depends on trials and seed alone, so both systems have the same draws, in one order.
         known = self.replicates > 0 and len(self.eer_draws) >= _USABLE * self.replicates
+        if known and len(self.eer_draws) != len(other.eer_draws):
+            draws = f"{len(self.eer_draws)} and {len(other.eer_draws)}"
+            raise UserError(f"a paired interval needs as many draws of both systems, got {draws}")
         pairs = {"eer": (self.eer_draws, other.eer_draws), "min_dcf": (self.min_dcf_draws, other.min_dcf_draws)}
         found: Json = {"eer_change": self.eer - other.eer, "min_dcf_change": self.min_dcf - other.min_dcf}
         for name, (ours, theirs) in pairs.items():
@@ -86,4 +94,4 @@ def told_apart(interval: Sequence[float] | None) -> bool:
     >>> told_apart([-0.1, 0.2]), told_apart([0.1, 0.2]), told_apart(None)
     (False, True, False)
     """
-    return interval is not None and not interval[0] <= 0 <= interval[1]
+    return interval is not None and (interval[0] > 0 or interval[1] < 0)

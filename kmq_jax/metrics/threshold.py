@@ -1,10 +1,11 @@
-"""Which threshold keeps a wanted false-accept rate, and how sure that is where the speakers are few.
+"""Which threshold keeps a wanted false-accept rate, and how uncertain that is where the speakers are few.
 
 Bootstrap percentiles are far too narrow here: a few speakers show no errors at most thresholds, and draws of them show
 none either. So draws of speakers (`metrics.bootstrap`) only tell how much a rate varies, and thereby how many
 independent trials it is worth. The interval is Clopper and Pearson's for so many trials, with Student's factor for the
 speakers (Korn and Graubard). A pair of speakers counts as one such trial at most, however many recordings it has: that
-errs on the wide side. `tests/metrics/test_threshold.py` simulates how often the intervals hold the truth.
+makes intervals too wide rather than too narrow. `tests/metrics/test_threshold.py` simulates how often they hold the
+truth.
 
 References:
     Korn and Graubard, "Confidence intervals for proportions with small expected number of positive counts estimated
@@ -28,14 +29,14 @@ _HALF = 4  # times as many speakers halve an interval that shrinks as 1 / sqrt(s
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """An error rate and how sure it is.
+    """An error rate and its uncertainty.
 
     Attributes:
         value: a fraction.
         low: lower end of its 95 % interval.
         high: upper end.
-        trials: trials that it was counted on.
-        units: independent trials that are worth as much: at most the pairs of speakers, or the speakers.
+        trials: how many it was counted on.
+        units: how many independent trials would tell as much: at most the pairs of speakers, or the speakers.
     """
 
     value: float
@@ -51,7 +52,7 @@ class Threshold:
 
     Attributes:
         value: accept when `score >= value`.
-        low: lower end of its 95 % interval: scores at which the false-accept rate would be the ends of its own.
+        low: lower end of its 95 % interval. At its ends, the false-accept rate seen is an end of that rate's interval.
         high: upper end; None where the speakers are too few to give one.
         wanted: the false-accept rate asked for, a fraction.
         false_accept: of trials between two speakers; `units` are pairs of speakers.
@@ -71,18 +72,19 @@ class Threshold:
 
     @property
     def smallest(self) -> float:
-        """The smallest false-accept rate that so many pairs of speakers can tell from none."""
+        """The smallest false-accept rate that so many pairs of speakers can tell from zero."""
         return 1 / self.false_accept.units
 
     @property
     def rule_of_three(self) -> float:
-        """What the false-accept rate could still be, at 95 %, had no pair of speakers been confused."""
+        """The upper 95 % limit of the false-accept rate, had no pair of speakers been confused."""
         return min(1.0, _RULE_OF_THREE / self.false_accept.units)
 
     @property
     def speakers_needed(self) -> int:
-        """An estimate of the speakers from which on the wanted rate can be told from none."""
-        wanted = self.pairs / self.false_accept.units / self.wanted  # n (n - 1) / 2 pairs of n speakers
+        """An estimate of how many speakers it takes to tell the wanted rate from zero."""
+        wanted = self.pairs / self.false_accept.units / self.wanted  # how many pairs like these
+        # Solved for n: n (n - 1) / 2 pairs of n speakers. Rounding must not add a speaker.
         return math.ceil((1 + math.sqrt(1 + 8 * wanted)) / 2 - 1e-9)
 
     @property
@@ -100,7 +102,7 @@ def choose_threshold(
     replicates: int = 1000,
     seed: int = 0,
 ) -> Threshold:
-    """The lowest threshold whose false-accept rate is at most the wanted one, its error rates, and their intervals.
+    """Finds the lowest threshold that keeps a wanted false-accept rate, its error rates, and their intervals.
 
     Args:
         scores: `[trials]`, finite, of any scale; higher is more alike.
@@ -130,6 +132,7 @@ def choose_threshold(
         raise UserError("labels must be true where both sides are of one speaker, and only there")
     value = threshold_at(scores, labels, OperatingPoint("far", false_accept))
     draws = np.random.default_rng(seed).multinomial(speakers, np.full(speakers, 1 / speakers), replicates)
+    # One number for a pair of speakers, whichever of them enrols.
     pair = np.minimum(enrol, test) * speakers + np.maximum(enrol, test)
     accepts, rejects = (
         _rate((scores >= value) != labels, labels == side, pair, draws.astype(np.float64)) for side in (False, True)
@@ -158,6 +161,7 @@ def _rate(wrong: Array, used: Array, pair: Array, draws: Array) -> Rate:
     varies = float(np.var(drawn[0][usable] / drawn[1][usable])) if usable.any() else 0.0
     value = float(errors.sum() / sizes.sum())
     spread = value * (1 - value)
+    # Of n independent trials a rate p varies by p (1 - p) / n: solved for n. Without errors nothing varies.
     units = min(float(len(groups)), spread / varies) if spread and varies else float(len(groups))
     low, high = clopper_pearson(value, max(units, 1.0), len(np.union1d(one, two)))
     return Rate(value, low, high, int(sizes.sum()), max(units, 1.0))
@@ -167,6 +171,7 @@ def _drawn(draws: Array, one: Array, two: Array, values: Array) -> Array:
     """Sums values `[groups]` of pairs of speakers in every draw, `[replicates]`."""
     if (one == two).all():
         return draws[:, one] @ values
+    # The sum over pairs of draws[one] * value * draws[two], as a product of matrices.
     table = np.zeros((draws.shape[1],) * 2)
     table[one, two] = values
     found: Array = ((draws @ table) * draws).sum(axis=1)
@@ -174,13 +179,16 @@ def _drawn(draws: Array, one: Array, two: Array, values: Array) -> Array:
 
 
 def clopper_pearson(rate: float, units: float, speakers: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The exact interval of a rate counted on so many independent trials, widened for the few speakers behind them.
+    """The Clopper-Pearson interval of a rate counted on so many independent trials, wider where the speakers are few.
 
     Args:
         rate: the share that was seen.
         units: independent trials; need not be whole.
-        speakers: whose number sets how sure `units` itself is.
+        speakers: how many there are; `units` itself was estimated from them.
         confidence: how often the interval should hold the truth.
+
+    Returns:
+        `(low, high)`, fractions.
 
     >>> [round(end, 4) for end in clopper_pearson(0.1, 10, speakers=10**9)]  # one of ten: the textbook's
     [0.0025, 0.445]
@@ -188,6 +196,7 @@ def clopper_pearson(rate: float, units: float, speakers: int, confidence: float 
     from scipy import stats  # slow to import, and needed here alone
 
     tail = (1 - confidence) / 2
+    # The normal quantile over Student's: below one where the degrees of freedom are few.
     factor = (stats.norm.ppf(tail) / stats.t.ppf(tail, max(speakers - 1, 1))) ** 2
     size = max(units * factor, 1.0)
     hits = rate * size
@@ -197,10 +206,10 @@ def clopper_pearson(rate: float, units: float, speakers: int, confidence: float 
 
 
 def _thresholds_between(scores: Array, labels: Array, value: float, accepts: Rate) -> tuple[float, float | None]:
-    """The thresholds at which the false-accept rate seen is the upper and the lower end of its interval (Woodruff)."""
+    """The thresholds at which the false-accept rate is the upper and the lower end of its interval (Woodruff)."""
     most = 1 - 1 / accepts.trials  # all accepted is no threshold
     low = threshold_at(scores, labels, OperatingPoint("far", min(accepts.high, most))) if most else value
-    # Where not one false accept may be left, the threshold could lie anywhere above.
+    # Where the lower end allows not one false accept, the threshold could lie anywhere above.
     if accepts.low * accepts.trials < 1:
         return min(low, value), None
     try:

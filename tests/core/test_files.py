@@ -122,3 +122,9 @@ def test_names_too_long_for_a_temporary_file_beside_them(tmp_path):
     assert os.listdir(tmp_path) == [name]
     with pytest.raises(UserError, match="File name too long"):
         write_json(tmp_path / ("x" * 300), 1)
+
+
+def test_another_file_that_fails_within_is_named(tmp_path):
+    reason = rf"cannot write .*out: {tmp_path}/absent: No such file"
+    with pytest.raises(UserError, match=reason), atomic_write(tmp_path / "out"):
+        (tmp_path / "absent").read_text()

@@ -3,6 +3,7 @@ import time
 
 import pytest
 
+from kmq_jax.core import limits
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.limits import time_limit
 
@@ -40,3 +41,27 @@ def test_where_none_was_set_none_is_left(rung):
     with pytest.raises(UserError, match="the block: stopped after 0.01 s"), time_limit(0.01, "the block"):
         time.sleep(5)
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0) and not rung
+
+
+def test_an_alarm_at_the_very_end_comes_too_late(rung, monkeypatch):
+    class Late:
+        """The signals of the system, and an alarm just before the timer is turned off after the block."""
+
+        ended = False
+
+        def __getattr__(self, name):
+            return getattr(signal, name)
+
+        def setitimer(self, which, seconds, interval=0.0):
+            if self.ended:
+                self.ended = False
+                signal.raise_signal(signal.SIGALRM)
+            return signal.setitimer(which, seconds, interval)
+
+    late, own = Late(), signal.getsignal(signal.SIGALRM)
+    monkeypatch.setattr(limits, "signal", late)
+    signal.setitimer(signal.ITIMER_REAL, 100.0)
+    with time_limit(50.0, "the block"):
+        late.ended = True
+    assert signal.getsignal(signal.SIGALRM) is own
+    assert 50 < signal.getitimer(signal.ITIMER_REAL)[0] <= 100

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -6,8 +7,9 @@ import time
 
 import pytest
 
+from kmq_jax.core import locks
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.locks import NAME, sole_writer
+from kmq_jax.core.locks import NAME, in_turn, sole_writer
 
 HOLD = """
 import sys, time
@@ -57,3 +59,36 @@ def test_those_who_share_keep_out_who_wants_it_alone(tmp_path):
     assert os.listdir(tmp_path) == []
     with sole_writer(tmp_path), pytest.raises(UserError, match="is being written"), sole_writer(tmp_path, shared=True):
         pass
+
+
+def test_a_directory_that_goes_while_its_lock_is_waited_for(tmp_path, monkeypatch):
+    place, lock = tmp_path / "a", locks.lock
+    place.mkdir()
+
+    def wait(held, **how):
+        shutil.rmtree(place, ignore_errors=True)
+        lock(held, **how)
+
+    monkeypatch.setattr(locks, "lock", wait)
+    before = os.listdir("/dev/fd")
+    with pytest.raises(FileNotFoundError), in_turn(place / ".lock"):
+        pytest.fail("ran without the lock")
+    assert os.listdir("/dev/fd") == before
+
+
+def test_the_lock_of_the_next_one_is_left_to_it(tmp_path):
+    path = tmp_path / ".lock"
+    with in_turn(path):
+        path.unlink()
+        path.write_text("another's")
+    assert path.read_text() == "another's"
+
+
+def test_without_locks_the_block_runs_all_the_same(tmp_path, monkeypatch):
+    def none(held, **how):
+        raise OSError
+
+    monkeypatch.setattr(locks, "lock", none)
+    with in_turn(tmp_path / ".lock"):
+        ran = True
+    assert ran

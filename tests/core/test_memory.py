@@ -45,6 +45,19 @@ def test_steps_take_no_fresh_pages():
     assert page_faults(True) * 10 < page_faults(False)
 
 
+def test_host_and_device_are_counted_in_one_unit(monkeypatch):
+    class Device:
+        def memory_stats(self):
+            return {"peak_bytes_in_use": 3 << 20}
+
+    class Usage:
+        ru_maxrss = 3 << (20 if sys.platform == "darwin" else 10)
+
+    monkeypatch.setattr("jax.local_devices", lambda: [Device()])
+    monkeypatch.setattr("resource.getrusage", lambda who: Usage)
+    assert memory.peak_device_mb() == memory.peak_memory_mb() == 3.0
+
+
 def test_nothing_is_changed_where_an_accelerator_is_at_hand(monkeypatch):
     def no_library(name):
         raise AssertionError("malloc's settings were changed")

@@ -67,3 +67,16 @@ def test_a_mapping_becomes_options():
         with pytest.raises(UserError) as error:
             Example.of(values, "study.x")
         assert str(error.value) == message
+
+
+@pytest.mark.parametrize("value", [np.int64(1), np.int8(1), np.float32(1), np.array(1)])
+def test_numbers_of_numpy_are_numbers(value):
+    made = Example(bits=2, edges=(value,))
+    assert made.edges == (1.0,) and type(made.edges[0]) is float
+    with pytest.raises(UserError, match="must be a number"):
+        Example(bits=2, share=np.bool_(True))
+
+
+def test_a_name_that_is_no_text():
+    with pytest.raises(UserError, match="there is no option `1`; there are bits"):
+        Example.of({1: 2})

@@ -57,3 +57,15 @@ def test_buckets_are_no_paths(tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
     with pytest.raises(UserError, match=r"DATA \(=gs://bucket/data\) is no path"):
         open_source("gs://bucket/data")
+
+
+def test_nothing_is_written_below_a_file(tmp_path):
+    x, y = tmp_path / "x", tmp_path / "x" / "new" / "y"
+    for files, folders in (
+        ({"--out": x, "--json": y}, {}),
+        ({"--json": y, "--out": x}, {}),
+        ({"--out": x}, {"--json": y}),
+    ):
+        with pytest.raises(UserError, match=r"--json \(=.*y\) lies below --out \(=.*x\), which is a file"):
+            check_outputs(files, folders, {})
+    check_outputs({"--out": y}, {"--dir": x}, {})

@@ -17,3 +17,8 @@ def test_short_work_and_hidden_work_say_nothing(capsys):
         bar.show(2)
         bar.close()
     assert not capsys.readouterr().err
+
+
+def test_before_anything_is_done_nobody_knows_how_long_it_takes(capsys):
+    Bar(4, "training", "step", interval=0.0).show(0)
+    assert capsys.readouterr().err == "training: 0/4 (0 %), 0.0 step/s\n"

@@ -24,7 +24,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.data import synthetic
 from kmq_jax.demo import page as pages
 from kmq_jax.demo.runtime import FILES, runtime_files
-from kmq_jax.demo.serve import serve, server
+from kmq_jax.demo.serve import own_hosts, serve, server
 from kmq_jax.interop.export import export_model
 from kmq_jax.metrics.calibration import AffineMap, IsotonicMap
 from kmq_jax.models import registry
@@ -62,6 +62,9 @@ def place(tmp_path_factory):
     soundfile.write(place / "silent.wav", np.zeros(RATE), RATE)
     soundfile.write(place / "short.wav", voice[:800], RATE)
     soundfile.write(place / "loud.wav", 30000 * voice, RATE, subtype="FLOAT")
+    clipped = np.clip(2 * np.sin(2 * np.pi * 900 * time_axis * time_axis), -1, 1)
+    soundfile.write(place / "clipped.ogg", clipped, RATE)  # a third of what it decodes to lies beyond full scale
+    soundfile.write(place / "beyond.wav", 1.2 * clipped, RATE, subtype="FLOAT")
     return place
 
 
@@ -107,9 +110,17 @@ def test_the_page_decides_as_python_does(place, runtime, tmp_path):
         tab.do("[...document.querySelectorAll('#test .remove')].at(-1).click()")
         assert "mean of 2 channels" in tab.text() and "resampled" not in tab.text()
 
-        for name, why in (("silent", "silent"), ("short", "too short (0.05 s)"), ("loud", "where full scale is 1")):
+        other = decide(place / "2.kmq", enrolled, place / "clipped.ogg", threshold).score
+        tab.give("#test input", place / "clipped.ogg")
+        assert score_of(tab, 3) == pytest.approx(other, abs=0.02)
+        assert "2.0 s; decoded by the browser to 16 kHz; clipped to full scale" in tab.text()
+        tab.do("[...document.querySelectorAll('#test .remove')].at(-1).click()")
+
+        whole = "where full scale is 1"
+        for name, why in (("silent", "silent"), ("short", "too short (0.05 s)"), ("loud", whole), ("beyond", whole)):
             tab.give("#test input", place / f"{name}.wav")
-            tab.wait(f"document.getElementById('error').textContent.includes({json.dumps(why)})")
+            told = json.dumps(f"{name}.wav: "), json.dumps(why)
+            tab.wait(" && ".join(f"document.getElementById('error').textContent.includes({part})" for part in told))
 
         recorded = microphone(tab, tmp_path)
         sound, rate = soundfile.read(io.BytesIO(recorded.read_bytes()))
@@ -173,10 +184,15 @@ def test_the_page_climbs_a_cascade_as_python_does_and_tells_of_a_denied_micropho
     assert {one.bits for one in expected} == {2, 32}
     pages.write_demo(tmp_path / "site", pages.demo_of_cascade(tmp_path / "cascade"), runtime)
     running, address = served(tmp_path / "site")
+    first = tmp_path / "site" / "model-2.onnx"
+    kept = first.rename(tmp_path / "kept")
     with browser(tmp_path / "home", "--deny-permission-prompts") as tab, running:
         tab.open(address)
+        tab.give("#test input", place / "b.wav")
         tab.give("#enrol input", place / "a.wav")
-        tab.give("#test input", *(place / f"{name}.wav" for name in "bcd"))
+        tab.wait("document.getElementById('error').textContent.includes('the model cannot be opened')")
+        kept.rename(first)  # a recording that found no model is embedded once there is one
+        tab.give("#test input", *(place / f"{name}.wav" for name in "cd"))
         for row, one in enumerate(expected):
             assert score_of(tab, row) == pytest.approx(one.score, abs=1e-3)
             assert f"at {one.bits} bits" in tab.do(f"document.querySelectorAll('#test .verdict')[{row}].innerText")
@@ -254,6 +270,11 @@ def test_serving_ends_when_it_is_told_to_and_leaves_nothing(tmp_path):
     serve(write, 0, tell)
     assert seen["page"] == b"a page" and not seen["place"].exists()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_usual_port_goes_without_saying():
+    assert own_hosts(80) == {"127.0.0.1", "localhost", "127.0.0.1:80", "localhost:80"}
+    assert own_hosts(8000) == {"127.0.0.1:8000", "localhost:8000"}
 
 
 def test_the_server_answers_its_own_origin_alone(tmp_path):

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import http.server
 import io
+import os
 import tarfile
 import threading
 
@@ -64,6 +65,12 @@ def test_files_are_downloaded_once_and_kept(registry, monkeypatch, tmp_path):
     assert registry["asked"] == [f"/onnxruntime-web/-/onnxruntime-web-{runtime.VERSION}.tgz"]
     kept = tmp_path / "cache" / "kmq_jax" / f"onnxruntime-web-{runtime.VERSION}"
     assert sorted(file.name for file in kept.iterdir()) == sorted(runtime.FILES)
+
+
+def test_a_registry_may_end_in_a_slash(registry, monkeypatch):
+    monkeypatch.setenv("npm_config_registry", f"{os.getenv(runtime._REGISTRY_SET)}/")
+    runtime.download(hash_of(registry["data"]))
+    assert registry["asked"] == [f"/onnxruntime-web/-/onnxruntime-web-{runtime.VERSION}.tgz"]
 
 
 def test_another_package_is_refused_and_nothing_is_kept(registry, tmp_path):

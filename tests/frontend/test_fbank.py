@@ -183,6 +183,9 @@ def test_accelerators_get_the_whole_batch_and_no_fft():
         ({"frame_shift_ms": 0}, "frame_shift_ms"),
         ({"num_mel_bins": 0}, "num_mel_bins"),
         ({"num_mel_bins": 200}, "num_mel_bins"),
+        # What these would take, no machine has.
+        ({"num_mel_bins": 10**13}, "num_mel_bins"),
+        ({"frame_length_ms": 1e13}, r"frame_length_ms \(=10000000000000.0\) must be at most 256"),
     ],
 )
 def test_wrong_settings_are_named(settings, name):

@@ -31,3 +31,8 @@ def test_weights_add_the_parts():
 def test_a_silent_teacher_gives_a_finite_loss():
     zero = jnp.zeros((1, 2))
     assert np.isfinite(distill.distillation(zero, [zero], zero, [zero]))
+
+
+def test_embeddings_alone():
+    student, teacher = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]])
+    assert float(distill.distillation(student, [], teacher, [])) == pytest.approx(1.0 + 0.5 * 2.0)

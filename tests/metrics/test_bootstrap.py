@@ -104,6 +104,8 @@ def test_replicates_without_a_class_are_left_out():
 def test_mistakes_are_named(enrol, message):
     with pytest.raises(UserError, match=message):
         bootstrap.speaker_bootstrap([1.0, 0.0], [1, 0], enrol, [0, 1])
+    with pytest.raises(UserError, match=r"`replicates` \(=0\) must be at least 1"):
+        bootstrap.speaker_bootstrap([1.0, 0.0], [1, 0], [0, 1], [0, 2], replicates=0)
     with pytest.raises(UserError, match="no target"):
         bootstrap.speaker_bootstrap([1.0, 0.0], [0, 0], [0, 1], [1, 0])
 

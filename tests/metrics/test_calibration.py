@@ -183,3 +183,9 @@ def test_cross_calibration_says_when_speakers_are_too_few():
         calibration.cross_calibrate(scores, labels, enrol, test)
     with pytest.raises(UserError, match="nonnegative integers"):
         calibration.cross_calibrate(scores, labels, enrol - 1, test)
+
+
+@pytest.mark.parametrize("weights", [[0, -1], [1, 0], [1, np.nan], [1.0]])
+def test_weights_that_are_not_positive_are_refused(weights):
+    with pytest.raises(UserError, match="must be 2 positive numbers"):
+        calibration.fit_isotonic([0.0, 1.0], [0.0, 1.0], weights)

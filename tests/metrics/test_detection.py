@@ -186,3 +186,15 @@ def test_det_curve_keeps_the_shape_with_few_points():
     assert distance.max() < 17 / 500
     short = detection.det_curve(scores[:50], labels[:50], 500)
     assert len(short[0]) == 51
+
+
+def test_speakers_are_numbered_however_far_apart_they_are():
+    enrol, test, speakers = detection.number_speakers([10**15, 1], np.array([2**63, 7], np.uint64), 2)
+    assert (enrol.tolist(), test.tolist(), speakers) == ([2, 0], [3, 1], 4)
+    rng = np.random.default_rng(0)
+    near = rng.integers(0, 50, (2, 200))
+    for far in (near, near * 10**12):
+        found = detection.number_speakers(*far, 200)
+        expected = np.unique(near, return_inverse=True)[1].reshape(2, 200)
+        np.testing.assert_array_equal(found[:2], expected)
+        assert found[2] == len(np.unique(near))

@@ -52,6 +52,12 @@ def test_mistakes():
     counts = ScoreHistogram(-1, 1, 4)
     with pytest.raises(UserError, match="score 1 is not finite"):
         counts.add([0.0, np.nan], [0, 1])
+    with pytest.raises(UserError, match="labels must be 0 or 1, got 2"):
+        counts.add([0.0, 0.5], [0, 2])
+    with pytest.raises(UserError, match="do not fit"):
+        counts.add([0.0, 0.5], [0])
+    with pytest.raises(UserError, match="from 1 to 1 has no bins"):
+        ScoreHistogram(1, 1)
     counts.add([0.0], [0])
     with pytest.raises(UserError, match="need target and nontarget trials, got 0 and 1"):
         counts.rates()

@@ -73,3 +73,20 @@ def test_interval_holds_the_threshold_and_shrinks_with_speakers(point):
         assert low <= threshold_at(scores, labels, wanted) <= high
         spans.append(high - low)
     assert spans[1] < spans[0]
+
+
+@pytest.mark.parametrize(("kind", "value"), [("bogus", 0.1), ("far", 1.0), ("frr", -0.1), ("dcf", float("nan"))])
+def test_points_that_are_none_are_refused(kind, value):
+    with pytest.raises(UserError, match=f"operating point '{kind}=.*' must be eer, far=RATE"):
+        OperatingPoint(kind, value)
+
+
+def test_a_rate_next_to_one_still_has_a_threshold():
+    scores, labels = [0.1, 0.3, 0.2, 0.4], [0, 0, 1, 1]
+    assert threshold_at(scores, labels, parse_point("frr=0.9999999999999")) == 0.4
+    assert threshold_at(scores, labels, parse_point("far=0.9999999999999")) == 0.2
+
+
+def test_labels_of_other_kinds_are_refused():
+    with pytest.raises(UserError, match="labels must be 0 or 1, got 2"):
+        threshold_at([0.1, 0.2], [0, 2], OperatingPoint("far", 0.1))
