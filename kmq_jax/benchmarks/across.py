@@ -1,8 +1,8 @@
 """Cascades of different networks, such as CAM++ before ResNet34, beside single models: seconds, bytes, errors, flips.
 
-What counts is time: bits say nothing of how much two networks compute. So each model is timed on the same recordings,
-in turns, and gates are chosen by those seconds. Scores of two networks have no scale in common: every level has a map
-to the last model's scores, from other speakers than those that it decides.
+Costs are seconds, since bits do not say how much two networks compute. Each model is timed on the same recordings, in
+turns, and gates are chosen by those seconds. Scores of two networks share no scale. So every level has a map to the
+last model's scores, fitted on other speakers than those it decides.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ class System:
 
     Attributes:
         levels: bits and MODEL of each level, ascending.
-        alpha: harmful flips a trial that its gates may make; None of one model.
+        alpha: the most harmful flips a trial that its gates may cause; None for one model.
     """
 
     levels: tuple[tuple[int, str], ...]
@@ -77,8 +77,8 @@ class Task:
         data: the DATA.
         joined: the trials and their sides; its scores are the last model's.
         scores: `[trials]` float32, by MODEL.
-        seconds: a recording takes, by MODEL.
-        recordings: how many there are.
+        seconds: what a recording takes, by MODEL.
+        recordings: how many the set has.
     """
 
     data: str
@@ -104,15 +104,26 @@ class Task:
 
 
 def compare(options: AcrossBench) -> Figures:
-    """Measures all systems on all lists. Policies come from the first list, and never decide their own speakers."""
-    first = parse_levels(options.first, "first", "MODEL")
+    """Measures all systems on all lists. Policies come from the first list, and never decide their own speakers.
+
+    Returns:
+        `sets`, one a list: `data`, the numbers of `trials`, `targets` and `speakers` that are judged and of all
+        `recordings`, and `rows`, one a system, as `judge` gives them; and the settings.
+
+    Raises:
+        UserError: the models' names or bits do not go together, or a file cannot be read.
+    """
+    # One at a time: two first models may have the same bits.
+    first = sorted({level for given in options.first for level in parse_levels([given], "first", "MODEL")})
     ((top, last),) = parse_levels([options.last], "last", "MODEL")
     if late := [bits for bits, _ in first if bits >= top]:
         raise UserError(f"`first` (={late[0]}) must have fewer bits than the last model's {top}")
+    # A MODEL may be given twice: it is read and timed once.
     places = dict.fromkeys([last, *(place for _, place in first), *options.beside])
     models = {place: Model.read(place) for place in places}
     if len({model.name for model in models.values()}) < len(models):
         raise UserError("`first`, `last` and `beside` must name files of different names")
+    # A model alone has no order of levels: the bits of `beside` are a placeholder.
     alone = [(top, last), *first, *((top, place) for place in options.beside)]
     systems = [System((level,)) for level in dict.fromkeys(alone)]
     systems += [System((level, (top, last)), alpha) for level in first for alpha in options.alpha]
@@ -121,9 +132,7 @@ def compare(options: AcrossBench) -> Figures:
         "sets": [
             {
                 "data": task.data,
-                "trials": len(task.joined.trials),
-                "targets": int(task.joined.trials.label.sum()),
-                "speakers": len(np.union1d(task.joined.sides.enrol_speaker, task.joined.sides.test_speaker)),
+                **counts([new for _, new in parts_of(systems[0], tasks[0], task, last)]),
                 "recordings": task.recordings,
                 "rows": [judge(system, models, tasks[0], task, options) for system in systems],
             }
@@ -140,9 +149,10 @@ def task_of(models: Mapping[str, Model], last: str, data: str, listed: str, opti
     """Embeds a set by every model, scores its list, and times the models on some of its recordings."""
     utterances = source.open_source(data)
     files = {place: embedded(model, data, utterances, options) for place, model in models.items()}
+    # One file at a time, as a single level of placeholder bits: orders of files may differ, trials' order does not.
     joined = score_levels([(1, str(files[last]))], None, listed)
     scores = {place: score_levels([(1, str(file))], None, listed).scores[0] for place, file in files.items()}
-    rows = np.unique(np.linspace(0, len(utterances) - 1, options.recordings).astype(int))
+    rows = np.unique(np.linspace(0, len(utterances) - 1, options.recordings).astype(int))  # evenly over the set
     some = utterances.select(rows)
 
     def run_model(model: Model) -> None:
@@ -154,19 +164,23 @@ def task_of(models: Mapping[str, Model], last: str, data: str, listed: str, opti
 
 
 def embedded(model: Model, data: str, utterances: source.Utterances, options: AcrossBench) -> Path:
-    """The embeddings of a set by a model: a file of the directory that holds them, or a new one."""
+    """The file of a model's embeddings of a set: one that `options.kept` already holds, or a new one there."""
     options.kept.mkdir(parents=True, exist_ok=True)
     for path in sorted(options.kept.glob("*.npz")):
         if _is_of(read_embeddings(str(path)), model, utterances, options):
             return path
-    path = options.kept / f"{model.name}-{'-'.join(Path(data).parts[-2:])}.npz"
+    place = Path(data)
+    path = options.kept / f"{model.name}-{'-'.join(place.relative_to(place.anchor).parts[-2:])}.npz"
     made = embed_all(model.loaded, utterances, engine=options.engine)
     write_embeddings(path, utterances.ids, utterances.paths, utterances.speakers, made, model.mark)
     return path
 
 
 def _is_of(table: EmbeddingTable, model: Model, utterances: source.Utterances, options: AcrossBench) -> bool:
-    """Whether embeddings are those of a set by a model. Two sets may name their recordings alike: some are embedded."""
+    """Whether a table holds a model's embeddings of a set.
+
+    Two sets may use the same ids, so a few recordings are embedded again and compared.
+    """
     if table.model != model.mark or not set(utterances.ids) <= set(table.ids):
         return False
     some = np.unique(np.linspace(0, len(utterances) - 1, _LOOKED_AT).astype(int))
@@ -176,7 +190,7 @@ def _is_of(table: EmbeddingTable, model: Model, utterances: source.Utterances, o
 
 
 def policy_of(system: System, data: Calibration, seconds: Sequence[float], cost: str) -> CascadePolicy:
-    """The cheapest gates by time, on the trials of `data`; of one model its map alone."""
+    """The policy with the cheapest gates by time on the trials of `data`; of one model, its map alone."""
     policy = dataclasses.replace(fit(data), seconds=tuple(seconds))
     if system.alpha is None:
         return policy
@@ -195,6 +209,7 @@ class Decided:
         wanted: `[trials]` bool, what the reference decides there.
         trials: `[levels]`, the share of the trials that each level scores.
         recordings: `[levels]`, the share of the recordings that each level embeds.
+        used: how many recordings take part.
     """
 
     data: Calibration
@@ -203,20 +218,40 @@ class Decided:
     wanted: np.ndarray
     trials: np.ndarray
     recordings: np.ndarray
+    used: int
 
 
 def decide(policy: CascadePolicy, data: Calibration) -> Decided:
     """Runs a policy over trials."""
     assert data.enrol is not None and data.test is not None
     outcome = run(policy, data.scores, data.enrol, data.test)
+    # The highest level at which some trial needs each recording; -1 where it takes part in none.
     highest = np.full(max(data.enrol.max(), data.test.max()) + 1, -1)
     for side in (data.enrol, data.test):
         np.maximum.at(highest, side, outcome.level)
     levels, highest = np.arange(len(policy.bits)), highest[highest >= 0]
-    # A map makes ties, which a model alone has not: its errors are those of its own scores.
+    # A map makes ties. A model alone needs none: its errors are those of its own scores.
     score = outcome.score if len(levels) > 1 else data.scores[0]
-    shares = (np.mean(reached[:, None] >= levels, axis=0) for reached in (outcome.level, highest))
-    return Decided(data, score, outcome.accept, data.reference >= policy.threshold, *shares)
+    # What reached level k has passed all levels up to k.
+    trials, recordings = (np.mean(reached[:, None] >= levels, axis=0) for reached in (outcome.level, highest))
+    wanted = data.reference >= policy.threshold
+    return Decided(data, score, outcome.accept, wanted, trials, recordings, len(highest))
+
+
+def parts_of(system: System, base: Task, task: Task, reference: str) -> list[tuple[Calibration, Calibration]]:
+    """Trials that make a policy, each with those that it decides: of the first list each half of its speakers."""
+    whole = base.calibration(system, reference)
+    if task is not base:
+        return [(whole, task.calibration(system, reference))]
+    one, two = split_speakers(whole, 0.5, 0)  # trials across the halves are in neither
+    return [(one, two), (two, one)]
+
+
+def counts(judged: Sequence[Calibration]) -> Figures:
+    """Numbers of `trials`, `targets` and `speakers`."""
+    sides = [side for part in judged for side in (part.enrol_speaker, part.test_speaker)]
+    targets = sum(int(part.labels.sum()) for part in judged)
+    return {"trials": sum(map(len, judged)), "targets": targets, "speakers": len(np.unique(np.concatenate(sides)))}
 
 
 def judge(system: System, models: Mapping[str, Model], base: Task, task: Task, options: AcrossBench) -> Figures:
@@ -224,16 +259,13 @@ def judge(system: System, models: Mapping[str, Model], base: Task, task: Task, o
 
     Returns:
         `eer` (percent), `min_dcf` and their paired changes; `harmful_flip_rate`, `beneficial_flip_rate`; `escalated`,
-        the share of trials that go on; `trial_ratio` and `recording_ratio`, the time that the tested recording of a
-        trial takes, and each recording where it is embedded once at every level that some trial needs, in parts of the
-        last model's; `bytes` of all its models.
+        the share of trials that go on; two times relative to the last model's: `trial_ratio`, of the tested recording
+        of a trial, and `recording_ratio`, of a recording that is embedded once at every level that some trial needs;
+        `bytes` of all its models.
     """
     last = options.last.partition(":")[2]
-    whole, seconds = base.calibration(system, last), [base.seconds[place] for _, place in system.levels]
-    parts = [(whole, task.calibration(system, last))]
-    if task is base:
-        one, two = split_speakers(whole, 0.5, 0)
-        parts = [(one, two), (two, one)]
+    seconds = [base.seconds[place] for _, place in system.levels]
+    parts = parts_of(system, base, task, last)
     decided = [decide(policy_of(system, known, seconds, options.cost), new) for known, new in parts]
     labels, enrol, test, reference = (
         np.concatenate([getattr(part.data, key) for part in decided])
@@ -245,7 +277,9 @@ def judge(system: System, models: Mapping[str, Model], base: Task, task: Task, o
     errors, theirs = (
         Errors.of(scores, labels, enrol, test, replicates=options.replicates) for scores in (score, reference)
     )
-    trials, recordings = (np.mean([getattr(p, key) for p in decided], axis=0) for key in ("trials", "recordings"))
+    trials = np.average([part.trials for part in decided], axis=0, weights=[len(part.data) for part in decided])
+    used = [part.used for part in decided]
+    recordings = np.average([part.recordings for part in decided], axis=0, weights=used)
     ratios = np.array([task.seconds[place] for _, place in system.levels]) / task.seconds[last]
     return {
         "system": " > ".join(models[place].name for _, place in system.levels),

@@ -22,12 +22,12 @@ class _List:
         self._options = options
         self.table = source.open_source(data)
         self.pairs = trials.open_trials(listed, self.table)
-        speakers = np.unique(np.array(self.table.speakers), return_inverse=True)[1]
+        speakers = np.unique(np.array(self.table.speakers), return_inverse=True)[1]  # a number for each utterance
         self.sides = speakers[self.pairs.enrol], speakers[self.pairs.test]
         self._known: dict[str, tuple[np.ndarray, Errors]] = {}
 
     def of(self, place: str) -> tuple[np.ndarray, Errors]:
-        """The embeddings of a model, and what it errs."""
+        """A model's embeddings `[utterances, dim]`, and its errors on the list."""
         if place not in self._known:
             rows = embed_all(load_model(place), self.table, engine=self._options.engine)
             scores = cosine_scores(rows, rows, self.pairs.enrol, self.pairs.test)
@@ -41,8 +41,9 @@ def compare(options: ActivationsBench) -> Figures:
 
     Returns:
         `sets`, each with `data`, `trials`, `targets`, `speakers`, `utterances` and `rows`, one a pair: `name`, `bytes`,
-        `eer` in percent of the model, `float_eer` of the one beside, what it changes as `metrics.paired.Errors.minus`
-        tells it, the same against full precision (`full_...`), and the mean cosine of both models' embeddings.
+        `eer` of the model and `float_eer` of the one beside it, in percent; the changes between them, as
+        `metrics.paired.Errors.minus` gives them; the same against full precision (`full_...`); and `cosine`, the mean
+        over utterances of the cosine of both models' embeddings.
     """
     sets = []
     for data, listed in zip(options.data, options.trials):

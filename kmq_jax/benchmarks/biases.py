@@ -22,6 +22,7 @@ from kmq_jax.scoring.cosine import cosine_scores
 
 def both_forms(model: SpeakerModel, bits: int, fit: str, skip: Sequence[str] = ()) -> tuple[SpeakerModel, SpeakerModel]:
     """A network at so many bits, fitted on `fit`, with biases in float32 and in float16; all else is the same."""
+    # The first rule that matches a name counts: what is skipped comes before all kernels.
     rules = [*(quant.QuantRule(pattern, None) for pattern in skip), quant.QuantRule("/kernel$", quant.QuantSpec(bits))]
     single = quantize_model(model, rules, fit or None)
     params = with_half_biases(single.variables["params"])
@@ -29,7 +30,13 @@ def both_forms(model: SpeakerModel, bits: int, fit: str, skip: Sequence[str] = (
 
 
 def compared(forms: Sequence[SpeakerModel], data: str, listed: str, options: BiasesBench) -> Json:
-    """What the second form changes on a trial list: EER, minDCF, with paired intervals, and embeddings."""
+    """What the second form changes on a trial list.
+
+    Returns:
+        Numbers of `trials`, `targets`, `speakers` and `utterances`; `eer` and `eer_half` of the two forms, in percent;
+        changes of EER and minDCF with paired intervals, as `metrics.paired.Errors.minus` gives them; and `min_cosine`,
+        the least cosine of the two embeddings of an utterance.
+    """
     table = source.open_source(data)
     table, pairs = used_only(table, open_trials(listed, table))
     single, half = (embed_all(model, table, engine=options.engine) for model in forms)

@@ -13,19 +13,20 @@ from kmq_jax.cascade.options import CalibrationOptions
 from kmq_jax.cascade.policy import CascadePolicy, fit_map, symmetric_gates
 from kmq_jax.cascade.risk import pair_up
 from kmq_jax.cascade.run import Outcome, prices, run, run_grid
+from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import write_json
 from kmq_jax.core.memory import peak_memory_mb
 from kmq_jax.core.progress import progress
 from kmq_jax.scoring.levels import parse_levels, score_levels
 
-_KNOT_TRIALS = 200_000
+_KNOT_TRIALS = 200_000  # random trials that maps are fitted on
 
 
 def make(trials: int, utterances: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, CascadePolicy]:
-    """Random scores at 2, 3, 4 bits `[3, trials]`, reference scores, both sides' utterances, and a policy."""
+    """Random scores at 2, 3, 4 bits `[3, trials]`, reference scores, utterances of both sides, and a policy."""
     rng = np.random.default_rng(0)
     reference = 0.25 * rng.standard_normal(trials, np.float32)
-    noise = np.array([[0.08], [0.05], [0.03]], np.float32)
+    noise = np.array([[0.08], [0.05], [0.03]], np.float32)  # fewer bits, more noise
     scores = np.tanh(reference + noise * rng.standard_normal((3, trials), np.float32))
     enrol, test = rng.integers(utterances, size=(2, trials), dtype=np.int32)
     some = slice(_KNOT_TRIALS)
@@ -37,6 +38,7 @@ def peer(policy: CascadePolicy, scores: np.ndarray) -> tuple[np.ndarray, np.ndar
     """The cascade the plain way in numpy: deciding bits and decision of each trial."""
     mapped = [fitted(row) for fitted, row in zip(policy.maps, scores)]
     bits, score = np.full(scores.shape[1], policy.bits[-1]), mapped[-1]
+    # From the last gate back: the lowest level that stops a trial overwrites those above it.
     for i in reversed(range(len(policy.gates))):
         low, high = policy.gates[i]
         stops = (mapped[i] <= low) | (mapped[i] >= high)
@@ -57,7 +59,7 @@ def speed(options: CascadeBench) -> Figures:
         "grid": lambda: run_grid(widened, scores, enrol, test, reference >= 0.1, reference >= 0.1),
         "numpy": lambda: peer(policy, scores),
     }
-    memory: list[float] = []
+    memory: list[float] = []  # the peak after each task; it never falls
     first = in_turns(tasks, 1, warm_up=0, between=lambda name: memory.append(peak_memory_mb()))
     seconds = in_turns(tasks, options.repeats, warm_up=0)
     figures: Figures = {
@@ -98,11 +100,14 @@ def calibration_data(options: CascadeBench) -> fitting.Calibration:
     )
 
 
-def on_new_speakers(policy: CascadePolicy, new: fitting.Calibration, found: float) -> dict[str, float]:
-    """Errors, flips and costs of a policy on speakers it was not made on; rates in percent."""
+def on_new_speakers(policy: CascadePolicy, new: fitting.Calibration, found: float) -> dict[str, float | None]:
+    """Errors, flips and costs of a policy on speakers it was not made on; rates in percent.
+
+    `eer_ratio` is None where the reference makes no errors.
+    """
     mapped = fitting.map_scores(policy, new.scores)
     level = fitting.levels_of(policy, mapped)
-    score = mapped[level, np.arange(len(new))]
+    score = mapped[level, np.arange(len(new))]  # at the level that decides
     sequential, incremental = (price[level].mean() for price in prices(policy.bits))
     flips = fitting.gates.harmful_flips(mapped, policy.threshold, new.reference, new.labels)
     lost = fitting.flips_of(policy, mapped, flips, last_counts=False)
@@ -113,7 +118,7 @@ def on_new_speakers(policy: CascadePolicy, new: fitting.Calibration, found: floa
     return {
         "eer": eer,
         "reference_eer": reference,
-        "eer_ratio": eer / reference,
+        "eer_ratio": eer / reference if reference else None,
         "last_level_eer": last,
         **{name: 100 * value for name, value in rates.items()},
         "last_level_flip_rate": 100 * float(flips[-1].mean()),
@@ -133,14 +138,18 @@ def splits(options: CascadeBench) -> Figures:
     rows = []
     for seed in progress(range(options.splits), desc="splits", unit="split"):
         known, new = fitting.split_speakers(data, 0.5, seed)
+        if any(len(set(half.labels.tolist())) < 2 for half in (known, new)):
+            raise UserError(f"`trials` (={options.trials}): half of the speakers have no target or no nontarget trials")
         if options.rule == "risk":
             policy, notes = fitting.control_risk(known, dataclasses.replace(how, seed=seed))
         else:
             policy, _, notes = fitting.pareto(known, fitting.fit(known), how)
+        # `kept` counts the gates that passed the test of risk; `pareto` tests none.
         rows.append(on_new_speakers(policy, new, float(notes.get("kept", 1) > 0)))
     means, spread = summary(rows)
-    broken = float(np.mean([row["early_risk"] > 100 * alpha for row in rows]))
-    broken_trials = float(np.mean([row["early_flip_rate"] > 100 * alpha for row in rows]))
+    broken, broken_trials = (
+        float(np.mean([(row[name] or 0) > 100 * alpha for row in rows])) for name in ("early_risk", "early_flip_rate")
+    )
     print(f"{options.splits} halvings of the speakers, rule {options.rule}, alpha {alpha:g}: mean [5 %, 95 %]")
     for name, value in means.items():
         print(f"{name:24}{value:10.4f}   [{spread[name][0]:.4f}, {spread[name][1]:.4f}]")
@@ -149,13 +158,14 @@ def splits(options: CascadeBench) -> Figures:
     return {"means": means, "quantiles": spread, "exceed_alpha": broken, "exceed_alpha_by_trial": broken_trials}
 
 
-def summary(rows: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Of each figure the mean over rows, and its 5 % and 95 % quantiles.
+def summary(rows: Sequence[dict[str, float | None]]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Of each figure the mean over rows that have it, and its 5 % and 95 % quantiles; what no row has is left out.
 
-    >>> summary([{"a": 1.0}, {"a": 1.0}])
+    >>> summary([{"a": 1.0, "b": None}, {"a": 1.0, "b": None}])
     ({'a': 1.0}, {'a': [1.0, 1.0]})
     """
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    known = {name: [value for row in rows if (value := row[name]) is not None] for name in rows[0]}
+    columns = {name: values for name, values in known.items() if values}
     means = {name: float(np.mean(values)) for name, values in columns.items()}
     return means, {name: np.quantile(values, (0.05, 0.95)).tolist() for name, values in columns.items()}
 

@@ -16,7 +16,7 @@ from kmq_jax.data.table import Utterances
 
 
 def plain_batches(utterances: Utterances, batch: int, samples: int) -> Iterator[np.ndarray]:
-    """What a first script does: decode a recording, cut a crop, stack."""
+    """Yields `[batch, samples]` without end, as a first script does: decodes a recording, cuts a crop, stacks."""
     rng = np.random.default_rng(0)
     while True:
         order = rng.permutation(len(utterances))
@@ -25,6 +25,7 @@ def plain_batches(utterances: Utterances, batch: int, samples: int) -> Iterator[
             for i in order[first : first + batch]:
                 wave = utterances.load(int(i))
                 start = rng.integers(max(len(wave) - samples + 1, 1))
+                # `resize` repeats a recording that is too short.
                 crops.append(np.resize(wave[start : start + samples], samples))
             yield np.stack(crops)
 
@@ -51,6 +52,7 @@ def main(options: DataBench) -> None:
             pass
         return steps * options.batch / (time.perf_counter() - start)
 
+    # The order matters: the first epoch decodes what later epochs find in memory.
     runs: list[tuple[str, Callable[[], float]]] = [
         ("first epoch", lambda: rate(ours)),
         ("plain loop", lambda: rate(plain)),

@@ -14,13 +14,14 @@ from kmq_jax.scoring.cosine import cosine_scores
 
 
 def make(trials: int, utterances: int, speakers: int, models: int) -> tuple[scores.ScoredTrials, people.Recordings]:
-    """Random embeddings about random speakers, the models' with more and more noise; their scores and recordings."""
+    """Scores and recordings of random embeddings about random speakers; the fewer bits, the more noise."""
     embeddings, speaker, listed = score.make(trials, utterances, speakers, 64, 1.2)
     rng = np.random.default_rng(1)
     full, test_only = {}, {}
-    for i in range(models):
+    for i in range(models):  # from the most bits down; each has twice the noise of the one before
         noisy = embeddings + 0.1 * 2**i * rng.standard_normal(embeddings.shape, np.float32)
         full[models + 1 - i] = cosine_scores(noisy, noisy, listed.enrol, listed.test)
+        # The enrolled side stays in full precision.
         test_only[models + 1 - i] = cosine_scores(embeddings, noisy, listed.enrol, listed.test)
     base = cosine_scores(embeddings, embeddings, listed.enrol, listed.test)
     enrol, test = speaker[listed.enrol], speaker[listed.test]
@@ -44,6 +45,7 @@ def main(options: DiagnoseBench) -> None:
     def draws(count: int) -> SpeakerDraws:
         return SpeakerDraws(trials.enrol_speaker, trials.test_speaker, count)
 
+    # In this order: later tasks read from `kept` what earlier ones put there.
     per_trial: dict[str, Callable[[], None]] = {
         "draws": keep("draws", lambda: (draws(options.replicates), draws(max(options.replicates // GROUP_DRAWS, 1)))),
         "drift": keep("drift", lambda: scores.drift_rows(trials, kept["draws"][0])),

@@ -64,7 +64,11 @@ def _network(network, variables, features: jax.Array, frames: jax.Array) -> jax.
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of each row of `a` with the same row of `b`."""
+    """Cosine of each row of `a` with the same row of `b`, in double precision.
+
+    >>> cosines(np.array([[1, 0], [3, 4]]), np.array([[2, 0], [4, -3]])).tolist()
+    [1.0, 0.0]
+    """
     a, b = a.astype(np.float64), b.astype(np.float64)
     return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
@@ -117,13 +121,14 @@ def _on_our_features(
     frames = np.asarray(frontend.num_frames(lengths, fbank))
     batches = []
     for batch in buckets.length_buckets(lengths, min(BATCH_SIZE, len(lengths))):
-        members = batch.indices[batch.indices >= 0]
+        members = batch.indices[batch.indices >= 0]  # -1 marks a row that only fills up the batch
         wave = np.zeros((len(batch.indices), batch.size), np.float32)
         samples = np.full(len(batch.indices), batch.size, np.int32)
         for row, i in enumerate(members):
             wave[row, : lengths[i]], samples[row] = utterances.load(i), lengths[i]
         # Copied once, so that ours does not start from an array that the device already holds.
         batches.append((members, np.array(_features(fbank, wave, samples)), frontend.num_frames(samples, fbank)))
+    # Of each recording `[1, frames, features]`, without its padding.
     single = {
         i: np.ascontiguousarray(rows[row, : frames[i]][None])
         for members, rows, _ in batches
@@ -155,13 +160,15 @@ def beside_peers(options: ExtractBench) -> Figures:
     sides: dict[str, Callable[[], np.ndarray]] = {}
     single: dict[str, Callable[[], object]] = {}
     sizes: dict[str, int] = {}
+    # The beginning of the longest recording: others may be shorter than 2.5 s.
     short = utterances.load(int(np.argmax(utterances.lengths())))[: int(2.5 * source.SAMPLE_RATE)]
     for name in options.peer_names:
         run, sizes[name] = peers.peer(name, reference, calibration)
         sides[name] = functools.partial(peers.embed_all, run, utterances, fbank)
+        # `partial` binds this `run`; a plain lambda would see the last peer's.
         single[name] = functools.partial(lambda run: run(peers.features(short, fbank)), run)
-    for place in options.model.split(","):
-        model, name = load_model(place), f"ours, {Path(place).stem}"
+    for name, place in options.named_models.items():
+        model = load_model(place)
         sizes[name] = Path(place).stat().st_size if Path(place).is_file() else quant.size_bytes(model.variables).total
         sides[name] = functools.partial(embed_all, model, utterances, engine="onnxruntime")
         single[name] = functools.partial(embed_waves, model, [short], engine="onnxruntime")

@@ -46,11 +46,12 @@ def kaldi_fbank(wave: np.ndarray, config: FrontEnd) -> np.ndarray:
 
 
 def _batches(waves: list[np.ndarray], size: int) -> list[np.ndarray]:
-    """Sorts by length and pads each batch to a whole number of seconds, so that few shapes are compiled."""
+    """Pads batches of waveforms, sorted by length, to whole numbers of seconds, so that few shapes are compiled."""
     batches = []
     for start in range(0, len(waves), size):
         rows = waves[start : start + size]
-        rows += rows[-1:] * (size - len(rows))
+        rows += rows[-1:] * (size - len(rows))  # the last batch is filled up with its longest recording
+        # Rounded up to whole seconds of 16 kHz.
         batch = np.zeros((size, -(-max(map(len, rows)) // 16000) * 16000), np.float32)
         for row, wave in zip(batch, rows):
             row[: len(wave)] = wave
@@ -65,7 +66,7 @@ def compare(waves: list[np.ndarray], config: FbankConfig, batch: int, repeats: i
         `speedup` over kaldi-native-fbank, `audio_seconds_per_second` of each, and the greatest and mean absolute
         difference of the log features.
     """
-    waves = sorted(waves, key=len)
+    waves = sorted(waves, key=len)  # recordings of like length share a batch
     batches = _batches(waves, batch)
     seconds = medians(
         in_turns(
@@ -77,6 +78,7 @@ def compare(waves: list[np.ndarray], config: FbankConfig, batch: int, repeats: i
         )
     )
     ours = [row for rows in batches for row in np.asarray(fbank(jnp.asarray(rows), config))]
+    # `ours` may have rows that only fill up the last batch: `zip` drops them.
     differences = np.concatenate(
         [
             np.abs(mine[: num_frames(len(wave), config)] - kaldi_fbank(wave, config)).ravel()

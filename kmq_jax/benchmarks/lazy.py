@@ -1,4 +1,4 @@
-"""Cascades from recordings beside single models for all of them, in turns in one run: seconds, cost, size, errors."""
+"""Cascades that start from recordings beside single models, in turns in one run: seconds, cost, size, errors."""
 
 import dataclasses
 import functools
@@ -14,6 +14,7 @@ from kmq_jax.benchmarks.timing import Figures, in_turns, medians
 from kmq_jax.cascade.policy import CascadePolicy
 from kmq_jax.cascade.run import map_scores, run
 from kmq_jax.cascade.verifier import Cascade, LazyRun, load_cascade
+from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Row, write_json
 from kmq_jax.data import source, trials
 from kmq_jax.frontend import num_frames
@@ -23,21 +24,26 @@ from kmq_jax.models.speaker_model import SpeakerModel, embed_all, fingerprint, f
 from kmq_jax.scoring.cosine import cosine_scores
 
 CASCADE, FULL = "cascade", "full precision"
-_DETECTOR_ROUNDS = 20
+_DETECTOR_ROUNDS = 20  # a round is short: their median is steadier
 
 
 def thin(enrol: np.ndarray, test: np.ndarray, uses: int, seed: int = 0) -> np.ndarray:
-    """Rows of a random part of a list in which no recording takes part in more than `uses` trials."""
+    """Rows of a random part of a list in which no recording takes part in more than `uses` trials; 0 keeps all.
+
+    >>> len(thin(np.array([0, 0, 2]), np.array([1, 1, 3]), uses=1))
+    2
+    """
     if not uses:
         return np.arange(len(enrol))
     count = np.zeros(max(enrol.max(), test.max()) + 1, int)
     kept = []
     for row in np.random.default_rng(seed).permutation(len(enrol)).tolist():
         a, b = enrol[row], test[row]
+        # A recording beside itself is no trial that a service sees.
         if a != b and count[a] < uses and count[b] < uses:
             count[[a, b]] += 1
             kept.append(row)
-    return np.sort(np.array(kept))
+    return np.sort(np.array(kept, int))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +54,7 @@ class Task:
         data: the DATA.
         utterances: the recordings.
         pairs: the trials; their sides are rows of these.
-        frames: of a recording, on average.
+        frames: of a recording, the mean.
     """
 
     data: str
@@ -61,12 +67,15 @@ def open_task(data: str, listed: str, uses: int, fbank: str) -> Task:
     """Reads a trial list, thins it, and keeps the recordings that take part.
 
     Raises:
-        UserError: either cannot be read.
+        UserError: either cannot be read, or no errors can be counted on what is left.
     """
     table = source.open_source(data)
     whole = trials.open_trials(listed, table)
     rows = thin(whole.enrol, whole.test, uses)
+    if len(set(whole.label[rows].tolist())) < 2:
+        raise UserError(f"`trials` (={listed}): no target or no nontarget trials are left with `uses` (={uses})")
     used = np.union1d(whole.enrol[rows], whole.test[rows])
+    # Rows of the table become rows of `used`, which is sorted.
     enrol, test = (np.searchsorted(used, side[rows]).astype(np.int32) for side in (whole.enrol, whole.test))
     pairs = trials.Trials(enrol, test, whole.label[rows], whole.names, whole.enrol_name[rows], whole.test_name[rows])
     utterances = table.select(used)
@@ -92,7 +101,11 @@ def names_of(places: Sequence[str]) -> list[str]:
 
 
 def compare(options: LazyBench) -> Figures:
-    """Measures all sides on all lists; each list after a round that is not counted."""
+    """Measures all sides on all lists; each list after a round that is not counted.
+
+    Returns:
+        `sets`, one a list, as `compare_on` gives them; and the settings.
+    """
     opened = [load_cascade(place, options.compute, options.engine) for place in options.cascade]
     cascades = {name: _Lazy(one) for name, one in zip(names_of(options.cascade), opened)}
     first = opened[0]
@@ -160,7 +173,7 @@ def compare_on(
 
 
 def beaten_by(cascade: Row, singles: Sequence[Row]) -> list[str]:
-    """Which single models take no longer than a cascade, and flip no more trials: where there is one, it does not win.
+    """Which single models take no longer than a cascade and flip no more trials: with one, the cascade does not win.
 
     >>> quick, slow = {"seconds": 1, "harmful_flips": 3}, {"seconds": 9, "harmful_flips": 0}
     >>> beaten_by({"seconds": 2, "harmful_flips": 3}, [quick | {"system": "W8A8"}, slow | {"system": "full"}])
@@ -207,6 +220,7 @@ def _on_scale(policy: CascadePolicy, model: SpeakerModel, full: SpeakerModel, sc
     mark = fingerprint(model)
     if mark in policy.models and model is not full:
         level = policy.models.index(mark)
+        # `map_scores` wants a row for every level; the others are not used.
         return map_scores(policy, np.tile(scores, (len(policy.bits), 1)))[level]
     # Near full precision a model's scores are on the same scale. Those of another network are not.
     return scores if model.architecture == full.architecture else None

@@ -42,6 +42,7 @@ def packed(name: str, bits: int, biases: str) -> Variables:
         return variables
     spec = quant.QuantSpec(bits, only_smaller=False)  # the paper counts every convolution
     params = quant.quantize_params(variables["params"], {r"/kernel$": spec})
+    # Shapes alone: nothing is computed or allocated.
     params = jax.eval_shape(with_half_biases, params) if biases == "float16" else params
     return {**variables, "params": params}
 
@@ -51,7 +52,7 @@ def counted(variables: Variables) -> dict[str, float]:
     size = quant.size_bytes(variables)
     tensors = [leaf for _, leaf in named_leaves(variables["params"], quant.is_codebook_tensor)]
     indices = sum(leaf.size * leaf.bits / 8 for leaf in tensors if quant.is_codebook_tensor(leaf))
-    total = size.total - size.indices + indices
+    total = size.total - size.indices + indices  # `size.indices` counts whole bytes a channel
     return {"indices": indices, "codebooks": size.codebooks, WITHOUT: total, WITH: total + CLASSIFIER}
 
 
@@ -63,6 +64,7 @@ def measure(biases: str = "float16") -> list[Json]:
             found = counted(packed(name, bits, biases))
             for what, published in cells.items():
                 mib = found[what] / MIB
+                # Rounded to as many digits as are published.
                 equal = f"{mib:.{len(published.partition('.')[2])}f}" == published
                 row = {"network": name, "bits": bits, "what": what, "published": published, "mib": mib, "equal": equal}
                 rows.append(row)

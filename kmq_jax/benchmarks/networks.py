@@ -25,11 +25,11 @@ class Source:
 
     Attributes:
         toolkit: whose it is.
-        parameters: all of them, or millions as printed.
+        parameters: their exact number, or millions as printed.
         giga: multiply-accumulates in 10^9 as printed, for `frames` frames; None where none are known.
         frames: of an utterance.
         more: parameters there that have no place here.
-        why: what these are, or why multiply-accumulates differ.
+        why: what `more` is, or why multiply-accumulates differ.
     """
 
     toolkit: str
@@ -89,7 +89,7 @@ def counts(name: str, network: SpeakerNetwork, source: Source | None) -> Figures
     }
     if source is None:
         return figures
-    there = parameters + source.more
+    there = parameters + source.more  # what the source would count
     same = there == source.parameters or f"{there / 1e6:.2f}" == source.parameters
     figures |= {"source": source.toolkit, "source_parameters": source.parameters, "source_has_more": source.more}
     figures |= {"parameters_as_source": same, "source_gmacs": source.giga, "source_frames": source.frames}
@@ -116,8 +116,9 @@ def embedder(name: str, settings: Figures, options: NetworksBench) -> Callable[[
     network, rng = registry.build(name, **settings), np.random.default_rng(0)
 
     def draw(name: str, leaf: Leaf) -> np.ndarray:
-        if leaf.ndim < 2:
+        if leaf.ndim < 2:  # scales and variances are 1, biases and means 0
             return np.full(leaf.shape, name.endswith(("/scale", "/var")), np.float32)
+        # Over the fan-in, so that activations neither grow nor vanish.
         return rng.standard_normal(leaf.shape, np.float32) / np.float32(np.sqrt(leaf.size / leaf.shape[-1]))
 
     model = SpeakerModel(name, settings, front_end_of(network), map_named(draw, registry.shapes(network)))

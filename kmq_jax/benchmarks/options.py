@@ -6,7 +6,7 @@ from typing import Literal
 
 from kmq_jax.cascade.options import BOUNDS, OBJECTIVES
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.options import Options, option
+from kmq_jax.core.options import Options, option, refuse_given
 from kmq_jax.scoring.options import Compute, Engine
 
 PEERS = ("onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8")
@@ -167,6 +167,9 @@ class BiasesBench(Bench):
         super().__post_init__()
         if not self.data or len(self.data) != len(self.trials):
             raise UserError(f"`trials` (={len(self.trials)} given) must be one for each of {len(self.data)} --data")
+        for place in self.data:  # by which the figures are told apart
+            if self.data.count(place) > 1:
+                raise UserError(f"`data` (={place}) is given twice: its lists need a run each")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,8 +228,9 @@ class TrialSizes(Rounds):
     def __post_init__(self) -> None:
         """See `Options`; also checks what goes together."""
         super().__post_init__()
-        if self.utterances < self.speakers:
-            raise UserError(f"`utterances` (={self.utterances}) must be at least `speakers` (={self.speakers})")
+        # With one utterance a speaker, all targets would be an utterance beside itself.
+        if self.utterances < 2 * self.speakers:
+            raise UserError(f"`utterances` (={self.utterances}) must be at least twice `speakers` (={self.speakers})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,13 +275,33 @@ class ExtractBench(Rounds):
             raise UserError(f"`peers`: {sorted(unknown)[0]!r} must be one of {', '.join(PEERS)}")
         if not self.peers and not self.onnx:
             raise UserError("--onnx is needed, or --peers with --reference")
+        if self.peers and not self.peer_names:
+            raise UserError(f"`peers` (={self.peers}) must name one of {', '.join(PEERS)}")
         if self.peers and not self.reference:
             raise UserError("--peers needs --reference: the full-precision MODEL that they run")
+        if self.peers:
+            refuse_given(self, ["onnx", "features", "compute", "threads"], "does not go with `peers`")
+            _ = self.named_models
+        else:
+            refuse_given(self, ["reference", "calibration"], "needs `peers`")
 
     @property
     def peer_names(self) -> list[str]:
         """The peers, in order."""
         return list(filter(None, (name.strip() for name in self.peers.split(","))))
+
+    @property
+    def named_models(self) -> dict[str, str]:
+        """With `peers`: every MODEL of ours by the name that tables show.
+
+        Raises:
+            UserError: two would have the same.
+        """
+        places = self.model.split(",")
+        named = {f"ours, {Path(place).stem}": place for place in places}
+        if len(named) < len(places):
+            raise UserError(f"`model` (={self.model}) must name files of different names")
+        return named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,7 +346,9 @@ class LazyBench(Rounds):
     data: tuple[str, ...] = option("recordings: any DATA form; once for each list", metavar="DATA")
     trials: tuple[str, ...] = option("trial list, or synthetic:SPLIT; once for each --data", metavar="TRIALS")
     uses: int = option("trials that a recording takes part in at most; 0: all", 1, at_least=0)
-    compute: Compute = option("arithmetic below the last level; bfloat16 is JAX's", "bfloat16")
+    compute: Compute = option(
+        "arithmetic of cascades below their last level, bfloat16 is JAX's; single models are run in float32", "bfloat16"
+    )
     engine: Engine = option("what runs all networks", "jax")
     beside: tuple[str, ...] = option("more MODELs for all recordings, such as 2, 4 bits, W8A8", (), metavar="MODEL")
 

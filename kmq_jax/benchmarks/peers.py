@@ -66,6 +66,7 @@ def peer(name: str, reference: SpeakerModel, calibration: source.Utterances | No
 
 def _examples(reference: SpeakerModel, calibration: source.Utterances | None) -> Iterator[np.ndarray]:
     fbank = frontend_of(reference.frontend)
+    # A generator: peers without int8 decode nothing.
     for i in np.linspace(0, len(calibration) - 1, CALIBRATION).astype(int) if calibration else ():
         assert calibration is not None
         yield features(calibration.load(int(i)), fbank)
@@ -81,8 +82,8 @@ def _onnxruntime(model: "ModelProto", examples: Iterator[np.ndarray]) -> tuple[R
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # `embed_all` has a worker for each processor
+    options.log_severity_level = 3  # errors alone
     text = model.SerializeToString()
     session = onnxruntime.InferenceSession(text, options, providers=["CPUExecutionProvider"])
     return lambda feats: session.run(None, {"feats": feats})[0], len(text)
@@ -141,12 +142,12 @@ def _compiled(network: object) -> tuple[Run, int]:
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
     settings = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": str(processors()), "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(network, "CPU", settings)
-    own = threading.local()
+    own = threading.local()  # an inference request serves one thread at a time
 
     def run(feats: np.ndarray) -> np.ndarray:
         if not hasattr(own, "request"):
             own.request = compiled.create_infer_request()
-        return np.array(own.request.infer([feats])[0])
+        return np.array(own.request.infer([feats])[0])  # copied: the request reuses its output
 
     return run, size
 
@@ -158,10 +159,11 @@ def embed_all(run: Run, utterances: source.Utterances, fbank: FrontEnd) -> np.nd
         return run(features(utterances.load(i), fbank))[0]
 
     with ThreadPoolExecutor(processors()) as pool:
+        # Longest first, so that no worker is left with a long one at the end.
         order = np.argsort(-utterances.lengths(), kind="stable")
         found = list(pool.map(one, order.tolist()))
     embeddings = np.empty((len(found), found[0].shape[0]), np.float32)
-    embeddings[order] = found
+    embeddings[order] = found  # back in the table's order
     return embeddings
 
 
@@ -172,9 +174,9 @@ PEERS: dict[str, Callable[["ModelProto", Iterator[np.ndarray]], tuple[Run, int]]
     "openvino-int8": _openvino_int8,
 }
 PACKAGES: dict[str, tuple[str, ...]] = {
-    "onnxruntime": ("onnxruntime",),
-    "onnxruntime-int8": ("onnxruntime",),
-    "openvino": ("openvino",),
-    "openvino-int8": ("openvino", "nncf"),
+    "onnxruntime": ("onnxruntime", "kaldi_native_fbank"),
+    "onnxruntime-int8": ("onnxruntime", "kaldi_native_fbank"),
+    "openvino": ("openvino", "kaldi_native_fbank"),
+    "openvino-int8": ("openvino", "nncf", "kaldi_native_fbank"),
 }
 """What each peer needs beside the packages that always come along."""

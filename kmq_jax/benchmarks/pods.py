@@ -14,9 +14,11 @@ from kmq_jax.benchmarks.options import PodsBench
 from kmq_jax.benchmarks.timing import Figures
 from kmq_jax.core.files import write_json
 
+# Crops and speakers as in the paper's training; 16-bit samples; three examples in five are read with interference.
 FRAMES, CLASSES, BYTES_A_SAMPLE, SHARE_WITH_NOISE = 350, 5994, 2, 0.6
 _BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1}
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+# A line `%name = SHAPES KIND(...)`. Several outputs are a tuple in parentheses; asynchronous kinds end in -start.
 _COLLECTIVE = re.compile(rf"= (?P<shapes>\(.*?\)|\S+) (?P<kind>{_KINDS})(?:-start)?\(")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
@@ -46,7 +48,7 @@ SYSTEMS = (  # Google Cloud's pages of v5e (1,600 Gbit/s a chip, both directions
 
 
 def collective_bytes(program: str) -> dict[str, int]:
-    """Bytes that collectives of a compiled program give out, by kind.
+    """Bytes of the outputs of a compiled program's collectives, by kind.
 
     >>> collective_bytes("%a = (f32[2,3], bf16[4]) all-reduce(%b, %c), to_apply=%add")
     {'all-reduce': 32}
@@ -94,6 +96,7 @@ def estimate(system: System, flops: float, sent: float, batch: int, samples: int
     (2.0, 1.0, (2.0, 3.0), 6.667)
     """
     compute = flops / (share * system.peak)
+    # A chip of a ring sends each byte twice, to add up and to hand out, but for one part in `chips`.
     reduce = 2 * (system.chips - 1) / system.chips * sent / system.link
     rate = system.chips * batch / (compute + reduce)
     heard = samples * BYTES_A_SAMPLE * (1 + SHARE_WITH_NOISE)

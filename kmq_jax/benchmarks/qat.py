@@ -27,7 +27,7 @@ def make_step(options: QatBench, bits: int) -> Callable[[], object]:
     fbank = ready.recipe.objective.fbank
     batch = noise(options.batch, fbank.length + (options.frames - 1) * fbank.shift, CLASSES)
     step = steps.jit_train_step(ready.recipe, ready.shardings)
-    held = [ready.state]
+    held = [ready.state]  # each step takes the state that the last one left: it is donated
 
     def run() -> object:
         held[0], metrics = step(held[0], batch, None)
@@ -45,6 +45,7 @@ def main(options: QatBench) -> None:
     figures: Figures = {key: getattr(options, key) for key in ("model", "batch", "frames", "dtype")}
     print(f"{options.model}, {options.batch} x {options.frames} frames, {options.dtype}: one training step")
     for name, runs in seconds.items():
+        # Of the same round, so that a busy machine slows both sides.
         ratio = statistics.median(a / b for a, b in zip(runs, seconds["full precision"]))
         figures[name] = {"seconds": statistics.median(runs), "ratio": ratio}
         print(f"{name:16}{figures[name]['seconds']:8.3f} s   {ratio:6.3f} of full precision")

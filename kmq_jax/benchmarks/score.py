@@ -19,13 +19,14 @@ _PEER_REPLICATES = 3  # of the bootstrap by `roc_curve`: its time is scaled up
 
 
 def make(trials: int, utterances: int, speakers: int, dim: int, spread: float) -> tuple[np.ndarray, np.ndarray, Trials]:
-    """Random embeddings about random speakers -> `[utterances, dim]`, the speakers `[utterances]`, and trials."""
+    """Random embeddings `[utterances, dim]` about random speakers, the speakers `[utterances]`, and trials."""
     rng = np.random.default_rng(0)
     speaker = np.arange(utterances) % speakers
     centres = rng.standard_normal((speakers, dim), np.float32)
     embeddings = centres[speaker] + spread * rng.standard_normal((utterances, dim), np.float32)
     enrol = rng.integers(utterances, size=trials)
     other = rng.integers(utterances, size=trials)
+    # Utterance u is of speaker u % speakers. Wrapped at the last whole round of speakers, `same` keeps the speaker.
     same = (other - other % speakers + speaker[enrol]) % (utterances - utterances % speakers)
     test = np.where(np.arange(trials) % 2 == 0, same, other)
     names = tuple(f"id{10000 + s}/video{u % 97:04d}/{u:06d}.wav" for u, s in enumerate(speaker.tolist()))
@@ -55,6 +56,7 @@ def peer_bootstrap(scores: np.ndarray, labels: np.ndarray, enrol: np.ndarray, te
     speakers = int(max(enrol.max(), test.max())) + 1
     rng = np.random.default_rng(0)
     for draw in rng.multinomial(speakers, np.full(speakers, 1 / speakers), _PEER_REPLICATES):
+        # A trial counts once for each pair of its drawn speakers; within a speaker, once for each draw.
         peer_metrics(scores, labels, np.where(enrol == test, draw[enrol], draw[enrol] * draw[test]))
 
 
@@ -65,7 +67,7 @@ def timed(options: ScoreBench) -> tuple[dict[str, float], dict[str, float], Figu
     )
     enrol, test = speaker[trials.enrol], speaker[trials.test]
     memory = {"before": peak_memory_mb()}
-    kept: Figures = {}
+    kept: Figures = {}  # what a task gave, for the tasks after it
 
     def keep(name: str, task: Callable[[], object]) -> Callable[[], None]:
         return lambda: kept.update({name: task()})

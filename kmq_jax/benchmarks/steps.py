@@ -60,8 +60,9 @@ def even_codebooks(task: Task, network: Params) -> QatParams:
     shapes = task.shapes(network)
 
     def even(book: Codebook) -> Codebook:
-        # Types are given, since a number of Python's own makes arrays that a step turns into others and compiles anew.
+        # Types are given: a weakly typed array comes out of the step strongly typed, and the step is compiled again.
         line = jnp.linspace(-2, 2, book.centroids.shape[1], dtype=jnp.float32)
+        # The scale is its softplus, about 0.03.
         raw_scale = jnp.full(book.raw_scale.shape, -3.5, jnp.float32)
         return dataclasses.replace(book, raw_scale=raw_scale, centroids=jnp.broadcast_to(line, book.centroids.shape))
 

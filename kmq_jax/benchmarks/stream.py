@@ -30,7 +30,7 @@ _LINES = 1 << 20  # lines made at a time
 _SEEN = 200_000  # trials that the policy is made on
 _NOISE = {2: 0.6, 3: 0.35, 4: 0.2}  # what bits do to embeddings, as a share of utterances' spread
 _REFERENCE = 32
-_GATES = (0.08, 0.04)
+_GATES = (0.08, 0.04)  # half widths about the threshold, of the first and the second level
 
 
 def make_list(path: Path, trials: int, ids: np.ndarray, speakers: int) -> None:
@@ -51,6 +51,7 @@ def make_list(path: Path, trials: int, ids: np.ndarray, speakers: int) -> None:
             other = rng.integers(per_speaker * speakers, size=count)
             same = other - other % speakers + enrol % speakers
             test = np.where(np.arange(start, start + count) % 2 == 0, same, other)
+            # Columns of a line: label, space, enrol, space, test, line feed.
             lines = np.full((count, 2 * letters + 4), ord(" "), np.uint8)
             lines[:, 0] = ord("0") + (enrol % speakers == test % speakers)
             lines[:, 2 : 2 + letters], lines[:, 3 + letters : -1] = ids[enrol], ids[test]
@@ -63,7 +64,7 @@ def make(place: Path, options: StreamBench) -> None:
     rng = np.random.default_rng(0)
     utterances, speakers = options.utterances, options.speakers
     speaker = np.arange(utterances) % speakers
-    width = len(str(utterances)), len(str(speakers))
+    width = len(str(utterances)), len(str(speakers))  # of padded numbers: names must be of equal length
     names = [f"id{s:0{width[1]}d}-{u:0{width[0]}d}" for u, s in enumerate(speaker.tolist())]
     ids = np.array(names, "S").view(np.uint8).reshape(utterances, -1)
     make_list(place / "trials.txt", options.trials, ids, speakers)
@@ -92,7 +93,9 @@ def flags_of(command: str, place: Path) -> list[str]:
 
 
 def timed(command: str, place: Path, processes: int) -> tuple[Figures, Figures]:
-    """Runs a command; its seconds, from start to end, and the most memory of one of its processes, in MB; its figures.
+    """Runs a command; returns its cost and its figures.
+
+    The cost is its seconds from start to end, and the peak memory of its largest process, in MB.
 
     Raises:
         UserError: it failed.
@@ -109,6 +112,7 @@ def timed(command: str, place: Path, processes: int) -> tuple[Figures, Figures]:
         started = [subprocess.Popen(words, env={**shared, **own}, stdout=said, stderr=said) for own in each]
         try:
             for process in started:
+                # `wait4` tells this child's memory; `getrusage` the largest of all children so far.
                 _, status, usage = os.wait4(process.pid, 0)
                 process.returncode = os.waitstatus_to_exitcode(status)
                 peaks.append(_megabytes(usage))
@@ -126,6 +130,7 @@ def timed(command: str, place: Path, processes: int) -> tuple[Figures, Figures]:
 
 
 def _megabytes(usage: resource.struct_rusage) -> float:
+    # macOS counts it in bytes, Linux in KiB.
     return round(usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
@@ -146,7 +151,11 @@ def _place(directory: Path | None) -> Iterator[Path]:
 
 
 def differences(one: Figures, other: Figures) -> list[str]:
-    """The names of figures that differ; floats are summed in another order by several processes (`cllr` alone)."""
+    """The names of figures that differ. `cllr` is left out: several processes add its terms in another order.
+
+    >>> differences({"eer": 1.0, "cllr": 0.2}, {"eer": 1.5, "cllr": 0.3})
+    ['eer']
+    """
     return [name for name in one if one[name] != other.get(name) and name != "cllr"]
 
 

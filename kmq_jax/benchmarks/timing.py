@@ -1,4 +1,4 @@
-"""Seconds of functions that take turns, so that a busy machine slows all of them alike; and what is found."""
+"""Seconds of functions that take turns, so that a busy machine slows all of them alike; files of figures."""
 
 import json
 import os
@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
+from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, atomic_write, write_json
 
 Figures: TypeAlias = Json
-"""What a benchmark finds, by name, as JSON holds it."""
+"""What a benchmark finds, by name; values that JSON can hold."""
 
 
 def in_turns(
@@ -32,6 +33,9 @@ def in_turns(
         warm_up: calls of each before, which are left out.
         alternate: whether every second round runs backwards.
         between: called with the name after each call, outside of what is timed.
+
+    Returns:
+        The seconds of the calls that count, `repeats` for each name, in order.
     """
     import jax  # here, so that a process that runs PyTorch alone does without
 
@@ -70,12 +74,17 @@ def write_figures(path: Path, bench: str, figures: Mapping[str, object]) -> None
         figures: what it found.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: a figure is NaN or infinite, which are not JSON, or the file cannot be written.
     """
     if path.suffix != ".jsonl":
         write_json(path, figures)
         return
     before = path.read_text(encoding="utf-8") if path.exists() else ""
-    line = json.dumps({"bench": bench, "processors": processors(), **figures}, allow_nan=False)
+    if before and not before.endswith("\n"):
+        before += "\n"
+    try:
+        line = json.dumps({"bench": bench, "processors": processors(), **figures}, allow_nan=False)
+    except ValueError as error:
+        raise UserError(f"cannot write {path}: a figure is infinite or not a number, which JSON has not") from error
     with atomic_write(path) as temporary:
         temporary.write_text(f"{before}{line}\n", encoding="utf-8")

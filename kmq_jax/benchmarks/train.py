@@ -78,7 +78,7 @@ def torch_step(options: TrainBench, channels_last: bool) -> Callable[[], float]:
                     layers.append(Block(channels, CHANNELS << stage, 2 if stage and not block else 1))
                     channels = CHANNELS << stage
             self.stages = nn.Sequential(*layers)
-            self.head = nn.Linear(2 * channels * math.ceil(FEATURES / 8), EMBEDDING)
+            self.head = nn.Linear(2 * channels * math.ceil(FEATURES / 8), EMBEDDING)  # three strides of 2
             self.centres = nn.Parameter(torch.randn(CLASSES, EMBEDDING))
 
         def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -86,6 +86,7 @@ def torch_step(options: TrainBench, channels_last: bool) -> Callable[[], float]:
             statistics = torch.cat([y.mean(-1).flatten(1), (y.var(-1) + 1e-7).sqrt().flatten(1)], 1)
             cosines = (F.normalize(self.head(statistics)) @ F.normalize(self.centres).T).float()
             true = cosines.gather(1, labels[:, None])
+            # cos(a + m). The square root is kept off zero, where its gradient is infinite.
             hard = true * math.cos(MARGIN) - (1 - true**2).clamp(min=1e-7).sqrt() * math.sin(MARGIN)
             return F.cross_entropy(SCALE * cosines.scatter(1, labels[:, None], hard), labels)
 
@@ -139,10 +140,10 @@ def measure(sides: list[str], options: TrainBench) -> Figures:
     answers: dict[str, list[tuple[float, ...]]] = {side: [] for side in sides}
     try:
         for turn in range(options.repeats + 2):
-            for side in sides if turn % 2 else sides[::-1]:
+            for side in sides if turn % 2 else sides[::-1]:  # every second round runs backwards
                 pipes[side].send(True)
                 answers[side].append(pipes[side].recv())
-    except EOFError:
+    except (EOFError, ConnectionError):
         raise UserError(f"the process of {side!r} ended: its message stands above") from None
     finally:
         for worker in workers:

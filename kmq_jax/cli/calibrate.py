@@ -65,7 +65,7 @@ def main() -> None:
     levels, models = parse_levels(files.levels), dict(parse_levels(files.models, "model", "MODEL"))
     if bool(files.cascade) != bool(models) or files.cascade and set(models) != {bits for bits, _ in levels}:
         raise UserError("--cascade needs one --model=BITS:MODEL for each --stage, and they need --cascade")
-    # Beside a device there is no place for a picture.
+    # No picture is put beside a device, such as --out=/dev/stdout.
     plot = files.plot or (files.out.with_suffix(".png") if files.out.is_file() or not files.out.exists() else None)
     if plot == files.out:
         raise UserError(f"--out (={files.out}) is where the picture goes: name the policy .json, or give --plot")

@@ -44,9 +44,11 @@ class Command:
         return made
 
     def parse(self) -> argparse.Namespace:
-        """The flags of this process's command line, for `flags.options_of`."""
-        # Intermixed: what has no flag may stand before, between and after flags.
-        return self.parser().parse_intermixed_args()
+        """Parses this process's command line, for `flags.options_of`. A mistake ends the process with status 2."""
+        words, made = sys.argv[1:], self.parser()
+        # Intermixed: values without a flag may stand before, between and after flags. That way argparse loses a `--`,
+        # after which a file's name may begin with a hyphen.
+        return made.parse_args(words) if "--" in words else made.parse_intermixed_args(words)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,11 +60,24 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        # argparse looks for missing flags first; where a flag is missing for being misspelt, that hides the mistake.
+        self._check_flags(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def parse_known_intermixed_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        # Not in every version of Python does this call the method above.
+        self._check_flags(sys.argv[1:] if args is None else args)
+        return super().parse_known_intermixed_args(args, namespace)
+
+    def _check_flags(self, words: Sequence[str]) -> None:
+        """Ends the process where a flag is unknown: argparse would rather report a flag that is missing."""
         renamed = RENAMED.get(self.prog.removeprefix("kmq-jax "), {})
-        for word in sys.argv[1:] if args is None else args:
+        for word in words:
+            if word == "--":  # only values follow
+                return
             name = word.partition("=")[0]
-            # Only where it would be a flag: a file may be named so.
+            # Only if the corrected word is a flag of this command: a file's name may begin with such a dash.
             if (meant := meant_flag(word)) and meant[0].partition("=")[0] in self._option_string_actions:
                 self.error(meant[1])
             if name in renamed:
@@ -70,15 +85,14 @@ class _Parser(argparse.ArgumentParser):
             if name.startswith("--") and name not in self._option_string_actions:
                 near = difflib.get_close_matches(name, self._option_string_actions, n=1)
                 self.error(f"unknown flag {name}" + "".join(f"; did you mean {flag}?" for flag in near))
-        return super().parse_known_args(args, namespace)
 
 
 _WRITTEN = "kmq_jax.written"
-"""How text is written that the output's encoding does not know, by the name that `codecs` has for it."""
+"""The name, to `codecs`, of the error handler for text that the output's encoding cannot represent."""
 
 
 def _written(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Bytes of a file's name, which need not be UTF-8, as they are; what the encoding does not have as an escape."""
+    """Keeps bytes of a file's name that are not UTF-8, and escapes characters that the encoding lacks."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:
@@ -106,13 +120,13 @@ def parser(command: str, description: str, example: str) -> argparse.ArgumentPar
 def run(command: str, main: Callable[[], None], options: Sequence[type[Options]] = ()) -> NoReturn:
     """Runs `main` and exits with its status.
 
-    The status is 0 on success, 2 after one line on a user's mistake, 130 when interrupted, and 141 (as the shell has
-    it for SIGPIPE) when whoever read the output has gone.
+    The status is 0 on success, 2 after one line on a user's mistake, 130 when interrupted, and 141 (the shell's status
+    for SIGPIPE) when the reader of the output has closed it.
 
     Args:
         command: its name, for messages.
         main: what to run.
-        options: classes whose fields messages may name; the flags are named instead.
+        options: classes whose fields messages may name in backticks; the message is printed with their flags instead.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -120,12 +134,12 @@ def run(command: str, main: Callable[[], None], options: Sequence[type[Options]]
     sys.unraisablehook = _unraisable
     try:
         status = _status_of(main)
-        # Here and not when Python ends: a reader who has gone must show inside this `try`.
+        # Flushed here and not when Python ends, so that a closed pipe raises inside this `try`.
         sys.stdout.flush()
     except KeyboardInterrupt:
         _leave(130)
     except BrokenPipeError:
-        # Another pipe may have broken, such as a worker's: that is no reason to be silent.
+        # Another pipe may have broken, such as a worker's: that is a fault and must be seen.
         if not _reader_has_gone():
             raise
         sys.exit(141)
@@ -140,7 +154,7 @@ def run(command: str, main: Callable[[], None], options: Sequence[type[Options]]
             print(f"{f'kmq-jax {command}'.strip()}: {message}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        # What XLA raises where an array does not fit; its type can be named only where JAX is loaded.
+        # XLA's error where an array does not fit in memory. To catch it by its class would need an import of JAX.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(f"kmq-jax {command}: not enough memory: {str(error).splitlines()[0][:300]}", file=sys.stderr)
@@ -149,13 +163,14 @@ def run(command: str, main: Callable[[], None], options: Sequence[type[Options]]
 
 
 def _status_of(main: Callable[[], None]) -> int | str | None:
-    """Runs `main`, and gives the status that it asks for."""
+    """Runs `main`; returns the exit status that it asks for."""
     pressed = threading.Event()
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         pressed.set()
         raise KeyboardInterrupt
 
+    # Only the main thread may set a handler. One that somebody else has set stays.
     own = threading.current_thread() is threading.main_thread()
     if own and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
@@ -164,7 +179,7 @@ def _status_of(main: Callable[[], None]) -> int | str | None:
     except SystemExit as asked:
         return asked.code
     except Exception:
-        # A library may have made an error of its own of Ctrl-C, as an import of ONNX Runtime does.
+        # A library may turn Ctrl-C into an error of its own, as importing ONNX Runtime does.
         if pressed.is_set():
             raise KeyboardInterrupt from None
         raise
@@ -175,7 +190,7 @@ def _status_of(main: Callable[[], None]) -> int | str | None:
 
 
 def _line(error: BaseException) -> str:
-    """What a user is told of an error. A full disk, or a file that has gone, is no fault of the program."""
+    """The message of an error for the user. A full disk or a missing file is no fault of the program."""
     if isinstance(error, OSError):
         place = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, (str, bytes)) else ""
         return f"cannot read or write{place}: {error.strerror or error}"
@@ -185,12 +200,12 @@ def _line(error: BaseException) -> str:
 
 
 def _unraisable(found: "sys.UnraisableHookArgs") -> None:
-    """Ctrl-C within what cannot be interrupted, such as a callback of JAX to the garbage collector, comes again.
+    """Repeats a Ctrl-C that was raised where no exception can leave, such as in JAX's garbage-collector callback.
 
-    Python would print it and go on as if nothing had been pressed.
+    Python would only print it and continue.
     """
     if isinstance(found.exc_value, KeyboardInterrupt):
-        again = threading.Timer(0.05, _interrupt)
+        again = threading.Timer(0.05, _interrupt)  # by then the callback has returned
         again.daemon = True
         again.start()
     else:
@@ -198,7 +213,7 @@ def _unraisable(found: "sys.UnraisableHookArgs") -> None:
 
 
 def _interrupt() -> None:
-    """Interrupts the main thread, even where it waits: `interrupt_main` would let it wait to the end."""
+    """Interrupts the main thread, even in a blocking call: `interrupt_main` would let that call finish first."""
     main = threading.main_thread().ident
     if main is not None and hasattr(signal, "pthread_kill"):
         signal.pthread_kill(main, signal.SIGINT)
@@ -207,11 +222,11 @@ def _interrupt() -> None:
 
 
 def _leave(status: int) -> NoReturn:
-    """Ends the process at once: threads of libraries that are still at work would crash while Python winds down."""
+    """Ends the process at once: library threads that still run would crash while Python shuts down."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    if "multiprocessing.util" in sys.modules:  # gives back what processes share
+    if "multiprocessing.util" in sys.modules:  # frees shared memory and semaphores
         sys.modules["multiprocessing.util"]._run_finalizers()
     if "pytest" in sys.modules:  # a test's own process must not end
         sys.exit(status)
@@ -219,10 +234,11 @@ def _leave(status: int) -> NoReturn:
 
 
 def _reader_has_gone() -> bool:
-    """Whether what broke is our output, or our messages. If so, nothing more is written there, not even at the end."""
+    """Whether stdout or stderr has lost its reader. If so, the null device replaces it: Python still flushes it."""
     poll, outputs = select.poll(), [sys.stdout.fileno(), sys.stderr.fileno()]
     for output in outputs:
         poll.register(output, select.POLLOUT)
+    # On the writing end of a pipe, POLLERR says that the reading end is closed.
     broken = [output for output, events in poll.poll(0) if events & select.POLLERR]
     for output in broken:
         os.dup2(os.open(os.devnull, os.O_WRONLY), output)

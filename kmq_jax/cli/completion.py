@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from kmq_jax.cli.config_flags import BOTH, FLAGS, configurations
 from kmq_jax.core.errors import UserError
 
-# Words of COMP_LINE, not COMP_WORDS: bash breaks those at "=", which our flags hold.
+# It splits COMP_LINE itself: bash breaks COMP_WORDS at "=", which our flags contain. Braces are doubled for `format`.
 BASH = """_kmq_jax() {{
   local line=${{COMP_LINE:0:COMP_POINT}} words
   local current=${{line##* }}
@@ -47,18 +47,23 @@ def script(shell: str, commands: Iterable[str]) -> str:
 
 
 def flags_of(name: str) -> list[str]:
-    """The words that may follow a command: flags, with "=" where a value follows, and values that are choices."""
+    """The words that may follow a command: flags, with "=" where a value follows, and values that are choices.
+
+    >>> flags_of("speakers")
+    ['--help', '--store=', '--remove=']
+    """
     if name in FLAGS:
         return [*BOTH, *FLAGS[name], *(f"--config={known}" for known in configurations())]
     module = importlib.import_module(f"kmq_jax.cli.{name}")
     if name == "bench":
         return list(module.benchmarks())
     words = ["--help"]
-    for action in module.COMMAND.parser()._actions[1:]:
+    for action in module.COMMAND.parser()._actions[1:]:  # the first is --help
         if not action.option_strings:
             continue  # a file, which the shell completes
         flag, listed = action.option_strings[-1], str(action.metavar or "")
+        # A switch takes no value: its `nargs` is 0.
         words.append(flag if action.nargs == 0 else f"{flag}=")
-        if listed.startswith("{"):
+        if listed.startswith("{"):  # `add_flags` lists choices as {one,two}
             words += [f"{flag}={choice}" for choice in listed.strip("{}").split(",")]
     return words

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,29 +56,33 @@ def find_config(value: str) -> str:
 
 
 def parse_flags(
-    argv: list[str], more: "absl_flags.FlagValues | None" = None
+    argv: list[str], more: "absl_flags.FlagValues | None" = None, short: Mapping[str, str] | None = None
 ) -> tuple["ml_collections.ConfigDict", Path]:
     """Reads `--config`, changes of its settings, and `--workdir`.
 
     Args:
         argv: the command line.
-        more: further flags, whose values are set.
+        more: further flags; their values are read from `argv`, too.
+        short: flags that are short for settings: "--engine" for "--config.study.engine".
+
+    Returns:
+        The configuration with its changes, and the working directory.
 
     Raises:
-        UserError: a flag or a configuration key is unknown or has a value of the wrong type.
+        UserError: a flag or a configuration key is unknown or has a value of the wrong type, or a flag is given twice.
     """
     from absl import flags as absl_flags
     from ml_collections import config_flags
 
     values = absl_flags.FlagValues() if more is None else more
-    words = _with_files(argv)
+    words = _with_files(_given_once(argv, short or {}))
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
     absl_flags.DEFINE_string("workdir", None, "", flag_values=values)
     try:
         rest = values(words)
         config, workdir = values["config"].value, values["workdir"].value
         if config is not None:
-            config.to_dict()  # a file that cannot be loaded is told only when its configuration is used
+            config.to_dict()  # an error of the file is raised only when its configuration is used
     except OSError as error:
         raise UserError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error
     except (absl_flags.Error, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -88,12 +93,27 @@ def parse_flags(
         raise UserError(f"argument {rest[1]!r} is not a flag (see --help)")
     if config is None or workdir is None:
         raise UserError("--config and --workdir are both needed (see --help)")
+    # Path("") would be the current directory; " " is refused.
     check_outputs({}, {"--workdir": Path(workdir or " ")}, {})
     return config, Path(workdir)
 
 
+def _given_once(argv: Sequence[str], short: Mapping[str, str]) -> list[str]:
+    """The command line with short flags written out. Of settings the last one counts; other flags are given once."""
+    words, seen = [], set()
+    for word in argv:
+        name, equals, value = word.partition("=")
+        flag = f"--{name.lstrip('-')}" if re.match(r"--?[a-z]", name) else ""
+        if flag in seen:
+            raise UserError(f"{flag} is given twice (see --help)")
+        if flag and not flag.startswith("--config."):
+            seen.add(flag)
+        words.append(f"{short[flag]}{equals}{value}" if flag in short else word)
+    return words
+
+
 def _with_files(argv: list[str]) -> list[str]:
-    """The command line as the library reads it: the configuration first, by its file's name, then what changes it."""
+    """The command line as ml_collections needs it: the configuration's file first, then changes of its settings."""
     words, first, before = [], [], ""
     for word in argv:
         if meant := meant_flag(word):
@@ -115,7 +135,7 @@ def _with_files(argv: list[str]) -> list[str]:
 
 
 def _told(message: str) -> str:
-    """An error of absl's, without the traceback of a configuration file that it may hold."""
+    """The message of absl's error, without the traceback of the configuration file that it may contain."""
     # Of a missing key it gives the name alone, or the name and the nearest, quoted twice.
     plain = message.strip("\"'").replace("\\n", "\n").replace("\\", "")
     if found := re.fullmatch(r"\W*(\w+)\W*?(?:\s*Did you mean \W(\w+)\W instead of .*)?", plain):

@@ -34,6 +34,7 @@ COMMAND = Command(
     "kmq-jax demo --model=runs/r34-4bit.kmq --threshold=threshold.json",
     (Files,),
 )
+# By way: what it needs, what else it may take.
 _WAYS = {"cascade": ((), ()), "model": ((), ("threshold", "bits"))}
 
 

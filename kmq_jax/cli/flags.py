@@ -25,9 +25,10 @@ LOOKALIKES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
 """Dashes that word processors and web pages put in place of hyphens."""
 
 _GROUPS = " groups"
-"""Where a namespace keeps the options that were made of it; no flag is named so."""
+"""The attribute in which a namespace keeps the options made from it. No flag can have a space in its name."""
 
 METAVARS = {int: "N", float: "X", Path: "FILE", str: "TEXT"}
+"""What stands for a value in `--help`, by the field's type."""
 
 
 def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
@@ -77,20 +78,23 @@ def add_flags(parser: argparse.ArgumentParser, options: type[Options]) -> None:
 def options_of(options: type[T], args: argparse.Namespace) -> T:
     """Makes the options from what a parser with their flags has parsed.
 
+    A command may have several groups of options. The places in all groups made so far are checked together.
+
     Raises:
-        UserError: a value cannot be read or is out of range; the message names the flag.
+        UserError: a value cannot be read or is out of range, an output cannot be written or is also read, or an input
+            is a pipe or a device; the message names the flag.
     """
     values = {}
     for field in dataclasses.fields(options):
         value, kind = getattr(args, field.name), kind_of(options, field.name)
-        # `--flag=` takes back a default that is not None.
+        # `--flag=` means None, also where the default is another value.
         if value == "" and kind.optional:
             value = None
         elif isinstance(value, str):
             parts = [part for part in value.split(",") if part] if kind.many else [value]
             read: list[object] = [_read(part, kind.type, _flag(field), value, kind.many) for part in parts]
             value = tuple(read) if kind.many else read[0]
-        # A repeated flag; its default is a tuple, and is left as it is.
+        # A repeated flag. Its default is a tuple, which needs no reading.
         elif isinstance(value, list):
             value = tuple(_read(part, kind.type, _flag(field), part, False) for part in value)
         values[field.name] = value
@@ -98,7 +102,7 @@ def options_of(options: type[T], args: argparse.Namespace) -> T:
         made = options(**values)
     except UserError as error:
         raise UserError(name_flags(str(error), options)) from error
-    # A command has several groups: what one writes may be what another reads.
+    # What one group writes may be what another reads.
     groups = vars(args).setdefault(_GROUPS, {})
     groups[options] = made
     _check_places(groups.values())
@@ -134,13 +138,18 @@ def _check_places(groups: Iterable[Options]) -> None:
 
 
 def _places(given: Sequence[object]) -> list[str]:
-    """What values may name: BITS:PLACE is of one level, and several DATA are separated by commas."""
-    return [part for one in given for part in {str(one), re.sub(r"^\d+:", "", str(one)), *str(one).split(",")}]
+    """Every path that values may name: BITS:PLACE and NAME=PLACE name one; several are separated by commas."""
+    # A wrong guess does no harm: a place that does not exist passes the checks.
+    whole = [part for one in given for part in {str(one), re.sub(r"^(\d+:|[^=]*=)", "", str(one))}]
+    return [part for one in whole for part in {one, *one.split(",")}]
 
 
 def name_flags(message: str, *options: type[Options]) -> str:
-    """A message that names fields of options, with their flags in place of the names.
+    """A message with flags in place of the names of fields in backticks.
 
+    >>> from kmq_jax.scoring.options import HearOptions
+    >>> name_flags("`bits` (=0) must be at least 1", HearOptions)
+    '--bits (=0) must be at least 1'
     >>> from kmq_jax.core.options import Options
     >>> name_flags("`bits` (=9) must be at most 8", Options)
     '`bits` (=9) must be at most 8'
@@ -150,7 +159,9 @@ def name_flags(message: str, *options: type[Options]) -> str:
 
 
 def meant_flag(word: str) -> tuple[str, str] | None:
-    """Of a word that begins with dashes which are no hyphens: the word as it was meant, and what to say.
+    """For a word that begins with dashes that are not hyphens: the word as it was meant, and the message about it.
+
+    Other words give None.
 
     >>> meant_flag("\u2013bits=2")[0]
     '--bits=2'
@@ -165,6 +176,7 @@ def meant_flag(word: str) -> tuple[str, str] | None:
 
 
 def _flag(field: "dataclasses.Field[object]") -> str:
+    """The flag of a field; for a positional one, the name that stands for its value."""
     limits = limits_of(field)
     return limits.metavar or field.name.upper() if limits.positional else f"--{limits.flag or field.name}"
 
@@ -173,13 +185,13 @@ def _help(text: str, default: object) -> str:
     """The text of a field and its default, if there is one to tell."""
     if not (default is None or default is False or default in ("", ())):
         text = f"{text} (default: {shown(default)})"
-    return text.replace("%", "%%")
+    return text.replace("%", "%%")  # argparse formats help with "%"
 
 
 def _read(text: str, kind: type, flag: str, whole: str, many: bool) -> object:
     """One value of a flag, from its text."""
     try:
-        if kind is Path and not text:
+        if kind is Path and not text:  # it would be the current directory
             raise ValueError
         return kind(text)
     except ValueError:
@@ -188,7 +200,7 @@ def _read(text: str, kind: type, flag: str, whole: str, many: bool) -> object:
 
 
 class _Once(argparse.Action):
-    """Takes a value, and refuses a second one: which of two recordings was meant nobody can tell."""
+    """Takes a value and refuses a second one: nobody can tell which of two recordings was meant."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
@@ -211,19 +223,23 @@ class _Append(argparse.Action):
         values: object,
         option_string: str | None = None,
     ) -> None:
-        before = getattr(namespace, self.dest)
+        before = getattr(namespace, self.dest)  # a list once the flag was seen; the default is a tuple
         setattr(namespace, self.dest, [*(before if isinstance(before, list) else ()), values])
 
 
 def way_of(
     groups: Sequence[Options], ways: Mapping[str, tuple[Sequence[str], Sequence[str]]], always: Sequence[str]
 ) -> str:
-    """Which of several ways a command is to go, each of which has an option of its name and its own further options.
+    """Chooses one of several ways in which a command can run. Each is asked for by the option of its name.
 
     Args:
         groups: the command's options, as given.
-        ways: by name what each needs and what else it takes. A way's name may be among what a way before it takes.
-        always: options that go with all.
+        ways: by name: the options that a way needs, and those that it may take. A later way's name may be among those
+            that an earlier one takes.
+        always: options that go with every way.
+
+    Returns:
+        The name of the way.
 
     Raises:
         UserError: none or two are asked for, something is missing, or something goes with another way.
@@ -231,6 +247,7 @@ def way_of(
     fields = [(group, field) for group in groups for field in dataclasses.fields(group)]
     values = {field.name: getattr(group, field.name) for group, field in fields}
     asked = [way for way in ways if values[way]]
+    # With `--store` the option `--model` asks for no way of its own, since a store takes it.
     asked = asked[:1] if asked and set(asked[1:]) <= set(ways[asked[0]][1]) else asked
     if len(asked) != 1:
         names = [f"`{way}`" for way in ways]

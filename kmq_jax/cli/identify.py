@@ -50,7 +50,7 @@ def main() -> None:
     matches = store.identify(files.recording, threshold)
     one, count = files.false_accept, len(matches)
     rate = None if one is None else false_accept_rate(one, count)
-    shown = matches[: files.top]
+    shown = matches[: files.top]  # all are compared, not only these: the rate below grows with their number
     if files.json:
         found = {"speaker": matches[0].speaker, "score": matches[0].score, "accepted": matches[0].decision}
         found |= {"ranking": [{"speaker": match.speaker, "score": match.score} for match in shown]}

@@ -60,7 +60,7 @@ def main() -> None:
     words = sys.argv[1:]
     if words and words[0] in COMMANDS:
         sys.argv = [f"kmq-jax {words[0]}", *words[1:]]
-        run(words[0])
+        run(words[0])  # does not return
     command.run("", lambda: answer(words))
 
 
@@ -69,7 +69,7 @@ def run(name: str) -> None:
     options: list[type[Options]] = []
 
     def main() -> None:
-        # Within what handles errors: importing takes long enough to be interrupted.
+        # Imported where errors are handled: an import takes long enough to be interrupted.
         module = importlib.import_module(f"kmq_jax.cli.{name}")
         found = getattr(module, "COMMAND", None)
         options.extend(found.options if found else ())

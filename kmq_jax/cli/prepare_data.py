@@ -37,10 +37,13 @@ COMMAND = Command(
 
 def main() -> None:
     """Runs the command."""
-    flags = options_of(Flags, COMMAND.parse())
+    args = COMMAND.parse()
+    flags = options_of(Flags, args)
     from kmq_jax.data import writer
     from kmq_jax.data.source import open_source
 
+    if args.beam == "":  # `options_of` makes None of it, as if Beam were not asked for
+        raise UserError("--beam must name options of Apache Beam, such as '--runner=DirectRunner'")
     if flags.beam is not None and flags.workers:
         raise UserError("--workers cannot be used with --beam: its runner has options of its own")
     workers = flags.workers or os.cpu_count() or 1

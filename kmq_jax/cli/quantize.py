@@ -67,7 +67,10 @@ def main() -> None:
     print(f"{files.out}: {after:,} bytes, {before / after:.1f} times smaller than FP32; {fitting(data)}")
     if options.bits is None:
         loss = measured_loss(model, quantized, str(data), files.crops)
-        print(f"measured on other crops, fitted: loss of cosine {loss:.4f}")
+        if loss is None:
+            print("the loss is not measured: these recordings have no crops but those that were fitted on")
+        else:
+            print(f"measured on other crops, fitted: loss of cosine {loss:.4f}")
 
 
 def _within_budget(files: Files, options: QuantizeOptions, model: "SpeakerModel") -> "list[QuantRule]":

@@ -32,7 +32,7 @@ class Files(Options):
     )
 
 
-WHOLE = "enrol_embeddings", "reference", "calibration", "save_calibration", "det"  # need all scores at once
+WHOLE = "enrol_embeddings", "reference", "calibration", "save_calibration", "det"  # these need all scores at once
 COMMAND = Command(
     "score",
     "Scores a trial list by cosine, with adaptive S-norm if a cohort is given, and prints EER, minDCF, actDCF,\n"

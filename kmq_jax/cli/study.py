@@ -30,7 +30,7 @@ def main() -> None:
     if asks_for_help():
         print(HELP)
         return
-    # Read when XLA is loaded: what it says of compilations that take long would stand between the steps.
+    # XLA reads this when it is loaded. Its warnings of slow compilations would stand between the printed steps.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from absl import flags as absl_flags
 
@@ -44,8 +44,7 @@ def main() -> None:
     own = absl_flags.FlagValues()
     absl_flags.DEFINE_list("only", [], "", flag_values=own)
     absl_flags.DEFINE_string("settings", None, "", flag_values=own)
-    words = [word.replace("--engine=", "--config.study.engine=", 1) for word in sys.argv]
-    config, workdir = parse_flags(words, own)
+    config, workdir = parse_flags(sys.argv, own, {"--engine": "--config.study.engine"})
     if own["only"].value == ["list"]:
         print("\n".join(training_steps(options_of(config))))
         return

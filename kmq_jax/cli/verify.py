@@ -35,6 +35,7 @@ COMMAND = Command(
     "kmq-jax verify --cascade=runs/cascade --enrol=alice.wav --test=unknown.wav",
     (Files, HearOptions),
 )
+# By way: what it needs, what else it may take. "store" comes before "model", since it takes a --model.
 _WAYS = {
     "cascade": (("enrol", "test"), ("compute",)),
     "store": (("speaker", "recording"), ("model", "threshold", "bits")),
@@ -46,7 +47,7 @@ def main() -> None:
     """Runs the command."""
     args = COMMAND.parse()
     files, how = options_of(Files, args), options_of(HearOptions, args)
-    if files.store and files.test and not files.recording:
+    if files.store and files.test and not files.recording:  # --test names the same recording
         files = dataclasses.replace(files, recording=files.test, test=None)
     way = way_of((files, how), _WAYS, ("engine", "vad", "json"))
     found, threshold = {"cascade": _by_cascade, "store": _by_store, "model": _by_model}[way](files, how)

@@ -107,3 +107,43 @@ def test_peaks_are_found_by_the_names_of_cards():
 def test_the_script_passes_its_flags_on(tmp_path):
     done = script(tmp_path, "--parts=nonesuch")
     assert done.returncode == 2 and "'nonesuch' must be one of step" in done.stderr
+
+
+def test_a_conversion_is_no_convolution():
+    found = device.by_sort({"loop_convert_fusion": (1.0, 1), "sm80_conv2d": (2.0, 1), "input_convert_reduce": (4.0, 1)})
+    assert found == {"elementwise": 1.0, "convolutions": 2.0, "reductions": 4.0}
+
+
+def test_figures_are_known_from_runs_on_such_a_card_in_such_sizes_alone(tmp_path):
+    out = tmp_path / "figures.jsonl"
+    full, tiny = lines.Log(out, "step"), lines.Log(out, "step", tiny=True)
+    assert full.known("step", "whole", "batch") is None
+    full.write("whole", batch=256)
+    full.write("whole", card="NVIDIA L4", batch=64)
+    tiny.write("whole", batch=4)
+    lines.append(out, {"part": "step", "error": "stopped after 1 s"})
+    assert full.known("step", "whole", "batch") == 256 and tiny.known("step", "whole", "batch") == 4
+    assert full.known("step", "whole", "batch", "NVIDIA L4") == 64
+    assert full.known("step", "whole", "loss") is None
+
+
+def test_half_a_line_costs_no_other(tmp_path):
+    out = tmp_path / "figures.jsonl"
+    whole = {"part": "step", "what": "whole", "card": "c", "jax": "1", "batch": 8}
+    lines.append(out, whole)
+    with out.open("a") as file:
+        file.write('{"part": "qat", "what"')  # killed while it wrote
+    lines.append(out, {"part": "qat", "error": "stopped after 1 s"})
+    assert lines.read(out) == [whole, {"part": "qat", "error": "stopped after 1 s"}]
+
+
+def test_a_file_without_figures_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"^--table \(=.*README.md\) holds no figures of this benchmark"):
+        run(tmp_path / "figures.jsonl", f"--table={ROOT / 'README.md'}")
+
+
+def test_what_parts_say_stands_in_a_file_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerator, "command_of", lambda name, options: [sys.executable, "-c", "print('said')"])
+    for name in ("a.log", "a.jsonl"):
+        out = tmp_path / name
+        assert accelerator.run_part("step", 60, AcceleratorBench(out=out)) == "" and not out.exists()

@@ -111,6 +111,7 @@ def test_shares_by_hand():
     found = across.decide(policy, data)
     assert found.accept.tolist() == [True, False, False]
     assert found.trials.tolist() == pytest.approx([1, 1 / 3]) and found.recordings.tolist() == pytest.approx([1, 2 / 3])
+    assert found.used == 3
 
 
 def test_mistakes():
@@ -120,3 +121,49 @@ def test_mistakes():
         AcrossBench(**{**GIVEN, "trials": ()})
     with pytest.raises(UserError, match=r"`first` \(=32\) must have fewer bits than the last model's 4"):
         across.compare(AcrossBench(**{**GIVEN, "first": ("32:a.kmq",), "last": "4:b.kmq"}))
+
+
+def test_of_the_first_list_what_is_judged_is_counted_and_weighs_by_its_trials(monkeypatch):
+    """The halves of the speakers differ in trials and recordings; of the trials of one of them all go on."""
+    whole, system = task(0, 3.0), across.System((SMALL, BIG), 0.01)
+    all_sides, label = whole.joined.sides, whole.joined.trials.label
+    _, two = across.split_speakers(whole.calibration(system, "big.kmq"), 0.5, 0)
+    one, other = (np.isin(side, two.enrol_speaker) for side in (all_sides.enrol_speaker, all_sides.test_speaker))
+    # The second half keeps what its even recordings take part in.
+    keep = ~(one & other) | ((all_sides.enrol % 2 == 0) & (all_sides.test % 2 == 0))
+    sides = types.SimpleNamespace(**{name: value[keep] for name, value in vars(all_sides).items()})
+    joined = types.SimpleNamespace(sides=sides, trials=types.SimpleNamespace(label=label[keep]))
+    scores = {place: row[keep] for place, row in whole.scores.items()}
+    base = across.Task("d", joined, scores, whole.seconds, whole.recordings)
+    judged_of = [new for _, new in across.parts_of(system, base, base, "big.kmq")]
+    within = (one == other)[keep]
+    found = across.counts(judged_of)
+    assert found == {"trials": within.sum(), "targets": label[keep][within].sum(), "speakers": SPEAKERS}
+    assert found["trials"] < len(sides.enrol)
+    same = AffineMap(1.0, 0.0)
+    gates = iter([((0.15, 0.15),), ((-9.0, 9.0),)])  # none of the second half's trials go on, all of the first's do
+    monkeypatch.setattr(across, "policy_of", lambda *_: CascadePolicy((2, 32), (same, same), next(gates), 0.15))
+    row = judged(system, base, base)
+    on = len(judged_of[1]) / found["trials"]
+    assert on > 0.7 and row["escalated"] == pytest.approx(on) and row["trial_ratio"] == pytest.approx(0.25 + on)
+    assert row["recording_ratio"] == pytest.approx(0.25 + 2 / 3)  # 32 of 48 recordings
+
+
+def test_embeddings_of_any_data_stay_in_the_directory_that_keeps_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(across, "embed_all", lambda loaded, utterances, engine: np.eye(len(utterances)))
+    table, options = Utterances(("0",), ("0",), ("0",)), AcrossBench(**GIVEN | {"kept": tmp_path})
+    for data in ("/so762", "/", "a/b/c", "synthetic:dev", "."):
+        for old in tmp_path.glob("*.npz"):
+            old.unlink()
+        assert across.embedded(MODELS["big.kmq"], data, table, options).parent == tmp_path
+
+
+def test_first_models_may_have_the_same_bits(monkeypatch):
+    seen = []
+    monkeypatch.setattr(across.Model, "read", lambda place: model(place.removesuffix(".kmq"), 1))
+    monkeypatch.setattr(across, "parts_of", lambda *_: [])
+    monkeypatch.setattr(across, "counts", lambda judged: {})
+    monkeypatch.setattr(across, "judge", lambda system, *_: seen.append(system.levels))
+    monkeypatch.setattr(across, "task_of", lambda *_: types.SimpleNamespace(data="d", recordings=1))
+    across.compare(AcrossBench(**GIVEN | {"first": ("2:small.kmq", "2:big.kmq"), "last": "32:last.kmq"}))
+    assert [levels[0] for levels in seen if len(levels) == 2] == [(2, "big.kmq"), (2, "small.kmq")]

@@ -5,8 +5,13 @@ import json
 import numpy as np
 import pytest
 
+from kmq_jax.benchmarks import cascade
+from kmq_jax.benchmarks.options import CascadeBench
+from kmq_jax.cascade import fit as fitting
+from kmq_jax.cascade.policy import CascadePolicy
 from kmq_jax.cli import bench
 from kmq_jax.core.errors import UserError
+from kmq_jax.metrics.calibration import AffineMap
 
 
 def run(*words):
@@ -49,3 +54,26 @@ def test_splits(tmp_path):
 def test_mistakes_are_named(flag):
     with pytest.raises(UserError, match=flag.split("=")[0]):
         run(flag)
+
+
+def test_a_reference_without_errors_has_no_ratio():
+    """It used to divide by the reference's rate of zero."""
+    sides = np.tril_indices(6)  # every speaker beside itself and each other
+    label = sides[0] == sides[1]
+    scores = np.where(label, 0.9, 0.1).astype(np.float32)[None]
+    new = fitting.Calibration((32,), scores, scores[0], label, *sides, True)
+    policy = CascadePolicy((32,), (AffineMap(1.0, 0.0),), (), 0.5)
+    row = cascade.on_new_speakers(policy, new, 1.0)
+    assert (row["eer"], row["reference_eer"], row["eer_ratio"]) == (0, 0, None)
+    means, spread = cascade.summary([row, row | {"eer_ratio": 2.0}])
+    assert means["eer_ratio"] == 2 and spread["eer"] == [0, 0]
+    assert "eer_ratio" not in cascade.summary([row])[0]
+
+
+def test_a_half_without_targets_is_named(monkeypatch):
+    label, sides = np.array([True, False, False]), np.array([0, 1, 2])
+    scores = np.float32([[0.9, 0.1, 0.2]])
+    data = fitting.Calibration((32,), scores, scores[0], label, sides, np.array([0, 2, 3]), True)
+    monkeypatch.setattr(cascade, "calibration_data", lambda options: data)
+    with pytest.raises(UserError, match=r"`trials` \(=t\): half of the speakers have no target or no nontarget trials"):
+        cascade.splits(CascadeBench(trials="t", levels=("32:a",), reference="a"))

@@ -2,8 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from kmq_jax.benchmarks import score
+from kmq_jax.benchmarks.options import ScoreBench
 from kmq_jax.cli import bench
 from kmq_jax.core.errors import UserError
 
@@ -27,3 +30,12 @@ def test_small(tmp_path, capsys):
 def test_mistakes_are_named(flag):
     with pytest.raises(UserError, match=flag.split("=")[0]):
         run(flag)
+
+
+def test_targets_are_seldom_a_recording_beside_itself():
+    """With fewer than two utterances a speaker most would be, and the EER too low."""
+    with pytest.raises(UserError, match="must be at least twice `speakers`"):
+        ScoreBench(utterances=199, speakers=100)
+    sizes = ScoreBench(utterances=200, speakers=100)
+    _, _, listed = score.make(1000, sizes.utterances, sizes.speakers, 2, 1.0)
+    assert 0.4 < np.mean(listed.enrol[listed.label] == listed.test[listed.label]) < 0.6

@@ -1,11 +1,14 @@
+import argparse
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 
 from kmq_jax.cli import command
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.options import Options, option
 from kmq_jax.core.progress import progress
 
 
@@ -131,3 +134,19 @@ def test_an_interruption_that_a_library_turns_into_its_own_error_stays_one():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_a_misspelt_flag_is_named_by_every_python(monkeypatch, capsys):
+    """In newer Pythons intermixed parsing does not go through `parse_known_args`: simulated here."""
+    plain = argparse.ArgumentParser
+    monkeypatch.setattr(plain, "parse_known_intermixed_args", plain.parse_known_args)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Given(Options):
+        bits: int = option("bits a weight")
+
+    monkeypatch.setattr("sys.argv", ["kmq-jax quantize", "--bitz=2"])
+    with pytest.raises(SystemExit) as stopped:
+        command.Command("quantize", "Quantizes.", "kmq-jax quantize", (Given,)).parse()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "kmq-jax quantize: unknown flag --bitz; did you mean --bits? (see --help)\n"

@@ -114,3 +114,29 @@ def test_a_flag_of_one_value_is_not_given_twice(capsys):
         parsed("--bits=2", "--bits=3")
     assert "--bits is given twice" in f"{caught.value} {capsys.readouterr().err}"
     assert parsed("--bits=2", "--threshold=1", "--threshold=2").thresholds == (1.0, 2.0)
+
+
+@pytest.mark.parametrize("words", ["--name=a -- -x --y", "--name=a -- -x --name=b", "z --name=a -- -x"])
+def test_after_two_hyphens_a_file_may_begin_with_one(words, monkeypatch):
+    found = command.Command("example", "Does.", "kmq-jax example", (Positional,))
+    monkeypatch.setattr("sys.argv", ["kmq-jax example", *words.split()])
+    if words.startswith("z"):  # values on both sides of a flag do not go with `--`
+        with pytest.raises(SystemExit):
+            found.parse()
+        return
+    made = options_of(Positional, found.parse())
+    assert made == Positional(name="a", files=tuple(map(Path, words.split()[2:])))
+
+
+@pytest.mark.parametrize("place", ["W=a.kmq,b.kmq", "W=b.kmq,a.kmq", "2:a.kmq", "b.kmq,a.kmq"])
+def test_an_output_is_none_of_the_places_that_a_value_names(place, tmp_path, monkeypatch):
+    @dataclass(frozen=True, kw_only=True)
+    class Reads(Options):
+        pair: tuple[str, ...] = option("models", (), metavar="NAME=MODEL,MODEL")
+        json: Path | None = option("figures", None, writes="file")
+
+    monkeypatch.chdir(tmp_path)
+    parser = command.parser("example", "Does.", "kmq-jax example")
+    add_flags(parser, Reads)
+    with pytest.raises(UserError, match=r"--json \(=a.kmq\) is also --pair, which is read"):
+        options_of(Reads, parser.parse_args([f"--pair={place}", "--json=a.kmq"]))

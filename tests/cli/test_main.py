@@ -188,3 +188,24 @@ def test_numbered_settings_are_set_by_flags():
     for setting in ("study.epochs.9", "study.nothing"):
         with pytest.raises(UserError, match=f"the configuration has no setting {setting.rpartition('.')[2]}"):
             config_flags.parse_flags(["study", "--config=quickstart", "--workdir=w", f"--config.{setting}=1"])
+
+
+@pytest.mark.parametrize(
+    "words", ["--config=voxceleb2_resnet36", "--config voxceleb2_resnet36", "--workdir=v", "-workdir=v"]
+)
+def test_a_configuration_and_its_directory_are_given_once(words):
+    """The last one used to count, in silence. Of a setting it does."""
+    flag = re.match("-*([a-z]+)", words)[1]
+    with pytest.raises(UserError, match=f"^--{flag} is given twice"):
+        config_flags.parse_flags(["train", "--config=quickstart", "--workdir=w", *words.split()])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ml_collections' way to load a file
+@pytest.mark.parametrize("words", ["--engine=onnxruntime", "--engine onnxruntime", "-engine onnxruntime"])
+def test_a_flag_that_is_short_for_a_setting_takes_its_value_either_way(words):
+    short = {"--engine": "--config.study.engine"}
+    given = ["study", "--config=quickstart", "--workdir=w", "--config.seed=1", "--config.seed=2", *words.split()]
+    config, _ = config_flags.parse_flags(given, short=short)
+    assert (config.study.engine, config.seed) == ("onnxruntime", 2)
+    with pytest.raises(UserError, match="^--engine is given twice"):
+        config_flags.parse_flags([*given, "--engine=jax"], short=short)

@@ -77,6 +77,7 @@ def test_mistakes_take_one_line_and_status_2(tmp_path, monkeypatch, capsys):
         ([f"--source={tmp_path}", f"--out={tmp_path / 'out'}"], "wav.scp:2: u2 is a command"),
         ([f"--source={tmp_path / 'no'}", f"--out={tmp_path / 'out'}"], "no such file"),
         ([f"--source={tmp_path}", f"--out={tmp_path / 'out'}", "--workers=0"], "--workers (=0)"),
+        ([f"--source={tmp_path}", f"--out={tmp_path / 'out'}", "--beam="], "--beam must name options of Apache Beam"),
         ([f"--source={tmp_path}"], "--out"),
     ]:
         assert commands.run(monkeypatch, "prepare_data", *flags) == 2

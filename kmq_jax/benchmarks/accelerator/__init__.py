@@ -1,7 +1,7 @@
-"""What is asked about speed on an accelerator, in one bounded run: one JSON line as soon as a figure is known.
+"""Speed on an accelerator, in one run of bounded time: each figure is written as a JSON line once it is known.
 
-Each part runs in a process of its own, with a time limit of its own, and is killed where it takes longer: what it had
-found by then is kept.
+Each part runs in a process of its own, with a time limit of its own. A part that takes longer is killed; the figures
+that it has written stay.
 """
 
 import importlib
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kmq_jax.benchmarks.accelerator import lines, report
 from kmq_jax.benchmarks.options import AcceleratorBench
+from kmq_jax.core.errors import UserError
 
 MODULES = {
     "step": "steps",
@@ -41,7 +42,7 @@ def environment() -> dict[str, str]:
         "JAX_TRACEBACK_FILTERING": "off",  # so that the last thing said is what went wrong
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
-    return {**ours, **os.environ}
+    return {**ours, **os.environ}  # what the user has set wins
 
 
 def command_of(name: str, options: AcceleratorBench) -> list[str]:
@@ -51,9 +52,18 @@ def command_of(name: str, options: AcceleratorBench) -> list[str]:
     return command + ([f"--programs={options.programs}"] if options.programs else [])
 
 
+def said_in(out: Path) -> Path:
+    """The file for what parts say: beside that of their figures, and never the same.
+
+    >>> said_in(Path("a.jsonl")).name, said_in(Path("a.log")).name
+    ('a.log', 'a.log.log')
+    """
+    return out.with_suffix(".log") if out.suffix != ".log" else out.with_name(f"{out.name}.log")
+
+
 def run_part(name: str, seconds: float, options: AcceleratorBench) -> str:
-    """Runs a part in a process group of its own; returns what went wrong, or nothing."""
-    with options.out.with_suffix(".log").open("a+b") as log:
+    """Runs a part in a process group of its own; returns what went wrong, or an empty text."""
+    with said_in(options.out).open("a+b") as log:
         log.seek(0, os.SEEK_END)
         start = log.tell()
         child = subprocess.Popen(
@@ -65,6 +75,7 @@ def run_part(name: str, seconds: float, options: AcceleratorBench) -> str:
             return f"stopped after {seconds:.0f} s"
         finally:
             if child.poll() is None:
+                # The whole group: a part may have started processes, too.
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
         log.seek(start)
@@ -76,7 +87,7 @@ def run_all(options: AcceleratorBench) -> None:
     """Runs the parts in turn, as long as there is time, and prints the table of what they found."""
     plan = options.plan
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    known = len(lines.read(options.out)) if options.out.exists() else 0
+    known = len(lines.read(options.out)) if options.out.exists() else 0  # lines of earlier runs: not in the table
     end = time.monotonic() + options.limit
     for name, limit in plan:
         begin = time.monotonic()
@@ -91,9 +102,12 @@ def run_all(options: AcceleratorBench) -> None:
 def main(options: AcceleratorBench) -> None:
     """Runs the benchmark, or one part of it, or prints a table."""
     if options.table:
-        print(report.table(lines.read(options.table)))
+        rows = lines.read(options.table)
+        if not rows:
+            raise UserError(f"`table` (={options.table}) holds no figures of this benchmark")
+        print(report.table(rows))
     elif options.part:
         module = importlib.import_module(f"kmq_jax.benchmarks.accelerator.{MODULES[options.part]}")
-        getattr(module, f"run_{options.part}")(lines.Log(options.out, options.part), options)
+        getattr(module, f"run_{options.part}")(lines.Log(options.out, options.part, options.tiny), options)
     else:
         run_all(options)

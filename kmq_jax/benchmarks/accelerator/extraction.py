@@ -37,13 +37,14 @@ class Noise:
 
     def __call__(self, name: str) -> np.ndarray:
         """The recording of that id."""
-        start = 977 * int(name) % RATE
+        start = 977 * int(name) % RATE  # a prime: recordings begin at different places
         return self.wave[start : start + self.samples[name]]
 
 
 def recordings(count: int, longest: float = LONGEST) -> Utterances:
     """Recordings of noise whose lengths are log-normal, 8 s in the mean and cut to 4 to 20 s, as VoxCeleb's are."""
     rng = np.random.default_rng(0)
+    # A log-normal's mean is exp(mu + s^2 / 2): mu is lowered by s^2 / 2 for a mean of 8 s.
     draws = rng.lognormal(np.log(SECONDS) - SPREAD**2 / 2, SPREAD, count)
     samples = (RATE * np.clip(draws, min(SHORTEST, longest), longest)).astype(np.int64)
     ids = tuple(str(i) for i in range(count))
@@ -90,7 +91,7 @@ def run_extract(log: Log, options: AcceleratorBench) -> None:
         run = functools.partial(embed_batch, network, fbank, made.variables, wave, jnp.full(batch, length, jnp.int32))
         seconds = device.seconds_of(run, 0.2 if options.tiny else 2.0)
         peak = device.peak_flops(jax.devices()[0].device_kind)
-        flops = 2.0 * batch * registry.macs(network, length // 160 - 2)
+        flops = 2.0 * batch * registry.macs(network, length // 160 - 2)  # frames of 25 ms, one each 10 ms
         log.write(
             f"{name}, device alone",
             dtype=compute,

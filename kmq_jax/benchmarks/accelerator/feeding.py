@@ -1,7 +1,6 @@
 """The input pipeline on shards: alone, and beside the training step that it feeds."""
 
 import dataclasses
-import os
 import shutil
 import tempfile
 import time
@@ -14,6 +13,7 @@ from kmq_jax.benchmarks.accelerator import device, steps
 from kmq_jax.benchmarks.accelerator.extraction import RATE, recordings
 from kmq_jax.benchmarks.accelerator.lines import Log
 from kmq_jax.benchmarks.options import AcceleratorBench
+from kmq_jax.benchmarks.timing import processors
 from kmq_jax.core import mesh
 from kmq_jax.data import pipeline, source, writer
 from kmq_jax.data.table import Utterances
@@ -55,7 +55,7 @@ def rate(batches: grain.DatasetIterator, batch: int, seconds: float) -> float:
 
 
 def beside(run: steps.Run, batches: grain.DatasetIterator, count: int) -> tuple[float, float]:
-    """Trains from an iterator as `train` does; seconds a step, and of it the seconds spent in waiting for a batch."""
+    """Trains from an iterator as `train` does; returns seconds a step, and how many of them are waiting for a batch."""
     devices = mesh.make_mesh(jax.devices()[:1])
     waited, start = 0.0, time.perf_counter()
     for i in range(count):
@@ -80,7 +80,7 @@ def run_input(log: Log, options: AcceleratorBench) -> None:
 
 
 def _measure(log: Log, options: AcceleratorBench, directory: Path) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = processors()
     workers = 1 if options.tiny else cores
     start = time.perf_counter()
     speech = shards(directory / "speech", 12 if options.tiny else 2048, 6 if options.tiny else 256, workers)
@@ -102,14 +102,14 @@ def _measure(log: Log, options: AcceleratorBench, directory: Path) -> None:
             crop_seconds=samples / RATE,
             examples_per_second=rates[threads],
         )
-        del batches
+        del batches  # its threads would go on reading ahead
     threads = max(rates, key=lambda way: rates[way])
 
     batch = int(options.batch or log.known("step", "whole", "batch") or steps.batches_of(options)[0])
     run = steps.make(steps.configure(steps.NETWORK, batch, options.tiny), options.tiny)
     without = device.seconds_of(run, 0.1 if options.tiny else 3.0)
     batches = batches_of(speech, noise, batch, samples, threads)
-    next(batches)
+    next(batches)  # the first takes longest: threads start, files are opened
     fed, waited = beside(run, batches, 2 if options.tiny else 60)
     log.write(
         "beside the step",

@@ -58,7 +58,7 @@ def make_network(channels: tuple[int, ...], blocks: tuple[int, ...], classes: in
                     layers.append(Block(cin, cout, 2 if stage and not block else 1, stage < 2))
                     cin = cout
             self.stages = nn.Sequential(*layers)
-            pooled = cin * -(-FEATURES // 8)
+            pooled = cin * -(-FEATURES // 8)  # three strides of 2, rounded up
             self.attention = nn.Sequential(nn.Conv1d(pooled, 128, 1), nn.Tanh(), nn.Conv1d(128, pooled, 1))
             self.head = nn.Sequential(
                 nn.BatchNorm1d(2 * pooled), nn.Linear(2 * pooled, EMBEDDING), nn.BatchNorm1d(EMBEDDING)
@@ -69,7 +69,7 @@ def make_network(channels: tuple[int, ...], blocks: tuple[int, ...], classes: in
             y = self.stages(F.silu(self.stem(x)))
             y = y.permute(0, 1, 3, 2).flatten(1, 2)  # [batch, channel * freq, time]
             weights = self.attention(y).float().softmax(2)
-            y = y.float()
+            y = y.float()  # sums over time in full precision
             mean = (weights * y).sum(2)
             deviation = ((weights * (y - mean[:, :, None]) ** 2).sum(2)).clamp(min=1e-5).sqrt()
             with torch.autocast(x.device.type, enabled=False):
@@ -117,6 +117,7 @@ def seconds_of(step: Step, budget: float) -> float:
     step(), step(), wait()
     start = time.perf_counter()
     step(), wait()
+    # Five groups share the budget; each is waited for at its end only.
     calls = max(1, min(20, round(budget / 5 / (time.perf_counter() - start))))
     times = []
     for _ in range(5):
@@ -148,7 +149,7 @@ def measure(log: Log, options: AcceleratorBench, batch: int, compiled: bool) -> 
     card, what = torch.cuda.get_device_name() if cuda else "cpu", "compiled" if compiled else "eager"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    ours = log.known("step", "network", "examples_per_second")
+    ours = log.known("step", "network", "examples_per_second", card)
     start = time.perf_counter()
     run = make_step(batch, options.tiny, compiled)
     loss = float(run().detach())
@@ -182,7 +183,7 @@ def run_torch(log: Log, options: AcceleratorBench) -> None:
         for batch in batches:
             try:
                 measure(log, options, batch, compiled)
-                break
+                break  # the largest batch that fits
             except torch.OutOfMemoryError as error:
                 log.write("too large", torch.cuda.get_device_name(), batch=batch, error=str(error)[:200])
             finally:

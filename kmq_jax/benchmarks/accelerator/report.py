@@ -32,7 +32,11 @@ _GOALS = (
 
 
 def describe(row: Figures) -> str:
-    """A line's figures in words."""
+    """A line's figures in words.
+
+    >>> describe({"batch": 64, "step_seconds": 0.25, "share_of_peak": 0.4})
+    'batch 64, 250.0 ms a step, 40.0 % of peak'
+    """
     if "error" in row:
         return str(row["error"])
     shown = [form.format(row[key] * factor) for key, form, factor in _SHOWN if row.get(key) is not None]

@@ -34,7 +34,7 @@ def _timed(run: Callable[[], T]) -> tuple[T, float, float]:
 
 
 def run_trials(log: Log, options: AcceleratorBench) -> None:
-    """Cosine scores and AS-norm of VoxCeleb1-E's size, then a cascade of CommonBench's; host and device."""
+    """Cosine scores and AS-norm of VoxCeleb1-E's size, then a cascade of CommonBench's size; host and device."""
     scale = 1000 if options.tiny else 1
     trials, utterances, members = TRIALS // scale, UTTERANCES // scale, max(COHORT // scale, 40)
     top = 20 if options.tiny else TOP
@@ -86,6 +86,7 @@ def run_kmeans(log: Log, options: AcceleratorBench) -> None:
     by_length: dict[int, list[np.ndarray]] = {}
     for kernel in layers.values():
         rows = kernel.reshape(-1, kernel.shape[-1]).T
+        # Kernels with rows of one length are clustered together: each length is compiled once.
         by_length.setdefault(rows.shape[1], []).append(rows)
     tables = [jnp.asarray(np.concatenate(rows)) for rows in by_length.values()]
     sort = jax.jit(lambda x: jnp.sort(x, axis=-1))

@@ -85,7 +85,7 @@ def configure(name: str, batch: int, tiny: bool, keeps: str = "", bits: int = 0)
 
 
 def samples_of(tiny: bool) -> int:
-    """Samples of a crop."""
+    """Samples of a crop: exactly as many as its frames need."""
     return KIWANO.length + ((TINY_FRAMES if tiny else FRAMES) - 1) * KIWANO.shift
 
 
@@ -130,7 +130,7 @@ def largest(make_one: Callable[[int], Run], batches: tuple[int, ...], log: Log) 
             jax.block_until_ready(run())
             return run
         except Exception as error:
-            if not device.out_of_memory(error) or batch == batches[-1]:
+            if not device.out_of_memory(error) or batch == batches[-1]:  # no smaller one is left
                 raise
             log.write("too large", batch=batch, error=str(error)[:200])
     raise ValueError("no batch is given")
@@ -200,7 +200,7 @@ def run_step(log: Log, options: AcceleratorBench) -> None:
     log.write("augmentation and front end", batch=run.batch, seconds=seconds)
 
     settings = run.recipe.objective.options
-    del run
+    del run  # its state leaves the device before the next is made
     run = make(settings, options.tiny, of_features=True)
     log.write("network", **figures_of(run, device.seconds_of(run, _budget(options))))
     _forward(run, log, options)
@@ -252,7 +252,7 @@ def run_qat(log: Log, options: AcceleratorBench) -> None:
     """The step with codebooks of 4 and 2 bits beside full precision, in turns."""
     batch = int(options.batch or log.known("step", "whole", "batch") or batches_of(options)[0])
     runs: dict[int, Run] = {}
-    for bits in (0, 4, 2):
+    for bits in (0, 4, 2):  # full precision first: it takes turns with each of the others
         runs[bits] = make(configure(NETWORK, batch, options.tiny, bits=bits), options.tiny)
         log.write("compiled", batch=batch, bits=bits, compile_seconds=runs[bits].compile_seconds)
         jax.block_until_ready(runs[bits]())
