@@ -60,8 +60,8 @@ LONG = ("train", "train quantized", "study", "prepare_data")
 """What is disturbed at its work: the lines of `fuzz.good_lines` that begin so only look for data that are not there."""
 NOTES = ("starts.json", "report.html", "steps.json")
 """Files that tell times: they are compared by what else they hold, or not at all."""
-NOTE = re.compile(r"\..+\.kmq-[0-9a-f]{32}\.json")
-"""What `models.runner` notes of a model spares work: a command that was killed and went on may leave more of them."""
+NOTE = re.compile(r"\..+\.kmq-([0-9a-f]{32}\.json|[0-9a-f]{20}-\d+\.onnx)")
+"""Converted models and notes of them spare work: a disturbed command may leave more of these, or fewer."""
 FAULTS = ("kill", "writes", "kill at writes", "full", "twice", "interrupt", "pipe")
 
 

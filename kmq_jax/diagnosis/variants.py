@@ -68,7 +68,7 @@ def feature_batches(
     Raises:
         UserError: a recording cannot be read or is too short; the message names it.
     """
-    lengths = usable_lengths(network, fbank, utterances, max_seconds)
+    lengths = usable_lengths(network, fbank, utterances, max_seconds, max_frames)
     devices = mesh.make_mesh(jax.local_devices())
     shapes = int(np.clip(lengths.sum() / SPEECH_A_PROGRAM_OF_CPU, 1, 4))
     plan = plan_batches(network, fbank, lengths, min(batch_size, len(lengths)), max_shapes=shapes)
@@ -91,6 +91,9 @@ def mix(reference: Variables, quantized: Variables, low: Callable[[str], bool]) 
         reference: variables of the reference network, `{"params": tree, "batch_stats": tree}`.
         quantized: those of the quantized one, the same tree.
         low: decides on the name below `params` or `batch_stats`.
+
+    >>> mix({"params": {"a": 1, "b": 2}}, {"params": {"a": 3, "b": 4}}, lambda name: name == "a")
+    {'params': {'a': 3, 'b': 2}}
     """
     return map_named(lambda name, full, few: few if low(_below(name)) else full, reference, quantized)
 
@@ -109,6 +112,7 @@ def component_mixes(
         if component not in present:
             continue
 
+        # Bound as a default: a closure would see the next component.
         def inside(name: str, component: str = component) -> bool:
             return component_of[name] == component
 
@@ -154,7 +158,7 @@ def embed_variants(
     """
     embeddings = np.zeros((len(variants), count, network.embedding_size), np.float32)
     for batch in batches:
-        # All are started before the first is waited for: the next batch's decoding is all that the devices wait for.
+        # All are started before the first is waited for, so that devices wait only while the next batch is decoded.
         values = [_embed(network, variables, batch.features, batch.frames) for variables in variants]
         for row, value in zip(embeddings, values):
             row[batch.members] = np.asarray(value)[: len(batch.members)]
@@ -253,5 +257,6 @@ def spread_over_speakers(utterances: source.Utterances, count: int, least: int =
     rank[np.lexsort((rng.random(len(sizes)), sizes < least))] = np.arange(len(sizes))
     rank = np.repeat(rank, sizes)
     chosen = rank < max(2, -(-count // least))
+    # By the last key first: utterances of chosen speakers, by turn, then by speaker; others only fill up.
     keys = np.lexsort((rank, turn, ~chosen))[:count]
     return np.sort(order[by_speaker[keys]])

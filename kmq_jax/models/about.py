@@ -1,6 +1,6 @@
 """What a model tells of itself beside its weights: where it comes from, its licence, what it was fitted on.
 
-It travels in the manifest of a `.kmq` file, as `about`. A file without it is read as ever.
+It travels in the manifest of a `.kmq` file, as `about`. A file without it can still be read.
 """
 
 import math
@@ -23,6 +23,7 @@ NAMES = {
 }
 METRICS = "metrics"
 _LONGEST, _MOST = 2000, 200  # letters of a text, and metrics
+_HOMES = ("home", "homes", "users")  # directories of people's homes, wherever they lie
 
 
 def made_by() -> str:
@@ -39,11 +40,20 @@ def made_by() -> str:
 def told(place: str | os.PathLike[str]) -> str:
     """A place as it may be told to others: of an absolute path only the last two parts, without anybody's home.
 
-    >>> told("/home/alice/corpora/words/train"), told("synthetic:train")
-    ('words/train', 'synthetic:train')
+    >>> told("/home/alice/corpora/words/train"), told("/home/alice/words"), told("synthetic:train")
+    ('words/train', 'words', 'synthetic:train')
     """
-    parts = [Path(*Path(one).parts[-2:]) if Path(one).is_absolute() else one for one in str(place).split(",")]
-    return ",".join(map(str, parts))
+    # A DATA argument may name several places, with commas between them, and spaces around those.
+    return ",".join(_without_home(one.strip()) for one in str(place).split(","))
+
+
+def _without_home(place: str) -> str:
+    parts = Path(place).parts
+    if not Path(place).is_absolute():
+        return place
+    # Whoever lies right below one of these is a person.
+    first = max((i + 2 for i, one in enumerate(parts[:-1]) if one.lower() in _HOMES), default=1)
+    return str(Path(*parts[first:][-2:])) if parts[first:] else "~"
 
 
 def numbers(metrics: Row) -> Json:
@@ -55,31 +65,46 @@ def numbers(metrics: Row) -> Json:
     return {
         name: value
         for name, value in metrics.items()
+        # True is an int to Python.
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
 
 
 def checked(value: object, where: str) -> About:
-    """What a file from anyone tells of itself, if it is of the form that `About` says.
+    """Checks what a file tells of itself. The file may come from anyone.
 
     Args:
         value: from the manifest.
-        where: it comes from, for messages.
+        where: the file, for messages.
+
+    Returns:
+        `value`.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not of the form that `About` says.
+
+    >>> checked({"license": "mit"}, "a.kmq")
+    {'license': 'mit'}
     """
     if not isinstance(value, dict):
         raise UserError(f"{where}: `about` is not an object")
     for name, held in value.items():
         if name == METRICS:
+            # `numbers` drops what is no number: equal means that all of them are.
             fine = isinstance(held, dict) and len(held) <= _MOST and numbers(held) == held
-            fine = fine and all(len(one) <= _LONGEST and math.isfinite(held[one]) for one in held)
+            fine = fine and all(len(one) <= _LONGEST and _is_finite(held[one]) for one in held)
         else:
             fine = isinstance(held, str) and len(held) <= _LONGEST
         if not fine or len(name) > _LONGEST or len(value) > _MOST:
             raise UserError(f"{where}: `about` holds {printable(name)[:80]!r}, which it must not in this form")
     return value
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floating point
+        return False
 
 
 def describe(about: About) -> list[str]:
@@ -94,7 +119,7 @@ def describe(about: About) -> list[str]:
 
 
 def printable(text: str) -> str:
-    r"""A text without what could steer a terminal.
+    r"""A text with a question mark for every character that could steer a terminal.
 
     >>> printable("a\x1b[2Jb")
     'a?[2Jb'

@@ -21,7 +21,7 @@ from kmq_jax.core.tree import Leaf, Variables, named_leaves
 from kmq_jax.quant.types import CodebookTensor, is_codebook_tensor
 
 VERSION = 1
-# What is read, by safetensors' names, and (below) what is written, by numpy's: what JAX and numpy both hold.
+# Types that both JAX and numpy hold: those read, by safetensors' names, and (below) those written, by numpy's.
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 _TYPES = {"bool", "bfloat16", "float16", "float32", "float64"}
 _TYPES |= {f"{kind}{size}" for kind in ("int", "uint") for size in (8, 16, 32, 64)}
@@ -33,7 +33,7 @@ def save(path: str | os.PathLike[str], manifest: Row, tree: Variables) -> None:
     """Writes a model, atomically.
 
     Args:
-        path: of the file to write, by habit ending in `.kmq`.
+        path: the file to write; its name usually ends in `.kmq`.
         manifest: what a reader needs beside the arrays, as JSON values: architecture, its settings, front end,
             training config. The keys "version" and "tensors" are the file's own.
         tree: nested dicts of arrays and `CodebookTensor`s, such as `{"params": ..., "batch_stats": ...}`. Other
@@ -61,8 +61,10 @@ def save(path: str | os.PathLike[str], manifest: Row, tree: Variables) -> None:
             raise UserError(f"the leaf's name {name!r} must not hold a #")
         if twice := set(parts) & set(arrays):
             raise UserError(f"two leaves are named {sorted(twice)[0]!r}")
-        # The library writes the buffer as it lies: that of a transposed view is in another order.
-        arrays |= {key: np.ascontiguousarray(np.asarray(value)) for key, value in parts.items()}
+        # The library writes the buffer as it lies: that of a transposed view is in another order. Not by
+        # `ascontiguousarray`, which makes a number an array of one.
+        arrays |= {key: np.asarray(value, order="C") for key, value in parts.items()}
+        # Of a quantized leaf this sees the indices alone; `validate` has seen its codebooks.
         if arrays[next(iter(parts))].dtype.name not in _TYPES:
             raise UserError(f"{name} is {arrays[name].dtype}, which .kmq files do not hold")
     text = json.dumps({**manifest, "version": VERSION, "tensors": quantized}, allow_nan=False, sort_keys=True)
@@ -74,6 +76,7 @@ def save(path: str | os.PathLike[str], manifest: Row, tree: Variables) -> None:
 
 def _reproducible(file: bytes) -> bytes:
     """The same file with its header's keys in order: the library writes its metadata in a random one."""
+    # A safetensors file: the header's length in 8 bytes, the header as JSON, the arrays.
     end = 8 + int.from_bytes(file[:8], "little")
     header = json.dumps(json.loads(file[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # tensors stay aligned
@@ -145,11 +148,11 @@ def load(path: str | os.PathLike[str]) -> tuple[Json, Variables]:
 
 
 def check_finite(arrays: Mapping[str, np.ndarray], where: str) -> None:
-    """Refuses weights that are NaN or infinite: every embedding would be.
+    """Refuses weights that are NaN or infinite: every embedding would be so, too.
 
     Args:
         arrays: by name.
-        where: they come from, for messages.
+        where: the file they come from, for messages.
 
     Raises:
         UserError: names the tensor.
@@ -178,11 +181,12 @@ def _check_version(path: Path, manifest: object) -> None:
 
 
 def _assemble(arrays: Mapping[str, np.ndarray], quantized: Mapping[str, Row]) -> Variables:
-    left: dict[str, Leaf] = dict(arrays)
+    left: dict[str, Leaf] = dict(arrays)  # what no quantized tensor claims is an ordinary leaf
     leaves: dict[str, Leaf] = {}
     if not isinstance(quantized, dict):
         raise ValueError("`tensors` is not an object")
     for name, about in quantized.items():
+        # The count comes from the file: a huge one would keep the loop below busy for ever.
         if not (isinstance(about, dict) and isinstance(about["coarse"], int) and 0 <= about["coarse"] <= 8):
             raise ValueError(f"{name} is not described as a quantized tensor")
         tensor = CodebookTensor(

@@ -14,7 +14,7 @@ from kmq_jax.data import buckets, source
 from kmq_jax.models.protocol import SpeakerNetwork
 
 LONG = 75 * source.SAMPLE_RATE
-"""Samples from which on recordings have fewer beside them in a batch, so that memory is bounded."""
+"""Samples of a long recording: a longer one shares its batch with fewer others, so that memory is bounded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,11 @@ class PaddedBatch:
 
 
 def usable_lengths(
-    network: SpeakerNetwork, fbank: frontend.FrontEnd, utterances: source.Utterances, max_seconds: float = 0.0
+    network: SpeakerNetwork,
+    fbank: frontend.FrontEnd,
+    utterances: source.Utterances,
+    max_seconds: float = 0.0,
+    max_frames: int = 0,
 ) -> np.ndarray:
     """Samples of each utterance that are used, `[utterances]`.
 
@@ -42,10 +46,13 @@ def usable_lengths(
         fbank: its filterbank.
         utterances: the table.
         max_seconds: only so much from the start of each recording; 0 takes all.
+        max_frames: how many frames the network sees of each at most; 0: all.
 
     Raises:
-        UserError: a recording is too short for the network; the message names it.
+        UserError: a recording is too short for the network, and the message names it; or so are `max_frames`.
     """
+    if max_frames and max_frames < network.least_frames():
+        raise UserError(f"max_frames (={max_frames}): the network needs at least {network.least_frames()}")
     lengths = utterances.lengths()
     if max_seconds:
         lengths = np.minimum(lengths, int(max_seconds * source.SAMPLE_RATE))
@@ -90,8 +97,11 @@ def plan_batches(
         fbank: its filterbank.
         lengths: `[recordings]` samples.
         batch_size: recordings in a batch.
-        **limits: for `buckets.length_buckets`, a few fixed shapes; left out: `buckets.tight_batches`, little padding.
-            They concern networks that mask.
+        **limits: passed to `buckets.length_buckets`, which makes batches of a few fixed shapes. Without any,
+            `buckets.tight_batches` keeps padding small. Only networks that mask use them.
+
+    Returns:
+        Batches: the padded length in samples, and the recordings' numbers, -1 for rows without one.
 
     >>> from kmq_jax.models import registry
     >>> network, lengths = registry.build("wespeaker_resnet34", width=4), np.array([16000, 31000, 15000])
@@ -107,8 +117,9 @@ def plan_batches(
     plan = []
     for count in np.unique(frames)[::-1]:
         rows = np.flatnonzero(frames == count).astype(np.int32)
-        # Their lengths differ by less than a step, in samples that no frame looks at: padding these adds no frame.
+        # Recordings of as many frames differ by less than one frame shift: padding to the longest adds no frame.
         size = int(lengths[rows].max())
+        # No more samples in a batch than `batch_size` recordings of length `LONG` have.
         most = max(min(batch_size, batch_size * LONG // size), 1)
         plan += [buckets.Batch(size, rows[start : start + most]) for start in range(0, len(rows), most)]
     return plan

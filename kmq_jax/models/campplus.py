@@ -130,6 +130,7 @@ class ContextMask(nn.Module):
 
         hidden = nn.relu(pointwise(inner // 2, "context1")(context))
         gates = nn.sigmoid(pointwise(self.channels, "context2")(hidden))
+        # The last segment may be shorter than its gates reach.
         return local * jnp.repeat(gates, SEGMENT, axis=1)[:, :time]
 
 
@@ -218,7 +219,7 @@ class CamPlusPlus(SpeakerNetwork):
     """CAM++; build one by `kmq_jax.models.registry.build("campplus")`.
 
     Attributes:
-        features: mel bands, a multiple of 8.
+        features: mel bands; the stem leaves an eighth, rounded up.
         embedding_size: dimension of the embedding; 3D-Speaker's "common" models have 192.
         layers: layers of the three dense blocks.
         growth: channels that each adds.
@@ -268,6 +269,7 @@ class CamPlusPlus(SpeakerNetwork):
         # From here on a frame stands for two of the input.
         mask = stride_mask(mask, 2)
         for i, count in enumerate(self.layers):
+            # Blocks beyond the third go on with its dilation.
             dilation = DILATIONS[min(i, len(DILATIONS) - 1)]
             block = DenseBlock(count, self.growth, 4 * self.growth, dilation, self.dtype, name=f"block{i + 1}")
             x = _Transit(self.dtype, name=f"transit{i + 1}")(block(x, mask, train), mask, train)
@@ -287,7 +289,10 @@ class CamPlusPlus(SpeakerNetwork):
 
     @nn.nowrap
     def chunk_step(self) -> int:
-        """A segment. What lies more than a segment behind the convolutions' reach is felt through gates alone."""
+        """A segment, in frames of the input, so that no chunk cuts one.
+
+        What lies more than a segment beyond the convolutions' reach acts only through the gates.
+        """
         return 2 * SEGMENT
 
     @nn.nowrap
@@ -328,6 +333,7 @@ def _dense_to_onnx(graph: GraphBuilder, x: str, at: str, dilation: int) -> str:
     y = graph.activation(graph.conv(y, f"{at}/conv1", norm=f"{at}/bn2"), nn.relu)
     local = graph.conv(y, f"{at}/cam/local", window(1, 3, dilation=dilation))
     mean = graph.node("Unsqueeze", graph.mean_over_time(y, f"{at}/cam"), graph.integers(2))
+    # With `ceil_mode` the last segment may have fewer frames, and is divided by those that it has.
     pooling = {"kernel_shape": [SEGMENT], "strides": [SEGMENT], "ceil_mode": 1}
     context = graph.node("Add", graph.node("AveragePool", y, **pooling), mean)
     hidden = graph.activation(graph.conv(context, f"{at}/cam/context1"), nn.relu)

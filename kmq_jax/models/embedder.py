@@ -1,4 +1,4 @@
-"""What embeds recordings in memory: a model, or the MODEL of a path, of which no more is read than that takes.
+"""Embeds recordings held in memory: by a model in memory, or by a MODEL, of which no more is read than is needed.
 
 Where a `.kmq` file was converted before (`models.runner`), JAX is not imported.
 """
@@ -52,7 +52,7 @@ class Embedder:
 
     @property
     def fingerprint(self) -> str:
-        """The model's, as `speaker_model.fingerprint`.
+        """The model's fingerprint; see `speaker_model.fingerprint`.
 
         Raises:
             UserError: the model cannot be read; so do `size` and `embed`.
@@ -61,17 +61,17 @@ class Embedder:
 
     @property
     def size(self) -> int:
-        """Values of an embedding."""
+        """Dimension of an embedding."""
         return self._note.size
 
     @property
     def bits(self) -> int | None:
-        """At which a nested model is read; None: the most it has."""
+        """The bits at which a nested model is read; None: the most it has."""
         return self._bits
 
     @property
     def place(self) -> str | None:
-        """Where the model lies: an absolute path, or `hf://ORG/NAME`; None: in memory alone."""
+        """Where the model lies: an absolute path, or `hf://ORG/NAME`; None: only in memory."""
         place = self._given.origin if self._given else self._path
         if place is None:
             return None
@@ -82,8 +82,9 @@ class Embedder:
         """Embeds recordings at 16 kHz, as `data.audio.read_recording` gives them; float32 `[waves, size]`.
 
         Raises:
-            UserError: one is too short for the network.
+            UserError: one is too short for the network, or the model's file was changed meanwhile.
         """
+        # What the note does not allow is left to the whole model: it refuses short recordings and cuts long ones.
         if self._lean and self._lean.takes(np.array([len(wave) for wave in waves])):
             return self._lean.embed(waves)
         from kmq_jax.models.speaker_model import embed_waves

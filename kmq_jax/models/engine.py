@@ -154,14 +154,16 @@ def _moments(whole: onnx_export.Whole, seen: dict[str, np.ndarray], own: tuple[i
     """The moments of a chunk's own frames."""
 
     def rows(name: str) -> np.ndarray:
+        # Without the batch axis, that of time is one less.
         return np.moveaxis(seen[name][0], whole.axis - 1, 0)[slice(*own)]
 
     return long.moments_of(rows(whole.frames), None if whole.logits is None else rows(whole.logits))
 
 
 def note_of(network: SpeakerNetwork, fbank: frontend.FrontEnd, fingerprint: str) -> Note:
-    """What a model that is converted tells to whoever runs it without JAX."""
+    """What must be known of a model to run its converted form without JAX."""
     frames = network.least_frames()
+    # One window, and a shift for each further frame; centred frames get `margin` samples by padding. At least a window.
     fewest = max(fbank.length + (frames - 1) * fbank.shift - fbank.margin, fbank.length)
     assert frontend.num_frames(fewest, fbank) >= frames
     return Note(fingerprint, network.embedding_size, fewest, int(long.LONG * source.SAMPLE_RATE))

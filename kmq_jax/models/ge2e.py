@@ -16,18 +16,20 @@ References: Wan et al., Generalized End-to-End Loss for Speaker Verification, 20
 resemblyzer/voice_encoder.py (Resemblyzer 0.1.4).
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from kmq_jax.models.protocol import Part, SpeakerNetwork
+from kmq_jax.models.protocol import Frames, Part, SpeakerNetwork
 from kmq_jax.models.settings import check_counts, check_dtype, check_features
 from kmq_jax.nn.frames import frame_mask, mask_frames
 from kmq_jax.nn.layers import TORCH_DEFAULT, Conv, dense
 from kmq_jax.nn.recurrent import Recurrence
 
-WINDOW, STEP, LEAST = 160, 77, 120  # frames of a window, from one to the next, steps that the last must cover
+WINDOW, STEP, LEAST = 160, 77, 120  # frames of a window, from one to the next, and that a later one must exceed
 
 
 def windows_of(frames: int) -> int:
@@ -37,6 +39,20 @@ def windows_of(frames: int) -> int:
     [1, 1, 2, 3]
     """
     return 1 + max(0, (frames - LEAST - 1) // STEP)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Windows(Part):
+    """A part whose output holds the windows of an utterance one behind the other."""
+
+    def frames(self, frames: Frames) -> Frames:
+        """As many as its windows have, which overlap; none of no frames.
+
+        >>> [_Windows("lstm1", "lstm1").frames(frames) for frames in (0, 1, 198)]
+        [0, 160, 320]
+        """
+        later = (frames - LEAST - 1) // STEP
+        return WINDOW * (1 + later * (later > 0)) * (frames > 0)
 
 
 class Lstm(nn.Module):
@@ -53,7 +69,8 @@ class Lstm(nn.Module):
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """Vectors of length 1. One of zeros, which ReLU may leave, stays."""
+    """Scales vectors to length 1. One of zeros, which the ReLU may give, stays as it is."""
+    # At zero the gradient of the norm is NaN; that of the ReLU before it drops this.
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
@@ -64,7 +81,7 @@ class _Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, counts: jax.Array) -> jax.Array:
-        """Maps `[batch, windows, width]` to `[batch, embedding_size]`; `counts` `[batch, windows]` are true or not."""
+        """Maps `[batch, windows, width]` to `[batch, embedding_size]`, by the windows where `counts` is true."""
         each = _unit(nn.relu(dense(self.embedding_size, "linear")(x.astype(jnp.float32))))
         return _unit(jnp.where(counts[..., None], each, 0).sum(1) / counts.sum(1)[:, None])
 
@@ -108,16 +125,18 @@ class Ge2e(SpeakerNetwork):
         x = mask_frames(features.astype(self.dtype), frame_mask(lengths, time))
         starts = range(0, STEP * windows_of(time), STEP)
         x = jnp.pad(x, ((0, 0), (0, max(0, starts[-1] + WINDOW - time)), (0, 0)))
+        # Windows one behind the other, so that layers see one axis of time.
         x = jnp.concatenate([x[:, start : start + WINDOW] for start in starts], axis=1)
         for n in range(self.layers):
             x = Lstm(self.width, self.dtype, name=f"lstm{n + 1}")(x)
         frames = jnp.full((batch,), time) if lengths is None else lengths
         begins = jnp.asarray(starts)[None]
+        # The first counts however short the utterance is.
         counts = (begins == 0) | (frames[:, None] > begins + LEAST)
         return _Head(self.embedding_size, name="head")(x[:, WINDOW - 1 :: WINDOW], counts)
 
     @nn.nowrap
     def parts(self) -> tuple[Part, ...]:
         """The LSTMs, whose outputs hold all windows one behind the other, and the head."""
-        lstms = [Part(f"lstm{n + 1}", f"lstm{n + 1}", distilled=True) for n in range(self.layers)]
+        lstms = [_Windows(f"lstm{n + 1}", f"lstm{n + 1}", distilled=True) for n in range(self.layers)]
         return (*lstms, Part("head", "embedding"))

@@ -47,7 +47,7 @@ LAYERS = ("Conv", "Linear", "BatchNormalization", "Parameter")
 LONGEST = 4 << 20
 """Characters of a graph."""
 _MOST_NODES = 20_000
-_LARGEST_PARAMETER = 1 << 28
+_LARGEST_PARAMETER = 1 << 28  # elements
 _LARGEST_NUMBER = 1 << 16  # of channels, taps, steps, pads
 _A_FRAME = 1 << 18  # elements that a value may have for each frame of the batch: channels, or a row of attention
 _KNOWN = 1 << 24  # elements of all values that are known while tracing
@@ -108,20 +108,37 @@ class Graph:
 
 
 def write(literals: Mapping[int, np.ndarray], nodes: Sequence[Sequence[object]], output: int) -> str:
-    """The text of a graph; see the module's docstring."""
+    """The text of a graph; see the module's docstring.
+
+    Args:
+        literals: constants by the number of the value.
+        nodes: `(kind, values read, values given, attributes)` in running order.
+        output: the value that is the embedding.
+
+    >>> write({}, [["Relu", [0], [2], {}]], 2)
+    '{"literals":[],"nodes":[["Relu",[0],[2],{}]],"output":2}'
+    """
     held = [[n, x.dtype.name, x.shape, base64.b64encode(x.tobytes()).decode()] for n, x in literals.items()]
     return json.dumps({"literals": held, "nodes": nodes, "output": output}, separators=(",", ":"))
 
 
-@functools.lru_cache(maxsize=16)
 def read(text: str) -> Graph:
     """Reads the text of a graph, which may come from anyone.
 
     Raises:
         UserError: it is too long, is no graph, or a node reads what is not there.
+
+    >>> found = read(write({}, [["Relu", [0], [2], {}]], 2))
+    >>> found.nodes[0].kind, found.output
+    ('Relu', 2)
     """
     if not isinstance(text, str) or len(text) > LONGEST:
         raise UserError("`graph` must be a text of at most 4 MiB")
+    return _read(text)
+
+
+@functools.lru_cache(maxsize=16)
+def _read(text: str) -> Graph:
     try:
         given = parse_json(text)
         literals = {_count(n): _literal(*one) for n, *one in given["literals"]}
@@ -143,7 +160,7 @@ def read(text: str) -> Graph:
             raise NodeError(number, node.kind, "a value is given twice")
         known |= set(node.outputs)
         layers |= {node.layer} if node.kind in LAYERS else set()
-    if output not in known:
+    if not isinstance(output, int) or output not in known:
         raise UserError("`graph` has no output")
     return Graph(literals, _with_last(nodes, output), output)
 
@@ -195,7 +212,7 @@ def _with_last(nodes: Sequence[Node], output: int) -> tuple[Node, ...]:
 class _Held:
     """A value of the graph as it lies in memory: axis i is axis `order[i]` of the value, channels last.
 
-    Values stay so between a convolution and the next wherever operators do not care, and nothing is transposed.
+    Values keep this order from one convolution to the next wherever operators do not care, so nothing is transposed.
     """
 
     array: jax.Array
@@ -292,17 +309,20 @@ class GraphNetwork(SpeakerNetwork):
         values: dict[int, _Value] = {LEFT_OUT: None, **graph.literals}
         values[FEATURES] = _held(jnp.asarray(features).astype(self.dtype))
         values[FRAMES] = np.full(batch, time, np.int64)
+        # What one value may take, and a budget for all that are known while tracing: the graph may come from anyone.
         most, known = _A_FRAME * max(batch * time, 1024), max(_KNOWN, 64 * batch * time)
         for number, node in enumerate(graph.nodes):
             try:
                 made = self._run(node, [values[n] for n in node.inputs], most, known)
+                if len(made) != len(node.outputs):
+                    raise ValueError(f"it gives {len(made)} values, not {len(node.outputs)}")
             except UserError:
                 raise
             except Exception as error:  # shapes or attributes that do not fit, of whatever kind numpy and JAX raise
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise NodeError(number, node.kind, reason) from error
             known -= sum(one.size for one in made if isinstance(one, np.ndarray))
-            values.update(zip(node.outputs, made, strict=True))
+            values.update(zip(node.outputs, made))
             for n in node.last:
                 values.pop(n)
         found = values[graph.output]
@@ -347,7 +367,7 @@ class GraphNetwork(SpeakerNetwork):
         pads, taps = about["pads"], tuple(about["kernel_shape"])
         padding = tuple(zip(pads[:rank], pads[rank:]))
         moves = window(rank, taps, tuple(about["strides"]), padding, tuple(about["dilations"]), about["group"])
-        lengths = {len(one) for one in moves[:4]}
+        lengths = {len(one) for one in moves[:4]}  # of taps, strides, padding, dilations
         if lengths != {rank} or x.shape[-1] % moves.groups or about["channels"] % moves.groups:
             raise ValueError(f"it does not fit values of {rank} axes and {x.shape[-1]} channels")
         if min(*moves.taps, *moves.strides, *moves.dilations) < 1 or min(moves.sizes(x.shape[1:-1])) < 1:
@@ -373,7 +393,7 @@ class GraphNetwork(SpeakerNetwork):
     def parts(self) -> tuple[Part, ...]:
         """Every layer in running order; the last of each component is what distillation compares."""
         layers = [node for node in self._read().nodes if node.kind in LAYERS]
-        # Of a parameter nothing is learnt by looking at it.
+        # A bare parameter does not depend on the sound: there is nothing to compare.
         last = {node.attributes["component"]: node.layer for node in layers if node.kind != "Parameter"}
         return tuple(
             Part(node.layer, component, whole=True, distilled=last.get(component) == node.layer)
@@ -395,6 +415,7 @@ class GraphNetwork(SpeakerNetwork):
         names |= {n: graph.array(f"literal_{n}", value) for n, value in own.literals.items()}
         if any(FRAMES in node.inputs for node in own.nodes):
             shape = graph.node("Shape", feats)
+            # They hold 0, 1, 2: axis 0 is the batch, axis 1 the frames.
             one, two, three = (graph.integers(n) for n in (0, 1, 2))
             frames, batch = graph.node("Slice", shape, two, three), graph.node("Slice", shape, one, two)
             names[FRAMES] = graph.node("Expand", frames, batch)
@@ -415,6 +436,7 @@ def _transposed(x: _Held, perm: list[int] | None) -> _Held:
     axes = list(range(x.array.ndim))[::-1] if perm is None else perm
     if sorted(axes) != list(range(x.array.ndim)):
         raise ValueError(f"perm {axes} does not fit {x.array.ndim} axes")
+    # Memory axis i held axis `order[i]`, which stands where `axes` names it now.
     return _Held(x.array, tuple(axes.index(axis) for axis in x.order))
 
 
@@ -424,6 +446,7 @@ def _aligned(node: Node, given: list[_Value]) -> tuple[Order | None, list[Array]
     Operators that do not care get values as they lie in memory.
     """
     kept = [one for one in given if isinstance(one, _Held)]
+    # Only operands with all axes can decide the order; those with fewer broadcast.
     rank = max((np.ndim(one.array if isinstance(one, _Held) else one) for one in given if one is not None), default=0)
     orders = [one.order for one in kept if len(one.order) == rank and one.order != tuple(range(rank))]
     reduces = node.kind in operators.REDUCTIONS and node.attributes.get("keepdims", 1) and len(given) > 1
@@ -434,12 +457,19 @@ def _aligned(node: Node, given: list[_Value]) -> tuple[Order | None, list[Array]
         known = given[1]
         if isinstance(known, _Held):
             raise ValueError("its axes depend on the sound")
-        axes = None if known is None else np.array([order.index(int(n) % rank) for n in known.ravel()])
+        # From axes of the graph to axes in memory.
+        axes = None if known is None else np.array([_in_memory(int(n), order) for n in known.ravel()])
         return order, [kept[0].array, axes], node.attributes
     attributes = dict(node.attributes)
     if node.kind == "Concat":
-        attributes["axis"] = order.index(attributes["axis"] % rank)
+        attributes["axis"] = _in_memory(attributes["axis"], order)
     return order, [_in_order(one, order) for one in given], attributes
+
+
+def _in_memory(axis: int, order: Order) -> int:
+    """Where an axis of the graph lies in memory. One that is out of range stays so: the operator refuses it."""
+    rank = len(order)
+    return order.index(axis % rank) if -rank <= axis < rank else axis
 
 
 def _in_order(value: _Value, order: Order) -> Array:
@@ -447,6 +477,7 @@ def _in_order(value: _Value, order: Order) -> Array:
         return value.array if isinstance(value, _Held) else value
     if isinstance(value, _Held) and len(value.order) == len(order):
         return value.ordered(order)
+    # Fewer axes: ones in front, as broadcasting would add them, then the common order.
     plain = value.plain() if isinstance(value, _Held) else value
     return plain.reshape((1,) * (len(order) - plain.ndim) + plain.shape).transpose(order)
 

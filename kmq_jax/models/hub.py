@@ -38,7 +38,7 @@ def card(model: SpeakerModel, repo: str) -> str:
     for name in ("license", "source"):
         if not about.get(name):
             raise UserError(f"`{name}` must be given: the model does not tell it")
-    # Both files have forms of their own, which a text from elsewhere must not break out of.
+    # YAML and Markdown have syntax of their own: a text from elsewhere must not break out of its place.
     if not re.fullmatch(r"[\w.+-]+", about["license"]):
         raise UserError(f"`license` (={printable(about['license'])}) must be a short name such as cc-by-4.0")
     totals = summary.totals_of(model)
@@ -63,14 +63,14 @@ def _facts(about: About) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """A text as Markdown shows it as it is: no HTML, no table, one line."""
+    """A text made safe for a line or a table's cell of Markdown: no HTML, no bar, no line break."""
     return html.escape(printable(text), quote=False).replace("|", "\\|")
 
 
 def with_about(
     model: SpeakerModel, license: str | None = None, source: str | None = None, metrics: Row | None = None
 ) -> SpeakerModel:
-    """The model with what it is to tell of itself; what is left out stays as the model tells it.
+    """The model with what it is to tell of itself; what is left out here stays as it was.
 
     Args:
         model: any.

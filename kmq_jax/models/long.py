@@ -3,7 +3,7 @@
 Chunks overlap by as many frames as convolutions reach, so each frame comes out as in one run. What looks at all frames
 (`nn.whole`) is added up over the chunks. Where the pooling alone does so, that is exact, in one pass. Where layers
 before it do (squeeze-and-excitation, a mask by context), passes are repeated, each with the statistics of the one
-before, until the embedding stands still; as many passes as there are such layers would make it exact in any case.
+before, until the embedding no longer moves; as many passes as there are such layers would make it exact in any case.
 """
 
 import functools
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kmq_jax import frontend
+from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Array, Variables
 from kmq_jax.data import source
 from kmq_jax.models import walk
@@ -27,10 +28,10 @@ LONG = 60.0
 """Seconds from which on a recording is embedded in chunks."""
 CHUNK = 1600  # frames
 _STILL = 1e-9  # cosine distance of two passes' embeddings, from which on nothing moves
-_TINY = 1e-30
+_TINY = 1e-30  # in place of a divisor of zero
 
 Own: TypeAlias = Mapping[str, tuple[int, int]]
-"""By place: which of a chunk's frames there are its own, first and behind the last."""
+"""By place: which frames there are the chunk's own, from the first to behind the last; the others are overlap."""
 
 Given: TypeAlias = Mapping[str, Moments]
 """By place: statistics of the whole utterance."""
@@ -43,7 +44,7 @@ class Pieces(Protocol):
         """The filterbank of a part of a recording, the mean not removed: `[frames, features]`."""
 
     def moments(self, features: np.ndarray, own: Own, given: Given) -> dict[str, Moments]:
-        """What a chunk's own frames add up to at each place, where a place not in `given` goes on with them alone."""
+        """The moments of a chunk's own frames at each place. A place not in `given` goes on with these alone."""
 
     def embed(self, given: Given) -> np.ndarray:
         """The embedding `[size]` of an utterance of these statistics."""
@@ -67,19 +68,25 @@ class Place:
         >>> Place(stride=2, lost=0).own(low=8, start=10, stop=15, frames=15), Place(1, lost=4).own(0, 0, 9, 9)
         ((1, 4), (0, 5))
         """
+        # In frames of the place: neighbouring chunks share none, and the last goes no further than the place does.
         first, end = start // self.stride, min(-(-stop // self.stride), -(-(frames - self.lost) // self.stride))
         return first - low // self.stride, max(end, first) - low // self.stride
 
 
 @functools.lru_cache(maxsize=32)
 def places(network: SpeakerNetwork) -> dict[str, Place]:
-    """The places where a network looks at all frames, in running order. None is found of one that cannot be cut."""
+    """The places where a network looks at all frames, in running order; none of one that cannot be cut.
+
+    Raises:
+        UserError: it says that it can be cut, but looks at all frames without `nn.whole`.
+    """
     if not network.chunk_step():
         return {}
     found: dict[str, Place] = {}
     frames = 8 * CHUNK // network.chunk_step() * network.chunk_step()
 
     def collect(place: str, x: jax.Array, mask: jax.Array | None, logits: jax.Array | None) -> Moments:
+        # So many frames that the few lost for want of padding do not change the quotient.
         stride = frames // x.shape[1]
         found[place] = Place(stride, frames - x.shape[1] * stride)
         return whole.moments(x, mask, logits)
@@ -90,6 +97,11 @@ def places(network: SpeakerNetwork) -> dict[str, Place]:
 
     given = jax.ShapeDtypeStruct((1, frames, network.features), jnp.float32)
     jax.eval_shape(run, walk.shapes(network), given)
+    if not found:
+        raise UserError(
+            f"{type(network).__name__} has a chunk_step ({network.chunk_step()}), but asks nn.whole for no statistics: "
+            "a long recording cannot be embedded in chunks"
+        )
     return found
 
 
@@ -99,6 +111,7 @@ def reach(network: SpeakerNetwork) -> int:
     frames = 0
     for layer in walk.layers(network):
         if layer.window is not None:
+            # A part's stride is that of its output; taps reach over frames of the input.
             stride = max(network.part_of(f"{layer.name}/kernel").stride // layer.window.strides[0], 1)
             span, before = layer.window.dilations[0] * (layer.window.taps[0] - 1), layer.window.padding[0][0]
             frames += stride * max(before, span - before)
@@ -120,7 +133,7 @@ def embed(
         network: its module, with a `chunk_step`.
         fbank: its filterbank.
         read: gives the recording `[samples]`, which is let go once its features are there.
-        most: the network sees only so many frames, less the mean over all; 0: all.
+        most: the network sees only the first so many frames, less the mean over all; 0: all.
 
     Returns:
         `[size]`.
@@ -142,14 +155,15 @@ def embed(
             total = {name: merge(total[name], one) for name, one in new.items()} if total else new
         return total
 
+    # The pooling alone looks at all frames: one pass is exact.
     if len(found) == 1:
         return pieces.embed(all_chunks({}))
-    # The statistics of the first chunk are where passes begin.
+    # Passes begin with the statistics of the first chunk.
     end = min(core, frames)
     head = {name: place.own(0, 0, end, end) for name, place in found.items()}
     given: Given = pieces.moments(features[:end], head, {})
     embedding = pieces.embed(given)
-    # Every place lies behind those before it: each pass has one more of them as in one run.
+    # A place depends on those before it alone: each pass makes one more of them exact.
     for _ in found:
         given = all_chunks(given)
         before, embedding = embedding, pieces.embed(given)
@@ -164,19 +178,23 @@ def can_be_cut(network: SpeakerNetwork, fbank: frontend.FrontEnd) -> bool:
 
 
 def is_long(samples: Any) -> Any:
-    """Whether recordings of so many samples at 16 kHz, a number or an array, are embedded in chunks."""
+    """Whether recordings of so many samples at 16 kHz, a number or an array, are embedded in chunks.
+
+    >>> is_long(np.array([16_000, 61 * 16_000])).tolist()
+    [False, True]
+    """
     return samples > LONG * source.SAMPLE_RATE
 
 
 def mean_of_parts(embed_all: Callable[[list[np.ndarray]], np.ndarray], read: Callable[[], np.ndarray]) -> np.ndarray:
-    """Stands for the embedding of a recording where its network cannot be run in chunks.
+    """A substitute for the embedding of a long recording, where its network cannot be run in chunks.
 
     Args:
         embed_all: embeds recordings, none of them long.
         read: gives the recording `[samples]`.
 
     Returns:
-        `[size]`: the mean of the length-normalised embeddings of equal parts, as long as these are on average.
+        `[size]`: the mean of the length-normalised embeddings of equal parts, times their average length.
     """
     wave = read()
     parts = np.array_split(wave, -(-len(wave) // int(LONG * source.SAMPLE_RATE)))
@@ -209,6 +227,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     [0.0, 3.0, 2.0, 6.0]
     """
     a, b = (Moments(*(np.asarray(value, np.float64) for value in one)) for one in (a, b))
+    # Weights are in units of exp(top): both sides are brought to the larger top.
     top = np.maximum(a.top, b.top)
     scale_a, scale_b = np.exp(a.top - top), np.exp(b.top - top)
     weight_a, weight_b = a.weight * scale_a, b.weight * scale_b
@@ -219,7 +238,11 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def moments_of(frames: np.ndarray, logits: np.ndarray | None = None) -> Moments:
-    """The moments of frames `[time, values]`, perhaps none, in float64; logits are those of their weights."""
+    """The moments of frames `[time, values]`, perhaps none, in float64; logits are those of their weights.
+
+    >>> [value.tolist() for value in moments_of(np.array([[1.0], [3.0]]))]
+    [[0.0], [2.0], [2.0], [2.0]]
+    """
     frames = frames.astype(np.float64)
     values = frames.shape[1]
     if not len(frames):
@@ -247,6 +270,7 @@ class JaxPieces:
         """Takes a model whose weights are not packed."""
         self._network, self._variables, self._fbank = network.without_remat(), variables, fbank
         step = network.chunk_step()
+        # Frames that every chunk is padded to, so that one program serves all.
         self._window = max(CHUNK // step, 1) * step + 2 * reach(network)
 
     def features(self, wave: np.ndarray) -> np.ndarray:

@@ -37,6 +37,7 @@ from kmq_jax.quant.codes import from_groups
 from kmq_jax.quant.types import CodebookTensor, is_codebook_tensor
 
 OLDEST_OPSET = 18
+# By bits: the operator set since which there is a type for such indices, and the type.
 _NATIVE = {4: (21, "UINT4"), 2: (25, "UINT2"), 7: (OLDEST_OPSET, "UINT8"), 8: (OLDEST_OPSET, "UINT8")}
 _CONV_AXES = {3: (2, 1, 0), 4: (3, 2, 0, 1)}  # from [time, (freq,) in, out] to [out, in, time, (freq)]
 _LINEAR_AXES = (1, 0)
@@ -182,6 +183,7 @@ def build_pieces(network: SpeakerNetwork, variables: Variables, fbank: FbankConf
     front.named("logmel", "Identity", front.filterbank("wave", fbank))
     feats: dict[str, Shape] = {"feats": ["B", "T", network.features]}
     values = [value for whole in graph.wholes for value in (whole.frames, whole.logits) if value is not None]
+    # Axes behind the batch may be of any size; each needs a name of its own.
     seen: dict[str, Shape] = {value: ["B", f"{value}.1", f"{value}.2"] for value in values}
     made = {name: shape for whole in graph.wholes for name, shape in whole.outputs.items()}
     return Pieces(
@@ -231,7 +233,7 @@ def _indices(tensor: CodebookTensor, bits: int) -> np.ndarray:
     """The indices of a tensor in its shape, by numpy: jax would compile for every shape."""
     stream = np.unpackbits(np.asarray(tensor.packed), axis=1, bitorder="little")[:, : tensor.group_size * tensor.bits]
     digits = stream.reshape(tensor.groups, tensor.group_size, tensor.bits)[..., tensor.bits - bits :]
-    # Of a nested tensor the index at fewer bits is the upper bits of that at the most.
+    # The lowest bit comes first; the index of a nested tensor at fewer bits is the upper bits of the whole one.
     rows: Leaf = np.sum(digits << np.arange(bits, dtype=np.uint8), axis=-1, dtype=np.uint8)
     return np.asarray(from_groups(rows, tensor.shape, tensor.axis))
 
@@ -354,10 +356,12 @@ class _Graph:
         table = np.round(table * (steps * slope / scale)[:, None]).astype(np.int8)
         indices = _indices(tensor, bits).transpose(axes)
         rows = indices.reshape(tensor.groups, -1)
+        # An index of 7 or 8 bits takes a byte, as the weight itself does: no codebook is needed.
         if bits >= 7:
             whole = self.array(name, np.take_along_axis(table, rows, axis=1).reshape(indices.shape))
         else:
             found = self.indices(f"{name}.indices", rows, bits)
+            # All codebooks in one row: those of channel c begin at c * 2^bits.
             first = np.arange(tensor.groups)[:, None] << bits
             native = self._is_native(_stored_bits(bits, self._stored))
             offsets = self.array(f"{name}.first", first, np.int32 if native else np.int64)
@@ -590,6 +594,7 @@ class _Graph:
             factor = self.node("Div", self.number(10 ** (config.raised_to / 20)), level)
             wave = self.node("Mul", wave, self.node("Max", factor, self.number(1)))
         if config.preemphasis:
+            # The first sample has the second before it, as if the wave were mirrored.
             first = self.node("Slice", wave, self.integers(1), self.integers(2), self.integers(1))
             others = self.node("Slice", wave, self.integers(0), self.integers(-1), self.integers(1))
             before = self.node("Concat", first, others, axis=1)
@@ -603,6 +608,7 @@ class _Graph:
             return energies
         if config.scale == "log":
             return self.node("Log", self.node("Add", energies, self.number(LOG_OFFSET)))
+        # 10 log10 of the energies, none more than LOUDEST below the recording's loudest.
         nepers = self.node("Log", self.node("Max", energies, self.number(DECIBEL_FLOOR)))
         decibels = self.node("Mul", nepers, self.number(10 / math.log(10)))
         loudest = self.node("ReduceMax", decibels, self.integers(1, 2), keepdims=1)
@@ -622,6 +628,7 @@ class _Graph:
 
     def _frames(self, wave: str, fbank: FrontEnd) -> str:
         """Cuts `[batch, samples]` into overlapping frames `[batch, frames, length]`, as `frontend.fbank` does."""
+        # A frame is a few blocks side by side. The i-th blocks of all frames are one slice of the wave's blocks.
         block = math.gcd(fbank.shift, fbank.length)
         step = fbank.shift // block
         samples = self.node("Gather", self.node("Shape", wave), self.integers(1))

@@ -32,8 +32,8 @@ class Part:
         stride: frames of the network's input for one frame of its output.
         lost: frames that the output is short of, because convolutions up to here have no padding.
         distilled: whether distillation compares its output.
-        whole: whether all of its output counts where its utterance does: of networks that do not mask lengths, and do
-            not say along which axis time runs.
+        whole: whether all of an utterance's output counts: for networks that mask no lengths and do not say along which
+            axis time runs.
     """
 
     name: str
@@ -88,12 +88,12 @@ class SpeakerNetwork(nn.Module):
 
     @nn.nowrap
     def without_remat(self) -> "SpeakerNetwork":
-        """The same network without rematerialization, which traces blocks so that nothing can be taken out of them."""
+        """The same network without rematerialization, under which nothing can be taken out of a block."""
         return self
 
     @nn.nowrap
     def keeping(self, what: str) -> "SpeakerNetwork":
-        """The same network, of which `what` is kept where blocks are recomputed; only some networks recompute any."""
+        """The same network, which keeps `what` of blocks that are recomputed. Most networks recompute none."""
         return self
 
     @nn.nowrap
@@ -126,6 +126,7 @@ class SpeakerNetwork(nn.Module):
         """
         folders = name.split("/")
         known = _by_name(self)
+        # The longest path first: a part may lie below another.
         for end in range(len(folders), 0, -1):
             if part := known.get("/".join(folders[:end])):
                 return part[1]
@@ -156,9 +157,9 @@ class SpeakerNetwork(nn.Module):
 
     @nn.nowrap
     def chunk_step(self) -> int:
-        """Frames that chunks of a long utterance begin at a multiple of; 0 where it cannot be run in chunks.
+        """Chunks of a long utterance begin at multiples of so many frames; 0: the network cannot be run in chunks.
 
-        It can where frames mix by convolutions and by what `nn.whole` gives alone. 0 is always safe.
+        It can be where frames mix only by convolutions and by the statistics that `nn.whole` gives. 0 is always safe.
         """
         return 0
 

@@ -33,7 +33,7 @@ from jax.typing import DTypeLike
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.models.protocol import GraphBuilder, Part, SpeakerNetwork
-from kmq_jax.models.settings import check, check_counts, check_dtype, check_features
+from kmq_jax.models.settings import check, check_counts, check_dtype, check_features, is_count
 from kmq_jax.nn import whole
 from kmq_jax.nn.conv import window
 from kmq_jax.nn.frames import frame_mask, mask_frames
@@ -43,7 +43,7 @@ from kmq_jax.nn.pooling import ContextPooling, flatten_frames
 BLOCKS = ("convnext", "resnet", "resnet_se")
 MIXES = (7, 19, 31, 59)  # taps of the time-context block's convolutions
 HEADS = 4
-EPSILON = 1e-6
+EPSILON = 1e-6  # of layer normalisations, and of `squeeze/bn`
 
 
 class Stage(NamedTuple):
@@ -278,14 +278,25 @@ class ReDimNet(SpeakerNetwork):
         for i, stage in enumerate(self.stages):
             check(f"stages[{i}]", len(stage) == 4, stage, "stride, blocks, widening, reduction")
             check_counts(**{f"stages[{i}].{name}": n for name, n in zip(("stride", "blocks", "widening"), stage)})
-        freqs = self.features
-        for stride, *_, reduction in self.stages:
-            if freqs % stride or (reduction and self.features * self.width // reduction % HEADS):
+            check(f"stages[{i}].reduction", stage[3] == 0 or is_count(stage[3]), stage[3], "a positive integer or 0")
+        self._check_sizes()
+        super().__post_init__()
+
+    @nn.nowrap
+    def _check_sizes(self) -> None:
+        """Refuses stages whose strides, reductions or groups do not divide what they must."""
+        freqs, channels = self.features, self.width
+        for stride, _, widening, reduction in self.stages:
+            size = self.features * self.width // reduction if reduction else HEADS
+            if freqs % stride or size < HEADS or size % HEADS:
                 raise UserError(
                     f"stages (={self.stages}) do not divide {self.features} features, {self.width} channels"
                 )
-            freqs //= stride
-        super().__post_init__()
+            freqs, channels = freqs // stride, channels * stride
+            for n in (channels, channels * widening):
+                groups = n // self.group_divisor
+                fits = groups > 0 and n % groups == 0
+                check("group_divisor", fits, self.group_divisor, f"one that makes equal groups of {n} channels")
 
     @nn.nowrap
     def _shapes(self) -> list[tuple[Stage, tuple[int, int]]]:
@@ -346,12 +357,14 @@ class ReDimNet(SpeakerNetwork):
 
 
 def _gelu(graph: GraphBuilder, x: str) -> str:
+    """The exact GELU, x / 2 * (1 + erf(x / sqrt 2))."""
     half = graph.node("Mul", x, graph.number(0.5))
     erf = graph.node("Erf", graph.node("Mul", x, graph.number(math.sqrt(0.5))))
     return graph.node("Mul", half, graph.node("Add", erf, graph.number(1.0)))
 
 
 def _tanh_gelu(graph: GraphBuilder, x: str) -> str:
+    """The GELU's approximation by a hyperbolic tangent, as the transformer layer has it."""
     cube = graph.node("Mul", graph.node("Mul", x, x), x)
     inner = graph.node("Add", x, graph.node("Mul", cube, graph.number(0.044715)))
     tanh = graph.node("Tanh", graph.node("Mul", inner, graph.number(math.sqrt(2 / math.pi))))

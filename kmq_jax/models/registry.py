@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from kmq_jax.models.graph import GraphNetwork
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.redimnet import TABLES, ReDimNet
 from kmq_jax.models.resnet import SMOKE, kiwano, wespeaker
+from kmq_jax.models.settings import check
 from kmq_jax.models.tdnn import SPEECHBRAIN, Ecapa, Xvector
 from kmq_jax.nn.layers import KAIMING_NORMAL, TORCH_DEFAULT, BatchNorm
 
@@ -121,7 +123,7 @@ def build(name: str, **settings: object) -> SpeakerNetwork:
 
     Args:
         name: one of `names()`.
-        **settings: those of `default_settings(name)`; see `models.resnet` for what they mean there.
+        **settings: those of `default_settings(name)`; the network's class or factory says what they mean.
 
     Returns:
         A Linen module: `model.init(key, features)`, `model.apply(variables, features, lengths, train=...)`.
@@ -137,6 +139,7 @@ def build(name: str, **settings: object) -> SpeakerNetwork:
         if setting not in known:
             raise UserError(f"model {name} has no setting {setting!r}; it has {', '.join(sorted(known))}")
         _check_size(setting, settings[setting])
+        _check_kind(setting, settings[setting], known[setting])
     entry = _entry(name)
     return entry.factory(**{**entry.fixed, **entry.defaults, **settings})
 
@@ -145,8 +148,9 @@ def _check_size(name: str, value: object) -> None:
     """Refuses a setting that would take all memory before a layer is made: settings come from files, too.
 
     Raises:
-        UserError: it is negative, too large, or too deeply nested.
+        UserError: a number in it is negative or too large, or the numbers are too many or add up to too much.
     """
+    # A list of lists at most, as a table of stages is.
     many = value if isinstance(value, (list, tuple)) else (value,)
     flat = [one for part in many for one in (part if isinstance(part, (list, tuple)) else (part,))]
     for one in flat:
@@ -154,6 +158,32 @@ def _check_size(name: str, value: object) -> None:
             raise UserError(f"`{name}` (={value}) must be 0 to {_LARGEST}")
     if isinstance(value, (list, tuple)) and (len(flat) > 100 or sum(x for x in flat if isinstance(x, int)) > _MOST):
         raise UserError(f"`{name}` (={str(value)[:100]}) asks for more than any network has")
+
+
+def _check_kind(name: str, value: object, default: object) -> None:
+    """Refuses a setting of another kind than its default. Which values of a kind it may have, the network says.
+
+    Raises:
+        UserError: names the setting.
+    """
+    words = "true or false" if isinstance(default, bool) else "a text" if isinstance(default, str) else "a number"
+    words = f"a list like {default}" if isinstance(default, (list, tuple)) else words
+    # A dtype may be a type as well as its name.
+    check(name, name == "dtype" or _is_like(value, default), str(value)[:100], words)
+
+
+def _is_like(value: object, default: object) -> bool:
+    """Whether a setting is of its default's kind: true or false, a text, a number, a list of one of these or of lists.
+
+    >>> _is_like([3, 4, 6, 3], (2, 2, 2, 2)), _is_like(5, (2, 2)), _is_like([5], ((1, 2),)), _is_like(True, 1)
+    (True, False, False, False)
+    """
+    if isinstance(default, (list, tuple)):
+        return isinstance(value, (list, tuple)) and all(_is_like(one, default[0]) for one in value if default)
+    if isinstance(default, (bool, str)):
+        return isinstance(value, type(default))
+    # True is an int to Python. A default of any other kind tells nothing.
+    return not isinstance(default, (int, float)) or (isinstance(value, Real) and not isinstance(value, bool))
 
 
 shapes = walk.shapes

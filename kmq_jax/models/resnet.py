@@ -111,6 +111,7 @@ class Stage(nn.Module):
         block = self.block
         if self.remat:
             policy = jax.checkpoint_policies.save_only_these_names(*KEPT[self.keeps])
+            # Argument 3 is `train`, counting the module as 0: a Python bool, not an array.
             block = nn.remat(self.block, static_argnums=(3,), policy=policy)
         for n in range(self.count):
             stride = self.stride if n == 0 else 1

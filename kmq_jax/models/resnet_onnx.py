@@ -21,8 +21,10 @@ def network(graph: GraphBuilder, resnet: "ResNet", feats: str) -> str:
     stride = 1
     for part in resnet.parts():
         if "/" in part.name:  # a block of a stage
+            # A part's stride counts from the input; the block's own is what it adds.
             x = _block(graph, resnet, x, part.name, part.stride // stride)
             stride = part.stride
+    # Every stride rounds up, so all of them together do.
     size = -(-resnet.features // stride) * resnet.channels[-1] * resnet.block.expansion
     # The channel runs fastest, as in nn.pooling, so that the weights that follow need no permutation.
     frames = graph.frames_of(x, size)

@@ -2,9 +2,9 @@
 
 Nothing here imports JAX. `engine` converts models and keeps the converted form beside them. Whoever embeds by a file
 that is read for the first time leaves a note beside it, under a name that holds the file's own hash: which converted
-file is its, and which recordings that may take. From then on `extract` and `verify` run with numpy, libsndfile and ONNX
-Runtime alone, in a fraction of the memory and of the time that they take to start. Another file, other bits or another
-form of conversion have no such note, and what needs more than the note allows is left to JAX, too.
+file belongs to it, and how long its recordings may be. From then on `extract` and `verify` run with numpy, libsndfile
+and ONNX Runtime alone, and start in a fraction of the time and the memory. Another file, other bits or another form of
+conversion have no such note, and what needs more than the note allows is left to JAX, too.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ Engine = Literal["auto", "jax", "onnxruntime"]
 ENGINES = ("auto", "jax", "onnxruntime")
 _FORM = 1  # of the converted files; another number makes kept ones stale
 _BLOCK = 1 << 20  # bytes hashed at a time
-_owner: int | None = None  # the process that embeds
+_owner: int | None = None  # the process that embedded first
 
 
 class Runner:
@@ -53,7 +53,7 @@ class Runner:
 
         Args:
             load: gives the samples of a recording by its number.
-            rows: the numbers, 0 to `count` - 1, in the order to begin with.
+            rows: the numbers, 0 to `count` - 1, in the order in which they are begun.
             count: how many there are.
 
         Returns:
@@ -123,6 +123,7 @@ class Lean:
         check_process()
         if len(waves) == 1:
             return self._runner.embed(waves[0])[None]
+        # The longest first, so that no processor is left with one at the end.
         order = sorted(range(len(waves)), key=lambda i: -len(waves[i]))
         return self._runner.embed_all(waves.__getitem__, order, len(waves))
 
@@ -151,31 +152,36 @@ def at_hand(model: str | Path, bits: int | None, engine: str, compute: str = "fl
     try:
         found = read_object(path)
         numbers = [int(found[name]) for name in ("size", "fewest", "most")]
-        note, length = Note(str(found["fingerprint"]), *numbers), int(found["bytes"])
+        note, digest = Note(str(found["fingerprint"]), *numbers), str(found["sha256"])
     except (UserError, KeyError, TypeError, ValueError):
         return None  # damaged: the model is opened in the ordinary way, and leaves another
     converted = kept_file(file, note.fingerprint)
-    whole = note.fingerprint.isalnum() and converted.is_file() and converted.stat().st_size == length
-    return Lean(note, converted) if whole else None
+    # The fingerprint becomes part of a file's name, so it must hold no path.
+    if not note.fingerprint.isalnum() or not converted.is_file():
+        return None
+    # A damaged one as well is left to the ordinary way, which makes it anew.
+    return Lean(note, converted) if _digest(converted) == digest else None
 
 
 def noting(model: str | Path, bits: int | None) -> Callable[[Note], None]:
-    """What leaves a note of a model that is read after this call, once it was run.
+    """Gives a function that leaves a note of a model, to be called once the model has run.
 
-    Only the first note is left, and only where the model's file is then what it was at this call.
+    The model must be read after `noting` was called: a note is left only where its file is still what it was then.
+    Only the first note is left.
     """
     file = packed_file(model)
     path = _note_file(file, bits) if file else None
     left: list[Note] = []
 
     def leave(note: Note) -> None:
-        if left or file is None or path is None or path != _note_file(file, bits):
+        if left or file is None or path is None:
             return
         converted = kept_file(file, note.fingerprint)
-        if converted.is_file():
+        # In this order: JAX leaves no converted file, and then nothing need be hashed.
+        if converted.is_file() and path == _note_file(file, bits):
             left.append(note)
             with contextlib.suppress(UserError):  # a directory that cannot be written to
-                write_json(path, dataclasses.asdict(note) | {"bytes": converted.stat().st_size})
+                write_json(path, dataclasses.asdict(note) | {"sha256": _digest(converted)})
 
     return leave
 
@@ -200,14 +206,20 @@ def kept_file(origin: Path, fingerprint: str) -> Path:
 
 def _note_file(file: Path, bits: int | None) -> Path | None:
     """Where the note of a file with this content is; None: the file cannot be read."""
-    digest = hashlib.sha256(f"{_FORM} {bits}\n".encode())
+    digest = _digest(file, f"{_FORM} {bits}\n")
+    return None if digest is None else file.parent / f".{file.name}-{digest[:32]}.json"
+
+
+def _digest(file: Path, before: str = "") -> str | None:
+    """SHA-256 of a text and a file's bytes; None: the file cannot be read."""
+    digest = hashlib.sha256(before.encode())
     try:
         with file.open("rb") as stream:
             while block := stream.read(_BLOCK):
                 digest.update(block)
     except OSError:
         return None
-    return file.parent / f".{file.name}-{digest.hexdigest()[:32]}.json"
+    return digest.hexdigest()
 
 
 def _on_a_cpu() -> bool:
@@ -230,7 +242,7 @@ def session_of(model: bytes | str, threads: int) -> "InferenceSession":
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 3  # errors alone
     # Each length has needs of its own: kept plans and arenas for all of them would only hold memory.
     options.enable_mem_pattern = False
     options.enable_cpu_mem_arena = False
@@ -262,7 +274,7 @@ def processors() -> int:
 
 
 def _few_ahead(pool: ThreadPoolExecutor, work: Callable[[int], None], rows: Iterable[int]) -> Iterator[Future[None]]:
-    """Work on rows under way, the oldest first; no more wait than keep the pool busy."""
+    """Starts work on rows and yields it, the oldest first. Only as much waits as keeps the pool busy."""
     waiting: list[Future[None]] = []
     for row in rows:
         waiting.append(pool.submit(work, row))

@@ -32,6 +32,7 @@ from kmq_jax.models.batches import check_lengths, padded_batches, plan_batches, 
 from kmq_jax.models.engine import Engine, OnnxModel, chosen, note_of
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.runner import Note, check_process, kept_file
+from kmq_jax.nn import integers
 
 FRONTENDS: dict[str, frontend.FrontEnd] = {
     "kiwano": frontend.KIWANO,
@@ -51,8 +52,8 @@ FOREIGN = (".onnx", ".pt", ".pth", ".ckpt")
 """What files of other toolkits end in; `interop.import_model` makes a MODEL of them."""
 BATCH_SIZE = 16
 SPEECH_A_PROGRAM = 20 * 3600 * source.SAMPLE_RATE
-"""Samples of a list for each shape on an accelerator: a shape takes seconds to compile, and one more of them saves less
-time than that in padding, unless there are so many samples (how fast: .github/results/accelerator-h200.jsonl)."""
+"""Samples of a list for which it gets one shape on an accelerator. A shape takes seconds to compile; for fewer samples
+one more would save less time than that in padding (how fast: .github/results/accelerator-h200.jsonl)."""
 SPEECH_A_PROGRAM_OF_CPU = 60 * source.SAMPLE_RATE
 """The same on a CPU, up to eight shapes."""
 PROGRAMS = 3, 16  # shapes on an accelerator, at least and at most
@@ -70,6 +71,9 @@ def frontend_of(name: str) -> frontend.FrontEnd:
 
     Raises:
         UserError: there is none.
+
+    >>> frontend_of("wespeaker").num_mel_bins
+    80
     """
     if name not in FRONTENDS:
         raise UserError(f"frontend {name!r} must be one of {', '.join(FRONTENDS)}")
@@ -150,8 +154,8 @@ class SpeakerModel:
         return f"SpeakerModel({self.architecture}, {self.frontend} features, {bits}, {size / 1e6:.2f} MB)"
 
     def network(self, dtype: str = "float32") -> SpeakerNetwork:
-        """The Linen module, computing in `dtype`."""
-        return registry.build(self.architecture, **self.settings, dtype=dtype)
+        """The Linen module, computing in `dtype`, whatever the settings say of it."""
+        return registry.build(self.architecture, **{**self.settings, "dtype": dtype})
 
     def embed(
         self,
@@ -174,6 +178,7 @@ class SpeakerModel:
             UserError: a recording cannot be read, is too short for the network or not finite; or the shape of an
                 array does not tell channels from samples.
         """
+        # A list of numbers is one recording, any other list several.
         if isinstance(recording, (list, tuple)) and not any(isinstance(x, (int, float)) for x in recording):
             if not recording:
                 raise UserError("there is no recording to embed in an empty list")
@@ -196,9 +201,14 @@ class SpeakerModel:
         return wave
 
 
-def _flatten(model: SpeakerModel) -> tuple[tuple[tuple[GetAttrKey, Variables]], Hashable]:
+def _static(model: SpeakerModel) -> Hashable:
+    """All that decides what a model computes beside its weights."""
     settings = json.dumps(dict(model.settings), sort_keys=True)  # hashable, as static parts of a tree must be
-    return ((GetAttrKey("variables"), model.variables),), (model.architecture, settings, model.frontend, model.bits)
+    return model.architecture, settings, model.frontend, model.bits
+
+
+def _flatten(model: SpeakerModel) -> tuple[tuple[tuple[GetAttrKey, Variables]], Hashable]:
+    return ((GetAttrKey("variables"), model.variables),), _static(model)
 
 
 def _unflatten(static: Any, children: Iterable[Variables]) -> SpeakerModel:
@@ -230,6 +240,7 @@ def mono(wave: np.ndarray) -> np.ndarray:
     ):
         raise UserError(f"wave (of shape {wave.shape}) must be [samples], [samples, channels] or [channels, samples]")
     if np.issubdtype(wave.dtype, np.signedinteger):
+        # The full scale is that of the negative side, 32768 of 16 bits.
         wave = wave / -float(np.iinfo(wave.dtype).min)
     elif wave.dtype.kind not in "f" and wave.dtype.name != "bfloat16":
         raise UserError(f"wave (of {wave.dtype}) must be floating point with full scale 1, or signed integers")
@@ -305,7 +316,8 @@ def embed_all(
         float32 `[utterances, dim]`, in the table's order.
 
     Raises:
-        UserError: a recording cannot be read or is too short; the message names it.
+        UserError: a recording cannot be read or is too short; the message names it. Or `max_frames` are too few for
+            the network.
     """
     return embed_share(model, utterances, (0, 1), dtype, max_seconds, batch_size, max_frames, engine)[1]
 
@@ -340,7 +352,7 @@ def embed_share(
     """
     check_process()
     network, fbank = model.network(dtype), frontend_of(model.frontend)
-    lengths = usable_lengths(network, fbank, utterances, max_seconds)
+    lengths = usable_lengths(network, fbank, utterances, max_seconds, max_frames)
     runner = None if max_frames else _runner(model, dtype, engine)
 
     def plan(lengths: np.ndarray) -> list[buckets.Batch]:
@@ -375,7 +387,8 @@ def _embed_rows(
     """
     network, mine = model.network(dtype), slice(share[0], None, share[1])
     embeddings = np.zeros((len(lengths), network.embedding_size), np.float32)
-    # What sees an utterance as a whole is embedded in parts; the first frames alone are no part but all it sees.
+    # A long recording goes in chunks, or in parts where its network cannot be cut. With `max_frames` the latter embeds
+    # the first frames in one run instead: they are all that it sees.
     apart = long.is_long(lengths) & (long.can_be_cut(network, frontend_of(model.frontend)) or not max_frames)
     order = np.argsort(-lengths, kind="stable")
     if apart.any():
@@ -405,9 +418,10 @@ def _embed_rows(
 def _long_embedder(
     model: SpeakerModel, network: SpeakerNetwork, dtype: str, runner: OnnxModel | None, max_frames: int
 ) -> Callable[[Callable[[], np.ndarray]], np.ndarray]:
-    """What embeds a recording, given what reads it, that is too long for one run."""
+    """Gives the function that embeds a recording too long for one run, from the function that reads it."""
     fbank = frontend_of(model.frontend)
     if isinstance(fbank, frontend.FbankConfig) and long.can_be_cut(network, fbank):
+        long.places(network)  # refuses a network that has none, by either engine
         if runner:
             return runner.embed_long
         pieces = long.JaxPieces(network, quant.dequantize_params(model.variables, model.bits, np.float32), fbank)
@@ -433,8 +447,8 @@ def embedding_plan(
     """Decides which recordings are embedded together: as many shapes as are worth their compilations.
 
     On an accelerator a shape takes seconds to compile, in which some hours of speech could be embedded. On a CPU it is
-    minutes of speech, so a short list gets one shape, and any list few; but where recordings are long, at most 5 % is
-    padding where that can be.
+    minutes of speech, so a short list gets one shape, and a longer one up to eight. Where recordings are long, batches
+    have at most 5 % of padding instead, if that can be.
 
     Args:
         network: what embeds them.
@@ -463,11 +477,11 @@ class _Newest(Generic[_Made]):
     def __init__(self, most: int):
         self._most, self._lock = most, threading.Lock()
         # By identity: the tree is held beside what was made of it, so that no other can come to lie at its place.
-        self._made: collections.OrderedDict[tuple[int, int | None], tuple[Variables, _Made]] = collections.OrderedDict()
+        self._made: collections.OrderedDict[Hashable, tuple[Variables, _Made]] = collections.OrderedDict()
 
     def of(self, model: SpeakerModel, make: Callable[[], _Made]) -> _Made:
         """What `make` makes of a model, or made before."""
-        key = id(model.variables), model.bits
+        key = id(model.variables), _static(model)  # the same weights in another network are another model
         with self._lock:  # threads that ask together wait for one to make it
             found = self._made.get(key)
             made = make() if found is None else found[1]
@@ -497,6 +511,7 @@ def _runner(model: SpeakerModel, dtype: str, engine: Engine) -> OnnxModel | None
             return None  # a network without an ONNX form
 
     made = _prepared.of(model, converted)
+    # "auto" may have found before that it cannot be converted: who asks for ONNX Runtime by name is told why.
     return converted() if made is None and engine != "auto" else made
 
 
@@ -659,7 +674,7 @@ def _newest(directory: Path) -> Variables:
 
 
 def check_network(model: SpeakerModel, where: str) -> None:
-    """Checks that a model's weights are those of its network: none missing, none over, each of the network's shape.
+    """Checks that a model's weights are those of its network: none missing or left over, each of the network's shape.
 
     A network that this process does not know cannot be checked, and passes.
 
@@ -668,7 +683,7 @@ def check_network(model: SpeakerModel, where: str) -> None:
         where: it comes from, for messages.
 
     Raises:
-        UserError: they are not; or the settings or the front end are none.
+        UserError: they are not, the settings make no network, or the front end is unknown.
     """
     if not isinstance(model.architecture, str) or not isinstance(model.settings, dict):
         raise UserError(f"{where}: the network's name must be text and its settings an object")
@@ -691,6 +706,39 @@ def check_network(model: SpeakerModel, where: str) -> None:
             raise UserError(f"{where}: tensor {name} has shape {given[name]}, but the network's is {shape}")
     if extra := sorted(given.keys() - expected.keys()):
         raise UserError(f"{where}: tensor {extra[0]} is none of the network's")
+    _check_beside(model, given, where)
+
+
+def _check_beside(model: SpeakerModel, given: dict[str, tuple[int, ...]], where: str) -> None:
+    """The same for what a model has beside parameters and statistics: what bits have to themselves, and 8-bit steps.
+
+    Args:
+        model: from elsewhere.
+        given: the shapes of its parameters and statistics.
+        where: it comes from, for messages.
+    """
+    for part in (PER_BITS, integers.COLLECTION):
+        beside = {part: model.variables.get(part, {})}
+        for name, leaf in named_leaves(beside, is_leaf=quant.is_codebook_tensor):
+            # "narrow/2/params/head/linear/bias" stands for "params/head/linear/bias".
+            fits = _shapes_beside(name.split("/", 2)[-1] if part == PER_BITS else name, given)
+            if not fits:
+                raise UserError(f"{where}: tensor {name} is none of the network's")
+            if tuple(leaf.shape) not in fits:
+                raise UserError(f"{where}: tensor {name} has shape {leaf.shape}, but the network's is {fits[0]}")
+
+
+def _shapes_beside(name: str, given: dict[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The shapes that a tensor beside parameters and statistics may have; none where it is none of the network's."""
+    if name in given:
+        return [given[name]]
+    collection, _, place = name.partition("/")
+    if collection != integers.COLLECTION:
+        return []
+    if not place.endswith("/kernel"):
+        return [(2,)]
+    # A step for each channel, or one for all.
+    return [given[f"params/{place}"][-1:], (1,)] if f"params/{place}" in given else []
 
 
 def _plain_leaves(model: SpeakerModel) -> list[tuple[str, Leaf]]:

@@ -60,6 +60,7 @@ def entries_used(tensor: quant.CodebookTensor) -> float:
     """How many of a codebook's entries some weight points to, averaged over the codebooks."""
     groups = tensor.groups
     indices = np.asarray(quant.indices_of(tensor))
+    # A group, that is a codebook, in each row.
     rows = indices.reshape(1, -1) if tensor.axis is None else np.moveaxis(indices, tensor.axis, 0).reshape(groups, -1)
     entries = 1 << tensor.bits
     # Each codebook's indices get a range of their own, so that one count serves all.

@@ -38,8 +38,8 @@ from kmq_jax.nn.layers import TORCH_DEFAULT, BatchNorm, Conv, dense
 from kmq_jax.nn.pooling import ContextPooling, StatisticsPooling
 
 SCALE = 8  # chunks of a Res2 part
-SQUEEZE = 128
-FRAMES = {"frame1": (5, 1), "frame2": (3, 2), "frame3": (3, 3), "frame4": (1, 1), "frame5": (1, 1)}
+SQUEEZE = 128  # hidden units of squeeze-and-excitation
+FRAMES = {"frame1": (5, 1), "frame2": (3, 2), "frame3": (3, 3), "frame4": (1, 1), "frame5": (1, 1)}  # taps, dilation
 WESPEAKER, SPEECHBRAIN = "wespeaker", "speechbrain"
 
 
@@ -249,6 +249,7 @@ def _unit_to_onnx(graph: GraphBuilder, x: str, at: str, taps: int, dilation: int
 
 def _block_to_onnx(graph: GraphBuilder, x: str, at: str, dilation: int, reflect: bool) -> str:
     y = _unit_to_onnx(graph, x, f"{at}/in", 1, 1, False)
+    # Channels of a chunk: an eighth of those that there are, which only the graph knows.
     size = graph.node("Div", graph.node("Shape", y, start=1, end=2), graph.integers(SCALE))
     chunks = [
         graph.node(

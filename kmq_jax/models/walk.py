@@ -94,6 +94,7 @@ class LayerShape:
     @property
     def macs(self) -> int:
         """Multiply-accumulates. Zero padding counts as input, as is usual; biases and normalisations do not count."""
+        # At each place of the output every entry of the kernel is used once, in grouped convolutions too.
         return 0 if self.kernel is None else math.prod(self.kernel) * math.prod(self.outputs[:-1])
 
 
@@ -140,6 +141,7 @@ def walk(network: SpeakerNetwork, variables: Variables, features: jax.Array, vis
 
 def shapes(network: SpeakerNetwork) -> Variables:
     """The variables of a network as `jax.ShapeDtypeStruct`, without drawing any."""
+    # Seven frames more than the least: of eight, three strides of 2 leave one.
     return jax.eval_shape(network.init, jax.random.key(0), _features(network, 7 + network.least_frames()))
 
 
@@ -162,6 +164,7 @@ def _features(network: SpeakerNetwork, frames: int) -> jax.ShapeDtypeStruct:
 
 
 def _kind(module: nn.Module) -> str | None:
+    # A convolution of Flax that no `Window` describes falls through to OTHER: it has a kernel.
     if isinstance(module, Conv) or isinstance(module, nn.Conv) and _is_plain(module):
         return CONVOLUTION
     if isinstance(module, nn.Dense):

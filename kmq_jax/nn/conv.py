@@ -192,6 +192,7 @@ def _primitive(
     primitive = Primitive(name)
 
     def call(a: jax.Array, b: jax.Array, **params: Pair) -> jax.Array:
+        # The kernels' attributes are 64-bit integers (nn/cpu/convolution.cc).
         time, freq = (np.int64(stride) for stride in params["strides"])
         result = jax.ShapeDtypeStruct(*shape(a, b, **params))
         return jax.ffi.ffi_call(target, result)(a, b, time_stride=time, freq_stride=freq, **attributes)
@@ -223,8 +224,10 @@ _convolution = _primitive("kmq_convolution", "kmq_convolution", _convolution_sha
 _input_gradient = _primitive(
     "kmq_input_gradient", "kmq_convolution", _input_gradient_shape, (True, False), transposed=True
 )
+# A kernel gradient sums over the batch, which a mapped axis must not join: it always becomes a loop.
 _kernel_gradient = _primitive("kmq_kernel_gradient", "kmq_kernel_gradient", _kernel_gradient_shape, (False, False))
 
+# For each primitive its transposes in the first and in the second operand: the table at the top.
 ad.defbilinear(
     _convolution,
     lambda ct, x, k, strides: input_gradient(ct, k, strides, x.aval.shape[1:3]),

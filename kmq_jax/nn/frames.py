@@ -53,6 +53,7 @@ def reflect_frames(x: jax.Array, mask: jax.Array | None, pad: int) -> jax.Array:
         return x
     time = x.shape[1]
     last = jnp.full((1, 1), time - 1) if mask is None else mask.sum(1, keepdims=True) - 1
+    # Mirrored at frame 0, then at the last real one. Places further on are padding: any frame will do.
     place = jnp.abs(jnp.arange(-pad, time + pad))[None]
     place = jnp.clip(jnp.where(place > last, 2 * last - place, place), 0, time - 1)
     return jnp.take_along_axis(x, jnp.broadcast_to(place, (x.shape[0], time + 2 * pad))[..., None], axis=1)
@@ -69,6 +70,7 @@ def stride_mask(mask: jax.Array | None, stride: int, lost: int = 0) -> jax.Array
     >>> stride_mask(jnp.array([[True, True, True, False, False]]), 2).tolist()
     [[True, True, False]]
     """
+    # A frame is real where the last input that it sees is, which without padding lies `lost` frames on.
     return None if mask is None else mask[:, lost::stride]
 
 

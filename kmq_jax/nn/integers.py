@@ -8,7 +8,7 @@ collection, cost nothing. A convolution that has steps for its channels, too, mu
     w = step * k,          -127 <= k <= 127      a kernel: a step for each output channel
     b = step_x * step_w * n                      a bias, which is added to the sum of products
 
-Zero is a number of both, so that padding stays zero. Gradients pass straight through, but not where an activation is
+Both hold zero exactly, so that padding stays zero. Gradients pass straight through, except where an activation is
 cut; a kernel's steps leave nothing to cut.
 
 References:
@@ -28,8 +28,7 @@ LEVELS = 255
 """Steps from the least to the greatest activation."""
 LARGEST = 127
 """The largest weight, in steps."""
-_LEAST_STEP = 1e-30
-_BIAS_LIMIT = 2.0**23
+_LEAST_STEP = 1e-30  # of a dead channel, whose step would be 0
 
 Watcher = Callable[[str, jax.Array], jax.Array]
 _watcher: contextvars.ContextVar[Watcher | None] = contextvars.ContextVar("watcher", default=None)
@@ -52,6 +51,9 @@ def rounded(module: nn.Module, x: jax.Array, place: str) -> jax.Array:
         module: the Linen module that is running.
         x: any shape.
         place: a name within the module.
+
+    Returns:
+        Of the shape and dtype of `x`; `x` itself where there is no step.
     """
     watch = _watcher.get()
     if watch is not None:
@@ -87,7 +89,7 @@ def levels(module: nn.Module, x: jax.Array, kernel: jax.Array) -> tuple[jax.Arra
 
 
 def from_sums(sums: jax.Array, bias: jax.Array | None, step: jax.Array) -> jax.Array:
-    """Turns sums of products back into values: adds a bias that is rounded to whole steps.
+    """Turns sums of products in steps into values, after adding the bias rounded to whole steps.
 
     Args:
         sums: `[..., out]`, in steps.
@@ -98,10 +100,9 @@ def from_sums(sums: jax.Array, bias: jax.Array | None, step: jax.Array) -> jax.A
     [[0.625, -1.0]]
     """
     if bias is not None:
-        whole = jnp.round(bias / step)
-        # A dead channel's bias is more of its steps than float32 can count, and an engine gives it a larger step.
-        whole = jnp.where(jnp.abs(whole) < _BIAS_LIMIT, whole, bias / step)
-        sums = sums + _by_channel(_straight_through(whole, bias / step), sums)
+        # A dead channel's bias is more of its steps than float32 can count, whose values are whole from 2^23 on anyway.
+        # An engine gives it a larger step.
+        sums = sums + _by_channel(_straight_through(jnp.round(bias / step), bias / step), sums)
     return sums * _by_channel(step, sums)
 
 
@@ -177,5 +178,9 @@ def grid_of(low: float, high: float) -> tuple[float, float]:
 
 
 def steps_of(codebook: jax.Array) -> jax.Array:
-    """The steps `[groups]` for which the largest centroid of each codebook `[groups, K]` is 127 of them."""
+    """The steps `[groups]` for which the largest centroid of each codebook `[groups, K]` is 127 of them.
+
+    >>> steps_of(jnp.array([[-127.0, 5.0], [0.0, 254.0]])).tolist()
+    [1.0, 2.0]
+    """
     return jnp.maximum(jnp.max(jnp.abs(codebook), axis=1) / LARGEST, _LEAST_STEP)

@@ -49,10 +49,10 @@ _relu_of_sum.defvjp(lambda x: (nn.relu(x), nn.relu(x)), _relu_backward)
 def relu_of_sum(x: jax.Array) -> jax.Array:
     """The ReLU that ends a residual block.
 
-    Its gradient is what up to four passes over whole activations begin with: sums for the gate and the normalisation,
-    the normalisation's gradient, the skipped branch. On accelerators these are bound by memory, and XLA would read the
+    Up to four passes over whole activations begin with its gradient: sums for the gate and the normalisation, the
+    normalisation's gradient, the skipped branch. On accelerators memory bounds these passes, and XLA would read the
     ReLU's output beside the gradient in each of them, only to mask it anew. Behind a barrier the masked gradient is
-    written once: by bytes, two or three readings of an activation less a block. On a processor nothing changes.
+    written once. That saves two or three readings of an activation in each block. On a CPU nothing changes.
 
     Args:
         x: of any shape.
@@ -64,7 +64,7 @@ def relu_of_sum(x: jax.Array) -> jax.Array:
 
 
 def on_processor() -> bool:
-    """Whether programs are made for a CPU: there, and there alone, they stay those that results were published with."""
+    """Whether programs are made for a CPU. There they stay exactly those that the published results were made with."""
     return jax.default_backend() == "cpu"
 
 
@@ -202,7 +202,9 @@ class BatchNorm(nn.Module):
             x = mask_frames(x, mask)
             sums = channel_sums(x, x)
         mean, square = sums / count
-        # By rounding the difference may fall just below zero, and its root would be NaN.
+        # One pass over memory, as both sums are made together. The price: of a channel whose mean is thousands of times
+        # its deviation, little but rounding is left of the variance.
+        # By rounding the difference may even fall just below zero, and its root would be NaN.
         return mean, jnp.maximum(square - jnp.square(mean), 0)
 
 
@@ -293,7 +295,10 @@ class Block(nn.Module):
     expansion = 1
 
     def finish(self, x: jax.Array, y: jax.Array, mask: jax.Array | None, train: bool, gated: bool = False) -> jax.Array:
-        """Adds the block's input `x`, through `shortcut` where the shape changes, to the branch `y`."""
+        """Adds the block's input `x`, through `shortcut` where the shape changes, to the branch `y`.
+
+        `mask` is that of the output. `gated`: the branch has been through squeeze-and-excitation already.
+        """
         if self.squeeze and not gated:
             y = SqueezeExcite(self.style.dtype, name="se")(y, mask)
         if self.stride != 1 or x.shape[-1] != y.shape[-1]:
@@ -314,6 +319,7 @@ class BasicBlock(Block):
         # The next convolution reads beyond an utterance's end, and must find zeros there, as in the utterance alone.
         y = mask_frames(nn.relu(self.style.normalize(y, after, train, name="bn1")), after)
         y = self.style.conv(y, self.channels, 3, name="conv2")
+        # Away from CPUs, crops (no mask) take one map for both, unless the branch is rounded before the gate.
         plain = train and after is None and self.style.norm == "batch" and not integers.at_work(self, "branch")
         gated = self.squeeze and plain and not on_processor()
         if gated:

@@ -78,7 +78,11 @@ Operator = Callable[[Call], Array]
 
 
 def is_static(value: object) -> bool:
-    """Whether a value is known while a function is traced."""
+    """Whether a value is known while a function is traced.
+
+    >>> is_static(np.float32(1)), is_static(jnp.zeros(1))
+    (True, False)
+    """
     return isinstance(value, np.ndarray | np.generic)
 
 
@@ -170,6 +174,7 @@ def _power(call: Call) -> Array:
 
 
 def _modulo(call: Call) -> Array:
+    # `fmod` has the sign of the first operand, `mod` that of the second.
     return (call.xp.fmod if call.get("fmod", 0) else call.xp.mod)(*call.x)
 
 
@@ -320,6 +325,7 @@ def _slice(call: Call) -> Array:
     ):
         axis = _axis(axis, x.ndim)
         size, back = x.shape[axis], step < 0
+        # Negative numbers count from the end. Backwards, an end in front of the first value is -1 here, None to Python.
         start, end = (n + size if n < 0 else n for n in (start, end))
         low, high = (-1, size - 1) if back else (0, size)
         start, end = min(max(start, 0), high), min(max(end, low), high)
@@ -360,7 +366,7 @@ def _reshape(call: Call) -> Array:
 
 def _flatten(call: Call) -> Array:
     x, axis = call.x[0], call.get("axis", 1)
-    axis = axis + x.ndim if axis < 0 else axis
+    axis = axis if axis == x.ndim else _axis(axis, x.ndim)
     return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
 
 
@@ -390,6 +396,9 @@ def _pad(call: Call) -> Array:
     pairs = [(0, 0)] * x.ndim
     for axis, before, after in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
         pairs[_axis(axis, x.ndim)] = before, after
+    # Negative pads cut values away; then the others are padded.
+    if any(max(-low, 0) + max(-high, 0) > size for (low, high), size in zip(pairs, x.shape)):
+        raise ValueError(f"pads {pairs} cut away more than there is of {x.shape}")
     x = x[tuple(slice(max(-low, 0), size - max(-high, 0)) for (low, high), size in zip(pairs, x.shape))]
     pairs = [(max(low, 0), max(high, 0)) for low, high in pairs]
     call.allow([size + low + high for size, (low, high) in zip(x.shape, pairs)])
@@ -526,9 +535,11 @@ def _pooling(call: Call) -> tuple[Array, list[tuple[int, ...]], list[np.ndarray]
             outputs -= 1  # a window that would begin in the padding
         if outputs < 1:
             raise ValueError(f"{size} values are too few")
+        # As much behind as the last window needs, which with `ceil_mode` may be more than `high`.
         pairs.append((low, max((outputs - 1) * step + span - size - low, 0)))
         call.allow((outputs, tap))
         seen = np.arange(outputs)[:, None] * step + np.arange(tap) * dilation - low
+        # Padding that is asked for may count as input; what `ceil_mode` adds never does.
         first, last = (-low, size + high) if include else (0, size)
         counts.append(((seen >= first) & (seen < last)).sum(1))
     windows = [(1, 1, *taps), (1, 1, *steps), (1, 1, *dilations)]

@@ -70,7 +70,11 @@ def segment_means(x: jax.Array, mask: jax.Array | None, size: int) -> jax.Array:
 
 
 def weighted_statistics(found: whole.Moments, floor: float) -> list[np.ndarray]:
-    """Weighted mean and deviation `[1, 2 * values]` of an utterance, by numpy; the variance is at least `floor`."""
+    """Weighted mean and deviation `[1, 2 * values]` of an utterance, by numpy; the variance is at least `floor`.
+
+    >>> weighted_statistics(whole.Moments(*np.float64([[0], [2], [3], [8]])), floor=0.0)[0].tolist()
+    [[3.0, 2.0]]
+    """
     variance = np.maximum(found.squares / np.maximum(found.weight, 1e-30), floor)
     return [np.concatenate([found.mean, np.sqrt(variance)])[None]]
 
@@ -131,7 +135,7 @@ class ContextPooling(nn.Module):
 
     Attributes:
         hidden: channels between the two.
-        floor: the weighted variance is at least this; so is a biased one of the context, added to an unbiased one.
+        floor: lower bound of the weighted variance and of a biased one of the context; added to an unbiased one.
         context: whether attention sees mean and deviation of the utterance.
         normalize: SpeechBrain's form.
         biased: the deviation of the context is biased.

@@ -29,6 +29,7 @@ def recur(x: jax.Array, kernel: jax.Array, window: int) -> jax.Array:
     def step(state: tuple[jax.Array, jax.Array], x: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         cell, output = state
         seen = x.astype(jnp.float32) + jnp.matmul(output.astype(kernel.dtype), kernel).astype(jnp.float32)
+        # PyTorch's order: input, forget, cell, output.
         enters, keeps, candidate, leaves = jnp.split(seen, 4, axis=-1)
         cell = nn.sigmoid(keeps) * cell + nn.sigmoid(enters) * jnp.tanh(candidate)
         output = nn.sigmoid(leaves) * jnp.tanh(cell)
@@ -59,7 +60,7 @@ class Recurrence(nn.Module):
 
     window: int
     dtype: DTypeLike = "float32"
-    kernel_init = TORCH_DEFAULT
+    kernel_init = TORCH_DEFAULT  # no field, but looked at by `registry.initialize`
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

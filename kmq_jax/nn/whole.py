@@ -1,8 +1,8 @@
 """Statistics over a whole utterance, by name, so that a long one can go through a network in chunks.
 
-A layer that looks at all frames at once (pooling, squeeze-and-excitation) asks for their statistics here. That is plain
-arithmetic, unless someone collects them: a chunk then adds its own frames to the statistics of its place, and goes on
-with those that it is given. Places are named by the path of their module, such as "stage1/block0/se/mean".
+A layer that looks at all frames at once (pooling, squeeze-and-excitation) asks for their statistics here. Usually that
+is plain arithmetic. Within `collecting`, a chunk hands over its own frames at each place instead, and goes on with the
+statistics that it is given. Places are named by the path of their module, such as "stage1/block0/se/mean".
 """
 
 import contextlib
@@ -85,6 +85,7 @@ def mean(module: nn.Module, x: jax.Array, mask: jax.Array | None, axes: tuple[in
     collect = _collect.get()
     if collect is None:
         return mean_frames(x, mask, axes)
+    # The other axes first: over time the mean of these means is the mean of all.
     frames = jnp.mean(x, tuple(axis for axis in axes if axis != 1), dtype=jnp.float32)
     flat = frames.reshape(*frames.shape[:2], -1)
     found = collect("/".join((*module.path, "mean")), flat, mask, None).mean

@@ -352,6 +352,8 @@ def one(kind="Relu", inputs=(0,), outputs=(2,), **attributes):
     return [kind, list(inputs), list(outputs), attributes]
 
 
+SWAP = one("Transpose", perm=[0, 2, 1])
+SEVEN = base64.b64encode(np.array([7]).tobytes()).decode()
 SHAPE = base64.b64encode(np.array([1 << 40, 1, 1, 1]).tobytes()).decode()
 
 
@@ -368,6 +370,13 @@ SHAPE = base64.b64encode(np.array([1 << 40, 1, 1, 1]).tobytes()).decode()
         ({"nodes": [one("Linear", layer="a/b", component="c", size=3, bias=True)]}, "'a/b' cannot name a layer"),
         ({"nodes": [one("Conv", layer="a", component="c", channels=1 << 40)]}, "a number of layer a"),
         ({"nodes": [one()], "output": 9}, "has no output"),
+        ({"nodes": [one()], "output": [2]}, "has no output"),
+        ({"nodes": [one(outputs=(2, 3))]}, r"node 0 of the graph \(Relu\): it gives 1 values, not 2"),
+        (
+            {"nodes": [SWAP, one("ReduceMean", (2, 5), (3,))], "literals": [[5, "int64", [1], SEVEN]]},
+            r"node 1 of the graph \(ReduceMean\): axis 7 is outside 3 axes",
+        ),
+        ({"nodes": [SWAP, one("Concat", (2, 2), (3,), axis=7)]}, r"node 1 of the graph \(Concat\)"),
         ({"nodes": [one()], "literals": [[5, "int64", [1 << 40], SHAPE]]}, "is not the text of a graph"),
         ({"nodes": [one()], "literals": [[5, "object", [1], SHAPE]]}, "a literal of type 'object'"),
         (
@@ -390,4 +399,6 @@ def test_a_models_graph_may_come_from_anyone(text, message, tmp_path):
 def test_an_empty_graph_is_told():
     with pytest.raises(UserError, match="import_model makes one"):
         registry.parameter_count(registry.build("graph"))
-    assert graphs.read.cache_info().maxsize == 16
+    assert graphs._read.cache_info().maxsize == 16
+    with pytest.raises(UserError, match="must be a text"):
+        graphs.read(["no text"])

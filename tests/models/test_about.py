@@ -12,6 +12,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.interop import pretrained
 from kmq_jax.interop.assemble import Imported
 from kmq_jax.models import artifact, registry
+from kmq_jax.models.about import told
 from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model, save_model
 
 SETTINGS = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8, "norm": "bias"}
@@ -49,16 +50,32 @@ def test_a_file_without_it_is_as_it_was_and_it_changes_no_fingerprint(model, tmp
     save_model(tmp_path / "a.kmq", model)
     assert set(artifact.load(tmp_path / "a.kmq")[0]) == {"architecture", "settings", "frontend"}
     assert load_model(tmp_path / "a.kmq").about == {}
-    told = SpeakerModel("wespeaker_resnet34", SETTINGS, "wespeaker", model.variables, about={"source": "x"})
-    save_model(tmp_path / "b.kmq", told)
+    known = SpeakerModel("wespeaker_resnet34", SETTINGS, "wespeaker", model.variables, about={"source": "x"})
+    save_model(tmp_path / "b.kmq", known)
     assert load_model(tmp_path / "b.kmq").about == {"source": "x"}
     assert fingerprint(load_model(tmp_path / "b.kmq")) == fingerprint(model)
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ("/home/alice/model.onnx", "model.onnx"),
+        ("/Users/Alice/words/train", "words/train"),
+        ("/export/home/alice", "~"),
+        ("/home/alice/words, /net/homes/bob/more,synthetic:dev", "words,more,synthetic:dev"),
+        ("/data/voxceleb/train", "voxceleb/train"),
+        ("data/home/train", "data/home/train"),
+    ],
+)
+def test_nobodys_home_is_told(place, expected):
+    assert told(place) == expected
 
 
 @pytest.mark.parametrize(
     "about",
     [
         *([], "x", {"source": 3}, {"source": {"a": "b"}}, {"source": "x" * 3000}, {"x" * 3000: "y"}),
+        {"metrics": {"eer": 10**400}},
         *({"metrics": 2}, {"metrics": {"eer": "2"}}, {"metrics": {"eer": True}}, {str(i): "x" for i in range(300)}),
     ],
 )
@@ -70,9 +87,9 @@ def test_what_is_no_description_is_refused(model, tmp_path, about):
 
 
 def test_a_terminal_is_not_steered(model, tmp_path, monkeypatch, capsys):
-    told = SpeakerModel(
+    known = SpeakerModel(
         "wespeaker_resnet34", SETTINGS, "wespeaker", model.variables, about={"source": "\x1b]0;x\x07a\nb"}
     )
-    save_model(tmp_path / "a.kmq", told)
+    save_model(tmp_path / "a.kmq", known)
     assert run(monkeypatch, "summarize", f"--model={tmp_path}/a.kmq") == 0
     assert "made from: ?]0;x?a?b\n" in capsys.readouterr().out

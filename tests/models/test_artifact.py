@@ -45,6 +45,12 @@ def test_round_trip(saved, tree):
         np.testing.assert_array_equal(mine, theirs)
 
 
+def test_a_number_stays_one(tmp_path):
+    artifact.save(tmp_path / "a.kmq", {}, {"params": {"scale": np.float32(2), "one": np.ones(1, np.float32)}})
+    params = artifact.load(tmp_path / "a.kmq")[1]["params"]
+    assert (params["scale"].shape, params["one"].shape) == ((), (1,)) and params["scale"] == 2
+
+
 def test_deterministic_and_readable_by_safetensors(saved, tree, tmp_path):
     artifact.save(tmp_path / "again.kmq", MANIFEST, tree)
     assert (tmp_path / "again.kmq").read_bytes() == saved.read_bytes()

@@ -77,6 +77,11 @@ def test_recordings_that_are_too_short_for_the_network_are_named(model):
         embed_all(model, table)
     with pytest.raises(UserError, match="a.wav: 8 frames"):
         usable_lengths(Blind(), frontend.WESPEAKER, table, max_seconds=0.1)
+    wave = np.random.default_rng(0).normal(size=9000).astype(np.float32)
+    enough = dataclasses.replace(table, samples=np.array([9000, 9000]), reader=lambda name: wave)
+    with pytest.raises(UserError, match=r"max_frames \(=8\): the network needs at least 9"):
+        embed_all(model, enough, max_frames=8)
+    assert embed_all(model, enough, max_frames=9).shape == (2, 3)
     with pytest.raises(UserError, match="x: shorter than one analysis frame"):
         check_lengths(Blind(), frontend.WESPEAKER, np.array([399]), lambda i: "x")
 

@@ -35,6 +35,16 @@ def test_a_path_and_a_model_in_memory_give_the_same(tmp_path, model, engine):
     assert (runner.at_hand(tmp_path / "a.kmq", None, engine) is None) == (engine == "jax")
 
 
+def test_a_file_is_hashed_once_where_nothing_is_converted(tmp_path, model, monkeypatch):
+    save_model(tmp_path / "a.kmq", model)
+    hashed, real = [], runner._note_file
+    monkeypatch.setattr(runner, "_note_file", lambda *about: hashed.append(about) or real(*about))
+    embedder = Embedder(tmp_path / "a.kmq", engine="jax")
+    for _ in range(3):
+        embedder.embed([WAVE])
+    assert len(hashed) == 1
+
+
 def test_a_place_is_absolute_or_of_the_hub(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Embedder("a.kmq").place == str(tmp_path / "a.kmq")

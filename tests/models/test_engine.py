@@ -14,6 +14,7 @@ import soundfile
 from kmq_jax.core.errors import UserError
 from kmq_jax.frontend import num_frames
 from kmq_jax.models import engine, registry, runner
+from kmq_jax.models.embedder import Embedder
 from kmq_jax.models.speaker_model import (
     SpeakerModel,
     embed_waves,
@@ -145,6 +146,32 @@ def test_what_runs_without_jax_is_no_other_file_nor_recording(tmp_path, wespeake
     save_model(file, wespeaker)  # the file changes while it is in use
     leave(note)
     assert len(list(tmp_path.glob(".a.kmq-*.json"))) == 1
+
+
+def test_the_same_weights_in_another_network_are_another_model(wespeaker):
+    (wave,) = waves_of(8000)
+    settings = registry.smoke_settings("campplus")
+    weights = registry.initialize(registry.build("campplus", **settings), jax.random.key(0))
+    plain = SpeakerModel("campplus", settings, "wespeaker", weights)
+    relu = dataclasses.replace(plain, settings={**settings, "activation": "relu"})
+    assert embed_waves(plain, [wave], engine="onnxruntime").min() < 0
+    assert embed_waves(relu, [wave], engine="onnxruntime").min() == 0
+    theirs = dataclasses.replace(wespeaker, frontend="3dspeaker")
+    first, other = (embed_waves(model, [wave], engine="onnxruntime") for model in (wespeaker, theirs))
+    assert np.abs(other - first).max() > 1e-3 * np.abs(first).max()
+
+
+def test_a_damaged_converted_file_of_the_same_size_is_made_anew(tmp_path, wespeaker):
+    file = tmp_path / "a.kmq"
+    save_model(file, wespeaker)
+    (wave,) = waves_of(8000)
+    first = Embedder(file, engine="onnxruntime").embed([wave])
+    kept = runner.kept_file(file, fingerprint(wespeaker))
+    good = kept.read_bytes()
+    kept.write_bytes(bytes(len(good)))
+    assert runner.at_hand(file, None, "onnxruntime") is None
+    np.testing.assert_array_equal(Embedder(file, engine="onnxruntime").embed([wave]), first)
+    assert kept.read_bytes() == good and runner.at_hand(file, None, "onnxruntime") is not None
 
 
 def test_what_engine_is_taken(monkeypatch):

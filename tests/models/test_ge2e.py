@@ -84,6 +84,13 @@ def test_padding_changes_nothing(tiny, lengths):
         np.testing.assert_allclose(together[row], alone[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("frames", [60, 197, 198, 300])
+def test_a_part_gives_as_many_frames_as_its_windows_have(tiny, frames):
+    network, variables = tiny
+    _, outputs, _ = network.taps(variables, np.zeros((1, frames, 5), np.float32))
+    assert [part.frames(frames) for part in network.parts()[:2]] == [x.shape[1] for x in list(outputs.values())[:2]]
+
+
 def test_embeddings_have_length_one_and_are_not_negative(tiny):
     network, variables = tiny
     found = np.asarray(network.apply(variables, np.random.default_rng(0).uniform(size=(3, 200, 5))))

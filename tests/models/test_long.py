@@ -1,11 +1,14 @@
 """Long recordings: chunks give what one run gives; what cannot be cut is embedded in parts, and that is said."""
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
+from kmq_jax.core.errors import UserError
 from kmq_jax.data import source
 from kmq_jax.models import long, registry, speaker_model
+from kmq_jax.models.protocol import Part, SpeakerNetwork
 from kmq_jax.models.speaker_model import SpeakerModel, embed_all, embed_waves
 
 RATE = source.SAMPLE_RATE
@@ -100,3 +103,37 @@ def test_moments_add_up_in_any_parts():
             plain = long.merge(plain, one)
         np.testing.assert_allclose(plain.mean, frames.mean(0))
         np.testing.assert_allclose(plain.squares / (plain.weight - 1), frames.var(0, ddof=1))
+
+
+class Unnamed(SpeakerNetwork):
+    """Says that it can be cut, but takes its mean without `nn.whole`."""
+
+    features: int = 80
+    embedding_size: int = 3
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, features, lengths=None, train=False):
+        return nn.Dense(self.embedding_size, name="head")(features.mean(1))
+
+    @nn.nowrap
+    def parts(self):
+        return (Part("head", "head"),)
+
+    @nn.nowrap
+    def chunk_step(self):
+        return 1
+
+    @nn.nowrap
+    def to_onnx(self, graph, feats):
+        return graph.linear(graph.node("ReduceMean", feats, graph.integers(1), keepdims=0), "head")
+
+
+@pytest.mark.parametrize("engine", ["jax", "onnxruntime"])
+def test_a_network_that_says_wrongly_that_it_can_be_cut_is_refused(monkeypatch, engine):
+    registry.register("unnamed", Unnamed)
+    variables = Unnamed().init(jax.random.key(0), np.zeros((1, 20, 80)))
+    model, wave = SpeakerModel("unnamed", {}, "wespeaker", variables), np.random.default_rng(0).normal(size=RATE)
+    monkeypatch.setattr(long, "LONG", 0.5)
+    with pytest.raises(UserError, match=r"Unnamed has a chunk_step \(1\), but asks nn.whole for no statistics"):
+        embed_waves(model, [wave.astype(np.float32)], engine=engine)

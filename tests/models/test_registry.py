@@ -209,6 +209,15 @@ def test_width_and_depth_are_settings():
         ("resnet50", {"activation": "gelu"}, r"activation \(=gelu\)"),
         ("resnet50", {"last_taps": 5}, r"last_taps \(=5\)"),
         ("resnet36", {"remat": 1}, r"remat \(=1\)"),
+        ("campplus", {"layers": 5}, r"layers \(=5\) must be a list like \[12, 24, 16\]"),
+        ("campplus", {"floor": "a"}, r"floor \(=a\) must be a number"),
+        ("ecapa_c512", {"context": "no"}, r"context \(=no\) must be true or false"),
+        ("redimnet_b2", {"stages": 5}, r"stages \(=5\) must be a list like"),
+        ("redimnet_b2", {"stages": [[1, 1, 1, 2.5]]}, r"stages\[0\].reduction \(=2.5\)"),
+        ("redimnet_b2", {"width": 2, "stages": [[1, 1, 1, 0]]}, r"group_divisor \(=4\) .* of 2 channels"),
+        ("redimnet_b2", {"width": 14}, r"group_divisor \(=4\) .* of 14 channels"),
+        ("redimnet_b2", {"features": 1, "width": 4, "stages": [[1, 1, 1, 9]]}, r"do not divide 1 features"),
+        ("graph", {"graph": ["x"]}, r"graph \(=\['x'\]\) must be a text"),
     ],
 )
 def test_a_bad_setting_is_named(name, settings, message):

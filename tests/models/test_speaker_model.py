@@ -83,6 +83,12 @@ def test_a_bfloat16_model_is_saved_and_loaded(model, tmp_path, packed):
     assert np.isfinite(loaded.embed(WAVE, 16000)).all()
 
 
+def test_the_settings_may_name_a_dtype(model):
+    named = SpeakerModel("resnet18", {**SETTINGS, "dtype": "bfloat16"}, "kiwano", model.variables)
+    assert named.network().dtype == "float32" and named.network("bfloat16").dtype == "bfloat16"
+    assert named.network() == model.network()
+
+
 def test_strict_types(model):
     with jax.numpy_dtype_promotion("strict"):
         assert model.embed(WAVE, 16000).dtype == np.float32
@@ -109,6 +115,10 @@ def test_types_without_a_place_in_the_file(model, tmp_path):
         save_model(tmp_path / "odd.kmq", odd)
 
 
+def _head(bias):
+    return {"2": {"params": {"head": {"linear": {"bias": bias}}}}}
+
+
 def _without(tree, name):
     return {key: value for key, value in tree.items() if key != name}
 
@@ -119,10 +129,15 @@ def _without(tree, name):
         (lambda v: {**v, "params": _without(v["params"], "head")}, r"tensor params/head/\S+ is missing"),
         (lambda v: {**v, "params": {**v["params"], "own": np.ones(3)}}, "tensor params/own is none of the network's"),
         (lambda v: jax.tree.map(lambda x: x[..., None], v), r"tensor \S+ has shape .*, but the network's is"),
+        (lambda v: {**v, PER_BITS: _head(np.ones(3))}, "tensor narrow/2/params/head/linear/bias has shape"),
+        (lambda v: {**v, PER_BITS: {"2": {"params": {"own": np.ones(3)}}}}, "narrow/2/params/own is none of the"),
+        (lambda v: {**v, PER_BITS: np.ones(3)}, "tensor narrow is none of the network's"),
+        (lambda v: {**v, "integers": {"stem": {"input": np.ones(3)}}}, "tensor integers/stem/input has shape"),
+        (lambda v: {**v, "integers": {"stem": {"conv": {"kernel": np.ones(3)}}}}, r"is \(4,\)"),
         (lambda v: jax.tree.map(lambda x: np.full_like(x, np.nan), v), r"tensor \S+ holds values that are not finite"),
         (lambda v: jax.tree.map(lambda x: np.full_like(x, np.inf), v), r"tensor \S+ holds values that are not finite"),
     ],
-    ids=["missing", "extra", "misshapen", "nan", "inf"],
+    ids=["missing", "extra", "misshapen", "bits", "bits-extra", "bits-alone", "steps", "kernel-steps", "nan", "inf"],
 )
 def test_weights_that_are_not_the_network_s_are_refused(model, tmp_path, change, message):
     variables = change(jax.device_get(model.variables))

@@ -2,8 +2,8 @@
 
 The first use of a convolution on a CPU compiles (some ten seconds) and keeps the library under the user's cache
 directory. Where that cannot be, a library that came with the package is taken (prebuilt.py). Nothing depends on either:
-without both, or with `KMQ_JAX_NATIVE=0` in the environment, `library` says no, a line of the log says why, and
-nn/conv.py and nn/channels.py stay with XLA.
+without both, or with `KMQ_JAX_NATIVE=0` in the environment, `library` says no, and nn/conv.py and nn/channels.py stay
+with XLA. A line of the log says why, unless the environment asked for it.
 
 `KMQ_JAX_NATIVE_FLAGS` adds compiler flags, such as those of sanitizers (launch/sanitize_kernels.sh).
 """
@@ -77,7 +77,10 @@ def _file() -> Path:
 
 def _cache_directory() -> Path:
     """The directory of compiled libraries. What lies there gets loaded, so nobody else may be able to write to it."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # a container with a user that nobody knows
+        raise Unavailable(f"there is no cache directory ({error}): set HOME or XDG_CACHE_HOME") from error
     directory = Path(root) / "kmq_jax"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = directory.stat()
@@ -97,6 +100,7 @@ def _build(directory: Path) -> Path:
     flags = [*FLAGS, *os.environ.get("KMQ_JAX_NATIVE_FLAGS", "").split()]
     texts = [path.read_bytes() for path in (*sources, *sorted(DIRECTORY.glob("*.h")))]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    # A new source, compiler, flag, jaxlib or processor gets a library of its own: old ones are never loaded.
     identity = b"\0".join(
         [*texts, version, " ".join(flags).encode(), jaxlib.__version__.encode(), _processor().encode()]
     )
