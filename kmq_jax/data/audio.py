@@ -139,27 +139,30 @@ def checked(
 
 
 def _deviation(wave: np.ndarray) -> float:
-    """The standard deviation in float64, block by block: of hours in one piece it would take twice their memory."""
+    """The standard deviation in float64, block by block: for hours in one piece, it would take twice their memory."""
     blocks = [wave[start : start + _BLOCK] for start in range(0, len(wave), _BLOCK)]
     mean = sum(float(block.sum(dtype=np.float64)) for block in blocks) / len(wave)
     return math.sqrt(sum(float(np.square(block - mean, dtype=np.float64).sum()) for block in blocks) / len(wave))
 
 
 def in_scale(wave: np.ndarray, path: str | os.PathLike[str], lossy: bool = False) -> np.ndarray:
-    """Returns `wave` `[samples]` unchanged if it is of full scale 1, as far as its values tell.
+    """Returns `wave` `[samples]` unchanged if its values are those of sound of full scale 1.
 
-    16-bit values in a file of floating point would else be clipped to noise by one reader, and be heard by another.
+    A floating-point file may hold values of 16-bit scale: one reader would clip them to noise, another play them.
 
     Args:
         wave: `[samples]`.
         path: for messages.
-        lossy: a decoder overshoots where a recording was loud, however often that was.
+        lossy: any share of the samples may lie outside full scale: a decoder overshoots wherever a recording is loud.
 
     Raises:
-        AudioError: it is not.
+        AudioError: the values are of another scale, or not finite.
+
+    >>> in_scale(np.float32([0.5, -1.0]), "a.wav").tolist()
+    [0.5, -1.0]
     """
     peak = float(max(wave.max(initial=0.0), -wave.min(initial=0.0)))
-    if not math.isfinite(peak):  # here, for clipping would make full scale of infinity
+    if not math.isfinite(peak):  # checked here: clipping would turn infinity into full scale
         raise AudioError(path, "values that are not finite (NaN or infinity)")
     if peak > 1 and (peak > LOUDEST or not lossy and np.mean(np.abs(wave) > 1) > MOST_OUTSIDE):
         raise AudioError(path, f"values up to {peak:.6g}, where full scale is 1: scale them to [-1, 1]")
@@ -195,6 +198,8 @@ def to_mono_16k(wave: np.ndarray, rate: int) -> np.ndarray:
         raise UserError(f"audio of shape {wave.shape} has more than {MOST_CHANNELS} channels on either axis")
     if wave.ndim == 2 and wave.shape[0] <= MOST_CHANNELS < wave.shape[1]:
         wave = wave.T
+    if wave.ndim == 2 and not wave.shape[1]:
+        raise UserError(f"audio of shape {wave.shape} has no channels")
     if not RATES[0] <= rate <= RATES[1]:
         raise UserError(f"sample rate {rate} Hz is outside {RATES[0]}-{RATES[1]} Hz")
     if not np.isfinite(wave).all():
@@ -232,13 +237,13 @@ def num_samples(path: str | os.PathLike[str]) -> int:
         return resampled_length(frames, sound.samplerate)
 
 
-def resampled_length(samples: int, rate: int) -> int:
-    """Returns the length at 16 kHz of `samples` taken at `rate` Hz.
+def resampled_length(samples: int, rate: int, to: int = SAMPLE_RATE) -> int:
+    """Returns the length at 16 kHz, or another rate, of `samples` taken at `rate` Hz.
 
     >>> resampled_length(44100, rate=44100)
     16000
     """
-    return math.ceil(samples * SAMPLE_RATE / rate)
+    return -(-samples * to // int(rate))  # in integers: rounded ratios give a sample more at some rates
 
 
 def resample(wave: np.ndarray, rate: int, to: int = SAMPLE_RATE) -> np.ndarray:
@@ -252,7 +257,7 @@ def resample(wave: np.ndarray, rate: int, to: int = SAMPLE_RATE) -> np.ndarray:
     import soxr  # needed for few corpora
 
     made = soxr.resample(wave, rate, to, quality="HQ")
-    wanted = math.ceil(len(wave) * (to / rate))  # soxr may give a sample less or more
+    wanted = resampled_length(len(wave), rate, to)  # soxr may give a sample less or more
     return np.pad(made[:wanted], (0, max(wanted - len(made), 0))).astype(np.float32, copy=False)
 
 
@@ -313,6 +318,7 @@ def _open(path: Path) -> Iterator[tuple["SoundFile", int | None]]:
 
 
 def _plain(error: Exception) -> str:
+    # Messages begin with the file's name and a colon; the reason is what stands last.
     return str(error).split(": ")[-1].strip().rstrip(".") or type(error).__name__
 
 
@@ -333,7 +339,7 @@ def _blocks(sound: "SoundFile", path: Path, most: float, wanted: float = math.in
     got = 0
     try:
         while got < wanted:
-            ask = int(min(max(_BLOCK // sound.channels, 1), wanted - got))
+            ask = int(min(max(_BLOCK // sound.channels, 1), wanted - got))  # frames: a sample of every channel each
             block = sound.read(ask, dtype="float32", always_2d=True)
             if not len(block):
                 return
@@ -372,7 +378,7 @@ def _decode(path: Path, start: float, seconds: float | None, max_seconds: float)
             wave = _joined(_blocks(sound, path, most, wanted))
             if len(wave) < wanted:
                 raise AudioError(path, "truncated")
-        floats = sound.subtype in ("FLOAT", "DOUBLE")
+        floats = sound.subtype in ("FLOAT", "DOUBLE")  # integers lie within full scale, or come from a lossy decoder
     return in_scale(wave, path, lossy=not floats), rate
 
 
@@ -389,7 +395,7 @@ def _decode_ffmpeg(path: Path, start: float, seconds: float | None, max_seconds:
     if program is None:
         kind = path.suffix[1:]
         raise AudioError(path, f"unreadable ({kind} files need the ffmpeg program, which is not installed)")
-    limit = min(max_seconds + 1, math.inf if seconds is None else seconds)
+    limit = min(max_seconds + 1, math.inf if seconds is None else seconds)  # a second more, so that "too long" shows
     source = ["-protocol_whitelist", "file,pipe", "-i", f"file:{path.absolute()}"]
     # After -i: before it, even `-ss 0` makes ffmpeg keep the samples by which AAC encoders delay the sound.
     part = ["-ss", f"{start:.6f}", "-t", f"{limit:.6f}"]  # exponents are not read

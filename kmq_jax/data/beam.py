@@ -23,7 +23,7 @@ def run(work: Callable[[Task], None], tasks: Sequence[Task], flags: str) -> None
         flags: Beam's pipeline options as on a command line, such as `--runner=DirectRunner`.
 
     Raises:
-        UserError: Beam is not installed, knows not an option, or a task failed.
+        UserError: Beam is not installed, does not know an option, or a task failed.
     """
     beam = needed("apache_beam", "`beam`")
     options = _options(flags)
@@ -44,7 +44,7 @@ def _options(flags: str) -> "object":
     """Beam's pipeline options.
 
     Raises:
-        UserError: they are not a command line, or Beam knows not one of them.
+        UserError: they are not a command line, or Beam does not know one of them.
     """
     from apache_beam.options.pipeline_options import PipelineOptions
 

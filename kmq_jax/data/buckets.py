@@ -55,9 +55,7 @@ def length_buckets(
     [(3200, [1, -1]), (1600, [0, 2])]
     """
     lengths = np.asarray(lengths if isinstance(lengths, np.ndarray) else list(lengths), np.int64)
-    for name, value in (("batch_size", batch_size), ("max_shapes", max_shapes), ("step", step)):
-        if value < 1:
-            raise UserError(f"`{name}` (={value}) must be at least 1")
+    _check_positive(batch_size=batch_size, max_shapes=max_shapes, max_samples=max_samples, step=step)
     if not len(lengths):
         return []
     clipped = np.maximum(lengths, 1)
@@ -65,7 +63,7 @@ def length_buckets(
         clipped = np.minimum(clipped, max_samples)
     order = np.argsort(clipped, kind="stable")
     edges = padded_lengths(clipped, batch_size, max_shapes=max_shapes, max_samples=max_samples, step=step)
-    bucket = np.searchsorted(edges, clipped[order])
+    bucket = np.searchsorted(edges, clipped[order])  # the shortest edge that is long enough
     batches = []
     for i in reversed(range(len(edges))):
         rows = order[bucket == i].astype(np.int32)
@@ -73,6 +71,12 @@ def length_buckets(
             part = rows[first : first + batch_size]
             batches.append(Batch(int(edges[i]), np.pad(part, (0, batch_size - len(part)), constant_values=-1)))
     return batches
+
+
+def _check_positive(**settings: int | None) -> None:
+    for name, value in settings.items():
+        if value is not None and value < 1:
+            raise UserError(f"`{name}` (={value}) must be at least 1")
 
 
 def tight_batches(
@@ -100,13 +104,18 @@ def tight_batches(
     Returns:
         Batches in which every index of `range(n)` occurs exactly once, none is -1.
 
+    Raises:
+        UserError: a setting is not positive.
+
     >>> [(batch.size, batch.indices.tolist()) for batch in tight_batches([1590, 3100, 1600], 2)]
     [(3200, [1]), (1600, [2]), (1600, [0])]
     """
+    _check_positive(batch_size=batch_size, max_shapes=max_shapes, step=step)
     lengths = np.maximum(np.asarray(lengths if isinstance(lengths, np.ndarray) else list(lengths), np.int64), 1)
     order = np.argsort(-lengths, kind="stable").astype(np.int32)
     rounded = -(-lengths[order] // step) * step
     least, best = np.inf, []
+    # By eighths, from the whole batch down.
     for rows in sorted({max(1, batch_size * share // 8) for share in range(1, 9)}, reverse=True):
         ends = _ends(rounded, rows, most_samples)
         starts = [0, *ends[:-1]]
@@ -133,7 +142,21 @@ def _ends(sizes: np.ndarray, rows: int, most_samples: int) -> list[int]:
 def padded_lengths(
     lengths: np.ndarray, batch_size: int, *, max_shapes: int, max_samples: int | None = None, step: int = 1600
 ) -> np.ndarray:
-    """Returns at most `max_shapes` ascending padded lengths that minimise the samples processed."""
+    """Finds padded lengths that minimise the samples processed, by dynamic programming.
+
+    Args:
+        lengths: `[n]` samples, at least one.
+        batch_size: rows of every batch.
+        max_shapes: as in `length_buckets`, like the settings below.
+        max_samples: padded lengths are at most this.
+        step: padded lengths are multiples of this many samples, or `max_samples`.
+
+    Returns:
+        At most `max_shapes` lengths, ascending; the last is long enough for all.
+
+    >>> padded_lengths(np.array([1500, 1600, 3100]), 1, max_shapes=2).tolist()
+    [1600, 3200]
+    """
     rounded = -(-lengths // step) * step
     if max_samples is not None:
         rounded = np.minimum(rounded, max_samples)
@@ -148,7 +171,7 @@ def padded_lengths(
     # cost[j, i]: the utterances of candidates j..i-1 in one bucket as long as candidate i-1
     many = total[None, :] - total[:, None]
     cost = -(-many // batch_size) * batch_size * np.concatenate(([0], sizes))[None, :].astype(np.float64)
-    cost[np.tril_indices(m + 1)] = np.inf
+    cost[np.tril_indices(m + 1)] = np.inf  # no bucket is empty
     # best[i]: the least cost of the first i candidates in so many buckets; origins: where the last of these begins.
     best = np.concatenate(([0.0], np.full(m, np.inf)))
     origins = []

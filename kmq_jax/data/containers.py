@@ -47,6 +47,7 @@ class Chunks:
         width = struct.calcsize(self.length)
         (length,) = struct.unpack_from(self.length, data, place + self.head - width)
         end: int = place + max(length, self.head) if self.whole else place + self.head + length
+        # Filled up to a multiple of `align`, except perhaps at the end of the file.
         return end if end == len(data) else end + -(end - place) % self.align
 
 
@@ -67,7 +68,7 @@ class Extent:
     Attributes:
         truncated: the file ends before the sound that its header promises.
         unknown: the header does not tell the length.
-        joined: several recordings lie behind one another, of which libsndfile reads the first alone.
+        joined: several recordings lie one behind the other; libsndfile reads the first alone.
         patches: bytes by place in the file, for a header that tells the length (`Patched`), where it is needed.
         skipped: bytes at the front that are left out.
         prefix: what stands in their place.
@@ -109,7 +110,7 @@ def extent(path: Path) -> Extent:
 
 
 def _behind_tags(file: BinaryIO) -> int:
-    """Where a file begins behind ID3 tags, which some put in front of any container."""
+    """Where the container begins, behind the ID3 tags that some programs put in front of any format."""
     begin, length = 0, 1
     while length:
         file.seek(begin)
@@ -122,6 +123,7 @@ def _tag_size(head: bytes) -> int:
     """Bytes of the ID3 tag, version 2, that begins so; 0 where none does."""
     if len(head) < 10 or head[:3] != b"ID3":
         return 0
+    # Seven bits a byte, so that no length looks like the start of a frame.
     return 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0)))
 
 
@@ -138,12 +140,12 @@ def _look(file: BinaryIO, size: int) -> Extent:
 
 
 class Patched(io.RawIOBase):
-    """A file of which some bytes read as others; what lies on disk is not changed."""
+    """A file, with some of its bytes replaced as it is read; the file on disk is not changed."""
 
     def __init__(self, path: Path, extent: Extent):
         """Opens the file."""
         self._file, self._extent, self._at = path.open("rb"), extent, 0
-        self._shift = len(extent.prefix) - extent.skipped
+        self._shift = len(extent.prefix) - extent.skipped  # from a place in the file to the place it is read at
         self._size = (extent.end or os.stat(path).st_size) + self._shift
 
     def readable(self) -> bool:  # noqa: D102
@@ -181,7 +183,7 @@ class Patched(io.RawIOBase):
 
 
 def _of(begin: int, promised: int, size: int, unknown: bool, patches: Mapping[int, bytes]) -> Extent:
-    """The extent of sound that begins at a place and of which so many bytes are promised."""
+    """The extent of sound that begins at a place, with as many bytes as the header promises."""
     return _patched(begin, size, size, patches) if unknown else Extent(truncated=begin + promised > size)
 
 
@@ -219,7 +221,7 @@ def _riff(file: BinaryIO, size: int, kind: bytes) -> Extent:
         name, length = chunk[:4], struct.unpack(order + "I", chunk[4:])[0]
         if name == b"ds64" and length >= 24:
             wide_place = place + 8
-            wide = struct.unpack("<Q", file.read(16)[8:])[0]
+            wide = struct.unpack("<Q", file.read(16)[8:])[0]  # behind the size of the whole stands that of the sound
             file.seek(place + 8)
         elif name == b"data":
             begin = place + 8
@@ -234,12 +236,12 @@ def _riff(file: BinaryIO, size: int, kind: bytes) -> Extent:
             told = struct.pack(order + "I", min(end - begin, 0xFFFFFFFF))
             whole = struct.pack(order + "I", min(end - 8, 0xFFFFFFFF))
             return _patched(begin, end, size, {4: whole, place + 4: told})
-        file.seek(place + 8 + length + length % 2)
+        file.seek(place + 8 + length + length % 2)  # chunks begin at even places
     return Extent(truncated=True)
 
 
 def _w64(file: BinaryIO, size: int) -> Extent:
-    place = 40
+    place = 40  # behind two identifiers of 16 bytes and a length of 8
     for _ in range(_MOST_CHUNKS):
         file.seek(place)
         chunk = file.read(24)
@@ -254,7 +256,7 @@ def _w64(file: BinaryIO, size: int) -> Extent:
             end = _sound_end(file, begin, size, Chunks(_W64_NAMES, 24, "<Q", whole=True, align=8))
             told = {16: struct.pack("<Q", end), place + 16: struct.pack("<Q", max(end - place, 24))}
             return _patched(begin, end, size, told)
-        place += max(length + 7 & ~7, 24)
+        place += max(length + 7 & ~7, 24)  # up to a multiple of 8; at least the head, so that the walk goes on
     return Extent(truncated=True)
 
 
@@ -269,10 +271,10 @@ def _aiff(file: BinaryIO, size: int) -> Extent:
         name, length = chunk[:4], struct.unpack(">I", chunk[4:])[0]
         if name == b"COMM":
             channels, frames, bits = struct.unpack(">hIh", file.read(8))
-            common = place + 10, channels * ((bits + 7) // 8), frames
+            common = place + 10, channels * ((bits + 7) // 8), frames  # place of the count, bytes a frame, the count
             file.seek(place + 8)
         elif name in (b"SSND", b"BODY"):
-            begin = place + 8 + (8 if name == b"SSND" else 0)
+            begin = place + 8 + (8 if name == b"SSND" else 0)  # an offset and a block size come first in SSND
             known = begin - place - 8 < length and not (length >= _UNKNOWN[1] and place + 8 + length > size)
             frames_known = common is None or common[1] <= 0 or common[2] != 0
             if known and frames_known:
@@ -299,7 +301,7 @@ def _sphere(file: BinaryIO, size: int) -> Extent:
     text = file.read(1 << 16)
     fields: dict[bytes, int] = {}
     try:
-        begin = int(text.split(b"\n", 2)[1])
+        begin = int(text.split(b"\n", 2)[1])  # the second line is the length of the header
         for line in text[:begin].split(b"\n"):
             words = line.split()
             # libsndfile writes some numbers as text: `sample_n_bytes -s1 1`.
@@ -323,6 +325,7 @@ def _caf(file: BinaryIO, size: int) -> Extent:
             return Extent(truncated=True)
         name, length = chunk[:4], struct.unpack(">q", chunk[4:])[0]
         if name == b"data":
+            # The length counts four bytes before the sound, and is -1 where it is unknown.
             told = {place + 4: struct.pack(">q", max(size - place - 12, 4))}
             return _of(place + 12, length, size, length in (-1, 0, 4), told)
         if length < 0:
@@ -333,7 +336,7 @@ def _caf(file: BinaryIO, size: int) -> Extent:
 
 def _flac(file: BinaryIO, head: bytes, size: int) -> Extent:
     """Where the header does not know the length, the last frame tells it: frames are numbered."""
-    told = int.from_bytes(head[21:26], "big")
+    told = int.from_bytes(head[21:26], "big")  # the last 36 of these 40 bits count the samples; 0: unknown
     if told & ((1 << 36) - 1):
         return Extent()
     tail = min(size, 1 << 20)
@@ -352,7 +355,7 @@ def _flac_end(frame: bytes, head: bytes) -> int | None:
     if len(frame) < 6 or frame[1] & 0xFE != 0xF8 or frame[3] & 1:
         return None
     size_code, rate_code, channels = frame[2] >> 4, frame[2] & 15, frame[3] >> 4
-    stated = (head[20] >> 1 & 7) + 1
+    stated = (head[20] >> 1 & 7) + 1  # channels
     if size_code == 0 or rate_code == 15 or (channels + 1 if channels < 8 else 2) != stated:
         return None
     # The number is coded as in UTF-8, in up to seven bytes.
@@ -382,6 +385,7 @@ def _flac_end(frame: bytes, head: bytes) -> int | None:
 
 
 def _crc8(data: bytes) -> int:
+    """The checksum of FLAC's frame headers: x^8 + x^2 + x + 1, from zero."""
     crc = 0
     for byte in data:
         crc ^= byte
@@ -392,8 +396,8 @@ def _crc8(data: bytes) -> int:
 
 def _ogg(file: BinaryIO, size: int) -> Extent:
     """Walks through the pages: whether one runs past the end, the last ends its stream, another stream follows."""
-    # A page: 27 bytes, of which the sixth tells the first (2) and the last (4) of a stream, and the last counts the
-    # segments; their lengths; the segments.
+    # A page begins with 27 bytes: byte 5 marks the first (2) and the last page (4) of a stream, byte 26 counts the
+    # segments. Their lengths follow, a byte each, and then the segments.
     at, flags, begun, joined = 0, 0, False, False
     while True:
         file.seek(at)
@@ -446,6 +450,7 @@ def _mp3(file: BinaryIO, size: int) -> Extent:
     if tagged:
         return Extent()
     # A tag in front, as encoders write it: a silent frame of the same kind that holds the number of frames.
+    # It stands behind the side information, whose length goes by version (MPEG 1 or not) and channels.
     is_first, mono = first[1] >> 3 & 3 == 3, first[3] >> 6 == 3
     side = {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}[is_first, mono]
     header = bytes([first[0], first[1] | 1, 0x90 | first[2] & 0x0C, first[3]])
@@ -465,6 +470,7 @@ def _frames_told(frame: bytes) -> tuple[bool, int | None]:
 
 def _frame_size(header: bytes) -> int:
     """Bytes of the frame of layer III that begins so; 0 where none does."""
+    # Eleven bits of ones, two of the version, then two that are 01 for layer III.
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
         return 0
     version, kbits, rate = header[1] >> 3 & 3, header[2] >> 4, header[2] >> 2 & 3

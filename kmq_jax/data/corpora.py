@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.data.folder import audio_files, open_folder
-from kmq_jax.data.kaldi import open_kaldi, read_table
+from kmq_jax.data.kaldi import numbered_lines, open_kaldi, read_table
 from kmq_jax.data.table import Utterances, concatenate
 from kmq_jax.data.trials import Trials, read_models, read_trials
 from kmq_jax.data.voxceleb import open_voxceleb, tree_root
@@ -79,7 +79,7 @@ def _voxceleb_splits(root: Path, places: Mapping[str, tuple[str, ...]]) -> dict[
             splits[split] = open_voxceleb(found)
     if splits:
         return splits
-    return {"train": open_voxceleb(root)}  # both parts unpacked into one tree, as the lists E and H expect
+    return {"train": open_voxceleb(root)}  # both parts unpacked into one tree, as lists E and H expect
 
 
 def cnceleb(root: Path) -> Corpus:
@@ -100,7 +100,7 @@ def cnceleb(root: Path) -> Corpus:
     data = open_folder(first / "data")
     splits = {}
     if (first / "dev" / "dev.lst").is_file():
-        speakers = set((first / "dev" / "dev.lst").read_text().split())
+        speakers = {name for _, line in numbered_lines(first / "dev" / "dev.lst") for name in line.split()}
         chosen = [i for i, speaker in enumerate(data.speakers) if speaker in speakers]
         splits["dev"] = data.select(chosen)
     if (root / "CN-Celeb2_flac" / "data").is_dir():
@@ -112,6 +112,7 @@ def cnceleb(root: Path) -> Corpus:
         models = {model: [place] for model, place in read_table(lists / "enroll.lst")[0].items()}
     models = {model: [_as_wav(name) for name in names] for model, names in models.items()}
     enrolled = {name for names in models.values() for name in names}
+    # Id, path and speaker: first the recordings that models are made of, then those of `eval` itself.
     pieces = [(_as_wav(path), f"data/{path}", path.split("/", 1)[0]) for path in data.paths]
     pieces = [piece for piece in pieces if piece[0] in enrolled]
     for path in audio_files(first / "eval"):
@@ -143,7 +144,7 @@ def voxtube(root: Path) -> Corpus:
     genders = {}
     meta = root / "language_gender_meta.csv"
     if meta.is_file():
-        for line in meta.read_text().splitlines()[1:]:
+        for _, line in numbered_lines(meta)[1:]:
             fields = [field.strip() for field in line.split(",")]
             if len(fields) > 1 and fields[1][:1] in ("m", "f"):
                 genders[fields[0]] = fields[1][:1]
@@ -153,8 +154,8 @@ def voxtube(root: Path) -> Corpus:
 def commonbench(root: Path) -> Corpus:
     """CommonBench: a Kaldi data directory, or a tree of `speaker/**/audio`, with trial lists beside it.
 
-    Its release is not described publicly, so this layout is a guess; `comparisons.txt`, and any
-    `*.trials` or `trials*` in `root`, is offered in whichever form `read_trials` knows.
+    Its release is not described publicly, so this layout is a guess. Every `comparisons*.txt`, `trials`, `trials.*`,
+    `trials*.txt` and `*.trials` in `root` is offered, in whichever form `read_trials` knows.
     """
     table = open_kaldi(root) if (root / "wav.scp").is_file() else open_folder(root)
     return Corpus({"train": table}, _any_lists(root))

@@ -66,6 +66,7 @@ def _once(pairs: np.ndarray) -> np.ndarray:
 
 def _some_pairs(rows: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
     """All pairs of `rows` `[pairs, 2]`; of very many rows, those of a random few, so that memory stays bounded."""
+    # n rows have about n^2 / 2 pairs: so many rows have twice as many pairs as are asked for.
     rows = rng.permutation(rows)[: max(2, 2 * int(most**0.5))]
     first, second = np.triu_indices(len(rows), 1)
     return np.stack((rows[first], rows[second]), axis=1)
@@ -82,7 +83,7 @@ def group_of(utterances: Utterances, speaker: str) -> tuple[str, int] | None:
 
 
 def _alike(utterances: Utterances, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`[count, 2]` rows of different speakers of one group, groups drawn as they have pairs of utterances."""
+    """At most `[count, 2]` rows of different speakers of one group, a group drawn as often as it has pairs."""
     labels = utterances.labels
     of_speaker = [group_of(utterances, name) for name in utterances.speaker_names]
     places = {group: number for number, group in enumerate(dict.fromkeys(filter(None, of_speaker)))}
@@ -91,7 +92,8 @@ def _alike(utterances: Utterances, count: int, rng: np.random.Generator) -> np.n
                if len(np.unique(labels[rows])) > 1]  # fmt: skip
     if not members:
         raise UserError("no two speakers are known to be of one gender and group of ages: `matched` must be 0")
-    sizes = np.array([float(len(rows)) ** 2 for rows in members])
+    sizes = np.array([float(len(rows)) ** 2 for rows in members])  # pairs, but for a factor
+    # Four times as many as are asked for, as in `draw_trials`.
     counts = np.bincount(rng.choice(len(members), 4 * count, p=sizes / sizes.sum()), minlength=len(members))
     drawn = [np.sort(rng.choice(rows, size=(many, 2)), axis=1) for rows, many in zip(members, counts)]
     pairs = rng.permutation(np.concatenate(drawn))

@@ -59,7 +59,7 @@ def audio_files(root: Path, others: "collections.Counter[str] | None" = None) ->
         UserError: a directory cannot be read.
     """
     for directory, directories, names in walk(root):
-        directories[:] = [name for name in directories if not name.startswith(".")]
+        directories[:] = [name for name in directories if not name.startswith(".")]  # in place: `walk` then skips them
         for name in directories:
             _warn_of_twin(root, os.path.join(directory, name))
         below = os.path.relpath(directory, root).replace(os.sep, "/")
@@ -75,11 +75,11 @@ def audio_files(root: Path, others: "collections.Counter[str] | None" = None) ->
 
 
 def _loops(root: Path, directory: str, name: str) -> bool:
-    """Whether a directory is a link to one that the way from the root has passed, or to one that holds such a one."""
+    """Whether a directory is a link to one on the way from the root to it, or to one that holds such a directory."""
     place, way = os.path.join(directory, name), Path(directory)
     if not os.path.islink(place):
         return False
-    leads_to = os.path.realpath(place) + os.sep
+    leads_to = os.path.realpath(place) + os.sep  # with the separator: /a/b does not hold /a/bc
     passed = [way, *itertools.takewhile(lambda above: above != root.parent, way.parents)]
     return any((os.path.realpath(above) + os.sep).startswith(leads_to) for above in passed)
 
@@ -88,7 +88,7 @@ def _warn_of_twin(root: Path, place: str) -> None:
     """Warns of a directory that is a link to one of the same tree: its recordings may be of two speakers then."""
     if os.path.islink(place):
         inside = os.path.relpath(os.path.realpath(place), os.path.realpath(root)).split(os.sep)
-        if not any(part.startswith(".") for part in inside):  # hidden, or outside
+        if not any(part.startswith(".") for part in inside):  # hidden, or outside, which begins with ".."
             say_once(f"warning: {place} is a link to {'/'.join(inside)}: what lies there is read twice")
 
 
@@ -157,6 +157,7 @@ def open_csv(path: Path) -> Utterances:
             rows.fieldnames = header
             for fields in rows:
                 line = rows.line_num
+                # DictReader puts surplus fields under None, and None into those that are missing.
                 if None in fields or None in fields.values():
                     raise UserError(f"{path}:{line}: expected {len(header)} fields")
                 row = {name: value.strip() for name, value in fields.items()}

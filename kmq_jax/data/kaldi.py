@@ -62,6 +62,7 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
     except UnicodeDecodeError as error:
         line = 1 + data.count(b"\n", 0, error.start)
         raise UserError(f"{path}:{line}: not UTF-8 text") from None
+    # Not `splitlines`, which also breaks at form feeds and other characters, where editors count no line.
     return list(enumerate(text.split("\n"), 1))
 
 
@@ -143,7 +144,7 @@ def _read_segments(path: Path, recordings: dict[str, str]) -> tuple[list[str], l
 
 
 def _read_optional(path: Path, read: Callable[[str], T | None]) -> dict[str, T]:
-    """What a table says of speakers, where there is one; what it says in another way is left out."""
+    """Reads a value of each speaker, where the table exists; a value that cannot be read is left out."""
     found = {}
     for key, text in (read_table(path)[0] if path.is_file() else {}).items():
         with contextlib.suppress(ValueError):

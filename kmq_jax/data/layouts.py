@@ -1,8 +1,9 @@
-"""Corpora that one can have, laid out as DATA with trial lists: speechocean762, VoxCeleb1, VoxCeleb2.
+"""Public corpora, laid out as DATA with trial lists: speechocean762, VoxCeleb1, VoxCeleb2.
 
 speechocean762 (OpenSLR 101, CC BY 4.0) is downloaded. VoxCeleb's recordings are given to those who ask
-(https://www.robots.ox.ac.uk/~vgg/data/voxceleb/): its archives are brought, and checked by the published hashes; lists
-and genders are downloaded. Nothing is trusted that an archive's names say: it is unpacked into a directory of its own.
+(https://www.robots.ox.ac.uk/~vgg/data/voxceleb/): the user brings its archives, which are checked by the published
+hashes; lists and genders are downloaded. File names within an archive are not trusted: it is unpacked into a directory
+of its own.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ class Source:
     Attributes:
         name: what it is called.
         md5: as published; empty where none is.
-        address: the directory that it is had from; empty where it must be asked for.
+        address: of the web directory that it is downloaded from; empty where it must be asked for.
     """
 
     name: str
@@ -70,7 +71,7 @@ class Release:
         archives: parts of one archive each: a `.tar.gz`, or a zip that may be cut into parts.
         unpacked: the directory that each archive holds.
         beside: further files, such as trial lists.
-        finish: writes what is still missing, and tells what there is.
+        finish: writes what is still missing into the directory, and returns lines about what it holds.
     """
 
     archives: tuple[tuple[Source, ...], ...]
@@ -86,7 +87,8 @@ def _parts(stem: str, hashes: Sequence[str]) -> tuple[Source, ...]:
 def lay_out(release: Release, out: Path, archives: Path, mirror: str = "") -> list[str]:
     """Fetches what is missing of a corpus, checks and unpacks it, and writes its lists.
 
-    What was unpacked before is taken as it is, so that the same call goes on after an interruption.
+    What was unpacked before is taken as it is, so that the same call goes on after an interruption. Its archives need
+    not lie there any more.
 
     Args:
         release: one of `RELEASES`.
@@ -98,22 +100,24 @@ def lay_out(release: Release, out: Path, archives: Path, mirror: str = "") -> li
         Lines about what there is now.
 
     Raises:
-        UserError: a file is missing and not to be had, is damaged, or holds something else.
+        UserError: a file is missing and cannot be downloaded, is damaged, or holds something else.
     """
     with sole_writer(out, "out"):
         for left in out.glob(f"{_UNPACKING}*"):
             shutil.rmtree(left)
         for parts, inside in zip(release.archives, release.unpacked):
-            _unpack([_fetched(part, archives, mirror) for part in parts], out, inside)
+            if not (_marker(out, parts[0].name).is_file() and (out / inside).is_dir()):
+                _unpack([_fetched(part, archives, mirror) for part in parts], out, inside)
         for one in release.beside:
-            found = _fetched(one, archives, mirror)
-            with atomic_write(out / one.name) as temporary:
-                shutil.copyfile(found, temporary)
+            if not (out / one.name).is_file():
+                found = _fetched(one, archives, mirror)
+                with atomic_write(out / one.name) as temporary:
+                    shutil.copyfile(found, temporary)
         return release.finish(out)
 
 
 def _fetched(one: Source, archives: Path, mirror: str) -> Path:
-    """A file of the release: brought, or downloaded."""
+    """A file of the release: one that lies there, or a download."""
     place, base = archives / one.name, mirror or one.address
     if place.is_file():
         check_md5(place, one.md5)
@@ -123,20 +127,21 @@ def _fetched(one: Source, archives: Path, mirror: str) -> Path:
     return download(f"{base.rstrip('/')}/{one.name}", place, one.md5)
 
 
+def _marker(out: Path, archive: str) -> Path:
+    """What says that an archive is unpacked: each has its own, for two may share a directory."""
+    return out / f".{archive}.unpacked"
+
+
 def _unpack(parts: Sequence[Path], out: Path, inside: str) -> None:
-    """Unpacks one archive; its directory `inside` gets its name when all of it is there."""
-    final = out / inside
-    marker = out / f".{parts[0].name}.unpacked"
-    if marker.is_file() and final.is_dir():
-        return
+    """Unpacks one archive, which holds a directory `inside`; its marker is made when all of it is there."""
     place = Path(tempfile.mkdtemp(prefix=_UNPACKING, dir=out))
     try:
         extract = _extract_tar if parts[0].name.endswith(".tar.gz") else _extract_zip
         extract(parts, place)
         if not (place / inside).is_dir():
             raise UserError(f"{parts[0]} holds no directory {inside}")
-        _merge(place / inside, final)
-        marker.touch()
+        _merge(place / inside, out / inside)
+        _marker(out, parts[0].name).touch()
     except _BROKEN as error:
         raise UserError(f"cannot unpack {parts[0]}: {error}") from error
     finally:
@@ -239,7 +244,7 @@ def finish_so762(out: Path) -> list[str]:
         if len(chosen) < 2:
             raise UserError(f"{corpus} holds fewer than two speakers for {name}")
         _write_kaldi(out / name, {speaker: usable[speaker] for speaker in sorted(chosen)}, found)
-        told.append(_told(name, open_kaldi(out / name)))
+        told.append(_told(name, open_kaldi(out / name)))  # opened as a user would, which checks it
     dev = open_kaldi(out / "dev")
     trials = draw_trials(dev, **SO762_TRIALS)  # type: ignore[arg-type]
     write_trials(out / "dev" / "trials.txt", trials)

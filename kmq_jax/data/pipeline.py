@@ -73,16 +73,24 @@ class Crops:
             `[samples]` float32, and the index of the utterance that was used.
 
         Raises:
-            UserError: a hundred utterances in a row cannot be read.
+            UserError: a hundred utterances in a row, or all there are, cannot be read.
         """
         piece, used = self.piece(i, samples, rng)
         return audio.from_int16(piece if len(piece) == samples else np.resize(piece, samples)), used
 
     def piece(self, i: int, samples: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-        """As `crop`, but a shorter utterance is left as it is: at most `samples` 16-bit integers."""
+        """As `crop`, but a shorter utterance is not repeated.
+
+        Returns:
+            int16, at most `[samples]`, and the index of the utterance that was used.
+
+        Raises:
+            UserError: as `crop`.
+        """
         # Drawn before anything is read: which files are damaged must not shift later draws.
         place = rng.random()
-        for step in range(min(_TRIES, len(self.utterances))):
+        tries = min(_TRIES, len(self.utterances))
+        for step in range(tries):
             used = (i + step) % len(self.utterances)
             if used in self._bad:
                 continue
@@ -90,7 +98,9 @@ class Crops:
                 return self._piece(used, samples, place), used
             except audio.AudioError as error:
                 self._report(used, error)
-        raise UserError(f"{_TRIES} utterances in a row cannot be read; the last: {self.utterances.where(used)}")
+        if tries == 1:
+            raise UserError(f"the only utterance cannot be read: {self.utterances.where(used)}")
+        raise UserError(f"{tries} utterances in a row cannot be read; the last: {self.utterances.where(used)}")
 
     def _piece(self, i: int, samples: int, place: float) -> np.ndarray:
         wave = self._waves.get(i)
@@ -120,6 +130,7 @@ class Crops:
                 return None, length
         wave = table.load_int16(i)
         with self._lock:
+            # Another thread may have read it meanwhile.
             if i not in self._waves and wave.nbytes <= self._room:
                 self._waves[i] = wave
                 self._room -= wave.nbytes
@@ -176,7 +187,7 @@ class _Examples:
 
     def _speech(self, i: int, speed: float, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         """A piece of utterance `i` at a speed, and the utterance that was used."""
-        wanted = round(self.samples * speed)
+        wanted = round(self.samples * speed)  # so that `samples` are left once the speed is changed
         if self.whole:
             piece, used = self.speech.piece(i, wanted, rng)
             wave = audio.from_int16(piece)
@@ -203,7 +214,7 @@ class _Examples:
         babble = np.zeros(self.samples, np.float32)
         for _ in range(rng.integers(BABBLE_VOICES[0], BABBLE_VOICES[1] + 1)):
             other = int(rng.integers(len(labels)))
-            # Babble with the speaker's own voice in it would be no disturbance.
+            # Babble with the speaker's own voice in it would be no disturbance. Other data have other speakers.
             while clips is self.speech and labels[other] == speaker:
                 other = int(rng.integers(len(labels)))
             voice, _ = clips.crop(other, self.samples, rng)
@@ -288,7 +299,7 @@ def training_batches(
 
 
 def clean_crops(utterances: Utterances, count: int, crop_samples: int) -> np.ndarray:
-    """Random clean crops of utterances -> `[count, crop_samples]`.
+    """Random clean crops of utterances, float32 `[count, crop_samples]`.
 
     They are the first batch of training without augmentation. Without grain, which a light install leaves out, they are
     other crops, drawn alike.

@@ -50,12 +50,12 @@ def features() -> "tfds.features.FeaturesDict":
 
 @functools.cache
 def _example() -> Any:
-    """The protocol buffer of a record."""
+    """The protocol buffer's class for a record."""
     return needed("tensorflow_datasets.proto.tf_example_generated_pb2", "a dataset in shards").Example
 
 
 def serialize(features: "tfds.features.FeaturesDict", record: Row) -> bytes:
-    """Makes the bytes of a record, the same in every process: tfds alone leaves the order of the fields to chance."""
+    """Makes the bytes of a record, the same in every process: tfds alone leaves the order of fields to chance."""
     return _example().FromString(features.serialize_example(record)).SerializeToString(deterministic=True)
 
 
@@ -128,10 +128,11 @@ def _open_split(root: Path, split: str, count: int) -> Utterances:
     if rows and set(COLUMNS) - set(rows[0]):
         raise UserError(f"{listing}:1: the columns must be {','.join(COLUMNS)}")
     for line, row in enumerate(rows, 2):
+        # DictReader puts surplus fields under None, and None into those that are missing.
         if None in row or None in row.values():
             raise UserError(f"{listing}:{line}: expected {len(COLUMNS)} fields")
     ids = tuple(row["id"] for row in rows)
-    require_unique(ids, listing, range(2, len(ids) + 2))
+    require_unique(ids, listing, range(2, len(ids) + 2))  # line 1 is the header
     try:
         samples = np.array([int(row["samples"]) for row in rows], np.int64)
         ages = {row["speaker"]: float(row["age"]) for row in rows if row["age"]}

@@ -102,6 +102,8 @@ def _parts(data: str) -> list[str]:
 
 
 def _require(text: str) -> None:
+    if not text.strip():  # as a path it would be the current directory
+        raise UserError(f"DATA (={text!r}) is empty")
     check_no_bucket("DATA", text)
     try:
         Path(text).stat()

@@ -49,11 +49,12 @@ def activity(wave: np.ndarray) -> np.ndarray:
         frame[: len(part)] = part
         found[i] = detector.is_speech(frame.tobytes(), audio.SAMPLE_RATE)
     voted = _sum_around(found, _MAJORITY // 2) > _MAJORITY // 2
-    return _sum_around(voted, _MARGIN) > 0
+    return _sum_around(voted, _MARGIN) > 0  # widens what was voted for by the margin
 
 
 def _sum_around(frames: np.ndarray, side: int) -> np.ndarray:
     """How many of each frame's neighbours up to `side` away, itself included, are true."""
+    # Running sums, held at zero before the first frame and at the whole behind the last.
     total = np.concatenate([np.zeros(side + 1, int), np.cumsum(frames), np.full(side, frames.sum())])
     return total[2 * side + 1 :] - total[: len(frames)]
 
@@ -68,7 +69,7 @@ def kept(wave: np.ndarray, active: np.ndarray) -> np.ndarray:
 
 
 def heard(enrol: Iterable[Path], test: Path, vad: bool) -> tuple[list[Sound], Sound]:
-    """What there is to embed of an enrolment and of a test: their files; or with `vad` their speech, and its rate.
+    """What to embed of an enrolment and of a test: their files; with `vad` only their speech, and its rate.
 
     Args:
         enrol: recordings of the claimed speaker.
@@ -89,7 +90,7 @@ def heard(enrol: Iterable[Path], test: Path, vad: bool) -> tuple[list[Sound], So
 
 
 def only(wave: np.ndarray, where: str) -> np.ndarray:
-    """The speech of a recording. A line on standard error says how much that is.
+    """The speech of a recording, `[speech samples]`. A line on standard error says how much that is.
 
     Args:
         wave: `[samples]` at 16 kHz.
@@ -117,7 +118,7 @@ def describe(used: int, samples: int) -> str:
 
 
 def of_table(utterances: Utterances) -> Utterances:
-    """The same utterances without what is not speech. Lines on standard error say how much is used.
+    """The same utterances with their speech alone. Lines on standard error say how much is used.
 
     Every recording is read once here, and once more when it is loaded.
 

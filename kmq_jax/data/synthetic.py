@@ -15,7 +15,6 @@ named like the split, `--trials=synthetic:dev`.
 
 import functools
 from dataclasses import dataclass
-from itertools import combinations
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -73,6 +72,7 @@ class Corpus:
         if self.seconds:
             return np.full(self.utterances, self.seconds * voice.SAMPLE_RATE // voice.HOP * voice.HOP)
         shortest, longest = (int(seconds * voice.SAMPLE_RATE / voice.HOP) for seconds in _SECONDS)
+        # A stream that no utterance has: lengths do not depend on what is said.
         rng = np.random.default_rng([self.seed, _SPLITS.index(self.split), speaker, 2**32 - 1])
         return rng.integers(shortest, longest, self.utterances, endpoint=True) * voice.HOP
 
@@ -193,10 +193,11 @@ def synthetic_trials(spec: str, most: int = 20_000) -> Trials:
     speakers, utterances = corpus.speakers, corpus.utterances
     if corpus.split == "noise" or speakers < 4 or utterances < 2:
         raise UserError(f"{spec}: trials need at least 4 speakers of 2 utterances")
-    pairs = np.array(list(combinations(range(utterances), 2)))
-    count = min(speakers * len(pairs), most)
-    chosen = np.linspace(0, speakers * len(pairs), count, endpoint=False).astype(np.int64)
-    target = chosen[:, None] // len(pairs) * utterances + pairs[chosen % len(pairs)]
+    pairs = utterances * (utterances - 1) // 2
+    count = min(speakers * pairs, most)
+    chosen = np.linspace(0, speakers * pairs, count, endpoint=False).astype(np.int64)
+    # All target pairs are numbered, speaker by speaker; the quotient is the speaker, the remainder the pair.
+    target = chosen[:, None] // pairs * utterances + _pairs(chosen % pairs, utterances)
 
     rng = np.random.default_rng([corpus.seed, _SPLITS.index(corpus.split), 2**32 - 1, 2**32 - 1])
     enrol = rng.integers(speakers, size=count)
@@ -206,6 +207,7 @@ def synthetic_trials(spec: str, most: int = 20_000) -> Trials:
     step = rng.integers(2**32, size=count)
     sex = enrol % 2
     size = np.where(sex == 0, even, odd)
+    # Within a sex, one to size - 1 places on: never the speaker again.
     near = (enrol // 2 + 1 + step % (size - 1)) % size * 2 + sex
     far = step % np.where(sex == 0, odd, even) * 2 + 1 - sex
     test = np.where(same_sex, near, far)
@@ -216,6 +218,18 @@ def synthetic_trials(spec: str, most: int = 20_000) -> Trials:
     return Trials(rows[:, 0], rows[:, 1], label, table(corpus).ids, rows[:, 0], rows[:, 1])
 
 
+def _pairs(numbers: np.ndarray, utterances: int) -> np.ndarray:
+    """The pairs `[n, 2]` of these numbers, among all pairs of utterances in the order of `itertools.combinations`.
+
+    >>> _pairs(np.arange(6), 4).tolist()
+    [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
+    """
+    first = np.arange(utterances - 1, dtype=np.int64)
+    starts = first * (2 * utterances - first - 1) // 2  # the number of the first pair with each first utterance
+    one = np.searchsorted(starts, numbers, side="right") - 1
+    return np.stack([one, numbers - starts[one] + one + 1], 1)
+
+
 def noise(kind: str, samples: int, rng: np.random.Generator) -> np.ndarray:
     """A clip of noise, `[samples]` float32 in [-1, 1) at 16 kHz. It has no speech in it.
 
@@ -223,6 +237,9 @@ def noise(kind: str, samples: int, rng: np.random.Generator) -> np.ndarray:
         kind: one of `NOISES`: "colour" is wind or hiss, "tone" a drifting chord, "click" crackle, "hum" a motor.
         samples: its length.
         rng: draws it.
+
+    Raises:
+        ValueError: the kind is none of these.
     """
     time = np.arange(samples) / voice.SAMPLE_RATE
     white = rng.standard_normal(samples)

@@ -13,7 +13,7 @@ import numpy as np
 from kmq_jax.core.errors import UserError
 from kmq_jax.data import audio
 
-OVERSHOOT = 0.5  # seconds that a part may end behind its recording's end, as Kaldi's extract-segments has it
+OVERSHOOT = 0.5  # seconds by which a part may run past its recording's end, as in Kaldi's extract-segments
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,14 +111,16 @@ class Utterances:
     def num_samples(self, i: int) -> int:
         """The length of utterance `i` at 16 kHz, without decoding where the source or the header tells it.
 
-        Of a part of a recording it may be a sample off.
+        For a part of a recording it may be off by one sample.
 
         Raises:
             AudioError: the file is missing, cannot be read, or ends before the part does.
         """
         if self.samples is not None:
             return int(self.samples[i])
-        if self.reader is not None:
+        if isinstance(self.reader, _Joined):
+            return self.reader.num_samples(self.ids[i])
+        if self.reader is not None:  # a reader gives samples only, so the recording is decoded
             return len(self.load(i))
         try:
             whole = audio.num_samples(self.location(i))
@@ -142,7 +144,7 @@ class Utterances:
             return np.fromiter(pool.map(self.num_samples, range(len(self))), np.int64, len(self))
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "Utterances":
-        """The table of some of the utterances, in the order given."""
+        """The table of some of the utterances, in the order given. Labels are numbered anew over the speakers left."""
         rows = np.asarray(indices, np.int64)
 
         def pick(values: Sequence) -> tuple:
@@ -192,11 +194,14 @@ def _check_reached(path: Path, last: float, end: float) -> None:
 
 
 def concatenate(tables: Sequence[Utterances], same_speakers: bool = False) -> Utterances:
-    """Joins tables into one; an id that comes again gets the number of its table before it.
+    """Joins tables into one. An id that an earlier table has, too, is prefixed with the number of its own table.
 
     Args:
-        tables: what to join, at least one; each may be joined of several itself.
-        same_speakers: whether a name that two tables share is one speaker, as in the splits of one corpus, or two.
+        tables: what to join, at least one; each may itself be a joined table.
+        same_speakers: whether a name in two tables is one speaker, as in the splits of one corpus; else it is two.
+
+    Returns:
+        The utterances in the order of the tables; a single table as it is.
 
     >>> tables = [Utterances(("a.wav",), ("a.wav",), ("0001",), Path(place)) for place in ("one", "two")]
     >>> joined = concatenate(tables)
@@ -238,7 +243,7 @@ def concatenate(tables: Sequence[Utterances], same_speakers: bool = False) -> Ut
 
 
 def _free(name: str, number: int, taken: Container[str]) -> str:
-    """A name that is not taken: with its table's number before it as often as that needs."""
+    """A name that is not taken: the table's number is put before it until it is free."""
     while name in taken:
         name = f"{number}:{name}"
     return name
@@ -259,6 +264,11 @@ class _Joined:
         """The same as int16."""
         table, i = self.rows[name]
         return self.tables[table].load_int16(i)
+
+    def num_samples(self, name: str) -> int:
+        """Its length, decoded only where its own table must."""
+        table, i = self.rows[name]
+        return self.tables[table].num_samples(i)
 
 
 def gender_of(text: str) -> str | None:
@@ -284,11 +294,11 @@ def age_of(text: str) -> float | None:
 
 
 def require_utf8(names: Iterable[str], what: str) -> None:
-    r"""Refuses names of files that are not UTF-8, before they are written where nothing else may stand.
+    r"""Refuses file names that are not UTF-8, before they are written where only UTF-8 may stand.
 
     Args:
-        names: as Python has them, bytes that are not UTF-8 escaped.
-        what: holds no such name, for the message.
+        names: as Python has them, with bytes that are not UTF-8 as surrogate escapes.
+        what: where the names are to be written, for the message.
 
     Raises:
         UserError: there is one.
@@ -307,7 +317,12 @@ def require_utf8(names: Iterable[str], what: str) -> None:
 
 
 def require_unique(ids: Sequence[str], listing: Path, lines: Sequence[int]) -> None:
-    """Raises `UserError`, naming file and line, where an id comes twice."""
+    """Raises `UserError`, naming file and line, where an id comes twice.
+
+    >>> require_unique(["a", "b", "a"], Path("list.csv"), [2, 3, 4])
+    Traceback (most recent call last):
+    kmq_jax.core.errors.UserError: list.csv:4: utterance a was already given on line 2
+    """
     if len(set(ids)) == len(ids):
         return
     seen: dict[str, int] = {}

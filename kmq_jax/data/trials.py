@@ -43,18 +43,21 @@ class _Numbers(dict[str, int]):
     """Numbers names in the order they are asked for, without a Python step for those already seen."""
 
     def __missing__(self, name: str) -> int:
-        self[name] = number = len(self)
+        self[name] = number = len(self)  # the length before the name is in: the next free number
         return number
 
 
 def utterance_index(ids: Sequence[str], paths: Sequence[str] = ()) -> dict[str, int]:
     """Maps every name of an utterance to its row: ids, and paths that no two utterances share.
 
+    Where an id and a path are the same, the id counts.
+
     >>> utterance_index(["a", "b"], ["1.wav", "2.wav"])
     {'1.wav': 0, '2.wav': 1, 'a': 0, 'b': 1}
     """
     index = dict(zip(paths, range(len(paths))))
     if len(index) < len(paths):
+        # `index` holds the last row of each path: any other row of it shows that it is shared.
         shared = {path for i, path in enumerate(paths) if index[path] != i}
         index = {path: i for path, i in index.items() if path not in shared}
     index.update(zip(ids, range(len(ids))))
@@ -123,7 +126,7 @@ def read_in_parts(
     # Names become numbers as they come: a list of millions of trials has few names, looked up once each.
     numbers = _Numbers()
     names: list[str] = []
-    enrol_rows, test_rows = np.empty((2, 0), np.int32)
+    enrol_rows, test_rows = np.empty((2, 0), np.int32)  # the row of each of `names`, as either side
     form: _Form | None = None
     separator, found = "", False
     require_regular(path)
@@ -141,7 +144,7 @@ def read_in_parts(
                 continue
             if form is None:
                 form = _guess_form((opening.replace(separator, " ") if separator else opening).split(), table)
-            # Words are only counted. Short and long lines that cancel out show below, as unknown names.
+            # Words are only counted. Where a short line and a long one cancel out, names below are mostly unknown.
             filled = sum(1 for line in lines if not line.isspace())
             if len(tokens) != 3 * filled:  # other blanks than ASCII's, such as no-break spaces, need a closer look
                 filled = sum(1 for line in text.split("\n") if line.strip())
@@ -172,6 +175,7 @@ def _lines(path: Path, share: tuple[int, int]) -> Iterator[tuple[list[bytes], bo
         size = os.fstat(file.fileno()).st_size
         start, end = (size * part // share[1] for part in (share[0], share[0] + 1))
         if start:
+            # From a byte before, so that a line that begins at `start` is not skipped.
             file.seek(start - 1)
             file.readline()  # it began in the share before
         place = file.tell()
@@ -267,7 +271,14 @@ def check_models(text: str, models: str | None) -> None:
 
 
 def read_models(path: str | os.PathLike[str]) -> dict[str, list[str]]:
-    """Reads enrolment models, `model utterance [utterance ...]` a line (Kaldi's spk2utt, CN-Celeb's enroll.map)."""
+    """Reads enrolment models, `model utterance [utterance ...]` a line (Kaldi's spk2utt, CN-Celeb's enroll.map).
+
+    Returns:
+        Names of utterances by model, in the order of the file.
+
+    Raises:
+        UserError: as `read_table`.
+    """
     return {model: rest.split() for model, rest in read_table(Path(path))[0].items()}
 
 
@@ -301,6 +312,7 @@ def _rows(table: Mapping[str, int], names: Sequence[str] | Mapping[str, int]) ->
 def _members(model: str, utterances: Sequence[str], table: Mapping[str, int]) -> np.ndarray:
     rows = _rows(table, utterances)
     if not len(rows) or rows.min() < 0:
+        # The least row, -1, is that of the first unknown name.
         unknown = utterances[int(np.argmin(rows))] if len(rows) else "nothing"
         raise UserError(f"enrolment model {model} names the unknown utterance {unknown}{_nearest(unknown, table)}")
     return rows
@@ -365,22 +377,23 @@ def _first_error(path: Path, form: _Form, enrolled: Mapping[str, int], table: Ma
 
 
 def doubts(path: str, trials: Trials, enrol_speaker: np.ndarray, test_speaker: np.ndarray) -> list[str]:
-    """What makes a list doubtful: labels that contradict, a recording against itself, a pair that stands there again.
+    """Finds what makes a list doubtful: contradictory labels, a recording against itself, a repeated pair.
 
     Args:
         path: of the list; lines of it are named.
         trials: the list.
-        enrol_speaker: `[trials]`, integers; empty where speakers are not known but by the labels.
+        enrol_speaker: `[trials]`, integers; empty where only the labels tell of speakers.
         test_speaker: the same.
 
     Returns:
-        One line for each kind that there is; it counts the trials and names the first one's line.
+        One line for each kind of doubt found; it counts the trials and names the line of the first.
     """
     found = []
     if len(enrol_speaker):
         found.append(("labels contradict the speakers' names", (enrol_speaker == test_speaker) != trials.label))
     if trials.models is None:
         own = trials.enrol == trials.test
+        # One number for a pair in either order, so that pairs are compared as integers.
         low, high = np.minimum(trials.enrol, trials.test), np.maximum(trials.enrol, trials.test)
         pair = low.astype(np.int64) * (int(high.max(initial=0)) + 1) + high
     else:
@@ -393,7 +406,7 @@ def doubts(path: str, trials: Trials, enrol_speaker: np.ndarray, test_speaker: n
     found.append(("trials are of pairs that have both labels", twofold))
     if os.path.isfile(path):  # lists that are made repeat a pair now and then
         again = np.ones(len(pair), bool)
-        again[np.unique(pair, return_index=True)[1]] = False
+        again[np.unique(pair, return_index=True)[1]] = False  # the first occurrence of each pair
         found.append(("trials are of pairs that stand there before, and count again", again & ~twofold))
     return [
         f"{path}:{_line_of(path, int(rows.argmax()))}: {int(rows.sum())} {what}; this is the first"

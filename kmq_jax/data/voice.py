@@ -248,7 +248,7 @@ def plan(speaker: Speaker, rng: np.random.Generator, seconds: float, spread: Spr
     effort = float(mood[0])
     frames = int(np.ceil(seconds / _FRAME_SECONDS))
     rate = speaker.rate * np.exp(0.1 * mood[1])
-    phones, stress = _syllables(speaker, rng, int(seconds * 12 * rate) + 8)
+    phones, stress = _syllables(speaker, rng, int(seconds * 12 * rate) + 8)  # more than fit
 
     # One more row for a pause and one for the hold before a stop's release: they keep the neighbour's formants.
     durations = np.append(_TABLE[:, 8], (180.0, 55.0))[phones] / rate * np.exp(0.2 * rng.standard_normal(len(phones)))
@@ -260,7 +260,7 @@ def plan(speaker: Speaker, rng: np.random.Generator, seconds: float, spread: Spr
     stress = np.append(stress[:last], 0.0)
 
     silent = phones >= len(NAMES)
-    carrier = _next_sound(silent)  # whose targets a silence prepares for
+    carrier = _next_sound(silent)  # a silence prepares for the targets of the sound behind it
     sounds = np.where(silent, phones[carrier], phones)
     sounds = np.where(sounds >= len(NAMES), NAMES.index("V"), sounds)
     tract = float(np.exp(0.012 * mood[2]))
@@ -415,7 +415,7 @@ def _glottis(tracks: Tracks, speaker: Speaker, rng: np.random.Generator) -> tupl
     """
     pitch = _per_sample(tracks.pitch).astype(np.float64)
     cycles = int(pitch.sum() / SAMPLE_RATE) + 2
-    cycle = (np.cumsum(pitch) / SAMPLE_RATE).astype(np.int32)
+    cycle = (np.cumsum(pitch) / SAMPLE_RATE).astype(np.int32)  # by the intended pitch: it says whose wobble counts
     wobble = speaker.jitter * rng.standard_normal(cycles)
     strength = 1 + speaker.shimmer * rng.standard_normal(cycles)
     if rng.random() < speaker.creak:  # phrase-final creak: every second pulse is late and weak
@@ -423,7 +423,7 @@ def _glottis(tracks: Tracks, speaker: Speaker, rng: np.random.Generator) -> tupl
         wobble = wobble + np.where(tail, np.where(np.arange(cycles) % 2, 0.12, -0.2), 0.0)
         strength = strength * np.where(tail & (np.arange(cycles) % 2 == 1), 0.5, 1.0)
     phase = np.cumsum(pitch * (1 + wobble[cycle])) / SAMPLE_RATE
-    beat = np.minimum(phase.astype(np.int32), cycles - 1)
+    beat = np.minimum(phase.astype(np.int32), cycles - 1)  # the cycle as it turns out
     phase -= np.floor(phase)
 
     # A louder voice closes faster and for longer.
@@ -455,10 +455,11 @@ def _room(rng: np.random.Generator, size: float) -> Array:
     """A quarter of a second of room: the direct sound and an exponentially decaying diffuse tail."""
     time = np.arange(SAMPLE_RATE // 4, dtype=np.float32) / SAMPLE_RATE
     tail = rng.standard_normal(len(time), dtype=np.float32)
+    # 6.9 is ln 1000: down by 60 dB after the reverberation time, which is drawn.
     tail *= np.exp(-6.9 / rng.uniform(0.1, 0.5) * time)
     tail[: int(SAMPLE_RATE * rng.uniform(0.001, 0.006))] = 0.0
     tail *= size * 10 ** (rng.uniform(-24, -4) / 20) / np.linalg.norm(tail)
-    tail[0] = 1.0
+    tail[0] = 1.0  # the direct sound
     return tail
 
 
@@ -470,6 +471,7 @@ def _microphone(frequency: np.ndarray, rng: np.random.Generator, size: float) ->
     curve = 10 ** (heights @ ripples / 20)
     low = rng.uniform(40, 40 + 160 * size)
     high = rng.uniform(3400, 5000) if rng.random() < 0.2 * size else rng.uniform(6000, 7900)
+    # Butterworth magnitudes: third order below, twelfth above.
     curve /= np.sqrt(1 + (low / np.maximum(frequency, 1.0)) ** 6)
     curve /= np.sqrt(1 + (frequency / high) ** 24)
     return curve
@@ -488,6 +490,7 @@ def _resonators(frequency: Array, bandwidth: Array) -> tuple[Array, Array]:
     frames, count = first.shape
     polynomial = np.zeros((frames, 2 * count + 1), np.float32)
     polynomial[:, 0] = 1
+    # Each factor 1 + first z^-1 + second z^-2 lengthens the product by two coefficients.
     for k in range(count):
         previous = polynomial[:, : 2 * k + 1].copy()
         polynomial[:, 1 : 2 * k + 2] += first[:, k, None] * previous
@@ -508,7 +511,7 @@ def _per_sample(track: Array) -> Array:
 
 def _frames(signal: Array) -> Array:
     """Windowed overlapping frames, one centred on every track row: [frames * HOP] -> [frames, WINDOW]."""
-    padded = np.concatenate([np.zeros(HOP, np.float32), signal])
+    padded = np.concatenate([np.zeros(HOP, np.float32), signal])  # half a window: the first frame is centred on 0
     return np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::HOP] * _WINDOW_SHAPE
 
 
@@ -518,4 +521,4 @@ def _overlap_add(blocks: Array) -> Array:
     out = np.zeros((frames + pieces, HOP), np.float32)
     for k in range(pieces):
         out[k : k + frames] += blocks[:, k * HOP : (k + 1) * HOP]
-    return out[1 : frames + 1].ravel()
+    return out[1 : frames + 1].ravel()  # without the half window in front of the signal

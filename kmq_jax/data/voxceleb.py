@@ -57,9 +57,11 @@ def open_voxceleb(root: Path) -> Utterances:
         first = next(path for path in found if not _UTTERANCE.match(path))
         say_once(f"{place}: {len(found) - len(paths)} recordings are left out: not id*/video/utterance, as {first}")
     ids = tuple(path.rpartition(".")[0] + ".wav" for path in paths)
-    for before, after, name in zip(paths, paths[1:], ids):  # the walk is sorted, so twins are neighbours
-        if before.rpartition(".")[0] == after.rpartition(".")[0]:
-            raise UserError(f"{place}: {name.removesuffix('.wav')} is there twice, as {before} and {after}")
+    seen: dict[str, str] = {}
+    for path, name in zip(paths, ids):
+        if name in seen:
+            raise UserError(f"{place}: {name.removesuffix('.wav')} is there twice, as {seen[name]} and {path}")
+        seen[name] = path
     genders: dict[str, str] = {}
     # Archives are unpacked at different depths: the metadata lies beside the tree or above it.
     for folder in dict.fromkeys((root, place, place.parent, root.parent)):

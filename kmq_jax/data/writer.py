@@ -1,7 +1,7 @@
 """Writing a prepared dataset in parallel, so that a run that is killed goes on where it stopped.
 
-While a dataset is being made, its shards lie in `.prepare/`. A shard with a JSON beside it, of what it holds, is
-complete. Which utterances a shard holds depends on the source alone. So the result is the same however often the run
+While a dataset is being made, its shards lie in `.prepare/`. A shard is complete once a JSON beside it says what it
+holds. Which utterances a shard holds depends on the source alone. So the result is the same however often the run
 was interrupted, and with any number of workers.
 """
 
@@ -56,8 +56,10 @@ def prepare(
         The summary: `utterances`, `speakers`, `hours`, `rejected`, `source` (a fingerprint of the table and setting).
 
     Raises:
-        UserError: `out` holds something else, the disk is full, or no recording can be used.
+        UserError: `out` holds something else, the disk is full, or there is no recording, or none can be used.
     """
+    if not len(utterances):
+        raise UserError(f"--out={out}: there is no utterance to write")
     prepared.require_tfds()  # before the work
     with sole_writer(out, "out"):
         return _prepare(utterances, out, workers, min_seconds, beam)
@@ -176,9 +178,10 @@ def _ticks(written: "Synchronized[int]", futures: list[Future[None]]) -> Iterato
     under_way: set[Future[None]] = set(futures)
     while under_way:
         done, under_way = wait(under_way, timeout=0.2, return_when=FIRST_EXCEPTION)
-        for _ in range(written.value - seen):
+        now = written.value  # read once: workers go on counting
+        for _ in range(now - seen):
             yield
-        seen = written.value
+        seen = now
         if any(future.exception() for future in done):
             return
 
@@ -281,7 +284,7 @@ def _assemble(utterances: Utterances, out: Path, tasks: list[_Task], staged: Pat
     )
     filled = [(task.shard, report) for task, report in zip(tasks, reports) if report["rows"]]
     for i, (shard, _) in enumerate(filled):
-        if shard.is_file():  # else an earlier run was stopped here
+        if shard.is_file():  # else an earlier run, which was stopped, has moved it
             os.replace(shard, template.sharded_filepath(shard_index=i, num_shards=len(filled)))
     split = tfds.core.SplitInfo(
         name=SPLIT,

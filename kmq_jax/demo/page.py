@@ -1,4 +1,4 @@
-"""The page's directory: one page with its scripts and style, the models, and onnxruntime-web."""
+"""The page's directory: the page with its scripts and style, the models, and onnxruntime-web."""
 
 import dataclasses
 import importlib.resources
@@ -119,7 +119,7 @@ def demo_of_cascade(directory: Place) -> Demo:
 def _gate(policy: CascadePolicy, level: int) -> tuple[float | None, float | None] | None:
     if level == len(policy.gates):
         return None
-    low, high = (side if math.isfinite(side) else None for side in policy.gates[level])
+    low, high = (side if math.isfinite(side) else None for side in policy.gates[level])  # JSON lacks infinity
     return low, high
 
 

@@ -1,7 +1,7 @@
 """onnxruntime-web, which runs an ONNX model in a browser: three files of its package on npm's registry.
 
-One version is taken, whose hash stands here: whoever answers for the registry, the files are those that were tried. It
-has every operator and type that our files use, indices of 2 bits included.
+One version is taken, and its hash stands here: whatever server answers, the files are those that were tried. This
+version has every operator and type that our files use, indices of 2 bits included.
 """
 
 import base64
@@ -37,7 +37,7 @@ def runtime_files(given: Path | None = None) -> dict[str, bytes]:
         given: a package's `.tgz` file, or a directory that it was unpacked to: then nothing is downloaded.
 
     Raises:
-        UserError: the registry cannot be reached, what came is another package, or a file is missing.
+        UserError: the registry cannot be reached, the download is another package, or a file is missing.
     """
     if given is not None:
         return _of_directory(given) if given.is_dir() else _unpacked(_read(given, _LARGEST), str(given))
@@ -61,20 +61,21 @@ def download(integrity: str = INTEGRITY, largest: int = _LARGEST) -> bytes:
     """The package from the registry (the environment's `npm_config_registry` names another one).
 
     Args:
-        integrity: SHA-512 that it must have, in base 64.
+        integrity: SHA-512 that it must have, in base64.
         largest: bytes; more are refused.
 
     Raises:
-        UserError: it cannot be had, or is another.
+        UserError: it cannot be downloaded, is too large, or has another hash.
     """
-    address = f"{os.environ.get(_REGISTRY_SET) or REGISTRY}/onnxruntime-web/-/onnxruntime-web-{VERSION}.tgz"
+    registry = (os.environ.get(_REGISTRY_SET) or REGISTRY).rstrip("/")
+    address = f"{registry}/onnxruntime-web/-/onnxruntime-web-{VERSION}.tgz"
     if not address.startswith(("https://", "http://")):
         raise UserError(f"{_REGISTRY_SET}: {address} must begin with https:// or http://")
     print(f"downloading {address}, once", file=sys.stderr)
     without = f"; without network: `runtime`, a file had by `npm pack onnxruntime-web@{VERSION}`"
     try:
         with urllib.request.urlopen(address, timeout=60) as answer:
-            data: bytes = answer.read(largest + 1)
+            data: bytes = answer.read(largest + 1)  # a byte more shows that it is too large
     except (OSError, ValueError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
         reason = getattr(error, "reason", None) or error
         raise UserError(f"cannot download {address}: {reason}{without}") from error

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import http.client
 import http.server
 import signal
 import tempfile
@@ -15,10 +16,20 @@ from kmq_jax.core.errors import UserError
 HOST = "127.0.0.1"
 
 
+def own_hosts(port: int) -> set[str]:
+    """What a browser sends as `Host` for a page of this machine; the usual port goes without saying.
+
+    >>> sorted(own_hosts(80))
+    ['127.0.0.1', '127.0.0.1:80', 'localhost', 'localhost:80']
+    """
+    names = {HOST, "localhost"}
+    return {f"{name}:{port}" for name in names} | (names if port == http.client.HTTP_PORT else set())
+
+
 class _Handler(http.server.SimpleHTTPRequestHandler):
     """Answers for the files of one directory, to pages of its own origin."""
 
-    # Not by the system's table, which may know neither of them.
+    # Not by the system's table, which may not know .mjs and .wasm.
     extensions_map = {
         ".html": "text/html; charset=utf-8",
         ".js": "text/javascript",
@@ -29,8 +40,8 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     }
 
     def send_head(self) -> Any:
-        # By another name, a page from elsewhere could have pointed that name here to read the model.
-        if self.headers.get("Host", "") not in {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}:  # type: ignore[attr-defined]
+        # Against DNS rebinding: a page from elsewhere could point its own name here, and read the model.
+        if self.headers.get("Host", "") not in own_hosts(self.server.server_port):  # type: ignore[attr-defined]
             self.send_error(HTTPStatus.FORBIDDEN)
             return None
         return super().send_head()
@@ -79,7 +90,7 @@ def serve(write: Callable[[Path], None], port: int, tell: Callable[[str], None])
     Raises:
         UserError: the port is taken.
     """
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the directory is removed
     try:
         with tempfile.TemporaryDirectory() as place, server(Path(place), port) as running:
             write(Path(place))

@@ -103,6 +103,9 @@ def condition_rows(
         whole: losses on whole recordings, by bits; filled where it is empty.
         replicates: draws of speakers.
         seed: of the draws.
+
+    Returns:
+        A row of full precision, then one for each quantized network, as `compare_conditions` describes them.
     """
     first = not whole
     threshold = eer(scored.reference, scored.labels)[1]
@@ -112,7 +115,7 @@ def condition_rows(
         rate, own = eer(row, scored.labels)
         line: Json = {**about, "bits": bits, "eer": 100 * rate, "min_dcf": min_dcf(row, scored.labels)}
         line["threshold"] = own
-        if bits in found:
+        if bits in found:  # full precision loses nothing against itself
             if first:
                 whole[bits] = found[bits]
             for name in LOSSES:
@@ -128,7 +131,7 @@ def condition_rows(
 
 
 def _interval(draws: Mapping[str, Array], name: str) -> list[float] | None:
-    """The central 95 % of a loss, or None where there are no draws or one in ten is of no use."""
+    """The central 95 % of a loss; None where there are no draws, or more than one in ten is not finite."""
     if name not in draws:
         return None
     usable = draws[name][np.isfinite(draws[name])]
@@ -138,7 +141,7 @@ def _interval(draws: Mapping[str, Array], name: str) -> list[float] | None:
 def losses_of(scored: scores.ScoredTrials, threshold: float, replicates: int, seed: int) -> dict[int, Losses]:
     """What each quantized network loses, by its bits, with paired draws.
 
-    Flips and drift are at full precision's `threshold`, which is not drawn anew.
+    Flips are counted at full precision's `threshold`, which stays the same in every draw.
     """
     flips = scores.find_flips(scored, "reference EER", threshold)
     systems: Sequence[Array] = (scored.reference, *scored.full)
@@ -162,7 +165,7 @@ def losses_of(scored: scores.ScoredTrials, threshold: float, replicates: int, se
         }
         drawn: dict[str, Array] = {}
         if draws is not None and weights is not None:
-            share = np.where(weights > 0, weights, np.nan)
+            share = np.where(weights > 0, weights, np.nan)  # a draw without any trial has no mean
             drawn["harmful_flip_rate"] = 100 * draws.sums(flips.harmful[m].astype(float)) / share
             drawn["mean_abs_drift"] = draws.sums(drift) / share
             if enough:

@@ -17,6 +17,7 @@ def pearson(x: ArrayLike, y: ArrayLike) -> Array:
     a, b = (side - side.mean(-1, keepdims=True) for side in (a, b))
     scale = np.sqrt(np.vecdot(a, a) * np.vecdot(b, b))
     with np.errstate(invalid="ignore", divide="ignore"):
+        # Clipped, as rounding may exceed 1.
         return np.where(scale > 0, np.clip(np.vecdot(a, b) / scale, -1, 1), np.nan)
 
 
@@ -39,5 +40,9 @@ def spearman(x: ArrayLike, y: ArrayLike) -> Array:
 
 
 def known(value: Array | float) -> float | None:
-    """A number for a table: None in place of NaN."""
+    """A number for a table: None in place of NaN.
+
+    >>> known(0.5), known(float("nan"))
+    (0.5, None)
+    """
     return None if np.isnan(value) else float(value)

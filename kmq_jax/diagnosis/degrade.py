@@ -103,7 +103,7 @@ def _narrow(wave: np.ndarray) -> np.ndarray:
 
 
 def coded(wave: np.ndarray, codec: str) -> np.ndarray:
-    """A recording `[samples]` at 16 kHz after a codec of `CODECS`; those of the telephone get its band before."""
+    """A recording `[samples]` at 16 kHz after a codec of `CODECS`; codecs at 8 kHz get the telephone band first."""
     import soundfile
 
     container, coding, rate = CODECS[codec]
@@ -127,7 +127,7 @@ def noisy(wave: np.ndarray, clip: np.ndarray, snr_db: float, rng: np.random.Gene
     Args:
         wave: `[samples]`, the recording.
         clip: `[any]`, the noise.
-        snr_db: how far the recording's power is above that of what is added.
+        snr_db: the recording's power over that of the added noise.
         rng: draws the place.
 
     >>> rng = np.random.default_rng(0)
@@ -138,6 +138,7 @@ def noisy(wave: np.ndarray, clip: np.ndarray, snr_db: float, rng: np.random.Gene
     """
     start = int(rng.integers(max(len(clip) - len(wave), 0) + 1))
     noise = np.resize(clip[start:], len(wave))
+    # The floor is for a clip of digital silence.
     gain = np.sqrt(np.mean(wave**2) / max(float(np.mean(noise**2)), 1e-20)) * 10 ** (-snr_db / 20)
     return np.asarray(wave + gain * noise, wave.dtype)
 
@@ -153,6 +154,13 @@ class _Worse:
     seed: int
 
     def __call__(self, name: str) -> np.ndarray:
+        made = self._made(name)
+        try:
+            return audio.checked(made, name)
+        except audio.AudioError as error:  # the recording itself may be fine
+            raise audio.AudioError(name, f"{error.reason} in the condition {self.condition}") from None
+
+    def _made(self, name: str) -> np.ndarray:
         wave, how = self.table.load(self.rows[name]), self.condition
         if how.kind == "first":
             return wave[: int(how.value * SAMPLE_RATE)]
@@ -163,7 +171,10 @@ class _Worse:
         assert self.noise is not None
         # By the utterance's name, so that neither order nor the number of others matters.
         rng = np.random.default_rng([self.seed, zlib.crc32(name.encode(errors="surrogateescape"))])
-        clip = self.noise.load(int(rng.integers(len(self.noise))))
+        try:
+            clip = self.noise.load(int(rng.integers(len(self.noise))))
+        except audio.AudioError as error:  # as another error: this one would be taken for the recording's
+            raise UserError(f"noise: {error}") from None
         return noisy(wave, clip, how.value, rng)
 
 
@@ -191,5 +202,5 @@ def degrade(table: Utterances, condition: Condition, noise: Utterances | None = 
 
 
 def speech_seconds(table: Utterances) -> float:
-    """The mean length of its recordings."""
+    """The mean length of its recordings, in seconds."""
     return float(np.mean(table.lengths()) / SAMPLE_RATE)

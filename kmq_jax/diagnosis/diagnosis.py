@@ -38,6 +38,9 @@ def diagnose_scores(trials: scores.ScoredTrials, recordings: people.Recordings, 
         trials: the scores of the reference and of its quantized versions.
         recordings: what the trials compare.
         options: how much is computed; those of networks do not count here.
+
+    Returns:
+        The tables of scores, without those of networks.
     """
     replicates, seed = options.replicates, options.seed
     draws = few = None

@@ -72,7 +72,7 @@ def histograms(found: Diagnosis) -> Figure:
     low, high = np.quantile(everything, [0.0005, 0.9995])
     edges = np.linspace(low, high, 70)
     middle = (edges[1:] + edges[:-1]) / 2
-    own = found.flips[1].model_thresholds
+    own = found.flips[1].model_thresholds  # the second flips are at each model's own EER
     for m, (bits, ax) in enumerate(zip(trials.bits, axes[:, 0])):
         for mask, shade, name in ((~trials.labels, _NONTARGET, "nontarget"), (trials.labels, _TARGET, "target")):
             here, _ = np.histogram(trials.full[m][mask], edges, density=True)
@@ -105,6 +105,10 @@ def drift_bands(x: Array, drift: Array, bins: int = 24) -> tuple[Array, Array]:
 
     Returns:
         Mean of `x` `[bins]`, and the 5 %, 50 % and 95 % quantiles `[3, bins]`.
+
+    >>> x, quantiles = drift_bands(np.arange(4.0), np.array([0.0, 0.0, 2.0, 2.0]), bins=2)
+    >>> x.tolist(), quantiles[1].tolist()
+    ([0.5, 2.5], [0.0, 2.0])
     """
     order = np.argsort(x, kind="stable")
     parts = [part for part in np.array_split(order, min(bins, len(order))) if len(part)]
@@ -153,6 +157,7 @@ def flip_rates(found: Diagnosis) -> Figure:
         step = 0.8 / len(all_bits)
         for i, bits in enumerate(all_bits):
             for row in (r for r in some if r["bits"] == bits):
+                # The bars of a bin stand side by side about its tick.
                 x = bins.index(row["bin"]) + (i - (len(all_bits) - 1) / 2) * step
                 rate = 100 * row["harmful_rate"]
                 label = f"{bits} bits" if row["bin"] == bins[0] else None
@@ -289,7 +294,8 @@ def distortion_damage(found: Diagnosis) -> Figure:
     figure, ax = _new(4.4)
     correlations = {row["bits"]: row for row in found.tables["correlations"] if row["predictor"] == "relative_error"}
     for bits in found.trials.bits:
-        some = [row for row in rows if row["bits"] == bits and row["relative_error"] > 0 and row["damage"] > 0]
+        some = [row for row in rows if row["bits"] == bits and row["damage"] > 0]
+        some = [row for row in some if 0 < row["relative_error"] < np.inf]
         if not some:
             continue
         rank = correlations[bits]["spearman"]

@@ -15,6 +15,7 @@ from kmq_jax.metrics.bootstrap import percentile_interval
 from kmq_jax.metrics.detection import Array
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.quant.codes import to_groups
+from kmq_jax.quant.types import HALF
 
 OUTLIER = 3.0
 """Weights farther than so many standard deviations from the mean of their group (output channel) are outliers."""
@@ -45,9 +46,14 @@ def weight_row(reference: Array, leaf: Leaf, bits: int | None = None) -> Json:
 
     Returns:
         `relative_error` ||Q - W|| / ||W||; `sqnr_db` 10 lg(||W||^2 / ||Q - W||^2), infinite for a copy; `cosine` of the
-        angle between W and Q; `squared_error`; `outlier_share` of W (see `OUTLIER`). Of a codebook tensor also
-        `tensor_bits`; `codebook_use`, the share of codebook entries that some weight uses; `entropy`, the mean over
-        codebooks of the indices' entropy in bits; `effective_bits`, bytes of indices and codebooks in bits a weight.
+        angle between W and Q, 0 where one of them is all zeros; `squared_error`; `outlier_share` of W (see `OUTLIER`);
+        `tensor_bits`, 16 of half precision, None of full. Of a codebook tensor also `codebook_use`, the share of
+        codebook entries that some weight uses; `entropy`, the mean over codebooks of the indices' entropy in bits;
+        `effective_bits`, indices and codebooks together in bits a weight.
+
+    >>> row = weight_row(np.array([[3.0, 4.0]]), np.array([[3.0, 3.5]]))
+    >>> row["relative_error"], row["sqnr_db"], row["squared_error"]
+    (0.1, 20.0, 0.25)
     """
     packed = quant.is_codebook_tensor(leaf)
     read_at = bits if packed and leaf.coarse and bits in leaf.all_bits else None
@@ -57,13 +63,15 @@ def weight_row(reference: Array, leaf: Leaf, bits: int | None = None) -> Json:
     groups = to_groups(full, leaf.axis if packed else full.ndim - 1)
     spread = np.abs(groups - groups.mean(1, keepdims=True)) > OUTLIER * groups.std(1, keepdims=True)
     length = np.sqrt(power * float(np.sum(values**2)))
+    alike = float(not error)  # where both are all zeros, Q is a copy as well
+    half = not packed and leaf.dtype.name in ("float16", "bfloat16")
     row: Json = {
-        "relative_error": float(np.sqrt(error / power)) if power else 0.0,
-        "sqnr_db": float(10 * np.log10(power / error)) if error else float("inf"),
-        "cosine": float(min(np.sum(full * values) / length, 1.0)) if length else 1.0,
+        "relative_error": float(np.sqrt(error / power)) if power else float("inf") if error else 0.0,
+        "sqnr_db": _decibels(power, error),
+        "cosine": float(min(np.sum(full * values) / length, 1.0)) if length else alike,
         "squared_error": error,
         "outlier_share": float(spread.mean()),
-        "tensor_bits": None,
+        "tensor_bits": HALF if half else None,
         "codebook_use": None,
         "entropy": None,
         "effective_bits": None,
@@ -71,11 +79,17 @@ def weight_row(reference: Array, leaf: Leaf, bits: int | None = None) -> Json:
     return row | _codebook_row(leaf, read_at) if packed else row
 
 
-def more_bits(rows: Sequence[Row], bits: float) -> list[Json]:
-    """Rules by which the layers that do half of the damage, with the fewest weights for it, get one bit more.
+def _decibels(power: float, error: float) -> float:
+    if not error:
+        return float("inf")
+    return float(10 * np.log10(power / error)) if power else float("-inf")
 
-    Damage was measured with each layer quantized alone. Whether more bits there are worth what they cost is for
-    `quantize --rules` and a measurement to tell.
+
+def more_bits(rows: Sequence[Row], bits: float) -> list[Json]:
+    """Rules that give one bit more to the layers that do half of the damage with the fewest weights.
+
+    Damage was measured with each layer quantized alone. Whether the added bits are worth their cost must be measured,
+    on a model made by `quantize --rules`.
 
     Args:
         rows: of the table `layers`.
@@ -90,7 +104,7 @@ def more_bits(rows: Sequence[Row], bits: float) -> list[Json]:
     [('^a/kernel$', 3), ('^b/kernel$', 3), ('^c/kernel$', 2)]
     """
     here = [row for row in rows if row["bits"] == bits]
-    packed = [row for row in here if row["tensor_bits"] is not None]
+    packed = [row for row in here if row["tensor_bits"] not in (None, HALF)]
     if any(row["damage"] is None for row in packed):
         return []
     half, done, raised = sum(row["damage"] for row in packed) / 2, 0.0, set()
@@ -101,7 +115,8 @@ def more_bits(rows: Sequence[Row], bits: float) -> list[Json]:
     return [
         {
             "pattern": f"^{re.escape(row['layer'])}/kernel$",
-            "bits": row["tensor_bits"] and min(row["tensor_bits"] + (row["layer"] in raised), 8),
+            # What has no codebook stays as it is; 8 bits are the most that a codebook has.
+            "bits": min(row["tensor_bits"] + 1, 8) if row["layer"] in raised else row["tensor_bits"],
         }
         for row in here
     ]
@@ -117,7 +132,7 @@ def _codebook_row(leaf: quant.CodebookTensor, bits: int | None) -> Json:
     return {
         "tensor_bits": here,
         "codebook_use": float(np.mean(shares > 0)),
-        "entropy": float(np.mean(-np.sum(shares * logs, axis=1))) + 0.0,
+        "entropy": float(np.mean(-np.sum(shares * logs, axis=1))) + 0.0,  # of -0.0 this makes 0.0
         "effective_bits": stored / leaf.size,
     }
 
@@ -142,10 +157,10 @@ def hessian_traces(
     draws: int = 10,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Hessian trace of each tensor, for the loss that quantization is about: how far embeddings turn.
+    """Hessian trace of each tensor, for the loss that matters to quantization: how far embeddings turn.
 
-    The loss is the mean of 1 - cos between an utterance's embedding and the reference's own. It needs no labels, and
-    at the reference it is zero with zero gradient, so that its second-order term is all there is.
+    The loss is the mean of 1 - cos between an utterance's embedding and the reference's own. It needs no labels. At the
+    reference, it and its gradient are zero, so that its leading term is that of second order.
 
     Args:
         network: the network, in float32.
@@ -154,6 +169,9 @@ def hessian_traces(
         names: the tensors, by their names below `params`.
         draws: random vectors of Hutchinson's method.
         seed: of the draws.
+
+    Returns:
+        Traces by the tensors' names.
     """
 
     def embed(params: Params) -> jax.Array:

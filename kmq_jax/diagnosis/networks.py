@@ -1,4 +1,4 @@
-"""What is tried on networks: single components and layers in fewer bits, and how far noise gets."""
+"""Experiments on networks: single components and layers at fewer bits, and quantization noise in every block."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from kmq_jax.models.speaker_model import SpeakerModel, frontend_of
 from kmq_jax.scoring.cosine import average, cosine_scores
 
 COMPONENT_DRAWS = 5
-"""Of the draws of speakers, one in so many serves the intervals of components' EER."""
+"""Intervals of components' EER are of one in so many draws of speakers: there are many components."""
 
 _CAPTURED = 4  # recordings in a batch while every part's output of two networks is held
 
@@ -51,7 +51,7 @@ def check_same_network(reference: SpeakerModel, quantized: SpeakerModel, name: s
 
 
 class Networks:
-    """A reference network and its quantized versions, with everything that is tried on them."""
+    """A reference network, its quantized versions, and the experiments on them."""
 
     def __init__(
         self,
@@ -124,12 +124,20 @@ class Networks:
         full = {bits: score(rows, rows) for bits, rows in zip(self.models, others)}
         test_only = {bits: score(own, rows) for bits, rows in zip(self.models, others)}
         speaker = self.utterances.labels
+        # The speaker of a model is that of its first utterance.
         enrolled = speaker if trials.models is None else speaker[[members[0] for members in trials.models]]
         sides = enrolled[trials.enrol], speaker[trials.test]
         return scores.scored_trials(score(own, own), full, test_only, trials.label, *sides)
 
     def subset(self, count: int) -> tuple[Array, Array, Array, Array]:
-        """A subset that `spread_over_speakers` chose, and all pairs of it: `(rows, one, two, labels)`."""
+        """A subset that `spread_over_speakers` chose, and all pairs of it.
+
+        Returns:
+            `rows` `[count]` of the table; `one` and `two` `[pairs]`, places within these; `labels` `[pairs]`.
+
+        Raises:
+            UserError: there are no pairs of one speaker, or none of two.
+        """
         rows = variants.spread_over_speakers(self.utterances, count, seed=self.options.seed)
         one, two = np.triu_indices(len(rows), 1)
         labels = self.utterances.labels[rows]
@@ -181,7 +189,7 @@ class Networks:
         """Distortion of every kernel, and what it does alone; and activation SQNR of every block.
 
         Returns:
-            Jsons of layers: `layer, component, block, weights, bits`, those of `layers.weight_row`, `hessian_trace,
+            Rows of layers: `layer, component, block, weights, bits`, those of `layers.weight_row`, `hessian_trace,
             predicted_loss` (trace over weights x squared error), `activation_sqnr_db` of its block in the quantized
             network, `damage` (mean |drift| on all pairs of the subset when this layer alone is quantized) and
             `damage_cosine` (mean of 1 - cos between an utterance's embeddings). And of blocks: `bits, block, depth,
@@ -245,11 +253,10 @@ class Networks:
         component = {part.name: part.component for part in self.network.parts()}
         blocks: list[Json] = []
         for bits, found in zip(self.low, sqnr):
-            values = list(found.values())
+            steps = steps_db(list(found.values()))
             for depth, (name, value) in enumerate(found.items()):
-                step = value - values[depth - 1] if depth and np.isfinite(value) else None
                 about = {"bits": bits, "block": name, "component": component[name], "depth": depth}
-                blocks.append(about | {"sqnr_db": value, "step_db": step})
+                blocks.append(about | {"sqnr_db": value, "step_db": steps[depth]})
         place = {(row["bits"], row["block"]): row["sqnr_db"] for row in blocks}
         for row in rows:
             row["activation_sqnr_db"] = place.get((row["bits"], row["block"]))
@@ -272,13 +279,23 @@ class Networks:
                 max_seconds=options.hessian_seconds,
                 batch_size=len(chosen),
             )
-            features = next(iter(batches)).features[: len(chosen)]
+            features = next(iter(batches)).features[: len(chosen)]  # without rows of padding
             traces = layers.hessian_traces(
                 self.reference.network(), self.base, features, kernels, options.hessian_draws, options.seed
             )
         for row in rows:
             trace = traces[f"{row['layer']}/kernel"]
             row |= {"hessian_trace": trace, "predicted_loss": trace / row["weights"] * row["squared_error"]}
+
+
+def steps_db(values: Sequence[float]) -> list[float | None]:
+    """How much each block's SQNR differs from that of the block before; None where nothing differs yet.
+
+    >>> steps_db([float("inf"), 30.0, 20.5])
+    [None, None, -9.5]
+    """
+    pairs = zip([np.inf, *values], values)
+    return [after - before if np.isfinite([before, after]).all() else None for before, after in pairs]
 
 
 def component_shares(network: SpeakerNetwork, variables: Variables) -> dict[str, float]:
@@ -304,8 +321,9 @@ class _Rates:
         draws = None
         if options.replicates:
             some = max(options.replicates // COMPONENT_DRAWS, 1)
-            found = speaker_bootstrap(values, labels, enrol, test, some, options.seed)
-            draws = found.eer
+            found = speaker_bootstrap(values, labels, enrol, test, some, options.seed).eer
+            # Few speakers: a draw may hold trials of one kind only. As `scores.system_draws` has it.
+            draws = found if len(found) >= 0.9 * some else None
         return cls(values, eer(values, labels)[0], draws)
 
     def row(self, base: "_Rates") -> Json:

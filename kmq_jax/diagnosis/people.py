@@ -40,7 +40,7 @@ def snr_db(wave: Array) -> float:
     squares = np.concatenate([[0.0], np.cumsum(np.square(samples - samples.mean()))])
     starts = np.arange(0, len(samples) - _FRAME + 1, _HOP)
     power = (squares[starts + _FRAME] - squares[starts]) / _FRAME
-    low, high = np.quantile(power, [0.1, 0.9])
+    low, high = np.quantile(power, [0.1, 0.9])  # background, and speech
     # The running sum is good to about 120 dB; what lies deeper is rounding.
     return float(10 * np.log10(max(high, 1e-12) / max(low, 1e-12, 1e-12 * high)))
 
@@ -73,7 +73,7 @@ class Recordings:
 
 
 def _by(rows: tuple[Array, Array], values: Array, count: int) -> Array:
-    """Sums `values` `[trials]` by what stands on either side; a trial within one speaker counts once for it."""
+    """Sums `values` `[trials]` by the row on either side, to `[count]`; a trial whose sides are one row counts once."""
     one, two = rows
     total = np.bincount(one, values, minlength=count)
     return total + np.bincount(two, np.where(one == two, 0, values), minlength=count)
@@ -153,7 +153,11 @@ def _known(values: Array | None, i: int) -> float | None:
 
 
 def groups_of(recordings: Recordings) -> dict[str, dict[str, Array]]:
-    """Groups of utterances, as masks `[utterances]`: by gender, age, and thirds of duration and of SNR."""
+    """Groups of utterances: by gender, age, and thirds of duration and of SNR.
+
+    Returns:
+        Masks `[utterances]` by title and group; groups without utterances, and titles of a single group, are left out.
+    """
     groups: dict[str, dict[str, Array]] = {}
     genders = np.array([recordings.genders.get(name, "") for name in recordings.speakers])
     ages = np.array([recordings.ages.get(name, np.nan) for name in recordings.speakers], float)
@@ -216,7 +220,12 @@ def group_rows(
 
 
 def drift_causes(utterances: Sequence[Row]) -> list[Json]:
-    """Spearman's correlation of an utterance's mean |drift| with its duration and its SNR, by bits."""
+    """Spearman's correlation of an utterance's mean |drift| with its duration and its SNR, by bits.
+
+    Returns:
+        `bits, with` ("seconds" or "snr_db"), `utterances, spearman`; no row where fewer than four are known, or all
+        are alike.
+    """
     rows = []
     for bits in sorted({row["bits"] for row in utterances}, reverse=True):
         for key in ("seconds", "snr_db"):

@@ -36,6 +36,7 @@ def write(out: Path, found: Diagnosis) -> None:
     for name, rows in tables.items():
         write_csv(out / f"{name}.csv", rows)
     layers = tables.get("layers", [])
+    # A dict as a set that keeps the order.
     rules = {f"rules-{bits:g}.json": more_bits(layers, bits) for bits in {row["bits"]: None for row in layers}}
     rules = {name: rows for name, rows in rules.items() if rows}
     for name, rows in rules.items():
@@ -81,7 +82,7 @@ def flat(row: Row) -> Json:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Writes rows that share their keys; None is an empty cell, infinity is `inf`. Names of files are any bytes."""
+    """Writes rows that share their keys; None is an empty cell, infinity is `inf`. A file's name may hold any bytes."""
     with (
         atomic_write(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
@@ -105,7 +106,12 @@ def finite(value: object) -> object:
 
 
 def summary_of(found: Diagnosis) -> list[Json]:
-    """The figures that matter for each model, that of the most bits first."""
+    """The figures that matter for each model, that of the most bits first.
+
+    Returns:
+        `bits`, and rows of the tables: `system`; `full` and `test_only` of drift; of flips, `flips` at the reference's
+        threshold, `own` at the model's own, and `near`, in the bin nearest the reference's threshold.
+    """
     drift = {(r["bits"], r["kind"]): r for r in found.tables["drift"] if r["class"] == "all"}
     rates = {
         (r["bits"], r["threshold_name"]): r
@@ -183,7 +189,7 @@ def knees_in_words(found: Diagnosis) -> list[tuple[str, str]]:
 
 
 def best_predictors(found: Diagnosis) -> list[Json]:
-    """At all bits, the relative error's correlation and the best predictor's."""
+    """At each number of bits, the correlations of the relative error and of the best predictor: `bits, error, best`."""
     rows = [row for row in found.tables.get("correlations", []) if row["spearman"] is not None]
     result = []
     for bits in dict.fromkeys(row["bits"] for row in rows):
@@ -195,7 +201,11 @@ def best_predictors(found: Diagnosis) -> list[Json]:
 
 
 def top_components(found: Diagnosis) -> Json | None:
-    """At the fewest bits that were tried, the components in order of the drift they recover, and of what they make."""
+    """The components at the fewest bits that were tried; None where none was.
+
+    Returns:
+        `bits`; the rows of `retention`, by the drift that they recover, and of `mirror`, by the drift that they make.
+    """
     rows = [row for row in found.tables.get("retention", []) if row["component"]]
     rows = [row for row in rows if row["drift_recovery"] is not None]
     if not rows:

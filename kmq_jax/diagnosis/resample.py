@@ -25,6 +25,11 @@ class SpeakerDraws:
     A trial's weight is the product of its two speakers' multiplicities, or, within one speaker, the multiplicity
     itself. A weighted sum over trials is then a quadratic form in the multiplicities: trials are first summed by pair
     of speakers, so that a draw costs as much as there are speakers squared, however many trials there are.
+
+    >>> draws = SpeakerDraws([0, 0, 1], [0, 1, 1], replicates=50)
+    >>> total, weights = draws.sums([3.0, 3.0, 3.0]), draws.sums([1.0, 1.0, 1.0])
+    >>> bool(np.allclose(total, 3 * weights))
+    True
     """
 
     def __init__(self, enrol_speaker: ArrayLike, test_speaker: ArrayLike, replicates: int = 1000, seed: int = 0):
@@ -79,6 +84,7 @@ class SpeakerDraws:
             pairs = copies @ table.reshape(n, n)
         elif len(some):
             entries = weights[some].astype(np.float32), np.divmod(self._pairs[some], n)
+            # copies @ table, turned: a sparse array stands on the left.
             pairs = (sparse.coo_array(entries, shape=(n, n)).tocsr().T @ copies.T).T
         else:
             return total
@@ -86,7 +92,11 @@ class SpeakerDraws:
 
 
 def in_threads(task: Callable[[T], R], jobs: Iterable[T]) -> list[R]:
-    """The results of `task` on every job, in order. numpy lets go of the interpreter, so that all cores have work."""
+    """The results of `task` on every job, in order. numpy releases the interpreter's lock, so that all cores have work.
+
+    >>> in_threads(abs, [-1, 2, -3])
+    [1, 2, 3]
+    """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(task, jobs))
 
@@ -100,6 +110,9 @@ def interval_of_ratio(numerator: Array, denominator: Array) -> list[float] | Non
 
     Returns:
         `[low, high]`, or None where fewer than nine in ten draws have anything to divide by.
+
+    >>> interval_of_ratio(np.array([1.0, 2.0]), np.array([2.0, 4.0]))
+    [0.5, 0.5]
     """
     usable = denominator > 0
     if not len(usable) or usable.mean() < 0.9:

@@ -95,11 +95,16 @@ def load_at(place: str | Path, bits: int) -> SpeakerModel:
     held = sorted({one for tensor in tensors for one in tensor.all_bits})
     if tensors and bits not in held:
         raise UserError(f"--quantized={bits}:{place} holds {', '.join(map(str, held))} bits, not {bits}")
+    # Bits can be chosen where there are nested tensors; without them the model is read as it is.
     return load_model(place, bits) if any(tensor.coarse for tensor in tensors) else loaded
 
 
 def used_only(utterances: source.Utterances, trials: Trials) -> tuple[source.Utterances, Trials]:
-    """Leaves out the utterances that no trial compares."""
+    """Leaves out the utterances that no trial compares. Utterances of enrolment models all stay.
+
+    Returns:
+        The table of those that are left, and the same trials as indices into it.
+    """
     enrolled = trials.enrol if trials.models is None else np.concatenate(trials.models)
     rows = np.union1d(enrolled, trials.test)
 
@@ -213,7 +218,7 @@ def diagnose_embeddings(
 
 
 def _recordings(table: EmbeddingTable, joined: LevelScores, data: str | None) -> people.Recordings:
-    """What a table of embeddings, and perhaps DATA, tell of the utterances."""
+    """What is known of the utterances from a table of embeddings and, where it is given, from DATA."""
     sides, enrolled = joined.sides, enrolled_utterances(joined.trials)
     speakers: list[str] = list(table.speakers or ())
     if not speakers:
@@ -227,7 +232,7 @@ def _recordings(table: EmbeddingTable, joined: LevelScores, data: str | None) ->
         known = source.open_source(data)
         index = dict(zip(known.ids, range(len(known))))
         rows = np.array([index.get(name, -1) for name in table.ids])
-        lengths = np.append(known.lengths() / source.SAMPLE_RATE, np.nan)
+        lengths = np.append(known.lengths() / source.SAMPLE_RATE, np.nan)  # -1, of the unknown, reads the NaN
         seconds = lengths[rows]
         places = [str(known.location(i)) if i >= 0 else place for i, place in zip(rows.tolist(), places)]
         genders, ages = dict(known.genders), dict(known.ages)

@@ -111,7 +111,11 @@ def scored_trials(
 
 
 def system_draws(trials: ScoredTrials, replicates: int = 1000, seed: int = 0) -> list[Bootstrap]:
-    """Draws of EER and minDCF of the reference and each model, paired; none where the speakers are too few."""
+    """Draws of EER and minDCF of the reference and each model, on the same speakers.
+
+    Returns:
+        The reference's draws, then each model's; none where more than one draw in ten lacks a class of trials.
+    """
     if not replicates:
         return []
     speakers = trials.enrol_speaker, trials.test_speaker
@@ -229,6 +233,10 @@ def find_flips(trials: ScoredTrials, name: str, threshold: float, model_threshol
         name: of the threshold, for tables.
         threshold: the reference's.
         model_thresholds: `[models]`, their own; the reference's where left out.
+
+    >>> trials = scored_trials([0.9, 0.2], {2: [0.4, 0.2]}, None, [True, False], [0, 0], [0, 1])
+    >>> find_flips(trials, "fixed", 0.5).harmful.tolist()
+    [[True, False]]
     """
     own = np.full(len(trials.bits), threshold) if model_thresholds is None else np.asarray(model_thresholds, float)
     right = (trials.reference >= threshold) == trials.labels
@@ -353,7 +361,7 @@ def knee(all_bits: Sequence[int], damage: Sequence[float], drawn: Array | None =
     x, y = np.asarray(all_bits, float)[order], np.asarray(damage, float)[order]
     if len(x) < 3 or len(np.unique(x)) < len(x) or not y[-1] > y[0] or y.max() > y[-1]:
         return None
-    along = (x[0] - x) / (x[0] - x[-1])
+    along = (x[0] - x) / (x[0] - x[-1])  # 0 at the most bits, 1 at the fewest; damage is scaled likewise
     below = along - (y - y[0]) / (y[-1] - y[0])
     best = int(np.argmax(below))
     if below[best] < 0.1:

@@ -1,1 +1,1 @@
-"""Models of other toolkits in (WeSpeaker, Kiwano), and ours out (ONNX)."""
+"""Models of other toolkits in, from PyTorch checkpoints and ONNX files; and ours out, as ONNX files."""

@@ -16,6 +16,7 @@ from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.resnet import ResNet
 from kmq_jax.nn.pooling import flatten_order
 
+# PyTorch calls both the kernel of a layer and the scale of a normalisation "weight".
 LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 _BLOCK = re.compile(r"stage(\d)/block(\d+)/(.+)")
 # Axes along which pooled features lie, flattened with the channel fastest here and slowest in PyTorch.
@@ -169,8 +170,8 @@ def fill(
         tensors: theirs by name, kernels `[out, in, ...]`; each must be used once.
         name_of: their name of a parameter or statistic of ours.
         where: the file, for messages.
-        kernel_axes: the transposition from their 2-D kernels to `[time, freq, in, out]`, left out from `[out, in, freq,
-            time]`.
+        kernel_axes: the transposition from their 2-D kernels to `[time, freq, in, out]`; by default from `[out, in,
+            freq, time]`.
         permute: brings a parameter of ours, in its layout, into our order; the shape stays.
 
     Returns:
@@ -182,7 +183,7 @@ def fill(
     used = set()
 
     def take(name: str, leaf: Leaf) -> np.ndarray:
-        _, ours = name.split("/", 1)
+        _, ours = name.split("/", 1)  # without "params" or "batch_stats"
         theirs = name_of(ours)
         if theirs not in tensors:
             raise UserError(f"{where}: tensor {theirs} is missing")
@@ -194,7 +195,7 @@ def fill(
             if value.ndim == 4:
                 value = value.transpose(kernel_axes)
             elif value.ndim == 3 and len(leaf.shape) == 3:
-                value = value.transpose(2, 1, 0)
+                value = value.transpose(2, 1, 0)  # [out, in, time] to [time, in, out]
             elif value.ndim == 2 or value.shape[2:] == (1,):  # a Conv1d of one tap is a linear layer
                 value = value.reshape(value.shape[:2]).T
         if value.shape != leaf.shape:

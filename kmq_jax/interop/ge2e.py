@@ -33,7 +33,7 @@ def convert(checkpoint: Checkpoint, where: str) -> Imported:
     settings: Json = {
         "features": features,
         "embedding_size": shape_of(tensors, "linear.weight", 2, where)[0],
-        "width": gates // 4,
+        "width": gates // 4,  # an LSTM has four gates
         "layers": layers,
     }
     for n in range(layers):

@@ -25,9 +25,12 @@ def import_model(
         source: the checkpoint.
         out: the directory.
         form: its format (`pretrained.FORMATS`); found from the file where left out.
-        activation: of a Kiwano network's blocks, which its checkpoints do not record.
+        activation: of a Kiwano network's blocks or of CAM++'s embedding, which checkpoints do not record.
         license: of the checkpoint, where known.
         asked: what the graph of an ONNX file may leave open.
+
+    Returns:
+        The model, as it was written to `out/model.kmq`.
 
     Raises:
         UserError: the checkpoint cannot be read, does not fit its toolkit's front end, or `out` is a file.

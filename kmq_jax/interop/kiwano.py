@@ -86,7 +86,11 @@ def _architecture(blocks: list[int]) -> str:
 
 
 def _features(about: Json, where: str) -> int:
-    """The features a frame, and whether the rest of the stored settings, if any, is that of the known networks."""
+    """The features a frame, from the stored settings; the usual number where there are none.
+
+    Raises:
+        UserError: the settings are not those of a network that is known.
+    """
     config = about.get("config")
     config = config if isinstance(config, dict) else {}
     strides = config.get("stage_strides", (1, 2, 2, 2))

@@ -22,8 +22,8 @@ _LARGEST_RESULT = 1 << 26  # elements that a node may compute
 class Graph:
     """The graph of an ONNX file, to be walked from its input to its output.
 
-    `Identity` nodes are looked through, `Constant` nodes are constants like the initializers. The walk marks what it
-    has understood; `check_all_used` names what is left.
+    `Identity` nodes are looked through, `Constant` nodes are constants like the initializers. Each constant that is
+    read is marked; `check_all_used` names what is left.
 
     Attributes:
         where: the file, for messages.
@@ -72,7 +72,7 @@ class Graph:
         self.opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
         self._users = defaultdict(list)
         for node in self.nodes:
-            for name in dict.fromkeys(map(self.resolve, node.input)):
+            for name in dict.fromkeys(map(self.resolve, node.input)):  # once, as in x * x
                 self._users[name].append(node)
 
     def _check_complete(self, nodes: Iterable[Node]) -> None:
@@ -259,6 +259,7 @@ class Graph:
             tensors[-1].CopyFrom(self._tensors[name])
             tensors[-1].name = name
         helper = self._onnx.helper
+        # Behind `Identity` nodes, which are left out above, the output has the name that they stand for.
         given = helper.make_tensor_value_info(self.resolve(output), self._onnx.TensorProto.FLOAT, None)
         graph = helper.make_graph(kept, "part", self.inputs, [given], tensors)
         opset = [helper.make_opsetid("", self.opset)]
@@ -281,9 +282,9 @@ class Graph:
 
 
 def _result_size(kind: str, given: list[np.ndarray]) -> int:
-    """The most elements that a node of the operators we compute can give."""
+    """The most elements that a node can give, of the operators that the pooling may have."""
     if kind in ("Add", "Sub", "Mul", "Div", "Pow"):
         return math.prod(np.broadcast_shapes(*(value.shape for value in given)))
     if kind == "Gather":
         return math.prod(value.size for value in given)
-    return sum(max(value.size, value.ndim) for value in given)
+    return sum(max(value.size, value.ndim) for value in given)  # `Shape` gives as many values as axes

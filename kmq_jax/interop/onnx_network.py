@@ -1,7 +1,7 @@
 """Any network as an ONNX file: its graph becomes the setting of a `models.graph.GraphNetwork`, its weights parameters.
 
-What depends on constants alone is computed now, as look-ups in codebooks are. Then the network and ONNX Runtime embed
-the same features: a file whose embeddings differ is refused.
+What depends on constants alone, such as look-ups in codebooks, is computed on import. Then the network and ONNX Runtime
+embed the same features: a file whose embeddings differ is refused.
 """
 
 import math
@@ -205,7 +205,7 @@ class _Reader:
         if node.op_type == "Dropout":
             self._alias(outputs[0], operands[0])
             return
-        # What is known now is computed now.
+        # A layer whose inputs are all constants is no layer: it is computed now, below.
         if node.op_type in layer and not all(map(self._is_constant, operands)):
             made = layer[node.op_type](operands, attributes)
             if made is not None:
@@ -303,6 +303,7 @@ class _Reader:
             (made,) = self._add("Parameter", [], {"layer": name, "shape": list(value.shape)})
             self._numbers[one] = made
             return made
+        # Small constants come again and again: equal ones share a literal.
         key = value.dtype.name, value.shape, value.tobytes()
         if key not in self._known:
             self._known[key] = self._next
@@ -349,7 +350,7 @@ class _Reader:
         return kind, operands, attributes
 
     def _split(self, operands: list[Operand], attributes: Attributes, outputs: list[str]) -> None:
-        """Cuts a value into parts: by a slice for each where their sizes are known."""
+        """Cuts a value into parts: where their sizes are known, by one slice each."""
         x, axis = self._number(operands[0]), attributes.get("axis", 0)
         sizes = self._array(operands[1]) if len(operands) > 1 and self._is_constant(operands[1]) else None
         if sizes is None or len(sizes) != len(outputs):
@@ -382,7 +383,7 @@ class _Reader:
         weight = self._array(operands[1])
         if weight is None or weight.ndim not in (3, 4):
             self.graph.fail(f"node {self._source} is no convolution over one or two axes")
-        rank, taps = weight.ndim - 2, list(weight.shape[2:])
+        rank, taps = weight.ndim - 2, list(weight.shape[2:])  # weight: [out, in / group, taps...]
         about: Attributes = {
             "kernel_shape": taps,
             "strides": [1] * rank,
@@ -397,7 +398,7 @@ class _Reader:
             about["pads"] = small + large if padding == "SAME_UPPER" else large + small
         elif padding not in ("NOTSET", "VALID"):
             self.graph.fail(f"node {self._source} is padded by {padding} with a stride, which is not supported")
-        kernel = weight.transpose(*range(2, weight.ndim), 1, 0)
+        kernel = weight.transpose(*range(2, weight.ndim), 1, 0)  # [out, in, taps...] to [taps..., in, out]
         about["channels"] = len(weight)
         return self._layer("conv", "Conv", operands, kernel, self._array([*operands, ""][2]), about)
 
@@ -471,7 +472,7 @@ class _Reader:
         return self._add("BatchNormalization", [self._number(operands[0])], about)[0]
 
     def _name_layer(self, word: str, weight: Operand) -> str:
-        """A name for a layer that no other has: that of its weight, or of its node, where these say something."""
+        """A name for a layer that no other has: from its weight or its node where they tell one, else a number."""
         given = self._origins.get(weight, weight) if isinstance(weight, str) else ""
         base = name_of(given, self._source.split(" ", 1)[1])
         taken = self.variables["params"]
@@ -493,7 +494,7 @@ def name_of(weight: str, node: str) -> str:
         path = _LEAF.sub("", weight).replace("/", ".")
     elif "/" in node.strip("/"):
         steps: list[str] = []
-        for step in node.strip("/").split("/")[:-1]:
+        for step in node.strip("/").split("/")[:-1]:  # without the operator
             # "layer1/layer1.0" is how PyTorch names an element of a list.
             if steps and step.startswith(f"{steps[-1]}."):
                 steps.pop()
@@ -516,7 +517,7 @@ def components_of(layers: Sequence[str]) -> dict[str, str]:
     True
     """
     paths = {name: name.split(".") for name in layers}
-    shared = 0
+    shared = 0  # steps that all paths begin with
     while paths and len({tuple(path[: shared + 1]) for path in paths.values()}) == 1:
         if min(map(len, paths.values())) <= shared + 1:
             break
@@ -533,7 +534,7 @@ def components_of(layers: Sequence[str]) -> dict[str, str]:
 def _embedding_size(graph: Graph, network: graphs.GraphNetwork, reader: _Reader, output: str) -> int:
     """Checks on shapes alone that a network gives one embedding for each utterance, of a size that stays."""
     sizes = set()
-    for frames in (_FRAMES, _FRAMES + 1):
+    for frames in (_FRAMES, _FRAMES + 1):  # an embedding is as large for both
         features = jax.ShapeDtypeStruct((2, frames, network.features), jnp.float32)
         try:
             found, variables = jax.eval_shape(
@@ -572,6 +573,7 @@ def _compare(
         found = run(_made_up(frames, network.features))
         return found is not None and bool(np.isfinite(found).all())
 
+    # Doubled, then halved: `low` frames are too few, `high` are enough.
     low, high = 0, 1
     while not embeds(high):
         low, high = high, 2 * high

@@ -65,12 +65,12 @@ def _read_onnx(path: Path, form: str | None, asked: Asked) -> Imported:
         try:
             return wespeaker_onnx.read(path)
         except UserError:
-            pass  # another network: as it is no error, what was wrong is of no use
+            pass  # another network, which is no error: it is read as a graph below
     return onnx_network.read(path, asked)
 
 
 def _looks_like_onnx(path: Path) -> bool:
-    """Neither a zip archive, nor a pickle, nor safetensors: then a file is tried as ONNX, which has no signature."""
+    """Whether a file is no zip archive, pickle or safetensors: it is then tried as ONNX, which has no signature."""
     try:
         with path.open("rb") as file:
             start = file.read(9)

@@ -27,6 +27,7 @@ _OUTER = {
 _LINEAR = {WESPEAKER: "seg_1", IDRND: "linear"}
 _FOLD = {WESPEAKER: 0, IDRND: 2}
 """The place of a stage's first convolution: IDRnD's sum and change of view are modules of the stage."""
+# Settings of IDRnD's network that we know; the first of each is its default.
 _KNOWN = {"hop_length": (160, 240), "feat_type": ("pt", "pt_mel"), "emb_bn": (False,), "out_channels": (None,)}
 _KNOWN |= {"block_1d_type": ("conv+att",), "pooling_func": ("ASTP",), "tf_optimized_arch": (False,)}
 _KNOWN |= {"block_2d_type": ("convnext_like", "basic_resnet", "basic_resnet_fwse")}
@@ -72,7 +73,7 @@ def convert(checkpoint: Checkpoint, where: str) -> Imported:
 
 
 def _front_end(checkpoint: Checkpoint, settings: Json, where: str) -> str:
-    """IDRnD's front end by our name, from the settings of its network, of which others must be the known ones."""
+    """Our name of IDRnD's front end, from its network's settings; all other settings must be known ones."""
     config = checkpoint.about.get("model_config")
     if not isinstance(config, dict):
         raise UserError(f"{where}: `model_config`, which tells the step of the filterbank, is not in the file")
@@ -88,7 +89,7 @@ def _front_end(checkpoint: Checkpoint, settings: Json, where: str) -> str:
 
 
 def _weights(toolkit: str, stage: int, stages: int) -> str:
-    """The name of the weights by which a stage, or the last sum, takes the outputs so far."""
+    """The name of the weights with which a stage, or the last sum, adds up the outputs so far."""
     if toolkit == WESPEAKER:
         return f"backbone.inputs_weights.{stage}"
     return f"backbone.stage{stage}.0.w" if stage < stages else "backbone.fin_wght1d.w"
@@ -104,14 +105,14 @@ def _settings(tensors: dict[str, np.ndarray], toolkit: str, where: str) -> Json:
     numbers = {int(match[1]) for name in tensors if (match := re.match(r"backbone\.stage(\d{1,2})\.", name))}
     if not numbers or numbers != set(range(max(numbers) + 1)):
         raise UserError(f"{where}: the stages backbone.stage0, backbone.stage1, ... are not complete")
-    values = shape_of(tensors, _weights(toolkit, len(numbers), len(numbers)), 4, where)[2]
+    values = shape_of(tensors, _weights(toolkit, len(numbers), len(numbers)), 4, where)[2]  # a frame, as a row
     fold = _FOLD[toolkit]
     stages, channels, kinds = [], width, set()
     divisor = 1
     for s in range(len(numbers)):
         at = f"backbone.stage{s}"
         wide, _, stride, _ = shape_of(tensors, f"{at}.{fold}.weight", 4, where)
-        channels *= stride
+        channels *= stride  # what a stride takes from frequencies goes to channels
         blocks = [n for n in range(1, 100) if any(k.startswith(f"{at}.{n}.conv_block.") for k in tensors)]
         first = f"{at}.{fold + 1}.conv_block."
         kinds.add(
@@ -120,8 +121,9 @@ def _settings(tensors: dict[str, np.ndarray], toolkit: str, where: str) -> Json:
             else ("resnet_se" if f"{first}se.squeeze.weight" in tensors else "resnet")
         )
         conv = f"{first}dwconvs.0.weight" if f"{first}norm.weight" in tensors else f"{first}conv1.weight"
-        divisor = shape_of(tensors, conv, 4, where)[1]
+        divisor = shape_of(tensors, conv, 4, where)[1]  # channels of a group
         reduced = next((v.shape[0] for k, v in tensors.items() if _is_reduction(k, at)), 0)
+        # Stride, blocks, widening of channels, reduction of the context.
         stages.append([stride, len(blocks), wide // channels, values // reduced if reduced else 0])
     if len(kinds) != 1 or values % width:
         raise UserError(f"{where}: blocks of {len(kinds)} kinds, {values} values a frame with {width} channels")

@@ -77,6 +77,7 @@ def convert(checkpoint: Checkpoint, where: str) -> Imported:
         "width": width,
         "aggregated": aggregated,
         "layout": layout,
+        # With context, attention reads each frame beside the mean and deviation over all of them.
         "context": shape("pool/attention1")[1] == 3 * aggregated,
     }
     return _filled("ecapa_c512", settings, layout, tensors, name_of, where)

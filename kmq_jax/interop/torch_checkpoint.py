@@ -27,7 +27,7 @@ class Checkpoint(NamedTuple):
 
 
 class _Settings:
-    """Stands in for Kiwano's configuration dataclasses, which its checkpoints hold: attributes, and no code."""
+    """Stands in for the configuration dataclasses in Kiwano's checkpoints: it takes attributes, and has no code."""
 
 
 _SETTINGS = ("kiwano.model.resnet.KiwanoResNetConfig", "kiwano.model.resnet.XIKiwanoResNetConfig")
@@ -36,8 +36,8 @@ _SETTINGS = ("kiwano.model.resnet.KiwanoResNetConfig", "kiwano.model.resnet.XIKi
 def read(path: Path) -> Checkpoint:
     """Reads a checkpoint.
 
-    PyTorch's own format is read by `torch.load(weights_only=True)`, which builds tensors and plain containers only. A
-    bare dict of tensors and a dict with them under "state_dict", "model", "model_state_dict" or "model_state" both do.
+    PyTorch's own format is read by `torch.load(weights_only=True)`, which builds tensors and plain containers only. The
+    file is a dict of tensors, or a dict that holds one as "state_dict", "model", "model_state_dict" or "model_state".
     A prefix that all names share, such as the "module." of distributed training, is taken off. bfloat16 becomes
     float32.
 
@@ -71,7 +71,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def _without_prefix(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Names without what all of them begin with, up to a dot: wrappers of a network put it there."""
+    """Names without the words, up to a dot, that all of them begin with: wrappers of a network put them there."""
     while len(tensors) > 1:
         first = next(iter(tensors)).partition(".")[0] + "."
         if not all(name.startswith(first) and len(name) > len(first) for name in tensors):

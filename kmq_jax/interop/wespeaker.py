@@ -76,6 +76,9 @@ def settings_of(
         norm: "batch", or "bias" where batch normalisation is folded.
         where: the file, for messages.
 
+    Returns:
+        A name of the registry, and the settings. A depth that has no name goes by the first name of its kind.
+
     Raises:
         UserError: pooling TSTP does not give as many statistics.
     """

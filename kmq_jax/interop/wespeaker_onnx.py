@@ -103,6 +103,7 @@ def _block(graph: Graph, x: str) -> tuple[_Block, list[Node]]:
         nodes.append(following)
         if following.op_type == "Relu":
             following = graph.sole_user(following.output[0], "Conv")
+    # A set: the sum may name its two inputs in either order.
     branches = {graph.resolve(name) for name in following.input}
     if branches != {convs[-1].output, x if shortcut is None else shortcut.output}:
         graph.fail(f"node {graph.describe(following)} does not add a block's input to its output")
@@ -111,7 +112,12 @@ def _block(graph: Graph, x: str) -> tuple[_Block, list[Node]]:
 
 
 def _head(graph: Graph, x: str, walked: Sequence[Node]) -> tuple[list[Node], list[Node], str, str, list[np.ndarray]]:
-    """Splits what follows the last block into pooling and the linear layer, from which constants may be subtracted."""
+    """Splits what follows the last block into pooling and the linear layer, from which constants may be subtracted.
+
+    Returns:
+        Nodes of the pooling; nodes of the linear layer and the subtractions; the names of its weight and bias; and the
+        constants that are subtracted from the embedding.
+    """
     done = {id(node) for node in walked}
     rest = [node for node in graph.nodes if id(node) not in done]
     linear = next((node for node in rest if node.op_type == "Gemm"), None)
@@ -163,7 +169,7 @@ def _from_walk(
     names = {"stem/conv": stem}
     for block in blocks:
         channels = graph.constant(block.convs[0].bias).size
-        stage = next((i for i in range(STAGES) if channels == width << i), None)
+        stage = next((i for i in range(STAGES) if channels == width << i), None)  # each has twice the channels
         if stage is None or any(counts[stage + 1 :]):
             node = graph.describe(block.convs[0].node)
             graph.fail(f"node {node} has {channels} channels, which fits no stage of a WeSpeaker ResNet")

@@ -217,9 +217,17 @@ def test_samples_in_memory():
         (np.zeros(3, np.int64), 16000, "must be"),
         (np.zeros(3), 100, "sample rate"),
         (np.array([np.inf]), 16000, "not finite"),
+        (np.zeros((100, 0)), 16000, r"\(100, 0\) has no channels"),
+        (np.zeros((0, 100)), 16000, "has no channels"),
     ]:
         with pytest.raises(UserError, match=message):
             audio.to_mono_16k(wave, rate)
+
+
+@pytest.mark.parametrize(("samples", "rate"), [(8525, 8525), (17050, 8525), (44100, 44100), (44101, 44100)])
+def test_the_length_that_is_foretold_is_that_of_resampling(samples, rate):
+    exact = -(-samples * 16000 // rate)
+    assert audio.resampled_length(samples, rate) == len(audio.resample(np.zeros(samples, np.float32), rate)) == exact
 
 
 def test_real_speech(shared):

@@ -56,9 +56,12 @@ def test_edges():
     assert length_buckets([], 4) == []
     (batch,) = length_buckets([0], 2)
     np.testing.assert_array_equal(batch.indices, [0, -1])
-    for name in ("batch_size", "max_shapes", "step"):
+    for name in ("batch_size", "max_shapes", "max_samples", "step"):
         with pytest.raises(UserError, match=f"`{name}`"):
             length_buckets([5], **{"batch_size": 1, name: 0})
+    for name in ("batch_size", "max_shapes", "step"):
+        with pytest.raises(UserError, match=f"`{name}`"):
+            tight_batches([5], **{"batch_size": 1, name: 0})
 
 
 @settings(deadline=None, max_examples=60)

@@ -119,6 +119,17 @@ def test_voxtube(tmp_path):
     np.testing.assert_array_equal(corpus.trials("trials.txt").test, [1])
 
 
+def test_lists_that_are_not_utf8_are_told_by_file_and_line(tmp_path):
+    recordings.write(tmp_path / "v" / "UCabc/vid-1/segment_0.wav")
+    (tmp_path / "v" / "language_gender_meta.csv").write_bytes(b"id,gender,language\nUCabc,female,fran\xe7ais\n")
+    with pytest.raises(UserError, match=r"language_gender_meta.csv:2: not UTF-8 text"):
+        corpora.voxtube(tmp_path / "v")
+    make_cnceleb(tmp_path / "c")
+    (tmp_path / "c" / "CN-Celeb_flac" / "dev" / "dev.lst").write_bytes(b"id00010\n\xe7\n")
+    with pytest.raises(UserError, match=r"dev.lst:2: not UTF-8 text"):
+        corpora.cnceleb(tmp_path / "c")
+
+
 def test_commonbench_and_kaldi(tmp_path):
     root = recordings.kaldi(tmp_path / "k")
     (root / "trials").write_text("s0-u0 s0-u1 target\n")

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import io
 import random
+import shutil
 import tarfile
 import threading
 import zipfile
@@ -139,6 +140,21 @@ def test_voxceleb1_from_parts_of_its_archives(served, tmp_path):
     (archives / "vox1_dev_wav_partab").write_bytes(b"other")
     with pytest.raises(UserError, match="vox1_dev_wav_partab is damaged or another file: its MD5 is"):
         layouts.lay_out(release, tmp_path / "again", archives)
+
+
+def test_a_corpus_that_is_laid_out_needs_its_archives_no_more(tmp_path, monkeypatch):
+    place, out = tmp_path / "brought", tmp_path / "vox"
+    place.mkdir()
+    release = voxceleb(place, layouts.RELEASES["voxceleb1"])
+    told = layouts.lay_out(release, out, place)
+    monkeypatch.setattr(layouts, "check_md5", None)  # nothing is hashed again
+    assert layouts.lay_out(release, out, place) == told
+    shutil.rmtree(place)
+    monkeypatch.setattr(layouts, "download", None)
+    assert layouts.lay_out(release, out, place) == told
+    shutil.rmtree(out / "wav")
+    with pytest.raises(UserError, match="is missing: ask for it"):
+        layouts.lay_out(release, out, place)
 
 
 def test_an_archive_writes_nothing_outside(tmp_path):

@@ -199,8 +199,11 @@ def test_a_set_that_cannot_be_read_at_all(tmp_path):
     root = recordings.kaldi(tmp_path, 1, 2)
     for path in (root / "audio").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="in a row cannot be read"):
+    with pytest.raises(UserError, match="^2 utterances in a row cannot be read; the last: "):
         take(training_batches(open_source(root), batch_size=2, crop_samples=CROP, seed=0, threads=0), 1)
+    alone = open_source(root).select([0])
+    with pytest.raises(UserError, match="^the only utterance cannot be read: .*wav"):
+        take(training_batches(alone, batch_size=1, crop_samples=CROP, seed=0, threads=0), 1)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import recordings
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.data import audio
-from kmq_jax.data.source import open_source, open_sources
+from kmq_jax.data.source import open_source, open_sources, require_data
 from kmq_jax.data.table import Utterances, concatenate
 
 
@@ -116,6 +116,9 @@ def test_voxceleb_tree_with_an_utterance_in_two_formats(tmp_path):
         recordings.write(tmp_path / name)
     with pytest.raises(UserError, match=r"id10001/v/00001 is there twice"):
         open_source(tmp_path)
+    recordings.write(tmp_path / "id10001/v/00001.m.wav")  # stands between them
+    with pytest.raises(UserError, match=r"id10001/v/00001 is there twice, as .*00001.flac and .*00001.wav"):
+        open_source(tmp_path)
 
 
 def test_what_a_voxceleb_tree_holds_besides_is_left_out_with_a_line(tmp_path, capsys):
@@ -188,6 +191,22 @@ def test_what_is_no_data(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             open_source(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_empty_data_is_not_the_current_directory(text):
+    for take in (open_source, open_sources, require_data):
+        with pytest.raises(UserError, match=rf"DATA \(='{text}'\) is empty"):
+            take(text)
+
+
+def test_lengths_of_joined_tables_are_had_without_decoding(tmp_path, monkeypatch):
+    recordings.write(tmp_path / "a.wav", np.concatenate([np.zeros(16000, np.float32), recordings.tone(2)]))
+    (tmp_path / "a.csv").write_text("path,speaker,start,stop\na.wav,s,0,1\na.wav,s,1,3\n")
+    one = open_source(tmp_path / "a.csv")
+    joined = concatenate([one, dataclasses.replace(one, ids=("x", "y"))])
+    monkeypatch.setattr(audio, "read_audio", None)
+    assert joined.select([3, 0, 1]).lengths().tolist() == [32000, 16000, 32000]
 
 
 def test_several_sources_keep_equal_names_apart(tmp_path):

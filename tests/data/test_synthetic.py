@@ -1,6 +1,8 @@
 """The embedded corpus: the same for everyone, disjoint splits, and neither trivial nor without a voice in it."""
 
+import itertools
 import pickle
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,6 +11,7 @@ from scipy.fft import dct
 from sklearn.metrics import roc_curve
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.data import synthetic
 from kmq_jax.data.source import open_source
 from kmq_jax.data.synthetic import NOISES, Reader, noise, parse, synthetic_trials
 from kmq_jax.data.trials import read_trials
@@ -104,6 +107,20 @@ def test_trials_hold_what_they_promise(spec):
     same_sex = (sex[trials.enrol] == sex[trials.test])[~trials.label]
     assert same_sex.mean() == pytest.approx(0.5, abs=0.01)
     assert len(np.unique(trials.test[~trials.label])) > 0.6 * len(table)
+
+
+@pytest.mark.parametrize("utterances", [2, 3, 17])
+def test_pairs_are_those_of_itertools(utterances):
+    wanted = list(itertools.combinations(range(utterances), 2))
+    assert synthetic._pairs(np.arange(len(wanted)), utterances).tolist() == list(map(list, wanted))
+
+
+def test_trials_of_many_utterances_take_little_memory():
+    tracemalloc.start()
+    synthetic_trials("synthetic:dev?speakers=4&utterances=1500", most=10)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20  # all pairs of 1,500 as a list are 120 MB
 
 
 def test_many_trials_are_capped_evenly():

@@ -1,3 +1,4 @@
+import concurrent.futures
 import csv
 import json
 import os
@@ -213,6 +214,29 @@ def test_nothing_usable(tmp_path, fast):
     for path, data in good.items():
         path.write_bytes(data)
     assert writer.prepare(open_source(root), tmp_path / "out")["utterances"] == 2  # mended, it works
+
+
+def test_a_table_of_nothing_is_refused_before_the_work(tmp_path, fast):
+    with pytest.raises(UserError, match=f"--out={tmp_path / 'out'}: there is no utterance to write"):
+        writer.prepare(Utterances((), (), ()), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_utterance_ticks_once_though_workers_go_on_counting():
+    class Count:
+        now = 0
+
+        @property
+        def value(self):
+            self.now = min(self.now + 3, 10)
+            return self.now
+
+    count, futures = Count(), [concurrent.futures.Future() for _ in range(2)]
+    ticks = writer._ticks(count, futures)
+    first = next(ticks)
+    for future in futures:
+        future.set_result(None)
+    assert len([first, *ticks]) == count.now
 
 
 def test_shards_hold_samples_as_they_are(tmp_path, fast):

@@ -68,9 +68,9 @@ def test_files_are_downloaded_once_and_kept(registry, monkeypatch, tmp_path):
 
 
 def test_a_registry_may_end_in_a_slash(registry, monkeypatch):
-    monkeypatch.setenv("npm_config_registry", f"{os.getenv(runtime._REGISTRY_SET)}/")
+    monkeypatch.setenv("npm_config_registry", f"{os.getenv(runtime._REGISTRY_SET)}/npm/")
     runtime.download(hash_of(registry["data"]))
-    assert registry["asked"] == [f"/onnxruntime-web/-/onnxruntime-web-{runtime.VERSION}.tgz"]
+    assert registry["asked"] == [f"/npm/onnxruntime-web/-/onnxruntime-web-{runtime.VERSION}.tgz"]
 
 
 def test_another_package_is_refused_and_nothing_is_kept(registry, tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.data import audio
 from kmq_jax.data.source import open_source
 from kmq_jax.diagnosis import degrade
 
@@ -74,6 +75,18 @@ def test_lengths_are_known_before_anything_is_read():
         worse = degrade.degrade(table, degrade.parse_condition(text))
         assert worse.lengths().tolist() == [len(worse.load(i)) for i in range(len(worse))]
     assert degrade.degrade(table, degrade.parse_condition("whole")) is table
+
+
+def test_what_a_condition_leaves_silent_is_named_with_the_condition():
+    wave = np.concatenate([np.zeros(16000, np.float32), tone(440)])
+    table = dataclasses.replace(open_source(DATA), reader=lambda name: wave)
+    worse = degrade.degrade(table, degrade.parse_condition("first=1"))
+    with pytest.raises(audio.AudioError, match=rf"^{table.ids[1]}: silent in the condition first=1$"):
+        worse.load(1)
+    silent = dataclasses.replace(table, ids=("clip",), paths=("clip",), reader=lambda name: 0 * wave)
+    noisy = degrade.degrade(table, degrade.parse_condition("noise=5"), silent)
+    with pytest.raises(UserError, match="^noise: clip: silent$"):
+        noisy.load(1)
 
 
 @pytest.mark.parametrize(

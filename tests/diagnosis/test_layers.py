@@ -47,6 +47,25 @@ def test_a_copy_is_without_distortion():
     assert row["codebook_use"] is row["entropy"] is row["effective_bits"] is row["tensor_bits"] is None
 
 
+def test_a_tensor_of_zeros_is_no_copy_of_another():
+    ones, zeros = np.ones((4, 2)), np.zeros((4, 2))
+    dead, made_up, both = (layers.weight_row(*pair) for pair in ((ones, zeros), (zeros, ones), (zeros, zeros)))
+    assert (dead["cosine"], dead["relative_error"], dead["sqnr_db"]) == (0, 1, 0)
+    assert (made_up["cosine"], made_up["relative_error"], made_up["sqnr_db"]) == (0, np.inf, -np.inf)
+    assert (both["cosine"], both["relative_error"], both["sqnr_db"]) == (1, 0, np.inf)
+
+
+def test_half_precision_is_told_and_a_rule_keeps_it():
+    half = layers.weight_row(WEIGHTS, quant.quantize_params({"kernel": np.float32(WEIGHTS)}, bits=16)["kernel"])
+    assert half["tensor_bits"] == 16
+    about = {"weights": 8, "bits": 2}
+    rows = [
+        half | about | {"layer": "a", "damage": 9.0},
+        half | about | {"layer": "b", "damage": 1.0, "tensor_bits": 2},
+    ]
+    assert [rule["bits"] for rule in layers.more_bits(rows, 2)] == [16, 3]
+
+
 def test_outliers_are_told_by_their_own_channel():
     weights = np.tile(np.array([[1.0, -1.0], [-1.0, 1.0]]), (20, 1))
     weights[0, 0] = 50.0  # far out for channel 0; channel 1 has none

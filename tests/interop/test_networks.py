@@ -22,7 +22,7 @@ from kmq_jax.interop import campplus, pretrained, redimnet, tdnn
 from kmq_jax.interop.export import export_model
 from kmq_jax.interop.import_model import import_model
 from kmq_jax.models import onnx_export, registry
-from kmq_jax.models.speaker_model import FRONTENDS, SpeakerModel, embed_waves, load_model, save_model
+from kmq_jax.models.speaker_model import FRONTENDS, SpeakerModel, embed_waves, fingerprint, load_model, save_model
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_networks.json").read_text())
 TINY = [name for name in GOLDEN if "tiny" in name]
@@ -235,6 +235,7 @@ def test_files_with_features_that_are_not_kaldi_s_do_not_look_like_it(tmp_path):
     )
     save_model(tmp_path / "model.kmq", model)
     said = export_model(tmp_path / "model.kmq", tmp_path / "m.onnx", features_inside=True).parity
-    names = {entry.key for entry in onnx.load(tmp_path / "m.onnx").metadata_props}
-    assert "filters" in names and not names & {"framework", "feature_normalize_type", "window_type"}
+    about = {entry.key: entry.value for entry in onnx.load(tmp_path / "m.onnx").metadata_props}
+    assert "filters" in about and not about.keys() & {"framework", "feature_normalize_type", "window_type"}
+    assert about["bits"] == "32" and about["fingerprint"] == fingerprint(load_model(tmp_path / "model.kmq"))
     assert said is None or "cosine 0.99999" in said or "cosine 1.0000" in said
