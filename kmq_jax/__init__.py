@@ -17,7 +17,7 @@ store = kmq_jax.SpeakerStore("runs/people", model)       # enrolled speakers: en
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what editors and type checkers see; `_HOMES` says the same to Python
+if TYPE_CHECKING:  # for editors and type checkers; at run time `_HOMES` says the same
     from kmq_jax.cascade.verifier import load_cascade as load_cascade
     from kmq_jax.models.speaker_model import SpeakerModel as SpeakerModel
     from kmq_jax.models.speaker_model import load_model as load  # noqa: F401
@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOMES` says the same 
 
 __version__ = "0.1.0"
 
-# Loaded when first asked for: `import kmq_jax` needs not even jax, and quantization needs no audio.
+# Imported on first use: `import kmq_jax` alone does not need JAX, and quantization needs no audio library.
 _HOMES = {
     "CodebookTensor": ("kmq_jax.quant", "CodebookTensor"),
     "QuantRule": ("kmq_jax.quant", "QuantRule"),
@@ -63,9 +63,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'kmq_jax' has no attribute {name!r}")
     module, attribute = _HOMES[name]
     value = getattr(importlib.import_module(module), attribute)
-    globals()[name] = value
+    globals()[name] = value  # the next access finds it and does not come here
     return value
 
 
 def __dir__() -> list[str]:
+    # What is offered, and the dunders; not `importlib` and the like.
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -1,4 +1,4 @@
-"""A cascade's policy from the embedding files of its levels and trials of a development set."""
+"""Calibrates a cascade: makes its policy from its levels' embedding files and the trials of a development set."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -31,14 +31,14 @@ def calibrate(
     """Fits a cascade's maps, threshold and gates on a trial list.
 
     Args:
-        levels: bits and embedding file of each level, ascending. The last may be the reference itself.
+        levels: bits and embedding file of each level, ascending in bits. The last may be the reference itself.
         reference: embedding file of the full-precision model.
         trials: trial list of the development set, or `synthetic:SPLIT`.
-        options: how; the defaults where left out.
+        options: how maps, threshold and gates are found; the defaults where left out.
         enrol_models: list of enrolment models, where the trials enrol models.
 
     Returns:
-        The policy. Its notes tell how it came about, for people and for `figures.draw_front`.
+        The policy. Its notes record how it was made, for people and for `figures.draw_front`.
 
     Raises:
         UserError: a file cannot be read or does not fit the others, or the trials are too few for the rule.
@@ -48,7 +48,7 @@ def calibrate(
         raise UserError(f"`seconds` (={shown(how.seconds)}) must be one number for each of {len(levels)} levels")
     point = _point(how.operating_point)
     joined = score_levels(levels, reference, trials, how.enrolment, enrol_models)
-    assert joined.reference is not None
+    assert joined.reference is not None  # a reference was asked for
     prints = {path: file_hash(path) for path in {reference, *(path for _, path in levels)}}
     data = Calibration(
         tuple(bits for bits, _ in levels),
@@ -67,7 +67,7 @@ def calibrate(
         policy, front, notes = _fitted(data, how, point)
     except UserError as error:
         raise UserError(f"{trials}: {error}") from error
-    # Before the figures are made: what an utterance costs depends on the enrolled side.
+    # Before the figures are made: the cost of an utterance depends on how the enrolled side is embedded.
     policy = dataclasses.replace(policy, enrolment=how.enrolment, seconds=how.seconds or None)
     notes |= {
         "operating_point": str(point),
@@ -98,7 +98,7 @@ def _point(text: str) -> OperatingPoint:
 def _fitted(
     data: Calibration, options: CalibrationOptions, point: OperatingPoint
 ) -> tuple[CascadePolicy, gates.Front, Json]:
-    """The policy by the rule that is asked for, the front of all its gates, and what was chosen."""
+    """The policy by the rule that is asked for, the front of gates, and notes on what was chosen."""
     if options.rule == "risk":
         policy, notes = control_risk(data, options)
         return policy, front_of(policy, data, options, "flips"), notes
@@ -106,7 +106,7 @@ def _fitted(
 
 
 def _interval(data: Calibration, point: OperatingPoint, options: CalibrationOptions) -> tuple[float, float] | None:
-    """The threshold's 95 % interval over draws of speakers; None where there is nothing to draw."""
+    """The threshold's 95 % interval over draws of speakers; None without draws, or where a class has no trials."""
     if not options.replicates or data.labels.all() or not data.labels.any():
         return None
     speakers = data.enrol_speaker, data.test_speaker
@@ -114,6 +114,7 @@ def _interval(data: Calibration, point: OperatingPoint, options: CalibrationOpti
 
 
 def _reference_notes(data: Calibration, policy: CascadePolicy) -> Json:
+    """The reference's own error rates at the policy's threshold, as fractions, and its EER in percent."""
     far, frr = error_rates(data.reference, data.labels, policy.threshold)
     return {"far": far, "frr": frr, "eer": equal_error(data.reference, data.labels)}
 
@@ -137,13 +138,19 @@ def _report(policy: CascadePolicy, joined: LevelScores) -> Json:
 
 
 def describe_front(front: gates.Front, policy: CascadePolicy, joined: LevelScores) -> list[Json]:
-    """The front as rows for people.
+    """Runs the cascade at every point of a front, for figures and tables.
 
-    Each row is a run of the cascade itself: `gates` (an infinite side is None), `eer` (exact, in percent),
-    `harmful_flip_rate`, `resolved` and the costs.
+    Args:
+        front: the points.
+        policy: the cascade; its own gates do not count.
+        joined: the trials and every level's scores of them, with the reference's.
+
+    Returns:
+        A row for each point: `gates` (an infinite side is None), `eer` (exact, in percent), `harmful_flip_rate`,
+        `resolved` and the costs.
     """
     assert joined.reference is not None
-    # The search counts in sums; the figures that people see are those of the cascade itself.
+    # The search adds up sums in float64; the figures that people see come from the cascade itself.
     policies = [dataclasses.replace(policy, gates=front.point(i)) for i in range(len(front))]
     labels, sides = joined.trials.label, joined.sides
     accepted = joined.reference >= policy.threshold
@@ -182,6 +189,7 @@ def describe(policy: CascadePolicy) -> str:
 
 
 def _promise(notes: Row) -> str:
+    """What the rule `risk` promises, as lines."""
     ends = f"with confidence {1 - notes['delta']:g}" if notes["delta"] else "in expectation"
     kind = "approximate" if notes["approximate"] else "proven"
     needed, every, kept = notes["speakers_needed"], notes["with_last_level"], notes["kept_by"]

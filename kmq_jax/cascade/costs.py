@@ -1,4 +1,4 @@
-"""What a cascade saves of what its last level alone would cost, by trial and by utterance: in bits, or in seconds."""
+"""What a cascade saves against its last level alone, by trial and by utterance: in bits, or in seconds."""
 
 from collections.abc import Sequence
 
@@ -6,15 +6,19 @@ from kmq_jax.core.files import Row
 
 
 def savings(costs: Row, top_bits: int, nested: bool, seconds: Sequence[float] | None = None) -> dict[str, float]:
-    """What a cascade saves of the cost of its last level alone: `trial` and `utterance`, as fractions.
+    """What a cascade saves against its last level alone, as fractions of that level's cost.
 
-    At zero or below it gains nothing: the last level alone costs no more, and the cascade decides as that does.
+    At zero or below a cascade gains nothing: the last level alone costs no more, and its decisions are those that the
+    cascade aims at.
 
     Args:
-        costs: those of `Outcome`.
+        costs: the costs of `cascade.run.Outcome`, by name.
         top_bits: bits of the last level.
         nested: whether climbing reads only the bits that are new.
-        seconds: what a recording takes at each level; where it is known, seconds count in place of bits.
+        seconds: what a recording takes at each level. Where they are known, seconds count in place of bits.
+
+    Returns:
+        `trial` and `utterance`: the share saved of the mean cost of each.
 
     >>> costs = {"sequential_bits": 2.28, "utterance_bits": 5.44, "sequential_seconds": 0.5, "utterance_seconds": 1.5}
     >>> {name: round(share, 2) for name, share in savings(costs, 4, nested=False).items()}
@@ -34,7 +38,9 @@ _KINDS = {"trial": "sequential", "utterance": "utterance"}
 
 
 def describe_costs(costs: Row, top_bits: int, nested: bool, seconds: Sequence[float] | None = None) -> list[str]:
-    r"""The costs of a cascade as lines, and plainly where it gains nothing over its last level alone.
+    r"""The costs of a cascade as lines, with a line wherever it gains nothing over its last level alone.
+
+    Arguments are those of `savings`.
 
     >>> costs = {"sequential_bits": 2.28, "utterance_bits": 5.44}
     >>> print("\n".join(describe_costs(costs, 4, nested=False)))

@@ -31,11 +31,11 @@ Place = str | os.PathLike[str]
 
 _LINES = 1 << 16  # lines written at a time
 BANDS = (0, 1, 2, 5, 10, 20, 50, 100)
-"""Percent of the trials, those nearest the threshold at full precision first: where flips are looked for."""
+"""Edges of bands of trials, in percent, from those nearest the threshold at full precision; flips count by band."""
 
 
 class Evaluation(NamedTuple):
-    """A cascade's run over a trial list: the policy, the scores it saw, what it did, and its figures."""
+    """A cascade's run over a trial list: the policy, the scores it saw, what it decided, and its figures."""
 
     policy: CascadePolicy
     joined: LevelScores
@@ -72,20 +72,28 @@ def evaluate_embeddings(
 
 
 def check_bits(policy: CascadePolicy, policy_file: Place, levels: Sequence[tuple[int, str]]) -> None:
-    """Refuses `levels`, bits and embedding file of each, whose bits are not those of the policy."""
+    """Refuses `levels` (bits and embedding file of each) whose bits are not the policy's.
+
+    Raises:
+        UserError: they differ.
+    """
     if tuple(bits for bits, _ in levels) != policy.bits:
         given = ", ".join(str(bits) for bits, _ in levels)
         raise UserError(f"--stage: {policy_file} is for {', '.join(map(str, policy.bits))} bits, but {given} are given")
 
 
 def check_tables(policy: CascadePolicy, levels: Sequence[tuple[int, str]], tables: Sequence[EmbeddingTable]) -> None:
-    """Refuses embeddings of levels that the policy was not made for (`CascadePolicy.check`)."""
+    """Refuses embeddings of levels that the policy was not made for.
+
+    Raises:
+        UserError: as `CascadePolicy.check`.
+    """
     for i, (bits, path) in enumerate(levels):
         policy.check(bits, i, tables[i].embeddings.shape[1], tables[i].model, path)
 
 
 def no_ratios(policy: Place) -> str:
-    """What is said of a policy without likelihood ratios where `--llr` asks for them."""
+    """The message where `--llr` asks for likelihood ratios that a policy does not have."""
     return f"--llr: {policy} was fitted on trials of one class and has no likelihood ratios"
 
 
@@ -102,7 +110,7 @@ def evaluate_recordings(
 
     Args:
         directory: of the cascade, as `verifier.save_cascade` wrote it.
-        data: DATA that the trials compare.
+        data: the DATA whose recordings the trials compare.
         trials: the list, or `synthetic:SPLIT`.
         options: how it is evaluated; the defaults where left out.
         reference: embedding file of the full-precision model, to count flips against.
@@ -117,16 +125,17 @@ def evaluate_recordings(
     """
     cascade, utterances = load_cascade(directory, compute, engine), source.open_source(data)
     names = tuple(utterances.ids), tuple(utterances.paths), tuple(utterances.speakers)
-    # Trials are joined by names alone; ones stand where embeddings would.
+    # The trials are joined by names alone, before anything is embedded: ones stand for the embeddings.
     table = EmbeddingTable(*names, np.ones((len(utterances), 1), np.float32), str(data))
     listed, sides = join(trials, table, table)
+    # The reference is the only "level" here; its bits have no meaning.
     own = score_levels([(32, reference)], None, trials).scores[0] if reference else None
     lazy = cascade.score(utterances, listed)
     joined = LevelScores(listed, sides, (), lazy.scores, own)
     found = _evaluated(cascade.policy, joined, options or CascadeOptions())
     embedded = {str(bits): count for bits, count in lazy.embedded.items()}
     found.figures.update({"seconds": sum(lazy.seconds.values()), "embedded": embedded} | cascade.costs())
-    # Levels may be different networks, whose bits say little of what they compute.
+    # Mean multiply-accumulates of a trial: levels may be different networks, whose bits say little about their work.
     reached = [float(np.mean(found.outcome.level >= level)) for level in range(len(cascade.policy.bits))]
     macs = found.figures["macs"].values()
     found.figures["sequential_macs"] = sum(share * count for share, count in zip(reached, macs))
@@ -141,13 +150,13 @@ def _evaluated(policy: CascadePolicy, joined: LevelScores, options: CascadeOptio
 def figures_of(policy: CascadePolicy, outcome: Outcome, joined: LevelScores, options: CascadeOptions) -> Json:
     """All figures of a cascade on a trial list; a figure that cannot be computed is None.
 
-    A lazy run has no embedding tables, so it has no figures of a level alone.
+    A lazy run (`evaluate_recordings`) does not score every trial at every level, so it has no figures of a level alone.
 
     Args:
         policy: the cascade.
-        outcome: what it did.
+        outcome: what it decided.
         joined: the trials, and the scores that it saw.
-        options: the prior, and the draws of speakers.
+        options: the prior of a target for minDCF, and the draws of speakers.
     """
     labels, reference, p_target = joined.trials.label, joined.reference, options.p_target
     both = bool(labels.any() and not labels.all())
@@ -183,7 +192,7 @@ def figures_of(policy: CascadePolicy, outcome: Outcome, joined: LevelScores, opt
 
 
 def cost_figures(policy: CascadePolicy, costs: Json) -> Json:
-    """The costs of a cascade (`Outcome.costs`), and what they save of its last level alone."""
+    """The costs of a cascade (`Outcome.costs`), with what they save against its last level alone (`costs.savings`)."""
     nested = bool(policy.notes.get("nested"))
     return {
         **costs,
@@ -197,8 +206,8 @@ def cost_figures(policy: CascadePolicy, costs: Json) -> Json:
 def _intervals(outcome: Outcome, joined: LevelScores, options: CascadeOptions) -> Json:
     """95 % intervals over draws of speakers, and `changes`; nothing where the speakers are too few to draw.
 
-    `changes` holds what the cascade changes against its first level alone (`first`) and against full precision
-    (`reference`), as far as these are known, drawn together (`Errors.minus`).
+    `changes` compares the cascade with its first level alone (`first`) and with full precision (`reference`), where
+    they are known. Both sides of a comparison share their draws (`Errors.minus`).
     """
 
     def errors_of(scores: Array) -> Errors:
@@ -206,12 +215,12 @@ def _intervals(outcome: Outcome, joined: LevelScores, options: CascadeOptions) -
         return Errors.of(scores, joined.trials.label, *sides, options.replicates, options.seed, options.p_target)
 
     ours = errors_of(outcome.score)
-    # Draws that lack a class are left out; where many do, the rest would say too little.
+    # Draws without target or nontarget trials are left out. Where many are, the rest say too little for an interval.
     if len(ours.eer_draws) < 0.9 * options.replicates:
         return {}
     others = {"reference": joined.reference}
     if joined.tables:  # a lazy run knows no level alone
-        others["first"] = joined.scores[0]  # by its own scores: a map's plateaus would tie some of them
+        others["first"] = joined.scores[0]  # its own scores: an isotonic map's plateaus would tie some of them
     return {
         "eer_ci95": list(percentile_interval(ours.eer_draws)),
         "min_dcf_ci95": list(percentile_interval(ours.min_dcf_draws)),
@@ -229,11 +238,14 @@ def equal_error(scores: Array, labels: Array) -> float | None:
 
 
 def flip_rates(scores: Array, threshold: float, reference: Array, labels: Array) -> dict[str, float]:
-    """Shares of trials that the reference decides right and the scores wrong, and the reverse.
+    """Flips against a reference: shares of all trials.
+
+    A flip is harmful where the reference decides right and the scores decide wrong, and beneficial where it is the
+    other way round.
 
     Args:
         scores: `[trials]`, on the reference's scale.
-        threshold: of both.
+        threshold: on that scale, of both.
         reference: `[trials]`, the reference's scores.
         labels: `[trials]` bool.
 
@@ -250,7 +262,7 @@ def flip_rates(scores: Array, threshold: float, reference: Array, labels: Array)
 
 
 def each_alone(policy: CascadePolicy, joined: LevelScores) -> dict[str, Json]:
-    """Every level alone, by its bits: EER, harmful flips, beneficial flips."""
+    """The figures of every level alone, by its bits: `eer` in percent, and with a reference those of `flip_rates`."""
     labels, mapped = joined.trials.label, map_scores(policy, joined.scores)
     result = {}
     for bits, row in zip(policy.bits, mapped):
@@ -262,17 +274,17 @@ def each_alone(policy: CascadePolicy, joined: LevelScores) -> dict[str, Json]:
 
 
 def remaining_flips(policy: CascadePolicy, outcome: Outcome, reference: np.ndarray, labels: np.ndarray) -> list[Json]:
-    """Where harmful flips remain: how near full precision was to the threshold, and which level decided.
+    """Counts the harmful flips by distance of the reference's score from the threshold, and by the level that decided.
 
     Args:
         policy: the cascade.
-        outcome: what it did.
+        outcome: what it decided.
         reference: full precision's scores `[trials]`.
         labels: `[trials]` bool.
 
     Returns:
-        A row for each of `BANDS`: `nearest`, from and to which percent of the trials; `margin`, how far from the
-        threshold the last of them is; `harmful_flip_rate`, by bits of the deciding level, in shares of all trials.
+        A row for each band between two edges of `BANDS`: `nearest`, its two edges in percent; `margin`, the distance of
+        its last trial from the threshold; `harmful_flip_rate`, by bits of the deciding level, in shares of all trials.
     """
     margin = np.abs(reference - policy.threshold)
     order = np.argsort(margin, kind="stable")
@@ -288,7 +300,10 @@ def remaining_flips(policy: CascadePolicy, outcome: Outcome, reference: np.ndarr
 
 
 def log_ratios(policy: CascadePolicy, outcome: Outcome | Decisions) -> np.ndarray | None:
-    """Natural log likelihood ratio of each trial `[trials]`, by the map of the level that decided."""
+    """Natural log likelihood ratio of each trial `[trials]` float64, by the map of the level that decided it.
+
+    None where the policy has no such maps.
+    """
     if policy.llr_maps is None:
         return None
     scale, offset = np.array([[fitted.scale, fitted.offset] for fitted in policy.llr_maps]).T
@@ -296,9 +311,18 @@ def log_ratios(policy: CascadePolicy, outcome: Outcome | Decisions) -> np.ndarra
 
 
 def write_decisions(path: Place, trials: Trials, outcome: Outcome, llrs: np.ndarray | None = None) -> None:
-    """Writes `enrol,test,score,decision,bits[,llr]`, one CSV row a trial, with names as in the list.
+    """Writes decisions as CSV, `enrol,test,score,decision,bits[,llr]`, a row for each trial, with the list's names.
 
     Nine digits give every float32 back exactly.
+
+    Args:
+        path: the file.
+        trials: the list.
+        outcome: what the cascade decided.
+        llrs: `[trials]`, for the column `llr`.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     names = np.array([quoted(name) for name in trials.names], object)
     with atomic_write(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -331,7 +355,11 @@ def deliver(found: Evaluation, policy: Place, out: Path | None, llr: bool, json:
 
 
 def header(llr: bool) -> str:
-    """The first line of a file of decisions."""
+    r"""The first line of a file of decisions.
+
+    >>> header(llr=False)
+    'enrol,test,score,decision,bits\n'
+    """
     return "enrol,test,score,decision,bits" + (",llr\n" if llr else "\n")
 
 
@@ -343,15 +371,20 @@ def decision_lines(
     bits: np.ndarray,
     llrs: np.ndarray | None = None,
 ) -> Iterator[str]:
-    """The rows of a file of decisions, many at a time.
+    r"""Yields blocks of rows for a file of decisions.
 
     Args:
-        names: what `enrol_name` and `test_name` of the trials number, quoted.
+        names: `[names]`, quoted for CSV; `enrol_name` and `test_name` of the trials index them.
         trials: the list or a part of it.
         score: `[trials]`.
         accept: `[trials]` bool.
         bits: `[trials]`, of the level that decided.
         llrs: `[trials]`, for another column.
+
+    >>> row, yes = np.array([0]), np.array([True])
+    >>> one = Trials(row, row + 1, yes, ("a", "b"), row, row + 1)
+    >>> list(decision_lines(np.array(one.names), one, np.float32([0.5]), yes, np.array([2])))
+    ['a,b,0.5,1,2\n']
     """
     for start in range(0, len(trials), _LINES):
         part = slice(start, start + _LINES)

@@ -11,6 +11,7 @@ from kmq_jax import html
 from kmq_jax.cascade.policy import CascadePolicy
 from kmq_jax.core.files import Row, atomic_write
 
+# By name of a figure: the factor that makes it percent, and the label of its axis.
 PANELS = {"harmful_flip_rate": (100, "Harmful flips (%)"), "eer": (1, "EER (%)")}
 
 
@@ -23,7 +24,7 @@ def draw_front(path: str | os.PathLike[str], policy: CascadePolicy) -> None:
     """
     figure = Figure(figsize=(html.WIDTH, 6.4), layout="constrained", dpi=160)
     for axes, key in zip(figure.subplots(2, 1), PANELS):
-        if any(row[key] is None for row in policy.notes["front"]):
+        if any(row[key] is None for row in policy.notes["front"]):  # one class of trials has no EER
             axes.set_axis_off()
         else:
             _panel(axes, key, policy.notes, policy.seconds)
@@ -32,6 +33,7 @@ def draw_front(path: str | os.PathLike[str], policy: CascadePolicy) -> None:
 
 
 def _panel(axes: Axes, key: str, notes: Row, seconds: Sequence[float] | None) -> None:
+    """Draws one figure, `key` of `PANELS`, against the cost that gates were chosen by."""
     rows, alone = notes["front"], notes["each_level_alone"]
     scale, label = PANELS[key]
     cost = notes["cost"]
@@ -41,13 +43,15 @@ def _panel(axes: Axes, key: str, notes: Row, seconds: Sequence[float] | None) ->
     bits = [row[f"{cost}_{unit}"] for row in rows]
     values = [scale * row[key] for row in rows]
     axes.plot(bits, values, ".-", color="tab:blue", linewidth=1, markersize=4, label="cascade, the front")
+    # Where each level alone stands on the axis of costs.
     places = dict(zip(alone, seconds)) if seconds else {own: int(own) for own in alone}
+    # In bits a 32-bit level would lie so far right that the front shrinks to a dot.
     shown = [own for own, place in places.items() if seconds or place <= max(8, 1.5 * max(bits))]
     heights = [scale * alone[own][key] for own in shown]
     axes.plot([places[own] for own in shown], heights, "s", color="tab:gray", label="one level alone")
     for own, height in zip(shown, heights):
         axes.annotate(f"{own} bits", (places[own], height), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    chosen = notes.get("chosen")
+    chosen = notes.get("chosen")  # the rule `risk` takes no point of this front
     if chosen is not None:
         axes.plot(bits[chosen], values[chosen], "o", color="tab:red", markersize=8, fillstyle="none", label="chosen")
     axes.set(

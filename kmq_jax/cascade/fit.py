@@ -16,6 +16,7 @@ from kmq_jax.metrics.calibration import AffineMap, fit_logistic
 from kmq_jax.metrics.detection import Array, eer
 from kmq_jax.metrics.operating import OperatingPoint, parse_point, threshold_at
 
+# How far `risk_path` widens the dearest gates of the front, widest first.
 _FACTORS = (8.0, 6.0, 5.0, 4.0, 3.5, 3.0, 2.75, 2.5, 2.25, 2.0, 1.85, 1.7, 1.55, 1.4, 1.3, 1.2, 1.1, 1.05)
 
 
@@ -51,19 +52,22 @@ class Calibration:
         return len(self.labels)
 
     def take(self, chosen: Array) -> "Calibration":
-        """The trials at `chosen` `[trials]` bool, or rows of trials."""
+        """A part of the trials: those where `chosen` `[trials]` is true, or those whose rows it holds."""
         names = ("reference", "labels", "enrol_speaker", "test_speaker", "enrol", "test")
         parts = {name: getattr(self, name)[chosen] for name in names if getattr(self, name) is not None}
         return dataclasses.replace(self, scores=self.scores[:, chosen], **parts)
 
 
 def fit(data: Calibration, kind: str = "isotonic", point: OperatingPoint | None = None) -> CascadePolicy:
-    """Fits maps and threshold; every gate stops every trial.
+    """Fits maps and threshold of a policy. Its gates are placeholders: every one stops every trial.
 
     Args:
         data: the trials.
         kind: of the maps, see `fit_map`.
-        point: what the threshold is for; the reference's EER where left out.
+        point: the operating point that the threshold is for; the reference's EER where left out.
+
+    Returns:
+        The policy; its maps to log likelihood ratios are None where a class of trials is missing.
 
     Raises:
         UserError: a class of trials that map or threshold need is missing.
@@ -78,7 +82,7 @@ def fit(data: Calibration, kind: str = "isotonic", point: OperatingPoint | None 
     if data.labels.all() or not data.labels.any():
         return policy
     llrs = (fit_logistic(row, data.labels) for row in map_scores(policy, data.scores))
-    # A level that rates targets below nontargets tells nothing: its ratio is one, and no score turns it over.
+    # A level that scores targets below nontargets is taken to tell nothing: a log ratio of zero, whatever the score.
     rising = tuple(found if found.scale >= 0 else AffineMap(0.0, 0.0) for found in llrs)
     return dataclasses.replace(policy, llr_maps=rising)
 
@@ -88,15 +92,16 @@ def front_of(
 ) -> gates.Front:
     """The Pareto front of gates for a policy's maps and threshold.
 
-    The search is of costs by trial, which are sums over trials: bits, or seconds where `options` has them. By utterance
-    the front so found is priced anew, and what another point then beats is left out.
+    The search needs costs that are sums over trials: bits, or seconds where `options` has them. So with costs by
+    utterance, the front is found by the costs by trial, then priced by utterance, and points that another one then
+    beats are left out.
 
     Args:
         policy: maps and threshold; its gates do not count.
         data: the trials.
         options: `cost`, `seconds`, `nested`, `symmetric` and `enrolment` count here.
         objective: what is kept low beside the cost, one of `OBJECTIVES`.
-        last_counts: whether harmful flips of the last level count.
+        last_counts: whether harmful flips of the last level count as well.
 
     Raises:
         UserError: costs by utterance are asked for, and the utterances of the trials are not known.
@@ -104,6 +109,7 @@ def front_of(
     mapped = map_scores(policy, data.scores)
     sequential, incremental = prices(policy.bits)
     price = incremental if options.nests else sequential
+    # A trial that reaches a level has also run those below it.
     price = np.cumsum(options.seconds) if options.seconds else price
     front = gates.search(
         mapped, data.reference, data.labels, policy.threshold, price, objective, options.symmetric, last_counts
@@ -127,9 +133,9 @@ def front_of(
 def pareto(
     data: Calibration, policy: CascadePolicy, options: CalibrationOptions
 ) -> tuple[CascadePolicy, gates.Front, Json]:
-    """Takes the cheapest gates that flip no more decisions than the last level alone, or than `alpha` if that is more.
+    """Takes the cheapest gates whose harmful flips keep to a limit: the last level's own, or `alpha` if that is more.
 
-    The front was searched on the trials that it is judged by, so its best points owe part of their success to luck.
+    The front is judged on the trials that it was searched on, so its best points owe part of their success to chance.
     A point is therefore taken only if it keeps to the limit with a margin for the spread over speakers (`delta`).
 
     With the objective "eer" the limit is the last level's EER plus `alpha`, and there is no margin.
@@ -137,10 +143,11 @@ def pareto(
     Args:
         data: the trials.
         policy: maps and threshold, by `fit`.
-        options: `alpha`, `delta`, `objective`, `cost` and `symmetric` count here.
+        options: `alpha`, `delta`, `objective` and what `front_of` looks at.
 
     Returns:
-        The policy with gates; the whole front; what was chosen and why.
+        The policy with gates; the whole front; notes on what was chosen (`chosen`, its place on the front) and by which
+        limit (`at_most`).
     """
     front = front_of(policy, data, options, options.objective)
     mapped = map_scores(policy, data.scores)
@@ -157,11 +164,13 @@ def pareto(
 def _cheapest_with_margin(
     front: gates.Front, data: Calibration, policy: CascadePolicy, mapped: Array, options: CalibrationOptions
 ) -> tuple[int, float]:
-    """The first point of the front whose flips keep to the limit with the margin, or the last point; and the limit."""
+    """The cheapest point whose flips keep to the limit with the margin, or else the dearest one; and the limit."""
     flips = gates.harmful_flips(mapped, policy.threshold, data.reference, data.labels)
+    # Times the number of trials, so that a plain mean over trials is the weighted one.
     weights = gates.class_weights(data.labels, options.objective) * len(data)
     own = float(np.mean(flips[-1] * weights))
     most = max(options.alpha, own)
+    # In standard errors.
     margin = float(stats.norm.ppf(1 - options.delta))
     for i in range(len(front)):
         if front.objective[i] > most:
@@ -170,18 +179,26 @@ def _cheapest_with_margin(
         # Where the last level sets the limit, the difference from it varies less over speakers than the rate itself.
         excess = weights * (lost - flips[-1]) if own >= options.alpha else weights * lost - options.alpha
         error = risk.speaker_error(excess, data.enrol_speaker, data.test_speaker)
-        if excess.mean() + margin * error <= 1e-12:
+        if excess.mean() + margin * error <= 1e-12:  # zero, but for rounding
             return i, most
     return len(front) - 1, most
 
 
 def split_speakers(data: Calibration, share: float, seed: int) -> tuple[Calibration, Calibration]:
-    """Deals speakers into two groups; trials across the groups are in neither result.
+    """Deals speakers into two groups at random. Trials between the groups are in neither result.
 
     Args:
         data: the trials.
-        share: of the speakers that go to the second group.
+        share: of the speakers, who go to the second group.
         seed: of the deal.
+
+    Returns:
+        The trials within the first group, and those within the second.
+
+    >>> speaker, scores = np.arange(4), np.zeros(4, np.float32)
+    >>> data = Calibration((2,), scores[None], scores, speaker >= 0, speaker, speaker)
+    >>> [len(group) for group in split_speakers(data, share=0.5, seed=0)]
+    [2, 2]
     """
     speakers = np.union1d(data.enrol_speaker, data.test_speaker)
     order = np.random.default_rng(seed).permutation(speakers)
@@ -191,10 +208,10 @@ def split_speakers(data: Calibration, share: float, seed: int) -> tuple[Calibrat
 
 
 def risk_path(policy: CascadePolicy, data: Calibration, options: CalibrationOptions) -> list[tuple[gates.Gate, ...]]:
-    """Gates to test, from the safest finite ones to the cheapest.
+    """Gates to test, from safe to cheap.
 
-    First come the dearest gates of the front (bits against flips made by stopping early), widened step by step. Then
-    comes the front itself.
+    First come the dearest gates of the front (bits against flips made by stopping early), widened by ever smaller
+    factors. Then comes the front itself, from its dearest point to its cheapest.
     """
     front = front_of(policy, data, options, "flips", last_counts=False)
     points = [front.point(i) for i in reversed(range(len(front)))]
@@ -234,7 +251,14 @@ def flips_of(policy: CascadePolicy, mapped: Array, flips: Array, last_counts: bo
         policy: for the gates.
         mapped: `[levels, trials]` float32, on the reference's scale.
         flips: `[levels, trials]` bool, see `gates.harmful_flips`.
-        last_counts: whether those of the last level count, or only those made by stopping early.
+        last_counts: whether flips of the last level count, or only those made by stopping early.
+
+    >>> from kmq_jax.cascade.policy import symmetric_gates
+    >>> same = AffineMap(1.0, 0.0)
+    >>> policy = CascadePolicy((2, 4), (same, same), symmetric_gates(0.5, [0.1]), 0.5)
+    >>> flips = np.array([[True, True], [False, False]])
+    >>> flips_of(policy, np.float32([[0.9, 0.55], [0.9, 0.4]]), flips).tolist()  # the second trial climbs to level 2
+    [True, False]
     """
     level = levels_of(policy, mapped)
     return flips[level, np.arange(len(level))] & (last_counts | (level < len(mapped) - 1))
@@ -243,19 +267,19 @@ def flips_of(policy: CascadePolicy, mapped: Array, flips: Array, last_counts: bo
 def control_risk(data: Calibration, options: CalibrationOptions) -> tuple[CascadePolicy, Json]:
     """Finds the cheapest gates that keep a promise on harmful flips made by stopping early (see `cascade.risk`).
 
-    Speakers are dealt into two groups. One group makes maps, threshold and a path of gates; the other tests the path.
+    Speakers are dealt into two groups. Trials within the first make maps, threshold and a path of gates; trials within
+    the second test the path. Where no gates keep the promise, every trial climbs to the last level.
 
     Args:
         data: the trials.
         options: all but `objective` count here; `delta` does not for the bound "conformal".
 
     Returns:
-        The policy, and what is promised: `bound` and whether it is `approximate`; `upper_bounds` of the gates
-        chosen, as if they had been fixed before; `proven_upper_bound` (Hoeffding and Bentkus, over all gates
-        tried at once); `kept_by`, how many of the `tested` gates each bound would keep; `speakers_needed` for a
-        proof of alpha;
-        `with_last_level`, the same for all harmful flips, those of the last level counted. Where no gates keep the
-        promise, every trial climbs to the last level.
+        The policy, and notes on what is promised. Among them are: `bound`, and whether it is `approximate`;
+        `upper_bounds` of the chosen gates, as if these had been fixed in advance; `proven_upper_bound`, by Hoeffding
+        and Bentkus, over all gates tried at once; `kept_by`, how many of the `tested` gates each bound would keep;
+        `speakers_needed` for a proof of alpha; `with_last_level`, the same bounds for all harmful flips, with those of
+        the last level.
 
     Raises:
         UserError: a group of speakers has too few trials.
@@ -264,7 +288,7 @@ def control_risk(data: Calibration, options: CalibrationOptions) -> tuple[Cascad
     if not len(design):
         raise UserError("the risk rule has no trials within one of its two groups of speakers")
     policy = fit(design, options.map, parse_point(options.operating_point))
-    # Dealing speakers leaves out nontarget trials alone: the share of targets is that of the whole list.
+    # Dealing speakers drops nontarget trials only, those between the groups: so the share of targets is taken before.
     share = float(np.mean(data.labels))
     pairs = risk.pair_up(certify.enrol_speaker, certify.test_speaker, certify.labels, share)
     path = risk_path(policy, design, options) if len(policy.bits) > 1 else []
@@ -281,10 +305,12 @@ def control_risk(data: Calibration, options: CalibrationOptions) -> tuple[Cascad
     never = ((-np.inf, np.inf),) * (len(policy.bits) - 1)
     found = policies[kept - 1] if kept else dataclasses.replace(policy, gates=never)
     lost = pairs.losses(flips_of(found, mapped, flips, last_counts=False))
-    # Behind infinite gates no trial stops early: there is nothing to bound then.
+    # The cheapest gates, by which every trial stops at the first level: they flip the most.
     much = pairs.losses(flips[0])
+    # Where none are kept, no trial stops early: then there is nothing to bound.
     upper = risk.bounds(lost, much, pairs, options.delta) if kept else dict.fromkeys(BOUNDS, 0.0)
-    # The gates were chosen on these very trials. Divided by the number of gates tried, delta covers all of them.
+    # The gates were chosen on these very trials. Delta divided by the number of gates tried covers the choice (a union
+    # bound).
     each = options.delta / max(len(path), 1)
     proven = risk.hoeffding_bentkus(float(lost.mean()), pairs.units, each) if kept else 0.0
     every = pairs.losses(flips_of(found, mapped, flips))

@@ -16,18 +16,18 @@ from kmq_jax.metrics.detection import Array
 
 # How many combinations of gates are tried. The EER counts them at 64 thresholds, so it gets fewer.
 _COMBINATIONS = {"flips": 1 << 20, "balanced": 1 << 20, "eer": 1 << 16}
-_MOST_CANDIDATES = 256
-_THRESHOLDS = 64
+_MOST_CANDIDATES = 256  # for each side of a gate
+_THRESHOLDS = 64  # that the EER is looked for at
 
 
 @dataclass(frozen=True, eq=False)
 class Front:
-    """Gates such that none is both cheaper and better, from cheapest to dearest.
+    """A Pareto front of gates, from cheapest to dearest: no point is both as cheap as another and better.
 
     Attributes:
         gates: `[points, gated levels, 2]`, low and high.
         objective: `[points]`, as a fraction, descending.
-        bits: `[points]`, ascending, what a trial or an utterance costs: bits, or seconds where they count.
+        bits: `[points]`, ascending: the mean cost of a trial or an utterance, in bits, or in seconds where these count.
     """
 
     gates: Array
@@ -75,9 +75,9 @@ def class_weights(labels: Array, objective: str) -> Array:
 def candidates(mapped: Array, threshold: float, flips: Array, count: int, symmetric: bool = False) -> Array:
     """Gates of one level that are worth trying.
 
-    A wider gate helps only if it takes in a trial that was a flip. So the candidates lie just beyond flipped trials,
-    thinned evenly if there are more than `count`. If there are fewer, the rest lie at quantiles of the trials nearest
-    the threshold. The first candidate stops every trial, and the last stops none.
+    Widening a gate helps only if a flipped trial then lies inside. So the candidates lie just beyond flipped trials,
+    thinned evenly if there are more than `count`. If there are fewer, the rest lie at quantiles of the half of the
+    trials that is nearest the threshold. The first candidate stops every trial, and the last stops none.
 
     Args:
         mapped: `[trials]` float32.
@@ -88,12 +88,16 @@ def candidates(mapped: Array, threshold: float, flips: Array, count: int, symmet
 
     Returns:
         `[2, count]` float32: lows, descending, and highs, ascending.
+
+    >>> candidates(np.float32([0.25, 0.75]), 0.5, np.array([False, True]), count=3).round(2).tolist()
+    [[0.5, 0.25, -inf], [0.5, 0.75, inf]]
     """
     accepted = mapped >= np.float32(threshold)
     chosen = []
     for accept, sign in ((False, -1.0), (True, 1.0)):
         within = np.full(mapped.shape, True) if symmetric else accepted == accept
         distance = np.abs(mapped.astype(np.float64) - threshold)
+        # Two of the places are for the first and the last candidate, added below.
         flipped = _thin(np.unique(distance[within & flips]), count - 2)
         near = np.sort(distance[within])
         others = _thin(np.unique(near[: (len(near) + 1) // 2]), count - 2 - len(flipped))
@@ -116,7 +120,9 @@ def _thin(values: Array, count: int) -> Array:
 
 
 def _cells(mapped: Array, threshold: float, lows: Array, highs: Array) -> tuple[Array, Array]:
-    """For each trial of one level its side, 0 reject or 1 accept, and how many of that side's gates it stops at."""
+    """For each trial of one level its side, 0 reject or 1 accept, and how many of that side's gates stop it."""
+    # Candidates widen with their number, so the gates that stop a trial are the first ones. Lows descend: negated, they
+    # can be searched.
     accepted = mapped >= np.float32(threshold)
     stops = np.where(
         accepted, np.searchsorted(highs, mapped, side="right"), np.searchsorted(-lows, -mapped, side="right")
@@ -127,13 +133,13 @@ def _cells(mapped: Array, threshold: float, lows: Array, highs: Array) -> tuple[
 def totals(cells: list[tuple[Array, Array]], values: Array, count: int, symmetric: bool = False) -> Array:
     """Sums a quantity over all trials, for every combination of gates.
 
-    A trial that stops at level b counts q_b: whether b's decision is a harmful flip, or the bits read so far. The
-    levels climbed through make a telescoping sum,
+    A trial that stops at level b counts q_b: 1 or 0 for whether b's decision is a harmful flip, or the bits read so
+    far. This is a telescoping sum over the levels climbed through,
 
         q = q_1 + [climbs from 1] (q_2 - q_1) + [climbs from 1 and 2] (q_3 - q_2) + ...
 
-    Each bracket depends on one gate a level: that of the side (reject or accept) on which the trial lies there. So the
-    sums for all combinations are a few small cumulative histograms.
+    Each bracket depends on one gate of each level: that of the side (reject or accept) on which the trial lies there.
+    So the sums for all combinations come from a few small cumulative histograms.
 
     Args:
         cells: for each gated level, sides and numbers of gates that stop the trial, each `[trials]`.
@@ -154,14 +160,17 @@ def totals(cells: list[tuple[Array, Array]], values: Array, count: int, symmetri
         # Most trials cost the same at both levels: they add nothing to this bracket.
         used = np.flatnonzero(change)
         index = np.zeros(len(used), np.int64)
+        # Side and number of stops at each level, as the digits of one number.
         for side, stops in cells[:depth]:
             index = (index * 2 + side[used]) * (count + 1) + stops[used]
         size = (2 * (count + 1)) ** depth
         table = np.bincount(index, change[used], size).reshape((2, count + 1) * depth)
-        for level in range(depth):  # a trial climbs at every gate from the first that does not stop it
+        # A trial that is stopped by the first k gates climbs at gate k and all wider ones: hence cumulative sums.
+        for level in range(depth):
             table = np.cumsum(table, axis=2 * level + 1)
-        table = table[(slice(None), slice(count)) * depth]
+        table = table[(slice(None), slice(count)) * depth]  # the entry behind: trials that every gate stops
         for sides in itertools.product((0, 1), repeat=depth):
+            # One axis of `part` for each level's gate on the given side; the axes of other gates are of length one.
             part = table[tuple(x for side in sides for x in (side, slice(None)))]
             places = list(range(depth)) if symmetric else [2 * level + side for level, side in enumerate(sides)]
             result += np.expand_dims(part, tuple(axis for axis in range(axes) if axis not in places))
@@ -178,7 +187,7 @@ def search(
     symmetric: bool = False,
     last_counts: bool = True,
 ) -> Front:
-    """Finds the Pareto front of gates: objective against mean bits a trial.
+    """Finds the Pareto front of gates: the objective against the mean cost of a trial.
 
     Args:
         mapped: `[levels, trials]` float32, each level's scores on the reference's scale.
@@ -186,13 +195,18 @@ def search(
         labels: `[trials]` bool.
         threshold: on the reference's scale.
         prices: `[levels]`, bits (or seconds) of a trial that stops at each level.
-        objective: "flips": harmful flips against the reference a trial; "balanced": the mean of their rates among
+        objective: "flips": the rate of harmful flips against the reference; "balanced": the mean of their rates among
             targets and among nontargets; "eer": the cascade's EER, found among 64 thresholds.
         symmetric: gates as the paper has them, equally wide on both sides.
         last_counts: whether harmful flips of the last level count; else only those that early stopping makes.
 
     Raises:
-        UserError: the objective is unknown, or there are too many levels.
+        UserError: the objective is unknown, there are too many levels, or "eer" lacks a class of trials.
+
+    >>> mapped = np.float32([[0.1, 0.55, 0.9], [0.1, 0.4, 0.9]])  # the first level accepts the second trial by mistake
+    >>> front = search(mapped, mapped[1], np.array([False, False, True]), 0.5, prices=np.array([2.0, 6.0]))
+    >>> front.bits.round(3).tolist(), front.objective.round(3).tolist()
+    ([2.0, 3.333], [0.333, 0.0])
     """
     gated = len(mapped) - 1
     if objective not in OBJECTIVES:
@@ -200,6 +214,7 @@ def search(
     flips = harmful_flips(mapped, threshold, reference, labels)
     trials = mapped.shape[1]
     free = gated if symmetric else 2 * gated
+    # As many as the combinations allow. The 1e-9 is for roots that come out just below a whole number.
     count = min(_MOST_CANDIDATES, int(_COMBINATIONS[objective] ** (1 / free) + 1e-9)) if gated else 1
     if gated and count < 3:
         raise UserError(f"{gated + 1} levels are too many for a search of all gates")
@@ -221,6 +236,7 @@ def search(
     places = np.stack(np.unravel_index(keep, bits.shape), axis=-1) if gated else np.zeros((1, 0), int)
     if symmetric:
         places = np.repeat(places, 2, axis=1)
+    # Axis a is of level a // 2: its low where a is even, its high where a is odd.
     gates = np.stack([tried[a // 2][a % 2][places[:, a]] for a in range(2 * gated)], axis=-1) if gated else places
     return Front(gates.reshape(len(keep), gated, 2), cost.ravel()[keep], bits.ravel()[keep])
 
@@ -230,7 +246,7 @@ def _grid_eer(sums: Callable[[Array], Array], mapped: Array, labels: Array, shap
     targets, nontargets = mapped[:, labels], mapped[:, ~labels]
     if not targets.size or not nontargets.size:
         raise UserError("the EER needs target and nontarget trials")
-    # The error rates of any cascade cross between the extremes of the levels' own crossings, given some room.
+    # The error rates of a cascade cross about where those of its levels do. The quantiles leave room on both sides.
     low = min(np.quantile(row, 0.002) for row in targets)
     high = max(np.quantile(row, 0.998) for row in nontargets)
     pooled = mapped[(mapped >= min(low, high)) & (mapped <= max(low, high))]
@@ -243,7 +259,15 @@ def _grid_eer(sums: Callable[[Array], Array], mapped: Array, labels: Array, shap
 
 
 def pareto(cost: Array, bits: Array) -> Array:
-    """Indices of the points that no other beats, from cheapest to dearest."""
+    """Indices of the points that no other beats, from cheapest to dearest.
+
+    Args:
+        cost: `[points]`, the objective.
+        bits: `[points]`, the price.
+
+    >>> pareto(np.array([0.3, 0.1, 0.2]), np.array([1.0, 2.0, 3.0])).tolist()  # the third is dearer and worse
+    [0, 1]
+    """
     # By bits, ties by cost: along this order a point counts only if it lowers the least cost so far.
     order = np.lexsort((cost, bits))
     least = np.minimum.accumulate(cost[order])
@@ -251,12 +275,12 @@ def pareto(cost: Array, bits: Array) -> Array:
 
 
 def choose(front: Front, most: float, slack: float = 1e-12) -> int:
-    """The place of the cheapest point whose objective is at most `most`; of the best of all where none is.
+    """The index of the cheapest point whose objective is at most `most`; where there is none, of the best point.
 
     Args:
         front: from cheapest to dearest, as `search` gives it.
-        most: of the objective, a fraction.
-        slack: how far above a point may still lie, for rounding.
+        most: limit of the objective, a fraction.
+        slack: how far above the limit a point may lie, for rounding.
 
     >>> front = Front(np.zeros((3, 1, 2)), objective=np.array([0.2, 0.1, 0.0]), bits=np.array([2.0, 3.0, 5.0]))
     >>> choose(front, most=0.1)

@@ -12,10 +12,10 @@ OBJECTIVES = ("flips", "balanced", "eer")
 COSTS = ("sequential", "incremental", "utterance")
 BOUNDS = ("survey", "hoeffding-bentkus", "conformal")
 APPROXIMATE = ("survey",)
-"""Bounds without a proof: they break where few speakers are unlike the others. The rest of `BOUNDS` is proven."""
+"""Bounds without a proof: they fail where few speakers are unlike the others. The rest of `BOUNDS` is proven."""
 
 IGNORED_BY = {"pareto": ("bound", "certify_share"), "risk": ("objective",)}
-"""The options that a rule does not look at."""
+"""The options that have no effect under a rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +63,14 @@ class CalibrationOptions(Options):
     seed: int = option("of the bootstrap and of the deal of speakers", 0, at_least=0, at_most=2**32 - 1)
 
     def __post_init__(self) -> None:
-        """See `Options`; also checks what goes together."""
+        """See `Options`; also refuses `seconds` together with nested levels."""
         super().__post_init__()
         if self.seconds and self.nests:
             raise UserError("`seconds` goes with levels that are networks of their own, not with nested codebooks")
 
     @property
     def nests(self) -> bool:
-        """Whether the levels are one nested model: `incremental` cost says so, too."""
+        """Whether the levels are one nested model; `cost` "incremental" implies it."""
         return self.nested or self.cost == "incremental"
 
 

@@ -15,6 +15,8 @@ from kmq_jax.core.files import Json, read_json, write_json
 from kmq_jax.metrics.calibration import AffineMap, IsotonicMap, fit_isotonic, fit_logistic, map_from_dict
 
 VERSION = 1
+_MOST_BITS = 64
+_LARGEST = 1e30  # of maps and threshold: products and sums of such numbers with scores fit float32
 Gate = tuple[float, float]
 
 
@@ -23,22 +25,27 @@ class CascadePolicy:
     """A cascade of levels. Each level has its bits and a map to the reference's scores; all but the last have a gate.
 
     A trial is scored at the first level. If the mapped score lies inside the gate, `low < score < high`, the trial is
-    in doubt and climbs to the next level. If not, it stops there, and is accepted if `score >= threshold`. So a gate
+    in doubt and climbs to the next level. If not, it stops, and is accepted if `score >= threshold`. So the gate
     `(threshold, threshold)` stops every trial, and `(-inf, inf)` stops none. The paper's gates are symmetric:
     `(threshold - t, threshold + t)`. Here the two sides may differ.
 
     Attributes:
         bits: bits of each level, ascending.
         maps: each level's map from its scores to the reference's.
-        gates: `(low, high)` of each level but the last, around the threshold.
+        gates: `(low, high)` of each level but the last, with the threshold between them or equal to either.
         threshold: on the reference's scale.
         llr_maps: each level's map from reference scale to natural log likelihood ratio; None where it was not fitted.
         enrolment: "each": both sides at the level's bits; "top": the enrolled side always at the last level's.
-        models: what is known of each level's model, None or its fingerprint.
+        models: fingerprint of each level's model, None where unknown.
         dims: each level's embedding size, None where unknown.
-        notes: how the policy came about: for people, not used by the cascade.
-        seconds: what a recording takes at each level, where gates were chosen by it: bits of different networks say
-            little of what they compute. None elsewhere.
+        notes: how the policy was made: for people. Decisions do not depend on them.
+        seconds: what a recording takes at each level, where gates were chosen by it: the bits of different networks say
+            little about their work. None elsewhere.
+
+    >>> line = AffineMap(1.0, 0.0)
+    >>> policy = CascadePolicy((2, 4), (line, line), symmetric_gates(0.5, [0.25]), threshold=0.5)
+    >>> policy.gates
+    ((0.25, 0.75),)
     """
 
     bits: tuple[int, ...]
@@ -56,24 +63,41 @@ class CascadePolicy:
         levels = len(self.bits)
         for name in ("models", "dims"):
             if not getattr(self, name):
+                # The way to fill in a field of a frozen dataclass.
                 object.__setattr__(self, name, (None,) * levels)
         sizes = [len(self.maps), len(self.gates) + 1, len(self.models), len(self.dims)]
-        if levels < 1 or set(sizes) != {levels} or len(self.llr_maps or self.maps) != levels:
+        sizes += [] if self.llr_maps is None else [len(self.llr_maps)]
+        if levels < 1 or set(sizes) != {levels}:
             raise UserError(f"a policy of {levels} bits needs as many maps and one gate less")
         if any(a >= b for a, b in zip(self.bits, self.bits[1:])) or self.bits[0] < 1:
             raise UserError(f"the bits of a cascade must ascend, got {self.bits}")
+        if self.bits[-1] > _MOST_BITS:
+            raise UserError(f"the bits of a cascade must be at most {_MOST_BITS}, got {self.bits}")
         if not math.isfinite(self.threshold):
             raise UserError(f"the threshold (={self.threshold}) must be finite")
+        self._check_numbers()
         for bits, (low, high) in zip(self.bits, self.gates):
-            if not low <= self.threshold <= high:
+            if not low <= self.threshold <= high:  # NaN fails as well
                 raise UserError(f"the gate ({low}, {high}) of {bits} bits must hold the threshold {self.threshold}")
         if self.seconds is not None and (len(self.seconds) != levels or not _positive(self.seconds)):
             raise UserError(f"`seconds` (={self.seconds}) must be a number above zero for each of {levels} levels")
         if self.enrolment not in ENROLMENTS:
             raise UserError(f"enrolment {self.enrolment!r} must be one of {', '.join(ENROLMENTS)}")
 
+    def _check_numbers(self) -> None:
+        """Refuses numbers that are infinite in float32, which the compiled cascade computes in."""
+        numbers = [np.array([self.threshold])]
+        for fitted in (*self.maps, *(self.llr_maps or ())):
+            if isinstance(fitted, AffineMap):
+                numbers.append(np.array([fitted.scale, fitted.offset]))
+            else:
+                numbers += [fitted.x, fitted.y]
+        size = np.abs(np.concatenate(numbers))
+        if not (size <= _LARGEST).all():  # NaN fails as well
+            raise UserError(f"the maps and the threshold of a cascade must be at most {_LARGEST:g}, got {size.max():g}")
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the policy as JSON. An infinite side of a gate is null."""
+        """Writes the policy as JSON, for `read_policy`. An infinite side of a gate is null: JSON has no infinity."""
         levels = []
         for i, bits in enumerate(self.bits):
             level: Json = {"bits": bits, "map": self.maps[i].to_dict()}
@@ -98,11 +122,11 @@ class CascadePolicy:
         """Refuses embeddings that the policy was not made for.
 
         Args:
-            bits: claimed for the embeddings.
-            level: their place in the cascade.
+            bits: that the embeddings are said to be of.
+            level: their place in the cascade, from 0.
             dim: their dimensions.
             model: fingerprint of their model, where known.
-            source: the file, for messages.
+            source: their file, for messages.
 
         Raises:
             UserError: the bits, the dimensions or the model differ from the policy's.
@@ -119,10 +143,11 @@ class CascadePolicy:
 
 
 def read_policy(path: str | os.PathLike[str]) -> CascadePolicy:
-    """Reads what `CascadePolicy.save` wrote.
+    """Reads a policy that `CascadePolicy.save` wrote.
 
     Raises:
-        UserError: the file is missing, no policy, of a later version, or has impossible values; it names the file.
+        UserError: the file is missing, is no policy, is of another version, or has impossible values; the message names
+            the file.
     """
     value = read_json(path)
     try:
@@ -130,7 +155,7 @@ def read_policy(path: str | os.PathLike[str]) -> CascadePolicy:
             raise UserError("it is no cascade policy")
         if value["version"] != VERSION:
             raise UserError(f"its version is {value['version']}, this program reads version {VERSION}")
-        levels = value["stages" if "stages" in value else "levels"]  # what levels were once called
+        levels = value["stages" if "stages" in value else "levels"]  # older files say "stages"
         llrs = tuple(_affine(level["llr"]) for level in levels if level["llr"] is not None)
         return CascadePolicy(
             tuple(_integer(level["bits"]) for level in levels),
@@ -154,7 +179,7 @@ def _positive(values: Sequence[float]) -> bool:
 
 
 def _integer(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, int) or isinstance(value, bool):  # a bool is an int in Python
         raise UserError(f"{value!r} is not a whole number")
     return value
 
@@ -172,7 +197,11 @@ def _affine(value: object) -> AffineMap:
 
 
 def symmetric_gates(threshold: float, distances: ArrayLike) -> tuple[Gate, ...]:
-    """The paper's gates: a trial climbs where it is nearer the threshold than a distance, `[levels - 1]`.
+    """The paper's gates: a trial climbs where its score is nearer the threshold than the level's distance.
+
+    Args:
+        threshold: on the reference's scale.
+        distances: `[levels - 1]`, one for each level but the last.
 
     >>> symmetric_gates(0.5, [0.25, 0.125])
     ((0.25, 0.75), (0.375, 0.625))
@@ -191,8 +220,8 @@ def fit_map(kind: str, scores: ArrayLike, reference: ArrayLike, labels: ArrayLik
         labels: `[trials]`, true for target trials; only "logistic" looks at them.
 
     Raises:
-        UserError: the kind is unknown, or "logistic" lacks target or nontarget trials or a reference that tells them
-            apart.
+        UserError: the kind is unknown, there is no trial, or "logistic" lacks target or nontarget trials or a reference
+            that tells them apart.
 
     >>> fitted = fit_map("affine", [0.0, 1.0, 2.0], [1.0, 3.0, 5.0], [False, True, True])
     >>> fitted.scale, fitted.offset
@@ -202,12 +231,15 @@ def fit_map(kind: str, scores: ArrayLike, reference: ArrayLike, labels: ArrayLik
     if kind == "isotonic":
         return fit_isotonic(x, y)
     if kind == "affine":
+        if x.ndim != 1 or x.shape != y.shape or not x.size:
+            raise UserError(f"scores of shape {x.shape} do not fit values of shape {y.shape}")
         centred = x - x.mean()
         spread = float(centred @ centred)
-        # Not below zero: a map that falls would turn scores over.
+        # Not below zero: a falling map would reverse the order of scores.
         slope = max(0.0, float(centred @ y) / spread) if spread > 0 else 0.0
         return AffineMap(slope, float(y.mean() - slope * x.mean()))
     if kind == "logistic":
+        # Equal log likelihood ratios, a x + b = c y + d, solved for y.
         ours, theirs = fit_logistic(x, labels), fit_logistic(y, labels)
         if theirs.scale <= 0:
             raise UserError("the reference scores targets below nontargets: no logistic map")

@@ -1,6 +1,6 @@
-"""The cascade over a whole trial list: maps, gates, decisions and costs in one compiled program.
+"""Runs the cascade over a whole trial list: maps, gates, decisions and costs in one compiled program.
 
-The same program runs many policies at once (`run_grid`), for instance a whole Pareto front.
+`run_grid` runs many policies at once, such as a whole Pareto front.
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ _CHUNK = 1 << 16  # trials that are decided at a time
 )
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """A policy as arrays.
+    """A policy as float32 arrays.
 
     Attributes:
-        x: `[levels, knots]`, ascending, filled up with infinity.
-        y: `[levels, knots]`, filled up with the last value.
-        scale: `[levels]`; of an affine map, and NaN for an isotonic one.
-        offset: `[levels]`.
+        x: `[levels, knots]`, scores, ascending; filled up with infinity.
+        y: `[levels, knots]`, what they are mapped to; filled up with the last value.
+        scale: `[levels]`, of an affine map; NaN says that the map is isotonic.
+        offset: `[levels]`, of an affine map.
         low: `[levels]`; in the last level `low` and `high` are the threshold, so that every trial stops there.
         high: `[levels]`.
         threshold: scalar.
@@ -52,17 +52,17 @@ class Tables:
 
 
 Counts = dict[str, jax.Array]
-"""What a run's costs come from, as `costs_of` takes it; of a grid of policies, with an axis for them in front."""
+"""The counts that a run's costs are made of, as `costs_of` takes them; for a grid, with a leading axis of policies."""
 
 
 def prices(bits: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Bits read by a trial that climbs to each level: sequential (`2, 2+3, 2+3+4`) and incremental (`2, 3, 4`).
 
-    Codebooks nest, so the next level reads only the bits that it adds. Floating point (16 bits or more) is no codebook:
-    it is read whole.
+    Incremental prices are for nested codebooks, where the next level reads only the bits that it adds. Floating point
+    (16 bits or more) is no codebook: it is read whole.
 
     Returns:
-        Two arrays `[levels]` float32.
+        Both prices, each `[levels]` float32.
 
     >>> sequential, incremental = prices((2, 3, 4, 32))
     >>> sequential.tolist(), incremental.tolist()
@@ -76,9 +76,9 @@ def prices(bits: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tables(policies: Sequence[CascadePolicy]) -> Tables:
-    """Lays policies of the same bits out for the device; every array gets the leading axis `[policies]`.
+    """Lays out policies of the same bits for the device; every array gets the leading axis `[policies]`.
 
-    Maps that several policies share are laid out once. The number of knots is filled up to a power of two, so that
+    Maps that several policies share are laid out once. The number of knots is rounded up to a power of two, so that
     policies of like size share a compilation.
     """
     longest = max([1, *(len(m.x) for p in policies for m in p.maps if isinstance(m, IsotonicMap))])
@@ -105,18 +105,21 @@ def _map_tables(policy: CascadePolicy, knots: int) -> tuple[np.ndarray, ...]:
 
 def _map(scores: jax.Array, x: jax.Array, y: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
     """One level's map of scores `[trials]`."""
-    # The knots around a score; scores beyond the ends take the two outermost.
+    # The two knots around a score; a score beyond the ends takes the two outermost ones. Where there is one knot alone,
+    # both are that knot, and `share` is NaN or infinite.
     right = jnp.clip(jnp.searchsorted(x, scores, side="right"), 1, max(x.shape[0] - 1, 1)).astype(jnp.int32)
     last = min(1, x.shape[0] - 1)
     left = right - 1
     x0, y0, x1, y1 = x[left], y[left], x[left + last], y[left + last]
     share = jnp.clip((scores - x0) / (x1 - x0), 0, 1)  # 0 towards a filled-up knot at infinity
-    # A knot is hit exactly, and beyond the ends the map is constant.
-    lookup = jnp.where(share > 0, y0 + share * (y1 - y0), y0)
+    # Where the share is 0, or NaN (0 / 0 between equal knots), y0 is taken as it is, and y1 where it is 1, for
+    # y0 + (y1 - y0) may be rounded. Beyond the ends maps are constant.
+    lookup = jnp.where(share > 0, jnp.where(share >= 1, y1, y0 + share * (y1 - y0)), y0)
     return jnp.where(jnp.isnan(scale), lookup, scale * scores + offset)
 
 
 def _map_all(table: Tables, scores: jax.Array) -> jax.Array:
+    """Every level's map of its scores `[levels, trials]`."""
     return jax.lax.map(lambda row: _map(*row), (scores, table.x, table.y, table.scale, table.offset))
 
 
@@ -133,17 +136,18 @@ def _choose(table: Tables, mapped: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _reach(level: jax.Array, rows: jax.Array, size: int) -> jax.Array:
-    """The highest level any trial took each row of a table `[size]` to; -1 for rows that no trial uses."""
+    """The highest level that any trial took each row of a table to, `[size]`; -1 for rows that no trial uses."""
     return jnp.full(size, -1, jnp.int8).at[rows].max(level)
 
 
 def _counts(table: Tables, level: jax.Array, enrol: jax.Array, test: jax.Array, sizes: tuple[int, int, bool]) -> Counts:
-    enrol_size, test_size, top = sizes
+    enrol_size, test_size, top = sizes  # as `_sizes` gives them: no enrolment size where both sides share a table
     reach = _reach(level, test, test_size)
-    enrolled = both = jnp.full(1, -1, jnp.int8)
+    enrolled = both = jnp.full(1, -1, jnp.int8)  # -1 is counted nowhere
     if enrol_size:
+        # With "top" an enrolment does not climb: it is counted at level 0, and `costs_of` prices it at the last.
         enrolled = _reach(jnp.full_like(level, 0) if top else level, enrol, enrol_size)
-    elif top:  # both sides are rows of one table: an utterance on both is kept at the top level, and climbs to it
+    elif top:  # of one table: an utterance on both sides is embedded at the last level, and at those it climbs through
         kept = _reach(jnp.full_like(level, 0), enrol, test_size) >= 0
         enrolled = jnp.where(kept & (reach < 0), jnp.int8(0), jnp.int8(-1))
         reach, both = jnp.where(kept, jnp.int8(-1), reach), jnp.where(kept, reach, jnp.int8(-1))
@@ -151,7 +155,7 @@ def _counts(table: Tables, level: jax.Array, enrol: jax.Array, test: jax.Array, 
         reach = jnp.maximum(reach, _reach(level, enrol, test_size))
 
     def by_level(values: jax.Array) -> jax.Array:
-        # Whole numbers: a sum in float32 would stand still from 2^24 trials on.
+        # In whole numbers: a sum of ones in float32 stops growing at 2^24.
         return jnp.stack([jnp.sum(values == i, dtype=jnp.int32) for i in range(table.low.shape[0])])
 
     counted = {"reached": reach, "enrolled": enrolled, "both": both}
@@ -167,21 +171,21 @@ def costs_of(
     both: np.ndarray | None = None,
     seconds: Sequence[float] | None = None,
 ) -> dict[str, np.ndarray]:
-    """What a cascade costs, from counts.
+    """The costs of a cascade, from counts.
 
     Args:
         bits: `[levels]`.
         top: whether the enrolled side is always embedded at the last level.
-        decided: `[..., levels]`, trials that each level decides.
-        reached: `[..., levels]`, utterances by the highest level that a trial took them to.
-        enrolled: `[..., levels]`, the same of the enrolled side, where that is counted apart.
-        both: `[..., levels]`, the same of utterances that are tested, and enrolled at the last level; in neither of
-            the others.
-        seconds: `[levels]`, what a recording takes at each, where it is known.
+        decided: `[..., levels]`, how many trials each level decides.
+        reached: `[..., levels]`, how many utterances have each level as the highest that a trial took them to.
+        enrolled: `[..., levels]`, the same for utterances of the enrolled side, where these are counted apart.
+        both: `[..., levels]`, the same for utterances that are tested, and also enrolled at the last level. They are
+            not in the two others.
+        seconds: `[levels]`, what a recording takes at each level, where it is known.
 
     Returns:
-        `resolved` `[..., levels]` and the costs of `Outcome`, `[...]`, float64: in bits, and in seconds where these are
-        known.
+        `resolved` `[..., levels]`, shares of trials; and the costs of `Outcome`, `[...]` float64, in bits, and in
+        seconds where these are known.
 
     >>> found = costs_of((2, 4), False, np.array([3, 1]), np.array([1, 2]), np.array([0, 0]))
     >>> found["resolved"].tolist(), float(found["sequential_bits"]), round(float(found["utterance_bits"]), 3)
@@ -193,10 +197,11 @@ def costs_of(
     utterances = sum(np.sum(counts, axis=-1) for counts in (reached, enrolled, both))
 
     def mean_cost(price: np.ndarray, last: float, shared: bool = False) -> np.ndarray:
-        # The enrolled side's counts lie at the first level where it does not climb.
+        # With `top` the enrolled side costs the last level alone, wherever its counts lie.
         of_enrolled = np.full_like(price, last) if top else price
+        # The last level for being enrolled, and those climbed through for being tested.
         of_both = np.full_like(price, last) + (0 if shared else price)
-        of_both[-1] = price[-1]  # whoever has climbed to the last level is embedded there already
+        of_both[-1] = price[-1]  # one that has climbed to the last level is embedded there only once
         cost: np.ndarray = (reached @ price + enrolled @ of_enrolled + both @ of_both) / utterances
         return cost
 
@@ -205,7 +210,7 @@ def costs_of(
         "sequential_bits": resolved @ sequential,
         "incremental_bits": resolved @ incremental,
         "utterance_bits": mean_cost(sequential, bits[-1]),
-        # Where codebooks nest, the last level's bits hold those of the levels below it.
+        # Where codebooks nest, the last level's bits contain those of the levels below it.
         "utterance_incremental_bits": mean_cost(incremental, bits[-1], shared=bits[-1] < _FLOATING),
     }
     if seconds is not None:
@@ -242,6 +247,7 @@ def _run_grid(
     sizes: tuple[int, int, bool],
     shared_maps: bool,
 ) -> Counts:
+    # Maps that all policies share are applied once, outside the loop over policies.
     mapped = _map_all(jax.tree.map(lambda leaf: leaf[0], grid), scores) if shared_maps else None
 
     def one(table: Tables) -> Counts:
@@ -251,7 +257,7 @@ def _run_grid(
         harmful = ((right > 0) & ~accept) | ((right < 0) & accept)
         return _counts(table, level, enrol, test, sizes) | {"harmful": jnp.sum(harmful, dtype=jnp.int32)}
 
-    # A handful at a time keeps memory bounded however many policies there are.
+    # A few at a time, so that memory is bounded however many policies there are.
     return jax.lax.map(one, grid, batch_size=_GRID)
 
 
@@ -262,15 +268,15 @@ class Outcome:
     Attributes:
         score: `[trials]` float32, on the reference's scale.
         accept: `[trials]` bool.
-        level: `[trials]` int8, the place in `bits` of the one that decided.
+        level: `[trials]` int8, the deciding level, from 0.
         bits: `[trials]` int16, of that level.
         resolved: share of the trials that each level decided, by its bits.
-        sequential_bits: mean bits a trial if each level runs its own model (the paper's): 2, 2+3, 2+3+4.
+        sequential_bits: mean bits of a trial if each level runs its own model, as in the paper: 2, 2+3, 2+3+4.
         incremental_bits: the same with nested codebooks, where climbing from 2 to 3 bits reads one bit more: 2, 3, 4.
-        utterance_bits: mean sequential bits an utterance, each embedded once at every level that some trial needs.
+        utterance_bits: mean sequential bits of an utterance, each embedded once at every level that some trial needs.
         utterance_incremental_bits: the same with nested codebooks.
         sequential_seconds: mean seconds for the tested recording of a trial; None where the policy has no seconds.
-        utterance_seconds: mean seconds an utterance, each embedded once at every level that some trial needs.
+        utterance_seconds: mean seconds of an utterance, each embedded once at every level that some trial needs.
     """
 
     score: np.ndarray
@@ -308,7 +314,7 @@ def _checked(
 
 
 def _sizes(policy: CascadePolicy, enrol: np.ndarray, test: np.ndarray, one_table: bool) -> tuple[int, int, bool]:
-    # Rounded up, so that lists of like size share a compilation.
+    # Above the highest row, and rounded up, so that lists of like size share a compilation.
     def up(size: int) -> int:
         return 1 << int(size).bit_length()
 
@@ -323,13 +329,20 @@ def run(policy: CascadePolicy, scores: ArrayLike, enrol: ArrayLike, test: ArrayL
 
     Args:
         policy: maps, gates and threshold.
-        scores: `[levels, trials]`, each level's own scores; only those a trial climbs to matter.
+        scores: `[levels, trials]`, each level's own scores. Those of levels that a trial does not reach have no effect,
+            but must be finite.
         enrol: `[trials]`, number of the enrolment utterance or model, for the costs by utterance.
         test: `[trials]`, number of the test utterance.
-        one_table: both sides number the same utterances, so one on both sides counts once.
+        one_table: whether both sides number the same utterances, so that one on both sides counts once.
 
     Raises:
-        UserError: shapes do not fit the policy, or a score is not finite.
+        UserError: shapes do not fit the policy, there is no trial, or a score is not finite.
+
+    >>> line = AffineMap(1.0, 0.0)
+    >>> policy = CascadePolicy((2, 4), (line, line), ((0.25, 0.75),), 0.5)
+    >>> outcome = run(policy, [[0.9, 0.6], [0.8, 0.3]], enrol=[0, 1], test=[2, 3])
+    >>> outcome.bits.tolist(), outcome.accept.tolist(), outcome.sequential_bits  # 2 bits, and 2 + 4
+    ([2, 4], [True, False], 4.0)
     """
     values, enrol_rows, test_rows = _checked(policy, scores, enrol, test)
     sizes = _sizes(policy, enrol_rows, test_rows, one_table)
@@ -358,7 +371,7 @@ def run_grid(
     """Runs many policies of the same bits over one trial list.
 
     Args:
-        policies: they share bits, enrolment and seconds; where they share maps too, scores are mapped once.
+        policies: of the same bits, enrolment and seconds. Where their maps are the same object, scores are mapped once.
         scores: `[levels, trials]`.
         enrol: as in `run`.
         test: as in `run`.
@@ -370,13 +383,13 @@ def run_grid(
         `resolved` `[policies, levels]`, the costs of `Outcome` and `harmful_flip_rate`, each `[policies]`.
 
     Raises:
-        UserError: as `run`, or the policies have not all of this in common.
+        UserError: as `run`; or there is no policy, or they differ in bits, enrolment or seconds.
     """
     if not policies or len({(p.bits, p.enrolment, p.seconds) for p in policies}) > 1:
         raise UserError("a grid needs one or more policies of the same bits, enrolment and seconds")
     values, enrol_rows, test_rows = _checked(policies[0], scores, enrol, test)
     sizes = _sizes(policies[0], enrol_rows, test_rows, one_table)
-    # Filled up to a multiple, so that grids of like size share a compilation.
+    # Copies of the last policy fill the grid up to a multiple, so that grids of like size share a compilation.
     grid = tables([*policies, *[policies[-1]] * (-len(policies) % _GRID)])
     shared = all(policy.maps is policies[0].maps for policy in policies)
     accepted, target = np.asarray(reference_accept, bool), np.asarray(labels, bool)
@@ -393,7 +406,7 @@ class Decisions:
     """What a cascade decides of trials.
 
     Attributes:
-        level: `[trials]` int8, the place in `bits` of the one that decided.
+        level: `[trials]` int8, the deciding level, from 0.
         score: `[trials]` float32, on the reference's scale.
         accept: `[trials]` bool.
         mapped: `[levels, trials]` float32, each level's score on the reference's scale.
@@ -406,12 +419,9 @@ class Decisions:
 
 
 def decider(policy: CascadePolicy) -> Callable[[np.ndarray], Decisions]:
-    """What decides the trials of a list part by part, as `run` decides them: by one program for parts of any length.
+    """Makes a function that decides a list part by part, as `run` does, by one program for parts of any length.
 
-    It takes scores `[levels, trials]` float32, finite.
-
-    Raises:
-        UserError: a score is not finite.
+    It takes scores `[levels, trials]` float32, and raises `UserError` where one is not finite.
 
     >>> from kmq_jax.metrics.calibration import AffineMap
     >>> line = AffineMap(1.0, 0.0)
@@ -426,7 +436,7 @@ def decider(policy: CascadePolicy) -> Callable[[np.ndarray], Decisions]:
         if not np.isfinite(scores).all():
             raise UserError("scores of a cascade must be finite")
         trials = scores.shape[1]
-        # One static shape for all chunks of a long list, and few for short ones.
+        # One static shape for all chunks of a long list, and a few for short ones.
         chunk = min(_CHUNK, 1 << max(trials - 1, 0).bit_length())
         padded = np.pad(scores, ((0, 0), (0, -trials % chunk)))
         parts = [_decide(table, padded[:, start : start + chunk]) for start in range(0, max(trials, 1), chunk)]
@@ -436,11 +446,16 @@ def decider(policy: CascadePolicy) -> Callable[[np.ndarray], Decisions]:
 
 
 def map_scores(policy: CascadePolicy, scores: ArrayLike) -> np.ndarray:
-    """Each level's scores `[levels, trials]` on the reference's scale, float32, exactly as `run` compares them."""
+    """Each level's scores `[levels, trials]` on the reference's scale, float32, exactly as `run` compares them.
+
+    >>> policy = CascadePolicy((2,), (AffineMap(2.0, -1.0),), (), threshold=0.5)
+    >>> map_scores(policy, [[0.5, 1.0]]).tolist()
+    [[0.0, 1.0]]
+    """
     table = jax.tree.map(lambda leaf: leaf[0], tables([policy]))
     values = np.asarray(scores, np.float32)
     trials = values.shape[1]
-    # Filled up, so that lists of like length share a compilation.
+    # Filled up to a power of two, so that lists of like length share a compilation.
     values = np.pad(values, ((0, 0), (0, (1 << max(trials - 1, 0).bit_length()) - trials)))
     return np.asarray(_mapped(table, values))[:, :trials]
 

@@ -1,8 +1,7 @@
-"""A cascade over trial lists of any length in bounded memory, by one process or shared among several.
+"""Runs a cascade over trial lists of any length in bounded memory, in one process or shared among several.
 
-Decisions are those of `cascade.run`. Counts are 64-bit whole numbers, so that rates of decisions, flips and costs are
-exact; the same however many processes share the list. EER and minDCF come from histograms, with the bounds that these
-leave.
+Decisions are those of `cascade.run`. Counts are 64-bit whole numbers, so rates of decisions, flips and costs are exact,
+and the same however many processes share the list. EER and minDCF come from histograms, which bound them.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ from kmq_jax.scoring.levels import read_levels
 from kmq_jax.scoring.stream import Doubts, Names, Share, check_streamable, own_share, rates_of, share_of
 
 _MARGINS = 1 << 16  # bins of distances from the threshold
-_BOUNDED = ("eer", "min_dcf")
+_BOUNDED = ("eer", "min_dcf")  # figures from a histogram, with bounds beside them
 
 
 def cascade_stream(
@@ -47,17 +46,17 @@ def cascade_stream(
         policy_file: what `CascadePolicy.save` wrote.
         levels: bits and embedding file of each level, ascending.
         trials: the list, a file.
-        options: how it is evaluated; there are no intervals, as these need all scores at once.
+        options: how it is evaluated; there are no intervals, which would need all scores at once.
         reference: embedding file of the full-precision model, to count flips against.
         enrol_models: list of enrolment models, where the trials enrol models.
         out: CSV of decisions, as `evaluate.write_decisions` has it.
         llr: whether it gets the column `llr`.
-        share: this process takes the i-th of n shares; all n must call this. `out` then gets `-i-of-n` before its
-            suffix, and the figures are of all shares.
+        share: this process takes the i-th of n shares; all n must call this. With several, `out` gets `-i-of-n` before
+            its suffix, and the figures are of all shares.
 
     Returns:
-        The figures of `evaluate.figures_of`, without intervals; EER and minDCF have `..._bounds` beside them, and the
-        bands of `remaining_flips` end at the edge of a bin: each says which percent of the trials it holds.
+        The figures of `evaluate.figures_of`, without intervals. EER and minDCF have `..._bounds` beside them. The bands
+        of `remaining_flips` end at edges of bins, so each says from and to which percent of the trials it goes.
 
     Raises:
         UserError: the levels are not those of the policy, a file is at fault, or another process failed.
@@ -79,7 +78,7 @@ def cascade_stream(
         score = read.scorer(rows)
     tally = Tally(policy, (len(first), len(rows) if rows else 0), reference is not None)
     doubts, decide = Doubts(first, rows), decider(policy)
-    with _writer(share_of(out, share), policy, llr) as write, distributed.all_or_none():
+    with distributed.entered_by_all(_writer(share_of(out, share), policy, llr)) as write:
         for part in progress(read_in_parts(trials, *names, models, share), desc="deciding", unit="part"):
             read.check(part.test)
             if rows is None:
@@ -108,9 +107,9 @@ def cascade_together(
     llr: bool,
     json: Path | None,
 ) -> None:
-    """`cascade_stream` by all processes that were started together; the first one prints and writes the figures.
+    """Runs `cascade_stream` in all processes that were started together; the first prints and writes the figures.
 
-    Args and errors as `cascade_stream`; `json` is the file of the figures.
+    Arguments and errors are those of `cascade_stream`; `json` is the file that the figures are written to.
     """
     share = own_share()
     given = policy_file, levels, trials, options
@@ -131,14 +130,14 @@ def describe(figures: Json) -> str:
 
 
 def span(policy: CascadePolicy) -> tuple[float, float]:
-    """The lowest and the highest score that a level may give on the reference's scale, for cosines of -1 to 1.
+    """The lowest and the highest score that any level gives on the reference's scale, for cosines from -1 to 1.
 
     >>> line = AffineMap(0.5, 0.25)
     >>> span(CascadePolicy((2,), (line,), (), 0.0))
     (-0.25, 0.75)
     """
 
-    # Maps rise, so that the ends of the cosines give the ends of the scale.
+    # No map falls, so the ends of the cosines give the ends of the scale.
     def ends(fitted: AffineMap | IsotonicMap) -> tuple[float, float]:
         low, high = fitted([-1.0, 1.0]).tolist()
         return low, high
@@ -149,7 +148,7 @@ def span(policy: CascadePolicy) -> tuple[float, float]:
 
 
 class Tally:
-    """Counts what a cascade does with a list, part by part. Those of the parts add up to that of the list."""
+    """Counts what a cascade does with a list, part by part. The counts of all parts add up to those of the list."""
 
     def __init__(self, policy: CascadePolicy, sizes: tuple[int, int], reference: bool):
         """Makes an empty one.
@@ -164,18 +163,19 @@ class Tally:
         self._top = policy.enrolment == "top"
         self.decided = np.zeros(levels, np.int64)
         self.accepted = np.zeros((2, 2), np.int64)
-        """By label and decision."""
+        """By label and decision, `[2, 2]`."""
         self.flips = np.zeros((levels + 1, 2), np.int64) if reference else None
-        """Harmful and beneficial ones of each level alone, and of the cascade."""
+        """Harmful and beneficial ones, `[levels + 1, 2]`: of each level alone, then of the cascade."""
         self.near = np.zeros((levels + 1, _MARGINS), np.int64) if reference else None
-        """By distance of the reference's score from the threshold: the cascade's harmful flips by the level that
-        decided, and all trials."""
+        """Trials by distance of the reference's score from the threshold, `[levels + 1, bins]`: the cascade's harmful
+        flips, a row for each level that decided, then all trials."""
         self._cost = np.zeros(2)  # of likelihood ratios: nontargets, targets
         self._reached = np.full(sizes[0], -1, np.int8)
         self._enrolled = np.full(sizes[1] or sizes[0], -1, np.int8)
         self.histograms = [ScoreHistogram(*span(policy)) for _ in range(levels + 1)]
-        """Scores of each level alone, and of the cascade."""
+        """Scores of each level alone, then of the cascade."""
         self.of_reference = ScoreHistogram(-1.0, 1.0) if reference else None
+        # A cosine lies at most 1 + |threshold| from the threshold.
         self._width = (1.0 + abs(policy.threshold)) / _MARGINS
 
     @property
@@ -193,6 +193,7 @@ class Tally:
         """
         levels, labels = len(self._policy.bits), part.label
         self.decided += np.bincount(decided.level, minlength=levels)
+        # Label and decision as one number from 0 to 3.
         self.accepted += np.bincount(2 * labels + decided.accept, minlength=4).reshape(2, 2)
         for histogram, scores in zip(self.histograms, (*decided.mapped, decided.score)):
             histogram.add(scores, labels)
@@ -200,25 +201,27 @@ class Tally:
         if self._policy.llr_maps is not None:
             ratios = evaluate.log_ratios(self._policy, decided)
             assert ratios is not None
+            # As `metrics.calibration.cllr`: a high ratio costs in nontargets, a low one in targets.
             for label, sign in ((0, 1.0), (1, -1.0)):
                 self._cost[label] += np.logaddexp(0, sign * ratios[labels == label]).sum()
         if reference is not None:
             self._count_flips(decided, reference, labels)
 
     def _climb(self, part: Trials, level: np.ndarray) -> None:
-        """Takes utterances to the levels that their trials reach."""
+        """Notes the highest level that the trials of each utterance reach."""
         sides = [(self._reached, part.test)]
         if self._top:
-            self._enrolled[part.enrol] = 0
+            self._enrolled[part.enrol] = 0  # counted there, and priced at the last level by `costs_of`
         else:
             sides.append((self._enrolled if self._models else self._reached, part.enrol))
         for reached, rows in sides:
             for i in range(len(self._policy.bits)):
-                # Level by level, so that the order of trials does not count where an utterance has several.
+                # Level by level: where an utterance has several trials, an assignment keeps only one of the values.
                 up = rows[level == i]
                 reached[up] = np.maximum(reached[up], i)
 
     def _count_flips(self, decided: Decisions, reference: np.ndarray, labels: np.ndarray) -> None:
+        """Counts flips against the reference's scores `[trials]`, of each level alone and of the cascade."""
         assert self.flips is not None and self.near is not None and self.of_reference is not None
         threshold, levels = self._policy.threshold, len(self._policy.bits)
         self.of_reference.add(reference, labels)
@@ -228,12 +231,13 @@ class Tally:
             counts += np.count_nonzero(theirs & ~right), np.count_nonzero(right & ~theirs)
         margin = (np.abs(reference - threshold) / self._width).astype(np.int64).clip(max=_MARGINS - 1)
         harmful = theirs & ~ours[-1]
+        # Level and bin as one number; int8 levels would overflow.
         place = decided.level[harmful].astype(np.int64) * _MARGINS + margin[harmful]
         self.near[:levels] += np.bincount(place, minlength=levels * _MARGINS).reshape(levels, _MARGINS)
         self.near[levels] += np.bincount(margin, minlength=_MARGINS)
 
     def gather(self) -> None:
-        """Adds up what all processes counted. All must call it."""
+        """Adds up what all processes counted. All processes must call it."""
         self.decided, self.accepted = distributed.sum_of_all(self.decided), distributed.sum_of_all(self.accepted)
         self._cost = distributed.sum_of_all(self._cost)
         self._reached = distributed.highest_of_all(self._reached)
@@ -244,7 +248,7 @@ class Tally:
             self.flips, self.near = distributed.sum_of_all(self.flips), distributed.sum_of_all(self.near)
 
     def figures(self, p_target: float) -> Json:
-        """All figures of what was counted, as `cascade_stream` returns them."""
+        """All figures, from what was counted, as `cascade_stream` returns them."""
         policy, trials = self._policy, self.trials
         of_label = self.accepted.sum(axis=1)
         both = bool(of_label.all())
@@ -278,7 +282,7 @@ class Tally:
     def _costs(self) -> Json:
         levels = len(self._policy.bits)
         reached, enrolled, both = self._reached, self._enrolled, self._reached[:0]
-        if self._top and not self._models:  # as in `run`
+        if self._top and not self._models:  # as `run._counts`: those enrolled, and of them those also tested, apart
             kept = enrolled >= 0
             reached, enrolled, both = reached[~kept], enrolled[kept & (reached < 0)], reached[kept]
         kinds = {"reached": reached, "enrolled": enrolled, "both": both}
@@ -296,9 +300,11 @@ class Tally:
     def _remaining(self) -> list[Json]:
         """As `evaluate.remaining_flips`, in bands that end at the edges of bins."""
         assert self.near is not None
+        # How many trials lie nearer than each edge of a bin, `[levels + 1, bins + 1]`.
         *harmful, everyone = np.pad(np.cumsum(self.near, axis=1), ((0, 0), (1, 0)))
         wanted = [evaluate.BANDS[0], *(share / 100 * self.trials for share in evaluate.BANDS[1:])]
-        ends = np.searchsorted(everyone, np.array(wanted) - 0.5)  # half a trial: shares are rounded as they come
+        # The first edge that takes in each share. Half a trial less, so that rounding does not add a bin.
+        ends = np.searchsorted(everyone, np.array(wanted) - 0.5)
         rows = []
         for begin, end in zip(ends, ends[1:]):
             nearest = [100 * int(everyone[edge]) / self.trials for edge in (begin, end)]
@@ -326,7 +332,7 @@ def _rates(histogram: ScoreHistogram, p_target: float) -> Json:
 
 @contextlib.contextmanager
 def _writer(out: Path | None, policy: CascadePolicy, llr: bool) -> Iterator[Callable[[Trials, Decisions], None]]:
-    """What writes the decisions of each part; the file appears when all are there."""
+    """Yields a function that writes the decisions of a part. The file appears only when the block ends well."""
     if out is None:
         yield lambda part, decided: None
         return

@@ -1,6 +1,6 @@
 """A cascade with its models: recordings in, decisions out. A model is loaded when a trial first needs it.
 
-A cascade's directory holds `policy.json`, `cascade.json` (which file serves which bits) and the models.
+A cascade's directory holds `policy.json`, `cascade.json` (the file of the model for each level's bits) and the models.
 """
 
 import dataclasses
@@ -45,10 +45,10 @@ class Verification:
 
     Attributes:
         decision: whether it takes them for one speaker.
-        score: on the full-precision model's scale; accepted from the policy's threshold on.
+        score: on the full-precision model's scale; accepted where it is at least the policy's threshold.
         llr: natural log likelihood ratio of one speaker against two; None where the policy has none.
         bits: of the level that decided.
-        seconds: spent on embedding, loading of models not counted; the first recording of a length compiles.
+        seconds: spent on embedding, without loading models. The first recording of a length also compiles.
     """
 
     decision: bool
@@ -58,7 +58,11 @@ class Verification:
     seconds: float
 
     def describe(self, threshold: float) -> str:
-        """The verdict in one line."""
+        """The verdict in one line.
+
+        >>> Verification(True, 0.625, None, bits=2, seconds=0.1).describe(threshold=0.5)
+        'same speaker: score 0.6250 is at least the threshold 0.5000; decided at 2 bits in 0.10 s'
+        """
         sides = f"{'at least' if self.decision else 'below'} the threshold {threshold:.4f}"
         ratio = "" if self.llr is None else f", log likelihood ratio {self.llr:+.2f}"
         return (
@@ -72,9 +76,9 @@ class LazyRun:
     """What a cascade did with a trial list when every level embedded only the recordings that needed it.
 
     Attributes:
-        scores: `[levels, trials]` float32, each level's own; zero where a trial had been decided before.
+        scores: `[levels, trials]` float32, each level's own; zero where a lower level had decided the trial.
         embedded: how many recordings each level embedded, by its bits.
-        seconds: each level's share of the time, by its bits.
+        seconds: time spent at each level, by its bits.
     """
 
     scores: np.ndarray
@@ -98,17 +102,18 @@ class Cascade:
         """
         self.policy, self.files, self.compute = policy, dict(files), compute
         self.engine: Engine = engine
+        # By file: levels of one nested model share the whole one, and each reads it at its own bits.
         self._whole: Callable[[Path], SpeakerModel] = functools.cache(load_model)
         self._models: dict[int, SpeakerModel] = {}
         self._loading = threading.Lock()
 
     def model_at(self, level: int) -> SpeakerModel:
-        """The model of a level.
+        """The model of a level, loaded when it is first asked for.
 
         Raises:
             UserError: it cannot be read, or is not the one that the policy was made for.
         """
-        with self._loading:  # threads that ask together wait for one copy
+        with self._loading:  # threads that ask at the same time share one copy
             if level not in self._models:
                 bits = self.policy.bits[level]
                 whole = self._whole(self.files[bits])
@@ -116,16 +121,16 @@ class Cascade:
             return self._models[level]
 
     def compute_of(self, level: int) -> str:
-        """The arithmetic of a level: the last one's is exact."""
+        """The arithmetic of a level; the last one always has float32."""
         return self.compute if level < len(self.policy.bits) - 1 else "float32"
 
     def verify(self, enrol: Recording | list[Recording], test: Recording) -> Verification:
         """Decides whether two recordings are of one speaker.
 
         Args:
-            enrol: a file, or `(wave, sample rate)`, the wave as in `data.audio.to_mono_16k`; or a list of either: the
-                mean of their length-normalised embeddings is compared. Maps and threshold stay those that the policy
-                was calibrated with.
+            enrol: a file, or `(wave, sample rate)` with a wave as in `data.audio.to_mono_16k`; or a list of either, of
+                which the mean of the length-normalised embeddings is compared. Maps and threshold are those of the
+                policy in any case.
             test: a file, or `(wave, sample rate)`.
 
         Raises:
@@ -146,11 +151,16 @@ class Cascade:
     def score(self, utterances: source.Utterances, trials: Trials) -> LazyRun:
         """Scores a trial list; each level embeds only the recordings of trials that are still in doubt.
 
+        Args:
+            utterances: the recordings.
+            trials: rows of `utterances`.
+
         Raises:
             UserError: a recording cannot be read.
         """
         policy, top = self.policy, len(self.policy.bits) - 1
         scores = np.zeros((top + 1, len(trials)), np.float32)
+        # Ones until a recording is embedded: zeros could not be scored. `done` says which rows are embeddings.
         tables = {level: np.ones((len(utterances), 1), np.float32) for level in range(top + 1)}
         done = {level: np.zeros(len(utterances), bool) for level in range(top + 1)}
         seconds = dict.fromkeys(policy.bits, 0.0)
@@ -162,7 +172,7 @@ class Cascade:
                 made = embed_all(
                     self.model_at(level), utterances.select(missing), self.compute_of(level), engine=self.engine
                 )
-                # How long a level's embeddings are is known with the first of them.
+                # The dimension of a level's embeddings is known once the first are made.
                 if tables[level].shape[1] != made.shape[1]:
                     tables[level] = np.ones((len(utterances), made.shape[1]), np.float32)
                 tables[level][missing], done[level][missing] = made, True
@@ -179,6 +189,7 @@ class Cascade:
             if doubt.size:
                 scores[level, doubt] = cosine_scores(enrolled, tested, enrol, test)
             if level < top:
+                # All levels are mapped, for the one compiled program; only this one's scores are looked at.
                 doubt = doubt[_climbs(policy, level, map_scores(policy, scores)[level, doubt])]
             seconds[bits] = time.perf_counter() - start
         return LazyRun(scores, {bits: int(done[i].sum()) for i, bits in enumerate(policy.bits)}, seconds)
@@ -190,7 +201,8 @@ class Cascade:
             frames: length of the recording that `macs` counts for.
 
         Returns:
-            `resident_bytes`: of all models as packed, each file once; `macs`: of each level's network, by its bits.
+            `resident_bytes`: of all models as packed, each file counted once; `macs`: multiply-accumulates of each
+            level's network, by its bits.
         """
         held = {file: quant.size_bytes(self._whole(file).variables).total for file in self.files.values()}
         macs = [registry.macs(self.model_at(level).network(), frames) for level in range(len(self.policy.bits))]
@@ -201,7 +213,7 @@ class Cascade:
 
 
 class _Pair:
-    """Recordings of a claimed speaker and the one to verify: each is embedded at a level when that is first needed.
+    """Recordings of a claimed speaker and one to verify. Each is embedded at a level when that is first needed.
 
     Attributes:
         seconds: spent on embedding so far.
@@ -216,27 +228,28 @@ class _Pair:
         self._embeddings: dict[tuple[int, int], np.ndarray] = {}  # by level and place among the waves
 
     def score(self, level: int) -> float:
-        """Their score at a level, on the reference's scale."""
+        """The score at a level, on the reference's scale."""
         policy = self.cascade.policy
         top = len(policy.bits) - 1
         enrolled = top if policy.enrolment == "top" else level
-        *enrol, test = range(len(self._waves))
+        *enrol, test = range(len(self._waves))  # places among the waves
         if policy.enrolment == "top":
             self._embed(enrolled, enrol)
             self._embed(level, (test,))
         else:
-            self._embed(level, (*enrol, test))
+            self._embed(level, (*enrol, test))  # in one call, which may batch them
         several = np.stack([self._embeddings[enrolled, one] for one in enrol])
         speaker = several[0] if len(enrol) == 1 else average(several, [enrol])[0]
         rows = np.stack([speaker, self._embeddings[level, test]])
-        own = np.zeros((top + 1, 1), np.float32)
+        own = np.zeros((top + 1, 1), np.float32)  # `map_scores` takes all levels; the others' zeros have no effect
         own[level] = cosine_scores(rows, rows, np.array([0]), np.array([1]))
         return float(map_scores(policy, own)[level, 0])
 
     def _embed(self, level: int, which: Sequence[int]) -> None:
+        """Embeds waves, by their places, that have no embedding at a level yet."""
         network = self.cascade.model_at(level)
         needed = [one for one in which if (level, one) not in self._embeddings]
-        start = time.perf_counter()  # after loading
+        start = time.perf_counter()  # the model is loaded by now
         if needed:
             waves, compute = [self._waves[one] for one in needed], self.cascade.compute_of(level)
             made = embed_waves(network, waves, compute, self.cascade.engine)
@@ -245,10 +258,10 @@ class _Pair:
 
 
 def load_cascade(directory: str | os.PathLike[str], compute: str = "float32", engine: Engine = "auto") -> Cascade:
-    """Opens a cascade's directory, as `save_cascade` (and `calibrate --cascade`) wrote it.
+    """Opens a cascade's directory, as `save_cascade` (and `calibrate --cascade`) wrote it. No model is loaded yet.
 
     Args:
-        directory: the cascade.
+        directory: of the cascade.
         compute: arithmetic of the levels below the last, "float32" or "bfloat16".
         engine: what runs the networks: "jax", "onnxruntime", or "auto", ONNX Runtime on a CPU and JAX elsewhere.
 
@@ -263,14 +276,14 @@ def load_cascade(directory: str | os.PathLike[str], compute: str = "float32", en
     if not isinstance(files, dict) or set(files) != {str(bits) for bits in policy.bits}:
         raise UserError(f"{directory / INDEX} does not name a model for each of {policy.bits} bits")
     for name in files.values():
-        # A name that led out of the directory would read a file that its maker chose.
+        # The index may come from anyone: a path in it could name any file of this machine.
         if not isinstance(name, str) or Path(name).name != name or not (directory / name).is_file():
             raise UserError(f"{directory / INDEX} names {name!r}, which is no file beside it")
     return Cascade(policy, {int(bits): directory / name for bits, name in files.items()}, compute, engine)
 
 
 def save_cascade(directory: str | os.PathLike[str], policy: CascadePolicy, models: Mapping[int, str]) -> None:
-    """Writes a cascade's directory: the policy and a copy of every model, one for all bits that share it.
+    """Writes a cascade's directory: the policy, and one copy of each model, which levels of one nested model share.
 
     Args:
         directory: made where it is missing.
@@ -278,39 +291,41 @@ def save_cascade(directory: str | os.PathLike[str], policy: CascadePolicy, model
         models: the MODEL of each level, by its bits.
 
     Raises:
-        UserError: a level has no model, or one that the policy was not made for; or the enrolled side is to be the last
-            level's while the levels are different networks.
+        UserError: a level has no model, or one that the policy was not made for; or `enrolment` is "top" while the
+            levels are different networks.
     """
     directory = Path(directory)
     if set(models) != set(policy.bits):
         raise UserError(f"a cascade of {policy.bits} bits needs a model for each, got {tuple(sorted(models))}")
-    directory.mkdir(parents=True, exist_ok=True)
-    written: dict[str, str] = {}
+    held: dict[str, tuple[str, SpeakerModel]] = {}  # by file: the copy's name and the model
+    names: dict[str, str] = {}
     networks = set()
+    # All are checked before any is written: a cascade that lies there is left whole where this one is refused.
     for level, bits in enumerate(policy.bits):
         place = str(Path(models[bits]).resolve())
-        whole = load_model(place)
+        if place not in held:  # levels of one nested model share its file
+            held[place] = f"{bits}.kmq", load_model(place)
+        names[str(bits)], whole = held[place]
         networks.add(whole.architecture)
         if policy.enrolment == "top" and len(networks) > 1:
             raise UserError(
                 f"`enrolment` (=top) compares embeddings of one network, not of {', '.join(sorted(networks))}"
             )
         _read_at(whole, bits, policy.models[level], models[bits])
-        # Levels of one nested model share its file.
-        if place not in written:
-            written[place] = f"{bits}.kmq"
-            save_model(directory / written[place], whole)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, whole in held.values():
+        save_model(directory / name, whole)
     policy.save(directory / POLICY)
-    names = {str(bits): written[str(Path(models[bits]).resolve())] for bits in policy.bits}
     write_json(directory / INDEX, {"kind": "cascade", "models": names})
 
 
 def _read_at(whole: SpeakerModel, bits: int, known: str | None, place: str) -> SpeakerModel:
-    """The model read at a level's bits; refuses one whose fingerprint is not the `known` one."""
+    """The model read at a level's bits; refuses one whose fingerprint is not the `known` one, where that is known."""
     leaves = jax.tree.leaves(whole.variables, quant.is_codebook_tensor)
     nested = [leaf for leaf in leaves if quant.is_codebook_tensor(leaf) and leaf.coarse]
     found = at_bits(whole, bits) if nested else whole
-    # Without --bits a nested model embeds at its most bits: such embeddings are of that level alone.
+    # Embeddings that were extracted without --bits carry the fingerprint of the whole nested model. They are of its
+    # most bits, so this fingerprint is accepted at that level alone.
     same = [found, *([whole] if nested and bits == max(leaf.bits for leaf in nested) else ())]
     if known and known not in map(fingerprint, same):
         hint = f" (extract --bits={bits})" if nested else ""
@@ -319,6 +334,6 @@ def _read_at(whole: SpeakerModel, bits: int, known: str | None, place: str) -> S
 
 
 def _climbs(policy: CascadePolicy, level: int, score: Array) -> Array:
-    # In float32, as the compiled cascade compares.
+    # The gate in float32, as the compiled cascade compares.
     low, high = np.asarray(policy.gates[level], np.float32)
     return (low < score) & (score < high)

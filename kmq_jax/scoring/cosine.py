@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from kmq_jax.core.errors import UserError
 
 _CHUNK = 1024  # rows worked on at a time: they stay in the cache
-_SHORTEST, _LONGEST = 1e-15, 1e15  # beyond these, products of float32 lose their meaning
+_SHORTEST, _LONGEST = 1e-15, 1e15  # lengths: the product of two of them then fits float32, 1e-38 to 3e38
 
 
 def lengths(embeddings: np.ndarray) -> np.ndarray:
@@ -20,17 +20,18 @@ def lengths(embeddings: np.ndarray) -> np.ndarray:
     """
     squares = np.empty(len(embeddings))
     for start in range(0, len(embeddings), _CHUNK):
-        rows = embeddings[start : start + _CHUNK].astype(np.float64)
+        rows = embeddings[start : start + _CHUNK].astype(np.float64)  # the square of a large float32 overflows
         np.vecdot(rows, rows, out=squares[start : start + _CHUNK])
     return np.sqrt(squares)
 
 
 def unusable(length: np.ndarray) -> np.ndarray:
-    """Which lengths `[utterances]` belong to embeddings that cannot be scored: zero, not finite, or absurd.
+    """Which lengths `[utterances]` belong to embeddings that cannot be scored: about zero, not finite, or over 1e15.
 
     >>> unusable(np.array([1.0, 0.0, np.nan])).tolist()
     [False, True, True]
     """
+    # Not `length <= _SHORTEST`: NaN compares false, and must count as unusable.
     return ~((length > _SHORTEST) & (length < _LONGEST))
 
 
@@ -60,16 +61,30 @@ def unit_rows(embeddings: ArrayLike) -> np.ndarray:
     return rows / length[:, None]
 
 
+def check_rows(rows: np.ndarray, size: int) -> None:
+    """Checks rows `[trials]` of a table of so many embeddings; NumPy would count those below zero from its end.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    if rows.size and not 0 <= rows.min() <= rows.max() < size:
+        wrong = rows[(rows < 0) | (rows >= size)]
+        raise UserError(f"a trial names embedding {int(wrong[0])} of {size}")
+
+
 Scorer: TypeAlias = Callable[[ArrayLike, ArrayLike], np.ndarray]
 """Scores `[trials]` float32 of rows of enrolments and rows of tests, each `[trials]`."""
 
 
 def cosine_scorer(enrol_embeddings: ArrayLike, test_embeddings: ArrayLike) -> Scorer:
-    """What gives cosine scores of trials between two tables, which are checked and measured once.
+    """Makes a function that scores trials between two tables. The tables are checked, and their lengths taken, once.
 
     Args:
-        enrol_embeddings: `[enrolments, dim]`, of any length.
-        test_embeddings: `[tests, dim]`.
+        enrol_embeddings: `[enrolments, dim]`, not necessarily length-normalised.
+        test_embeddings: `[tests, dim]`, likewise; the same object where both sides are of one table.
+
+    Returns:
+        A function from rows of enrolments and of tests, each `[trials]`, to scores `[trials]` float32 in [-1, 1].
 
     Raises:
         UserError: the two tables differ in dimension, or an embedding is zero or not finite.
@@ -84,13 +99,15 @@ def cosine_scorer(enrol_embeddings: ArrayLike, test_embeddings: ArrayLike) -> Sc
 
     def score(enrol: ArrayLike, test: ArrayLike) -> np.ndarray:
         enrol, test = np.asarray(enrol, np.int64), np.asarray(test, np.int64)
+        check_rows(enrol, len(one))
+        check_rows(test, len(two))
         scores = np.empty(len(enrol), np.float32)
         for start in range(0, len(enrol), _CHUNK):
             part = slice(start, start + _CHUNK)
             np.vecdot(one.take(enrol[part], axis=0), two.take(test[part], axis=0), out=scores[part])
         # Lengths are divided out at the end: no second table of unit rows is made.
         scores /= one_length[enrol] * two_length[test]
-        # Rounding may lead a hair beyond 1.
+        # Rounding may give slightly more than 1.
         return np.clip(scores, -1, 1, out=scores)
 
     return score
@@ -102,8 +119,8 @@ def cosine_scores(
     """Cosine of the two embeddings of each trial.
 
     Args:
-        enrol_embeddings: `[enrolments, dim]`, of any length.
-        test_embeddings: `[tests, dim]`.
+        enrol_embeddings: `[enrolments, dim]`, not necessarily length-normalised.
+        test_embeddings: `[tests, dim]`, likewise.
         enrol: `[trials]`, rows of `enrol_embeddings`.
         test: `[trials]`, rows of `test_embeddings`.
 
@@ -111,7 +128,7 @@ def cosine_scores(
         `[trials]` float32, between -1 and 1.
 
     Raises:
-        UserError: the two tables differ in dimension, or an embedding is zero or not finite.
+        UserError: the two tables differ in dimension, a row is out of range, or an embedding is zero or not finite.
 
     >>> table = np.array([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
     >>> cosine_scores(table, table, enrol=[0, 0, 0], test=[0, 1, 2]).tolist()
@@ -121,9 +138,10 @@ def cosine_scores(
 
 
 def average(embeddings: ArrayLike, groups: Iterable[ArrayLike]) -> np.ndarray:
-    """One embedding for each group of utterances: the mean of theirs, each scaled to length one before.
+    """Averages the embeddings of each group of utterances, each scaled to length one first.
 
-    This makes enrolment models of several utterances, and cohorts of speaker means.
+    This makes enrolment models of several utterances, and cohorts of speaker means. The mean itself is not scaled to
+    length one again: cosine scoring does not need it.
 
     Args:
         embeddings: `[utterances, dim]`.

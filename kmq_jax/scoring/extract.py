@@ -19,20 +19,22 @@ Place = str | Path
 def extract_shards(
     model: Place, data: Place, out: Place, shards: int, options: ExtractionOptions | None = None
 ) -> bool:
-    """As `extract`, shard by shard: processes that are started alike share them, and a killed run goes on.
+    """Embeds a dataset as `extract` does, but shard by shard.
+
+    Processes that are started with the same arguments share the shards. A run that was killed goes on where it stopped.
 
     Args:
         model: the MODEL.
         data: the DATA.
-        out: the .npz, .ark or .scp to write; while shards are made, they lie in `OUT.shards/` beside it.
-        shards: how many; the same in all processes.
+        out: the .npz, .ark or .scp to write. The shards lie in `OUT.shards/` beside it until the file is whole.
+        shards: how many; the same number in all processes.
         options: how; the defaults where left out.
 
     Returns:
-        Whether this process wrote the file; else another one did, or had done so before.
+        Whether this process wrote the file; if not, another process did, now or in an earlier run.
 
     Raises:
-        UserError: as `extract`; or `out` has shards of another run.
+        UserError: as `extract`; `vad` is set; or `out` has shards of another run.
     """
     from kmq_jax.models.speaker_model import embed_share, fingerprint, load_model
     from kmq_jax.scoring import shards as shard_by_shard
@@ -72,7 +74,9 @@ def extract(model: Place, data: Place, out: Place, options: ExtractionOptions | 
         UserError: the model or a recording cannot be read, or the file cannot be written.
     """
     how = options or ExtractionOptions()
+    # A model that an earlier run converted for ONNX Runtime runs without JAX, which takes seconds to import.
     lean = None if how.max_frames else runner.at_hand(model, how.bits, how.engine, how.compute)
+    utterances = None
     if lean:
         utterances = _opened(data, out, how)
         lengths = utterances.lengths()
@@ -80,16 +84,17 @@ def extract(model: Place, data: Place, out: Place, options: ExtractionOptions | 
             lengths = np.minimum(lengths, int(how.max_seconds * source.SAMPLE_RATE))
         if lean.takes(lengths):
             return _written(out, utterances, lean.embed_table(utterances.load, lengths), lean.note.fingerprint)
-    return _by_jax(model, data, out, how)
+    return _by_jax(model, data, out, how, utterances)
 
 
-def _by_jax(model: Place, data: Place, out: Place, how: ExtractionOptions) -> np.ndarray:
-    """The same with all that a model can be, which takes a while to import."""
+def _by_jax(model: Place, data: Place, out: Place, how: ExtractionOptions, utterances: Utterances | None) -> np.ndarray:
+    """As `extract`, for every model, length and engine; JAX takes a while to import. `utterances`: where opened."""
     from kmq_jax.models.speaker_model import embed_all, load_model, note
 
-    leave = runner.noting(model, how.bits)
+    leave = runner.noting(model, how.bits)  # before the model is read: it notes which file it was
     speaker_model = load_model(model, how.bits)
-    utterances = _opened(data, out, how)
+    # Opened once: with `vad` every recording is read for it, and told of.
+    utterances = _opened(data, out, how) if utterances is None else utterances
     about = how.compute, how.max_seconds, how.batch_size, how.max_frames, how.engine
     embeddings = embed_all(speaker_model, utterances, *about)
     known = note(speaker_model)
@@ -98,6 +103,7 @@ def _by_jax(model: Place, data: Place, out: Place, how: ExtractionOptions) -> np
 
 
 def _opened(data: Place, out: Place, how: ExtractionOptions) -> Utterances:
+    """The utterances, where their ids can be written into `out`."""
     utterances = source.open_source(data)
     if is_archive(out):
         check_archive(Path(out), utterances.ids)

@@ -1,4 +1,4 @@
-"""Joins a trial list with embedding files: which rows each trial compares, and whose they are."""
+"""Joins a trial list with embedding files: which rows each trial compares, and which speakers they are of."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ class Sides:
     """What each trial compares.
 
     Attributes:
-        enrol_embeddings: `[enrolments, dim]`; with enrolment models, one row a model.
+        enrol_embeddings: `[enrolments, dim]`; with enrolment models, one row for each model.
         test_embeddings: `[tests, dim]`.
         enrol: `[trials]`, rows of `enrol_embeddings`.
         test: `[trials]`, rows of `test_embeddings`.
         enrol_speaker: `[trials]`, nonnegative integers.
         test_speaker: `[trials]`, nonnegative integers.
-        speaker_names: of the trials' speakers, where known.
-        speakers_source: how the speakers are known.
+        speaker_names: of the trials' speakers; empty where the embedding files name none.
+        speakers_source: how the speakers are known, in words for a report.
     """
 
     enrol_embeddings: np.ndarray
@@ -43,7 +43,8 @@ def join(
 ) -> tuple[Trials, Sides]:
     """Reads a trial list and finds the embeddings and the speakers of each trial.
 
-    Where an embedding file does not name the speakers, the target trials tell them apart.
+    Where an embedding file does not name the speakers, they are found from the target trials: these join the utterances
+    of one speaker. Doubtful trials are warned of.
 
     Args:
         trials_path: the list, or `synthetic:SPLIT`.
@@ -51,9 +52,12 @@ def join(
         test_table: embeddings of the test side; may be the same.
         models_path: the list of enrolment models' utterances (`read_models`), where the trials enrol models.
 
+    Returns:
+        The trials, whose rows are of one numbering of both files' utterances; and what each of them compares.
+
     Raises:
-        UserError: the list cannot be read, or names an utterance without an embedding; or models are given for
-            trials that are made, `synthetic:SPLIT`.
+        UserError: the list cannot be read, or names an utterance without an embedding; or models are given with
+            `synthetic:SPLIT`, whose trials enrol utterances.
     """
     # One numbering of the utterances of both files: the enrolment file's rows, then what only the test file has.
     known = set(enrol_table.ids)
@@ -62,10 +66,12 @@ def join(
     paths = (enrol_table.paths or enrol_table.ids) + tuple((test_table.paths or test_table.ids)[i] for i in extra)
     trials = _read(trials_path, ids, paths, models_path)
 
+    # Rows from the length of the enrolment file on are utterances that only the test file has.
     enrol_rows = trials.enrol if trials.models is None else np.concatenate(trials.models)
     if (missing := enrol_rows >= len(enrol_table)).any():
         name = ids[enrol_rows[np.argmax(missing)]]
         raise UserError(f"{models_path or trials_path}: the enrolment utterance {name} is not in {enrol_table.source}")
+    # From the one numbering back to rows of the test file; -1 where it lacks the utterance.
     test_row = dict(zip(test_table.ids, range(len(test_table))))
     test = np.array([test_row.get(name, -1) for name in ids])[trials.test]
     if (missing := test < 0).any():
@@ -75,11 +81,27 @@ def join(
     enrol_embeddings = enrol_table.embeddings
     if trials.models is not None:
         enrol_embeddings = average(enrol_embeddings, trials.models)
+        warn_of_mixed_models(models_path or trials_path, trials.models, enrol_table.speakers)
     speakers = _speakers(trials, test, enrol_table, test_table)
+    # Speakers found from the labels cannot contradict them, so only named ones are looked at for doubts.
     named = speakers[:2] if enrol_table.speakers and test_table.speakers else (test[:0], test[:0])
     for line in doubts(trials_path, trials, *named):
         say_once(f"warning: {line}")
     return trials, Sides(enrol_embeddings, test_table.embeddings, trials.enrol, test, *speakers)
+
+
+def warn_of_mixed_models(path: str, models: Sequence[np.ndarray], speakers: Sequence[str] | None) -> None:
+    """Warns of enrolment models whose utterances are of several speakers; a model counts as of its first one's.
+
+    Args:
+        path: of the list of models.
+        models: rows of each model's utterances, in the order of the list.
+        speakers: of the rows; None: not known.
+    """
+    mixed = [i for i, rows in enumerate(models) if speakers and len({speakers[row] for row in rows}) > 1]
+    if mixed:
+        first = list(read_models(path))[mixed[0]]
+        say_once(f"warning: {path}: {len(mixed)} models are of several speakers' utterances; the first is {first}")
 
 
 def _read(path: str, ids: Sequence[str], paths: Sequence[str], models_path: str | None) -> Trials:
@@ -104,7 +126,7 @@ def _speakers(
 ) -> tuple[np.ndarray, np.ndarray, frozenset[str], str]:
     """The last four fields of `Sides`; `test` are rows of `test_table`."""
     if enrol_table.speakers is None or test_table.speakers is None:
-        utterances = len(enrol_table) + len(test_table)
+        utterances = len(enrol_table) + len(test_table)  # at least as many as the one numbering has
         # A model is a node of its own: the target trials join it to its speaker's utterances.
         node = trials.enrol if trials.models is None else trials.enrol + utterances
         found = speakers_from_targets(node, trials.test, trials.label, utterances + len(trials.models or ()))
@@ -116,7 +138,7 @@ def _speakers(
         for names in (enrol_table.speakers, test_table.speakers)
     )
     if trials.models is not None:
-        of_enrol = of_enrol[[rows[0] for rows in trials.models]]
+        of_enrol = of_enrol[[rows[0] for rows in trials.models]]  # a model's speaker is that of its first utterance
     enrol_speaker, test_speaker = of_enrol[trials.enrol], of_test[test]
     present = np.array(list(number))[np.union1d(enrol_speaker, test_speaker)]
     return enrol_speaker, test_speaker, frozenset(present.tolist()), "named in the embedding file"

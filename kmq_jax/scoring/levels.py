@@ -21,7 +21,7 @@ class LevelScores:
     Attributes:
         trials: the list.
         sides: its utterances and speakers, numbered as in the first level's file.
-        tables: the levels' files; each but the first in the first one's order.
+        tables: the levels' files, their rows in the order of the first one.
         scores: `[levels, trials]` float32.
         reference: `[trials]` float32, the reference's scores, or None.
     """
@@ -34,23 +34,26 @@ class LevelScores:
 
     @property
     def one_table(self) -> bool:
-        """Whether both sides of a trial number the same utterances."""
+        """Whether both sides of a trial are rows of the same utterances, as they are where no models are enrolled."""
         return self.trials.models is None
 
 
 def parse_levels(
     values: Sequence[str], flag: str = "stage", what: str = "EMBEDDINGS.npz", most: int = 64
 ) -> list[tuple[int, str]]:
-    """Reads `--stage=BITS:EMBEDDINGS.npz` flags, or those of another name, and sorts them by bits.
+    """Reads the values of `--stage=BITS:EMBEDDINGS.npz` flags, or of another such flag, and sorts them by bits.
 
     Args:
-        values: of the flag.
+        values: of the flag, `BITS:PATH` each.
         flag: its name, for messages.
-        what: follows the bits, for messages.
-        most: bits that are allowed.
+        what: what follows the bits, for messages.
+        most: how many bits are allowed.
+
+    Returns:
+        Bits and path of each, ascending.
 
     Raises:
-        UserError: one has another form, or two have the same bits.
+        UserError: a value has another form, or two have the same bits.
 
     >>> parse_levels(["4:e4.npz", "2:e2.npz"])
     [(2, 'e2.npz'), (4, 'e4.npz')]
@@ -58,8 +61,9 @@ def parse_levels(
     levels = []
     for value in values:
         bits, colon, path = value.partition(":")
-        if not (colon and path and bits.isascii() and bits.isdigit() and 1 <= int(bits) <= most):
-            raise UserError(f"--{flag} (={value}) must be BITS:{what}, with 1 to {most} bits")
+        # `isdigit` alone holds for digits such as superscripts, which `int` refuses, as it does thousands of digits.
+        if not (colon and path and bits.isascii() and bits.isdigit() and len(bits) < 10 and 1 <= int(bits) <= most):
+            raise UserError(f"--{flag} (={value[:200]}) must be BITS:{what}, with 1 to {most} bits")
         levels.append((int(bits), path))
     levels.sort()
     for (one, _), (two, _) in zip(levels, levels[1:]):
@@ -73,10 +77,10 @@ class LevelTables:
     """The embedding files of a cascade's levels, which score any trial between their utterances.
 
     Attributes:
-        tables: the levels' files; each but the first in the first one's order.
+        tables: the levels' files, their rows in the order of the first one.
         reference: the reference's file, likewise, or None.
         top: whether the enrolled side is always scored with the last level's embeddings.
-        lacks: by file, which rows `[utterances]` of the first one it lacks; ones stand there.
+        lacks: by file, `[utterances]` bool: which rows of the first file it lacks. Its embeddings are ones there.
     """
 
     tables: tuple[EmbeddingTable, ...]
@@ -85,7 +89,7 @@ class LevelTables:
     lacks: Mapping[str, np.ndarray]
 
     def check(self, rows: np.ndarray) -> None:
-        """Checks that every file has these utterances `[rows]`, as trials or enrolment models use them.
+        """Checks that every file has the utterances at `rows`, those that trials or enrolment models use.
 
         Raises:
             UserError: one lacks an utterance.
@@ -96,9 +100,10 @@ class LevelTables:
                 raise UserError(f"{source}: no embedding of {name}, which the trials use")
 
     def scorer(self, models: Sequence[np.ndarray] | None = None) -> Callable[[ArrayLike, ArrayLike], np.ndarray]:
-        """What scores trials by cosine: rows of enrolments and tests `[trials]` to `[levels, trials]` float32.
+        """Makes a function that scores trials by cosine at every level.
 
-        Where there is a reference, its scores are a row behind those of the levels.
+        It takes rows of enrolments and of tests, each `[trials]`, and returns `[levels, trials]` float32. Where there
+        is a reference, its scores are one more row, the last.
 
         Args:
             models: rows of each enrolment model's utterances, where the trials enrol models.
@@ -111,7 +116,8 @@ class LevelTables:
             return cosine_scorer(rows, tested.embeddings)
 
         names = [(enrolled.source, tested.source) for enrolled, tested in pairs]
-        scorers = {name: made(*pair) for name, pair in zip(names, pairs)}  # a level's file may be the reference's
+        # By file, so that a level which is the reference itself is scored once.
+        scorers = {name: made(*pair) for name, pair in zip(names, pairs)}
 
         def score(enrol: ArrayLike, test: ArrayLike) -> np.ndarray:
             found = {name: one(enrol, test) for name, one in scorers.items()}
@@ -178,11 +184,12 @@ def score_levels(
 
 
 def _align(table: EmbeddingTable, first: EmbeddingTable) -> tuple[EmbeddingTable, np.ndarray]:
-    """A table with its rows in the order of another, and which of these it lacks `[utterances]`: they become ones."""
+    """A table with its rows in the order of `first`, and which of these it lacks `[utterances]`: they become ones."""
     if table.ids == first.ids:
         return dataclasses.replace(table, paths=first.paths, speakers=first.speakers), np.zeros(len(first), bool)
     row = dict(zip(table.ids, range(len(table))))
     rows = np.array([row.get(name, -1) for name in first.ids])
+    # Row -1 reads the last embedding, which `where` replaces. Ones, for zeros could not be scored.
     embeddings = np.where(rows[:, None] >= 0, table.embeddings[rows], np.float32(1))
     of_first = dataclasses.replace(
         table, ids=first.ids, paths=first.paths, speakers=first.speakers, embeddings=embeddings

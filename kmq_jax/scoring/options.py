@@ -14,17 +14,17 @@ Engine = Literal["auto", "jax", "onnxruntime"]
 
 
 LEAST_SECONDS = 0.1
-"""As short as a recording may be, `data.audio.MIN_SECONDS`, which takes longer to import."""
+"""The shortest recording allowed, `data.audio.MIN_SECONDS`: repeated here because that module is slow to import."""
 
 
 def check_max_seconds(seconds: float) -> None:
-    """Refuses to cut recordings to next to nothing: a single frame, less its mean, is zero whoever speaks.
+    """Refuses to cut recordings so short that one frame is left: less its own mean, it is zero whoever speaks.
 
     Args:
         seconds: the option `max_seconds`; 0 cuts nothing.
 
     Raises:
-        UserError: it lies between.
+        UserError: it lies between 0 and `LEAST_SECONDS`.
 
     >>> check_max_seconds(0), check_max_seconds(3.0)
     (None, None)
@@ -45,7 +45,7 @@ class RunOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class HearOptions(RunOptions):
-    """And what of a recording it hears."""
+    """As `RunOptions`, and which part of a recording is embedded."""
 
     vad: bool = option("leave out what is not speech, and say how much was used", False)
 

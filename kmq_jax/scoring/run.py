@@ -23,7 +23,7 @@ from kmq_jax.scoring.table import EmbeddingTable, read_embeddings
 
 Place = str | os.PathLike[str]
 
-_TOP_N = 300
+_TOP_N = 300  # nearest cohort members that count in S-norm, unless told otherwise
 _LINES = 1 << 16  # lines written at a time
 
 
@@ -61,15 +61,16 @@ def score(
     Args:
         embeddings: embedding file of the test utterances.
         trials: the list, or `synthetic:SPLIT`.
-        options: how; the defaults where left out.
+        options: how it is scored; the defaults where left out.
         enrol_embeddings: embedding file of the enrolment utterances; `embeddings` where left out.
         enrol_models: list of enrolment models (`data.trials.read_models`), where the trials enrol models.
         cohort: embedding file of other speakers, for adaptive S-norm.
-        calibration: what `save_calibration` wrote; in place of a cross-validated one.
-        reference: embedding file of another model; the metrics then also hold what changes against it, by `compare`.
+        calibration: a file that `save_calibration` wrote, used in place of a cross-validated calibration.
+        reference: embedding file of another model. The metrics then also hold the changes against it (`compare`).
 
     Raises:
-        UserError: a file cannot be read or does not fit the others, or options need a cohort that is not there.
+        UserError: a file cannot be read or does not fit the others; options need a cohort that is not given; or a
+            reference is given with `enrol_embeddings` or a cohort.
     """
     how = options or ScoringOptions()
     if reference and (enrol_embeddings or cohort):
@@ -113,11 +114,11 @@ def compare(
     *,
     enrol_models: str | None = None,
 ) -> Json:
-    """What a network changes against another on one trial list, by cosine.
+    """Compares two networks on one trial list, by cosine: how EER and minDCF change, with paired intervals.
 
     Args:
         embeddings: embedding file of the network.
-        reference: that of the network it is compared with.
+        reference: embedding file of the network that it is compared with.
         trials: the list, or `synthetic:SPLIT`.
         options: the draws, and the prior of minDCF.
         enrol_models: list of enrolment models, where the trials enrol models.
@@ -129,6 +130,7 @@ def compare(
         UserError: a file cannot be read or does not fit the others.
     """
     how = options or ScoringOptions()
+    # As two levels, so that both files are scored on one numbering of the trials. Their bits have no meaning here.
     joined = score_levels([(1, str(embeddings)), (2, str(reference))], None, trials, models_path=enrol_models)
     about = joined.trials.label, joined.sides.enrol_speaker, joined.sides.test_speaker
     try:
@@ -139,30 +141,40 @@ def compare(
 
 
 def utterances_of(trials: Trials) -> int:
-    """How many different utterances a trial list compares, those of enrolment models counted one by one."""
+    """How many different utterances a trial list compares; those of an enrolment model count one by one.
+
+    >>> row = np.arange(2)
+    >>> utterances_of(Trials(row, row + 1, row > 0, ("a", "b", "c"), row, row + 1))
+    3
+    """
     enrolled = trials.enrol if trials.models is None else np.concatenate(trials.models)
     return len(np.union1d(enrolled, trials.test))
 
 
 def check_cohort_options(cohort: Place | None, options: ScoringOptions) -> None:
-    """Refuses options of a cohort that is not there."""
+    """Refuses options about a cohort where none is given.
+
+    Raises:
+        UserError: there is such an option.
+    """
     if not cohort and (options.top_n is not None or options.cohort_speaker_means):
         raise UserError("`top_n` and `cohort_speaker_means` need a cohort (`snorm_cohort`)")
 
 
 def cohort_members(cohort: EmbeddingTable, top_n: int | None, means: bool) -> tuple[np.ndarray, Json]:
-    """What scores are normalised by, and how.
+    """Makes the cohort members that scores are normalised by.
 
     Args:
         cohort: embeddings of other speakers.
-        top_n: nearest cohort members that count; 300, or all if fewer, where left out.
+        top_n: how many of the nearest cohort members count; None: 300, or all if there are fewer.
         means: whether a cohort member is the mean of a speaker's embeddings.
 
     Returns:
-        The members `[members, dim]`; and `cohort`, `members`, `top_n`.
+        The members `[members, dim]`; and what they are: `cohort` (the file), `members` (how many) and `top_n`.
 
     Raises:
-        UserError: the cohort does not name its speakers, or is smaller than `top_n`.
+        UserError: means are asked for and the cohort does not name its speakers, or it is smaller than `top_n` or than
+            two members.
     """
     members = cohort.embeddings
     if means:
@@ -172,16 +184,18 @@ def cohort_members(cohort: EmbeddingTable, top_n: int | None, means: bool) -> tu
         # Rows of a speaker side by side, so that cutting between speakers gives the groups.
         order = np.argsort(label, kind="stable")
         members = average(members, np.split(order, np.flatnonzero(np.diff(label[order])) + 1))
+    if len(members) < 2:
+        raise UserError(f"the cohort {cohort.source} makes {len(members)} members: it takes two or more")
     if top_n is not None and not 2 <= top_n <= len(members):
         raise UserError(f"`top_n` (={top_n}) must lie between 2 and the cohort's size, {len(members)}")
     top_n = min(_TOP_N, len(members)) if top_n is None else top_n
     return members, {"cohort": cohort.source, "members": len(members), "top_n": top_n}
 
 
-def shared_speakers(cohort: EmbeddingTable, speakers: frozenset[str]) -> int:
-    """How many of the trials' speakers a cohort has; a warning tells of them."""
+def shared_speakers(cohort: EmbeddingTable, speakers: frozenset[str], warn: bool = True) -> int:
+    """Counts the trials' speakers that are also in a cohort, and warns of them: they bias the normalisation."""
     shared = len(speakers & set(cohort.speakers or ()))
-    if shared:
+    if shared and warn:
         print(f"warning: {shared} speakers of the trials are also in the cohort {cohort.source}", file=sys.stderr)
     return shared
 
@@ -196,10 +210,20 @@ def warn_of_other_model(cohort: EmbeddingTable, *tables: EmbeddingTable) -> None
 def normalise(
     scores: np.ndarray, sides: Sides, cohort: EmbeddingTable, top_n: int | None, means: bool
 ) -> tuple[np.ndarray, Json]:
-    """Applies adaptive S-norm to cosine scores `[trials]`; arguments and errors as of `cohort_members`.
+    """Applies adaptive S-norm to cosine scores `[trials]`.
+
+    Args:
+        scores: `[trials]`, cosine scores.
+        sides: what each trial compares.
+        cohort: as of `cohort_members`.
+        top_n: likewise.
+        means: likewise.
 
     Returns:
-        The new scores `[trials]`, and what was done: as `cohort_members`, and `shared_speakers`.
+        The new scores `[trials]`, and what was done: the notes of `cohort_members`, with `shared_speakers`.
+
+    Raises:
+        UserError: as of `cohort_members` and `snorm.adaptive_snorm`.
     """
     members, notes = cohort_members(cohort, top_n, means)
     notes["shared_speakers"] = shared_speakers(cohort, sides.speaker_names)
@@ -208,28 +232,41 @@ def normalise(
 
 
 def read_calibration(path: Place, kind: str) -> AffineMap | IsotonicMap:
-    """Reads what `save_calibration` wrote, for scores of the same kind, "cosine" or "snorm".
+    """Reads a map to log likelihood ratios, as `save_calibration` wrote it.
+
+    Args:
+        path: the file.
+        kind: of the scores that it is wanted for, "cosine" or "snorm".
 
     Raises:
-        UserError: it is no calibration, or one for scores of the other kind.
+        UserError: the file holds no calibration, or one for scores of the other kind.
     """
     value = read_json(path)
     try:
         calibration = map_from_dict(value)
     except UserError as error:
         raise UserError(f"--calibration={path}: {error}") from error
+    # A file that does not name its scores is taken as it is: it may come from elsewhere.
     if value.get("scores", kind) != kind:
         raise UserError(f"--calibration={path} is for {value['scores']} scores, but these are {kind} scores")
     return calibration
 
 
 def save_calibration(path: Place, scored: Scored) -> None:
-    """Writes the logistic calibration fitted on all trials, as JSON."""
-    write_json(path, fit_logistic(scored.scores, scored.trials.label).to_dict() | {"scores": scored.kind})
+    """Fits a logistic calibration on all trials and writes it as JSON, for `read_calibration`.
+
+    Raises:
+        UserError: there are no target or no nontarget trials, targets score below nontargets, or the file cannot be
+            written.
+    """
+    fitted = fit_logistic(scored.scores, scored.trials.label)
+    if fitted.scale < 0:  # `read_calibration` refuses a map that falls
+        raise UserError(f"{path}: no calibration fits these trials: targets score below nontargets")
+    write_json(path, fitted.to_dict() | {"scores": scored.kind})
 
 
 def write_scores(path: Place, trials: Trials, scores: np.ndarray) -> None:
-    """Writes `enrol test score` lines, with names as in the list; into an `.npy`, the scores alone as float32."""
+    """Writes `enrol test score` lines, with the list's names; where the path ends in `.npy`, float32 scores alone."""
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         if Path(path).suffix == ".npy":
             np.save(file, np.asarray(scores, "<f4"))
@@ -238,12 +275,17 @@ def write_scores(path: Place, trials: Trials, scores: np.ndarray) -> None:
 
 
 def score_lines(names: np.ndarray, trials: Trials, scores: np.ndarray) -> Iterator[bytes]:
-    """`enrol test score` lines in UTF-8, many at a time. Nine digits give every float32 back exactly.
+    r"""Yields blocks of `enrol test score` lines in UTF-8. Nine digits give every float32 back exactly.
 
     Args:
-        names: `[names]`, for the trials' `enrol_name` and `test_name`.
+        names: `[names]`, which the trials' `enrol_name` and `test_name` index.
         trials: the list, or a part of it.
         scores: `[trials]`.
+
+    >>> row = np.array([0])
+    >>> one = Trials(row, row + 1, np.array([True]), ("a", "b"), row, row + 1)
+    >>> list(score_lines(np.array(one.names), one, np.float32([0.5])))
+    [b'a b 0.5\n']
     """
     for start in range(0, len(scores), _LINES):
         part = slice(start, start + _LINES)
@@ -264,7 +306,7 @@ def draw_det(path: Place, scored: Scored) -> None:
 
 
 def describe(metrics: Row) -> str:
-    """The figures as a short table, with the change against a reference where there is one."""
+    """The figures of `Scored.metrics` as a short table, with the change against a reference where there is one."""
 
     def line(name: str, value: float | None, interval: list[float] | None, digits: int) -> str:
         if value is None:

@@ -1,4 +1,4 @@
-"""Scores of trial lists of any length in bounded memory, by one process or shared among several."""
+"""Scores trial lists of any length in bounded memory, in one process or shared among several."""
 
 import contextlib
 import dataclasses
@@ -17,6 +17,7 @@ from kmq_jax.core.progress import progress
 from kmq_jax.data.trials import Trials, model_rows, read_in_parts, read_models
 from kmq_jax.metrics.histogram import ScoreHistogram
 from kmq_jax.scoring.cosine import Scorer, average, cosine_scorer
+from kmq_jax.scoring.join import warn_of_mixed_models
 from kmq_jax.scoring.options import ScoringOptions
 from kmq_jax.scoring.run import (
     check_cohort_options,
@@ -28,7 +29,7 @@ from kmq_jax.scoring.run import (
 from kmq_jax.scoring.snorm import FlatScores, block_statistics, blocks, check_spread, checked_rows
 from kmq_jax.scoring.table import EmbeddingTable, read_embeddings
 
-_WIDEST = 64.0  # S-norm scores beyond it share the outermost bins
+_WIDEST = 64.0  # ends of the histogram of S-norm scores; those beyond share the outermost bins
 
 Share: TypeAlias = tuple[int, int]
 """`(i, n)`: the i-th of n processes that work together."""
@@ -44,19 +45,19 @@ def score_stream(
     out: Path | None = None,
     share: Share = (0, 1),
 ) -> Json:
-    """Scores a list part by part. Figures come from a histogram of the scores, with the bounds that this leaves.
+    """Scores a list part by part. EER and minDCF come from a histogram of the scores, which bounds them.
 
     The histogram is the same however many processes share the list.
 
     Args:
         embeddings: embedding file of all utterances.
         trials: the list, a file.
-        options: how; there are no intervals, as these need all scores at once.
+        options: how it is scored; there are no intervals, which would need all scores at once.
         enrol_models: list of enrolment models (`data.trials.read_models`), where the trials enrol models.
         cohort: embedding file of other speakers, for adaptive S-norm.
-        out: `enrol test score` lines, or where it ends in `.npy` float32 scores in the list's order.
-        share: this process scores the i-th of n shares; all n must call this. `out` then gets `-i-of-n` before its
-            suffix, and the figures are of all shares.
+        out: file of `enrol test score` lines; where it ends in `.npy`, of float32 scores in the list's order.
+        share: this process scores the i-th of n shares; all n must call this. With several, `out` gets `-i-of-n` before
+            its suffix, and the figures are of all shares.
 
     Returns:
         `trials`, `targets`, `eer` and `eer_bounds` in percent, `threshold`, `min_dcf`, `min_dcf_bounds`, `p_target`,
@@ -65,6 +66,7 @@ def score_stream(
     Raises:
         UserError: a file cannot be read or does not fit the others; a score is not finite; another process failed.
     """
+    # A mistake that one process finds ends all of them, before they wait for one another.
     with distributed.all_or_none():
         check_streamable(trials)
         check_cohort_options(cohort, options)
@@ -72,6 +74,8 @@ def score_stream(
         models = read_models(enrol_models) if enrol_models else None
         rows = model_rows(models, table.ids, table.paths or table.ids) if models else None
         enrolled = average(table.embeddings, rows) if rows else table.embeddings
+        if rows and enrol_models and share[0] == 0:  # one process warns
+            warn_of_mixed_models(enrol_models, rows, table.speakers)
         scorer, notes = cosine_scorer(enrolled, table.embeddings), None
         if cohort:
             others = read_embeddings(cohort)
@@ -80,20 +84,22 @@ def score_stream(
                 warn_of_other_model(others, table)
     if notes:
         scorer = _normalised(scorer, enrolled, table.embeddings, members, notes["top_n"], share)
+    # Cosines have fixed ends; normalised scores have none.
     counts = ScoreHistogram(-_WIDEST, _WIDEST) if notes else ScoreHistogram(-1.0, 1.0)
     doubts = Doubts(table, rows)
-    with part_writer(share_of(out, share)) as write, distributed.all_or_none():
+    with distributed.entered_by_all(part_writer(share_of(out, share))) as write:
         parts = read_in_parts(trials, table.ids, table.paths or table.ids, models, share)
         for part in progress(parts, desc="scoring", unit="part"):
             scores = scorer(part.enrol, part.test)
             counts.add(scores, part.label)
             doubts.add(part)
             write(part, scores)
+    # From here on all processes exchange what they counted, in the same order.
     counts.counts = distributed.sum_of_all(counts.counts)
     doubts.warn(trials, share)
     met = doubts.speakers()
     if notes:
-        notes["shared_speakers"] = shared_speakers(others, met if share[0] == 0 else frozenset())
+        notes["shared_speakers"] = shared_speakers(others, met, warn=share[0] == 0)
     try:
         rates = rates_of(counts, options.p_target)
     except UserError as error:
@@ -110,9 +116,9 @@ def score_together(
     json: Path | None,
     options: ScoringOptions,
 ) -> None:
-    """`score_stream` by all processes that were started together; the first one prints and writes the figures.
+    """Runs `score_stream` in all processes that were started together; the first one prints and writes the figures.
 
-    Args and errors as `score_stream`; `json` is the file of the figures.
+    Arguments and errors are those of `score_stream`; `json` is the file that the figures are written to.
     """
     share = own_share()
     figures = score_stream(embeddings, trials, options, enrol_models=enrol_models, cohort=cohort, out=out, share=share)
@@ -123,7 +129,7 @@ def score_together(
 
 
 def own_share() -> Share:
-    """Joins the processes that were started together; which one this is, and how many there are."""
+    """Joins the processes that were started together. Returns which one this is, and how many there are."""
     distributed.join()
     import jax
 
@@ -143,13 +149,26 @@ def describe(figures: Row) -> str:
 
 
 def check_streamable(trials: str) -> None:
-    """Refuses a list that is made, not read."""
+    """Refuses a trial list that is made up (`synthetic:SPLIT`): there is no file to read in parts.
+
+    Raises:
+        UserError: it is one.
+    """
     if trials.startswith("synthetic:"):
         raise UserError(f"`stream` reads a list from a file, not {trials}")
 
 
 def rates_of(counts: ScoreHistogram, p_target: float) -> Json:
-    """The rates of a histogram as figures: `eer` and `eer_bounds` in percent, the others as `Rates` has them."""
+    """The rates of a histogram as figures: `eer` and `eer_bounds` in percent, the others as `Rates` has them.
+
+    Raises:
+        UserError: there is no target or no nontarget trial.
+
+    >>> counts = ScoreHistogram(-1.0, 1.0)
+    >>> counts.add(np.float32([0.9, 0.1]), np.array([True, False]))
+    >>> rates_of(counts, p_target=0.01)["eer"]
+    0.0
+    """
     rates = dataclasses.asdict(counts.rates(p_target))
     return rates | {"eer": 100 * rates["eer"], "eer_bounds": [100 * rate for rate in rates["eer_bounds"]]}
 
@@ -157,24 +176,24 @@ def rates_of(counts: ScoreHistogram, p_target: float) -> Json:
 class Doubts:
     """Counts doubtful trials part by part: labels that contradict the speakers, recordings against themselves.
 
-    It also keeps which speakers the trials compare.
-
-    What `data.trials.doubts` finds besides, pairs that have both labels, needs the whole list at once.
+    It also keeps which speakers the trials compare. `data.trials.doubts` finds pairs with both labels as well, which
+    needs the whole list at once.
     """
 
     def __init__(self, table: EmbeddingTable, models: Sequence[np.ndarray] | None):
-        """Takes the utterances that the list's rows stand for, and the rows of enrolment models where it has them."""
+        """Takes the table whose rows the list names, and each enrolment model's rows, where models are enrolled."""
         self._models = models
         self._speaker: tuple[np.ndarray, np.ndarray] | None = None
         self._names, self._met = np.empty(0, str), np.empty(0, np.int8)
         if table.speakers:
             self._names, label = np.unique(np.array(table.speakers), return_inverse=True)
             self._met = np.zeros(len(self._names), np.int8)
+            # A model's speaker is that of its first utterance.
             self._speaker = label if models is None else label[[rows[0] for rows in models]], label
         self._counts = np.zeros(2, np.int64)
 
     def add(self, part: Trials) -> None:
-        """Counts those of a part."""
+        """Counts the doubtful trials of a part."""
         if self._speaker is not None:
             enrol, test = self._speaker
             sides = enrol[part.enrol], test[part.test]
@@ -185,11 +204,11 @@ class Doubts:
             self._counts[1] += np.count_nonzero(part.enrol == part.test)
 
     def speakers(self) -> frozenset[str]:
-        """Names of the speakers that all processes met. All must call it."""
+        """Names of the speakers that any process met. All processes must call it."""
         return frozenset(self._names[distributed.highest_of_all(self._met) > 0].tolist())
 
     def warn(self, trials: str, share: Share) -> None:
-        """Prints what all processes found, in the first one. All must call it."""
+        """Prints in the first process what all of them found. All processes must call it."""
         counts = distributed.sum_of_all(self._counts)
         what = "labels contradict the speakers' names", "recordings are compared with themselves"
         for count, line in zip(counts.tolist(), what):
@@ -200,7 +219,7 @@ class Doubts:
 def _normalised(
     scorer: Scorer, enrolled: np.ndarray, tests: np.ndarray, members: np.ndarray, top_n: int, share: Share
 ) -> Scorer:
-    """S-norm of another scorer's scores: each utterance meets the cohort once, before the trials."""
+    """Wraps a scorer in S-norm. Each utterance is scored against the cohort once, before any trial is read."""
     of_test = _shared_statistics(tests, members, top_n, share)
     of_enrol = of_test if enrolled is tests else _shared_statistics(enrolled, members, top_n, share)
 
@@ -216,7 +235,7 @@ def _normalised(
 
 
 def _check_spread(spread: np.ndarray, rows: np.ndarray, top_n: int) -> None:
-    """Checks deviations at the rows that trials compare: nothing is divided by those of others."""
+    """Checks the deviations at the rows that trials compare; those of other utterances are never divided by."""
     try:
         check_spread(spread[rows], top_n)
     except FlatScores as error:
@@ -225,10 +244,11 @@ def _check_spread(spread: np.ndarray, rows: np.ndarray, top_n: int) -> None:
 
 def _shared_statistics(embeddings: np.ndarray, cohort: np.ndarray, top_n: int, share: Share) -> np.ndarray:
     """As `snorm.cohort_statistics`, `[2, utterances]`: each process works on blocks of its own, and has all of them."""
+    # Below any value, so that the highest over all processes is the one that was computed.
     found = np.full((2, len(embeddings)), -np.inf, np.float32)
     with distributed.all_or_none():
         unit, members = checked_rows(embeddings, cohort, top_n)
-        # The blocks are those of a single process: sums in blocks of other sizes would round otherwise.
+        # Every n-th block of those that a single process has: blocks of other sizes would round differently.
         for rows in progress(blocks(len(unit), len(members))[share[0] :: share[1]], desc="cohort", unit="block"):
             found[:, rows] = block_statistics(unit[rows], members, top_n)
     return distributed.highest_of_all(found)
@@ -247,11 +267,12 @@ class Names:
     """The names of a list that is read in parts, as an array that grows with them."""
 
     def __init__(self, form: Callable[[str], str] = str):
-        """Takes what becomes of each name, done once."""
+        """Takes a function for the form of a name, such as the quotes of a CSV cell; it is applied once to each."""
         self._form, self._names = form, np.empty(0, object)
 
     def of(self, part: Trials) -> np.ndarray:
         """All names so far `[names]`, for the part's `enrol_name` and `test_name`."""
+        # Names grow from part to part and keep their order: only those behind the known ones are new.
         fresh = [self._form(name) for name in part.names[len(self._names) :]]
         if fresh:
             self._names = np.append(self._names, np.array(fresh, object))
@@ -260,7 +281,7 @@ class Names:
 
 @contextlib.contextmanager
 def part_writer(out: Path | None) -> Iterator[Callable[[Trials, np.ndarray], None]]:
-    """What writes the scores of each part; the file appears when all are there."""
+    """Yields a function that writes the scores of a part. The file appears only when the block ends well."""
     if out is None:
         yield lambda part, scores: None
         return
@@ -279,7 +300,7 @@ def _numpy(file: IO[bytes]) -> Iterator[Callable[[Trials, np.ndarray], None]]:
     count = 0
 
     def header() -> None:
-        # Twenty digits, so that the header keeps its length.
+        # The length takes twenty digits whatever it is, so the header keeps its size: 128 bytes, as the form wants.
         shape = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({count:20d},), }}"
         text = shape.ljust(117) + "\n"
         file.write(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode())

@@ -1,6 +1,6 @@
 """The embedding file, as `extract` writes it: `ids`, `paths`, `speakers`, `embeddings` and `model` in an .npz.
 
-Kaldi's archives (`scoring.archive`) stand for it where a name ends in .ark or .scp; they hold ids and embeddings alone.
+Where a name ends in .ark or .scp it is one of Kaldi's archives instead (`scoring.archive`): ids and embeddings alone.
 """
 
 import os
@@ -23,7 +23,7 @@ class EmbeddingTable:
 
     Attributes:
         ids: `[utterances]`, unique.
-        paths: `[utterances]`; empty where unknown.
+        paths: `[utterances]`, or empty where unknown.
         speakers: `[utterances]` speaker names, or None where unknown.
         embeddings: `[utterances, dim]` float32, finite and none of them zero.
         source: the file, for messages.
@@ -58,6 +58,9 @@ def write_embeddings(
         speakers: `[utterances]`.
         embeddings: `[utterances, dim]` float32.
         model: fingerprint of the model that made them.
+
+    Raises:
+        UserError: the file cannot be written, or an archive cannot hold these ids (`archive.check_archive`).
     """
     if is_archive(path):
         write_archive(Path(path), ids, embeddings)
@@ -77,8 +80,8 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
     """Reads an embedding file. `paths`, `speakers` and `model` may be missing. Pickled objects are refused.
 
     Raises:
-        UserError: naming the file: it is missing or not such a file, shapes do not fit, an id occurs twice, or an
-            embedding is zero or not finite.
+        UserError: the file is missing or of another kind, shapes do not fit, an id occurs twice, or an embedding is
+            zero or not finite; the message names the file.
     """
     path = Path(path)
     names: dict[str, tuple[str, ...]]
@@ -129,5 +132,5 @@ def _check_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _first_repeated(names: tuple[str, ...]) -> str:
-    seen: set[str] = set()
+    seen: set[str] = set()  # `add` gives None, so that the condition holds only for a name seen before
     return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]

@@ -20,7 +20,7 @@ Place = str | os.PathLike[str]
 Recording = Place | tuple[np.ndarray, int]
 
 KIND, VERSION = "threshold", 2
-_MOST = 3000  # recordings: all pairs of them take some hundred megabytes
+_MOST = 3000  # recordings: their 4.5 million pairs take some hundred megabytes
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Found:
 
 
 def find_threshold(model: Place, data: str, options: ThresholdOptions | None = None) -> Found:
-    """Embeds recordings of a few speakers, scores all pairs by cosine, and finds the threshold.
+    """Embeds recordings of a few speakers, scores all pairs of them by cosine, and finds the threshold.
 
     Args:
         model: the MODEL.
@@ -47,7 +47,8 @@ def find_threshold(model: Place, data: str, options: ThresholdOptions | None = N
         options: what is wanted; the defaults where left out.
 
     Raises:
-        UserError: the recordings cannot tell a threshold, or the model or one of them cannot be read.
+        UserError: the recordings are too few or too many to find a threshold, or the model or one of them cannot be
+            read.
     """
     from kmq_jax.models.speaker_model import embed_all, fingerprint, load_model  # with JAX, which `decide` may not need
 
@@ -56,7 +57,7 @@ def find_threshold(model: Place, data: str, options: ThresholdOptions | None = N
     _check_speakers(utterances, data)
     network = load_model(os.fspath(model), how.bits)
     embeddings = embed_all(network, utterances, engine=how.engine)
-    one, two = np.triu_indices(len(utterances), 1)
+    one, two = np.triu_indices(len(utterances), 1)  # each pair once, and none with itself
     speaker = utterances.labels
     scores = cosine_scores(embeddings, embeddings, one, two)
     same = speaker[one] == speaker[two]
@@ -68,7 +69,7 @@ def find_threshold(model: Place, data: str, options: ThresholdOptions | None = N
 
 
 def _check_speakers(utterances: source.Utterances, data: str) -> None:
-    """Refuses recordings that cannot tell a threshold, before any is embedded."""
+    """Refuses recordings that no threshold can be found on, before any is embedded."""
     names = utterances.speaker_names
     if len(names) < 2:
         raise UserError(f"`data` (={data}) has recordings of one speaker only ({names[0]}): it takes two or more")
@@ -134,7 +135,7 @@ def describe(found: Found) -> str:
 
 
 def warning(found: Found) -> str | None:
-    """What to say where the speakers are too few for the wanted rate."""
+    """A warning where the speakers are too few for the wanted false-accept rate; None otherwise."""
     chosen = found.threshold
     if chosen.wanted >= chosen.smallest:
         return None
@@ -154,7 +155,7 @@ class Decider:
     Attributes:
         value: accept when `score >= value`.
         model: fingerprint of the model it is for; None where it was given as a number.
-        known: what is known of its error rates, in one sentence; empty where nothing is.
+        known: its error rates, as a clause for messages; empty where they are not known.
     """
 
     value: float
@@ -162,14 +163,14 @@ class Decider:
     known: str = ""
 
     def require(self, own: str, name: str) -> None:
-        """Refuses another model than the threshold was found with.
+        """Refuses a model other than the one that the threshold was found with.
 
         Args:
-            own: the model's fingerprint.
-            name: what messages call the model.
+            own: the fingerprint of the model in use.
+            name: what messages call that model.
 
         Raises:
-            UserError: it is another.
+            UserError: it is another model.
         """
         if self.model not in (None, own):
             raise UserError(f"`threshold` was found with the model {self.model}, but {name} is {own}")
@@ -188,18 +189,36 @@ def read_threshold(text: str) -> Decider:
         number = float(text)
     except ValueError:
         return _from_file(text)
-    if not math.isfinite(number):
-        raise UserError(f"`threshold` (={text}) must be a finite number, or a file of `kmq-jax threshold`")
-    if abs(number) > 1:
-        raise UserError(f"`threshold` (={text}) must lie between -1 and 1, as cosines do")
+    check_threshold(number, text)
     return Decider(number)
 
 
-def needed_threshold(text: str | None, model: str) -> Decider:
-    """As `read_threshold`; where none is given, the error says how to get one for this model.
+def check_threshold(value: float, shown: str | None = None) -> None:
+    """Refuses a number that is no threshold of cosines.
+
+    Args:
+        value: the threshold.
+        shown: how messages show it; None: as a number.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: it is not finite, or not between -1 and 1.
+    """
+    shown = str(value) if shown is None else shown
+    if not math.isfinite(value):
+        raise UserError(f"`threshold` (={shown}) must be a finite number, or a file of `kmq-jax threshold`")
+    if abs(value) > 1:
+        raise UserError(f"`threshold` (={shown}) must lie between -1 and 1, as cosines do")
+
+
+def needed_threshold(text: str | None, model: str) -> Decider:
+    """As `read_threshold`, but a threshold must be given; if not, the error says how to get one for this model.
+
+    Args:
+        text: a number or a file; None or empty where none was given.
+        model: the MODEL, for the message.
+
+    Raises:
+        UserError: none is given, or it cannot be read.
     """
     if not text:
         how = f"kmq-jax threshold --model={model} --data=FOLDER --out=threshold.json"
@@ -208,6 +227,7 @@ def needed_threshold(text: str | None, model: str) -> Decider:
 
 
 def _from_file(path: str) -> Decider:
+    """A threshold from a file, which may come from anyone."""
     try:
         held = read_object(path)
     except UserError as error:
@@ -222,6 +242,7 @@ def _from_file(path: str) -> Decider:
             raise TypeError
     except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"`threshold` (={path}) is damaged: a number or the model's fingerprint is missing") from None
+    check_threshold(value, f"{value} in {path}")
     known = (
         f"at it {_with_interval(accepts)} of different speakers are accepted, {_with_interval(rejects)} of same "
         f"speakers rejected (95 %, from {speakers} speakers)"
@@ -236,6 +257,7 @@ def _read_rate(held: Json, name: str) -> Rate:
 
 
 def _number(value: object, low: float = 0, high: float = math.inf) -> float:
+    # A bool is an int in Python. NaN lies within no range.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise ValueError(f"{value!r} is no number from {low} to {high}")
     return float(value)
@@ -248,7 +270,7 @@ class Decision:
     Attributes:
         decision: whether it takes them for one speaker.
         score: their cosine.
-        threshold: what it was compared with.
+        threshold: what the score was compared with.
     """
 
     decision: bool
@@ -256,7 +278,11 @@ class Decision:
     threshold: float
 
     def describe(self, threshold: Decider) -> str:
-        """The verdict in one line, with what is known of the threshold."""
+        """The verdict in one line, with what is known of the threshold.
+
+        >>> Decision(True, 0.625, 0.5).describe(Decider(0.5))
+        'same speaker: score 0.6250 is at least the threshold 0.5000'
+        """
         sides = "same speaker: score" if self.decision else "different speakers: score"
         where = "at least" if self.decision else "below"
         told = f"; {threshold.known}" if threshold.known else ""
@@ -271,25 +297,31 @@ def decide(
     bits: int | None = None,
     engine: Engine = "auto",
 ) -> Decision:
-    """Decides whether a recording is of the speaker of others, by one model.
+    """Decides by one model whether a recording is of the claimed speaker.
 
     Args:
         model: the MODEL.
-        enrol: recordings of the claimed speaker, files or `(wave, sample rate)`; the mean of their length-normalised
-            embeddings is compared.
-        test: recording to verify.
+        enrol: recordings of the claimed speaker, at least one; files or `(wave, sample rate)`. The mean of their
+            length-normalised embeddings is compared.
+        test: the recording to verify.
         threshold: what to decide by.
-        bits: at which a nested model is read; None is the most.
+        bits: at which a nested model is read; None is the most it has.
         engine: what runs the network.
 
     Raises:
-        UserError: the threshold was found with another model, or a recording or the model cannot be read.
+        UserError: there is no recording of the claimed speaker; the threshold is none, or was found with another model;
+            or a recording or the model cannot be read.
     """
+    if not enrol:  # the test would be compared with itself
+        raise UserError("there is no recording of the claimed speaker")
+    check_threshold(threshold.value)
     embedder = Embedder(model, bits, engine)
     threshold.require(embedder.fingerprint, os.fspath(model))
+    # One call for all recordings; the one to verify comes last.
     rows = embedder.embed([audio.read_recording(one) for one in (*enrol, test)])
     speaker = average(rows, [range(len(enrol))]) if len(enrol) > 1 else rows[:1]
     score = float(cosine_scores(speaker, rows, [0], [len(enrol)])[0])
+    # Scores are float32: a threshold that a score equals in float32 must accept it.
     return Decision(score >= float(np.float32(threshold.value)), score, threshold.value)
 
 

@@ -1,5 +1,6 @@
-"""Speakers enrolled with recordings; a recording verified as one of them, or identified among all."""
+"""Enrols speakers with recordings, verifies a recording as one of them, or identifies it among all of them."""
 
+import contextlib
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -12,17 +13,19 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import file_hash
-from kmq_jax.core.progress import progress
+from kmq_jax.core.progress import progress, say_once
 from kmq_jax.data import audio, speech
 from kmq_jax.models.embedder import Embedder
 from kmq_jax.models.runner import Engine
 from kmq_jax.scoring.cosine import average, cosine_scores, lengths, unusable
-from kmq_jax.scoring.threshold import read_threshold
+from kmq_jax.scoring.threshold import check_threshold, read_threshold
 from kmq_jax.speakers.database import (
     FILE,
     Database,
+    Empty,
     ModelRow,
     RecordingRow,
+    composed,
     reading,
     shown_path,
     valid_name,
@@ -43,7 +46,7 @@ class Speaker:
         name: as enrolled.
         recordings: how many there are.
         seconds: of all of them together.
-        since: when the first of them was enrolled.
+        since: when the first of them was enrolled, in UTC.
     """
 
     name: str
@@ -82,7 +85,7 @@ class SpeakerStore:
     """Enrolled speakers, in a directory that several processes may use at once.
 
     A speaker is compared by the mean of the length-normalised embeddings of all its recordings. The store remembers the
-    model, and where each recording lies, with its hash; sound is not kept. A method that fails has changed nothing.
+    model, and the path and hash of each recording; it keeps no sound. A method that fails has changed nothing.
 
     >>> import tempfile
     >>> import jax
@@ -118,10 +121,11 @@ class SpeakerStore:
 
         Args:
             directory: of the store; the first enrolment makes it.
-            model: what embeds recordings, or the MODEL to load; left out: the one that the store remembers.
+            model: the model that embeds recordings, or the MODEL to load; left out: the one that the store remembers.
             bits: at which a nested MODEL is read; None: the most it has.
             engine: what runs the network: "jax", "onnxruntime", or "auto", ONNX Runtime on a CPU.
-            vad: leave out of all recordings what is not speech (`data.speech.only`).
+            vad: leave out of all recordings what is not speech (`data.speech.only`). The store remembers this of each
+                recording, and warns where it is otherwise now.
 
         Raises:
             UserError: bits are given without a model.
@@ -134,20 +138,21 @@ class SpeakerStore:
         self._loaded: tuple[Embedder, ModelRow] | None = None
 
     def enrol(self, name: str, recordings: Sequence[str | os.PathLike[str]], replace: bool = False) -> Speaker:
-        """Adds recordings to a speaker, who is new where the name is.
+        """Adds recordings to a speaker; a new name makes a new speaker.
 
         Args:
-            name: of the speaker: at most 200 printable characters.
-            recordings: files. They are read again by `enrol_again`, so they must stay where they are until then.
-            replace: the speaker's recordings so far are dropped.
+            name: of the speaker: 1 to 200 printable characters.
+            recordings: files. `enrol_again` reads them again, so they should stay where they are.
+            replace: drop the speaker's recordings so far.
 
         Returns:
-            The speaker with all recordings.
+            The speaker, with earlier recordings and these.
 
         Raises:
             UserError: the name cannot be one; a recording cannot be read or is enrolled already; the store is of
                 another model, or is no store.
         """
+        name = composed(name)
         _check_name(name)
         if not recordings:
             raise UserError(f"there is no recording to enroll of `speaker` (={name})")
@@ -159,48 +164,51 @@ class SpeakerStore:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"`store` (={self._file.parent}) cannot be written: {reason}") from error
         with writing(self._file) as database:
-            # Once more: another process may have enrolled meanwhile.
+            # Checked once more: another process may have enrolled with another model meanwhile.
             model = self._checked(database.model())
             database.set_model(model)
             if replace:
                 database.remove(name)
             for row in rows:
                 database.add(row)
-            return _summary(name, database.recordings(name))
+            kept = database.recordings(name)
+        self._warn_of_vad(kept)
+        return _summary(name, kept)
 
     def enrol_again(self) -> int:
-        """Embeds every recording again with the model given to the store, which takes the place of the one before.
+        """Embeds every recording again with the model given to the store, and remembers that model from then on.
 
         Returns:
             How many recordings there are.
 
         Raises:
-            UserError: a recording is missing or is another file than was enrolled; or the store was changed meanwhile.
+            UserError: no model was given; a recording is missing or is another file than was enrolled; or another
+                process changed the store meanwhile.
         """
         if self._given is None:
             raise UserError("`model` must be given: the one to embed all recordings with again")
         with reading(self._file) as database:
             before, rows = database.model(), database.recordings()
-        for row in rows:
+        for row in rows:  # all of them, before the work
             _check_unchanged(row)
         embedder, model = self._load(before)
         paths = [os.fsdecode(row.path) for row in rows]
-        made = [self._embed(embedder, path)[0] for path in progress(paths, desc="embedding", unit="recording")]
+        made = [self._embed(embedder, path) for path in progress(paths, desc="embedding", unit="recording")]
         with writing(self._file) as database:
             now = [(row.number, row.hash) for row in database.recordings()]
             if database.model() != before or now != [(row.number, row.hash) for row in rows]:
                 raise UserError(f"{self._file.parent} was changed by another process meanwhile: run this again")
             database.set_model(model)
-            for row, embedding in zip(rows, made):
+            for row, (embedding, seconds) in zip(rows, made):
                 assert row.number is not None  # it was read
-                database.set_embedding(row.number, embedding)
+                database.set_embedding(row.number, embedding, seconds, self._vad)
         return len(rows)
 
     def speakers(self) -> list[Speaker]:
-        """All speakers, by name.
+        """All speakers, sorted by name.
 
         Raises:
-            UserError: there is no store, or the file is another.
+            UserError: there is no store, or its file is of another kind.
         """
         with reading(self._file) as database:
             groups = _by_speaker(database.recordings())
@@ -210,24 +218,24 @@ class SpeakerStore:
         """Removes a speaker.
 
         Returns:
-            How many recordings that were.
+            How many recordings there were.
 
         Raises:
             UserError: there is no such speaker, or no store.
         """
-        with reading(self._file) as database:
+        with reading(self._file) as database:  # first, for `writing` would make a store where there is none
             self._of(database, name)
         with writing(self._file) as database:
             self._of(database, name)
             return database.remove(name)
 
     def verify(self, name: str, recording: Recording, threshold: float | None = None) -> Match:
-        """Compares a recording with the speaker it is claimed to be of.
+        """Compares a recording with the speaker whom it is claimed to be of.
 
         Args:
             name: of the speaker.
             recording: a file, or `(wave, sample rate)` with float `[samples]` or `[samples, channels]`.
-            threshold: scores from here on are accepted; None: nothing is decided.
+            threshold: a score of at least this is accepted; None: nothing is decided.
 
         Raises:
             UserError: there is no such speaker; the recording cannot be read; the model is not the store's.
@@ -239,18 +247,23 @@ class SpeakerStore:
 
         Args:
             recording: as for `verify`.
-            threshold: scores from here on are accepted. The set is open: where none is, the speaker is a stranger.
-            top: how many of the best to give; None: all.
+            threshold: a score of at least this is accepted. The set is open: if no speaker's is, it is a stranger.
+            top: how many of the best speakers to return; None: all.
 
         Returns:
-            The best first.
+            A match for each speaker, the best first.
 
         Raises:
             UserError: nobody is enrolled; the recording cannot be read; the model is not the store's.
         """
+        if top is not None and top < 1:
+            raise UserError(f"`top` (={top}) must be 1 or more")
         return self._matches(recording, threshold)[:top]
 
     def _matches(self, recording: Recording, threshold: float | None, name: str | None = None) -> list[Match]:
+        """A match for each speaker, or for the one of that name; the best first."""
+        if threshold is not None:
+            check_threshold(threshold)
         with reading(self._file) as database:
             known = database.model()
             groups = _by_speaker(database.recordings() if name is None else self._of(database, name))
@@ -259,7 +272,9 @@ class SpeakerStore:
         self._checked(known)
         embedder = self._load(known)[0]
         test, _ = self._embed(embedder, recording)
+        # All recordings end to end, a speaker's side by side, then cut between speakers.
         rows = [row for group in groups.values() for row in group]
+        self._warn_of_vad(rows)
         ends = np.cumsum([len(group) for group in groups.values()])
         means = average(np.stack([row.embedding for row in rows]), np.split(np.arange(len(rows)), ends[:-1]))
         scores = cosine_scores(means, test[None], np.arange(len(groups)), np.zeros(len(groups), np.int64))
@@ -268,7 +283,7 @@ class SpeakerStore:
 
     @property
     def fingerprint(self) -> str:
-        """That of the model, which is loaded.
+        """The model's fingerprint; the model is loaded for it.
 
         Raises:
             UserError: the model is not the store's, or cannot be read.
@@ -276,21 +291,19 @@ class SpeakerStore:
         return self._model().fingerprint
 
     def _model(self) -> Embedder:
-        """The model given, or else the one remembered. Another model than the store's is told before the work.
+        """The model given, or else the one remembered. A wrong model is refused here, before any work.
 
         Raises:
             UserError: it is not the store's.
         """
         known = None
-        # An empty file is what another process leaves for a moment that makes the store.
-        if self._file.is_file() and self._file.stat().st_size:
-            with reading(self._file) as database:
-                known = database.model()
+        with contextlib.suppress(Empty), reading(self._file) as database:
+            known = database.model()
         self._checked(known)
         return self._load(known)[0]
 
     def _load(self, known: ModelRow | None) -> tuple[Embedder, ModelRow]:
-        """The model, loaded once, and what the store remembers of it."""
+        """The model, loaded once, and what a store is to remember of it."""
         if self._loaded is None:
             given, bits = self._given, self._bits
             if given is None:
@@ -303,10 +316,10 @@ class SpeakerStore:
         return self._loaded
 
     def _checked(self, known: ModelRow | None) -> ModelRow:
-        """What a store remembers of its model, or is to remember of ours where it has none.
+        """What a store remembers of its model; of a new store, what it is to remember of ours.
 
         Raises:
-            UserError: it is of another model.
+            UserError: the store is of another model.
         """
         model = self._load(known)[1]
         if known is None:
@@ -331,13 +344,21 @@ class SpeakerStore:
         return rows
 
     def _embedded(self, embedder: Embedder, name: str, path: str | os.PathLike[str]) -> RecordingRow:
-        """A recording to be enrolled."""
+        """A recording of a speaker as a row that can be written."""
         embedding, seconds = self._embed(embedder, path)
         place = os.fsencode(Path(path).absolute())
-        return RecordingRow(name, place, file_hash(path), seconds, time.time(), embedding)
+        return RecordingRow(name, place, file_hash(path), seconds, time.time(), embedding, vad=self._vad)
+
+    def _warn_of_vad(self, rows: Sequence[RecordingRow]) -> None:
+        """Warns of recordings that were enrolled with voice activity detection while it is off now, or the reverse."""
+        others = [row for row in rows if row.vad not in (None, self._vad)]
+        if others:
+            then, now = ("without", "with") if self._vad else ("with", "without")
+            shown = f"{shown_path(others[0].path)} of {others[0].speaker}"
+            say_once(f"warning: {len(others)} recordings, {shown} first, were enrolled {then} vad, now it is {now}")
 
     def _embed(self, embedder: Embedder, recording: Recording) -> tuple[np.ndarray, float]:
-        """A recording's embedding `[dim]` and its seconds.
+        """A recording's embedding `[dim]` and its seconds; with `vad`, those of its speech.
 
         Raises:
             UserError: it cannot be read, or is too short; the message names it.
@@ -355,13 +376,13 @@ class SpeakerStore:
 
 
 def false_accept_rate(rate: float, speakers: int) -> float:
-    """How often a stranger is accepted as somebody, if comparisons with different speakers err independently.
+    """How often a stranger is accepted as some enrolled speaker, if the comparisons err independently.
 
-    That is `1 - (1 - rate)^speakers`. It is less where the same strangers are accepted by several, and
+    That is `1 - (1 - rate)^speakers`. The true rate is lower where several speakers accept the same strangers, and
     `speakers * rate` bounds it in any case.
 
     Args:
-        rate: how often a single comparison accepts a stranger, at the threshold in use.
+        rate: how often a single comparison accepts a stranger, at the threshold in use; a fraction.
         speakers: how many are enrolled.
 
     >>> round(false_accept_rate(0.01, speakers=20), 4)
@@ -371,7 +392,11 @@ def false_accept_rate(rate: float, speakers: int) -> float:
 
 
 def threshold_of(text: str | None, store: SpeakerStore) -> float | None:
-    """The threshold that a number or a file of `kmq-jax threshold` gives.
+    """The threshold that is meant by a number, or by a file of `kmq-jax threshold`; None where none is given.
+
+    Args:
+        text: the number, or the file.
+        store: whose model the file must be for. It is loaded only where the file names its model.
 
     Raises:
         UserError: it is neither, or was found with another model than the store's.
@@ -385,6 +410,7 @@ def threshold_of(text: str | None, store: SpeakerStore) -> float | None:
 
 
 def _match(name: str, score: float, threshold: float | None) -> Match:
+    # Scores are float32: a threshold that a score equals in float32 must accept it.
     return Match(name, float(score), None if threshold is None else bool(score >= np.float32(threshold)))
 
 
@@ -409,6 +435,7 @@ def _check_unchanged(row: RecordingRow) -> None:
 
 
 def _by_speaker(rows: Iterable[RecordingRow]) -> dict[str, list[RecordingRow]]:
+    """Recordings by speaker; speakers and their recordings stay in the order of enrolment."""
     groups: dict[str, list[RecordingRow]] = {}
     for row in rows:
         groups.setdefault(row.speaker, []).append(row)

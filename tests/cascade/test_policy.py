@@ -56,6 +56,11 @@ def test_a_file_that_calls_levels_stages_is_read(tmp_path):
         ({"threshold": math.inf}, "finite"),
         ({"enrolment": "none"}, "enrolment 'none'"),
         ({"llr_maps": (LINE,)}, "as many maps"),
+        ({"llr_maps": ()}, "as many maps"),
+        ({"bits": (2, 3, 40000)}, "at most 64"),
+        ({"maps": (LINE, LINE, AffineMap(1e39, 0.0))}, r"at most 1e\+30, got 1e\+39"),
+        ({"llr_maps": (LINE, LINE, AffineMap(1.0, -1e39))}, r"at most 1e\+30"),
+        ({"maps": (LINE, LINE, IsotonicMap(np.array([0.0, 1e39]), np.array([0.0, 1.0])))}, r"at most 1e\+30"),
     ],
 )
 def test_impossible_policies_are_refused(changes, message):
@@ -139,3 +144,9 @@ def test_maps_never_fall_even_on_tied_and_constant_scores(kind):
 def test_unknown_map():
     with pytest.raises(UserError, match="map 'cubic'"):
         fit_map("cubic", [0.0], [0.0], [True])
+
+
+def test_no_trials_make_no_map():
+    for kind in ("affine", "isotonic", "logistic"):
+        with pytest.raises(UserError):
+            fit_map(kind, [], [], [])

@@ -185,3 +185,12 @@ def test_mistakes():
     with pytest.raises(UserError, match="same bits"):
         other = dataclasses.replace(policy, enrolment="top")
         run_grid([policy, other], scores, enrol, test, test > 0, test > 0)
+
+
+def test_from_the_last_knot_on_scores_are_exactly_its_value():
+    """In float32, y0 + (y1 - y0) is a step below y1; two knots fill a table of a power of two."""
+    fitted = IsotonicMap(np.array([0.0, 1.0]), np.array([-0.994523, 0.6317071]))
+    policy = CascadePolicy((2,), (fitted,), (), threshold=0.6317071)
+    scores = np.float32([[1.0, 2.0, 0.99]])
+    assert run(policy, scores, [0, 1, 2], [3, 4, 5]).accept.tolist() == [True, True, False]
+    np.testing.assert_array_equal(map_scores(policy, scores)[0, :2], np.float32([0.6317071] * 2))

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from kmq_jax import quant
-from kmq_jax.cascade.verifier import _read_at
+from kmq_jax.cascade import verifier
+from kmq_jax.cascade.policy import CascadePolicy
+from kmq_jax.cascade.verifier import _read_at, save_cascade
 from kmq_jax.core.errors import UserError
+from kmq_jax.metrics.calibration import AffineMap
 from kmq_jax.models.speaker_model import SpeakerModel, at_bits, fingerprint
 
 
@@ -25,3 +28,23 @@ def test_a_nested_model_embeds_without_bits_for_its_last_level_alone():
     # A model that does not nest has one fingerprint, at whichever level it stands.
     single = dataclasses.replace(whole, variables={"params": {"layer": {"kernel": kernel}}})
     assert _read_at(single, 32, fingerprint(single), "f.kmq") is single
+
+
+def test_a_refused_cascade_leaves_the_one_that_lies_there(tmp_path, monkeypatch):
+    models = {}
+    for name in ("old2", "old4", "new2", "new4"):
+        kernel = np.full((2, 2), len(models), np.float32)
+        models[name] = SpeakerModel("wespeaker_resnet34", {}, "wespeaker", {"params": {"layer": {"kernel": kernel}}})
+    monkeypatch.setattr(verifier, "load_model", lambda place: models[place.rsplit("/", 1)[-1]])
+    monkeypatch.setattr(verifier, "save_model", lambda path, model: path.write_text(fingerprint(model)))
+    line, known = AffineMap(1.0, 0.0), {name: fingerprint(model) for name, model in models.items()}
+
+    def policy(*names):
+        return CascadePolicy((2, 4), (line, line), ((0.0, 1.0),), 0.5, models=tuple(known[name] for name in names))
+
+    save_cascade(tmp_path, policy("old2", "old4"), {2: "old2", 4: "old4"})
+    before = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert (before["2.kmq"], before["4.kmq"]) == (known["old2"], known["old4"])
+    with pytest.raises(UserError, match="old4 is not the model that the policy was made for at 4 bits"):
+        save_cascade(tmp_path, policy("new2", "new4"), {2: "new2", 4: "old4"})
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == before

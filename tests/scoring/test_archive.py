@@ -101,6 +101,14 @@ class Bomb:
         (b"\0BFM \4" + struct.pack("<i", 2) + b"\4" + struct.pack("<i", 1) + bytes(8), r"is of shape \(2, 1\)"),
         (b" [ 1.0 2.0 3.0\n", "its bracket is not closed"),
         (b" [ 1.0 x ]\n", "is no vector of Kaldi"),
+        (b" [ 1.0 2.0 ] b [ 1.0 2.0 ]\n", "follows its bracket"),
+        (b" [\n 1 2\n 3 4 ]\n", r"is of shape \(2, 2\)"),
+        (b" [ " + b"1 " * (1 << 20) + b"1 ]\n", "over 1048576 numbers"),
+        (b" [ 1 2 ]\n b  [ 3 4 ]\n", "a space where a key should begin, at byte 11"),
+        (
+            b"\0BFV \4" + struct.pack("<iff", 2, 1, 2) + b" b \0BFV \4" + struct.pack("<iff", 2, 3, 4),
+            "a space where a key should begin, at byte 20",
+        ),
         (b"\0BFV \4" + struct.pack("<i", 2) + bytes(8), "the embedding of a is zero or not finite"),
     ],
 )
@@ -147,3 +155,13 @@ def test_archives_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "kaldiio", None)
     with pytest.raises(UserError, match=r'pip install "kmq_jax\[kaldi\]"'):
         read_embeddings(tmp_path / "e.ark")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " \n", ""])
+def test_numbers_in_text_need_not_begin_with_a_point_or_end_by_a_bare_newline(tmp_path, end):
+    (tmp_path / "e.ark").write_bytes(
+        f"a  [ 1 0.5 ]{end or chr(10)}b  [ 0 0.25 ]{end or chr(10)}c  [ 1e-05 2 ]{end}".encode()
+    )
+    table = read_embeddings(tmp_path / "e.ark")
+    assert table.ids == ("a", "b", "c")
+    np.testing.assert_array_equal(table.embeddings, np.float32([[1, 0.5], [0, 0.25], [1e-5, 2]]))

@@ -26,6 +26,8 @@ def test_cosine(tables, count, monkeypatch):
 
 def test_no_trials(tables):
     assert device_scores.cosine_scores(*tables, [], []).shape == (0,)
+    mean, deviation = device_scores.cohort_statistics(tables[0][:0], tables[1], 5)
+    assert (mean.shape, deviation.shape) == ((0,), (0,))
 
 
 def test_asnorm(tables, monkeypatch):
@@ -48,8 +50,11 @@ def test_mistakes_are_named(tables):
     one, two = tables
     with pytest.raises(UserError, match="16 dimensions"):
         device_scores.cosine_scores(one, two[:, :8], [0], [0])
-    with pytest.raises(UserError, match="embedding 50 of 50"):
-        device_scores.cosine_scores(one, two, [50], [0])
+    for scores in (device_scores.cosine_scores, cosine.cosine_scores):
+        with pytest.raises(UserError, match="embedding 50 of 50"):
+            scores(one, two, [50], [0])
+        with pytest.raises(UserError, match="embedding -1 of 30"):
+            scores(one, two, [1, 0], [-1, 0])
     with pytest.raises(UserError, match="top_n"):
         device_scores.cohort_statistics(one, two, 31)
     with pytest.raises(UserError, match="all the same"):

@@ -123,3 +123,42 @@ def test_a_lock_that_is_held_is_told(tmp_path):
         with if_free(tmp_path / "b") as three:
             assert three
     assert os.listdir(tmp_path) == []
+
+
+def test_a_run_that_begins_while_another_one_finishes_keeps_its_shards(tmp_path, monkeypatch):
+    """The second begins as soon as the plan says that the first has finished, before that one clears its shards."""
+    out = tmp_path / "e.npy"
+    first = shards._Work(tmp_path / "e.npy.shards", out, "a", SHARDS)
+    second = shards._Work(first.place, out, "b", SHARDS)
+    assert first.begin()
+    np.save(out, WHOLE)
+    write, threads = shards.write_json, []
+
+    def begin():
+        second.begin()
+        second.file(0).write_bytes(b"a shard")
+
+    def meanwhile(path, value):
+        write(path, value)
+        if "finished" in value:
+            threads.append(threading.Thread(target=begin))
+            threads[0].start()
+            threads[0].join(0.2)  # it waits, or else it is done by now
+
+    monkeypatch.setattr(shards, "write_json", meanwhile)
+    first.finish()
+    threads[0].join()
+    assert second.file(0).is_file() and second.left() == list(range(1, SHARDS))
+
+
+def test_an_index_without_its_archive_is_not_finished(tmp_path):
+    work = shards._Work(tmp_path / "e.scp.shards", tmp_path / "e.scp", "a", SHARDS)
+    assert work.begin()
+    for name in ("e.scp", "e.ark"):
+        (tmp_path / name).write_text(name)
+    work.finish()
+    assert work.is_finished()
+    (tmp_path / "e.ark").write_text("another")
+    assert not work.is_finished()
+    (tmp_path / "e.ark").unlink()
+    assert not work.is_finished()

@@ -73,3 +73,8 @@ def test_mistakes_are_named():
         snorm.cohort_statistics(table(3, 0), table(50, 1, dim=8), 5)
     with pytest.raises(UserError, match="all the same"):
         snorm.cohort_statistics(table(3, 0), np.repeat(table(1, 1), 5, axis=0), 5)
+
+
+def test_no_trials_give_no_scores():
+    scores = snorm.adaptive_snorm([], table(3, 0), table(4, 1), [], [], table(5, 2), 2)
+    assert scores.shape == (0,) and scores.dtype == np.float32

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.progress import say_once
 from kmq_jax.data import trials as lists
 from kmq_jax.data.trials import read_in_parts, read_trials
 from kmq_jax.scoring import run, snorm, stream
@@ -176,3 +177,22 @@ def test_the_cohorts_blocks_are_shared_without_a_difference(count, monkeypatch):
     parts = [stream._shared_statistics(rows, cohort, 10, (i, count)) for i in range(count)]
     assert all(np.isinf(part).any() for part in parts)
     np.testing.assert_array_equal(np.max(parts, axis=0), snorm.cohort_statistics(rows, cohort, 10))
+
+
+def test_every_process_tells_the_shared_speakers_and_the_first_one_warns(files, monkeypatch, capsys):
+    monkeypatch.setattr(stream, "_normalised", lambda scorer, *_: scorer)  # it would wait for the other process
+    about = files / "e.npz", str(files / "trials.txt"), OPTIONS
+    found = stream.score_stream(*about, cohort=files / "e.npz", share=(1, 2))["snorm"]
+    assert found["shared_speakers"] > 0 and "are also in the cohort" not in capsys.readouterr().err
+
+
+def test_models_of_several_speakers_are_warned_of(files, tmp_path, capsys):
+    text = (files / "models.txt").read_text()
+    (tmp_path / "mixed.txt").write_text(text.replace("m3 s3-0 s3-1", "m3 s3-0 s4-1"))
+    about = files / "e.npz", str(files / "enrolled.txt"), OPTIONS
+    for score in (run.score, stream.score_stream):
+        say_once.cache_clear()
+        score(*about, enrol_models=str(tmp_path / "mixed.txt"))
+        assert "mixed.txt: 1 models are of several speakers' utterances; the first is m3" in capsys.readouterr().err
+        score(*about, enrol_models=str(files / "models.txt"))
+        assert "warning" not in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Enrolled speakers: what is kept and compared, and what a store refuses."""
 
+import contextlib
 import hashlib
 import multiprocessing
 import sqlite3
@@ -12,8 +13,10 @@ import pytest
 from recordings import tone, write
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.progress import say_once
 from kmq_jax.models import registry
 from kmq_jax.models.speaker_model import SpeakerModel, save_model
+from kmq_jax.speakers import database
 from kmq_jax.speakers.store import SpeakerStore, false_accept_rate
 
 SETTINGS = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8}
@@ -284,3 +287,75 @@ def test_another_file_in_its_place_is_refused_and_left(store, files, what):
         with pytest.raises(UserError, match="speakers.sqlite"):
             ask()
     assert held is None or hashlib.sha256(bytes_of(store)).digest() == held
+
+
+def test_whether_recordings_were_cut_to_speech_is_remembered_and_told(store, model, files, monkeypatch, capsys):
+    monkeypatch.setattr("kmq_jax.speakers.store.speech.only", lambda wave, where: wave[: len(wave) // 2])
+    cut = SpeakerStore(store._file.parent, model, engine="jax", vad=True)
+    assert cut.enrol("alice", files[:1]).seconds == pytest.approx(0.5)
+    say_once.cache_clear()
+    cut.verify("alice", files[1])
+    assert capsys.readouterr().err == ""
+    store.verify("alice", files[1])
+    assert "0.wav of alice first, were enrolled with vad, now it is without" in capsys.readouterr().err
+    assert store.enrol_again() == 1 and store.speakers()[0].seconds == pytest.approx(1.0)
+    store.verify("alice", files[1])
+    assert capsys.readouterr().err == ""
+    cut.enrol("alice", files[2:3])
+    assert "1 recordings, " in capsys.readouterr().err
+
+
+def test_a_store_made_before_vad_was_kept_is_read_and_added_to(store, model, files, monkeypatch, capsys):
+    monkeypatch.setattr("kmq_jax.speakers.store.speech.only", lambda wave, where: wave)
+    store.enrol("alice", files[:1])
+    score = store.verify("alice", files[1]).score
+    with sqlite3.connect(store._file) as raw:
+        raw.execute("ALTER TABLE recording DROP COLUMN vad")
+    raw.close()
+    before = bytes_of(store)
+    for vad in (False, True):  # of neither is it known that it differs
+        later = SpeakerStore(store._file.parent, model, engine="jax", vad=vad)
+        assert later.verify("alice", files[1]).score == score and bytes_of(store) == before
+    assert store.enrol("alice", files[2:3]).recordings == 2 and store.remove("alice") == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_name_is_found_however_its_accents_were_typed(store, files):
+    nfc, nfd = "Zo\u00eb", "Zoe\u0308"
+    assert store.enrol(nfd, files[:1]).name == nfc
+    assert store.enrol(nfc, files[1:2]).recordings == 2
+    assert store.verify(nfd, files[2]).speaker == store.verify(nfc, files[2]).speaker == nfc
+    with sqlite3.connect(store._file) as raw:  # as stores made before may have it
+        raw.execute("UPDATE recording SET speaker = ? WHERE number = 1", (nfd,))
+    raw.close()
+    assert [(one.name, one.recordings) for one in store.speakers()] == [(nfc, 2)]
+    assert store.remove(nfc) == 2
+
+
+def test_what_is_no_threshold_and_no_count_is_refused(store, files):
+    store.enrol("alice", files[:1])
+    for threshold in (float("nan"), 5.0):
+        with pytest.raises(UserError, match=r"`threshold` \(="):
+            store.verify("alice", files[0], threshold=threshold)
+    with pytest.raises(UserError, match=r"`top` \(=-1\) must be 1 or more"):
+        store.identify(files[0], top=-1)
+
+
+def test_a_store_that_cannot_be_looked_at_is_not_taken_for_an_empty_one(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot read .*speakers.sqlite: Not a directory"):
+        SpeakerStore(tmp_path / "file").speakers()
+
+
+def test_what_a_killed_process_left_of_a_new_store_is_no_other_database(tmp_path):
+    """SQLite empties the file again, which by then is longer than nothing."""
+    people = tmp_path / "people"
+    people.mkdir()
+    with contextlib.closing(sqlite3.connect(people / database.FILE)) as connection:
+        connection.execute("PRAGMA user_version = 1")  # a page is written, and no table
+    with pytest.raises(database.Empty, match="holds no speakers yet"), database.reading(people / database.FILE):
+        pass
+    with database.writing(people / database.FILE) as written:
+        written.set_model(database.ModelRow(b"/m", None, "f", 2))
+    with database.reading(people / database.FILE) as read:
+        assert read.model().fingerprint == "f"
