@@ -7,7 +7,10 @@ from kmq_jax.study.markdown import about_sets, change_of, corpus_of, markdown
 
 
 def conditions_table(found: Row) -> str:
-    """What few bits lose by condition, and by how much more than on whole recordings; bold where beyond chance."""
+    """What few bits lose by condition, and by how much more than on whole recordings; bold where beyond chance.
+
+    Rows of `found` come condition by condition, full precision first.
+    """
     header = ["recordings", "seconds", "FP32, EER %", "bits", "EER %", "loss", "grows by", "harmful flips", "grow by",
               "drift", "grows by"]  # fmt: skip
     lines, full = [header], 0.0
@@ -38,7 +41,7 @@ SPEEDS = (
 
 
 def accelerator_table(lines: list[Row]) -> str:
-    """What an accelerator did: one row for each thing measured, by the last line that tells of it."""
+    """What an accelerator did: one row for each thing measured, from its last line."""
     newest = {(line["part"], line["what"]): line for line in lines if "what" in line}
     rows = [["part", "what", "figures", "card"]]
     for (part, what), line in newest.items():
@@ -69,6 +72,7 @@ def networks_table(found: Row) -> str:
     head = ["network", "features", "embedding", "parameters", "as in", "GMAC", f"time, {found['reference']} = 1"]
     rows, notes = [head], dict[str, int]()
     for row in found["rows"]:
+        # Notes are numbered as they first occur; the same reason keeps its number.
         mark = f" ({notes.setdefault(row['why'], len(notes) + 1)})" if row.get("why") else ""
         source = f"{row['source']}{mark}" if row.get("parameters_as_source") else ""
         cells = [row["network"], str(row["features"]), str(row["embedding_size"]), f"{row['parameters']:,}", source]
@@ -88,7 +92,7 @@ def lazy_table(found: Row) -> str:
     rows = [head]
     for one in found["sets"]:
         for row in one["rows"]:
-            cascade = "escalated" in row
+            cascade = "escalated" in row  # else a single model
             rows.append(
                 [
                     corpus_of(one["data"]),
@@ -117,6 +121,7 @@ def activations_table(found: Row) -> str:
     ]
     for one in found["sets"]:
         for row in one["rows"]:
+            # Changes against full precision have the same names behind "full_".
             whole = {key.removeprefix("full_"): value for key, value in row.items() if key.startswith("full_")}
             cells = [f"{row['eer']:.2f}", f"{row['float_eer']:.2f}", change_of(row, "eer_change", 2)]
             cells += [change_of(whole, "eer_change", 2), change_of(row, "min_dcf_change", 3), f"{row['cosine']:.4f}"]
@@ -131,7 +136,7 @@ def across_table(found: Row) -> str:
     rows = [head]
     for one in found["sets"]:
         for row in one["rows"]:
-            gated = row["alpha"] is not None
+            gated = row["alpha"] is not None  # a cascade; a single model has no gates
             rows.append(
                 [
                     corpus_of(one["data"]),
@@ -172,6 +177,7 @@ def stream_table(found: Row) -> str:
     rows = [["command", "trials", "processes", "seconds", "most memory of one, MB", "EER %, within", "as one process"]]
     for row in found["rows"]:
         low, high = row["eer_bounds"]
+        # Keys of the result that differ from one process's.
         same = "equal" if not row["unlike_one_process"] else f"differs: {', '.join(row['unlike_one_process'])}"
         cells = [row["command"], f"{row['trials']:,}", str(row["processes"]), f"{row['seconds']:,.0f}"]
         cells += [f"{row['peak_memory_mb']:,.0f}", f"{low:.5f} to {high:.5f}", same if row["processes"] > 1 else ""]
@@ -182,6 +188,7 @@ def stream_table(found: Row) -> str:
 
 def speed_table(lines: list[Row]) -> str:
     """What benchmarks found beside others, each by its newest line; ratios were measured in turns in one run."""
+    # One benchmark at two types of arithmetic is two rows; a later line replaces an earlier one.
     newest = {(line["bench"], line.get("dtype")): line for line in lines}
     rows = [["what", "beside", "found"]]
     for (bench, _), line in newest.items():
@@ -278,9 +285,17 @@ def house_table(found: Row) -> str:
 
 
 def memory_table(found: Row) -> str:
-    """The paper's memory table, cell by cell: what is published, and what is counted here, in MiB."""
+    """The paper's memory table, cell by cell: what is published, and what is counted here, in MiB.
+
+    >>> row = {"network": "ResNet36", "bits": 2, "what": "weights", "published": "1.3", "mib": 1.28}
+    >>> print(memory_table({"rows": [row]}), end="")
+    | network | bits | what | published | here |  |
+    |---|---|---|---|---|---|
+    | ResNet36 | 2 | weights | 1.3 | 1.3 | equal |
+    """
     rows = [["network", "bits", "what", "published", "here", ""]]
     for row in found["rows"]:
+        # As many digits as are published: more cannot be compared.
         digits = len(row["published"].partition(".")[2])
         here = f"{row['mib']:.{digits}f}"
         verdict = "equal" if here == row["published"] else "**differs**"
@@ -289,7 +304,10 @@ def memory_table(found: Row) -> str:
 
 
 def biases_table(found: Row) -> str:
-    """What biases in half precision save and change, by bits, on each list; the least cosine is of all embeddings."""
+    """What biases in half precision save and change, by bits, on each list.
+
+    The cosine is the least of all embeddings' to the same ones with biases in full precision.
+    """
     names = list(found["rows"][0]["sets"])
     heads = [head for name in names for head in (f"{corpus_of(name)}, EER %", "in FP16", "change", "minDCF", "cosine")]
     rows = [["bits", "bytes", "in FP16", *heads]]
@@ -304,7 +322,7 @@ def biases_table(found: Row) -> str:
 
 
 def fresh_table(found: Row) -> str:
-    """Processor time of commands in processes of their own, the least and the median of several; and their memory."""
+    """Processor time of commands in processes of their own, least and median of several runs, and most memory."""
     rows = [["command", "least, s", "median, s", "most memory, MB"]]
     for one in found["rows"]:
         rows.append(

@@ -16,8 +16,8 @@ from kmq_jax.cascade.verifier import save_cascade
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, Row, atomic_write, read_json, write_json
 from kmq_jax.data import source, trials
-from kmq_jax.study.networks import Network
-from kmq_jax.study.options import FULL, NESTED, CascadePlan, EvaluationSet, StudyOptions
+from kmq_jax.study.networks import Network, epochs_of, runs_of
+from kmq_jax.study.options import FULL, MIXED, NESTED, CascadePlan, EvaluationSet, StudyOptions
 from kmq_jax.study.steps import Steps
 
 RECIPES = {"halves": 1, "calibrate": 3, "cascade": 4}
@@ -61,7 +61,7 @@ class StudiedCascade:
 
     @property
     def name(self) -> str:
-        """Names its steps and its directory."""
+        """Names its steps and its directory, such as "distilled-2-4"."""
         published = "-published" if self.plan.gates == "published" else ""
         return f"{self.plan.family}-{'-'.join(map(str, self.plan.bits))}{published}"
 
@@ -101,7 +101,7 @@ class StudiedCascade:
             policy = calibrate(self.files(base), self.file(self.reference, base), listed, self.how, base.models)
             policy.save(out)
             draw_front(out.with_suffix(".png"), policy)
-            if not suffix:
+            if not suffix:  # policies of halves only serve to evaluate
                 save_cascade(out.parent, policy, {int(one.bits): str(one.path) for one in self.levels})
 
         name, out = f"calibrate-{self.name}{suffix}", f"cascades/{self.name}{suffix}/policy.json"
@@ -110,7 +110,18 @@ class StudiedCascade:
     def evaluate(
         self, policy: str, listed: str, evaluated: EvaluationSet, suffix: str, data: Sequence[str] = ()
     ) -> Json:
-        """The figures on a set of the policy with the suffix `policy`."""
+        """The figures of a policy on a set.
+
+        Args:
+            policy: suffix of the policy, as in `calibrate`.
+            listed: trial list of the set, or of a half of it.
+            evaluated: the set.
+            suffix: tells this step from others on the same set.
+            data: lists that the user named; those of halves are made by a step before.
+
+        Returns:
+            As `cascade.evaluate.evaluate_embeddings` gives them.
+        """
         directory = f"cascades/{self.name}{policy}"
 
         def action(out: Path) -> None:
@@ -129,6 +140,24 @@ class StudiedCascade:
         return found
 
 
+def check_plans(options: StudyOptions) -> None:
+    """Refuses a cascade of networks that the study does not make, before any is made.
+
+    Raises:
+        UserError: a plan names bits that its family does not have.
+    """
+    made: set[tuple[str, int]] = set()
+    for run in runs_of(options):
+        if run.name != MIXED:  # whose bits are known afterwards, and which is in no family
+            found = (*([run.untrained_step] if run.untrained else ()), *([run.step] if epochs_of(options, run) else ()))
+            made |= {(step, bits) for step in found for bits in (run.bits, *run.coarse)}
+    for plan in options.cascades:
+        known = {FULL} | {bits for step, bits in made if step in family_steps(plan.family, options.bits)}
+        if missing := [bits for bits in plan.bits if bits not in known]:
+            what = f"{missing[0]} bits in {plan.family!r}"
+            raise UserError(f"study.cascades: there is no network of {what}, by study.bits, epochs, nested and also")
+
+
 def run_cascade(steps: Steps, options: StudyOptions, networks: Sequence[Network], plan: CascadePlan) -> Json:
     """Calibrates a cascade on one set and runs it on all.
 
@@ -141,13 +170,11 @@ def run_cascade(steps: Steps, options: StudyOptions, networks: Sequence[Network]
         networks: all there are, full precision first.
         plan: the cascade.
 
-    Raises:
-        UserError: the plan names bits that its family does not have.
+    Returns:
+        `name`, `family`, `bits`, `gates`, `directory`; the figures of `sets` by name; the mean EER of `groups`.
     """
     known = {int(one.bits): one for one in networks if one.step in family_steps(plan.family, options.bits)}
     known[FULL] = networks[0]
-    if missing := [bits for bits in plan.bits if bits not in known]:
-        raise UserError(f"study.cascades: there is no network of {missing[0]} bits in {plan.family!r}")
     cascade = StudiedCascade(steps, options, plan, networks[0], tuple(known[bits] for bits in plan.bits))
     base = options.sets[options.calibrate]
     cascade.calibrate(base.trials, "", cascade.needs(base), data=base.lists)
@@ -190,12 +217,14 @@ def _write_halves(evaluated: EvaluationSet, out: Path) -> None:
     table = source.open_source(evaluated.data)
     pairs = trials.open_trials(evaluated.trials, table, evaluated.models)
     speakers, speaker = np.unique(np.array(table.speakers), return_inverse=True)
+    # Parities of a permutation: drawn at random, and the halves differ by one speaker at most.
     half = np.random.default_rng(0).permutation(len(speakers)) % 2
-    # A trial across the halves would show a policy a speaker of the other half.
+    # Trials across the halves would show a policy a speaker of the other half: they are left out below.
+    # All recordings of a model are of one speaker.
     of_enrol = speaker if pairs.models is None else speaker[[members[0] for members in pairs.models]]
     sides = half[of_enrol[pairs.enrol]], half[speaker[pairs.test]]
     ids, names = np.array(table.ids), np.array(pairs.names)
-    # A model goes by its own name, an utterance by its id.
+    # In trial lists a model has its own name, an utterance its id.
     enrolled = ids[pairs.enrol] if pairs.models is None else names[pairs.enrol_name]
     for number, name in enumerate(HALVES):
         rows = np.flatnonzero((sides[0] == number) & (sides[1] == number))
@@ -208,5 +237,6 @@ def mean_of(halves: Sequence[Row]) -> Json:
     """The mean of two halves' figures, of those in `MEANT`."""
     # Counts and intervals of halves have no mean that says anything.
     shown = [{key: half[key] for key in MEANT} for half in halves]
+    # Some figures are themselves by level or by band.
     mean: Json = jax.tree.map(lambda *values: float(np.mean(values)), *shown)
     return mean

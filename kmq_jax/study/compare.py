@@ -1,7 +1,7 @@
 """Paired comparison of a study's networks: with full precision, with the control, with other recipes.
 
 Two networks are scored on the same trials and on the same draws of speakers, so that what a draw does to both is not
-counted as a difference. Where the interval of a difference holds zero, there is none to speak of.
+counted as a difference. Where the interval of a difference contains zero, the networks are not told apart.
 """
 
 import dataclasses
@@ -23,7 +23,14 @@ FULL_PRECISION, CONTROL = "full precision", "control"
 
 
 def errors_of(embeddings: Path, evaluated: EvaluationSet, replicates: int) -> Errors:
-    """What a network errs on an evaluation set, by cosine scores of its embeddings."""
+    """The error rates of a network on an evaluation set, by cosine scores of its embeddings.
+
+    Args:
+        embeddings: the network's file.
+        evaluated: the set.
+        replicates: draws of speakers.
+    """
+    # One level alone: its number of bits is not used.
     joined = score_levels([(1, str(embeddings))], None, evaluated.trials, models_path=evaluated.models)
     sides = joined.sides
     return Errors.of(joined.scores[0], joined.trials.label, sides.enrol_speaker, sides.test_speaker, replicates)
@@ -45,12 +52,13 @@ class Group:
 
     @property
     def control(self) -> "Group":
-        """What the same steps on the same data make of full precision."""
+        """The networks trained on in full precision by the same steps on the same data."""
+        # Patterned levels are trained by distillation.
         return Group("distilled" if self.recipe in PATTERNED else self.recipe, FULL, True)
 
 
 def grouped(networks: Sequence[Network]) -> dict[Group, list[Network]]:
-    """The networks by group. Nested and mixed ones are left out: they have no control."""
+    """The networks by group. Full precision, nested and mixed ones are left out: they have no control."""
     groups: dict[Group, list[Network]] = {}
     for one in networks:
         if one.run and one.run.name.isdigit():
@@ -59,14 +67,23 @@ def grouped(networks: Sequence[Network]) -> dict[Group, list[Network]]:
 
 
 def pairs(groups: Sequence[Group]) -> Iterator[tuple[Group, str, Group | None]]:
-    """What is compared: a group, what with (full precision, the control, another recipe), and the group of that."""
+    """Yields what is compared: a group, the name of what it is compared with, and the group of that.
+
+    The name is "full precision", of which the group is None, "control", or another recipe at the same bits.
+
+    >>> groups = [Group("distilled", 2, True), Group("distilled", 32, True)]
+    >>> [(group.bits, against) for group, against, _ in pairs(groups)]
+    [(2, 'full precision'), (2, 'control'), (32, 'full precision')]
+    """
     for place, group in enumerate(groups):
         yield group, FULL_PRECISION, None
         if group.trained and group.bits != FULL and group.control in groups:
             yield group, CONTROL, group.control
-        for other in groups[:place]:
+        for other in groups[:place]:  # earlier ones alone: each pair once
             if (other.bits, other.trained) == (group.bits, group.trained):
-                yield group, other.recipe, other
+                # This project's recipe is what others are compared with, also where it is not the study's own.
+                one, less = (other, group) if group.recipe == "distilled" else (group, other)
+                yield one, less.recipe, less
 
 
 def differences(
@@ -94,6 +111,7 @@ def differences(
             one.name: errors_of(embeddings(one, evaluated), evaluated, replicates)
             for one in [networks[0], *(one for group in groups.values() for one in group)]
         }
+        # Draw by draw over seeds, so that an interval is of the mean.
         errors = {group: Errors.mean([made[one.name] for one in members]) for group, members in groups.items()}
         for group, against, other in pairs(list(groups)):
             less = errors[other] if other else made[networks[0].name]

@@ -12,7 +12,7 @@ from kmq_jax.diagnosis.options import DiagnosisOptions
 from kmq_jax.training.config import smoke
 
 EPOCHS = {"4": 1.0, "3": 1.5, "2": 7.5, "nested": 3.0, "mixed": 0.0, "32": 0.0}
-"""Epochs of quantization-aware training by bits, for a few thousand utterances. What has none is not trained."""
+"""Epochs of quantization-aware training by bits, for a few thousand utterances. Those with 0 are not trained."""
 NO_EPOCHS = dict.fromkeys(EPOCHS, 0.0)
 
 
@@ -21,7 +21,11 @@ def study_config(config: ml_collections.ConfigDict, **settings: Any) -> ml_colle
 
     Args:
         config: of the full-precision training; changed in place.
-        **settings: of the section, in place of the defaults.
+        **settings: of the section, in place of the defaults. `diagnosis` and `calibration` change only what they name;
+            bits that `epochs` leaves out are not trained.
+
+    Returns:
+        `config`.
 
     Raises:
         UserError: the section has no such setting.
@@ -69,7 +73,7 @@ def study_config(config: ml_collections.ConfigDict, **settings: Any) -> ml_colle
 def add_evaluation_sets(
     config: ml_collections.ConfigDict, root: ml_collections.FieldReference, places: Mapping[str, str]
 ) -> None:
-    """Adds evaluation sets that lie below one directory, each with its `trials.txt`.
+    """Adds evaluation sets that lie below one directory, each with a `trials.txt` of its own.
 
     Args:
         config: with a section `study`; changed in place.
@@ -90,12 +94,14 @@ def paper_study(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Adds the paper's study of a network: its sets, KMQAT at 4, 3, 2 and 3.144 bits, one cascade 2>3>4.
 
     KMQAT trains for 40 epochs at each number of bits, and for as many in each phase of mixed precision. Every weight
-    matrix is quantized; nested codebooks, which the paper has not, are left out. Of each recording the first 1,400
-    frames count, less the mean over all of it. VoxTube's trials alone calibrate the cascade; VoxCeleb1-O/E/H,
-    CN-Celeb and CommonBench evaluate. A set lies below `study.root` as `NAME/` with `NAME/trials.txt`, or where
-    `--config.study.evaluate.NAME.data=` and `.trials=` say; CN-Celeb's trials enrol the models of `enroll.map`
-    (`.models=` else), CommonBench's list is `comparisons.txt`. The cascade 2>3>4 has its gates chosen as published,
-    and by this project's rule beside it. All five sets are diagnosed.
+    matrix is quantized; nested codebooks, which the paper does not have, are left out. Networks see the first 1,400
+    frames of each recording, less the mean over all of its frames. VoxTube's trials alone calibrate the cascade;
+    VoxCeleb1-O/E/H, CN-Celeb and CommonBench evaluate, and all five are diagnosed. The cascade 2>3>4 has its gates
+    chosen as published, and by this project's rule beside it.
+
+    A set lies below `study.root` as `NAME/` with `NAME/trials.txt`, or where `--config.study.evaluate.NAME.data=` and
+    `.trials=` say. CN-Celeb's trials enrol the models of `enroll.map`, or of what `.models=` says. CommonBench's list
+    is `comparisons.txt`.
     """
     study_config(
         config,
@@ -111,7 +117,7 @@ def paper_study(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     root = ml_collections.FieldReference("data")
     config.study.root = root
     names = "vox1_o", "vox1_e", "vox1_h", "cnceleb", "commonbench", "voxtube"
-    add_evaluation_sets(config, root, dict(zip(names, names)))
+    add_evaluation_sets(config, root, dict(zip(names, names)))  # directories have the sets' names
     config.study.evaluate.cnceleb.models = root + "/cnceleb/enroll.map"
     config.study.evaluate.commonbench.trials = root + "/commonbench/comparisons.txt"
     inside, outside = ("vox1_o", "vox1_e", "vox1_h"), ("cnceleb", "commonbench")
@@ -120,9 +126,9 @@ def paper_study(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def without_training(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Turns a study into one without training or cascades, at 8, 4, 3 and 2 bits: to set networks side by side.
+    """Turns a study into one without training or cascades, at 8, 4, 3 and 2 bits, to compare networks.
 
-    The diagnosis tries components alone; single layers and Hessians, which take longer, are left out.
+    The diagnosis looks at components alone; single layers and Hessians, which take longer, are left out.
     """
     config.study.update(bits=(8, 4, 3, 2), epochs=NO_EPOCHS, nested=False, calibrate="", cascades=(), engine="auto")
     config.study.diagnosis.update(layer_utterances=0, hessian_draws=0)
@@ -136,7 +142,7 @@ def smoke_study(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.study.quick_compile = True
     config.study.bits, config.study.epochs = (4, 2), NO_EPOCHS | {"2": 1.0, "nested": 1.0}
     if config.study.mixed:
-        config.study.epochs["mixed"] = 1.0
+        config.study.epochs["mixed"] = 2.0  # four steps: one at least for each of its phases
     config.study.evaluate = ml_collections.ConfigDict({"voices": voices})
     config.study.update(
         calibrate="voices",

@@ -5,7 +5,11 @@ from kmq_jax.metrics.paired import told_apart
 
 
 def change_of(change: Row, name: str, digits: int) -> str:
-    """A change with its paired interval, bold where that leaves out zero; nothing where it is not known."""
+    """A change with its paired interval, bold where the interval leaves out zero; nothing where it is not known.
+
+    >>> change_of({"eer_change": 0.5, "eer_change_ci95": [0.1, 0.9]}, "eer_change", 1)
+    '**+0.5 [+0.1, +0.9]**'
+    """
     interval = change.get(f"{name}_ci95")
     if interval is None:
         return ""
@@ -14,7 +18,11 @@ def change_of(change: Row, name: str, digits: int) -> str:
 
 
 def about_sets(sets: Row) -> str:
-    """How many trials, speakers and utterances each set's figures come from, as far as a file tells."""
+    r"""How many trials, speakers and utterances each set's figures come from, as far as a file tells.
+
+    >>> about_sets({"dev": {"trials": 2000, "speakers": 10}})
+    '\ndev: 2,000 trials, 10 speakers.\n'
+    """
     parts = []
     for name, found in sets.items():
         if "trials" not in found:
@@ -31,7 +39,7 @@ def about_sets(sets: Row) -> str:
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """A table of rows of cells, the first of which are its heads.
+    """A table of rows of cells; the first row is the header.
 
     >>> print(markdown([["a", "b"], ["1", "2"]]), end="")
     | a | b |
@@ -43,7 +51,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def corpus_of(data: str) -> str:
-    """The name of DATA without the place where it lies, nor its part.
+    """The name of a corpus: of DATA, the folder above the last, which names the part. DATA of one word stays as it is.
 
     >>> corpus_of("/data/words/dev")
     'words'

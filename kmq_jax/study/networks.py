@@ -66,11 +66,11 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A quantization of the study: at one number of bits, of all in one file, or of mixed precision.
+    """A quantization of the study: to one number of bits, to all of them in one file, or to mixed precision.
 
     Attributes:
         name: "2", "3", ..., "32", "nested" or "mixed".
-        bits: the most it has; 0 where they are chosen tensor by tensor, or where it stays in full precision.
+        bits: the most it has; 0 where bits are chosen tensor by tensor, or where the network stays in full precision.
         coarse: the fewer bits of nested codebooks, descending.
         recipe: how it is trained.
         grow_from: the step whose trained network nested codebooks grow from; empty for any other.
@@ -100,12 +100,13 @@ class Run:
 def runs_of(options: StudyOptions) -> list[Run]:
     """The quantizations that a study is asked for.
 
-    Most bits first; then nested ones and mixed precision; then the same by other recipes and from other seeds, and
-    last the controls, which train on in full precision.
+    Most bits first; then nested ones and mixed precision; then, seed by seed and recipe by recipe, the other trainings
+    of each number of bits. The control, which trains on in full precision, comes last of its recipe and seed.
     """
     ordered = sorted(options.bits, reverse=True)
     runs = [Run(str(bits), bits, recipe=options.recipe) for bits in ordered]
-    if options.nested:
+    if options.nested and len(ordered) > 1:  # of one number of bits there is nothing to nest
+        # They grow from the trained network of the fewest bits.
         runs.append(Run(NESTED, ordered[0], tuple(ordered[1:]), grow_from=f"{options.recipe}-{ordered[-1]}"))
     if options.mixed:
         runs.append(Run(MIXED, 0, recipe=options.recipe))
@@ -114,14 +115,15 @@ def runs_of(options: StudyOptions) -> list[Run]:
         Run(str(bits or FULL), bits, recipe=recipe, seed=seed, untrained=recipe in PATTERNED and not seed)
         for seed in range(options.seeds)
         for recipe in recipes
-        for bits in (ordered if recipe in PATTERNED else (*ordered, 0))
+        for bits in (ordered if recipe in PATTERNED else (*ordered, 0))  # 0 is the control
     ]
+    # The first seed of the study's own recipe stands above; of the rest, what has no epochs would do nothing.
     known = {run.step for run in runs}
     return runs + [run for run in more if run.step not in known and (run.untrained or options.epochs.get(run.name))]
 
 
 def training_steps(options: StudyOptions) -> list[str]:
-    """The names of the steps that make networks: full precision, then each quantization, which may be its own job."""
+    """The steps that make networks: full precision, then each quantization; each may be a job of its own."""
     return ["fp32", *(run.step for run in runs_of(options))]
 
 
@@ -157,7 +159,14 @@ def make_networks(
 
 
 def full_precision(config: ml_collections.ConfigDict, steps: Steps) -> Path:
-    """Trains the full-precision network, or takes the one that `init_from` names."""
+    """Trains the full-precision network, or takes the one that `init_from` names.
+
+    Returns:
+        The MODEL.
+
+    Raises:
+        UserError: there is no such file, or it is no model; or training failed.
+    """
     given, recipe = Path(config.init_from), RECIPES["fp32"]
     if given.suffix in CHECKPOINTS:
         if not given.is_file():
@@ -165,6 +174,7 @@ def full_precision(config: ml_collections.ConfigDict, steps: Steps) -> Path:
         about = file_hash(given)
         return steps.run("fp32", about, (), "fp32.kmq", functools.partial(_import, given), recipe=recipe)
     if config.init_from:
+        # Nothing is copied; a step all the same, so that what depends on it notices another model.
         about = fingerprint(load_model(given))
         steps.run("fp32", about, (), "fp32.json", lambda path: write_json(path, str(given)), recipe=recipe)
         return given
@@ -216,6 +226,7 @@ def mixed_network(
     path = _trained(own, steps, run)
     params = load_model(path).variables["params"]
     tensors = [leaf for _, leaf in named_leaves(params, quant.is_codebook_tensor) if quant.is_codebook_tensor(leaf)]
+    # Weighted by the tensors' sizes: bits a weight.
     mean = sum(leaf.bits * leaf.size for leaf in tensors) / sum(leaf.size for leaf in tensors)
     yield Network(run.step, "trained, mixed", round(mean, 3), path, run=run)
 
@@ -238,11 +249,19 @@ def epochs_of(options: StudyOptions, run: Run) -> float:
 def training_config(
     config: ml_collections.ConfigDict, options: StudyOptions, run: Run, reference: str, grow_from: str = ""
 ) -> ml_collections.ConfigDict:
-    """The configuration of a quantized training: that of the full-precision one, with the study's changes."""
+    """The configuration of a quantized training: that of the full-precision one, with the study's changes.
+
+    Args:
+        config: of the full-precision training; it stays as it is.
+        options: of the study.
+        run: the quantization.
+        reference: the MODEL in full precision, to start from.
+        grow_from: the MODEL that nested codebooks grow from.
+    """
     rules = tuple(tuple(rule) for rule in options.rules)
-    # A copy: every run changes the configuration of the full-precision training in its own way.
     recipe = published_kmqat if run.recipe == "kmqat" else distilled
     levels = {"levels": run.recipe, "centroids": "fixed"} if run.recipe in PATTERNED else {}
+    # A copy: every run changes the configuration of the full-precision training in its own way.
     own = recipe(copy.deepcopy(config), run.bits, coarse=run.coarse, grow_from=grow_from, rules=rules, **levels)
     if run.name == str(FULL):
         full_precision_control(own)
@@ -264,8 +283,8 @@ def training_config(
 def full_precision_control(config: ml_collections.ConfigDict) -> None:
     """Turns a recipe of quantization-aware training into the same training in full precision.
 
-    Weights are then in their own units, not in units of their channel's standard deviation, so the recipe that scales
-    its learning rate by the bits takes a fixed one: what 1e-3 of a standard deviation is to a weight.
+    Weights are then in their own units, not in units of their channel's standard deviation. So the recipe that scales
+    its learning rate by the bits takes a fixed one, `CONTROL_RATE`: about 1e-3 of a weight's standard deviation.
 
     Args:
         config: changed in place.
@@ -290,7 +309,7 @@ def quantize(config: ml_collections.ConfigDict, reference: Path, out: Path) -> N
 
 
 def settings_of(config: ml_collections.ConfigDict) -> Json:
-    """What a training run depends on."""
+    """The settings that a training run depends on, as JSON values: all but the section `study`."""
     return {key: value for key, value in json.loads(config.to_json()).items() if key != "study"}
 
 

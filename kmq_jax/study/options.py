@@ -18,6 +18,8 @@ NESTED = "nested"
 FULL = 32
 """Bits that stand for full precision."""
 MIXED = "mixed"
+_TRAINED_BY = (*map(str, range(1, 9)), str(FULL), MIXED, NESTED)
+"""What `epochs` may name."""
 TRAINED = "trained"
 """The family of the networks that the study's recipe trains, whichever it is."""
 FAMILIES = ("kmqat", "distilled", "ptq", f"distilled-{NESTED}", f"ptq-{NESTED}")
@@ -111,7 +113,11 @@ class StudyOptions(Options):
         check_max_seconds(self.max_seconds)
         if not self.sets:
             raise UserError("`evaluate` names no evaluation set")
+        if len(set(self.bits)) < len(self.bits) or not (self.bits or self.mixed):
+            raise UserError(f"`bits` (={shown(self.bits)}) must hold at least one number of bits, and none twice")
         for name, epochs in self.epochs.items():
+            if name not in _TRAINED_BY:
+                raise UserError(f"`epochs.{name}` (={epochs}) must be of bits (1 to 8, or 32), of mixed or of nested")
             if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not 0 <= epochs <= 1e6:
                 raise UserError(f"`epochs.{name}` (={epochs}) must be a number from 0 to 1000000")
         if self.mixed and not self.epochs.get(MIXED):

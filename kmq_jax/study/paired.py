@@ -1,4 +1,4 @@
-"""What each network of a study changes against full precision, as its JSON tells it."""
+"""The change of each network of a study against full precision, from the study's JSON."""
 
 from kmq_jax.core.files import Json, Row
 
@@ -15,10 +15,15 @@ def changes_of(summary: Row, row: Row, name: str) -> Json:
 
     Returns:
         `eer_change`, `min_dcf_change` and their `_ci95`, as far as they are known; nothing of full precision.
+
+    >>> full, row = {"sets": {}}, {"sets": {"dev": {"eer_change": 0.5, "eer_change_ci95": None}}}
+    >>> changes_of({"rows": [full, row]}, row, "dev")
+    {'eer_change': 0.5}
     """
     if row is summary["rows"][0]:
         return {}
     known: Json = row["sets"][name]
+    # A study without comparisons of its own may have them in its diagnosis.
     if "eer_change" not in known and row["method"] == "trained":
         systems = summary.get("diagnosis", {}).get(name, {}).get("systems", [])
         known = next((one for one in systems if one["bits"] == row["bits"]), {})

@@ -1,7 +1,7 @@
 """What the paper says of a training, line by line, beside the settings that a configuration trains with.
 
 Paper: Leguillier et al., "On Low-Bit Quantization Errors in Speaker Verification", Odyssey 2026; its training method,
-KMQAT, is of Liu, Wang and Qian, TASLP 2024. What a line is held by is a test that fails where it is no longer so.
+KMQAT, is by Liu, Wang and Qian, TASLP 2024. Each line names the test that fails once it no longer holds.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ class Line:
     """One thing that is published of a training.
 
     Attributes:
-        says: what, in words.
+        says: the thing, in words.
         source: who says so: the paper, its first author's public code, or neither.
         setting: the option of `TrainOptions` that holds it; empty where the code can do nothing else.
-        published: the option's value by what is said; None where nothing is said.
-        test: that holds it; empty: the one that goes through all settings.
-        why: what is chosen where nothing is said or sources differ.
+        published: the option's value as published; None where none is.
+        test: the test that checks it; empty: the one that goes through all settings.
+        why: what is chosen where none is published or sources differ.
     """
 
     says: str
@@ -43,7 +43,7 @@ class Line:
     def beside(self, options: TrainOptions, kind: str) -> Json:
         """The line beside a configuration: `says, source, published, setting, here, equal, why, test`.
 
-        `equal` is None where nothing is published; what no setting can change is as the test says.
+        `equal` is None where no value is published. It is true of what no setting can change: the test checks that.
         """
         here = _plain(value_of(options, self.setting)) if self.setting else None
         known = not self.setting or self.published is not None
@@ -60,7 +60,9 @@ class Line:
 
 
 def value_of(options: TrainOptions, setting: str) -> object:
-    """The value of an option by its dotted name; a group of the optimizer goes by its pattern.
+    """The value of an option by its dotted name; None where an optimizer has no such group.
+
+    `optimizer.groups[NAME].FIELD` is a field of the group that matches a parameter of that name.
 
     >>> value_of(TrainOptions(model={"name": "resnet18"}), "loss.scale")
     30.0
@@ -69,7 +71,7 @@ def value_of(options: TrainOptions, setting: str) -> object:
     for part in re.findall(r"[^.\[\]]+", setting):
         if value is None:
             break
-        if isinstance(value, tuple):  # of the optimizer's groups, the one for parameters of this name
+        if isinstance(value, tuple):  # the optimizer's groups; the first match wins, as in `match_rules`
             value = next((own for pattern, own in options.optimizer.group_rules if re.search(pattern, part)), None)
         else:
             value = getattr(value, part)
@@ -196,6 +198,7 @@ def lines_of(step: str) -> tuple[Line, ...]:
         return ()
     if bits == MIXED:
         return tuple(line for line in KMQAT if line.setting not in ("quant.bits", "epochs")) + MIXED_LINES
+    # KMQAT's first line is of the bits: all others are the same at any.
     first = dataclasses.replace(KMQAT[0], published=int(bits.partition("-")[0]))
     return (first, *KMQAT[1:])
 

@@ -31,7 +31,7 @@ from kmq_jax.scoring.levels import score_levels
 from kmq_jax.scoring.options import ExtractionOptions
 from kmq_jax.scoring.run import score
 from kmq_jax.study import report
-from kmq_jax.study.cascades import family_steps, run_cascade
+from kmq_jax.study.cascades import check_plans, family_steps, run_cascade
 from kmq_jax.study.compare import compare_on, differences
 from kmq_jax.study.networks import Network, make_networks
 from kmq_jax.study.options import FULL, NESTED, EvaluationSet, StudyOptions
@@ -65,6 +65,7 @@ def study(config: ml_collections.ConfigDict, workdir: Path, only: Sequence[str] 
     """
     settings = json.loads(config.to_json())
     options = options_of(config)
+    check_plans(options)
     _require_inputs(config, options)
     if options.quick_compile:
         jax.config.update("jax_disable_most_optimizations", True)
@@ -86,7 +87,7 @@ def study(config: ml_collections.ConfigDict, workdir: Path, only: Sequence[str] 
 
 
 def _require_inputs(config: ml_collections.ConfigDict, options: StudyOptions) -> None:
-    """Refuses data and lists that are not there before the first step: some are read hours later.
+    """Refuses missing data and lists before the first step: some are read only hours later.
 
     Raises:
         UserError: one is missing.
@@ -102,7 +103,7 @@ def _require_inputs(config: ml_collections.ConfigDict, options: StudyOptions) ->
 
 
 def in_words(row: Row) -> str:
-    """One row of the results for people.
+    """One row of the results in words.
 
     >>> found = {"eer": 3.5, "eer_change": 1.25, "eer_change_ci95": [0.5, 2.0]}
     >>> in_words({"bits": 2, "method": "trained", "bytes": 20480, "sets": {"test": found}})
@@ -159,6 +160,7 @@ def _summed_up(
         "published_figures": options.published_figures,
         "members": {group: list(members) for group, members in options.groups.items()},
     }
+    # Other recipes, seeds or a control: else each network is compared with full precision alone, in its row.
     if options.also or options.seeds > 1 or options.epochs.get(str(FULL)):
         summary["differences"] = differences(networks, list(options.sets.values()), functools.partial(place_of, steps))
     summary["seconds"] = {name: cost["seconds"] for name, cost in steps.costs().items()}
@@ -168,7 +170,7 @@ def _summed_up(
 
 
 def embed(steps: Steps, network: Network, evaluated: EvaluationSet, options: StudyOptions) -> Path:
-    """The embeddings of an evaluation set by a network."""
+    """The step that embeds an evaluation set by a network; returns the file."""
     name = f"{network.name}-{evaluated.name}"
     how = ExtractionOptions(
         bits=network.read_at,
@@ -237,6 +239,7 @@ def draw_det(steps: Steps, networks: Sequence[Network], evaluated: EvaluationSet
     shown = one_of_each(networks)
 
     def action(out: Path) -> None:
+        # Numbers in place of bits: only the order counts here.
         levels = [(number, str(place_of(steps, one, evaluated))) for number, one in enumerate(shown)]
         joined = score_levels(levels, None, evaluated.trials, models_path=evaluated.models)
         names = [f"{one.bits:g} bits" if one.run else "full precision" for one in shown]
@@ -260,16 +263,17 @@ def one_of_each(networks: Sequence[Network]) -> list[Network]:
 
 
 def run_diagnosis(steps: Steps, options: StudyOptions, networks: Sequence[Network], evaluated: EvaluationSet) -> Json:
-    """Where the errors of the trained networks come from; where none was trained, of those that were fitted.
+    """The step that finds where errors come from: of the trained networks, or where there are none of the fitted ones.
 
-    Bits that were not trained alone are taken from the nested network.
+    Bits that were not trained by themselves are taken from the trained nested network.
 
     Returns:
-        Those of its tables that are short.
+        Those of the diagnosis's tables that are short, and the `directory` of all of it.
     """
     steps_of = family_steps(options.recipe, options.bits)
     nested = {int(one.bits): one for one in networks if one.step == f"distilled-{NESTED}"}
     chosen = nested | {int(one.bits): one for one in networks if one.step in steps_of}
+    # Mixed precision has no whole number of bits, by which a diagnosis names its systems.
     chosen = chosen or {int(one.bits): one for one in one_of_each(networks)[1:] if one.bits == int(one.bits)}
     # What is extracted is diagnosed: the arithmetic and how much of a recording counts are the study's.
     how = dataclasses.replace(

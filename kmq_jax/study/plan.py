@@ -12,8 +12,8 @@ USUAL = {
     "embed": 0.15, "score": 0.005, "compare": 0.005, "det": 0.01, "diagnose": 1.0, "halves": 0.001, "calibrate": 0.02,
     "cascade": 0.01,
 }  # fmt: skip
-"""How long steps take beside each other, roughly, as a study of WeSpeaker's ResNet34 had it; of training, an epoch. It
-counts until a step of the kind is done."""
+"""How long steps take relative to each other, roughly, in a study of WeSpeaker's ResNet34; of training, an epoch. Used
+for a kind until a step of that kind is done."""
 
 
 def planned(options: StudyOptions, epochs: float, only: Sequence[str] = ()) -> list[Work]:
@@ -22,16 +22,17 @@ def planned(options: StudyOptions, epochs: float, only: Sequence[str] = ()) -> l
     Args:
         options: of the study.
         epochs: of the full-precision training; 0 where it is imported.
-        only: names of training steps: of these networks alone, as `networks.make_networks` has it.
+        only: names of training steps: the plan is then of these networks alone, see `networks.make_networks`.
     """
     sets = len(options.sets)
     first = [Work("embed")] * sets + [Work("score")] * sets
     each = [*first, *([Work("compare")] * sets)]
-    plan = [Work("fp32", epochs), *first]
+    plan = [Work("fp32", epochs), *first]  # full precision is compared with nothing
     for run in runs_of(options):
         if only and run.step not in only:
             continue
         trained = epochs_of(options, run)
+        # A nested network is measured at each of its bits.
         if run.untrained and run.name != MIXED:
             plan += [Work("ptq"), *(each * (1 + len(run.coarse)))]
         if trained:
@@ -42,7 +43,7 @@ def planned(options: StudyOptions, epochs: float, only: Sequence[str] = ()) -> l
     plan += [Work("diagnose")] * len(options.diagnose)
     for number, _ in enumerate(options.cascades):
         crosswise = [Work("calibrate"), Work("cascade")] * 2
-        plan += [Work("calibrate"), *([] if number else [Work("halves")]), *crosswise]
+        plan += [Work("calibrate"), *([] if number else [Work("halves")]), *crosswise]  # all share the halves
         plan += [Work("cascade")] * (sets - 1)
     return plan
 
@@ -50,7 +51,8 @@ def planned(options: StudyOptions, epochs: float, only: Sequence[str] = ()) -> l
 def seconds_left(plan: Sequence[Work], at: int, done: Mapping[str, Row]) -> float | None:
     """Seconds that the steps from number `at` on may take, by those that are done; None where nothing is known.
 
-    A kind of which steps are done takes what they took. Any other takes its usual share beside them.
+    A kind of which some steps are done is taken to go on at their rate. For any other, the usual ratio to those that
+    are done decides.
 
     Args:
         plan: all steps.
@@ -66,6 +68,7 @@ def seconds_left(plan: Sequence[Work], at: int, done: Mapping[str, Row]) -> floa
     usual = sum(USUAL[kind] * known["amount"] for kind, known in done.items())
     if not usual:
         return None
+    # Seconds that one unit of `USUAL` takes on this machine, for this network.
     scale = sum(known["seconds"] for known in done.values()) / usual
     rates = {kind: known["seconds"] / known["amount"] for kind, known in done.items() if known["amount"]}
     return sum(work.amount * rates.get(work.kind, scale * USUAL[work.kind]) for work in plan[at:])

@@ -21,7 +21,9 @@ _THIRDS = ("near", "mid", "far")
 
 
 def comparison(summary: Row) -> list[Json]:
-    """Published and measured figures, a row each: `figure, where, bits, published, measured` (None: not measured).
+    """Published figures, a row each, beside what was measured: None where it was not.
+
+    Rows hold `figure`, `where` (a group or a set), `bits`, `published` and `measured`.
 
     >>> row = {"bits": 4, "method": "trained", "sets": {}, "groups": {"overall": 1.1}}
     >>> comparison({"published": {"overall": {"4": 1.0}}, "rows": [row], "cascades": []})
@@ -94,9 +96,14 @@ def _members(summary: Row, group: str) -> Sequence[str]:
 
 
 def _row(summary: Row, bits: str) -> Row | None:
-    """The trained network of so many bits, or full precision."""
+    """The row of the trained network of so many bits, or of full precision; None where there is none.
+
+    A part of a bit is mixed precision's, whose mean comes out near what was asked for.
+    """
     chosen = [row for row in summary["rows"] if row["method"] in _MEASURED]
-    return next((row for row in chosen if f"{row['bits']:g}" == bits), None)
+    exact = [row for row in chosen if f"{row['bits']:g}" == bits]
+    mixed = [row for row in chosen if "." in bits and row["method"] == "trained, mixed"]
+    return next(iter([*exact, *mixed]), None)
 
 
 def _cascade(summary: Row) -> Row | None:
@@ -126,7 +133,7 @@ def _of_drift(summary: Row, name: str, kind: str, bits: str, figure: str, of: st
 def _flips(summary: Row, name: str, bits: str, place: int) -> float | None:
     rows = [row for row in _table(summary, name, "flips") if row["binning"] == "equal-mass"]
     found = {row["bin"]: row["harmful_rate"] for row in rows if str(row["bits"]) == bits}
-    # Other bins than thirds (`margin_bins`) are not what is published.
+    # With another number of bins (`margin_bins`) they are not the published thirds.
     return found[place] if len(found) == len(_THIRDS) else None
 
 

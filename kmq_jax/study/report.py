@@ -27,7 +27,7 @@ METHODS = {  # colour, marker and name of each way to quantize
 }
 TICKS = (2, 3, 4, 6, 8, 16, 32)
 EER_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
-KINDS = {  # of steps, by the first word of their names
+KINDS = {  # kinds of steps as the report groups them: the first words of their names
     "training": ("fp32", "distilled", "kmqat", "uniform", "minmax", "powers"),
     "quantizing without training": ("ptq",),
     "embedding": ("embed",),
@@ -41,7 +41,7 @@ FROM_DIAGNOSIS = ("histograms", "flips", "retention")
 def bits_figure(summary: Row, sets: Sequence[str]) -> Figure:
     """EER against bits, a panel for each evaluation set, with paired 95 % intervals of the change where known."""
     rows = summary["rows"]
-    # A tick for what is drawn alone: controls and further recipes have no curve here.
+    # Ticks only for what is drawn: controls, further seeds and some recipes have no curve here.
     all_bits = sorted({row["bits"] for row in rows[1:] if row["method"] in METHODS}, reverse=True)
     figure = Figure(figsize=(html.WIDTH, 3.4 * len(sets)), layout="constrained")
     panels = figure.subplots(len(sets), 1, squeeze=False)[:, 0]
@@ -75,6 +75,7 @@ def bits_figure(summary: Row, sets: Sequence[str]) -> Figure:
 
 def _log_where_wide(axes: Axes, eers: Sequence[float]) -> None:
     """A logarithmic axis where one network errs so much more that the others would lie on one another."""
+    # An EER of zero has no place on a logarithmic axis.
     if 0 < 8 * min(eers) < max(eers):
         low, high = min(eers) / 1.5, min(1.3 * max(eers), 100)
         axes.set_yscale("log")
@@ -85,17 +86,17 @@ def _log_where_wide(axes: Axes, eers: Sequence[float]) -> None:
 
 
 def learning_figure(workdir: Path, rows: Sequence[Row]) -> Figure | None:
-    """Loss against epochs of every network that was trained here, a panel for each way; and validation, if there is.
+    """Loss against epochs of every network that was trained here, a panel for each recipe; below it any validation.
 
     None where none was trained.
     """
-    # A model from elsewhere may have a log, too, but was not trained here.
+    # A model from elsewhere may have a log as well, but was not trained here.
     here = [row["model"] for row in rows if not Path(row["model"]).is_absolute()]
     logs = {model: _log_of(workdir / model) for model in here}
     panels: dict[str, dict[str, list[Row]]] = {}
     for model, lines in logs.items():
         if any("loss" in line for line in lines):
-            kind, _, rest = model.partition("-")
+            kind, _, rest = model.partition("-")  # "distilled-2-seed1": the recipe, and what of it
             panels.setdefault(kind, {})[rest] = lines
     validated = [lines for lines in logs.values() if any("validation_eer" in line for line in lines)]
     count = len(panels) + bool(validated)
@@ -113,6 +114,7 @@ def learning_figure(workdir: Path, rows: Sequence[Row]) -> Figure | None:
             axes.legend(frameon=False, fontsize=8)
     for lines in validated:
         told = [line for line in lines if line.get("validation_eer") is not None]
+        # Lines of validations have no epoch, only a step.
         scale = next(line["epoch"] / line["step"] for line in lines if "epoch" in line)
         epochs = [line["step"] * scale for line in told]
         drawn[-1].plot(epochs, [line["validation_eer"] for line in told], "o-", markersize=4)
@@ -140,11 +142,14 @@ def _trained_name(rest: str) -> str:
 
 
 def cascades_figure(cascades: Sequence[Row], sets: Sequence[str]) -> Figure:
-    """Harmful flips against bits a trial: every level alone and every cascade, a panel for each evaluation set."""
+    """Harmful flips against bits a trial: every level alone and every cascade, a panel for each evaluation set.
+
+    Levels of 16 bits and more are not drawn alone.
+    """
     figure = Figure(figsize=(html.WIDTH, 3.4 * len(sets)), layout="constrained")
     panels = figure.subplots(len(sets), 1, squeeze=False)[:, 0]
     for axes, name in zip(panels, sets):
-        drawn = set()
+        drawn = set()  # levels that several cascades share are drawn once
         for number, cascade in enumerate(cascades):
             found = cascade["sets"][name]
             for bits, alone in found["each_level_alone"].items():
@@ -182,7 +187,7 @@ def resolved_figure(cascades: Sequence[Row], sets: Sequence[str]) -> Figure:
         left = 0.0
         for bits, share in found["resolved"].items():
             axes.barh(place, 100 * share, left=left, color=_colour(bits), edgecolor="white", label=_named(bits))
-            if share > 0.05:
+            if share > 0.05:  # a narrower bar has no room for its number
                 axes.text(left + 50 * share, place, f"{100 * share:.1f}", ha="center", va="center", fontsize=8)
             left += 100 * share
     axes.set(yticks=range(len(bars)), yticklabels=[label for label, _ in bars], xlabel="% of trials", xlim=(0, 100))
@@ -238,9 +243,9 @@ def _legend_by_bits(figure: Figure, *panels: Axes) -> None:
 
 
 def verdict(summary: Row) -> Row | None:
-    """The row of the smallest model that is not told to err more than full precision on any evaluation set.
+    """The row of the smallest model whose EER is not told to be higher than full precision's on any evaluation set.
 
-    Of several of one size it is the one whose errors change least for the worse.
+    Of several models of one size, it is the one whose EER rises least, in the sum over sets.
 
     None where there is no such model. Not told apart is not the same as equal: few speakers tell little.
 
@@ -252,7 +257,7 @@ def verdict(summary: Row) -> Row | None:
 
     def is_worse(row: Row, name: str) -> bool:
         interval = changes_of(summary, row, name).get("eer_change_ci95")
-        return interval is None or interval[0] > 0
+        return interval is None or interval[0] > 0  # without an interval, it may be
 
     kept = [row for row in summary["rows"][1:] if not any(is_worse(row, name) for name in row["sets"])]
     changes = [sum(changes_of(summary, row, name)["eer_change"] for name in row["sets"]) for row in kept]
@@ -269,6 +274,7 @@ def level_as_good(found: Row) -> str | None:
     '4'
     """
     levels = found["each_level_alone"]
+    # Bits an utterance that the cascade costs: `saved` is a share of its last level's.
     cost = (1 - found["saved"]["utterance"]) * max(map(int, levels))
     fit = [bits for bits in levels if int(bits) <= cost]
     return next((bits for bits in fit if levels[bits]["harmful_flip_rate"] <= found["harmful_flip_rate"]), None)
@@ -304,7 +310,13 @@ def files_of(workdir: Path, rows: Sequence[Row]) -> list[Json]:
 def rules_of(workdir: Path, summary: Row, model: str, data: str) -> list[Json]:
     """The rules that diagnoses propose, as `quantize --rules` reads them: `file`, `bits`, `text`, and the `command`.
 
-    The command runs where the study's did: places within the study are told from there, as DATA is.
+    The command is to be run in the directory in which the study was: its places are relative to that, as DATA is.
+
+    Args:
+        workdir: of the study.
+        summary: as in `study.json`.
+        model: the full-precision network, as its row names it.
+        data: DATA that the quantized network is fitted on.
     """
     found = []
     network = str(workdir / model) if (workdir / model).exists() else model
@@ -326,7 +338,9 @@ def rules_of(workdir: Path, summary: Row, model: str, data: str) -> list[Json]:
 
 
 def by_kind(costs: Mapping[str, Row]) -> list[Json]:
-    """What steps took, summed by kind: `kind`, `steps`, `seconds`, `memory_mb`, `device_mb`; those that are known.
+    """What steps took, by kind: `kind`, `steps`, the sum of `seconds`, the most `memory_mb` and `device_mb`.
+
+    Steps whose seconds are not known are left out.
 
     >>> by_kind({"embed-a": {"seconds": 2.0, "memory_mb": 9.0, "device_mb": None}, "embed-b": {"seconds": None}})
     [{'kind': 'embedding', 'steps': 1, 'seconds': 2.0, 'memory_mb': 9.0, 'device_mb': None}]

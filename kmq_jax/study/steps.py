@@ -26,18 +26,18 @@ from kmq_jax.core.provenance import start
 from kmq_jax.data.folder import walk
 
 _LISTS = ("wav.scp", "dataset_info.json")
-"""A directory with one of these is described by the files that lie in it; what they name is not looked at."""
+"""A directory with one of these is stamped by the files directly in it; recordings that they name are not looked at."""
 _COSTS = ("seconds", "memory_mb", "device_mb")
-_SHORT = 1 << 26  # bytes of a file that is read whole
+_SHORT = 1 << 26  # bytes: the largest file that is hashed whole
 
 
 @dataclass(frozen=True)
 class Work:
-    """A step as a plan has it.
+    """A step of a plan.
 
     Attributes:
-        kind: what its seconds are typical of; the first word of its name.
-        amount: how much of that it is, such as epochs of training.
+        kind: the first word of the step's name; steps of one kind take alike.
+        amount: how much of it there is, such as epochs of training.
     """
 
     kind: str
@@ -61,14 +61,17 @@ class Steps:
 
         Args:
             directory: of the job.
-            plan: all steps of the job, in order, as far as that is known.
-            left: seconds that are left, from how many steps are behind, and `seconds` and `amount` of the steps that
-                are done, by kind.
+            plan: all steps of the job, in order, as far as they are known.
+            left: a function to the seconds that are left, or None, from the number of steps that are behind, and
+                `seconds` and `amount` of the steps that are done, by kind.
+
+        Raises:
+            UserError: `steps.json` is none.
         """
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._file = directory / "steps.json"
-        self._known()
+        self._known()  # a damaged file is told before any work
         self._plan, self._left = plan, left
         self._met: list[str] = []  # steps of this process, in order
         self._amounts: dict[str, Work] = {}
@@ -102,6 +105,9 @@ class Steps:
 
         Returns:
             The output's path.
+
+        Raises:
+            UserError: a step that it needs was not made; and whatever `action` raises.
         """
         with in_turn(self.directory / f".{name}.lock", f"{name}: waits for another process that is at it"):
             return self._run(name, settings, needs, self.directory / output, action, data, recipe)
@@ -116,7 +122,7 @@ class Steps:
         data: Sequence[str],
         recipe: int,
     ) -> Path:
-        again = name in self._met
+        again = name in self._met  # asked for twice in one run: it is told of once
         self._meet(name)
         done = self._known()
         for other in needs:
@@ -126,7 +132,7 @@ class Steps:
         before = [done[other]["digest"] for other in needs]
         read = [self._stamp(place) for place in data]
         known = done.get(name, {})
-        # Places in the directory are the same wherever it lies. Steps done before that was so keep their digest.
+        # Relative places, so that the directory may be moved. Older studies have digests of the places as given.
         digests = [
             _digest([kmq_jax.__version__, recipe, one, read, before]) for one in (self._inside(settings), settings)
         ]
@@ -156,7 +162,7 @@ class Steps:
         return {name: {key: known[name].get(key) for key in _COSTS} for name in self._met}
 
     def _inside(self, settings: object) -> object:
-        """Settings in which places below the directory are relative to it, however they were written."""
+        """Settings in which places below the directory are relative to it, whether given relative or absolute."""
         if isinstance(settings, dict):
             return {name: self._inside(value) for name, value in settings.items()}
         if isinstance(settings, (list, tuple)):
@@ -177,7 +183,7 @@ class Steps:
         print(f"{place}{name}: {what}", file=sys.stderr, flush=True)
 
     def _time_left(self) -> str:
-        """How long this step and all after it may take, as far as the steps done so far tell."""
+        """How long this step and all after it may take, by the steps done so far; empty where they do not tell."""
         done: dict[str, Json] = {}
         for name, known in self._known().items():
             if name in self._amounts and known.get("done") and "seconds" in known:
@@ -191,7 +197,7 @@ class Steps:
     def _note_start(self) -> None:
         """Adds this process to `starts.json`, once it does a step."""
         if not self._noted:
-            with in_turn(self.directory / ".starts.lock"):
+            with in_turn(self.directory / ".starts.lock"):  # others may add themselves at the same time
                 path = self.directory / "starts.json"
                 before = read_json(path) if path.exists() else []
                 write_json(path, [*(before if isinstance(before, list) else ()), start()])
@@ -205,6 +211,7 @@ class Steps:
         return known
 
     def _remember(self, name: str, step: Json) -> None:
+        # Read again under the lock: another process may have written since.
         with in_turn(self.directory / ".steps.lock"):
             write_json(self._file, {**self._known(), name: step})
 
@@ -226,7 +233,9 @@ def duration(seconds: float) -> str:
 
 
 def stamp(data: str) -> str:
-    """A text that changes when the data changes: a hash of lists' contents, or of names, sizes and times of recordings.
+    """A text that changes when the data changes.
+
+    It holds a hash: of lists by their contents, of recordings by their names, sizes and times.
 
     Args:
         data: DATA or TRIALS; several DATA are separated by commas. `synthetic:SPLIT` is its own stamp, and so is what
@@ -248,12 +257,12 @@ def stamp(data: str) -> str:
         # Through links, as DATA is read.
         files = sorted(Path(directory, name) for directory, _, names in walk(path) for name in names)
         lines = [f"{one.relative_to(path)} {size_and_time(one)}" for one in files if one.is_file()]
-    text = "\n".join(lines).encode(errors="surrogateescape")  # names of files are any bytes
+    text = "\n".join(lines).encode(errors="surrogateescape")  # names of files may be any bytes
     return f"{data} {hashlib.sha256(text).hexdigest()[:16]}"
 
 
 def _of_file(path: Path) -> str:
-    """The hash of a list's content; size and time of what is too long to be one."""
+    """The hash of a list's contents; size and time of a file that is too long to be a list."""
     if path.stat().st_size > _SHORT:
         return size_and_time(path)
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -11,7 +11,7 @@ from kmq_jax.study.paired import changes_of
 
 
 def study_table(summary: Row) -> str:
-    """The results of a study: size, EER and minDCF, and what is known of their paired changes against full precision.
+    """The results of a study: size, EER and minDCF, and their paired changes against full precision where known.
 
     Full precision's own EER has its 95 % interval over speakers; a change that is told apart from none is bold.
     """
@@ -29,7 +29,7 @@ def study_table(summary: Row) -> str:
         cells = [f"{row['bits']:g}", row["method"], f"{row['bytes'] / 1024:,.0f}"]
         for name in sets:
             found, change = row["sets"][name], changes[name][number]
-            interval = found["eer_ci95"] if not number else None
+            interval = found["eer_ci95"] if not number else None  # of full precision; others have that of their change
             cells.append(f"{found['eer']:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""))
             cells += [change_of(change, "eer_change", 2)] if shown[name] else []
             if "min_dcf" in rows[0]["sets"][name]:
@@ -60,7 +60,10 @@ def gains_table(summary: Row) -> str:
 
 
 def difference_table(summary: Row) -> str:
-    """What networks differ by on each evaluation set; "none" where the paired 95 % interval of the EER's holds zero."""
+    """What networks differ by on each evaluation set.
+
+    The last column says "none" where the paired 95 % interval of the EER's difference contains zero.
+    """
     rows = [["network", "bits", "less", "on", "EER, points", "minDCF", "EER apart"]]
     for one in summary["differences"]:
         interval = one["eer_change_ci95"]
@@ -77,6 +80,7 @@ def recipes_table(summary: Row) -> str:
 
     EERs are means over seeds. Ours is this project's recipe with levels by k-means, trained or not as the row's is.
     """
+    # By recipe, bits and whether trained; then by set; then by what it is compared with.
     found: dict[tuple[str, int, bool], dict[str, dict[str, Row]]] = {}
     for one in summary["differences"]:
         rows = found.setdefault((one["recipe"], one["bits"], one["trained"]), {})
@@ -85,6 +89,7 @@ def recipes_table(summary: Row) -> str:
     against = {"full precision": "full precision", "control": "trained alike", "distilled": "ours"}
     heads = [f"{name}, {what}" for name in names for what in ("EER %", *(f"less {text}" for text in against.values()))]
     lines = [["network", "bits", "seeds", *heads]]
+    # Trained ones first, then most bits first.
     for (recipe, bits, trained), sets in sorted(found.items(), key=lambda item: (not item[0][2], -item[0][1])):
         first = next(iter(sets.values()))["full precision"]
         cells = [_recipe_name(recipe, bits, trained), str(bits), str(first["seeds"])]
@@ -98,7 +103,7 @@ def recipes_table(summary: Row) -> str:
 
 
 def _recipe_name(recipe: str, bits: int, trained: bool) -> str:
-    """How a recipe is called beside others: by its levels where nothing is trained."""
+    """The name of a recipe beside others; where nothing is trained, that of its levels."""
     if not trained:
         return f"{'k-means' if recipe == 'distilled' else recipe}, without training"
     return f"{recipe}'s loss in full precision" if bits == 32 else recipe
@@ -107,8 +112,9 @@ def _recipe_name(recipe: str, bits: int, trained: bool) -> str:
 def cascade_table(summary: Row) -> str:
     """The cascades of a study on each evaluation set: errors, flips against full precision, and costs in bits.
 
-    The cost by trial stands beside the cost by utterance, each embedded once at every level that some trial needs; new
-    bits alone are counted only where codebooks nest. The last column says what the last level alone would cost.
+    The cost by trial stands beside the cost by utterance: there each utterance is embedded once at every level that
+    some trial needs. New bits alone are counted only where codebooks nest. The last column says what is saved by
+    utterance against the last level alone.
     """
     rows = [["cascade", "on", "EER %", "FP32", "harmful flips", "last level's own", "decided first", "bits a trial",
              "new bits a trial", "bits an utterance", "new bits an utterance", "by utterance"]]  # fmt: skip
@@ -136,7 +142,7 @@ def cascade_table(summary: Row) -> str:
 
 
 def rescue_table(summary: Row) -> str:
-    """What a cascade gains back of what its first level loses, on every set whose trials did not calibrate it.
+    """How much of what a cascade's first level loses the cascade gains back, on every set that did not calibrate it.
 
     Changes are paired, on the same draws of speakers, and bold where they are told apart from none.
     """
@@ -147,7 +153,7 @@ def rescue_table(summary: Row) -> str:
         row = _row_of_level(summary["rows"], cascade, first)
         for name, found in cascade["sets"].items():
             if not found.get("changes"):
-                continue
+                continue  # the calibration set has none
             alone, change = found["each_level_alone"][first], changes_of(summary, row, name)
             level = [
                 f"{first} bits, {row['method']}",
@@ -159,16 +165,17 @@ def rescue_table(summary: Row) -> str:
             gained = [change_of(found["changes"][kind_of], "eer_change", 2) for kind_of in ("reference", "first")]
             cells = [f"{cascade['name']}{kind}", f"{found['eer']:.2f}", *gained]
             rows.append([name, *cells, f"{100 * found['harmful_flip_rate']:.2f} %", f"{found['sequential_bits']:.2f}"])
+    # Cascades with the same first level repeat its row: only the first stays.
     return markdown(list(map(list, dict.fromkeys(map(tuple, rows)))))
 
 
 def _row_of_level(rows: Sequence[Row], cascade: Row, bits: str) -> Row:
-    """The row of the network that a cascade's level of so many bits is."""
+    """The row of the network at a cascade's level of so many bits."""
     family, _, nested = cascade["family"].partition("-")
     here = {row["method"]: row for row in rows if f"{row['bits']:g}" == bits}
-    # The study's own recipe goes without saying, another one is named (`networks.Network.method`).
     own = f"{'without training' if family == 'ptq' else 'trained'}{', nested' if nested else ''}"
-    return here.get(f"trained, {family}") or here[own]
+    # The study's own recipe goes without saying, another one is named; nested ones never are (`networks._method`).
+    return here[own] if nested else here.get(f"trained, {family}") or here[own]
 
 
 def _gates(cascade: Row) -> str:
@@ -183,11 +190,13 @@ def _gain(saved: float, last: int, nested: bool) -> str:
 
 
 def components_table(summary: Row) -> str:
-    """What each component does alone at the fewest bits, all others in full precision: its share of the whole drift."""
+    """The share of the whole drift that each component makes alone at the fewest bits, all others in full precision."""
     found = {
         name: [row for row in one["retention"] if row["experiment"] == "mirror"]
         for name, one in summary["diagnosis"].items()
     }
+    if not any(found.values()):
+        raise KeyError("diagnosis")  # told as what the file lacks
     bits = min(row["bits"] for rows in found.values() for row in rows)
     chosen = {name: {row["component"]: row for row in rows if row["bits"] == bits} for name, rows in found.items()}
     names = list(dict.fromkeys(component for rows in chosen.values() for component in rows))
@@ -199,7 +208,7 @@ def components_table(summary: Row) -> str:
             drift = rows[component]["drift_recovery"] if component in rows else None
             cells.append("" if drift is None else f"{drift:.0f} %")
         lines.append(cells)
-    first = {name: next(iter(rows.values())) for name, rows in chosen.items()}
+    first = {name: next(iter(rows.values())) for name, rows in chosen.items() if rows}
     return markdown(lines) + about_sets(first)
 
 

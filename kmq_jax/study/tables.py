@@ -60,6 +60,7 @@ from kmq_jax.study.study_tables import (
 )
 
 START = re.compile(r"(<!-- table: (\S+) (\S+) -->\n)")
+# To the first end, but never past the start of another table: one without an end would swallow what follows.
 BLOCK = re.compile(rf"{START.pattern}(?:(?!<!-- table: ).)*?(<!-- end -->)", re.DOTALL)
 
 
@@ -113,9 +114,14 @@ TABLES_OF_SEVERAL: dict[str, Callable[[Sequence[Any]], str]] = {
 def fill(text: str, directory: Path) -> str:
     """The Markdown `text` with its tables written afresh.
 
+    Args:
+        text: of the file; what is outside of tables stays as it is.
+        directory: where the names of JSON files start.
+
     Raises:
         UserError: a JSON file is missing, or is none of a study; or a table has no end.
     """
+    # A start at which no block begins has no end.
     closed = {match.start() for match in BLOCK.finditer(text)}
     for match in START.finditer(text):
         if match.start() not in closed:
@@ -148,5 +154,7 @@ def fill_file(path: Path) -> None:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: it is not UTF-8 ({error.reason} at byte {error.start})") from error
     with atomic_write(path) as temporary:
         temporary.write_text(fill(text, path.parent), encoding="utf-8")

@@ -7,7 +7,7 @@ import ml_collections
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.models import registry
-from kmq_jax.training.options import TrainOptions
+from kmq_jax.training.options import QatOptions, TrainOptions, section
 
 
 def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
@@ -32,7 +32,7 @@ def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
 
 
 def known_arg(arg: str | None, *known: str) -> None:
-    """Refuses an argument of a configuration (`--config=NAME:ARG`) that it does not know: it would be passed over.
+    """Refuses an argument (`--config=NAME:ARG`) that the configuration does not know. It would go unnoticed.
 
     Raises:
         UserError: it is none of these.
@@ -48,13 +48,16 @@ def known_arg(arg: str | None, *known: str) -> None:
 def distilled(config: ml_collections.ConfigDict, bits: int, **settings: Any) -> ml_collections.ConfigDict:
     """Turns a run into quantization-aware training by this project's own recipe: distillation from full precision.
 
-    The fewer bits, the farther apart the centroids and the larger the learning rate: latents are in units of a
-    channel's standard deviation. Scales, centroids, biases and what stays in full precision move more slowly.
+    Latents are in units of a channel's standard deviation. Fewer bits place centroids farther apart, so the learning
+    rate is larger. Scales, centroids, biases, the stem and the classifier move more slowly.
 
     Args:
         config: changed in place.
-        bits: of every kernel.
+        bits: of every kernel; 0 where something else chooses them.
         **settings: of the `quant` section.
+
+    Returns:
+        `config`.
     """
     config.quant.update(bits=bits, **settings)
     config.loss.weight = 0.0
@@ -66,7 +69,8 @@ def distilled(config: ml_collections.ConfigDict, bits: int, **settings: Any) -> 
         weight_decay=0.0,
         groups=((r"raw_scale|centroids|coarse", 0.2, 0.0), (r"/(bias|scale)$|stem|classifier", 0.1, 0.0)),
     )
-    trained = (*sorted(config.quant.coarse)[1:], bits)
+    trained = (*sorted(config.quant.coarse)[1:], bits)  # the fewest nested bits are the parent's, see `quant.grow_from`
+    # 1e-2 up to 2 bits on average; each bit more divides it by the square root of 10.
     peak = 1e-2 * 10 ** (min(2 - sum(trained) / len(trained), 0) / 2)
     config.learning_rate.update(kind="cosine", peak=peak, warmup_epochs=0.1)
     return config
@@ -77,13 +81,16 @@ def published_kmqat(config: ml_collections.ConfigDict, bits: int, **settings: An
 
     It begins at the full-precision checkpoint, and its loss is that run's classification loss at its final margin.
     What the paper leaves open is taken from its first author's public code, which keeps a codebook and a scale for each
-    output channel. Open in both, so chosen here: indices are assigned anew every 100 steps; scales and the classifier
-    do not decay.
+    output channel. Where both leave something open, it is chosen here: indices are assigned anew every 100 steps;
+    scales and the classifier do not decay. `study.paper` lists all of it, line by line.
 
     Args:
         config: of the full-precision training; changed in place.
         bits: of every kernel; 0 where `average_bits` chooses them.
         **settings: of the `quant` section.
+
+    Returns:
+        `config`.
     """
     config.quant.update(
         bits=bits,
@@ -156,7 +163,7 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.validation.update(data=speakers.format("dev"), trials=speakers.format("dev"))
     if config.distill.weight and not config.distill.teacher:  # no model is at hand to start and to learn from
         config.distill.weight, config.loss.weight = 0.0, 1.0
-    config.quant.fit_crops = min(config.quant.fit_crops, 8)
+    config.quant.fit_crops = min(config.quant.fit_crops, 8)  # 0 stays 0
     config.update(init_from="", batch_norm="batch", batch_size=8, epochs=2.0, epoch_steps=2, log_every=1)
-    config.average_last = 0 if config.quant.bits else 2
+    config.average_last = 0 if section(QatOptions, config.quant.to_dict(), "quant.").on else 2
     return config

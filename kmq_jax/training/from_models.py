@@ -29,15 +29,18 @@ def load_start(
 ) -> tuple[Trainable, Params]:
     """Takes the network of the MODEL `init_from`, and its classifier where it is a run that had one.
 
-    A classifier with more classes is cut: speed perturbation puts the speakers at their own speed first, so that
-    fine-tuning without it goes on from their centres. Without a classifier, centres are the speakers' mean embeddings;
-    those of speakers at other speeds stay random.
+    A classifier with more classes is cut: speed perturbation numbers the speakers at their own speed first, so
+    fine-tuning without it goes on from their centres. Without a classifier that fits, centres are the speakers' mean
+    embeddings where the loss uses them; those of speakers at other speeds stay random.
 
     Args:
         options: the run's.
         params: random parameters.
         batch_stats: their running statistics.
         utterances: the training data.
+
+    Returns:
+        Parameters and running statistics.
 
     Raises:
         UserError: the networks differ; the message names the first parameter that does.
@@ -52,15 +55,17 @@ def load_start(
         classifier = jnp.asarray(centres[: classifier.shape[0]])
     elif options.loss.weight:
         means = speaker_means(dataclasses.replace(describe(options), variables=given), utterances, options)
-        classifier = classifier.at[: len(means), 0].set(means)
+        classifier = classifier.at[: len(means), 0].set(means)  # other sub-centres stay random
     return Trainable(classifier, given["params"]), given["batch_stats"]
 
 
 def speaker_means(
     model: SpeakerModel, utterances: source.Utterances, options: TrainOptions, each: int = 4
 ) -> np.ndarray:
-    """Mean embeddings `[speakers, dim]`, of length one before the mean, of up to `each` recordings a speaker."""
+    """Mean embeddings `[speakers, dim]` of up to `each` recordings a speaker; each has length one before the mean."""
+    # Sorted by speaker, then cut where the next speaker begins.
     by_speaker = np.split(np.argsort(utterances.labels, kind="stable"), np.cumsum(np.bincount(utterances.labels))[:-1])
+    # Evenly spaced among a speaker's recordings.
     few = utterances.select(np.concatenate([part[:: -(-len(part) // each)] for part in by_speaker]))
     embeddings = embed_all(model, few, options.dtype, options.data.crop_seconds, options.batch_size)
     sums = np.zeros((len(by_speaker), embeddings.shape[1]), np.float32)
@@ -99,7 +104,7 @@ def load_like(setting: str, path: str, params: Params, batch_stats: Params) -> V
     Raises:
         UserError: they have not; the message names `setting` and the first leaf that differs.
     """
-    given = quant.dequantize_params(at_bits(load_model(path), None).variables)
+    given = quant.dequantize_params(at_bits(load_model(path), None).variables)  # a nested model at its most bits
     for part, fresh in (("params", params), ("batch_stats", batch_stats)):
         here, there = dict(named_leaves(fresh)), dict(named_leaves(given.get(part, {})))
         for name in sorted(here.keys() | there.keys()):

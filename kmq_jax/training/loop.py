@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -51,9 +52,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path, tensorboard: bool = 
     with contextlib.ExitStack() as closing:
         run = prepare(options, settings, workdir, closing)
         step = int(run.state.step)
-        if step == run.total_steps and (workdir / "summary.json").exists():
-            return read_object(workdir / "summary.json")
-        (workdir / "averaged.kmq").unlink(missing_ok=True)
+        if step == run.total_steps and (summary := _finished(workdir, step)):
+            return summary
+        (workdir / "averaged.kmq").unlink(missing_ok=True)  # `load_model` takes it before any checkpoint
         events = workdir / "tensorboard" if tensorboard else None
         log = RunLog(workdir / "metrics.jsonl", step, events, wandb, settings)
         bar = Bar(run.total_steps, "training", "step", done=step, hidden=jax.process_index() != 0)
@@ -64,6 +65,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path, tensorboard: bool = 
         loop.recall(log.kept)
         loop.run()
         return finish(run, loop, bar)
+
+
+def _finished(workdir: Path, steps: int) -> Summary | None:
+    """The summary of a run that ended after so many steps; None where there is none, or that of a stopped start."""
+    path = workdir / "summary.json"
+    summary = read_object(path) if path.exists() else {}
+    return summary if summary.get("finished") is True and summary.get("steps") == steps else None
 
 
 def _headline(run: Run, step: int) -> str:
@@ -79,12 +87,12 @@ class Loop:
     """The steps of a run, and what is due between them: metrics, checkpoints, validation, the next phase.
 
     Attributes:
-        first: steps done before.
-        step: steps done.
-        stopped_by: what asked the run to stop before its end, if anything did.
-        last: the newest metrics.
+        first: steps done before this start.
+        step: steps done in all.
+        stopped_by: the name of the signal that asked the run to stop, or "another process"; None where none did.
+        last: the newest metrics, means over the steps since those before.
         figures: of the newest validation.
-        seconds: that the steps took.
+        seconds: how long the steps of this start took.
     """
 
     def __init__(self, run: Run, log: RunLog, bar: Bar):
@@ -99,15 +107,16 @@ class Loop:
         self._pending: list[steps.Metrics] = []  # of the steps since they were last looked at
         self._rate = Rate(self.step, run.options.batch_size)
         self._phases = run.recipe.task.phases(run.state.params.network)
+        # `min`: a run that is done has no next step.
         self._train_step = self._compile(self._phase(min(self.step, run.total_steps - 1)))
 
     def recall(self, lines: Sequence[Row]) -> None:
-        """Takes the figures of a run that was killed between its last checkpoint and its summary from its log."""
+        """Reads a finished run's figures from its log: it was killed after its last checkpoint, before its summary."""
         if self.step < self._run.total_steps:
             return
         for line in lines:
             own = {name: value for name, value in line.items() if name != "step"}
-            if "loss" in own:
+            if "loss" in own:  # other lines are of validations
                 self.last = own
             elif line["step"] == self.step:
                 self.figures = own
@@ -125,7 +134,7 @@ class Loop:
             while self.step < self._run.total_steps and not self.stopped_by:
                 self._enter_phase()
                 self._take_step()
-                # Where there are several processes they agree when they wait for one another anyway.
+                # Several processes must stop at the same step: they agree on it where they wait for one another anyway.
                 if jax.process_count() == 1 or self._every(self._run.options.log_every):
                     self.stopped_by = (stop.by or "another process") if distributed.anywhere(bool(stop.by)) else None
                 self._report_and_save()
@@ -166,6 +175,7 @@ class Loop:
         ends, epoch_steps = self.step == run.total_steps, run.data.epoch_steps
         saves = ends or bool(self.stopped_by) or self._every(steps_of(options.checkpoint_epochs, epoch_steps))
         validates = run.validation and (ends or self._every(steps_of(options.validation.epochs, epoch_steps)))
+        # First, since it refuses to go on, and to save, once a value is not finite.
         if saves or validates or self._every(options.log_every):
             self._write_metrics()
         if saves:
@@ -180,6 +190,7 @@ class Loop:
         check_finite(values, self.step - len(values), self._run.checkpoints)
         self._pending = []
         self.last = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
+        # Schedules are told as they are now; a mean over steps says nothing of them.
         self.last |= {name: float(values[-1][name]) for name in ("learning_rate", "margin") if name in self.last}
         rate = self._rate.since_last(self.step)
         self.last |= {"epoch": self.step / self._run.data.epoch_steps, "examples_per_second": rate}
@@ -200,7 +211,7 @@ class Loop:
 def finish(run: Run, loop: Loop, bar: Bar) -> Summary:
     """Makes the final model, where the run was not stopped, and writes the summary."""
     finished, figures = loop.step == run.total_steps, loop.figures
-    if loop.stopped_by:
+    if loop.stopped_by and not finished:  # asked during the last step, it has nothing left to go on with
         bar.say(f"stopped by {loop.stopped_by} at step {loop.step}, saved; the same command goes on from there")
     task = run.recipe.task
     final = task.finish(run.trained(), run.checkpoints, run.speech) if finished else None
@@ -215,7 +226,7 @@ def finish(run: Run, loop: Loop, bar: Bar) -> Summary:
         "steps": loop.step,
         "epochs": loop.step / run.data.epoch_steps,
         "loss": loop.last.get("loss"),
-        "validation_eer": None,
+        "validation_eer": None,  # unless a validation has found it
         **figures,
         "parameters": registry.parameter_count(run.recipe.objective.network),
         "classes": run.data.classes,
@@ -240,10 +251,13 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Listens to the signals within the block."""
+        """Listens to the signals within the block. Only the main thread can: elsewhere nothing stops the block."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if number == signal.SIGINT and self.by:
+            if number == signal.SIGINT and self.by:  # also the first Ctrl-C after a SIGTERM
                 raise KeyboardInterrupt
             self.by = signal.Signals(number).name
 
@@ -256,14 +270,14 @@ class StopRequest:
 
 
 class Rate:
-    """Examples a second."""
+    """Examples a second, over the steps between two calls."""
 
     def __init__(self, step: int, batch_size: int):
         """Starts the clock at a step."""
         self._step, self._batch_size, self._time = step, batch_size, time.monotonic()
 
     def since_last(self, step: int) -> float:
-        """The rate since the last call."""
+        """The rate since the last call, from which the clock starts again."""
         now = time.monotonic()
         rate = (step - self._step) * self._batch_size / max(now - self._time, 1e-9)
         self._step, self._time = step, now
@@ -273,7 +287,12 @@ class Rate:
 def check_finite(metrics: list[steps.Metrics], first_step: int, checkpoints: Checkpoints) -> None:
     """Raises on the first step whose loss, gradient or new parameters are not finite.
 
-    Looked at when metrics are logged and before every checkpoint, not every step: the loop never waits for the device.
+    Called when metrics are logged and before every checkpoint. After every step, the loop would wait for the device.
+
+    Args:
+        metrics: of consecutive steps, on the host.
+        first_step: steps done before the first of them.
+        checkpoints: of the run, for the message.
 
     Raises:
         UserError: names the step, and the last good checkpoint.
@@ -288,6 +307,6 @@ def check_finite(metrics: list[steps.Metrics], first_step: int, checkpoints: Che
 
 
 def save_once(path: Path, model: SpeakerModel) -> None:
-    """Writes a model that every process has."""
+    """Writes a model that every process holds: one of them writes it."""
     if jax.process_index() == 0:
         save_model(path, model)

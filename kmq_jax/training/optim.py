@@ -29,7 +29,10 @@ def make_schedule(options: ScheduleOptions, epoch_steps: int, total_steps: int) 
     Args:
         options: the `learning_rate` section.
         epoch_steps: steps an epoch.
-        total_steps: steps of the whole run.
+        total_steps: steps of the whole run, or of one phase.
+
+    Returns:
+        A function from a step, counted from 0, to a float32 scalar.
     """
     peak, start, final = options.peak, options.start, options.final
     warmup = options.warmup_epochs * epoch_steps
@@ -54,6 +57,7 @@ def make_schedule(options: ScheduleOptions, epoch_steps: int, total_steps: int) 
     after_warmup = {"cosine": cosine, "exponential": exponential, "step": drops}[options.kind]
 
     def schedule(step: jax.Array) -> jax.Array:
+        # `max`: both branches are computed, also where there is no warm-up to divide by.
         rising = start + (peak - start) * step / max(warmup, 1)
         return jnp.where(step < warmup, rising, after_warmup(step)).astype(jnp.float32)
 
@@ -77,9 +81,10 @@ def make_optimizer(
     """
     names = [name for name, _ in named_leaves(params)]
     groups = match_rules(options.group_rules, names, default=GroupOptions())
+    # Factors alone need no optimizer for each group.
     if all((own.peak, own.momentum, own.clip) == (None, None, None) for own in groups.values()):
         return _shared_optimizer(options, schedule(None), groups)
-    kinds = list(dict.fromkeys(groups.values()))
+    kinds = list(dict.fromkeys(groups.values()))  # groups of equal settings are one
     labels = {name: str(kinds.index(own)) for name, own in groups.items()}
     clips = {name: own.clip for name, own in groups.items()}
     clip = _where(clips, None, optax.clip_by_global_norm(options.clip)) if options.clip else optax.identity()
@@ -92,6 +97,7 @@ def _own_optimizer(options: OptimizerOptions, own: GroupOptions, schedule: Sched
     parts = [optax.clip_by_global_norm(own.clip)] if own.clip else []
     decay = optax.add_decayed_weights(options.weight_decay * own.decay)
     momentum = options.momentum if own.momentum is None else own.momentum
+    # SGD's decay is part of the gradient and enters the momentum; AdamW's is added after Adam's scaling.
     if options.name == "sgd":
         parts += [decay, *([optax.trace(decay=momentum)] if momentum else [])]
     else:
@@ -124,5 +130,5 @@ def _by_group(
 def _where(
     values: Mapping[str, float | None], value: float | None, transformation: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """The transformation of those parameters alone that have a value, by name."""
+    """The transformation, applied only to the parameters whose value (`values`, by name) is this one."""
     return optax.masked(transformation, lambda tree: map_named(lambda name, _: values[name] == value, tree))

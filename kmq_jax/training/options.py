@@ -16,7 +16,7 @@ from kmq_jax.core.files import Row
 from kmq_jax.core.options import Options, option, shown
 
 INITS = ("optimal", "companding", "equal-mass", "quantile", "kmeans++")
-"""Those of `quant.kmeans`, which is not imported here: help shall not wait for JAX."""
+"""Those of `quant.kmeans`, which is not imported here, so that `--help` does not wait for JAX."""
 HALF = 16
 """`quant.types.HALF`."""
 
@@ -54,7 +54,7 @@ class DataOptions(Options):
         if not self.speeds or len(set(self.speeds)) < len(self.speeds):
             raise UserError(f"`speeds` (={shown(self.speeds)}) must hold at least one speed, and none twice")
         if self.normalize == "utterance" and self.utterance_seconds < self.crop_seconds:
-            # Crops would be shorter than asked for, and repeated.
+            # Utterances would be shorter than a crop, and repeated to fill it.
             raise UserError(
                 f"`utterance_seconds` (={self.utterance_seconds:g}) must be at least crop_seconds "
                 f"(={self.crop_seconds:g})"
@@ -166,6 +166,7 @@ class QatOptions(Options):
         for rule in self.rules:
             if len(rule) != 2 or not isinstance(rule[1], int) or not (0 <= rule[1] <= 8 or rule[1] == HALF):
                 raise UserError(f"`rules`: {rule!r} must be (regular expression, bits)")
+        # The class is frozen: this is the one way to keep the converted value.
         object.__setattr__(self, "rules", tuple((str(pattern), bits) for pattern, bits in self.rules))
         if self.bits and any(bits >= self.bits for bits in self.coarse):
             raise UserError(f"`coarse` (={self.coarse}) must be below `bits` (={self.bits})")
@@ -177,9 +178,8 @@ class QatOptions(Options):
             raise UserError("`bn_passes` cannot be used with coarse, whose statistics `fit_crops` measures")
         if self.levels != "kmeans" and (self.centroids != "fixed" or self.recipe != "normalized"):
             raise UserError(f"`levels` (={self.levels!r}) needs centroids='fixed' and recipe='normalized'")
-        if self.mixed and (self.bits or self.coarse or self.rules):
-            name = "budget" if self.budget else "average_bits"
-            raise UserError(f"`{name}` chooses bits itself: it cannot be used with bits, coarse or rules")
+        if self.mixed:
+            self._check_mixed()
         if self.activations not in (0, 8):
             raise UserError(f"`activations` (={self.activations}) must be 8, or 0: in floating point")
         if self.activations and (self.granularity != "channel" or self.coarse or not self.fit_crops):
@@ -187,8 +187,15 @@ class QatOptions(Options):
                 f"`activations` (={self.activations}) needs granularity='channel', fit_crops, on which ranges are "
                 "measured, and no coarse codebooks"
             )
+
+    def _check_mixed(self) -> None:
+        if self.bits or self.coarse or self.rules:
+            name = "budget" if self.budget else "average_bits"
+            raise UserError(f"`{name}` chooses bits itself: it cannot be used with bits, coarse or rules")
         if self.budget and self.average_bits:
             raise UserError("`budget` and `average_bits` cannot be used together")
+        if not self.budget_bits:
+            raise UserError("`budget_bits` must hold at least one number of bits")
 
     @property
     def on(self) -> bool:
@@ -206,7 +213,7 @@ class QatOptions(Options):
         return bool(self.reassign_every or self.reassign_epochs)
 
     def in_steps(self, epoch_steps: int) -> "QatOptions":
-        """The same options with all periods in steps.
+        """The same options with all periods in steps, whichever way they were given.
 
         >>> QatOptions(bits=2, lloyd_epochs=1.0).in_steps(40).lloyd_every
         40
@@ -219,7 +226,7 @@ class QatOptions(Options):
 
     @property
     def trained_bits(self) -> tuple[int, ...]:
-        """The bits that are trained: all but those of the network that nested codebooks are grown from.
+        """The bits that are trained, ascending: all but those of the network that nested codebooks grow from.
 
         >>> QatOptions(bits=4, coarse=(2, 3), grow_from="runs/2bit").trained_bits
         (3, 4)
@@ -265,7 +272,7 @@ class OptimizerOptions(Options):
 
     @property
     def group_rules(self) -> list[tuple[str, GroupOptions]]:
-        """`groups` as rules on names.
+        """`groups` as rules on names, in their order: the first match wins.
 
         >>> OptimizerOptions(groups=(("bias$", 1.0, 0.0), ("scale$", {"clip": 1.5}))).group_rules[1]
         ('scale$', GroupOptions(rate=1.0, decay=1.0, peak=None, momentum=None, clip=1.5))
@@ -359,11 +366,15 @@ class TrainOptions(Options):
     def __post_init__(self) -> None:
         """See `Options`; also checks what goes together."""
         super().__post_init__()
+        if not isinstance(self.model, Mapping) or not isinstance(self.model.get("name"), str):
+            raise UserError("`model` must have a `name`, one of models.registry, and its settings")
         for rule in self.sharding:
             if len(rule) != 2 or not isinstance(rule[0], str) or type(rule[1]) is not int:
                 raise UserError(f"`sharding`: {rule!r} must be (regular expression, axis)")
         if self.quant.on and self.average_last > 1:
             raise UserError(f"`average_last` (={self.average_last}) cannot be used with quant: indices have no average")
+        if not self.loss.weight and not self.distill.weight:
+            raise UserError("`loss.weight` and distill.weight are both 0: there would be nothing to learn from")
         if self.distill.weight and not (self.distill.teacher or self.init_from):
             raise UserError("`distill.weight` is above zero, so distill.teacher or init_from must name a MODEL")
         if self.batch_norm == "running" and not self.init_from:
@@ -377,11 +388,15 @@ class TrainOptions(Options):
 
         A section `study`, which says what a study does with the network, is left out.
 
+        >>> TrainOptions.from_config({"model": {"name": "resnet18"}, "loss": {"margin": 0.3}}).loss.margin
+        0.3
+
         Raises:
             UserError: a setting is unknown, or has a value that cannot be used; the message names it.
         """
         tree = config.to_dict() if hasattr(config, "to_dict") else dict(config)
         tree.pop("study", None)
+        # A field is a section where its default is a group of options.
         sections = {field.name: type(field.default) for field in dataclasses.fields(cls)}
         for name, kind in sections.items():
             if issubclass(kind, Options) and name in tree:
@@ -396,9 +411,12 @@ def section(kind: type[Section], values: Row, prefix: str) -> Section:
     Traceback (most recent call last):
     kmq_jax.core.errors.UserError: `loss.kind` (=arc) must be one of softmax, am, aam
     """
+    if not isinstance(values, Mapping):
+        raise UserError(f"`{prefix.rstrip('.')}` (={shown(values)}) must be a section of settings")
     try:
         return kind.of(values)
     except UserError as error:
+        # A message names the setting first, in backquotes.
         raise UserError(str(error).replace("`", f"`{prefix}", 1)) from error
 
 
@@ -417,9 +435,11 @@ def steps_of(epochs: float, epoch_steps: int) -> int:
 
 
 def phase_of(step: int, total_steps: int, phases: int) -> int:
-    """The phase that a step belongs to: phases have the same number of steps, the last one at most that many.
+    """The phase that a step belongs to, from 0. Phases differ by one step at most.
 
     >>> [phase_of(step, total_steps=5, phases=2) for step in range(5)]
     [0, 0, 0, 1, 1]
+    >>> [phase_of(step, total_steps=4, phases=3) for step in range(4)]
+    [0, 0, 1, 2]
     """
-    return step // -(-total_steps // phases)
+    return step * phases // total_steps

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 from kmq_jax.core import distributed, mesh
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import read_object, sweep, write_json
+from kmq_jax.core.files import Json, read_object, sweep, write_json
 from kmq_jax.core.locks import sole_writer
 from kmq_jax.core.memory import require_memory
 from kmq_jax.core.tree import Params, Variables
@@ -45,7 +45,7 @@ class Data:
         utterances: the recordings.
         classes: speakers, those that other speeds make included.
         epoch_steps: steps an epoch.
-        failures: the reason by the place of each recording that could not be read; filled as they are read.
+        failures: recordings that could not be read: the reason, by place. Filled as they are read.
         batches: an endless grain iterator of this process's part of each batch.
     """
 
@@ -105,6 +105,7 @@ class Run:
             opt_state = self.recipe.optimizer.init(params)
             state = dataclasses.replace(state, params=params, indices=indices, opt_state=opt_state)
         if self.options.quant.bn_passes:
+            # On the host, without the optimizer's state, which takes the most memory and is not used here.
             here = jax.device_get(distributed.local(dataclasses.replace(state, opt_state=())))
             model = dataclasses.replace(self.model, variables={"batch_stats": here.batch_stats})
             statistics = task.measure(model, here.params.network, here.indices, phase, self.speech)
@@ -113,7 +114,10 @@ class Run:
             self.state = jax.device_put(state, self.shardings)
 
     def trained(self) -> SpeakerModel:
-        """The model of the newest state as it is shipped, whole in every process. All processes must call it."""
+        """The model of the newest state as it is shipped, whole in every process. All processes must call it.
+
+        It holds no state of the optimizer.
+        """
         # Taken to the host, so that nothing is compiled anew for arrays that lie on a mesh.
         state = jax.device_get(distributed.local(dataclasses.replace(self.state, opt_state=())))
         return dataclasses.replace(self.model, variables=self.recipe.task.variables(state))
@@ -124,7 +128,10 @@ class Run:
 
 
 def _check_sizes(options: TrainOptions, parameters: int) -> None:
-    """Refuses networks and batches that no memory here holds: a network and its momentum, a batch as it is read.
+    """Refuses networks and batches that this machine's memory cannot hold.
+
+    It counts eight bytes for each parameter (float32, and its momentum) and for each sample of a batch (float32, and
+    one of interference).
 
     Raises:
         UserError: one of them does not fit.
@@ -152,20 +159,22 @@ def prepare(options: TrainOptions, settings: Settings, workdir: Path, closing: c
         raise UserError(f"batch_size (={options.batch_size}) must divide over {devices.size} devices")
     model, fbank = describe(options), frontend_of(options.frontend)
     network = model.network(options.dtype).keeping(options.remat_keeps)
-    steps.check_features(options, fbank)
+    steps.check_features(options, network, fbank)
     _check_sizes(options, registry.parameter_count(network))
     data, validation = open_data(options), open_validation(options.validation)
     objective = steps.make_objective(network, fbank, options, devices, data.epoch_steps)
+    # Locked before `config.json` is compared: nobody else can then begin a run in between.
     if jax.process_index() == 0:  # for all processes of the run
         closing.enter_context(sole_writer(workdir))
         sweep(workdir)
     check_same_run(settings, workdir)
-    keep = max(options.keep_checkpoints, options.average_last)
+    keep = max(options.keep_checkpoints, options.average_last)  # the average is made of them
     checkpoints = Checkpoints(workdir / "checkpoints", keep, writes=True)
     closing.callback(checkpoints.close)
     recipe, params, batch_stats, teacher = _start(objective, model, data, checkpoints, workdir)
     indices = recipe.task.init_indices
     resumes = bool(checkpoints.steps())
+    # Shapes are enough where the values come from a checkpoint.
     held = jax.eval_shape(indices, params.network) if resumes else indices(params.network)
     init_state = functools.partial(steps.init_state, recipe)
     shapes = jax.eval_shape(init_state, params, batch_stats, held)
@@ -224,11 +233,11 @@ def _batches(
 
 
 def speech_of(objective: steps.Objective, data: Data) -> Speech:
-    """The training data without augmentation, as it is listened to before and after training."""
+    """The training data without augmentation, for what is measured before and after training."""
     options = objective.options
     clean = dataclasses.replace(options, data=dataclasses.replace(options.data, augment=False), spec_augment=0.0)
     features = jax.jit(functools.partial(steps.features_of, dataclasses.replace(objective, options=clean)))
-    devices = mesh.make_mesh(jax.local_devices())
+    devices = mesh.make_mesh(jax.local_devices())  # this process's: each measures its own part of the data
 
     def passes(count: int) -> Iterator[jax.Array]:
         batches = iter(_batches(clean, data.utterances, data.failures))
@@ -239,7 +248,10 @@ def speech_of(objective: steps.Objective, data: Data) -> Speech:
 
 
 def random_crops(options: TrainOptions, utterances: source.Utterances) -> jax.Array:
-    """Features `[batch, time, mel]` of `quant.fit_crops` random clean crops."""
+    """Features `[batch, time, mel]` of `quant.fit_crops` random clean crops, each less its own mean.
+
+    So it is where `data.normalize` is "utterance" too: what is fitted without training has no other features either.
+    """
     fbank = frontend_of(options.frontend)
     return moments.random_features(fbank, utterances, options.quant.fit_crops, options.data.crop_seconds)
 
@@ -249,7 +261,8 @@ def _start(
 ) -> tuple[steps.Recipe, Trainable, Params, Variables | None]:
     """The recipe, and what training starts with: parameters, running statistics and teacher.
 
-    Where a checkpoint holds the parameters, those of the network are shapes only.
+    Where a checkpoint holds the parameters, those of a quantized network are shapes only. Others are random ones, of
+    which the shapes alone are used.
     """
     options, resumes = objective.options, bool(checkpoints.steps())
     params, batch_stats = steps.init_params(objective.network, options, data.classes)
@@ -259,13 +272,14 @@ def _start(
     task = steps.make_task(options, data.epoch_steps, load_parent(options))
     reference = dataclasses.replace(model, variables={"params": params.network, "batch_stats": batch_stats})
     if isinstance(task, Quantized) and options.quant.activations:
-        task = dataclasses.replace(task, ranges=measured_ranges(objective, workdir, reference, data))
+        task = dataclasses.replace(task, ranges=measured_ranges(objective, workdir, reference, data, resumes))
+    # Groups of the optimizer match names, so shapes are enough. Made before bits are chosen, which takes long: a
+    # pattern that matches nothing is told first.
     named = dataclasses.replace(params, network=task.shapes(params.network))
     recipe = steps.make_recipe(objective, task, named)
     if isinstance(task, Quantized) and options.quant.mixed:
-        task = dataclasses.replace(
-            task, allocation=allocate(objective, workdir, params, batch_stats, teacher, data.batches)
-        )
+        bits = allocate(objective, workdir, params, batch_stats, teacher, data.batches, resumes)
+        task = dataclasses.replace(task, allocation=bits)
         named = dataclasses.replace(params, network=task.shapes(params.network))
         recipe = steps.make_recipe(objective, task, named)  # whose phases are known now
     if resumes:
@@ -284,18 +298,39 @@ def _restore(
     return from_checkpoint(checkpoints.restore(newest, **checkpoint_parts(target), data=batches))
 
 
+def _begun_with(path: Path, resumes: bool) -> Json | None:
+    """What a run that goes on was begun with; None for a new run, whatever a start before its first step has left.
+
+    Raises:
+        UserError: the run goes on, and the file is missing.
+    """
+    if resumes and not path.exists():
+        raise UserError(f"{path} is missing: the run was begun with it, and cannot go on without it")
+    return read_object(path) if resumes else None
+
+
 def measured_ranges(
-    objective: steps.Objective, workdir: Path, reference: SpeakerModel, data: Data
+    objective: steps.Objective, workdir: Path, reference: SpeakerModel, data: Data, resumes: bool
 ) -> activations.Ranges:
-    """The ranges of activations: those in `workdir/ranges.json`, else of the full-precision network on crops."""
+    """The ranges of activations: measured of the full-precision network on crops, and kept in `workdir/ranges.json`.
+
+    A run that `resumes` takes those in the file.
+
+    Returns:
+        Step and level of zero, by place.
+
+    Raises:
+        UserError: the file is missing, or holds something else.
+    """
     path = workdir / "ranges.json"
-    if not path.exists():
+    held = _begun_with(path, resumes)
+    if held is None:
         found = activations.measure(reference, random_crops(objective.options, data.utterances))
+        # Every process takes the first one's: they must round alike.
         grids = distributed.of_first(np.array(list(found.values()), np.float32))
         if jax.process_index() == 0:
             write_json(path, {place: grid.tolist() for place, grid in zip(found, grids)})
         return {place: (float(step), float(zero)) for place, (step, zero) in zip(found, grids)}
-    held = read_object(path)
     for place, grid in held.items():
         numbers = isinstance(grid, list) and len(grid) == 2 and all(isinstance(n, int | float) for n in grid)
         if not numbers or not grid[0] > 0 or not 0 <= grid[1] <= integers.LEVELS:
@@ -310,16 +345,26 @@ def allocate(
     batch_stats: Params,
     teacher: Variables | None,
     batches: "grain.DatasetIterator",
+    resumes: bool,
 ) -> dict[str, int]:
-    """The bits of mixed precision: those in `workdir/bits.json`, else chosen by the loss's curvature on one batch."""
+    """The bits of mixed precision: chosen by the loss's curvature on one batch, and kept in `workdir/bits.json`.
+
+    A run that `resumes` takes those in the file.
+
+    Returns:
+        `{name: bits}`.
+
+    Raises:
+        UserError: the file is missing or holds something else, or even the fewest bits exceed the budget.
+    """
     path = workdir / "bits.json"
-    if path.exists():
-        found = read_object(path)
+    found = _begun_with(path, resumes)
+    if found is not None:
         if not all(isinstance(bits, int) and not isinstance(bits, bool) for bits in found.values()):
             raise UserError(f"{path} does not give each tensor a whole number of bits")
         return found
     key = jax.random.key(objective.options.seed)
-    position = batches.get_state()
+    position = batches.get_state()  # put back below: training begins with the same batch
     batch = jax.tree.map(jnp.asarray, next(batches))
     batches.set_state(position)
     features = steps.features_of(objective, key, batch)

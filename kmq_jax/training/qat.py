@@ -1,12 +1,12 @@
 """Quantization-aware training: from full-precision parameters to latents with codebooks, and back to packed tensors.
 
 A step computes with the codebooks' values (`effective_weights`), and its gradients move latents, scales, centroids and
-biases. `move_centroids` and `reassign` are due now and then. `packed_variables` is the network that is shipped.
+biases. `move_centroids` and `reassign` act every so many steps. `packed_variables` gives the network that is shipped.
 
 Nested codebooks grow from a network of the fewest bits that was trained before (`quant.grow_from`, here `parent`). It
-stays bit for bit as it is: steps train more bits in turns, inside its cells.
+stays bit for bit as it is. Steps train the other numbers of bits in turn, inside its cells.
 
-Reference: KMQAT is due to Liu, Wang and Qian, Towards lightweight speaker verification via adaptive neural network
+Reference: KMQAT is by Liu, Wang and Qian, Towards lightweight speaker verification via adaptive neural network
 quantization, 2024.
 """
 
@@ -75,6 +75,10 @@ def init_params(
 ) -> QatParams:
     """Makes latents and codebooks of full-precision parameters, by k-means. Works on shapes in `jax.eval_shape`.
 
+    >>> network = {"conv": {"kernel": jnp.linspace(-1.0, 1.0, 128).reshape(64, 2), "bias": jnp.zeros(2)}}
+    >>> init_params(QatOptions(bits=2), network).codebooks
+    {'conv/kernel': Codebook(groups=2, bits=2, axis=1, float16)}
+
     Args:
         options: the `quant` section.
         network: full-precision parameters.
@@ -91,7 +95,7 @@ def init_params(
 
 
 def _grow(network: Params, parent: Params, rules: list[quant.QuantRule]) -> QatParams:
-    """As `init_params`, of nested codebooks."""
+    """As `init_params`, of nested codebooks that grow from `parent`."""
     latents, books = quant.grow_codebooks(network, parent, rules)
     quantized_layers = {name.rpartition("/")[0] for name in books}
     shared = {name: leaf for name, leaf in named_leaves(parent, quant.is_codebook_tensor) if name not in books}
@@ -101,6 +105,7 @@ def _grow(network: Params, parent: Params, rules: list[quant.QuantRule]) -> QatP
         return latent if name.rpartition("/")[0] in quantized_layers else jnp.asarray(shared[name])
 
     latents = map_named(take, latents)
+    # All of these books have the same bits. The biases of the most bits are in `latents`.
     fewest, *more = next(iter(books.values())).all_bits[:-1]
     return QatParams(
         latents,
@@ -110,7 +115,7 @@ def _grow(network: Params, parent: Params, rules: list[quant.QuantRule]) -> QatP
 
 
 def _biases(network: Params) -> Params:
-    """Copies of the biases of a network: what each number of bits of nested codebooks has to itself."""
+    """Copies of a network's biases: each number of bits of nested codebooks has its own."""
     found: dict[str, Params] = {}
     for key, value in network.items():
         if isinstance(value, Mapping):
@@ -122,7 +127,7 @@ def _biases(network: Params) -> Params:
 
 
 def parent_indices(params: QatParams, parent: Params) -> dict[str, jax.Array]:
-    """The indices of the network that nested codebooks grow from, by name: the `TrainState.indices` of all the run."""
+    """The indices of the network that nested codebooks grow from, by name: `TrainState.indices` of the whole run."""
     tensors = dict(named_leaves(parent, is_leaf=quant.is_codebook_tensor))
     return {name: quant.indices_of(tensors[name]) for name in params.codebooks}
 
@@ -137,15 +142,15 @@ def init_fitted(
 ) -> tuple[QatParams, Params]:
     """As `init_params`, then brings the network near to the full-precision one on some crops of speech.
 
-    Training begins with the network fitted without training (`ptq.fit`) where it can: that saves hundreds of steps. It
-    cannot where the recipe is "kmqat", where channels share a codebook, and where phases leave tensors in full
-    precision. There each layer is only given the reference's moments (`match_moments`); nested codebooks stay as
-    k-means makes them.
+    Where possible, training begins with the network that `ptq.fit` gives without training: that saves hundreds of
+    steps. It is not possible where the recipe is "kmqat", where channels share a codebook, and where phases leave
+    tensors in full precision. There each layer is only given the reference's moments (`match_moments`), and nested
+    codebooks stay as k-means makes them.
 
     Args:
         options: the `quant` section.
         reference: the full-precision network.
-        features: `[batch, time, mel]`, as training gives them; None leaves the network as k-means makes it.
+        features: `[batch, time, mel]`, such as `Speech.crops` gives; None leaves the network as k-means makes it.
         allocation: see `rules_of`.
         parent: see `init_params`.
         ranges: of activations that are rounded to 8 bits; None rounds none.
@@ -207,7 +212,7 @@ def match_moments(reference: SpeakerModel, params: QatParams, features: jax.Arra
     Args:
         reference: the full-precision network.
         params: made of it by `init_params`.
-        features: `[batch, time, mel]`, as training gives them.
+        features: `[batch, time, mel]`, such as `Speech.crops` gives.
 
     Returns:
         Parameters and running statistics.
@@ -222,10 +227,11 @@ def match_moments(reference: SpeakerModel, params: QatParams, features: jax.Arra
         if book is None:
             return leaf * along(slope, leaf.ndim, leaf.ndim - 1)
         if book.axis is None:
-            return leaf  # one scale for all channels cannot follow; the bias still does
+            return leaf  # one scale for all channels cannot take a slope for each; the bias still follows
         # A channel that the reference leaves constant has slope 0, but a scale must stay positive.
         slope = jnp.maximum(slope, 1e-6)
         scaled_books[name] = book.with_scale(book.scale * slope)
+        # A latent in units of the scale grows with it; one in units of the weights does not.
         return leaf if book.normalized else leaf * along(slope, leaf.ndim, book.axis)
 
     variables = moments.apply(repair, {"params": params.latents, "batch_stats": batch_stats}, scaled)
@@ -251,6 +257,9 @@ def effective_weights(
         step: of the run.
         thaw: step from which scales are trained.
         names: tensors that are quantized already; None is all. The others are used in full precision.
+
+    Returns:
+        The tree of `params.latents`, differentiable in `params`.
     """
     names = set(params.codebooks) if names is None else set(names)
     # Tensors of a later phase are used in full precision: their codebook only tells the unit of their latents.
@@ -271,7 +280,7 @@ def effective_weights(
 def integer_steps(
     ranges: activations.Ranges | None, params: QatParams, names: Collection[str] | None = None
 ) -> Variables:
-    """What a step's variables hold beside weights where activations are rounded: the collection of `nn.integers`.
+    """The variables beside weights and statistics where activations are rounded: the collection of `nn.integers`.
 
     Args:
         ranges: of the activations; None: nothing.
@@ -281,6 +290,7 @@ def integer_steps(
     if not ranges:
         return {}
     used = set(params.codebooks) if names is None else set(names)
+    # By name: output channels, and the values that a quantized kernel can take; None where it is in full precision.
     kernels = {
         name: (
             latent.shape[-1],
@@ -302,7 +312,7 @@ def _trained_parts(options: QatOptions, book: quant.Codebook, thawed: jax.Array)
 
 
 def _with_biases(network: Params, per_bits: Mapping[str, Params], bits: jax.Array) -> Params:
-    """The network with the biases of a number of bits that is known only when running."""
+    """The network with the biases of so many bits; `bits` is traced, so all are stacked and one is selected."""
     smaller = jnp.array([int(own) for own in per_bits])
     biases = [_by_name(own) for own in per_bits.values()]
 
@@ -315,7 +325,7 @@ def _with_biases(network: Params, per_bits: Mapping[str, Params], bits: jax.Arra
 
 
 def weights_of_latents(latents: Params, codebooks: Codebooks) -> Params:
-    """The full-precision weights of latents: those that have a codebook are taken out of the units of its scale."""
+    """The full-precision weights of latents: one in units of its codebook's scale is multiplied by that scale."""
 
     def weights(name: str, latent: jax.Array) -> jax.Array:
         book = codebooks.get(name)
@@ -325,7 +335,10 @@ def weights_of_latents(latents: Params, codebooks: Codebooks) -> Params:
 
 
 def phases_of(options: QatOptions, codebooks: Codebooks) -> list[tuple[str, ...]]:
-    """The names that are quantized in each phase: all in one, or the fewest bits first (multi-stage fine-tuning)."""
+    """The names that are quantized in each phase: all in one, or the fewest bits first (multi-stage fine-tuning).
+
+    A later phase also holds the names of those before it.
+    """
     bits = {name: book.bits for name, book in codebooks.items()}
     return [tuple(sorted(phase)) for phase in quant.phases(bits)] if options.multi_stage else [tuple(sorted(bits))]
 
@@ -333,7 +346,20 @@ def phases_of(options: QatOptions, codebooks: Codebooks) -> list[tuple[str, ...]
 def enter_phase(
     options: QatOptions, params: QatParams, indices: Indices, names: Collection[str], before: Collection[str]
 ) -> tuple[QatParams, Indices]:
-    """Makes new codebooks of the tensors that are quantized from now on: `names` but those of the phase `before`."""
+    """Makes new codebooks of the tensors that are quantized from now on: those of `names` that are not in `before`.
+
+    Until now they were trained in full precision, and their codebooks only told the unit of their latents.
+
+    Args:
+        options: the `quant` section.
+        params: at the end of the phase before.
+        indices: see `TrainState`.
+        names: the tensors of the phase that begins.
+        before: the tensors of the phase before.
+
+    Returns:
+        Parameters and indices.
+    """
     fresh = {name: params.codebooks[name] for name in sorted(set(names) - set(before))}
     if not fresh:
         return params, indices
@@ -350,7 +376,8 @@ def first_indices(options: QatOptions, params: QatParams) -> Indices:
     if not options.cached:
         return {}
     if options.recipe != "kmqat" or options.symmetric:
-        return jax.jit(nearest_indices)(params)  # compiled, as in a step: else a latent on a border may fall otherwise
+        # Compiled, as in a step: else a latent on a border may get another index.
+        return jax.jit(nearest_indices)(params)
     latents = dict(named_leaves(params.latents))
     return {n: quant.kmqat_indices(latents[n], book, options.retention) for n, book in params.codebooks.items()}
 
@@ -360,7 +387,7 @@ def allocate(
 ) -> dict[str, int]:
     """Chooses the bits of each kernel within `quant.budget` or `quant.average_bits`.
 
-    Those to whose error the loss is more sensitive, by the trace of its Hessian, get more.
+    Kernels to whose errors the loss is more sensitive, by the trace of its Hessian, get more bits.
 
     Args:
         options: the `quant` section.
@@ -377,10 +404,10 @@ def allocate(
     rules = rules_of(options)
     names = list(quant.decide(network, rules))
     leaves = dict(named_leaves(network))
-    # Bytes; of full precision, a weight takes four.
+    # In bytes: a float32 weight takes four.
     budget = options.budget * sum(4 * leaves[name].size for name in names)
     errors, sizes = quant.distortions(network, rules, options.budget_bits)
-    if options.average_bits:  # of indices alone
+    if options.average_bits:  # bytes of indices alone, without codebooks
         budget = options.average_bits / 8 * sum(leaves[name].size for name in names)
         sizes = {name: {bits: bits / 8 * leaves[name].size for bits in options.budget_bits} for name in names}
     traces = quant.hessian_traces(loss, network, key, draws=options.hessian_draws, names=names)
@@ -400,6 +427,9 @@ def move_centroids(
         indices: see `TrainState`.
         step: steps done.
         last_step: centroids rest after it, so that the end of training is quiet.
+
+    Returns:
+        The parameters; the same ones where nothing is due.
     """
     if options.centroids != "lloyd":
         return params
@@ -415,7 +445,7 @@ def move_centroids(
         )
         return {name: dataclasses.replace(book, indices=None) for name, book in moved.items()}
 
-    # A branch inside the program: whether it is due is known only when the step runs, and most steps pay nothing.
+    # A branch inside the compiled step: whether it is due is known only when it runs, and most steps skip the work.
     due = (step % options.lloyd_every == 0) & (step <= last_step)
     return dataclasses.replace(params, codebooks=jax.lax.cond(due, move, lambda same: same, params.codebooks))
 
@@ -443,9 +473,10 @@ def nearest_indices(params: QatParams) -> dict[str, jax.Array]:
 
 
 def hold_still(options: QatOptions, before: QatParams, after: QatParams, frozen: jax.Array | bool) -> QatParams:
-    """The parameters `after` an optimizer's step, with what it shall not move as it was `before`.
+    """The parameters `after` an optimizer's step, with those that it must not move taken from `before`.
 
-    That is centroids which no gradient trains, and scales that do not train yet: decay and momentum would move them.
+    These are centroids that no gradient trains, and scales that are not trained yet: decay and momentum would move
+    them.
 
     Args:
         options: the `quant` section.
@@ -464,14 +495,15 @@ def hold_still(options: QatOptions, before: QatParams, after: QatParams, frozen:
 
 
 def keep_parent(before: QatParams, after: QatParams) -> QatParams:
-    """The parameters `after` a step, with what the network of the fewest bits is made of as it was `before`.
+    """The parameters `after` a step, with those of the network of the fewest bits taken from `before`.
 
-    That is the scales, its own centroids and biases, and whatever is in full precision.
+    These are the scales, that network's own centroids and biases, and whatever is in full precision.
     """
     books = {}
     # The optimizer moves everything at once; undoing costs less than a mask in each of its states.
     for name, book in after.codebooks.items():
         old = before.codebooks[name]
+        # `coarse` ascends by bits: its first are the parent's.
         books[name] = dataclasses.replace(book, raw_scale=old.raw_scale, coarse=(old.coarse[0], *book.coarse[1:]))
     shared = {n: leaf for n, leaf in named_leaves(before.latents) if n not in books and not n.endswith("/bias")}
     fewest = min(before.per_bits, key=int)
@@ -483,7 +515,9 @@ def keep_parent(before: QatParams, after: QatParams) -> QatParams:
 
 
 def half_rules(options: QatOptions) -> list[quant.QuantRule]:
-    """The section's rules that store tensors in half precision; the others keep what they match. None where none does.
+    """The section's rules, of which only those that store tensors in float16 act; the others leave what they match.
+
+    Empty where no rule stores any.
 
     >>> rules = half_rules(QatOptions(bits=2, rules=(("^stem/", 16),)))
     >>> [(rule.pattern, rule.spec and rule.spec.bits) for rule in rules]

@@ -21,7 +21,7 @@ class RunLog:
     log is opened, so that each step stands in the file once. Only process 0 writes.
 
     Attributes:
-        kept: the lines that stood in it, up to the step at which it was opened.
+        kept: the lines of earlier starts, up to the step at which the log was opened.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class RunLog:
         self._path = Path(path)
         self._file = self._events = self._wandb = None
         self.kept: list[Json] = []
+        # First, so that a missing package is told before the file is touched.
         if events is not None:
             event_writer = _event_writer()
         wandb = needed("wandb", "--wandb") if project else None
@@ -63,6 +64,7 @@ class RunLog:
         if events is not None:  # TensorBoard hides what an earlier start wrote from `purge_step` on
             self._events = event_writer(str(events), purge_step=step + 1, filename_suffix=f".{step}")
         if wandb is not None:
+            # The file's place is the run's identity: a later start goes on in the same run.
             run = hashlib.sha256(str(self._path.resolve()).encode()).hexdigest()[:16]
             about = {"name": self._path.resolve().parent.name, "dir": str(self._path.parent), "config": settings}
             self._wandb = wandb.init(project=project, id=run, resume="allow", **about)
@@ -99,6 +101,7 @@ class RunLog:
 
 
 def _event_writer() -> Any:
+    """The class that writes TensorBoard's event files; an optional package has it."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
@@ -124,7 +127,7 @@ def read_runlog(path: str | os.PathLike[str]) -> list[Json]:
             if not isinstance(record["step"], int):
                 raise TypeError
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            if number == len(lines):
+            if number == len(lines):  # the process was killed as it wrote this one
                 break
             raise UserError(f"{path}:{number}: not a JSON object with a step") from error
         records.append(record)

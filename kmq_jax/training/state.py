@@ -17,18 +17,18 @@ Parts = Json
 """The parts of a checkpoint by name; each is a tree of arrays."""
 
 
-# The fields are leaves in the order of their names: norms over all leaves are sums in this order.
+# Leaves come in this order, and a norm over all leaves adds them in it: another order would change its last digit.
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["codebooks", "per_bits", "latents"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class QatParams:
     """A network's parameters in quantization-aware training.
 
     Attributes:
-        latents: the tree of the network's parameters. Quantized tensors are full-precision latents there, of which a
-            step takes the nearest centroids; the others are as they are. Where codebooks nest, biases are those at the
-            most bits.
+        latents: the tree of the network's parameters. A quantized tensor is a full-precision latent there, and a step
+            computes with the centroids nearest to it. Other tensors are as they are. Where codebooks nest, biases are
+            those at the most bits.
         codebooks: by name of a quantized tensor.
-        per_bits: where codebooks nest, what each smaller number of bits has to itself, `{"2": tree}`: the biases.
+        per_bits: where codebooks nest, the biases that each smaller number of bits has of its own, `{"2": tree}`.
     """
 
     latents: Params
@@ -75,7 +75,7 @@ class TrainState:
 
 
 def checkpoint_parts(state: TrainState) -> Parts:
-    """A state as the parts of a checkpoint, so that a network is read without its classifier and optimizer."""
+    """A state as the parts of a checkpoint: a network can then be read without its classifier and optimizer."""
     network, codebooks, per_bits = state.params.network, {}, {}
     if isinstance(network, QatParams):
         network, codebooks, per_bits = network.latents, network.codebooks, network.per_bits
@@ -107,9 +107,10 @@ def from_checkpoint(parts: Parts) -> TrainState:
     )
 
 
-def load_classifier(checkpoints: Checkpoints) -> np.ndarray:
-    """The centres of the newest checkpoint's classifier `[classes, sub-centres, dim]`."""
-    centres: np.ndarray = checkpoints.load(checkpoints.steps()[-1], "classifier")["centres"]
+def load_classifier(checkpoints: Checkpoints) -> np.ndarray | None:
+    """The centres of the newest checkpoint's classifier `[classes, sub-centres, dim]`; None where there is none yet."""
+    newest = checkpoints.steps()[-1:]
+    centres: np.ndarray | None = checkpoints.load(newest[0], "classifier")["centres"] if newest else None
     return centres
 
 

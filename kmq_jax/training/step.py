@@ -59,36 +59,49 @@ class Recipe:
         task: what is done to the network's parameters.
         optimizer: optax transformation, learning rate included.
         learning_rate: by step of a phase.
-        phase_steps: steps of a phase; all but multi-stage training has one.
+        phases: how many the run has; all but multi-stage training has one.
     """
 
     objective: Objective
     task: Task
     optimizer: optax.GradientTransformation
     learning_rate: Schedule
-    phase_steps: int
+    phases: int
+
+    @property
+    def phase_steps(self) -> int:
+        """Steps of the longest phase."""
+        return -(-self.objective.total_steps // self.phases)
 
     def rate_at(self, step: jax.Array) -> jax.Array:
-        """The learning rate of a step of the run."""
-        whole = self.phase_steps >= self.objective.total_steps
-        return self.learning_rate(step if whole else step % self.phase_steps)
+        """The learning rate of a step of the run, float32 scalar."""
+        # A phase begins with a new optimizer, whose count of steps the schedule is given: it starts at 0 again.
+        if self.phases == 1:
+            return self.learning_rate(step)
+        # The first step of each phase, see `options.phase_of`.
+        starts = jnp.array([-(-phase * self.objective.total_steps // self.phases) for phase in range(self.phases)])
+        return self.learning_rate(step - jnp.max(jnp.where(starts <= step, starts, 0)))
 
 
 def init_params(network: SpeakerNetwork, options: TrainOptions, classes: int) -> tuple[Trainable, Params]:
-    """Draws parameters and running statistics from the options' seed."""
+    """Draws parameters and running statistics from the options' seed.
+
+    Returns:
+        Classifier and network, and the running statistics: empty where the network has none.
+    """
     key_network, key_classifier = jax.random.split(jax.random.key(options.seed))
     variables = registry.initialize(network, key_network)
     centres = losses.init_centres(key_classifier, classes, options.loss.sub_centres, network.embedding_size)
     return Trainable(centres, variables["params"]), variables.get("batch_stats", {})
 
 
-def check_features(options: TrainOptions, fbank: frontend.FrontEnd) -> None:
+def check_features(options: TrainOptions, network: SpeakerNetwork, fbank: frontend.FrontEnd) -> None:
     """Checks that the network takes the features that the front end gives.
 
     Raises:
         UserError: it does not.
     """
-    features = options.model["features"]
+    features = network.features
     if fbank.num_features != features:
         raise UserError(
             f"model.features (={features}) must be {fbank.num_features}, the features of frontend {options.frontend!r}"
@@ -123,16 +136,18 @@ def make_recipe(objective: Objective, task: Task, params: Trainable) -> Recipe:
         params: what the optimizer moves, or its shapes.
 
     Raises:
-        UserError: a group of the optimizer's is the first match of no name.
+        UserError: a pattern of `optimizer.groups` is the first match of no name; or there are more phases than steps.
     """
-    options = objective.options
-    phase_steps = -(-objective.total_steps // len(task.phases(params.network)))
+    options, phases = objective.options, len(task.phases(params.network))
+    if phases > (total := objective.total_steps):
+        raise UserError(f"`epochs` (={options.epochs:g}) gives {total} steps: too few for {phases} phases")
+    phase_steps = -(-total // phases)  # rounded up: some phases may be one step shorter
 
     def schedule(peak: float | None) -> Schedule:
         own = options.learning_rate if peak is None else dataclasses.replace(options.learning_rate, peak=peak)
         return make_schedule(own, objective.epoch_steps, phase_steps)
 
-    return Recipe(objective, task, make_optimizer(options.optimizer, schedule, params), schedule(None), phase_steps)
+    return Recipe(objective, task, make_optimizer(options.optimizer, schedule, params), schedule(None), phases)
 
 
 def init_state(
@@ -149,7 +164,7 @@ def features_of(objective: Objective, key: jax.Array, batch: Batch) -> jax.Array
     wave = batch["wave"]
     if options.data.augment:
         wave = frontend.augment_batch(key_wave, batch, frontend.RoomConfig(), objective.mesh)
-    whole = options.data.normalize == "utterance"
+    whole = options.data.normalize == "utterance"  # then the waves are whole utterances, cropped only as features
     features = frontend.features_of(wave, objective.fbank, batch["length"] if whole else None)
     if whole:
         lengths = frontend.num_frames(batch["length"], objective.fbank)
@@ -205,12 +220,13 @@ def total_loss(
     distill, weight = objective.options.distill.weight, objective.options.loss.weight
     variables = {"params": network, "batch_stats": batch_stats, **(beside or {})}
     parts = objective.network.distilled_parts() if distill else ()
+    # By running statistics the network runs as in use (`train=False`), and they stay as they are.
     by_batch = objective.options.batch_norm == "batch"
     embeddings, outputs, updates = objective.network.taps(
         variables, features, train=by_batch, names=parts, mutable=["batch_stats"] if by_batch else []
     )
     metrics: Metrics = {"loss": jnp.zeros(())}
-    if weight:
+    if weight:  # else distillation alone: the labels are not looked at
         metrics = classification(objective, classifier, embeddings, labels, step)
     loss = weight * metrics["loss"]
     if distill:
@@ -240,6 +256,7 @@ def train_step(
         a teacher.
     """
     objective, task = recipe.objective, recipe.task
+    # By the step, so that a resumed run draws the same; `seed` itself has drawn the first parameters.
     key = jax.random.fold_in(jax.random.key(objective.options.seed + 1), state.step)
     features = features_of(objective, key, batch)
 
@@ -264,6 +281,9 @@ def train_step(
 
 
 def jit_train_step(recipe: Recipe, shardings: TrainState, phase: Phase | None = None) -> Step:
-    """Compiles the step for a mesh: the state is donated and keeps its shardings."""
+    """The step for a mesh, compiled when first called. The state keeps its shardings.
+
+    The state that is passed in is donated: its arrays cannot be used afterwards.
+    """
     step = functools.partial(train_step, recipe, phase=phase)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from kmq_jax.core import distributed
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.options import shown
 from kmq_jax.core.tree import Params, Variables
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import SpeakerModel
@@ -26,11 +28,11 @@ Phase = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Speech:
-    """Training speech that is listened to before and after training, without augmentation.
+    """Training speech without augmentation, for what is measured before and after training.
 
     Attributes:
-        crops: gives features `[batch, time, mel]` of random crops.
-        passes: gives those of so many passes over the data, batch by batch.
+        crops: gives features `[batch, time, mel]` of random crops, each less its own mean (`prepare.random_crops`).
+        passes: given a number of passes over the data, gives their features, batch by batch.
     """
 
     crops: Callable[[], jax.Array]
@@ -44,7 +46,7 @@ class Final:
     Attributes:
         model: the model.
         file: its name in the workdir.
-        how: it was made, in words.
+        how: how it was made, in words.
     """
 
     model: SpeakerModel
@@ -57,7 +59,7 @@ class Task(Protocol):
 
     @property
     def smaller_bits(self) -> tuple[int, ...]:
-        """The fewer bits that the model is also validated at."""
+        """The fewer bits at which nested codebooks are validated as well."""
 
     @property
     def saved_as(self) -> str | None:
@@ -182,7 +184,7 @@ class Quantized:
         allocation: bits by name, in mixed precision.
         parent: parameters of the packed network that nested codebooks grow from.
         ranges: of activations that are rounded to 8 bits; None rounds none.
-        measured: whether training leaves running statistics that are to be measured afresh.
+        measured: whether running statistics are measured afresh after training: where steps went by those of batches.
     """
 
     options: QatOptions
@@ -200,8 +202,15 @@ class Quantized:
         return self.options.coarse
 
     def shapes(self, network: Params) -> QatParams:
-        """See `Task`."""
-        return jax.eval_shape(lambda n: qat.init_params(self.options, n, self.allocation, self.parent), network)
+        """See `Task`.
+
+        Raises:
+            UserError: nothing is quantized.
+        """
+        made = jax.eval_shape(lambda n: qat.init_params(self.options, n, self.allocation, self.parent), network)
+        if not made.codebooks:
+            raise UserError(f"`quant.rules` (={shown(self.options.rules)}) give no tensor a codebook: set quant.bits")
+        return made
 
     def init(self, reference: SpeakerModel, speech: Speech) -> tuple[QatParams, Params]:
         """See `Task`."""
@@ -234,6 +243,7 @@ class Quantized:
         assert isinstance(network, QatParams)
         if not self.options.bn_passes or not model.variables.get("batch_stats"):
             return None
+        # Any step does: without nested codebooks it decides gradients alone, and these have no `bn_passes`.
         weights = qat.effective_weights(self.options, network, indices, jnp.zeros((), jnp.int32), names=phase)
         beside = self.beside(network, phase)
         used = dataclasses.replace(model, variables={**model.variables, "params": weights, **beside})
@@ -255,9 +265,10 @@ class Quantized:
         """See `Task`."""
         assert isinstance(before, QatParams) and isinstance(after, QatParams)
         if self.thaw or self.options.centroids != "gradient":
-            after = qat.hold_still(self.options, before, after, step <= self.thaw)
+            after = qat.hold_still(self.options, before, after, step - 1 < self.thaw)
         after = qat.move_centroids(self.options, after, indices, step, self.last_move)
         indices = qat.reassign(self.options, after, indices, step)
+        # Last: it undoes whatever came before for the parent's part.
         return (qat.keep_parent(before, after) if self.options.grow_from else after), indices
 
     def variables(self, state: TrainState) -> Variables:
@@ -269,7 +280,7 @@ class Quantized:
         return {**packed, "batch_stats": state.batch_stats, **steps}
 
     def finish(self, trained: SpeakerModel, checkpoints: Checkpoints, speech: Speech) -> Final | None:
-        """Measures batch normalisation afresh, but where it was trained with the statistics that it is shipped with."""
+        """Measures batch normalisation afresh, unless steps already went by the statistics that are shipped."""
         measurable = self.measured and trained.variables["batch_stats"]
         if not measurable or not (self.options.fit_crops or self.options.bn_passes):
             return None
@@ -283,7 +294,7 @@ class Quantized:
 
 
 def average(trees: list[Params]) -> Params:
-    """The mean of trees of arrays, leaf by leaf, in float32.
+    """The mean of trees of floating-point arrays, leaf by leaf.
 
     >>> average([{"w": 1.0}, {"w": 2.0}])
     {'w': 1.5}

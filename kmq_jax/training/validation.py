@@ -30,7 +30,7 @@ class Validation:
 
 
 def open_validation(options: ValidationOptions) -> Validation | None:
-    """Opens the validation set, if the options name one.
+    """Opens the validation set; None where the options name none.
 
     Raises:
         UserError: it cannot be read.
@@ -42,7 +42,7 @@ def open_validation(options: ValidationOptions) -> Validation | None:
 
 
 def in_words(figures: Mapping[str, float]) -> str:
-    """Figures for people.
+    """What `Validation.figures` found, as a line for people.
 
     >>> in_words({"validation_eer": 2.5, "validation_eer_2bit": 3.0})
     'validation EER 2.50 %, validation EER 2bit 3.00 %'

@@ -34,6 +34,7 @@ def check_same_run(settings: Settings, workdir: Path) -> None:
         return
     before, after = _flat(read_object(path)), _flat(settings)
     for key in sorted(before.keys() | after.keys()):
+        # By prefix: a section's name stands for all of its keys.
         if before.get(key) != after.get(key) and not key.startswith(_MAY_CHANGE):
             raise UserError(
                 f"--workdir={workdir} holds a run with {key}={before.get(key)!r}, not {after.get(key)!r}: "
@@ -54,6 +55,11 @@ def record_start(settings: Settings, workdir: Path, step: int) -> None:
 
 
 def _flat(tree: Settings, prefix: str = "") -> Settings:
+    """Nested settings as one level, keys joined by dots.
+
+    >>> _flat({"loss": {"margin": 0.2}, "seed": 0})
+    {'loss.margin': 0.2, 'seed': 0}
+    """
     flat: Settings = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

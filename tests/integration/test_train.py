@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from kmq_jax.training.config import default_config, smoke
 from kmq_jax.training.from_models import describe
 from kmq_jax.training.options import TrainOptions
 from kmq_jax.training.runlog import read_runlog
+from kmq_jax.training.state import load_classifier
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,12 +93,21 @@ def test_a_kill_between_the_last_checkpoint_and_the_summary_loses_no_figure(whol
     assert read_runlog(tmp_path / "run" / "metrics.jsonl") == read_runlog(whole[0] / "metrics.jsonl")
 
 
+def test_the_summary_of_a_stopped_start_is_not_taken_for_that_of_the_run(whole, tmp_path):
+    """It was stopped, went on, and was killed after its last checkpoint."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(whole[1] | {"finished": False, "steps": 2}))
+    summary = loop.train(tiny(average_last=2), tmp_path / "run")
+    assert summary["finished"] and summary["steps"] == 4 and (tmp_path / "run" / "averaged.kmq").exists()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+
+
 def test_two_runs_at_once_are_refused(whole):
     with sole_writer(whole[0]), pytest.raises(UserError, match="is being written to by process"):
         loop.train(tiny(), whole[0])
 
 
-def test_a_stopped_run_goes_on_bit_exactly(whole, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_bit_exactly(whole, tmp_path, monkeypatch, capfd):
     saves = []
     save = Checkpoints.save
 
@@ -110,7 +121,17 @@ def test_a_stopped_run_goes_on_bit_exactly(whole, tmp_path, monkeypatch):
     summary = loop.train(tiny(), tmp_path, tensorboard=importlib.util.find_spec("tensorboardX") is not None)
     assert not summary["finished"] and 2 <= summary["steps"] < 4 and saves[-1] == summary["steps"]
     monkeypatch.setattr(Checkpoints, "save", save)
+    take = loop.Loop._take_step
+
+    def stop_in_the_last(self):
+        take(self)
+        if self.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Loop, "_take_step", stop_in_the_last)
+    assert "goes on from there" in capfd.readouterr().err
     assert loop.train(tiny(), tmp_path)["finished"]
+    assert "goes on from there" not in capfd.readouterr().err  # there is nothing left of it
     assert all((a == b).all() for a, b in zip(leaves(whole[0]), leaves(tmp_path), strict=True))
     losses = [[line["loss"] for line in read_runlog(d / "metrics.jsonl")] for d in (whole[0], tmp_path)]
     assert losses[0] == losses[1]
@@ -208,6 +229,25 @@ def test_a_model_without_a_classifier_gets_one_from_its_embeddings_of_the_speake
         embedding = load_model(tmp_path / "bare.kmq").embed(wave, source.SAMPLE_RATE)
         expected[label] += embedding / np.linalg.norm(embedding) / 4
     np.testing.assert_allclose(centres, expected, atol=1e-4)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_has_no_classifier(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert load_classifier(checkpoints) is None
+
+
+def test_outside_the_main_thread_no_signal_is_listened_to():
+    found = []
+
+    def listen():
+        with loop.StopRequest().listening():
+            found.append(True)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert found == [True]
 
 
 def test_the_average_of_checkpoints_is_their_mean(tmp_path):

@@ -1,5 +1,8 @@
 """How a study calibrates its cascades, and how it halves lists that enrol models."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 
 from kmq_jax.core.errors import UserError
@@ -7,9 +10,11 @@ from kmq_jax.data.source import open_source
 from kmq_jax.data.trials import open_trials
 from kmq_jax.study import cascades
 from kmq_jax.study.options import EvaluationSet, StudyOptions
+from kmq_jax.study.pipeline import options_of
 from kmq_jax.study.steps import Steps
 
 DATA = "synthetic:dev?speakers=6&utterances=3"
+NESTED = {"epochs": {"2": 1.0, "nested": 1.0}}
 SETS = {"dev": {"data": DATA, "trials": DATA}}
 
 
@@ -31,6 +36,55 @@ def test_the_papers_gates_stand_beside_ours(tmp_path):
 def test_new_bits_are_counted_where_codebooks_nest(tmp_path):
     assert planned(tmp_path, "distilled-nested", (2, 4)).how.nests
     assert not planned(tmp_path, "distilled", (2, 4)).how.nests
+
+
+@pytest.mark.parametrize(
+    ("plan", "changes", "message"),
+    [
+        (("trained", (2, 4)), {}, "4 bits in 'distilled'"),
+        (("kmqat", (2, 32)), {}, "2 bits in 'kmqat'"),
+        (("distilled-nested", (2, 4)), {}, "2 bits in 'distilled-nested'"),
+        (("distilled-nested", (2, 4)), NESTED | {"nested": False}, "2 bits in 'distilled-nested'"),
+        (("ptq-nested", (2, 4)), {"bits": (2,)}, "2 bits in 'ptq-nested'"),
+        (("ptq", (2, 3)), {}, "3 bits in 'ptq'"),
+    ],
+)
+def test_a_cascade_of_networks_that_are_not_made_is_refused_before_any_is(plan, changes, message):
+    given = {"bits": (4, 2), "epochs": {"2": 1.0}, "calibrate": "dev", "cascades": [plan]}
+    options = StudyOptions.of({"evaluate": SETS, **given, **changes})
+    with pytest.raises(UserError, match=f"study.cascades: there is no network of {message}"):
+        cascades.check_plans(options)
+
+
+@pytest.mark.parametrize(
+    ("plan", "changes"),
+    [
+        (("kmqat", (2, 32)), {"also": ("kmqat",)}),
+        (("distilled-nested", (2, 4)), NESTED),
+        (("ptq-nested", (2, 4)), {}),
+        (("ptq", (2, 4, 32)), {}),
+    ],
+)
+def test_a_cascade_of_networks_that_are_made_is_not(plan, changes):
+    given = {"bits": (4, 2), "epochs": {"2": 1.0}, "calibrate": "dev", "cascades": [plan]}
+    cascades.check_plans(StudyOptions.of({"evaluate": SETS, **given, **changes}))
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+STUDIES = [
+    ("campplus_so762", None), ("ge2e_so762", None), ("imported", None), ("quickstart", None), ("quickstart", "smoke"),
+    ("paper_resnet36", None), ("paper_resnet36", "smoke"), ("paper_resnet200", "public"),
+    ("so762_resnet36_small", None), ("so762_resnet36_small", "levels"), ("so762_resnet36_small", "smoke"),
+    ("wespeaker_so762", None), ("wespeaker_so762", "smoke"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "arg"), STUDIES)
+def test_the_studies_at_hand_make_the_networks_of_their_cascades(name, arg):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    cascades.check_plans(options_of(module.get_config(arg)))
 
 
 def test_halves_of_a_list_that_enrols_models(tmp_path):

@@ -61,6 +61,12 @@ def test_everything_is_compared_once(found):
     assert found["distilled", 2, "control"]["seeds"] == 2 and found["kmqat", 2, "full precision"]["seeds"] == 1
 
 
+def test_others_are_compared_with_this_projects_recipe_also_where_it_is_not_the_studys_own():
+    ours, theirs = compare.Group("distilled", 2, True), compare.Group("kmqat", 2, True)
+    for groups in ([ours, theirs], [theirs, ours]):
+        assert [one for one in compare.pairs(groups) if one[2]] == [(theirs, "distilled", ours)]
+
+
 def test_the_same_embeddings_differ_in_nothing(found):
     row = found["kmqat", 2, "full precision"]
     assert (row["eer_change"], row["eer_change_ci95"], row["min_dcf_change"], row["min_dcf_change_ci95"]) == (

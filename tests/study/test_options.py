@@ -23,6 +23,11 @@ def test_a_configurations_section_becomes_options():
     assert [run.grow_from for run in runs_of(options)] == ["", "", "distilled-2"]
 
 
+def test_one_number_of_bits_is_not_nested():
+    options = StudyOptions.of({"evaluate": SETS, "bits": (4,), "epochs": {"4": 1.0, "nested": 1.0}})
+    assert [run.step for run in runs_of(options)] == ["distilled-4"]
+
+
 def test_speaker_labels_are_asked_for_beside_the_teacher():
     config = default_config("resnet18")
     for weight in (0.0, 0.1):
@@ -40,6 +45,9 @@ def test_speaker_labels_are_asked_for_beside_the_teacher():
         ({"groups": {"all": ("x",)}}, "study: 'x' is none of the evaluation sets dev"),
         ({"diagnose_flags": ()}, "study: there is no option `diagnose_flags`; did you mean `diagnose`?"),
         ({"bits": (4, 9)}, "study: `bits` (=4,9) must be at most 8"),
+        ({"bits": (2, 2)}, "study: `bits` (=2,2) must hold at least one number of bits, and none twice"),
+        ({"bits": ()}, "study: `bits` (=) must hold at least one number of bits, and none twice"),
+        ({"epochs": {"nestd": 3.0}}, "study: `epochs.nestd` (=3.0) must be of bits (1 to 8, or 32), of mixed or of"),
         ({"cascades": [("best", (2, 3))]}, "study.cascades: `family` (=best) must be one of kmqat, distilled, ptq"),
         ({"cascades": [("distilled", (3, 2))]}, "study.cascades: `bits` (=3,2) must ascend"),
         ({"diagnosis": {"worst": -1}}, "study.diagnosis: `worst` (=-1) must be at least 0"),

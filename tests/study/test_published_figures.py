@@ -54,6 +54,13 @@ def test_thirds_are_compared_with_thirds_alone():
     assert found["harmful flips, near"] is None and found["harmful flips, far"] is None
 
 
+def test_mixed_precision_stands_beside_what_was_asked_for_though_its_mean_came_out_otherwise():
+    rows = [*SUMMARY["rows"], row(3.13, "trained, mixed", 1.75, 0.2)]
+    summary = SUMMARY | {"rows": rows, "published": {"g": {"3.144": 1.5, "3": 1.25}}}
+    found = {row["bits"]: row["measured"] for row in comparison(summary) if row["figure"] == "EER %"}
+    assert found == {"3.144": 1.75, "3": None}
+
+
 def test_every_published_figure_has_its_measured_one():
     found = {(r["figure"], r["where"], r["bits"]): (r["published"], r["measured"]) for r in comparison(SUMMARY)}
     assert found.pop(("EER %", "g", "32")) == (1.1, 1.0)

@@ -10,7 +10,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.quant.kmeans import INITS
 from kmq_jax.quant.types import HALF
 from kmq_jax.training import options
-from kmq_jax.training.config import default_config, distilled
+from kmq_jax.training.config import default_config, distilled, published_kmqat, smoke
 from kmq_jax.training.options import TrainOptions
 from kmq_jax.training.prepare import _check_sizes
 
@@ -116,6 +116,8 @@ def test_a_value_out_of_range_is_one_line_that_names_it(name, values):
             "`quant.reassign_every` cannot be used",
         ),
         ({"quant.budget": 0.1, "quant.bits": 2}, "`quant.budget` chooses bits itself"),
+        ({"quant.budget": 0.1, "quant.budget_bits": ()}, "`quant.budget_bits` must hold at least one"),
+        ({"loss.weight": 0.0}, "`loss.weight` and distill.weight are both 0"),
         ({"learning_rate.kind": "exponential"}, "`learning_rate.final` (=0)"),
         ({"learning_rate.kind": "step"}, "`learning_rate.flat_until` (=0) of the step schedule must be above 0"),
         (
@@ -139,6 +141,37 @@ def test_what_does_not_go_together(changes, message):
     with pytest.raises(UserError) as error:
         of(**changes)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"model": {"name": "resnet18"}, "data": 3}, "`data` (=3) must be a section of settings"),
+        ({"model": {"features": 80}}, "`model` must have a `name`"),
+        ({"model": "resnet18"}, "`model` must have a `name`"),
+    ],
+)
+def test_a_configuration_of_another_form(tree, message):
+    with pytest.raises(UserError) as error:
+        TrainOptions.from_config(tree)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("settings", [{"average_bits": 3.0}, {"rules": (("^stem/", 2),)}])
+def test_a_small_run_averages_no_checkpoints_of_a_quantized_network(settings):
+    config = smoke(published_kmqat(default_config("resnet18"), 0, **settings))
+    assert TrainOptions.from_config(config).average_last == 0
+    assert TrainOptions.from_config(smoke(default_config("resnet18"))).average_last == 2
+
+
+def test_every_phase_has_steps_and_even_ones_are_as_ever():
+    for phases in range(1, 6):
+        for total in range(phases, 25):
+            found = [options.phase_of(step, total, phases) for step in range(total)]
+            counts = [found.count(phase) for phase in range(phases)]
+            assert found == sorted(found) and max(counts) - min(counts) <= 1 and min(counts) >= 1
+            if total % phases == 0:
+                assert found == [step // (total // phases) for step in range(total)]
 
 
 def test_the_ways_to_begin_are_those_of_k_means():

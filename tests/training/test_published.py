@@ -194,6 +194,22 @@ def test_every_phase_has_a_cosine_of_its_own():
     assert rates[2] < 2e-6 and rates[4] == rates[1] and rates[5] == rates[0]
 
 
+def test_phases_of_uneven_lengths_begin_at_the_peak_and_each_must_have_a_step():
+    objective, task, shapes = parts(average_bits=3.0, multi_stage=True)
+    names = sorted(quant.decide(shapes.network, {"kernel$": 2}))
+    task = dataclasses.replace(task, allocation={name: 2 + i % 3 for i, name in enumerate(names)})
+    shapes = dataclasses.replace(shapes, network=task.shapes(shapes.network))
+
+    def recipe(total):
+        options = dataclasses.replace(objective.options, epochs=total / 10)
+        return steps.make_recipe(dataclasses.replace(objective, options=options), task, shapes)
+
+    rates = [float(recipe(7).rate_at(jnp.array(step))) for step in range(7)]
+    assert [step for step, rate in enumerate(rates) if rate == max(rates)] == [0, 3, 5]
+    with pytest.raises(UserError, match=r"`epochs` \(=0.2\) gives 2 steps: too few for 3 phases"):
+        recipe(2)
+
+
 def test_an_average_of_bits_is_kept_and_nearly_used_up():
     rng = np.random.default_rng(0)
     network = {f"l{i}": {"kernel": jnp.asarray(rng.standard_normal((24, 16)), jnp.float32)} for i in range(8)}

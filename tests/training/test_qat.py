@@ -130,6 +130,22 @@ def test_decay_moves_no_centroid_that_has_no_gradient_and_no_scale_before_it_tha
         np.testing.assert_array_equal(after.latents["first"]["kernel"], decayed.latents["first"]["kernel"])
 
 
+def test_a_scale_that_thaws_between_two_steps_is_held_exactly_as_long_as_it_has_no_gradient():
+    task = Quantized(options(), thaw=2.5)
+    before = qat.init_params(task.options, NETWORK)
+    decayed = jax.tree.map(lambda x: 0.9 * x if jnp.issubdtype(x.dtype, jnp.floating) else x, before)
+    for step in range(5):
+        after, _ = task.after_update(before, decayed, {}, jnp.array(step + 1))
+        held = np.array_equal(after.codebooks[NAMES[0]].raw_scale, before.codebooks[NAMES[0]].raw_scale)
+        assert held == np.all(gradient(task.options, step, 2.5).raw_scale == 0) == (step < 3)
+
+
+@pytest.mark.parametrize("rules", [(("first", 16),), (("first", 0),)])
+def test_rules_that_quantize_nothing_are_a_mistake(rules):
+    with pytest.raises(UserError, match=r"`quant.rules` \(=first,.*\) give no tensor a codebook"):
+        Quantized(options(bits=0, rules=rules, multi_stage=True)).shapes(NETWORK)
+
+
 def test_a_rule_of_sixteen_bits_is_trained_in_full_and_stored_in_half_precision():
     settings = options(rules=(("second", 16),))
     params = qat.init_params(settings, NETWORK)

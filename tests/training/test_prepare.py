@@ -1,0 +1,54 @@
+"""What a run was begun with: measured or chosen for a new one, and read again by one that goes on."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import read_object, write_json
+from kmq_jax.training import prepare
+
+
+class Batches:
+    """The same batch always."""
+
+    def get_state(self):
+        return 0
+
+    def set_state(self, position):
+        assert position == 0
+
+    def __next__(self):
+        return {}
+
+
+OBJECTIVE = SimpleNamespace(options=SimpleNamespace(seed=0, quant=None))
+PARAMS = SimpleNamespace(network={}, classifier=None)
+
+
+def measured(workdir, resumes):
+    return prepare.measured_ranges(OBJECTIVE, workdir, None, SimpleNamespace(utterances=None), resumes)
+
+
+def chosen(workdir, resumes):
+    return prepare.allocate(OBJECTIVE, workdir, PARAMS, {}, None, Batches(), resumes)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "stale", "new"),
+    [
+        (measured, "ranges.json", {"conv": [0.25, 5]}, {"conv": (0.5, 3)}),
+        (chosen, "bits.json", {"conv": 2}, {"conv": 4}),
+    ],
+)
+def test_what_a_start_without_a_step_has_left_counts_for_nothing(tmp_path, monkeypatch, make, name, stale, new):
+    monkeypatch.setattr(prepare, "random_crops", lambda *given: None)
+    monkeypatch.setattr(prepare.activations, "measure", lambda *given: {"conv": (0.5, 3.0)})
+    monkeypatch.setattr(prepare.steps, "features_of", lambda *given: None)
+    monkeypatch.setattr(prepare.qat, "allocate", lambda *given: {"conv": 4})
+    with pytest.raises(UserError, match=rf"{name} is missing: the run was begun with it"):
+        make(tmp_path, resumes=True)
+    write_json(tmp_path / name, stale)
+    assert make(tmp_path, resumes=True) == {place: tuple(v) if v == [0.25, 5] else v for place, v in stale.items()}
+    assert make(tmp_path, resumes=False) == new == make(tmp_path, resumes=True)
+    assert list(read_object(tmp_path / name)) == ["conv"]
