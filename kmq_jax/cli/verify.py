@@ -35,8 +35,7 @@ COMMAND = Command(
     "kmq-jax verify --cascade=runs/cascade --enrol=alice.wav --test=unknown.wav",
     (Files, HearOptions),
 )
-# By way: what it needs, what else it may take. "store" comes before "model", since it takes a --model.
-_WAYS = {
+_WAYS = {  # what each needs, what else it may take; "store" comes before "model", since it takes a --model
     "cascade": (("enrol", "test"), ("compute",)),
     "store": (("speaker", "recording"), ("model", "threshold", "bits")),
     "model": (("enrol", "test"), ("threshold", "bits")),
