@@ -154,7 +154,12 @@ def pair(found, model, less):
 
 
 def training_helps_campplus(found):
-    above = {beyond(row["sets"][name]) for row in found["rows"] for name in ("so762", "words") if row["bits"] == 2}
+    above = {
+        beyond(row["sets"][name])
+        for row in found["rows"]
+        for name in ("so762", "words")
+        if row["bits"] == 2 and row["model"] != "trained-long"
+    }
     return above == {1} and pair(found, "trained", "ptq-400") == {"so762": -1, "words": -1}
 
 
@@ -172,8 +177,11 @@ CLAIMS = (
                          if row["bits"] == 4] == [{0}]),
     Claim("On so762 the fit on 400 crops errs less than that on 100, beyond chance; on words no difference is seen",
           "campplus-trained.json", lambda found: pair(found, "ptq-400", "ptq-100") == {"so762": -1, "words": 0}),
-    Claim("The trained network errs less than the fitted one on both, beyond chance, and still more than full "
-          "precision", "campplus-trained.json", training_helps_campplus),
+    Claim("Trained for an epoch the network errs less than the fitted one on both, beyond chance, and still more than "
+          "full precision", "campplus-trained.json", training_helps_campplus),
+    Claim("it still errs more on so762, beyond chance; on words no difference is seen", "campplus-trained.json",
+          lambda found: [{name: beyond(one) for name, one in row["sets"].items()} for row in found["rows"]
+                         if row["model"] == "trained-long"] == [{"so762": 1, "words": 0}]),
     Claim("On so762 CAM++ at 4 bits with ResNet34 behind it errs less than ResNet34 alone, beyond chance, where gates "
           "may make 0.1 or 0.5 % of flips; on words no difference is seen", "across.json", two_networks_err_less),
     Claim("By recording of such lists, where each stands in many trials, a cascade that goes on at all takes longer "
