@@ -1,8 +1,8 @@
 """Ranges of activations, measured on training speech, so that a network can run on integers.
 
-The places that are rounded, and what rounding is, stand in `nn.integers`. Here each place gets its range: from the
-least to the greatest value seen. A narrower one can have less squared error on these crops; but what it cuts off are
-the strongest activations, and other speech may have more of them.
+`nn.integers` says which places are rounded, and how. Here each place gets its range: from the least to the greatest
+value seen. A narrower range can have less squared error on these crops. But it cuts off the strongest activations, and
+other speech may have more of them.
 """
 
 import dataclasses
@@ -59,15 +59,36 @@ def with_ranges(quantized: SpeakerModel, ranges: Ranges) -> SpeakerModel:
         quantized: from `quant.quantize_params`, one codebook for each output channel.
         ranges: from `measure`.
 
+    Returns:
+        The model, with the collection `nn.integers.COLLECTION` among its variables.
+
     Raises:
         UserError: no convolution is quantized.
     """
+    # Only kernels are looked up: a parameter without axes has no channels.
     kernels = {
         name: (leaf.shape[-1], np.asarray(leaf.codebook, np.float32) if quant.is_codebook_tensor(leaf) else None)
         for name, leaf in named_leaves(quantized.variables["params"], quant.is_codebook_tensor)
+        if leaf.ndim
     }
     tree = jax.tree.map(np.asarray, rounding_steps(ranges, kernels))
     return dataclasses.replace(quantized, variables={**quantized.variables, integers.COLLECTION: tree})
+
+
+def places_of(model: SpeakerModel) -> list[str]:
+    """The places where a network's activations can be rounded; nothing is computed."""
+    places: dict[str, None] = {}
+
+    def watch(place: str, x: jax.Array) -> jax.Array:
+        places[place] = None
+        return x
+
+    network = model.network().without_remat()
+    # Seven frames more than the least: of eight, three strides of 2 leave one.
+    features = jax.ShapeDtypeStruct((1, 7 + network.least_frames(), network.features), jnp.float32)
+    with integers.watching(watch):
+        jax.eval_shape(lambda variables, x: network.apply(variables, x, train=False), model.variables, features)
+    return list(places)
 
 
 def rounding_steps(ranges: Ranges, kernels: Mapping[str, tuple[int, Array | None]]) -> Variables:
@@ -77,6 +98,9 @@ def rounding_steps(ranges: Ranges, kernels: Mapping[str, tuple[int, Array | None
         ranges: from `measure`.
         kernels: by name of a parameter, its output channels and codebooks `[groups, K]`; None is full precision.
 
+    Returns:
+        By module: a grid `[2]` (step, level of zero) for each place, and steps `[out]` for the kernel.
+
     Raises:
         UserError: no convolution is quantized.
     """
@@ -84,12 +108,14 @@ def rounding_steps(ranges: Ranges, kernels: Mapping[str, tuple[int, Array | None
     quantized = 0
     for place, grid in ranges.items():
         module, _, _ = place.rpartition("/")
+        # No channels: the place is not the input of a kernel, but a residual branch, say.
         channels, codebook = kernels.get(f"{module}/kernel", (0, None))
         if channels and codebook is None:
             continue  # a convolution in full precision
         _put(tree, place, jnp.asarray(grid, jnp.float32))
         if codebook is not None:
             steps = integers.steps_of(jnp.asarray(codebook, jnp.float32))
+            # One codebook for the whole tensor has one step, which all channels take.
             _put(tree, f"{module}/kernel", jnp.broadcast_to(steps, (channels,)))
             quantized += 1
     if not quantized:
@@ -98,6 +124,7 @@ def rounding_steps(ranges: Ranges, kernels: Mapping[str, tuple[int, Array | None
 
 
 def _put(tree: Variables, name: str, value: Array) -> None:
+    """Sets the leaf with this "/"-joined name, and makes the dicts above it."""
     *folders, last = name.split("/")
     for folder in folders:
         tree = tree.setdefault(folder, {})

@@ -1,9 +1,9 @@
 """Bits by layer within a budget, without training: measured once, allocated exactly, for any budget.
 
-How much a tensor's rounding matters is the mean diagonal of a Hessian in it: that of one minus the cosine to the
-full-precision embedding, on a few crops of speech. Its damage at so many bits is half of that times the squared error
-of its k-means codebook. The bits of all tensors are then those of the least damage within the budget (HAWQ-V2, see
-`quant.sensitivity`), and the same figures answer for every budget.
+A tensor's sensitivity is the mean of the Hessian's diagonal over its weights. The loss is one minus the cosine to the
+full-precision embedding, on a few crops of speech. A tensor's damage at so many bits is half its sensitivity times the
+squared error of its k-means codebook. All tensors then get the bits of the least total damage within the budget
+(HAWQ-V2, see `quant.sensitivity`). The same measurements serve every budget.
 """
 
 import dataclasses
@@ -24,10 +24,11 @@ from kmq_jax.core.tree import Params, named_leaves
 from kmq_jax.models.speaker_model import SpeakerModel
 
 BITS = (2, 3, 4, 5, 6)
-"""What a tensor may get."""
-_CROPS = 8
-_DRAWS = 8
-_HEADER = 256  # bytes that a file takes for an array's name, type and place
+"""Numbers of bits that a tensor may get."""
+_CROPS = 8  # that the Hessian is measured on
+_DRAWS = 8  # random vectors that its traces are estimated by
+HEADER = 256
+"""Bytes that a file takes for an array's name, type and place."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +71,19 @@ class Sensitivities:
             weights = {name: int(value) for name, value in found["weights"].items()}
             if not set(errors) == set(sizes) == set(traces) == set(weights) != set():
                 raise KeyError("a tensor")
+            if len({frozenset(row) for row in (*errors.values(), *sizes.values())}) != 1:
+                raise ValueError("`errors` and `sizes` are not of the same numbers of bits")
             return cls(str(found["model"]), traces, errors, sizes, weights, int(found["rest"]))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"these are no sensitivities: {error}") from error
 
     def damage(self, bits_of: Mapping[str, int]) -> float:
         """The predicted loss of cosine."""
+        # Half: the second-order term of the Taylor series. Below zero a trace is noise of its estimate.
         return sum(max(self.traces[name], 0.0) * self.errors[name][bits] for name, bits in bits_of.items()) / 2
 
     def bytes_of(self, bits_of: Mapping[str, int]) -> int:
-        """Bytes of the file."""
+        """Bytes of the file, by estimate."""
         return self.rest + round(sum(self.sizes[name][bits] for name, bits in bits_of.items()))
 
     def average(self, bits_of: Mapping[str, int]) -> float:
@@ -94,7 +98,12 @@ def mark_of(fingerprint: str, rules: Sequence[quant.QuantRule], data: str) -> st
         fingerprint: the model's.
         rules: which tensors; the bits in them do not matter.
         data: as in `quantize_model`.
+
+    >>> by_two, by_four = ([quant.QuantRule("kernel$", quant.QuantSpec(bits))] for bits in (2, 4))
+    >>> mark_of("model", by_two, "speech") == mark_of("model", by_four, "speech")
+    True
     """
+    # bits=8 stands for any, so that specs which differ in bits alone are equal.
     kinds = [[rule.pattern, rule.spec and dataclasses.asdict(dataclasses.replace(rule.spec, bits=8))] for rule in rules]
     return hashlib.sha256(json.dumps([fingerprint, kinds, data]).encode()).hexdigest()[:16]
 
@@ -122,6 +131,10 @@ def measure(
         features: `[batch, time, mel]`; the first crops are used.
         draws: random vectors that traces are estimated by.
 
+    Returns:
+        Sensitivities, errors and sizes of these tensors, and the bytes of the rest of the file: with biases in float32
+        and activations in floating point, see `quantize.extra_bytes`.
+
     Raises:
         UserError: no tensor would shrink.
     """
@@ -148,7 +161,7 @@ def measure(
     rest = sum(np.asarray(leaf).nbytes for leaf in kept)
     arrays = len(named_leaves(variables)) + 2 * len(errors)
     weights = {name: int(leaves[name].size) for name in errors}
-    return Sensitivities(mark, traces, errors, sizes, weights, rest + _HEADER * arrays)
+    return Sensitivities(mark, traces, errors, sizes, weights, rest + HEADER * arrays)
 
 
 def allocate(found: Sensitivities, average: float | None = None, size: int | None = None) -> dict[str, int]:
@@ -159,12 +172,22 @@ def allocate(found: Sensitivities, average: float | None = None, size: int | Non
         average: bits of an index, on average over the weights.
         size: or else bytes of the file.
 
+    Returns:
+        `{name: bits}`.
+
     Raises:
         UserError: even the fewest bits exceed the budget.
     """
     if size is not None:
+        least = found.rest + sum(min(row.values()) for row in found.sizes.values())
+        if least > size:
+            raise UserError(f"`size` (={size} bytes) is too small: at the fewest bits the file takes {least:.0f}")
         return quant.allocate(found.traces, found.errors, found.sizes, size - found.rest)
     assert average is not None
+    fewest = min(min(row) for row in found.errors.values())
+    if average < fewest:
+        raise UserError(f"`budget` (={average:g}) must be at least {fewest}, the fewest bits")
+    # An average counts indices alone, without codebooks; both sides are in bytes.
     indices = {name: {bits: bits * found.weights[name] / 8 for bits in row} for name, row in found.sizes.items()}
     budget = average * sum(found.weights.values()) / 8
     return quant.allocate(found.traces, found.errors, indices, budget)
@@ -196,7 +219,10 @@ def describe(rows: list[Json], taken: Json) -> str:
 
 
 def report(found: Sensitivities, bits_of: Mapping[str, int], out: Path) -> str:
-    """The curve in words; beside a model's file `out` its picture, and the bits of each tensor as a file of rules."""
+    """Describes the curve in lines for the terminal, and writes two files beside a model's file `out`.
+
+    They are a picture of the curve (`.budget.png`), and the bits of each tensor as a file of rules (`.rules.json`).
+    """
     rows = curve(found)
     taken = {
         "average_bits": found.average(bits_of),
@@ -224,14 +250,15 @@ def plot(rows: list[Json], chosen: Json, path: Path) -> None:
 
 
 def bytes_from(text: str) -> int:
-    """A size such as "2MB", "900kB" or "1500000", in bytes.
+    """Reads a size such as "2MB", "900kB" or "1500000", in bytes.
 
     >>> bytes_from("1.8MB"), bytes_from("900kB"), bytes_from("1500000")
     (1800000, 900000, 1500000)
 
     Raises:
-        UserError: it is no size.
+        UserError: it is no size, or less than one byte.
     """
+    # The longest suffixes first: "B" ends all of them, and "" ends every text.
     for suffix, unit in (("MB", 1e6), ("kB", 1e3), ("KB", 1e3), ("B", 1.0), ("", 1.0)):
         if text.endswith(suffix):
             try:

@@ -1,14 +1,14 @@
 """Quantization without training: on a few crops of speech, every layer's outputs are kept near the reference's.
 
 The full-precision and the quantized network run side by side on the same crops, layer by layer. A convolution's weights
-are rounded by GPTQ, for the inputs that the layers quantized before it give (see `quant.gptq`). Its channels then get
-the mean and deviation that they have in the reference: that map folds into codebook and bias, or into the statistics of
-the batch normalisation that follows (see `moments`). The model keeps its size.
+are rounded by GPTQ, for the inputs that it gets from the quantized layers before it (see `quant.gptq`). Its channels
+then get the mean and deviation that they have in the reference: that map folds into codebook and bias, or into the
+statistics of the batch normalisation that follows (see `moments`). The model keeps its size.
 
 Where normalisations stand before convolutions, or behind activations, they cannot be folded backwards, and no
-convolution has a bias. There every normalisation gets the statistics by which its outputs have the moments of the
-reference's. It must not simply take those of its inputs: what the reference gives on these crops need not have the
-mean and deviation of the speech that it was trained on, and layers behind it rely on the difference.
+convolution has a bias. There every normalisation gets statistics that give its outputs the moments of the reference's
+outputs. The statistics of its own inputs would not do: on these crops the reference's activations may differ in mean
+and deviation from those on the speech that it was trained on, and later layers rely on the difference.
 
 Symbols are GPTQ's: W weights `[out, n]`, Q what they are rounded to, H second moments of the inputs `[n, n]`.
 """
@@ -41,7 +41,7 @@ from kmq_jax.quant.levels import basis
 from kmq_jax.quant.nested import split_kmeans
 from kmq_jax.quant.types import CodebookTensor
 
-_PLACES = 1 << 14  # of an input, from which H is estimated
+_PLACES = 1 << 14  # outputs drawn at random; H is estimated from what a layer sees at them
 
 
 def fit_on(
@@ -73,7 +73,7 @@ def fit_on(
 
 
 def patterned(params: Params, rules: quant.Rules) -> dict[str, str]:
-    """The level sets, by parameter name, of the tensors whose centroids are not free.
+    """The level sets of the tensors whose centroids are not free, by parameter name.
 
     >>> patterned({"a": np.ones((2, 2)), "b": np.ones((2, 2))}, {"a": quant.QuantSpec(2, levels="powers"), "b": 2})
     {'a': 'powers'}
@@ -99,7 +99,7 @@ def fit(
         quantized: the same network from `quant.quantize_params`, one codebook for each output channel. Codebooks that
             are symmetric or hold a zero are scaled, but otherwise kept. Nested tensors are fitted at the fewest bits
             first, then at more bits inside the cells of fewer. Each number of bits has biases and statistics of its
-            own; what is not nested is the same for all and stays as it is.
+            own. What is not nested is the same for all bits and stays as it is.
         features: `[batch, time, mel]`.
         keep_coarsest: at its fewest bits a nested model is a trained network and stays as it is. Inside its cells the
             centroids of more bits ascend, so that training can go on with them.
@@ -137,7 +137,7 @@ def fit(
 
 
 def _leaves(tensors: Mapping[str, Leaf], found: "list[_Fit]") -> dict[str, Leaf]:
-    """What was fitted, by variable name: tensors with the codebooks of all bits and the indices of the most."""
+    """What was fitted, by variable name: tensors with the codebooks of all bits, and the indices at the most bits."""
     most = found[-1]
     leaves: dict[str, Leaf] = dict(most.leaves)
     for name, indices in most.indices.items():
@@ -152,13 +152,13 @@ def _leaves(tensors: Mapping[str, Leaf], found: "list[_Fit]") -> dict[str, Leaf]
 class _Fit:
     """A walk through the reference's layers that fits the quantized network's at one number of bits.
 
-    Both networks' activations share a batch, the reference's first, so that each layer is at hand with what both give
-    it. Nothing is traced: a layer's outputs are there before the next layer is fitted.
+    Both networks' activations share a batch, the reference's first, so that each layer is visited with its inputs in
+    both. Nothing is traced: a layer's outputs are there before the next layer is fitted.
 
     Attributes:
-        scaled: by parameter name, the codebooks `[out, K]` of convolutions as they are stored: their channels have the
-            reference's moments.
-        books: the same before the scaling; in their cells more bits are sought.
+        scaled: by parameter name, the codebooks `[out, K]` of convolutions as they are stored, with which channels have
+            the reference's moments.
+        books: the same before that scaling; more bits are sought inside their cells.
         indices: by parameter name, uint8 `[out, n]`.
         leaves: by variable name, what else was fitted: biases, statistics, kernels that are not quantized.
         levels: as `fit` takes them.
@@ -262,7 +262,7 @@ class _Fit:
         return self._with_biases(layer, y, matched=not shared)
 
     def _recurrence(self, layer: Layer, x: jax.Array) -> jax.Array:
-        """Fits what an LSTM sees of its past, on the outputs that its kernel gives before it is fitted."""
+        """Fits the kernel by which an LSTM sees its past, on the outputs that it gives before it is fitted."""
         kernel, key, frames = layer.get("kernel"), f"{layer.name}/kernel", layer.module.window
         reference, own = jnp.split(x, 2)
         wanted, y = recur(reference, kernel, frames), recur(own, self._values[key], frames)
@@ -296,13 +296,14 @@ class _Fit:
             self.scaled[key] = self.books[key] * slope[:, None]
             self._steps(key, self.scaled[key])
         else:
+            # The last axis of a kernel is its output channels.
             value = self._values[key] * along(slope, tensor.ndim, tensor.ndim - 1)
             self.leaves[f"params/{key}"] = np.asarray(value, tensor.dtype)
 
     def _fit_kernel(self, layer: Layer, x: jax.Array, window: Window) -> jax.Array:
-        """Rounds a kernel by GPTQ; gives what it becomes.
+        """Rounds a kernel by GPTQ; gives the rounded values in the kernel's shape.
 
-        The groups of a grouped convolution have inputs, and so an H, of their own.
+        Each group of a grouped convolution has its own inputs, and so its own H.
         """
         key, kernel = f"{layer.name}/kernel", layer.get("kernel")
         last, fits = kernel.ndim - 1, []
@@ -323,7 +324,7 @@ class _Fit:
         bits = self._bits or tensor.bits
         if not self._coarser:
             given = np.asarray(tensor.codebook_of(bits), np.float32)
-            # A codebook with a zero in it, or symmetric, was asked for: centroids that move would lose that.
+            # Symmetric codebooks, or ones with a zero in them, were asked for: centroids that move would lose that.
             pinned = np.all(np.any(given == 0, axis=1)) or np.array_equal(given, -given[:, ::-1])
             kept = self.levels.get(key) == "minmax" or (key not in self.levels and pinned)
             book, parents, free = jnp.asarray(given[rows, None]), None, not kept
@@ -335,7 +336,7 @@ class _Fit:
         known = basis(self.levels.get(key, "kmeans"), bits)
         book, indices = gptq.fit(W, book, H, parents, free=free, basis=known)
         if self._ascending and len(self._coarser) > 1:
-            # Parts of neighbouring cells may overlap. Cut at the midpoints they ascend, as training needs them.
+            # Parts of neighbouring cells may overlap. Clipped at the midpoints they ascend, as training needs them.
             book = _between(book, cells, self._coarser[0].books[key].shape[1])
             book, indices = gptq.fit(W, book, H, parents, free=False)
         if key in self._rounds:
@@ -383,6 +384,7 @@ def _parts(count: int, groups: int) -> list[slice]:
     >>> _parts(6, 2)
     [slice(0, 3, None), slice(3, 6, None)]
     """
+    # Each slice by its end, so that `count` itself is the last.
     return [slice(end - count // groups, end) for end in range(count // groups, count + 1, count // groups)]
 
 
@@ -405,7 +407,7 @@ def _between(book: jax.Array, cells: jax.Array, roots: int) -> jax.Array:
 def _statistics_for(
     wanted: jax.Array, x: jax.Array, centre: jax.Array, var: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance by which `x` gets the moments that `wanted` has when normalised by `centre` and `var`."""
+    """Mean and variance for `x`: normalised by them it has the moments of `wanted` normalised by `centre` and `var`."""
     (mean, deviation), (seen, spread) = moments(wanted), moments(x)
     root = jnp.sqrt(var + epsilon)
     # A channel that is dead in the reference tells nothing of its scale; one that is dead here cannot be stretched.
@@ -430,7 +432,7 @@ def _normalised_by(
 
 @functools.partial(jax.jit, static_argnames="shape")
 def _kernel_of(indices: jax.Array, books: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """What indices `[out, n]` and codebooks `[out, K]` of a kernel say."""
+    """The kernel that indices `[out, n]` and codebooks `[out, K]` stand for."""
     return from_groups(lookup(indices, books, 0), shape, len(shape) - 1)
 
 
@@ -457,7 +459,7 @@ def _both_biased(y: jax.Array, bias: jax.Array, own: jax.Array) -> jax.Array:
 
 @jax.jit
 def _both_matched(y: jax.Array, bias: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Adds biases, and gives the quantized network's channels the reference's moments: also by what slope and shift."""
+    """Adds biases and gives the quantized network's channels the reference's moments; returns slope and shift too."""
     reference, quantized = jnp.split(_both_biased(y, bias, own), 2)
     slope, shift = matching(moments(quantized), moments(reference))
     return jnp.concatenate([reference, scale_and_shift(quantized, slope, shift)]), slope, shift
@@ -474,8 +476,10 @@ def _seen(x: jax.Array, window: Window) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="window")
 def _seen_at(places: jax.Array, x: jax.Array, window: Window) -> jax.Array:
+    """See `_seen`. `places` `[1 + rank, count]` are outputs: an index in half a batch, then one for each axis."""
     rank = len(window.taps)
     batch, *starts = (place.reshape(-1, *[1] * rank) for place in places)
+    # index[axis] broadcasts to [count, *taps]; what is not `inside` is padding, hence zero.
     index, inside = [], jnp.ones((len(batch), *window.taps), bool)
     for axis, (start, taps) in enumerate(zip(starts, window.taps)):
         tap = jnp.arange(taps).reshape([1, *(-1 if a == axis else 1 for a in range(rank))])
@@ -501,5 +505,5 @@ def _second_moments(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
         H, the mean of x' x'^T, and the mean of x' (x - x')^T, both `[n, n]` with n = taps x channels.
     """
     x, own = seen.reshape(2, seen.shape[1], -1)
-    # The second moment tells GPTQ how far x' has drifted from x: see `gptq.corrected`.
+    # The second result tells how far x' has drifted from x: see `gptq.corrected`.
     return own.T @ own / len(own), own.T @ (x - own) / len(own)

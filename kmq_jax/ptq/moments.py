@@ -1,9 +1,9 @@
-"""The moments of a network's activations, channel by channel, and giving a quantized network the reference's.
+"""Moments of a network's activations, channel by channel, and how a quantized network gets those of the reference.
 
-Rounding weights shifts and stretches every channel, and the errors add up with depth. Repair walks through the layers
-in running order. Each layer gets inputs that come from quantized and repaired layers, and each channel of a convolution
-gets the mean and deviation that it has in the reference. The map folds into codebook and bias, or into the statistics
-of the batch normalisation that follows, so the repaired network costs nothing more.
+Rounding weights shifts and stretches every channel, and the errors add up with depth. The repair walks through the
+layers in running order. Each layer gets its inputs from quantized and repaired layers, and each channel of a
+convolution gets the mean and deviation that it has in the reference. The map folds into codebook and bias, or into the
+statistics of the batch normalisation that follows, so the repaired network costs nothing more.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kmq_jax import frontend, quant
+from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Leaf, Params, Variables, map_named, named_leaves
 from kmq_jax.data import pipeline, source
 from kmq_jax.models.protocol import SpeakerNetwork
@@ -22,7 +23,7 @@ from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, at_bits
 from kmq_jax.models.walk import CONVOLUTION, Layer, Run, walk
 
 Moments = tuple[jax.Array, jax.Array]
-_FLAT = 1e-4  # of the deviation that is wanted, below which a channel has none
+_FLAT = 1e-4  # a channel with less than this share of the wanted deviation counts as constant
 
 
 def random_features(fbank: frontend.FrontEnd, utterances: source.Utterances, crops: int, seconds: float) -> jax.Array:
@@ -38,7 +39,11 @@ def coarse_bits(variables: Variables) -> tuple[int, ...]:
 
 
 def per_bits_leaves(variables: Variables) -> dict[str, np.ndarray]:
-    """The biases and statistics of a tree, by name: what each number of bits of a nested model has to itself."""
+    """The biases and statistics of a tree, by name: what each number of bits of a nested model has to itself.
+
+    >>> list(per_bits_leaves({"conv": {"kernel": np.ones((2, 2)), "bias": np.ones(2)}, "norm": {"scale": np.ones(2)}}))
+    ['conv/bias']
+    """
     leaves = named_leaves(variables, is_leaf=quant.is_codebook_tensor)
     return {name: np.asarray(leaf) for name, leaf in leaves if leaf.ndim < 2 and not name.endswith("/scale")}
 
@@ -63,6 +68,9 @@ def measure(reference: SpeakerModel, quantized: SpeakerModel, features: jax.Arra
         reference: the full-precision model.
         quantized: the quantized model, read at its `bits`.
         features: `[batch, time, mel]`.
+
+    Returns:
+        What `apply` folds into the quantized network.
     """
     wanted, _ = _moments_of(reference.network(), None, reference.variables, features, {})
     seen, statistics = _moments_of(quantized.network(), quantized.bits, quantized.variables, features, wanted)
@@ -75,6 +83,9 @@ def own_statistics(quantized: SpeakerModel, features: jax.Array) -> SpeakerModel
     Args:
         quantized: the model; its convolutions stay as they are.
         features: `[batch, time, mel]`.
+
+    Returns:
+        The model with these statistics.
     """
     per_bits = {}
     # The most bits last: their statistics are the model's own, those of fewer bits stand beside them.
@@ -94,14 +105,19 @@ def averaged_statistics(quantized: SpeakerModel, batches: Iterable[jax.Array]) -
 
     Returns:
         The tree `batch_stats`.
+
+    Raises:
+        UserError: there is no batch.
     """
     total: dict[str, Moments] = {}
     count = 0
     for features in batches:
         _, found = _moments_of(quantized.network(), quantized.bits, quantized.variables, features, {})
-        found = jax.device_get(found)  # waits: several devices' sums of one batch shall not meet those of the next
+        found = jax.device_get(found)  # waits, so that several devices' sums of one batch do not meet those of the next
         total = jax.tree.map(np.add, total, found) if total else found
         count += 1
+    if not count:
+        raise UserError("there is no batch of features to measure batch normalisation on")
     mean = jax.tree.map(lambda sums: sums / count, total)
     measured = apply(Repair({}, mean), quantized.variables, lambda name, leaf, slope: leaf)
     return dict(measured["batch_stats"])
@@ -128,6 +144,7 @@ def apply(repair: Repair, variables: Variables, scaled: Callable[[str, Leaf, jax
 
     def measured(name: str, leaf: Leaf) -> Leaf:
         layer, _, kind = name.rpartition("/")
+        # (mean, variance): False is 0, and True is 1.
         return np.asarray(repair.statistics[layer][kind == "var"]) if layer in repair.statistics else leaf
 
     return {
@@ -157,7 +174,7 @@ def matching(seen: Moments, wanted: Moments) -> Moments:
     >>> slope.tolist(), shift.tolist()
     ([2.0], [1.0])
     """
-    # A channel without deviation cannot be stretched: what seems to be some is rounding, and would overflow codebooks.
+    # A constant channel cannot be stretched: its deviation is only rounding, and the slope would overflow codebooks.
     flat = seen[1] < _FLAT * wanted[1]
     slope = jnp.where(flat, 1.0, wanted[1] / jnp.maximum(seen[1], 1e-12))
     return slope, wanted[0] - slope * seen[0]
@@ -167,7 +184,7 @@ def matching(seen: Moments, wanted: Moments) -> Moments:
 def _moments_of(
     network: SpeakerNetwork, bits: int | None, variables: Variables, features: jax.Array, wanted: dict[str, Moments]
 ) -> tuple[dict[str, Moments], dict[str, Moments]]:
-    """Runs a network whose layers are repaired one after the other, each on what the repaired ones before it give.
+    """Runs a network whose layers are repaired one after the other, each on the outputs of the repaired ones before it.
 
     Args:
         network: to run.

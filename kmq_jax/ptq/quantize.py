@@ -1,16 +1,18 @@
 """A packed low-bit model from a full-precision one, without training."""
 
 import dataclasses
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import read_json, write_json
+from kmq_jax.core.files import read_json, size_and_time, write_json
 from kmq_jax.core.tree import Leaf, Params, map_named, named_leaves
 from kmq_jax.data import source
 from kmq_jax.models.about import METRICS, made_by, told
@@ -27,8 +29,8 @@ CROPS = 100
 """Crops of speech that layers are fitted on."""
 SECONDS = 2.0
 """Length of each."""
-_JUDGED = 16  # crops beside these
-_OF_FEWER_BITS = re.compile(rf"^{PER_BITS}/\d+/")  # what the names of the leaves begin with that these bits have
+_JUDGED = 16  # further crops, on which the loss is measured
+_OF_FEWER_BITS = re.compile(rf"^{PER_BITS}/\d+/")  # before the names of leaves that fewer bits have to themselves
 
 
 def quantize_model(
@@ -51,6 +53,9 @@ def quantize_model(
         activations: 8 rounds the inputs of quantized convolutions, so that they compute with integers alone; ranges
             are measured on the data. None leaves activations as they are.
 
+    Returns:
+        The quantized model, which notes what it was fitted on and how it was made.
+
     Raises:
         UserError: the model is quantized already, a rule names no tensor, the data cannot be read, or there is none
             to measure activations on.
@@ -62,7 +67,7 @@ def quantize_model(
         raise UserError("the model is quantized already: quantize the model it was made from")
     params = quant.quantize_params(model.variables["params"], rules)
     about = {**model.about, "fitted_on": told(data) if data else "nothing", "made_by": made_by()}
-    about.pop(METRICS, None)  # they are of the model before
+    about.pop(METRICS, None)  # those are of the model in full precision
     packed = dataclasses.replace(model, variables={**model.variables, "params": params}, about=about)
     if data:
         features = random_features(frontend_of(model.frontend), source.open_sources(data), crops, SECONDS)
@@ -141,35 +146,79 @@ def rules_within(
         model: in full precision.
         options: with a budget or a size.
         data: as in `quantize_model`.
-        folder: where sensitivities are kept, in a file whose name tells model, tensors and data: read where it is
-            there, else measured and written. Another budget then needs no measurement.
+        folder: where sensitivities are kept, in a file whose name stands for model, tensors and recordings. It is read
+            where it exists, else measured and written, so that another budget needs no measurement.
         crops: how many crops.
 
     Returns:
         The rules, what was measured, and the bits of each tensor.
 
     Raises:
-        UserError: even the fewest bits exceed the budget, or the data cannot be read.
+        UserError: even the fewest bits exceed the budget, or the data, or the file of sensitivities, cannot be read.
     """
     size = budget.bytes_from(options.size) if options.size else None
     rules = rules_of(options)
-    mark = budget.mark_of(fingerprint(model), rules, data)
+    utterances = source.open_sources(data)
+    mark = budget.mark_of(fingerprint(model), rules, f"{data} {_stamp(utterances)}")
     kept = folder / f"sensitivities-{mark}.json"
-    found = budget.Sensitivities.from_json(read_json(kept)) if kept.is_file() else None
+    found = _kept(kept) if kept.is_file() else None
     if found is None or found.model != mark:
-        features = random_features(frontend_of(model.frontend), source.open_sources(data), crops, SECONDS)
+        features = random_features(frontend_of(model.frontend), utterances, crops, SECONDS)
         found = budget.measure(model, mark, rules, features)
         write_json(kept, found.to_json())
+    found = dataclasses.replace(found, rest=found.rest + extra_bytes(model, found.errors, options))
     bits_of = budget.allocate(found, options.budget, size)
     spec = quant.QuantSpec(8, granularity=options.granularity, levels=options.levels)
+    # A file of rules can only say null here. What it keeps is not in `bits_of`, and no rule names it.
     fixed = [quant.QuantRule(pattern, None) for pattern in options.skip]
     return [*fixed, *quant.rules_of(bits_of, spec)], found, bits_of
 
 
-def measured_loss(model: SpeakerModel, quantized: SpeakerModel, data: str, crops: int = CROPS) -> float:
-    """One minus the cosine to full precision's embeddings, on average over crops that layers were not fitted on."""
+def extra_bytes(model: SpeakerModel, names: Collection[str], options: QuantizeOptions) -> int:
+    """Bytes that a file takes beside those of `budget.measure`; fewer than zero where it takes less.
+
+    Args:
+        model: in full precision.
+        names: of the tensors that are quantized.
+        options: their biases and activations count.
+    """
+    more = 0
+    if options.biases == "float16":
+        halved = jax.eval_shape(with_half_biases, model.variables)
+        more += quant.size_bytes(halved).total - quant.size_bytes(model.variables).total
+    if options.activations:
+        # Two numbers for each place, and a step for each output channel of a quantized kernel.
+        channels = [leaf.shape[-1] for name, leaf in named_leaves(model.variables["params"]) if name in names]
+        more += sum(budget.HEADER + 4 * count for count in (*channels, *(2 for _ in ranges.places_of(model))))
+    return more
+
+
+def measured_loss(model: SpeakerModel, quantized: SpeakerModel, data: str, crops: int = CROPS) -> float | None:
+    """One minus the cosine to full precision's embeddings, on average over crops that layers were not fitted on.
+
+    It is None where there are no others: of few short recordings, each of which is one crop.
+    """
+    # Draws are seeded: the first `crops` are those of the fit, the last ones are further ones.
     features = random_features(frontend_of(model.frontend), source.open_sources(data), crops + _JUDGED, SECONDS)
-    return budget.loss_of(model, quantized, features[-_JUDGED:])
+    # A recording that is shorter than a crop gives the same crop each time.
+    seen = [crop.tobytes() for crop in np.asarray(features)]
+    fitted = set(seen[:crops])
+    others = [i for i in range(crops, len(seen)) if seen[i] not in fitted]
+    return budget.loss_of(model, quantized, features[np.array(others)]) if others else None
+
+
+def _stamp(utterances: source.Utterances) -> str:
+    """A text that changes when recordings are added, taken away or written anew."""
+    lines = [f"{name} {size_and_time(utterances.location(i))}" for i, name in enumerate(utterances.ids)]
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _kept(file: Path) -> budget.Sensitivities:
+    found = read_json(file)
+    try:
+        return budget.Sensitivities.from_json(found)
+    except UserError as error:
+        raise UserError(f"{file}: {error}; remove the file, and they are measured again") from error
 
 
 def _listed(options: QuantizeOptions) -> list[object]:

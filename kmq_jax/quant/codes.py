@@ -1,4 +1,4 @@
-"""Values to indices and indices to values, on tensors in their own layout: groups lie along one axis."""
+"""Values to indices and back, on tensors in their own layout: groups lie along one axis."""
 
 import contextlib
 
@@ -8,11 +8,11 @@ import numpy as np
 
 from kmq_jax.core.tree import Array
 
-_CHAIN = 16  # up to so many centroids a chain of comparisons or selections is faster than gathers
+_CHAIN = 16  # up to so many centroids, a chain of comparisons or selections is faster than gathers
 
 
 def where_sorted(tensor: Array) -> Array:
-    """The tensor as float32 where k-means sorts it: on a CPU outside jit that is numpy, which also transposes."""
+    """The tensor as float32, as an array of the library that is to sort it: on a CPU outside jit that is numpy."""
     if isinstance(tensor, jax.core.Tracer) or jax.default_backend() != "cpu":
         return jnp.asarray(tensor, jnp.float32)
     return np.asarray(tensor, np.float32)
@@ -47,7 +47,11 @@ def to_groups(tensor: jax.Array, axis: int | None) -> jax.Array:
 
 
 def from_groups(rows: jax.Array, shape: tuple[int, ...], axis: int | None) -> jax.Array:
-    """Undoes `to_groups`."""
+    """Undoes `to_groups`.
+
+    >>> from_groups(np.array([[0, 2, 4], [1, 3, 5]]), (3, 2), 1).tolist()
+    [[0, 1], [2, 3], [4, 5]]
+    """
     if axis is None:
         return rows.reshape(shape)
     others = [i for i in range(len(shape)) if i != axis]
@@ -56,7 +60,11 @@ def from_groups(rows: jax.Array, shape: tuple[int, ...], axis: int | None) -> ja
 
 
 def along(values: jax.Array, ndim: int, axis: int | None) -> jax.Array:
-    """Reshapes one value a group `[groups]` so that it broadcasts against a tensor whose groups lie along `axis`."""
+    """Reshapes `[groups]`, one value for each group, to broadcast against a tensor whose groups lie along `axis`.
+
+    >>> along(jnp.array([1.0, 2.0]), 3, 1).shape
+    (1, 2, 1)
+    """
     return values.reshape([-1 if i == axis else 1 for i in range(ndim)])
 
 
@@ -70,6 +78,9 @@ def assign(tensor: jax.Array, thresholds: jax.Array, axis: int | None) -> jax.Ar
 
     Returns:
         uint8, the tensor's shape.
+
+    >>> assign(jnp.array([0.2, 0.5, 3.0, 9.0]), jnp.array([[0.5, 1.0, 4.0]]), None).tolist()
+    [0, 0, 2, 3]
     """
     k = thresholds.shape[1] + 1
     index = jnp.zeros(tensor.shape, jnp.uint8)
@@ -77,6 +88,7 @@ def assign(tensor: jax.Array, thresholds: jax.Array, axis: int | None) -> jax.Ar
         for i in range(k - 1):
             index += (tensor > along(thresholds[:, i], tensor.ndim, axis)).astype(jnp.uint8)
         return index
+    # A binary search: each step decides one bit of the index, the highest first.
     for bit in reversed(range((k - 1).bit_length())):
         above = index + jnp.uint8(1 << bit)
         limit = _gather(thresholds, above - jnp.uint8(1), axis)
@@ -85,7 +97,11 @@ def assign(tensor: jax.Array, thresholds: jax.Array, axis: int | None) -> jax.Ar
 
 
 def lookup(indices: jax.Array, codebook: jax.Array, axis: int | None) -> jax.Array:
-    """Gives each index (any shape, groups along `axis`) its centroid from `codebook` `[groups, K]`, exactly."""
+    """Gives each index (any shape, groups along `axis`) its centroid from `codebook` `[groups, K]`, exactly.
+
+    >>> lookup(jnp.uint8([0, 1, 1]), jnp.array([[0.5, 2.0]]), None).tolist()
+    [0.5, 2.0, 2.0]
+    """
     k = codebook.shape[1]
     if k > _CHAIN:
         return _gather(codebook, indices, axis)
@@ -96,6 +112,7 @@ def lookup(indices: jax.Array, codebook: jax.Array, axis: int | None) -> jax.Arr
 
 
 def _gather(table: jax.Array, column: jax.Array, axis: int | None) -> jax.Array:
+    """Takes from each group's row of `table` `[groups, K]` the entries in the columns that `column` names."""
     group = along(jnp.arange(table.shape[0]), column.ndim, axis)
     flat = group * table.shape[1] + column.astype(jnp.int32)
     return table.reshape(-1).at[flat].get(mode="promise_in_bounds")

@@ -1,4 +1,4 @@
-"""GPTQ with codebooks: weights are rounded so that a layer's outputs, not the weights, keep a small error.
+"""GPTQ with codebooks: rounds weights so that the error of a layer's outputs is small, not that of the weights.
 
 Symbols are GPTQ's. `W` `[groups, n]` are weights, a row for each output. `Q` are their rounded values. `H` `[n, n]` are
 the second moments E[x x^T] of the layer's inputs x, GPTQ's Hessian up to a factor: all that is needed of the inputs.
@@ -14,17 +14,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 64
-_FINE = 512  # inputs up to which they, and the outputs, are padded to a whole block; beyond it inputs to four
-_MANY = 8  # outputs from which they are padded; a depthwise convolution has one at a time, and hundreds of times
-_REFITTED = 16  # centroids; more are near enough to every weight as they are, and cost far more to refit
+_BLOCK = 64  # inputs whose errors are passed on to all later inputs at once, by one matrix product
+_FINE = 512  # up to so many inputs, inputs and outputs are padded to whole blocks; above it only inputs, to four
+_MANY = 8  # outputs are padded from so many on; a depthwise convolution is fitted one output at a time
+_REFITTED = 16  # centroids that are refitted, at most; of more, one is near every weight, and refitting costs far more
 
 
 @jax.jit
 def corrected(W: jax.Array, H: jax.Array, cross: jax.Array, ridge: float = 0.3) -> jax.Array:
-    """Weights that give on the inputs x' of a quantized network nearly what `W` gives on the inputs x.
+    """Changes weights so that on the inputs x' of a quantized network they give nearly what `W` gives on the inputs x.
 
-    Ridge regression on the outputs: W + W cross^T (H + ridge)^-1.
+    Ridge regression on the outputs: W + W cross^T (H + ridge)^-1. The target is that of GPTAQ.
 
     Args:
         W: weights `[groups, n]`.
@@ -33,7 +33,7 @@ def corrected(W: jax.Array, H: jax.Array, cross: jax.Array, ridge: float = 0.3) 
         ridge: how strongly the weights hold to `W`, relative to the inputs' mean power.
 
     Returns:
-        `[groups, n]`.
+        The changed weights `[groups, n]`.
 
     >>> corrected(jnp.array([[1.0, 2.0]]), jnp.eye(2), jnp.eye(2), ridge=1.0).tolist()  # x = 2 x'
     [[1.5, 3.0]]
@@ -52,7 +52,7 @@ def fit(
     free: bool = True,
     basis: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Rounds with error feedback and refits the centroids, in turns.
+    """Rounds weights with error feedback and refits the centroids, in turns.
 
     Args:
         W: weights `[groups, n]`.
@@ -61,7 +61,8 @@ def fit(
         parents: the cell of each weight `[groups, n]`, whose parts it may take; None where there is one cell.
         iterations: how often to round and refit again after the first time.
         free: False keeps the centroids as they are. Above 16 of them they always stay.
-        basis: `[parts, 1 or 2]`, what the levels of the one cell are a linear map of, see `levels.basis`.
+        basis: `[parts, 1 or 2]`: the levels of the one cell stay a linear map of it, see `levels.basis`. None leaves
+            every centroid free.
 
     Returns:
         `(codebook [groups, cells, parts], ascending in each cell; indices [groups, n], cell * parts + part, uint8)`.
@@ -71,7 +72,7 @@ def fit(
     [[0, 1, 1]]
     """
     (groups, n), (_, cells, parts) = W.shape, codebook.shape
-    # Compiling costs more than few inputs do: layers of many sizes, and 2, 3 and 4 bits, then share one program.
+    # For few inputs compiling costs more than fitting. Padded, layers of many sizes and 2 to 4 bits share one program.
     few = n <= _FINE
     void = _REFITTED - parts if few and free and basis is None and cells == 1 and parts < _REFITTED else 0
     inputs = -n % (_BLOCK if few else 4 * _BLOCK)
@@ -86,9 +87,12 @@ def fit(
 def _padded(
     W: jax.Array, codebook: jax.Array, H: jax.Array, parents: jax.Array | None, more: tuple[int, int, int]
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Adds so many outputs, void centroids, and inputs without power; gives weights, codebook, H and cells.
+    """Pads with outputs, void centroids, and inputs without power: `more` says how many of each.
 
-    Such inputs are rounded last, and to nothing that counts. No output depends on another.
+    Inputs without power are rounded last, and what they become does not count. No output depends on another.
+
+    Returns:
+        Weights, codebook, H and the cell of each weight.
     """
     outputs, void, inputs = more
     cell = jnp.zeros(W.shape, jnp.int32) if parents is None else parents.astype(jnp.int32)
@@ -123,7 +127,8 @@ def _fit(
         filled = codebook.shape[1] * parts
         codebook = _refit(W, index, codebook.reshape(-1, count), H, filled, basis).reshape(codebook.shape)
         # Refitted centroids may have crossed: sort each cell's, and let the indices follow.
-        order = jnp.argsort(jnp.where(real, codebook, jnp.inf), axis=-1)
+        order = jnp.argsort(jnp.where(real, codebook, jnp.inf), axis=-1)  # void ones stay last
+        # The inverse of the order is the new place of each centroid in its cell; then it is counted through all cells.
         rank = jnp.argsort(order, axis=-1) + codebook.shape[2] * jnp.arange(codebook.shape[1])[None, :, None]
         index = jnp.take_along_axis(rank.reshape(-1, count), index, axis=1)
         return jnp.take_along_axis(codebook, order, axis=-1), index
@@ -133,7 +138,7 @@ def _fit(
 
 
 def _damped(H: jax.Array, damping: float, n: jax.Array | int) -> jax.Array:
-    """H with a share of its n inputs' mean power added to the diagonal; of inputs that are all zero, the identity."""
+    """H with a share of the mean power of its n inputs on the diagonal; the identity where all inputs are zero."""
     power = jnp.trace(H) / n
     return H + jnp.where(power > 0, damping * power, 1.0) * jnp.eye(H.shape[0])
 
@@ -150,12 +155,13 @@ def _round(
     """The part `[groups, n]` that each weight takes of its cell. Inputs of the most power are rounded first.
 
     With H^-1 = U^T U, U upper triangular, rounding column j leaves the error E_j = (W_j - Q_j) / U_jj, and the columns
-    still to come take on -E_j U_j. Within a block they do so at once; beyond it by one matrix product when the block is
-    done.
+    still to come take on -E_j U_j. Columns of the same block do so at once, later ones by one matrix product when the
+    block is done. The damping is that of GPTQ.
     """
     count = W.shape[1]
     order = jnp.argsort(-jnp.diag(H))
     H = _damped(H, damping, n)[order][:, order]
+    # With both axes reversed, Cholesky gives H = R R^T with R upper triangular. U is its inverse; H is never inverted.
     lower = jnp.linalg.cholesky(H[::-1, ::-1])
     U = jax.scipy.linalg.solve_triangular(lower, jnp.eye(count), lower=True)[::-1, ::-1]
     W, cell = W[:, order], cell[:, order]
@@ -182,7 +188,7 @@ def _round(
 
     taken = jnp.zeros(W.shape, jnp.int32)
     _, taken = jax.lax.fori_loop(0, count // _BLOCK, block, (W, taken))
-    return jnp.zeros_like(taken).at[:, order].set(taken)
+    return jnp.zeros_like(taken).at[:, order].set(taken)  # back in the order of the inputs
 
 
 def _refit(
@@ -193,7 +199,7 @@ def _refit(
     filled: jax.Array | int,
     basis: jax.Array | None = None,
 ) -> jax.Array:
-    """The centroids `[groups, K]` of least squared error of the outputs; those without members stay.
+    """The centroids `[groups, K]` of the least squared error of the outputs; those without members stay.
 
     The first `filled` centroids count, the others are void. With M the one-hot memberships `[n, K]` of a row w, the
     centroids c minimise (w - M c)^T H (w - M c). Where levels have a basis B, c is B theta, and theta is sought.
@@ -203,6 +209,7 @@ def _refit(
     def solved(M: jax.Array, w: jax.Array, before: jax.Array, count: jax.Array | int) -> jax.Array:
         HM = H @ M
         power = M.T @ HM
+        # A weak pull towards the values before: it holds centroids without members, and makes the system solvable.
         hold = jnp.where(jnp.trace(power) > 0, 1e-4 * jnp.trace(power) / count, 1.0)
         return jnp.linalg.solve(power + hold * jnp.eye(M.shape[1]), HM.T @ w + hold * before)
 
@@ -212,6 +219,7 @@ def _refit(
             return solved(M, w, centroids, filled)
         before = jnp.linalg.lstsq(basis, centroids)[0]
         theta = solved(M @ basis, w, before, basis.shape[1])
-        return basis @ jnp.where(theta[-1] > 0, theta, before)  # else the levels would turn around
+        return basis @ jnp.where(theta[-1] > 0, theta, before)  # a scale below zero would reverse their order
 
+    # A row at a time, as each has a matrix M of its own.
     return jax.lax.map(lambda group: one(*group), (W, index, codebook))

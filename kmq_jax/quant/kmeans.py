@@ -1,7 +1,7 @@
 """k-means in one dimension: one sort, then Lloyd iterations that are a few binary searches on prefix sums.
 
 In one dimension every cell of a codebook is a run of the sorted values. A Lloyd iteration needs only the K - 1 places
-where the midpoints fall, and K differences of prefix sums; it never passes over the values again.
+where the midpoints fall, and K differences of prefix sums. It never passes over the values again.
 
 Lloyd iterations end in local optima. Exchanges lead out of them: one cell is split, and two neighbours are merged,
 where the split gains more inertia than the merge loses. Prefix sums give both exactly. An empty cell costs nothing to
@@ -22,18 +22,18 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Array
 
 INITS = ("optimal", "companding", "equal-mass", "quantile", "kmeans++")
-_BLOCK = 128
-_GRID = 64
-_PLACES = 32
-_CHUNK_VALUES = 1 << 18
-_CHUNK_ROWS = 32
+_BLOCK = 128  # numbers in a block of prefix sums
+_GRID = 64  # places that dynamic programming first chooses borders from
+_PLACES = 32  # places tried for each border after that
+_CHUNK_VALUES = 1 << 18  # padded values of a chunk, 1 MB, which fits the cache
+_CHUNK_ROWS = 32  # groups of a chunk, at most
 _SMALLEST = 64  # values of a group as it is compiled for, at least
 
 
 class _Prefix(NamedTuple):
-    """Sums of the first i numbers as a block's offset (high and low word) plus a sum within the block.
+    """Sums of the first i numbers: the offset of a block (high and low word) plus a sum within the block.
 
-    A float32 running sum of 1e6 numbers is wrong by more than the sum of a small cell; this one is not.
+    A plain float32 running sum of 1e6 numbers is wrong by more than the sum of a small cell. This one is not.
     """
 
     high: jax.Array  # [blocks]
@@ -48,14 +48,16 @@ class _Prefix(NamedTuple):
 
 
 def _take(values: jax.Array, index: jax.Array) -> jax.Array:
+    """Gathers without a check of bounds: every index here is kept inside by its caller."""
     return values.at[index].get(mode="promise_in_bounds")
 
 
 def _prefix(numbers: jax.Array) -> _Prefix:
-    blocks = numbers.shape[0] // _BLOCK + 1
+    """Prefix sums of N numbers, for every i from 0 to N."""
+    blocks = numbers.shape[0] // _BLOCK + 1  # one more than full blocks, so that i = N has a place
     padded = jnp.pad(numbers, (0, blocks * _BLOCK - numbers.shape[0])).reshape(blocks, _BLOCK)
     inner = jnp.cumsum(padded, axis=1)
-    exclusive = jnp.pad(inner[:, :-1], ((0, 0), (1, 0)))
+    exclusive = jnp.pad(inner[:, :-1], ((0, 0), (1, 0)))  # sums before each number
 
     def add(
         total: tuple[jax.Array, jax.Array], block: jax.Array
@@ -71,7 +73,12 @@ def _prefix(numbers: jax.Array) -> _Prefix:
 
 
 def count_at_most(ordered: jax.Array, n: jax.Array | int, limits: jax.Array) -> jax.Array:
-    """How many of the first n ordered values [padded] are <= each limit [k]: a branch-free binary search."""
+    """How many of the first n ordered values [padded] are <= each limit [k]: a branch-free binary search.
+
+    >>> count_at_most(jnp.array([1.0, 2.0, 3.0, 3.0]), 3, jnp.array([0.0, 2.0, 5.0])).tolist()
+    [0, 2, 3]
+    """
+    # The count is found bit by bit, the highest first.
     bits = ordered.shape[0].bit_length()
 
     def halve(i: jax.Array, count: jax.Array) -> jax.Array:
@@ -84,7 +91,11 @@ def count_at_most(ordered: jax.Array, n: jax.Array | int, limits: jax.Array) -> 
 
 
 class Group(NamedTuple):
-    """One group: its n values in order, the last repeated beyond them; prefix sums of mass and of its moment."""
+    """One group: n ordered values, padded by repeats of the last, and prefix sums of their mass and moment.
+
+    The moment of a value is its mass times its distance from `centre`. Without weights every value has mass 1, and
+    `mass` is None.
+    """
 
     values: jax.Array
     n: jax.Array | int
@@ -105,6 +116,7 @@ class Group(NamedTuple):
         last = self.n - 1
         # A mean lies between its members. This also makes the mean of equal values exactly that value.
         low, high = _take(self.values, jnp.minimum(start, last)), _take(self.values, jnp.maximum(stop - 1, 0))
+        # In an empty run `high` lies below `low`.
         return mass, jnp.where(mass > 0, jnp.clip(mean, low, jnp.maximum(low, high)), 0)
 
 
@@ -137,13 +149,15 @@ def _edges(group: Group, centroids: jax.Array) -> jax.Array:
 def _equal_mass(
     values: jax.Array, n: jax.Array | int, weights: jax.Array | None, k: int, retention: float
 ) -> jax.Array:
-    """Means of K bins of equal mass, of the values clamped to their central `retention` quantiles (PAPER 3)."""
+    """Means of K bins of equal mass, after values are clamped to their central `retention` quantiles (KMQAT)."""
     low, high = (_quantile(values, n, weights, q) for q in ((1 - retention) / 2, (1 + retention) / 2))
     group = make_group(jnp.clip(values, low, high), n, weights)
     if weights is None:
         edges = jnp.minimum(jnp.round(jnp.arange(k + 1, dtype=jnp.float32) * (n / k)).astype(jnp.int32), n)
     else:
-        edges = jnp.searchsorted(jnp.cumsum(weights) / jnp.sum(weights), jnp.arange(k + 1) / k).astype(jnp.int32)
+        # A value belongs to the bin that the middle of its mass lies in.
+        middle = (jnp.cumsum(weights) - 0.5 * weights) / jnp.sum(weights)
+        edges = jnp.searchsorted(middle, jnp.arange(k + 1) / k).astype(jnp.int32)
         edges = jnp.minimum(edges.at[-1].set(n), n)
     mass, mean = group.weigh(edges[:-1], edges[1:])
     # Where values repeat, a bin may be empty: its centroid is the value at which it begins.
@@ -151,7 +165,7 @@ def _equal_mass(
 
 
 def _quantile(values: jax.Array, n: jax.Array | int, weights: jax.Array | None, q: jax.Array | float) -> jax.Array:
-    """Quantiles of n ordered values by linear interpolation (unweighted), or the first value past q of the mass."""
+    """Quantiles of n ordered values: by linear interpolation, or with weights the first value where mass reaches q."""
     if weights is None:
         place = jnp.asarray(q, jnp.float32) * (n - 1)
         below = jnp.clip(place.astype(jnp.int32), 0, jnp.maximum(n - 2, 0))
@@ -164,7 +178,7 @@ def _quantile(values: jax.Array, n: jax.Array | int, weights: jax.Array | None, 
 def _shares(
     values: jax.Array, n: jax.Array | int, weights: jax.Array | None, slices: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Quantiles of the values, and up to each the integral of the cube root of their density (to a factor)."""
+    """Quantiles of the values, and the integral of the cube root of their density up to each (up to a factor)."""
     bounds = _quantile(values, n, weights, jnp.arange(slices + 1) / slices)
     share = jnp.cumsum(jnp.cbrt(jnp.square(bounds[1:] - bounds[:-1])))  # span * (mass / span)^(1/3), equal masses
     return bounds, jnp.pad(share, (1, 0))
@@ -176,26 +190,28 @@ def _companding(values: jax.Array, n: jax.Array | int, weights: jax.Array | None
     Reference: Panter and Dite, Quantization distortion in pulse-count modulation, 1951.
     """
     bounds, share = _shares(values, n, weights, 4 * k)
+    # Equal steps of the integral, mapped back to values.
     return jnp.interp((jnp.arange(k, dtype=jnp.float32) + 0.5) / k * share[-1], share, bounds)
 
 
 def split_cells(
     values: jax.Array, n: jax.Array | int, weights: jax.Array | None, centroids: jax.Array, parts: int
 ) -> jax.Array:
-    """Splits each cell of a codebook [k] into `parts`: the inner borders [k * parts - 1], theirs among them."""
+    """Splits each cell of a codebook [k] into `parts`; gives all inner borders [k * parts - 1], old ones among them."""
     bounds, share = _shares(values, n, weights, 4 * centroids.shape[0] * parts)
     borders = jnp.concatenate([values[:1], midpoints(centroids), values[-1:]])
     at = jnp.interp(borders, bounds, share)
     steps = jnp.arange(parts) / parts
     inside = at[:-1, None] + steps[None, :] * (at[1:] - at[:-1])[:, None]
     places = jnp.interp(inside, share, bounds)
+    # Interpolation there and back may miss the old borders, so they are set. The first is the least value: left out.
     return jnp.sort(places.at[:, 0].set(borders[:-1]).reshape(-1))[1:]
 
 
 def _best_borders(group: Group, borders: jax.Array) -> jax.Array:
     """Chooses one of several places for every border so that the inertia is least: exact dynamic programming.
 
-    Reference: Wang and Song, Ckmeans.1d.dp, 2011, here over a choice of places in place of all of them.
+    Reference: Wang and Song, Ckmeans.1d.dp, 2011. There every place is tried, here a choice of them.
 
     Args:
         group: the values.
@@ -207,17 +223,18 @@ def _best_borders(group: Group, borders: jax.Array) -> jax.Array:
     mass, moment = group.sums(jnp.zeros_like(borders), borders)
 
     def worth(start: tuple[jax.Array, ...], stop: tuple[jax.Array, ...]) -> jax.Array:
-        """How much inertia a cell saves against none at all, for any start (last axis) and stop."""
+        """The inertia that a cell's mean saves against the centre, for any start (last axis) and stop."""
         count, total = stop[0] - start[0], stop[1] - start[1]
+        # A cell cannot end before it begins.
         return jnp.where(stop[2] >= start[2], jnp.square(total) / jnp.maximum(count, 1e-30), -jnp.inf)
 
-    # best[i]: the most that the cells so far save if the last of them ends at place i.
+    # best[i]: the most that the cells so far can save where the last of them ends at place i.
     def add_cell(best: jax.Array, cell: Array) -> tuple[jax.Array, jax.Array]:
         start, stop = cell
         saved = worth(tuple(x[None, :] for x in start), tuple(x[:, None] for x in stop))
         return jnp.max(best[None, :] + saved, axis=1), best
 
-    # Backwards: of all beginnings of a cell that ends there, the one that the best came by.
+    # Backwards from the end of each cell: the beginning that gave the best sum.
     def last_cell(end: jax.Array, step: Array) -> tuple[jax.Array, jax.Array]:
         best, start, stop = step
         begin = jnp.argmax(best + worth(start, tuple(x[end] for x in stop)))
@@ -238,9 +255,9 @@ def _framed(inner: jax.Array, n: jax.Array | int) -> jax.Array:
 
 
 def _optimal(group: Group, weights: jax.Array | None, k: int) -> jax.Array:
-    """The optimum over borders on one coarse grid, then over many places of each border near where it was.
+    """The optimum over borders on one coarse grid, then over many places near each of these borders.
 
-    Beyond `_GRID / 4` centroids, for which the grid is too coarse, the companding init takes its place.
+    Beyond `_GRID / 4` centroids the grid is too coarse, and the companding init takes its place.
     """
     values, n = group.values, group.n
     few = values.shape[0] <= _GRID  # then the grid is every place there is
@@ -259,7 +276,7 @@ def _optimal(group: Group, weights: jax.Array | None, k: int) -> jax.Array:
         high = jnp.minimum(jnp.maximum(at[1:], borders + _PLACES // 2), n)
         share = jnp.arange(_PLACES)[None, :] / (_PLACES - 1)
         places = low + jnp.round(share * (high - low).astype(jnp.float32)).astype(jnp.int32)
-        places = jnp.concatenate([borders, places], axis=1)  # what there is already comes first
+        places = jnp.concatenate([borders, places], axis=1)  # the present border first: it wins ties
         return _best_borders(group, _framed(places, n))
 
     return centroids if few else jax.lax.fori_loop(0, 2, refine, centroids)
@@ -276,10 +293,12 @@ def _plus_plus(values: jax.Array, n: jax.Array | int, weights: jax.Array | None,
         distance, probability = carry
         cumulative = jnp.cumsum(probability)
         point = jax.random.uniform(key) * cumulative[-1]
+        # side="right" never takes a value of probability 0.
         chosen = _take(values, jnp.minimum(jnp.searchsorted(cumulative, point, side="right"), n - 1))
         distance = jnp.minimum(distance, jnp.square(values - chosen))
         return (distance, mass * distance), chosen
 
+    # The first draw is by mass alone.
     infinite = jnp.full_like(values, jnp.inf)
     _, chosen = jax.lax.scan(draw, (infinite, mass), jax.random.split(key, k))
     return jnp.sort(chosen)
@@ -288,8 +307,12 @@ def _plus_plus(values: jax.Array, n: jax.Array | int, weights: jax.Array | None,
 # --- iterations -----------------------------------------------------------------------------------------------
 
 
-def _nearest_to_zero(centroids: jax.Array) -> jax.Array:
-    """The place of the ordered centroid nearest to 0, the last of equal ones below it: 0 there keeps them in order."""
+def nearest_to_zero(centroids: jax.Array) -> jax.Array:
+    """The place of the centroid nearest to 0; of equal ones below 0 the last, so that a 0 there keeps the order.
+
+    >>> int(nearest_to_zero(jnp.array([-3.0, -1.0, -1.0, 2.0])))
+    2
+    """
     below = jnp.sum(centroids < 0)
     last, first = _take(centroids, jnp.maximum(below - 1, 0)), _take(centroids, jnp.minimum(below, len(centroids) - 1))
     return jnp.where((below > 0) & (-last <= jnp.abs(first)), below - 1, below)
@@ -300,13 +323,14 @@ def _pin(centroids: jax.Array, pin: jax.Array | None) -> jax.Array:
 
 
 def _lloyd(group: Group, centroids: jax.Array, pin: jax.Array | None) -> jax.Array:
+    """One Lloyd iteration. Centroids of empty cells stay, and the one at the place `pin` becomes 0."""
     edges = _edges(group, centroids)
     mass, mean = group.weigh(edges[:-1], edges[1:])
     return _pin(jnp.where(mass > 0, mean, centroids), pin)
 
 
 def _exchange(group: Group, centroids: jax.Array, pin: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Splits one cell at its mean and merges two others, where that lowers the inertia; says whether it did."""
+    """Splits one cell at its mean and merges two others where that lowers the inertia; also tells whether it did."""
     k = centroids.shape[0]
     edges = _edges(group, centroids)
     mass, mean = group.weigh(edges[:-1], edges[1:])
@@ -330,6 +354,7 @@ def _exchange(group: Group, centroids: jax.Array, pin: jax.Array | None) -> tupl
     merged = (mass[merge] * mean[merge] + mass[merge + 1] * mean[merge + 1]) / jnp.maximum(pair[merge], 1e-30)
     merged = jnp.where(pair[merge] > 0, merged, centroids[merge])
     fresh = jnp.where(mass > 0, mean, centroids)
+    # The merge leaves place merge + 1 free for the right part; the cell that is split is neither of the two.
     fresh = fresh.at[merge].set(merged).at[merge + 1].set(right_mean[split]).at[split].set(left_mean[split])
     return jnp.where(better, jnp.sort(fresh), centroids), better
 
@@ -338,7 +363,7 @@ def _solve(group: Group, centroids: jax.Array, iterations: int, pinned: bool, ex
     """Lloyd iterations until nothing moves, with an exchange after every fourth while exchanges help."""
 
     def pin_of(centroids: jax.Array) -> jax.Array | None:
-        return _nearest_to_zero(centroids) if pinned else None
+        return nearest_to_zero(centroids) if pinned else None
 
     def going(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         return (state[2] < iterations) & state[1]
@@ -351,15 +376,17 @@ def _solve(group: Group, centroids: jax.Array, iterations: int, pinned: bool, ex
             # Both branches are computed under vmap; an exchange costs about two iterations.
             swapped, better = _exchange(group, after, pin_of(after))
             swap = better & (count % 4 == 3)
-            after, moved = jnp.where(swap, swapped, after), moved | better
+            after, moved = jnp.where(swap, swapped, after), moved | better  # go on while an exchange is still to come
         return after, moved, count + 1
 
     pinned_init = _pin(centroids, pin_of(centroids))
-    return jax.lax.while_loop(going, step, (pinned_init, jnp.array(True), jnp.array(0)))[0]
+    found = jax.lax.while_loop(going, step, (pinned_init, jnp.array(True), jnp.array(0)))[0]
+    # An exchange moves the pinned centroid to the mean of its cell, and may have been the last step.
+    return _pin(found, pin_of(found))
 
 
 def _best_pair(group: Group) -> jax.Array:
-    """The exact optimum of two centroids: every place to cut is tried, which is one pass."""
+    """The exact optimum of two centroids: one pass tries every cut."""
     n = group.n
     cut = jnp.arange(1, max(group.values.shape[0], 2))
     left, left_mean = group.weigh(jnp.zeros_like(cut), jnp.minimum(cut, n))
@@ -385,7 +412,7 @@ def one_group(
     """The codebook [k] of one group of n ordered values [padded], the last repeated (weight 0); see `kmeans`."""
 
     def pin(centroids: jax.Array) -> jax.Array:
-        return _pin(centroids, _nearest_to_zero(centroids) if pinned_zero else None)
+        return _pin(centroids, nearest_to_zero(centroids) if pinned_zero else None)
 
     group = make_group(values, n, weights)
     if k == 1:
@@ -405,9 +432,22 @@ def one_group(
         centroids = _companding(values, n, weights, k)
     if iterations == 0:
         return pin(centroids)
+    # Dynamic programming leaves little for exchanges to find.
     return _solve(
         group, centroids, iterations, pinned_zero, exchange=k > 2 and not (init == "optimal" and k <= _GRID // 4)
     )
+
+
+def check_shapes(values: Array, weights: Array | None) -> None:
+    """Refuses values `[..., n]` that are none, and weights of another shape.
+
+    Raises:
+        UserError: see above.
+    """
+    if values.ndim == 0 or values.size == 0:
+        raise UserError(f"no values to cluster along a last axis: shape {tuple(values.shape)}")
+    if weights is not None and weights.shape != values.shape:
+        raise UserError(f"weights have shape {tuple(weights.shape)}, values {tuple(values.shape)}")
 
 
 def order(values: Array, weights: Array | None) -> tuple[Array, Array | None]:
@@ -439,7 +479,7 @@ def order(values: Array, weights: Array | None) -> tuple[Array, Array | None]:
 
 
 def in_range(weights: Array) -> Array:
-    """Weights `[groups, n]` as float32, those of a group times one power of two: the largest is then 1 to 2.
+    """Weights `[groups, n]` as float32, each group times the power of two that brings its largest to 1 to 2.
 
     Only their shares count, but products of their sums must fit float32: squared gradients are often below 1e-20.
 
@@ -454,25 +494,31 @@ def in_range(weights: Array) -> Array:
     exact = xp.asarray(weights).astype(xp.promote_types(weights.dtype, np.float32))
     if xp is np and not (np.isfinite(exact).all() and (exact >= 0).all() and exact.any(-1).all()):
         raise UserError("weights of the error must be finite, zero or more, and not all zero in a group")
-    _, exponent = xp.frexp(xp.max(exact, axis=-1, keepdims=True))
+    _, exponent = xp.frexp(xp.max(exact, axis=-1, keepdims=True))  # its mantissas are 0.5 to 1, hence 1 - exponent
     return xp.ldexp(exact, 1 - exponent).astype(np.float32)
 
 
 def scaled(ordered: Array) -> tuple[Array, np.ndarray | None]:
-    """Brings groups near magnitude 1 whose squares would not fit float32; the others keep their values.
+    """Brings groups whose squares would not fit float32 near magnitude 1; the others keep their values.
 
     Args:
         ordered: `[groups, n]`, each row ascending. Traced values stay as they are.
 
     Returns:
-        The values times `scale` `[groups, 1]`, powers of two, which is exact; and `scale`, None where all are 1.
+        The values times `scale`, which is exact, and `scale` `[groups, 1]`, powers of two; None where all are 1.
+
+    >>> values, scale = scaled(np.float32([[2.0**70, 2.0**71], [1.0, 2.0]]))
+    >>> values.tolist()
+    [[0.25, 0.5], [1.0, 2.0]]
     """
     if isinstance(ordered, jax.core.Tracer):
         return ordered, None
     largest = np.max(np.abs(np.asarray(ordered[:, np.array([0, -1])])), axis=1, keepdims=True)
-    far = (largest > 0) & ((largest < 1e-15) | (largest > 1e15))
+    # Squares of sums are compared, so that large values must leave room for how many they are.
+    far = (largest > 0) & ((largest < 1e-15) | (largest > 1e9))
     if not far.any():
         return ordered, None
+    # Clipped so that neither the factor nor its inverse leaves float32.
     scale = np.where(far, np.ldexp(np.float32(1), np.clip(-np.frexp(largest)[1], -126, 126)), np.float32(1))
     return ordered * scale, scale
 
@@ -498,8 +544,8 @@ def over_groups(
 ) -> Array:
     """Runs `function(values [n], weights, key, n, **settings)` on every group of what `order` gave.
 
-    Host arrays are taken in chunks, one a core at a time, that fit the cache; values are padded to a power of 64, so
-    that the tensors of a network share a few compilations, each of which takes seconds.
+    Host arrays are taken in chunks that fit the cache, one chunk on each core at a time. Values are padded to a power
+    of 64, so that the tensors of a network share a few compilations: each takes seconds.
     """
     run = partial(_mapped, function, settings=tuple(settings.items()))
     groups, n = values.shape
@@ -511,6 +557,7 @@ def over_groups(
     rows = max(1, min(_CHUNK_ROWS, _CHUNK_VALUES // padded))
 
     def chunk(begin: int) -> Array:
+        # The last chunk repeats the last group, so that all chunks have one shape.
         some = np.minimum(np.arange(begin, begin + rows), groups - 1)
         part = np.pad(values[some], ((0, 0), (0, padded - n)), mode="edge")
         mass = None if weights is None else np.pad(weights[some], ((0, 0), (0, padded - n)))
@@ -537,8 +584,8 @@ def kmeans(
 ) -> jax.Array:
     """Clusters numbers into K cells of least (weighted) squared error, each group on its own.
 
-    May be called inside jit. Called outside it on a CPU, numpy sorts, and groups are taken a cache-full at a time.
-    Values of any magnitude will do outside jit; inside it their squares must fit float32.
+    May be called inside jit. Outside it, on a CPU, numpy sorts, and groups are taken in chunks that fit the cache.
+    Outside jit values may have any magnitude; inside it their squares must fit float32.
 
     >>> kmeans(np.float32([[0, 1, 10, 11, 12]]), 2).tolist()
     [[0.5, 11.0]]
@@ -554,13 +601,13 @@ def kmeans(
             "kmeans++".
         retention: share of the values that "equal-mass" does not clamp.
         iterations: most Lloyd iterations; it stops as soon as nothing moves. 0 returns the init itself.
-        symmetric: the codebook is the same with its sign turned; `k` must be even.
+        symmetric: for each centroid the codebook also holds its negative; `k` must be even.
         pinned_zero: one centroid is exactly 0 (with `symmetric`, both middle ones are).
         key: random key of "kmeans++"; a fixed one where left out.
 
     Returns:
-        The codebook `[..., k]`, float32, ascending. With fewer distinct values than centroids every value is a
-        centroid, and some are repeated or unused.
+        The codebook `[..., k]`, float32, ascending. With fewer distinct values than centroids, every value is a
+        centroid, and some centroids are repeated or unused.
 
     Raises:
         UserError: a setting is outside its range, or a value or weight is not finite (seen only outside jit).
@@ -571,11 +618,9 @@ def kmeans(
         raise UserError(f"k (={k}) must be at least 1, and even for a symmetric codebook")
     if not 0 < retention <= 1:
         raise UserError(f"retention (={retention}) must be above 0 and at most 1")
-    if values.size == 0:
-        raise UserError(f"no values to cluster: shape {tuple(values.shape)}")
-    if weights is not None and weights.shape != values.shape:
-        raise UserError(f"weights have shape {tuple(weights.shape)}, values {tuple(values.shape)}")
+    check_shapes(values, weights)
     lead, n = values.shape[:-1], values.shape[-1]
+    # Half of a symmetric codebook, fitted to the magnitudes, gives the other half.
     ordered, mass = order(
         abs(values).reshape(-1, n) if symmetric else values.reshape(-1, n),
         None if weights is None else weights.reshape(-1, n),

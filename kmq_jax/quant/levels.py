@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kmq_jax.quant.codes import assign, lookup
-from kmq_jax.quant.kmeans import in_range, midpoints
+from kmq_jax.quant.kmeans import in_range, midpoints, scaled
 
 LEVELS = ("kmeans", "uniform", "minmax", "powers")
 """Free centroids; uniform levels, their scale and offset fitted; uniform from the least to the greatest weight; powers
@@ -23,7 +23,9 @@ of two of both signs, their scale fitted."""
 
 
 def basis(levels: str, bits: int) -> jax.Array | None:
-    """What a group's levels are a linear map of: `[2^bits, 1 or 2]`, levels ascending; None where they are free.
+    """The basis of a level set, `[2^bits, 1 or 2]`, levels ascending: a group's levels are a linear map of it.
+
+    It is None where levels are free.
 
     >>> basis("powers", 2).ravel().tolist()
     [-1.0, -0.5, 0.5, 1.0]
@@ -39,13 +41,13 @@ def basis(levels: str, bits: int) -> jax.Array | None:
     return None
 
 
-@partial(jax.jit, static_argnames=("levels", "bits", "iterations"))
 def fit_levels(
     rows: jax.Array, levels: str, bits: int, weights: jax.Array | None = None, iterations: int = 60
 ) -> jax.Array:
     """Fits the levels of each group: assignment and least squares in turns.
 
-    The best of three starts counts: over the whole range of the weights, .7 of it, .45 of it.
+    Of three starts the best is kept: the whole range of the weights, 0.7 of it, and 0.45 of it. Outside jit weights may
+    have any magnitude; inside it their squares must fit float32.
 
     Args:
         rows: weights `[groups, n]`.
@@ -62,11 +64,21 @@ def fit_levels(
     >>> fit_levels(jnp.array([[-4.0, -2.0, 2.0, 4.0]]), "powers", 2).round(3).tolist()
     [[-4.0, -2.0, 2.0, 4.0]]
     """
+    # The least and the greatest of each group tell its magnitude.
+    _, scale = scaled(jnp.stack([jnp.min(rows, axis=1), jnp.max(rows, axis=1)], axis=1))
+    if scale is None:
+        return _fit(rows, levels, bits, weights, iterations)
+    return _fit(rows * scale, levels, bits, weights, iterations) / scale
+
+
+@partial(jax.jit, static_argnames=("levels", "bits", "iterations"))
+def _fit(rows: jax.Array, levels: str, bits: int, weights: jax.Array | None, iterations: int) -> jax.Array:
     rows = jnp.asarray(rows, jnp.float32)
     weights = jnp.ones_like(rows) if weights is None else in_range(weights)
     known = basis(levels, bits)
     assert known is not None
     low, high = jnp.min(rows, axis=1), jnp.max(rows, axis=1)
+    # theta, what a group's levels are made of: (offset, scale), or the scale alone.
     if levels == "powers":
         offset, scale = [], jnp.maximum(jnp.abs(low), jnp.abs(high))
     else:
@@ -78,6 +90,7 @@ def fit_levels(
         chosen = known[assign(rows, midpoints(theta @ known.T), 0)]  # [groups, n, d]
         power = jnp.einsum("gnd,gn,gne->gde", chosen, weights, chosen)
         one = jnp.eye(known.shape[1])[None]
+        # A weak pull towards theta, for groups whose members do not determine it; 1e-30 where there is nothing else.
         hold = 1e-6 * jnp.trace(power, axis1=1, axis2=2)[:, None, None] * one
         wanted = jnp.einsum("gnd,gn->gd", chosen, weights * rows)[..., None] + hold @ theta[..., None]
         solved = jnp.linalg.solve(power + hold + 1e-30 * one, wanted)[..., 0]

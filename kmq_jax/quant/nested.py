@@ -1,8 +1,8 @@
 """Nested codebooks: one index serves several numbers of bits, each with a codebook of its own.
 
 The b highest bits of the index are the index at b bits. So a cell at b bits is a run of 2^(bits - b) neighbouring cells
-of the finest codebook, and a border may belong to several codebooks. It cannot lie at the midpoint of each. It lies
-where moving it changes the sum of their balanced errors least.
+of the finest codebook, and a border may belong to several codebooks. It cannot lie at the midpoint in each of them. It
+lies where the sum of their balanced errors is least.
 
 Reference: the idea is that of Any-Precision LLM (Park et al., 2024) and Matryoshka Quantization (Nair et al., 2025).
 """
@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Array
 from kmq_jax.quant.kmeans import (
+    check_shapes,
     count_at_most,
     kmeans,
     make_group,
@@ -55,7 +57,9 @@ def thresholds(codebooks: tuple[jax.Array, ...]) -> jax.Array:
         step = finest // codebook.shape[-1]
         above = above.at[:, step - 1 :: step].add(gap * middle)
         below = below.at[:, step - 1 :: step].add(gap)
+    # Equal centroids have no border of their own: there the midpoint, which is their value, stands.
     limits = jnp.where(below > 0, above / jnp.where(below > 0, below, 1), midpoint)
+    # Codebooks may disagree, and rounding errs: borders must still ascend.
     return jax.lax.cummax(limits, axis=1)
 
 
@@ -64,7 +68,7 @@ def nested_kmeans(
 ) -> tuple[jax.Array, ...]:
     """Hierarchical k-means: codebooks of several numbers of bits, whose cells nest, refined together.
 
-    Two inits are refined, and the better is kept for each group: the finest codebook with its cells merged, and the
+    For each group two inits are refined, and the better is kept: the finest codebook with its cells merged, and the
     coarsest with its cells split. Each iteration lowers the balanced sum of the squared errors.
 
     >>> one, two = nested_kmeans(np.float32([[0, 1, 10, 11]]), (1, 2))
@@ -81,8 +85,13 @@ def nested_kmeans(
         The codebooks `[groups, 2^b]`, float32, in the order of `all_bits`.
 
     Raises:
-        UserError: as `kmeans.kmeans`.
+        UserError: as `kmeans.kmeans`, or the numbers of bits do not ascend.
     """
+    check_shapes(values, weights)
+    if values.ndim != 2:
+        raise UserError(f"values have shape {tuple(values.shape)}, not [groups, n]")
+    if not all_bits or all_bits[0] < 1 or list(all_bits) != sorted(set(all_bits)):
+        raise UserError(f"all_bits (={all_bits}) must be 1 or more, and ascend")
     ordered, mass = order(values, weights)
     ordered, scale = scaled(ordered)
     codebooks = over_groups(_nest, ordered, mass, None, all_bits=tuple(all_bits), iterations=iterations)
@@ -107,10 +116,12 @@ def split_kmeans(values: Array, indices: Array, coarse: Array, all_bits: tuple[i
     """
     xp = jnp if isinstance(values, jax.core.Tracer) else np
     groups, cells = coarse.shape
+    # [groups, cells, n]. A cell without members counts every value, as weights must not all be zero.
     member = xp.asarray(indices).astype(xp.int32)[:, None] == xp.arange(cells, dtype=xp.int32)[None, :, None]
     empty = ~member.any(-1, keepdims=True)
     weights = (member | empty).astype(xp.float32).reshape(groups * cells, -1)
     values = xp.broadcast_to(xp.asarray(values)[:, None], member.shape).reshape(groups * cells, -1)
+    # Bits that an index has beyond those of its cell.
     parts = tuple(bits - (cells.bit_length() - 1) for bits in all_bits)
     books = nested_kmeans(values, parts, weights) if len(parts) > 1 else (kmeans(values, 1 << parts[0], weights),)
     centroids = jnp.asarray(coarse, jnp.float32)[:, :, None]
@@ -126,6 +137,7 @@ def _nest(
     all_bits: tuple[int, ...],
     iterations: int,
 ) -> tuple[jax.Array, ...]:
+    """The nested codebooks of one group of n ordered values [padded]; see `nested_kmeans`."""
     group = make_group(values, n, weights)
     settings: dict[str, Any] = {"init": "optimal", "retention": 1.0, "iterations": iterations, "pinned_zero": False}
     finest, coarsest = (
@@ -148,7 +160,7 @@ def _nest(
         return tuple(means), saved
 
     def empty(limits: jax.Array) -> tuple[jax.Array, ...]:
-        """Centroids for cells without values: their lower border."""
+        """Centroids for cells without values: the lower border of each."""
         low = jnp.concatenate([values[:1], limits])
         return tuple(low[:: 1 << (all_bits[-1] - bits)] for bits in all_bits)
 

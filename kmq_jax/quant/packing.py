@@ -32,7 +32,7 @@ def pack_bits(indices: jax.Array, bits: int) -> jax.Array:
     for byte in range(bits):
         value = jnp.zeros(eights.shape[:-1], jnp.uint8)
         for i in range(8):
-            shift = i * bits - 8 * byte
+            shift = i * bits - 8 * byte  # where index i begins, counted from this byte's first bit
             if -bits < shift < 8:
                 value |= eights[..., i] << shift if shift >= 0 else eights[..., i] >> -shift
         bytes_.append(value)
@@ -55,7 +55,7 @@ def unpack_bits(packed: jax.Array, bits: int, n: int) -> jax.Array:
     for i in range(8):
         first, shift = divmod(i * bits, 8)
         value = groups[..., first] >> shift
-        if shift + bits > 8:
+        if shift + bits > 8:  # it goes on in the next byte
             value |= groups[..., first + 1] << (8 - shift)
         indices.append(value & mask)
     return jnp.stack(indices, axis=-1).reshape(*packed.shape[:-1], -1)[..., :n]

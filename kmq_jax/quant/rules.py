@@ -12,7 +12,7 @@ from kmq_jax.quant.types import HALF, QuantRule, QuantSpec, is_codebook_tensor, 
 Rules: TypeAlias = QuantSpec | Sequence[QuantRule] | Mapping[str, int | QuantSpec | None]
 """One spec for every leaf; or rules; or `{"regular expression": bits, spec, or None to keep it}`, first match wins."""
 
-_VECTORS = re.compile(r"(^|/)(bias|scale)$")
+_VECTORS = re.compile(r"(^|/)(bias|scale)$")  # stacked by `nn.scan` they have two axes, but are no kernels
 
 
 def as_rules(rules: Rules | None = None, bits: int | None = None) -> list[QuantRule]:
@@ -21,6 +21,9 @@ def as_rules(rules: Rules | None = None, bits: int | None = None) -> list[QuantR
     Args:
         rules: see `Rules`.
         bits: in place of rules: `QuantSpec(bits)` for every leaf.
+
+    Returns:
+        Rules in their order; the first whose pattern is found in a name decides.
 
     Raises:
         UserError: both or neither are given, or a value is no number of bits.
@@ -67,13 +70,13 @@ def decide(
         params: tree of arrays or of their shapes.
         rules: see `Rules`.
         bits: in place of rules, for every leaf.
-        any_size: choose leaves that would not shrink, too: the bits in the rules are not yet those that they get.
+        any_size: also choose leaves that would not shrink, where the bits in the rules are not yet the final ones.
 
     Returns:
         `{name: spec}` of the quantized leaves, in the tree's order.
 
     Raises:
-        UserError: a rule is the first match of no leaf, or names an axis that a leaf lacks.
+        UserError: the tree has no leaf, a rule is the first match of no leaf, or it names an axis that a leaf lacks.
 
     >>> from jax import ShapeDtypeStruct as Shape
     >>> layer = {"kernel": Shape((64, 32), "float32"), "bias": Shape((32,), "float32")}
@@ -82,6 +85,8 @@ def decide(
     """
     leaves = named_leaves(params, is_leaf=is_codebook_tensor)
     pairs = [(rule.pattern, rule.spec) for rule in as_rules(rules, bits)]
+    if pairs and not leaves:
+        raise UserError("there is nothing to quantize: the tree has no leaf")
     specs = match_rules(pairs, [name for name, _ in leaves])
     chosen = {}
     for name, leaf in leaves:
@@ -103,6 +108,7 @@ def _is_quantized(name: str, leaf: Leaf, spec: QuantSpec, any_size: bool) -> boo
 
 
 def _quantized_bytes(leaf: Leaf, spec: QuantSpec, axis: int | None) -> int:
+    """Bytes of a leaf's indices and codebooks, once quantized. The indices of each group fill whole bytes."""
     groups = 1 if axis is None else leaf.shape[axis]
     centroids = sum(1 << bits for bits in spec.all_bits)
     itemsize = 2 if spec.codebook_dtype == "float16" else 4

@@ -23,7 +23,7 @@ from kmq_jax.quant.types import HALF, QuantRule, QuantSpec, is_codebook_tensor
 
 Table = Mapping[str, Mapping[int, float]]
 """`{name: {bits: number}}`."""
-_SCALE = 1e3  # of a budget: the solver's tolerance of 1e-6 is then a billionth of it, less than a byte
+_SCALE = 1e3  # budgets become this number: the solver's tolerance of 1e-6 is then a billionth, less than a byte
 
 
 def hessian_traces(
@@ -80,6 +80,7 @@ def hessian_traces(
             return sum((jnp.vdot(gradient[n], vector[n]) for n in chosen), jnp.array(0.0))
 
         curved = jax.grad(slope)(point)
+        # v^T H v, whose mean over random signs v is the trace. Other tensors' parts of H v average out.
         return {n: jnp.vdot(vector[n], curved[n]) for n in chosen}
 
     some = jax.jit(jax.vmap(products))
@@ -142,7 +143,8 @@ def allocate(traces: Mapping[str, float], errors: Table, sizes: Table, budget: f
     {'a': 4, 'b': 2}
 
     Args:
-        traces: Hessian trace by name; one below zero, which is noise of the estimate, counts as zero.
+        traces: Hessian trace by name. One of zero or less, which is noise of the estimate, tells only that the tensor
+            matters least: such tensors get what bytes the others leave, by their errors alone.
         errors: squared error by name and bits, from `distortions`.
         sizes: bytes by name and bits.
         budget: bytes that the sizes may sum to.
@@ -157,8 +159,11 @@ def allocate(traces: Mapping[str, float], errors: Table, sizes: Table, budget: f
 
     names = _some(errors)
     _check_budget(sizes, names, budget)
+    felt = [name for name in names if traces[name] > 0]
+    if len(felt) < len(names):
+        return _allocate_in_turn(traces, errors, sizes, budget, felt)
     choices = [(name, bits) for name in names for bits in errors[name]]
-    cost = np.array([_cost(traces, errors, name, bits) for name, bits in choices])
+    cost = np.array([traces[name] * errors[name][bits] for name, bits in choices])
     size = np.array([float(sizes[name][bits]) for name, bits in choices])
     one_each = np.array([[float(name == chosen) for chosen, _ in choices] for name in names])
     limits = [
@@ -179,30 +184,56 @@ def allocate(traces: Mapping[str, float], errors: Table, sizes: Table, budget: f
         taken = solution.x > 0.5
         if size[taken].sum() <= budget * (1 + 1e-12):
             return {name: bits for (name, bits), one in zip(choices, taken) if one}
-        # What its tolerances let pass is ruled out, and the next best is sought.
+        # The solver's tolerances let too large a choice pass: it is ruled out, and the next best is sought.
         limits.append(optimize.LinearConstraint(taken[None, :].astype(float), -np.inf, len(names) - 1))
+
+
+def _allocate_in_turn(
+    traces: Mapping[str, float], errors: Table, sizes: Table, budget: float, felt: list[str]
+) -> dict[str, int]:
+    """As `allocate`: first for the tensors `felt`, whose traces are positive, then for the others."""
+    others = {name: row for name, row in errors.items() if name not in felt}
+    bits_of: dict[str, int] = {}
+    # max: the fewest bits fit, which rounding must not deny.
+    if felt:
+        most = max(budget - _least(sizes, others), _least(sizes, felt))
+        bits_of = allocate(traces, {name: errors[name] for name in felt}, sizes, most)
+    left = max(budget - sum(sizes[name][bits] for name, bits in bits_of.items()), _least(sizes, others))
+    bits_of |= allocate(dict.fromkeys(others, 1.0), others, sizes, left)
+    return {name: bits_of[name] for name in errors}
 
 
 def allocate_sections(
     traces: Mapping[str, float], errors: Table, sizes: Table, budget: float, sections: int = 4
 ) -> dict[str, int]:
-    """As `allocate`, but all tensors of a section get the same bits, as in the paper.
+    """As `allocate`, but all tensors of a section get the same bits.
 
-    The tensors are sorted by trace and cut into `sections` of about equal number.
+    The tensors are sorted by trace and cut into `sections` of about as many tensors each (Liu et al., 2024).
 
     >>> errors, sizes = {"a": {2: 9.0, 4: 1.0}, "b": {2: 9.0, 4: 1.0}}, {"a": {2: 10, 4: 20}, "b": {2: 10, 4: 20}}
     >>> allocate_sections({"a": 5.0, "b": 1.0}, errors, sizes, budget=30, sections=1)
     {'a': 2, 'b': 2}
+
+    Raises:
+        UserError: as `allocate`, or there would be no section.
     """
+    if sections < 1:
+        raise UserError(f"sections (={sections}) must be 1 or more")
     names = sorted(_some(errors), key=lambda name: -traces[name])
     parts = [list(part) for part in np.array_split(np.array(names, object), min(sections, len(names)))]
-    whole_costs, whole_sizes = {}, {}
+    whole_traces, whole_costs, whole_sizes = {}, {}, {}
     for number, part in enumerate(parts):
         all_bits = sorted(errors[names[0]])
-        whole_costs[str(number)] = {bits: sum(_cost(traces, errors, name, bits) for name in part) for bits in all_bits}
+        felt = {name: traces[name] for name in part if traces[name] > 0}
+        factors = felt or dict.fromkeys(part, 1.0)
+        # To the integer program a section is one tensor, whose trace is in its costs already, or is zero.
+        whole_traces[str(number)] = 1.0 if felt else 0.0
+        whole_costs[str(number)] = {
+            bits: sum(f * errors[name][bits] for name, f in factors.items()) for bits in all_bits
+        }
         whole_sizes[str(number)] = {bits: sum(sizes[name][bits] for name in part) for bits in all_bits}
-    # A section is one tensor to the integer program: combinations of many sections are more than can be tried.
-    chosen = allocate(dict.fromkeys(whole_costs, 1.0), whole_costs, whole_sizes, budget)
+    # Many sections have too many combinations to try them all.
+    chosen = allocate(whole_traces, whole_costs, whole_sizes, budget)
     return {name: chosen[str(number)] for number, part in enumerate(parts) for name in part}
 
 
@@ -212,12 +243,12 @@ def _some(errors: Table) -> list[str]:
     return list(errors)
 
 
-def _cost(traces: Mapping[str, float], errors: Table, name: str, bits: int) -> float:
-    return max(traces[name], 0.0) * errors[name][bits]
+def _least(sizes: Table, names: Iterable[str]) -> float:
+    return sum(min(sizes[name].values()) for name in names)
 
 
 def _check_budget(sizes: Table, names: Sequence[str], budget: float) -> None:
-    least = sum(min(sizes[name].values()) for name in names)
+    least = _least(sizes, names)
     if least > budget:
         raise UserError(f"a budget of {budget:.0f} bytes is too small: the fewest bits take {least:.0f}")
 
@@ -233,7 +264,7 @@ def rules_of(bits_of: Mapping[str, int], spec: QuantSpec) -> list[QuantRule]:
 
 
 def phases(bits_of: Mapping[str, int]) -> list[dict[str, int]]:
-    """Splits an allocation into the phases of multi-stage fine-tuning, of ascending bits.
+    """Splits an allocation into the phases of multi-stage fine-tuning, in ascending bits.
 
     The first phase quantizes only the tensors of the fewest bits. Each next one adds those of the next number of bits;
     the rest stay in floating point until their turn.

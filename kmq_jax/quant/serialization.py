@@ -15,6 +15,7 @@ Node = TypeVar("Node", CodebookTensor, Codebook)
 
 
 def _fields(node: type[Node], static: bool) -> list[str]:
+    """The names of a class's fields: those that are static, or those that hold arrays."""
     return [field.name for field in dataclasses.fields(node) if bool(field.metadata.get("static")) == static]
 
 
@@ -23,7 +24,7 @@ def _to_state(tensor: Node) -> dict[str, Params]:
 
 
 def _from_state(target: Node, state: dict[str, Params]) -> Node:
-    """Takes the arrays from the state, and what is static from the target."""
+    """Takes the arrays from the state, and the static fields from the target."""
     restored = {name: serialization.from_state_dict(getattr(target, name), state[name], name) for name in state}
     return dataclasses.replace(target, **restored)
 
@@ -36,6 +37,7 @@ def _from_children(node: type[Node], static: tuple, children: tuple) -> Node:
 
 
 def _read_static(text: bytes | bytearray) -> tuple:
+    # JSON has no tuples: they come back as lists.
     return tuple(tuple(value) if isinstance(value, list) else value for value in json.loads(text))
 
 

@@ -1,4 +1,4 @@
-"""Quantization-aware training: exact centroid values forward, straight-through gradients backward.
+"""Quantization-aware training: exact centroids forward, straight-through gradients backward.
 
 In training a quantized tensor has two parts: a full-precision latent in the parameter tree, and a `Codebook` by the
 leaf's name. `init_codebooks` makes both. `fake_quantize` gives the weights that the network computes with. `pack` turns
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Array, Leaf, Params, map_named, named_leaves
 from kmq_jax.quant.codes import along, assign, from_groups, known_now, lookup, to_groups, where_sorted
-from kmq_jax.quant.kmeans import kmeans, midpoints
+from kmq_jax.quant.kmeans import kmeans, midpoints, nearest_to_zero
 from kmq_jax.quant.levels import fit_levels
 from kmq_jax.quant.nested import nested_kmeans, split_kmeans, thresholds
 from kmq_jax.quant.packing import pack_bits
 from kmq_jax.quant.rules import Rules, decide, group_axis
-from kmq_jax.quant.types import HALF, CodebookTensor, QuantSpec, is_codebook_tensor, storage_type
+from kmq_jax.quant.types import HALF, CodebookTensor, QuantSpec, is_codebook_tensor, is_whole, storage_type
 
 RECIPES = ("kmqat", "normalized")
 
@@ -83,32 +83,40 @@ class Codebook:
 
     def with_scale(self, scale: jax.Array) -> "Codebook":
         """The same codebook with another scale `[groups]`, above zero."""
-        # The inverse of softplus, exact for small and for large scales.
+        # The inverse of softplus, accurate for small and for large scales.
         return dataclasses.replace(self, raw_scale=scale + jnp.log(-jnp.expm1(-scale)))
 
     def constrained(self) -> tuple[jax.Array, ...]:
         """The centroids at all bits as they are used: in order, and with the constraints met."""
         books = []
         for centroids in (*self.coarse, self.centroids):
+            # Sorted within the kept cells alone: across them centroids need not ascend.
             cells = centroids.reshape(centroids.shape[0], 1 << self.kept, -1)
             book = jnp.sort(cells, axis=-1).reshape(centroids.shape)  # a gradient step may let two of them cross
             if self.symmetric:
                 book = 0.5 * (book - jnp.flip(book, -1))
             if self.pinned_zero:
-                magnitude = jnp.abs(book)
-                book = jnp.where(magnitude == jnp.min(magnitude, -1, keepdims=True), 0.0, book)
+                place = jnp.arange(book.shape[-1])[None, :]
+                zero = place == jax.vmap(nearest_to_zero)(book)[:, None]
+                # With the mirror image of one, both middle ones are 0.
+                book = jnp.where(zero | jnp.flip(zero, -1) if self.symmetric else zero, 0.0, book)
             books.append(book)
         return tuple(books)
 
     def values(self, bits: int | None = None) -> jax.Array:
-        """The values that weights can take at `bits` (default: the most): `[groups, 2^bits]`, as `pack` stores them."""
+        """The values that weights can take at `bits` (default: the most): `[groups, 2^bits]`, as `pack` stores them.
+
+        Raises:
+            UserError: there is no codebook of `bits`.
+        """
         if bits is not None and bits not in self.all_bits:
             raise UserError(f"no codebook of {bits} bits: there is {', '.join(map(str, self.all_bits))}")
         book = self.constrained()[-1 if bits is None else self.all_bits.index(bits)]
         return _rounded(self.scale[:, None] * book, self.dtype)
 
     def table(self, bits: jax.Array) -> jax.Array:
-        """As `values`, but for traced `bits`, and to be looked up with the full index: `[groups, 2^self.bits]`."""
+        """As `values`, but for traced `bits`, and looked up by the index at the most bits: `[groups, 2^self.bits]`."""
+        # All indices that begin with the same `b` bits share a value.
         tables = [jnp.repeat(self.values(b), 1 << (self.bits - b), axis=1) for b in self.all_bits]
         return jnp.stack(tables)[jnp.searchsorted(jnp.array(self.all_bits), bits, method="compare_all")]
 
@@ -120,7 +128,7 @@ class Codebook:
         """The index of each latent's centroid, uint8 in the latent's shape, computed afresh."""
         units, borders = self.units(latent), inner_borders(self.constrained(), self.kept)
         if not self.kept:
-            return assign(units, borders[:, 0], self.axis)
+            return assign(units, borders[:, 0], self.axis)  # one cell holds all
         assert self.indices is not None
         index = self.indices << (self.bits - self.kept)
         # Inside its cell an index counts the borders that the latent lies above.
@@ -137,7 +145,7 @@ Codebooks = Mapping[str, Codebook]
 
 
 def inner_borders(books: tuple[jax.Array, ...], kept: int) -> jax.Array:
-    """Borders inside the cells at `kept` bits: `[groups, 2^kept, parts - 1]`; 0 is one cell.
+    """Borders inside the cells at `kept` bits: `[groups, 2^kept, parts - 1]`; with 0 kept bits all is one cell.
 
     Args:
         books: centroids `[groups, 2^b]`, in ascending bits, those of `kept` first.
@@ -150,6 +158,7 @@ def inner_borders(books: tuple[jax.Array, ...], kept: int) -> jax.Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _rounded(values: jax.Array, dtype: str) -> jax.Array:
+    """Rounds to `dtype` and back to float32; gradients pass as though it did nothing."""
     return values.astype(dtype).astype(jnp.float32)
 
 
@@ -169,7 +178,7 @@ def straight_through(
 ) -> jax.Array:
     """The codebook's values forward, exactly; backward as though the latent had passed through.
 
-    The common form `w + stop_gradient(q - w)` misses the centroids by rounding.
+    The common form `w + stop_gradient(q - w)` gives the centroids only up to rounding.
 
     >>> def total(latent):
     ...     weights = straight_through(latent, jnp.array([[0.0, 1.0]]), jnp.uint8([0, 1]), jnp.ones(1), None, "sum")
@@ -186,6 +195,9 @@ def straight_through(
         axis: where groups lie; None is one group.
         reduction: "sum" gives each centroid the sum of its members' gradients, which is the true one; "mean" their
             mean, which keeps the step independent of how many members there are.
+
+    Returns:
+        The values at the indices, in the latent's shape.
     """
     return lookup(indices, values, axis)
 
@@ -224,6 +236,7 @@ def cell_sums(
         sums = total(tensor)
         return total(jnp.ones_like(tensor)) if counted else jnp.zeros_like(sums), sums
     others = tuple(i + 1 for i in range(tensor.ndim) if i != axis)
+    # [k, ...]: a mask of the tensor's shape for each cell.
     member = indices[None] == jnp.arange(k, dtype=indices.dtype).reshape(-1, *(1,) * tensor.ndim)
     sums = jnp.sum(jnp.where(member, tensor[None], 0), axis=others).reshape(k, groups).T
     counts = jnp.sum(member, axis=others, dtype=jnp.float32).reshape(k, groups).T
@@ -266,6 +279,9 @@ def fake_quantize(
         raise UserError(f"a codebook is given for {sorted(missing)[0]}, which is not in the tree")
     if reduction not in ("sum", "mean"):
         raise UserError(f"reduction (={reduction!r}) must be sum or mean")
+    if bits is not None and is_whole(bits):
+        bits = int(bits)  # numpy's too
+    # Traced bits are not known yet: only whole numbers can be refused.
     if isinstance(bits, int) and not any(bits in book.all_bits for book in codebooks.values()):
         raise UserError(f"no codebook has {bits} bits")
 
@@ -297,9 +313,9 @@ def fake_quantize(
 def kmqat_codebook(rows: jax.Array, bits: int, retention: float = 0.9) -> tuple[jax.Array, jax.Array]:
     """The init of KMQAT: centroids of the central weights, and the scale that fits them best.
 
-    The weights are clamped to their central `retention` quantiles and cut into 2^bits bins of equal mass, whose means,
-    divided by the largest magnitude, are the centroids c. With q the centroid nearest to each weight over the largest
-    clamped magnitude, the scale is <w, q> / <q, q>, at least 1e-5.
+    The weights are clamped to their central `retention` quantiles and cut into 2^bits bins of equal mass. The means of
+    the bins, divided by the largest magnitude among them, are the centroids. Each weight w, divided by the largest
+    clamped magnitude, takes its nearest centroid q. The scale is <w, q> / <q, q>, at least 1e-5.
 
     Args:
         rows: weights `[groups, n]`.
@@ -326,12 +342,12 @@ def kmqat_codebook(rows: jax.Array, bits: int, retention: float = 0.9) -> tuple[
 def kmqat_indices(latent: jax.Array, book: Codebook, retention: float = 0.9) -> jax.Array:
     """The indices that KMQAT begins with, uint8 in the latent's shape: see `kmqat_codebook`.
 
-    They are nearest to the weight over the largest clamped magnitude, not over the scale as later ones (`reassign`).
+    The weight is divided by the largest clamped magnitude, and not by the scale, as it is later (`reassign`).
 
     Args:
         latent: as `init_codebooks` makes it by the recipe "kmqat".
         book: its codebook.
-        retention: as the centroids were placed by.
+        retention: that by which the centroids were placed.
 
     >>> latents, books = init_codebooks({"w": jnp.float32([[-2, -1, 1, 2]])}, QuantSpec(1, "tensor"), recipe="kmqat")
     >>> kmqat_indices(latents["w"], books["w"]).tolist()
@@ -434,7 +450,7 @@ def _in_units(
     axis: int | None,
     normalized: bool,
 ) -> tuple[jax.Array, Codebook]:
-    """Brings codebooks, and a normalized latent, into units of the scale; None is each group's standard deviation."""
+    """Brings codebooks, and a normalized latent, into units of the scale; None takes each group's deviation."""
     if scale is None:
         rows = to_groups(tensor, axis)
         largest = jnp.max(jnp.abs(rows), axis=1)
@@ -445,7 +461,7 @@ def _in_units(
         scale = jnp.where(spread > 1e-6 * largest, spread, jnp.where(largest > 0, largest, 1.0))
     books = tuple(book / scale[:, None] for book in books)
     book = Codebook(
-        raw_scale=scale,
+        raw_scale=scale,  # replaced below
         centroids=books[-1],
         coarse=books[:-1],
         axis=axis,
@@ -455,6 +471,7 @@ def _in_units(
         dtype=spec.codebook_dtype,
     )
     book = book.with_scale(scale)
+    # By the scale as softplus gives it back, which is what `fake_quantize` multiplies by.
     return (tensor / along(book.scale, tensor.ndim, axis) if normalized else tensor), book
 
 
@@ -516,7 +533,7 @@ def adopt_codebooks(
 
 
 def _alike(leaf: Leaf, shape: tuple[int, ...], axis: int | None) -> CodebookTensor | None:
-    """The leaf, where it is quantized in this shape along this axis."""
+    """The leaf where it is quantized in this shape along this axis, else None."""
     return leaf if is_codebook_tensor(leaf) and (leaf.shape, leaf.axis) == (tuple(shape), axis) else None
 
 
@@ -528,9 +545,11 @@ def _into_cells(
     rows, index = to_groups(tensor, axis), to_groups(indices, axis)
     values = lookup(index, books[-1], 0)
     power = jnp.sum(rows * rows, axis=1)
+    # Least squares: the factor that brings a channel nearest to its packed values.
     rows = rows * (jnp.sum(rows * values, axis=1) / jnp.where(power > 0, power, 1))[:, None]
     borders = inner_borders(books, kept)
     ends = jnp.full((*borders.shape[:2], 1), jnp.inf)
+    # The borders below and above each index's cell; none at the ends.
     low = lookup(index, jnp.concatenate([-ends, borders], axis=-1).reshape(books[-1].shape), 0)
     high = lookup(index, jnp.concatenate([borders, ends], axis=-1).reshape(books[-1].shape), 0)
     # A border that several codebooks share need not have the centroid on its own side.
@@ -590,14 +609,19 @@ def _latents_of(params: Params, codebooks: Codebooks) -> dict[str, jax.Array]:
 
 
 def reassign(params: Params, codebooks: Codebooks) -> dict[str, Codebook]:
-    """Stores each latent's nearest centroid in the codebooks, for `fake_quantize` to use until the next call.
+    """Stores the index of each latent's nearest centroid in the codebooks, to be used until the next call.
+
+    Codebooks of `grow_codebooks` keep the indices that they have.
 
     >>> latents, books = init_codebooks({"kernel": jnp.float32([[1, 2, 3, 4]])}, {"kernel": QuantSpec(1, "tensor")})
     >>> reassign(latents, books)["kernel"].indices.tolist()
     [[0, 0, 1, 1]]
     """
     latents = _latents_of(params, codebooks)
-    return {name: dataclasses.replace(book, indices=book.assigned(latents[name])) for name, book in codebooks.items()}
+    return {
+        name: book if book.kept else dataclasses.replace(book, indices=book.assigned(latents[name]))
+        for name, book in codebooks.items()
+    }
 
 
 def lloyd_update(
@@ -611,7 +635,7 @@ def lloyd_update(
 ) -> dict[str, Codebook]:
     """Moves centroids towards the mean of their members: c <- (1 - rate) c + rate * mean. May be called inside jit.
 
-    On a symmetric 1-bit codebook, called at every step with rate 1, this is the static binary quantizer: weights are
+    Called at every step with rate 1 on a symmetric 1-bit codebook, this is the static binary quantizer: weights are
     plus and minus the mean magnitude of the latents.
 
     >>> latents, books = init_codebooks({"kernel": jnp.float32([[0, 2, 10, 12]])}, QuantSpec(1, "tensor"))
@@ -628,7 +652,8 @@ def lloyd_update(
         clip: members count at most this far from 0, in units of the scale (KMQAT: 1).
 
     Returns:
-        The codebooks; centroids without members stay where they are.
+        The codebooks; centroids without members stay where they are, and so do those of `grow_codebooks` at the fewest
+        bits.
     """
     latents = _latents_of(params, codebooks)
     moved = {}
@@ -638,6 +663,9 @@ def lloyd_update(
         indices = book.index_of(latents[name])
         fresh = []
         for bits, centroids in zip(book.all_bits, book.constrained()):
+            if bits == book.kept:
+                fresh.append(centroids)
+                continue
             count, total = cell_sums(units, indices >> (book.bits - bits), 1 << bits, book.axis)
             if book.symmetric:  # a cell and its mirror image are one
                 count, total = count + jnp.flip(count, -1), total - jnp.flip(total, -1)

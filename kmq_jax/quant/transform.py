@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import Array, Leaf, Params, map_named
+from kmq_jax.core.tree import Array, Leaf, Params, map_named, named_leaves
 from kmq_jax.quant import nested
 from kmq_jax.quant.codes import assign, known_now, to_groups, where_sorted
 from kmq_jax.quant.kmeans import in_range, kmeans, scaled
@@ -88,7 +88,7 @@ def quantize_tensor(tensor: Array, spec: QuantSpec, axis: int | None, importance
         importance: see `quantize_params`, in the tensor's shape.
 
     Returns:
-        A `CodebookTensor`; at 16 bits a float16 array, or bfloat16 as it is.
+        A `CodebookTensor`; at 16 bits a float16 array, or bfloat16 and types of 8 bits as they are.
 
     Raises:
         UserError: a value or a weight of the error is not finite, shapes differ, or the type of codebooks cannot hold
@@ -99,7 +99,8 @@ def quantize_tensor(tensor: Array, spec: QuantSpec, axis: int | None, importance
     """
     dtype = jax.dtypes.canonicalize_dtype(tensor.dtype).name
     if spec.bits == HALF:
-        return tensor if dtype == "bfloat16" else stored(tensor, "float16", bits=4)
+        # bits=4: refused only where float16 would lose more than 1/32 of the tensor.
+        return tensor if dtype == "bfloat16" or tensor.dtype.itemsize < 2 else stored(tensor, "float16", bits=4)
     tensor = where_sorted(tensor)
     rows = to_groups(tensor, axis)
     if importance is not None and importance.shape != tensor.shape:
@@ -124,6 +125,7 @@ def quantize_tensor(tensor: Array, spec: QuantSpec, axis: int | None, importance
         codebooks = (codebook,)
     kept_in = storage_type(codebooks, spec)
     books = tuple(book.astype(kept_in) for book in codebooks)
+    # Borders are found from products of centroids, which must fit float32: far magnitudes are brought near 1.
     _, scale = scaled(codebooks[-1])
     if scale is None:
         return encode_tensor(rows, books, tuple(tensor.shape), axis, dtype)
@@ -145,6 +147,9 @@ def encode_tensor(
         axis: where its groups lie; None is one group.
         dtype: the tensor's type, which dequantization gives back.
 
+    Returns:
+        The packed tensor, with these codebooks.
+
     >>> encode_tensor(jnp.array([[0.1, 0.9]]), (jnp.array([[0.0, 1.0]]),), (2,), None).indices().tolist()
     [0, 1]
     """
@@ -163,17 +168,12 @@ def encode_tensor(
 
 
 def indices_of(tensor: CodebookTensor, bits: int | None = None) -> jax.Array:
-    """The indices of a quantized tensor, uint8 in the tensor's shape; `bits` takes their prefixes of so many bits.
+    """The indices of a quantized tensor, uint8 in the tensor's shape; with `bits`, their first so many bits.
 
     >>> indices_of(quantize_params(jnp.array([[1.0, 5.0, 5.0, 9.0, 13.0]]), QuantSpec(2, "tensor"))).tolist()
     [[0, 1, 1, 2, 3]]
     """
     return tensor.indices(bits)
-
-
-def dequantize_tensor(tensor: CodebookTensor, bits: int | None = None, dtype: DTypeLike | None = None) -> jax.Array:
-    """The values of one quantized tensor; see `CodebookTensor.dequantize`."""
-    return tensor.dequantize(bits, dtype)
 
 
 def dequantize_params(tree: Params, bits: int | None = None, dtype: DTypeLike | None = None) -> Params:
@@ -184,11 +184,15 @@ def dequantize_params(tree: Params, bits: int | None = None, dtype: DTypeLike | 
             batch of parameters.
         bits: read nested tensors at this many bits. Tensors without nested codebooks are read at their own.
         dtype: of every floating-point leaf of the result; None is that of the parameters before. Leaves in float16
-            are then taken for those stored at 16 bits, and come back as float32, unless tensors beside them say that
+            are then taken for those stored at 16 bits, and come back as float32, unless a quantized tensor says that
             the parameters were float16 throughout.
 
+    Returns:
+        The same tree with an array in place of every `CodebookTensor`.
+
     Raises:
-        UserError: `bits` is given and no tensor has it, or a nested tensor lacks it.
+        UserError: `bits` is given and no tensor has it, or a nested tensor lacks it; or a quantized tensor is a dict of
+            its arrays, as checkpoints restored without a target hold it (the message names it).
         ValueError: a tensor's arrays do not fit its shape.
 
     >>> params = {"kernel": jnp.arange(128.0).reshape(64, 2), "bias": jnp.zeros(2)}
@@ -196,7 +200,14 @@ def dequantize_params(tree: Params, bits: int | None = None, dtype: DTypeLike | 
     >>> bool(jnp.max(jnp.abs(restored["kernel"] - params["kernel"])) <= 4.0)  # 16 centroids for 64 steps of 2
     True
     """
-    tensors = [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_codebook_tensor) if is_codebook_tensor(leaf)]
+    leaves = named_leaves(tree, is_leaf=lambda node: is_codebook_tensor(node) or _is_in_parts(node))
+    for name, leaf in leaves:
+        if _is_in_parts(leaf):
+            raise UserError(
+                f"{name or 'the tree'} holds the arrays of a quantized tensor without its shape and bits: "
+                "restore the checkpoint with a target, such as jax.eval_shape(lambda: quantized)"
+            )
+    tensors = [leaf for _, leaf in leaves if is_codebook_tensor(leaf)]
     if bits is not None and not any(bits in tensor.all_bits for tensor in tensors):
         have = sorted({other for tensor in tensors for other in tensor.all_bits})
         raise UserError(f"no tensor can be read at {bits} bits: there is {', '.join(map(str, have)) or 'none'}")
@@ -213,8 +224,13 @@ def dequantize_params(tree: Params, bits: int | None = None, dtype: DTypeLike | 
     return jax.tree.map(restore, tree, is_leaf=is_codebook_tensor)
 
 
+def _is_in_parts(node: Params) -> bool:
+    """Whether a node of a tree is the dict that a checkpoint makes of a `CodebookTensor`."""
+    return isinstance(node, Mapping) and {"packed", "codebook"} <= set(node) <= {"packed", "codebook", "coarse"}
+
+
 def partition(tree: Params) -> tuple[Params, Params]:
-    """Splits a tree into its floating-point arrays, which can be differentiated, and the rest, such as indices.
+    """Splits a tree into floating-point arrays, which can be differentiated, and the rest, such as indices.
 
     Returns:
         `(floating, rest)`, both the tree's shape with None where the other has the leaf. See `combine`.

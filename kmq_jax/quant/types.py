@@ -127,8 +127,8 @@ class QuantRule:
 class CodebookTensor:
     """A tensor as packed indices into codebooks.
 
-    Nothing is checked on construction, as jax constructs trees with any leaves. Reading checks the arrays' shapes, and
-    `validate` every invariant:
+    Nothing is checked on construction, as jax constructs trees with any leaves. Reading checks the arrays' shapes.
+    `validate` checks what shapes and types tell of these invariants:
     - a group is one index of `axis`, its elements in the row-major order of the other axes; with `axis` None the
       whole tensor is one group. There are `groups` groups of `group_size` elements.
     - `codebook` is floating point `[groups, 2^bits]`.
@@ -301,7 +301,7 @@ def is_whole(value: object) -> bool:
 
 
 def _over_batch(read: Callable[[CodebookTensor], jax.Array], tensor: CodebookTensor) -> jax.Array:
-    """Reads a tensor, or each of a batch of them."""
+    """Reads a tensor, or each tensor of a batch."""
     # Every array has the batch axes in front, so each vmap takes one of them off all.
     for _ in tensor.batch_shape():
         read = jax.vmap(read)
@@ -337,22 +337,29 @@ def is_codebook_tensor(leaf: Leaf) -> TypeGuard[CodebookTensor]:
 
 
 def is_floating(leaf: Leaf) -> bool:
-    """Whether a leaf is an array of floating-point numbers, or the shape of one, and not quantized."""
+    """Whether a leaf is an array of floating-point numbers, or the shape of one, and not quantized.
+
+    >>> is_floating(np.ones(2)), is_floating(np.arange(2)), is_floating(1.5)
+    (True, False, False)
+    """
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and not is_codebook_tensor(leaf) and jnp.issubdtype(dtype, jnp.floating)
 
 
 def stored(values: Array, dtype: str, bits: int = 8) -> jax.Array:
-    """Values in the type they are stored in.
+    """Rounds values to the type they are stored in.
 
     Args:
         values: floating point; centroids, say.
         dtype: "float16", for example.
-        bits: of the index, which says how much rounding matters.
+        bits: of the index. At b bits rounding may lose 2^-(b + 1) of the values, half of what k-means loses itself.
 
     Raises:
         UserError: some are NaN, infinite or too large for the type; or so small that the type loses much of them
             (not seen inside jit).
+
+    >>> stored(np.float32([0.5, -2.0]), "float16").tolist()
+    [0.5, -2.0]
     """
     exact = jnp.asarray(values)
     rounded = exact.astype(dtype)
@@ -372,8 +379,8 @@ def stored(values: Array, dtype: str, bits: int = 8) -> jax.Array:
 def storage_type(codebooks: Sequence[Array], spec: QuantSpec) -> str:
     """The type that a tensor's centroids are stored in.
 
-    Where it is float16 for most groups but some are so small that it would lose them, as a channel of 1e-7 among
-    channels of 1, all are stored in float32.
+    All are stored in float32 where float16 would do for most groups but would lose some small ones, such as a channel
+    of 1e-7 among channels of 1.
 
     >>> storage_type([np.float32([[-1, 1], [-1e-8, 1e-8]])], QuantSpec(1))
     'float32'
@@ -393,7 +400,7 @@ def storage_type(codebooks: Sequence[Array], spec: QuantSpec) -> str:
 
 
 def _lost(exact: Array, rounded: Array, bits: int, axis: int | None = None) -> np.ndarray:
-    """Whether rounding loses more than it may: k-means of b bits leaves a relative error of about 2^-b itself."""
+    """Whether rounding loses more than a share 2^-(b + 1): k-means of b bits itself leaves an error of about 2^-b."""
     # In double precision, where the square of the smallest float32 is not yet zero.
     found, wanted = np.float64(rounded), np.float64(exact)
     lost: np.ndarray = np.linalg.norm(found - wanted, axis=axis) > 0.5 ** (bits + 1) * np.linalg.norm(wanted, axis=axis)

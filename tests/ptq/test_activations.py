@@ -115,6 +115,14 @@ class Twice(SpeakerNetwork):
         return (Part("conv", "conv"),)
 
 
+def test_parameters_without_axes_are_passed_over(reference):
+    params = quant.quantize_params(reference.variables["params"], {"^stem/conv/kernel$": 2, "": None})
+    variables = {**reference.variables, "params": {**params, "temperature": jnp.float32(2)}}
+    ranges = {"stem/conv/input": (0.1, 5.0)}
+    found = activations.with_ranges(dataclasses.replace(reference, variables=variables), ranges)
+    assert set(found.variables[integers.COLLECTION]["stem"]["conv"]) == {"input", "kernel"}
+
+
 def test_a_range_holds_what_all_runs_of_a_module_see():
     registry.register("integers_twice", Twice)
     variables = Twice().init(jax.random.key(0), np.ones((1, 3, 1)))

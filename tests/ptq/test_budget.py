@@ -9,10 +9,10 @@ import pytest
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import read_json
+from kmq_jax.core.files import read_json, write_json
 from kmq_jax.models import registry
 from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, save_model
-from kmq_jax.ptq import budget, quantize
+from kmq_jax.ptq import activations, budget, quantize
 from kmq_jax.ptq.options import QuantizeOptions
 
 SETTINGS = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8, "norm": "bias"}
@@ -70,16 +70,67 @@ def test_a_size_is_kept_by_the_file(measured, tmp_path):
     assert 0.7 * size < (tmp_path / "a.kmq").stat().st_size <= size
 
 
-def test_another_budget_measures_nothing_again(measured, tmp_path, monkeypatch):
-    model, found = measured
-    measured_again = []
+def test_a_size_counts_biases_and_activations_as_they_are_stored(measured, measured_again, tmp_path):
+    model, _ = measured
+    params = quant.quantize_params(model.variables["params"], {"/kernel$": 2, "": None})
+    plain = dataclasses.replace(model, variables={**model.variables, "params": params})
+    halved = dataclasses.replace(plain, variables=quantize.with_half_biases(plain.variables))
+    whole = activations.with_ranges(plain, dict.fromkeys(activations.places_of(model), (0.1, 5.0)))
+    rest, sizes = [], []
+    for made, settings in ((plain, {}), (halved, {"biases": "float16"}), (whole, {"activations": 8})):
+        rest.append(quantize.rules_within(model, QuantizeOptions(size="1MB", **settings), DATA, tmp_path)[1].rest)
+        save_model(tmp_path / "a.kmq", made)
+        sizes.append((tmp_path / "a.kmq").stat().st_size)
+    assert sizes[1] - sizes[0] == pytest.approx(rest[1] - rest[0], abs=64)
+    assert 0 < sizes[2] - sizes[0] <= rest[2] - rest[0] < 4 * (sizes[2] - sizes[0])
+    assert len(measured_again) == 1
+
+
+def test_changed_recordings_are_measured_again(measured, measured_again, tmp_path):
+    recording = tmp_path / "data" / "speaker" / "a.wav"
+    recording.parent.mkdir(parents=True)
+    for content in (b"1", b"1", b"22"):
+        if not recording.exists() or recording.read_bytes() != content:
+            recording.write_bytes(content)
+        quantize.rules_within(measured[0], QuantizeOptions(budget=3.0), str(tmp_path / "data"), tmp_path)
+    assert len(set(measured_again)) == len(measured_again) == 2
+
+
+def test_the_file_of_damaged_sensitivities_is_named(measured, measured_again, tmp_path):
+    settings = measured[0], QuantizeOptions(budget=3.0), DATA, tmp_path
+    quantize.rules_within(*settings)
+    (kept,) = tmp_path.glob("sensitivities-*.json")
+    other = measured[1].to_json() | {"sizes": {name: {2: 1.0} for name in measured[1].sizes}}
+    for damaged in ([], other):
+        write_json(kept, damaged)
+        with pytest.raises(UserError, match=r"ies-\w+\.json: these are no sensitivities: .*; remove the file"):
+            quantize.rules_within(*settings)
+
+
+def test_the_loss_is_measured_on_crops_that_were_not_fitted_on(measured, monkeypatch):
+    short = np.arange(3.0)[np.arange(4 + 16) % 3]  # three short recordings, again and again
+    monkeypatch.setattr(budget, "loss_of", lambda model, quantized, features: features.tolist())
+    for drawn, expected in ((short, None), (np.append(short[:-1], 9.0), [9.0]), (np.arange(20.0), [*range(4, 20)])):
+        monkeypatch.setattr(quantize, "random_features", lambda *given, drawn=drawn: drawn)
+        assert quantize.measured_loss(measured[0], measured[0], DATA, crops=4) == expected
+
+
+@pytest.fixture
+def measured_again(measured, monkeypatch):
+    """The marks of what would have been measured; what is found is always the same."""
+    marks = []
 
     def measure(model, mark, rules, features):
-        measured_again.append(mark)
-        return dataclasses.replace(found, model=mark)
+        marks.append(mark)
+        return dataclasses.replace(measured[1], model=mark)
 
     monkeypatch.setattr(budget, "measure", measure)
     monkeypatch.setattr(quantize, "random_features", lambda *given: None)
+    return marks
+
+
+def test_another_budget_measures_nothing_again(measured, measured_again, tmp_path):
+    model, found = measured
     for average in (3.0, 4.0):
         rules, again, bits_of = quantize.rules_within(model, QuantizeOptions(budget=average), DATA, tmp_path)
         assert again.errors == found.errors
@@ -116,8 +167,11 @@ def test_the_rules_beside_a_file_name_each_tensor_alone(tmp_path):
 
 def test_mistakes(measured):
     _, found = measured
-    with pytest.raises(UserError, match="too small"):
+    fewest = found.bytes_of(dict.fromkeys(found.sizes, 2))
+    with pytest.raises(UserError, match=f"`size` .={found.rest + 10} bytes. is too small: .* takes {fewest}$"):
         budget.allocate(found, size=found.rest + 10)
+    with pytest.raises(UserError, match="`budget` .=1.5. must be at least 2"):
+        budget.allocate(found, average=1.5)
     with pytest.raises(UserError, match="size"):
         budget.bytes_from("two")
     with pytest.raises(UserError, match="no sensitivities"):

@@ -432,3 +432,8 @@ def test_a_channel_without_deviation_keeps_its_slope():
     wanted = jnp.array([3.0, 3.0, 3.0]), jnp.array([0.5, 0.5, 1.0])
     slope, shift = moments.matching(seen, wanted)
     assert slope.tolist() == [1, 1, 0.5] and shift.tolist() == [2, 2, 2.5]
+
+
+def test_statistics_of_no_batch_are_refused():
+    with pytest.raises(UserError, match="no batch of features"):
+        moments.averaged_statistics(reference_of("batch"), [])

@@ -212,6 +212,8 @@ def test_half_precision_is_undone():
     assert quant.dequantize_params(packed)["kernel"].dtype == np.float32
     low = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
     assert quant.quantize_params(low, {"other": 4, "bias|kernel": 16})["kernel"].dtype == jnp.bfloat16
+    least = {"kernel": jnp.asarray(KERNEL, jnp.float8_e4m3fn)}
+    assert quant.quantize_params(least, bits=16)["kernel"].dtype == jnp.float8_e4m3fn  # float16 would be twice as large
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -246,6 +248,8 @@ def test_orbax_with_and_without_a_target(tmp_path):
         plain = checkpointer.restore(tmp_path / "tree")
     np.testing.assert_array_equal(plain["kernel"]["packed"], packed["kernel"].packed)
     assert set(plain["kernel"]) == {"packed", "codebook", "coarse"}
+    with pytest.raises(UserError, match="kernel holds .* restore the checkpoint with a target"):
+        quant.dequantize_params(plain)
 
 
 def test_rules_for_linen_fit_nnx():

@@ -66,6 +66,22 @@ def test_equal_mass_start_by_hand():
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def test_equal_mass_start_counts_weights_like_repetition():
+    values = np.array([[0.0, 1, 10, 11]], np.float32)
+    settings = {"init": "equal-mass", "iterations": 0, "retention": 1.0}
+    assert kmeans(values, 2, **settings).tolist() == [[0.5, 10.5]]
+    assert kmeans(values, 2, np.ones_like(values), **settings).tolist() == [[0.5, 10.5]]
+    # The cut at half the mass lies behind the first value: 3 of 6.
+    assert kmeans(values, 2, np.array([[3, 1, 1, 1]]), **settings).tolist() == [[0.0, pytest.approx(22 / 3)]]
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_many_large_values(k):
+    values = np.random.default_rng(0).uniform(-1, 1, 200_000).astype(np.float32)
+    unit = np.float32(2.0**49)  # 6e14
+    np.testing.assert_allclose(kmeans(values * unit, k) / unit, kmeans(values, k), rtol=1e-5)
+
+
 def test_fewer_distinct_values_than_centroids_are_met_exactly():
     values = np.array([0.1] * 500 + [0.3, 0.7, -5.0], np.float32)
     for start in INITS:
@@ -144,6 +160,14 @@ def test_pinned_zero_and_symmetric():
     assert np.sum(both == 0) == 2
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_zero_stays_where_an_exchange_is_the_last_iteration(symmetric):
+    rows = np.random.default_rng(0).laplace(size=(16, 500)).astype(np.float32)
+    for iterations in (4, 60):
+        found = kmeans(rows, 8, init="quantile", iterations=iterations, pinned_zero=True, symmetric=symmetric)
+        np.testing.assert_array_equal(np.sum(np.asarray(found) == 0, axis=1), 2 if symmetric else 1)
+
+
 def test_one_bit_static_and_adaptive():
     values = (RNG.standard_normal(500) + 0.2).astype(np.float32)
     scale = np.abs(values).mean()
@@ -194,7 +218,7 @@ def test_nearest_of_more_centroids_than_a_byte_holds():
 def test_mistakes(settings, message):
     with pytest.raises(UserError, match=message):
         kmeans(np.arange(10, dtype=np.float32), **{"k": 4, **settings})
-    for shape in ((0, 3), (3, 0)):
+    for shape in ((0, 3), (3, 0), ()):
         with pytest.raises(UserError, match="no values"):
             kmeans(np.zeros(shape, np.float32), 2)
 

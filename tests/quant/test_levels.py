@@ -98,3 +98,11 @@ def test_mistakes():
     for other in ({"coarse": (1,)}, {"symmetric": True}, {"pinned_zero": True}):
         with pytest.raises(UserError, match="cannot be nested"):
             quant.QuantSpec(2, levels="powers", **other)
+
+
+@pytest.mark.parametrize("levels", ["uniform", "powers"])
+@pytest.mark.parametrize("unit", [2.0**66, 2.0**-83])
+def test_weights_may_have_any_magnitude(levels, unit):
+    weights = np.stack([ROWS[0] * np.float32(unit), ROWS[1]])
+    found = np.asarray(fit_levels(weights, levels, 2)) / np.float32([[unit], [1]])
+    np.testing.assert_allclose(found, fit_levels(ROWS[:2], levels, 2), rtol=1e-5)

@@ -139,3 +139,31 @@ def test_growing_from_another_network():
     for bad in ({"v": narrow["v"]}, PARAMS, {**PARAMS, "v": quant.quantize_params(PARAMS, QuantSpec(2))["w"]}):
         with pytest.raises(UserError, match="coarse network"):
             quant.grow_codebooks(PARAMS, bad, NESTED)
+
+
+def test_grown_codebooks_keep_what_the_narrow_network_gave_them():
+    narrow, latents, books = grown()
+    moved = jax.tree.map(lambda x: 1.5 * x, latents)
+    wide = quant.fake_quantize(moved, books)
+    again = quant.reassign(moved, books)
+    jax.tree.map(np.testing.assert_array_equal, quant.fake_quantize(moved, again), wide)
+    updated = quant.lloyd_update(moved, books, rate=1.0)
+    found = quant.fake_quantize(moved, updated, bits=2)
+    jax.tree.map(np.testing.assert_array_equal, found, quant.dequantize_params(narrow))
+    assert np.any(updated["w"].centroids != books["w"].centroids)
+
+
+def test_what_cannot_be_nested_is_refused():
+    for shape in ((1, 0), (0, 4), ()):
+        with pytest.raises(UserError, match="no values"):
+            quant.nested_kmeans(np.zeros(shape, np.float32), (1, 2))
+    with pytest.raises(UserError, match=r"shape \(4,\), not \[groups, n\]"):
+        quant.nested_kmeans(np.zeros(4, np.float32), (1, 2))
+    for bits in ((2, 1), (2, 2), (0, 2), ()):
+        with pytest.raises(UserError, match="all_bits .* must be 1 or more, and ascend"):
+            quant.nested_kmeans(np.ones((1, 4), np.float32), bits)
+    latents, books = quant.init_codebooks(PARAMS, NESTED)
+    with pytest.raises(UserError, match="no codebook has 7 bits"):
+        quant.fake_quantize(latents, books, bits=np.int64(7))
+    found = quant.fake_quantize(latents, books, bits=np.int64(2))
+    jax.tree.map(np.testing.assert_array_equal, found, quant.fake_quantize(latents, books, bits=2))

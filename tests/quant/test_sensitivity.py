@@ -108,3 +108,17 @@ def test_mistakes():
     for allocate in (quant.allocate, quant.allocate_sections):
         with pytest.raises(UserError, match="no tensor"):
             allocate({}, {}, {}, 10.0)
+
+
+def test_what_has_no_trace_gets_what_the_others_leave():
+    names, bits = ("a", "b", "c"), (2, 4, 6)
+    errors, sizes = ({name: {b: f(b) for b in bits} for name in names} for f in (lambda b: 4.0**-b, lambda b: 10 * b))
+    traces = {"a": 1.0, "b": -0.1, "c": 1.0}
+    assert quant.allocate(traces, errors, sizes, 180) == dict.fromkeys(names, 6)
+    assert quant.allocate(traces, errors, sizes, 160) == {"a": 6, "b": 4, "c": 6}
+    assert quant.allocate(traces, errors, sizes, 120)["b"] == 2
+    assert quant.allocate(dict.fromkeys(names, 0.0), errors, sizes, 120) == dict.fromkeys(names, 4)
+    assert quant.allocate_sections(traces, errors, sizes, 180, 3) == dict.fromkeys(names, 6)
+    assert quant.allocate_sections(traces, errors, sizes, 160, 3) == {"a": 6, "b": 4, "c": 6}
+    with pytest.raises(UserError, match=r"sections .=0. must be 1 or more"):
+        quant.allocate_sections(traces, errors, sizes, 180, 0)

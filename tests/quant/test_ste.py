@@ -134,6 +134,13 @@ def test_constraints_survive_gradient_steps(spec):
         assert np.all(np.sum(values == 0, axis=1) >= 1)
 
 
+def test_one_centroid_is_pinned_where_two_are_as_near_to_zero():
+    book = quant.Codebook(jnp.ones(1), jnp.array([[-1.0, 1.0]]), pinned_zero=True)
+    assert book.constrained()[0].tolist() == [[0.0, 1.0]]
+    both = dataclasses.replace(book, centroids=jnp.array([[-1.0, -1.0, 1.0, 1.0]]), symmetric=True)
+    assert both.constrained()[0].tolist() == [[-1.0, 0.0, 0.0, 1.0]]
+
+
 @pytest.mark.parametrize("scale", [1e-5, 0.03, 1.0, 40.0])
 def test_scale_survives_softplus(scale):
     book = quant.Codebook(jnp.zeros(1), jnp.zeros((1, 2))).with_scale(jnp.array([scale]))

@@ -82,6 +82,11 @@ def test_rules():
     assert size.total == sum(size)
 
 
+def test_a_tree_without_leaves():
+    with pytest.raises(UserError, match="nothing to quantize: the tree has no leaf"):
+        quant.quantize_params({}, bits=4)
+
+
 def test_what_is_left_alone():
     params = tree()
     specs = quant.decide(params, QuantSpec(4, minimum_size=300))
