@@ -49,7 +49,7 @@ def main() -> None:
     keep_freed_memory()  # before JAX starts its threads
     from kmq_jax import quant
     from kmq_jax.models.speaker_model import load_model, save_model
-    from kmq_jax.ptq.quantize import EMBEDDED, fitting, measured_loss, quantize_model, rules_of
+    from kmq_jax.ptq.quantize import EMBEDDED, describe_loss, fitting, measured_loss, quantize_model, rules_of
 
     if not files.data and (options.activations or options.bits is None):
         raise UserError("--activations, --budget and --size need --data: speech that ranges and layers are measured on")
@@ -66,11 +66,7 @@ def main() -> None:
     after = files.out.stat().st_size or packed  # a device has no size
     print(f"{files.out}: {after:,} bytes, {before / after:.1f} times smaller than FP32; {fitting(data)}")
     if options.bits is None:
-        loss = measured_loss(model, quantized, str(data), files.crops)
-        if loss is None:
-            print("the loss is not measured: these recordings have no crops but those that were fitted on")
-        else:
-            print(f"measured on other crops, fitted: loss of cosine {loss:.4f}")
+        print(describe_loss(measured_loss(model, quantized, str(data), files.crops)))
 
 
 def _within_budget(files: Files, options: QuantizeOptions, model: "SpeakerModel") -> "list[QuantRule]":
