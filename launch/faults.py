@@ -304,7 +304,7 @@ def interrupt(line: Line, base: Path, place: Path, times: int, rng: random.Rando
         shutil.rmtree(out, ignore_errors=True)
         make = fuzz.Maker("", base, out)
         at, began = None if number < 0 else 1.1 * took * rng.random(), time.monotonic()
-        status = fuzz.forked(lambda: fuzz.command(line), log, 120, make.folder, at)
+        status = fuzz.forked(lambda: fuzz.command(line), log, 600, make.folder, at)
         took = time.monotonic() - began if number < 0 else took
         said = log.read_text(errors="replace")
         if number < 0 and status != 0:
