@@ -263,11 +263,15 @@ def fuzz_table(found: Row) -> str:
 
 
 def faults_table(found: Row) -> str:
-    """How often each command was disturbed by each fault, and how often that ended otherwise than it should."""
+    """How often each command was disturbed by each fault, and how often that ended otherwise than it should.
+
+    Commands that a fault never met, such as one that ended before Ctrl-C each time, are left out.
+    """
     rows = [["fault", "commands, and how often each was disturbed", "violations"]]
     made: dict[str, list[Row]] = {}
     for row in found["rows"]:
-        made.setdefault(row["fault"], []).append(row)
+        if row["times"]:
+            made.setdefault(row["fault"], []).append(row)
     for fault, own in made.items():
         listed = ", ".join(f"{row['command']} {row['times']:,}" for row in own)
         rows.append([fault, listed, str(sum(len(row["violations"]) for row in own))])
