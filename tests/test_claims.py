@@ -247,8 +247,8 @@ CLAIMS = (
     Claim("believe the interval, not the rate", "threshold-words.json",
           lambda found: 2 * found["wanted_false_accept_rate"] < found["judged_on"]["false_accept_rate"]
           < found["false_accept_rate_ci95"][1]),
-    Claim("Fitted, on embedded voices or on speech, no loss of EER is seen at 4, 3 and 2 bits; not fitted, 3 and 2 bits "
-          "err more, beyond chance", "wespeaker-unfitted.json", fitting_saves),
+    Claim("Fitted, on embedded voices or on speech, no loss of EER is seen at 4, 3 and 2 bits; not fitted, 3 and 2 "
+          "bits err more, beyond chance", "wespeaker-unfitted.json", fitting_saves),
     Claim("and at few bits ruins the model", "wespeaker-unfitted.json",
           lambda found: min(errors_of(found, "not fitted", 2) + errors_of(found, "not fitted", 3))
           > 5 * errors_of(found, "full precision", 32)[0]),
