@@ -5,6 +5,7 @@ import argparse
 import codecs
 import contextlib
 import difflib
+import functools
 import os
 import select
 import signal
@@ -131,7 +132,7 @@ def run(command: str, main: Callable[[], None], options: Sequence[type[Options]]
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=_WRITTEN)
-    sys.unraisablehook = _unraisable
+    _hear_interrupts()
     try:
         status = _status_of(main)
         # Flushed here and not when Python ends, so that a closed pipe raises inside this `try`.
@@ -199,7 +200,13 @@ def _line(error: BaseException) -> str:
     return "something given is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
-def _unraisable(found: "sys.UnraisableHookArgs") -> None:
+@functools.cache
+def _hear_interrupts() -> None:
+    """Puts `_unraisable` before the hook that is there, once in a process."""
+    sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
+
+
+def _unraisable(before: "Callable[[sys.UnraisableHookArgs], object]", found: "sys.UnraisableHookArgs") -> None:
     """Repeats a Ctrl-C that was raised where no exception can leave, such as in JAX's garbage-collector callback.
 
     Python would only print it and continue.
@@ -209,7 +216,7 @@ def _unraisable(found: "sys.UnraisableHookArgs") -> None:
         again.daemon = True
         again.start()
     else:
-        sys.__unraisablehook__(found)
+        before(found)
 
 
 def _interrupt() -> None:

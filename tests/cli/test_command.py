@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
@@ -150,3 +151,15 @@ def test_a_misspelt_flag_is_named_by_every_python(monkeypatch, capsys):
         command.Command("quantize", "Quantizes.", "kmq-jax quantize", (Given,)).parse()
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "kmq-jax quantize: unknown flag --bitz; did you mean --bits? (see --help)\n"
+
+
+def test_what_cannot_be_raised_is_left_to_the_hook_that_was_there(monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    command._hear_interrupts.cache_clear()
+    command._hear_interrupts()
+    command._hear_interrupts()  # once in a process
+    found = SimpleNamespace(exc_value=RuntimeError("another"))
+    sys.unraisablehook(found)
+    command._hear_interrupts.cache_clear()
+    assert heard == [found]
