@@ -194,8 +194,8 @@ def _write_shard(task: _Task) -> None:
     rows, rejected, size = [], [], 0
     table = task.utterances
     with atomic_write(task.shard) as temporary:
-        # One record a group: random access then reads no neighbours. Uncompressed: samples of 16 bits shrink little, and
-        # unpacking them would be time that training waits for.
+        # One record a group: random access then reads no neighbours. Uncompressed: samples of 16 bits shrink little,
+        # and unpacking them would be time that training waits for.
         writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         try:
             for i in range(len(table)):
