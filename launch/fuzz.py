@@ -245,7 +245,8 @@ def embeddings(make: Maker) -> Line:
     if kind == 0:
         data = make.damaged((make.base / "e2.npz").read_bytes())
     else:
-        arrays = dict(np.load(make.base / "e2.npz"))
+        with np.load(make.base / "e2.npz") as held:
+            arrays = dict(held)
         name = make.rng.choice(sorted(arrays))
         array = arrays[name]
         change = make.rng.randrange(7)

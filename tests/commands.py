@@ -1,4 +1,4 @@
-"""Runs a command in this process, as `kmq-jax COMMAND` would; or in two that work together."""
+"""Runs a command in this process, as `kmq-jax COMMAND` would, or in two that work together; reads what it wrote."""
 
 import os
 import socket
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kmq_jax.cli import main
@@ -17,6 +18,15 @@ def run(monkeypatch, command, *flags):
     with pytest.raises(SystemExit) as done:
         main.run(command)
     return done.value.code
+
+
+def arrays_of(path):
+    """The arrays of a `.npz`, by name, from a file that is closed again.
+
+    What is left open is closed whenever the collector comes by: its warning then fails the test that happens to run.
+    """
+    with np.load(path) as file:
+        return dict(file)
 
 
 def replaced(usual, given):

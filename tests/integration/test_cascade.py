@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from commands import arrays_of
 from sklearn.metrics.pairwise import cosine_similarity
 
 from kmq_jax.cascade.policy import read_policy
@@ -70,14 +71,9 @@ def stages(prefix, levels=(2, 3, 4)):
     return [f"--stage={bits}:{prefix}{bits}.npz" for bits in levels]
 
 
-def load(path):
-    with np.load(path) as file:
-        return dict(file)
-
-
 def scores_of(path, rows):
     """Cosine of each trial in a CSV's rows, straight from the file."""
-    table = load(path)
+    table = arrays_of(path)
     row = {name: i for i, name in enumerate(table["ids"])}
     similarity = cosine_similarity(table["embeddings"])
     return similarity[[row[r["enrol"]] for r in rows], [row[r["test"]] for r in rows]]
@@ -176,7 +172,7 @@ def test_risk_rule(run, tmp_path):
     assert notes["kept_by"]["survey"] == notes["kept"] > notes["kept_by"]["hoeffding-bentkus"] == 0
     assert notes["speakers_needed"]["hoeffding-bentkus"] > SPEAKERS // 2
     assert notes["with_last_level"]["rate"] >= notes["rate"]
-    ids = load(tmp_path / "dev2.npz")["ids"]
+    ids = arrays_of(tmp_path / "dev2.npz")["ids"]
     listed = np.loadtxt(tmp_path / "dev.txt", dtype=str)
     assert notes["target_share"] == pytest.approx((listed[:, 0] == "1").mean()) and len(ids)
     # Twelve speakers cannot promise one in a thousand without assumptions: nobody may stop early.
@@ -232,7 +228,7 @@ def test_maps_and_operating_points(run, tmp_path, kind, point):
 
 
 def test_lists_of_one_class(run, tmp_path):
-    ids = sorted(load(tmp_path / "dev2.npz")["ids"])
+    ids = sorted(arrays_of(tmp_path / "dev2.npz")["ids"])
     write_trials(tmp_path / "one.txt", ids, keep=False)
     given = {"reference": "dev32.npz", "trials": "one.txt", "out": "p.json"}
     with pytest.raises(UserError, match=r"one\.txt: no target trials"):
@@ -283,7 +279,7 @@ def test_refusals(run, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             run(calibrate, *stages("dev"), words, **fit)
-    few = load(tmp_path / "dev3.npz")
+    few = arrays_of(tmp_path / "dev3.npz")
     np.savez(tmp_path / "few.npz", ids=few["ids"][:5], embeddings=few["embeddings"][:5])
     with pytest.raises(UserError, match=r"few\.npz: no embedding of dev"):
         run(calibrate, "--stage=2:dev2.npz", "--stage=3:few.npz", **fit)

@@ -239,7 +239,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(models, tmp_path, monkeypatch,
 
 
 def test_embeddings_of_another_list_are_named(embeddings, tmp_path, monkeypatch, capsys):
-    archive = dict(np.load(embeddings / "2.npz"))
+    archive = commands.arrays_of(embeddings / "2.npz")
     np.savez(tmp_path / "less.npz", **{name: values[:-1] for name, values in archive.items()})
     words = [f"--reference={embeddings / 'full.npz'}", f"--quantized=2:{tmp_path / 'less.npz'}", f"--trials={DATA}"]
     assert run(monkeypatch, *words, f"--out={tmp_path / 'out'}") == 2

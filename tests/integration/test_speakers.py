@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from commands import run
+from commands import arrays_of, run
 from recordings import tone, write
 
 from kmq_jax.models import registry
@@ -142,6 +142,6 @@ def test_speech_alone_of_long_recordings(place, monkeypatch, capsys):
         float(re.search(r", (\d+\.\d) s", said["enroll", "--store=s"])[1]) < 45
     )  # of speech: the minute is not counted
     score = [re.search(r"-?\d\.\d{4}", said[key])[0] for key in said if key[0] in ("verify", "identify")]
-    embeddings = np.load(place / "x.npz")["embeddings"]
+    embeddings = arrays_of(place / "x.npz")["embeddings"]
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     assert len(set(score)) == 1 and float(score[0]) == pytest.approx(float(unit[0] @ unit[1]), abs=2e-4)

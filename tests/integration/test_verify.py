@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import soundfile
-from commands import run
+from commands import arrays_of, run
 
 import kmq_jax
 from kmq_jax import quant
@@ -139,7 +139,7 @@ def test_several_recordings_of_the_claimed_speaker_are_averaged(place, tmp_path,
     policy = cascade.policy
     cascade.policy = dataclasses.replace(policy, gates=((-9.0, 9.0),) * (len(policy.bits) - 1))  # to the last level
     waves = [(utterances.load(row), source.SAMPLE_RATE) for row in (0, 1, 5)]
-    table = np.load(place / "32.npz")["embeddings"][[0, 1, 5]].astype(np.float64)
+    table = arrays_of(place / "32.npz")["embeddings"][[0, 1, 5]].astype(np.float64)
     unit = table / np.linalg.norm(table, axis=1, keepdims=True)
     mean = unit[:2].mean(axis=0)
     found = cascade.verify(waves[:2], waves[2])
@@ -171,7 +171,7 @@ def test_a_cascade_beside_single_models_in_one_table(place, tmp_path, monkeypatc
     rows = {row["system"]: row for row in one["rows"]}
     assert list(rows) == ["cascade", "full precision", nested]
     pairs = trials.open_trials(DATA, source.open_source(DATA))
-    full = np.load(place / "32.npz")["embeddings"]
+    full = arrays_of(place / "32.npz")["embeddings"]
     scores = cosine_scores(full, full, pairs.enrol, pairs.test)
     assert rows["full precision"]["eer"] == pytest.approx(100 * eer(scores, pairs.label)[0], abs=0.3)
     assert rows["full precision"]["harmful_flips"] == 0 and rows["full precision"]["ratio"] == 1

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import arrays_of
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import named_leaves
@@ -105,7 +106,7 @@ def test_real_weights_give_the_embeddings_of_the_original_code(shared, tmp_path)
     from kmq_jax.models.speaker_model import embed_waves
 
     model = import_model(shared / "models/3dspeaker-campplus-zh-en.pt", tmp_path / "model")
-    wanted = np.load(shared / "models/campplus-reference.npz")
+    wanted = arrays_of(shared / "models/campplus-reference.npz")
     table = source.open_source(str(shared / "data/words/dev"))
     rows = [list(table.ids).index(name) for name in wanted["words_dev_ids"][::11]]
     found = embed_waves(model, [table.load(row) for row in rows])

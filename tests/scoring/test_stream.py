@@ -65,7 +65,7 @@ def test_the_same_scores_and_rates_as_at_once(files, tmp_path, form):
 
 
 def test_shares_of_a_list_are_the_list(files):
-    trials, ids = files / "trials.txt", tuple(np.load(files / "e.npz")["ids"].tolist())
+    trials, ids = files / "trials.txt", tuple(commands.arrays_of(files / "e.npz")["ids"].tolist())
     whole = read_trials(trials, ids)
     for count in (1, 2, 3, 7):
         parts = [part for i in range(count) for part in read_in_parts(trials, ids, share=(i, count))]
@@ -106,8 +106,7 @@ def test_doubtful_trials_are_counted(files, tmp_path, capsys):
 
 def test_utterances_that_no_trial_compares_do_not_count_for_snorm(files, tmp_path, capsys):
     """As the cohort, the speakers of the same file that the trials leave out; and an utterance like none of them."""
-    with np.load(files / "e.npz") as held:
-        arrays = dict(held)
+    arrays = commands.arrays_of(files / "e.npz")
     ids, rows = arrays["ids"].tolist(), arrays["embeddings"].copy()
     cohort = {name: values[25:] for name, values in arrays.items()}
     cohort["embeddings"] = rows[25:] * (np.arange(8) > 0)
@@ -131,8 +130,8 @@ def test_utterances_that_no_trial_compares_do_not_count_for_snorm(files, tmp_pat
 
 def test_a_cohort_of_another_model_is_warned_of(files, tmp_path, capsys):
     for name, model in (("e.npz", "r34 at 2 bits"), ("c.npz", "r34 at 4 bits"), ("own.npz", "r34 at 2 bits")):
-        with np.load(files / name.replace("own", "c")) as held:
-            np.savez(tmp_path / name, model=np.array(model), **held)
+        held = commands.arrays_of(files / name.replace("own", "c"))
+        np.savez(tmp_path / name, model=np.array(model), **held)
     for score in (run.score, stream.score_stream):
         about = tmp_path / "e.npz", str(files / "trials.txt"), OPTIONS
         score(*about, cohort=tmp_path / "own.npz")
