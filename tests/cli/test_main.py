@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ from kmq_jax.core.options import kind_of, limits_of
 
 ROOT = Path(__file__).parents[2]
 PYTHON = [sys.executable, "-m", "kmq_jax"]
+
+
+def test_the_contract_that_no_command_imports_another_names_all_of_them():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (named,) = (one["modules"] for one in contracts if one["type"] == "independence")
+    assert sorted(named) == sorted(f"kmq_jax.cli.{name}" for name in main.COMMANDS)
 
 
 def test_every_help_comes_without_jax_or_numpy():
