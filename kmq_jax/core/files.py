@@ -149,6 +149,18 @@ def _mask() -> int:
     return mask
 
 
+def cache_directory() -> Path:
+    """Where this user's files lie that can be made again: `kmq_jax` in `XDG_CACHE_HOME`, else in `~/.cache`.
+
+    Raises:
+        UserError: the user has no home directory, as in a container whose user nobody knows.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kmq_jax"
+    except RuntimeError as error:
+        raise UserError(f"there is no cache directory ({error}): set HOME or XDG_CACHE_HOME") from error
+
+
 def require_regular(path: str | os.PathLike[str]) -> None:
     """Refuses a pipe or a device as a file to read: it may never end, or never begin. What is missing passes.
 

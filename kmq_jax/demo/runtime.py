@@ -18,7 +18,7 @@ import zlib
 from pathlib import Path
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import atomic_write, require_regular
+from kmq_jax.core.files import atomic_write, cache_directory, require_regular
 
 VERSION = "1.30.0"
 INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
@@ -41,7 +41,7 @@ def runtime_files(given: Path | None = None) -> dict[str, bytes]:
     """
     if given is not None:
         return _of_directory(given) if given.is_dir() else _unpacked(_read(given, _LARGEST), str(given))
-    kept = cache_directory()
+    kept = cache_directory() / f"onnxruntime-web-{VERSION}"
     if all((kept / name).is_file() for name in FILES):
         return _of_directory(kept)
     files = _unpacked(download(), "the package")
@@ -49,12 +49,6 @@ def runtime_files(given: Path | None = None) -> dict[str, bytes]:
         with atomic_write(kept / name) as temporary:
             temporary.write_bytes(data)
     return files
-
-
-def cache_directory() -> Path:
-    """Where this version's files are kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "kmq_jax" / f"onnxruntime-web-{VERSION}"
 
 
 def download(integrity: str = INTEGRITY, largest: int = _LARGEST) -> bytes:

@@ -441,6 +441,15 @@ def _type_of(leaf: Leaf) -> str:
     return str(jax.dtypes.canonicalize_dtype(leaf.dtype).name)
 
 
+def _unit(rows: jax.Array) -> jax.Array:
+    """Powers of two `[groups, 1]` that bring each row's largest to 1 to 2, since squares of others may not fit float32.
+
+    A product with them rounds nothing.
+    """
+    largest = jnp.max(jnp.abs(rows), axis=1, keepdims=True)
+    return jnp.ldexp(jnp.ones_like(largest), jnp.clip(jnp.frexp(largest)[1] - 1, -126, 126))
+
+
 @partial(jax.jit, static_argnums=(3, 4, 5))
 def _in_units(
     tensor: jax.Array,
@@ -453,10 +462,8 @@ def _in_units(
     """Brings codebooks, and a normalized latent, into units of the scale; None takes each group's deviation."""
     if scale is None:
         rows = to_groups(tensor, axis)
-        largest = jnp.max(jnp.abs(rows), axis=1)
-        # The squares of very large weights would not fit float32. Powers of two round nothing.
-        unit = jnp.ldexp(jnp.ones_like(largest), jnp.clip(jnp.frexp(largest)[1] - 1, -126, 126))
-        spread = jnp.std(rows / unit[:, None], axis=1) * unit
+        largest, unit = jnp.max(jnp.abs(rows), axis=1), _unit(rows)
+        spread = (jnp.std(rows / unit, axis=1, keepdims=True) * unit)[:, 0]
         # A constant group has no spread; its magnitude is then the unit.
         scale = jnp.where(spread > 1e-6 * largest, spread, jnp.where(largest > 0, largest, 1.0))
     books = tuple(book / scale[:, None] for book in books)
@@ -544,16 +551,17 @@ def _into_cells(
     """Scales a tensor to the values of its indices in the finest codebook, and moves strays into their cells."""
     rows, index = to_groups(tensor, axis), to_groups(indices, axis)
     values = lookup(index, books[-1], 0)
-    power = jnp.sum(rows * rows, axis=1)
+    rows, unit = rows / _unit(rows), _unit(values)
+    power = jnp.sum(rows * rows, axis=1, keepdims=True)
     # Least squares: the factor that brings a channel nearest to its packed values.
-    rows = rows * (jnp.sum(rows * values, axis=1) / jnp.where(power > 0, power, 1))[:, None]
+    rows = rows * (jnp.sum(rows * (values / unit), axis=1, keepdims=True) / jnp.where(power > 0, power, 1)) * unit
     borders = inner_borders(books, kept)
     ends = jnp.full((*borders.shape[:2], 1), jnp.inf)
     # The borders below and above each index's cell; none at the ends.
     low = lookup(index, jnp.concatenate([-ends, borders], axis=-1).reshape(books[-1].shape), 0)
     high = lookup(index, jnp.concatenate([borders, ends], axis=-1).reshape(books[-1].shape), 0)
     # A border that several codebooks share need not have the centroid on its own side.
-    gap = 0.05 * jnp.minimum(jnp.std(rows, axis=1, keepdims=True), high - low)
+    gap = 0.05 * jnp.minimum(jnp.std(rows / unit, axis=1, keepdims=True) * unit, high - low)
     inside = jnp.clip(values, low + gap, high - gap)
     low = jnp.where(jnp.isfinite(low), low + margin * (inside - low), low)
     high = jnp.where(jnp.isfinite(high), high - margin * (high - inside), high)

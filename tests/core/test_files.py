@@ -4,11 +4,12 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import atomic_write, read_json, write_json
+from kmq_jax.core.files import atomic_write, cache_directory, read_json, write_json
 
 
 def test_written_whole_under_the_final_name(tmp_path):
@@ -128,3 +129,13 @@ def test_another_file_that_fails_within_is_named(tmp_path):
     reason = rf"cannot write .*out: {tmp_path}/absent: No such file"
     with pytest.raises(UserError, match=reason), atomic_write(tmp_path / "out"):
         (tmp_path / "absent").read_text()
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    with pytest.raises(UserError, match="no cache directory .*: set HOME or XDG_CACHE_HOME"):
+        cache_directory()

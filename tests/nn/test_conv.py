@@ -192,16 +192,6 @@ def test_falls_back_and_says_why(fault, tmp_path):
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_a_user_without_a_home_falls_back(monkeypatch):
-    def nobody():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(library.Path, "home", nobody)
-    with pytest.raises(library.Unavailable, match="no cache directory .*: set HOME or XDG_CACHE_HOME"):
-        library._cache_directory()
-
-
 @pytest.mark.parametrize(
     ("rank", "taps", "stride", "padding", "dilation", "groups"),
     [(1, 5, 1, "valid", 1, 1), (1, 3, 2, "same", 2, 4), (1, 7, 1, "same", 1, 8), (2, (5, 3), (2, 1), "valid", 1, 2)],

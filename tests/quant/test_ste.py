@@ -239,11 +239,13 @@ def test_what_is_adopted_is_the_packed_network(bits):
     np.testing.assert_array_equal(*(quant.dequantize_params(tree)["w"] for tree in (stored, packed)))
 
 
-def test_latents_stay_where_the_index_is_the_nearest_and_else_go_just_over_the_border():
+@pytest.mark.parametrize("unit", [1.0, 2.0**70, 2.0**-80])  # squares of the last two do not fit float32
+def test_latents_stay_where_the_index_is_the_nearest_and_else_go_just_over_the_border(unit):
     # Values twice the weights; -3 belongs to -4 (index 0) but holds index 1, whose cell is (-3, 0) in these units.
     weights = {"w": np.array([[-3.0], [-1.0], [1.0], [3.0]], np.float32)}
     book = jnp.array([[-4.0, -2.0, 2.0, 4.0]], jnp.float16)
     packed = quant.quantize_params(weights, QuantSpec(2))
+    weights = {"w": unit * weights["w"]}
     indices = np.array([[1, 1, 2, 3]], np.uint8)
     tensor = dataclasses.replace(packed["w"], codebook=book, packed=quant.pack_bits(indices, 2))
     latents, books = quant.adopt_codebooks(weights, {"w": tensor}, QuantSpec(2), margin=0.1)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import jaxlib
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import atomic_write
+from kmq_jax.core.files import atomic_write, cache_directory
 from kmq_jax.nn.cpu import prebuilt
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def library() -> bool:
 def _file() -> Path:
     """The library: compiled for this machine, else one that came with the package."""
     try:
-        return _build(_cache_directory())
+        return _build(_private_cache())
     except (Unavailable, UserError, OSError, subprocess.SubprocessError) as error:
         found = prebuilt.best(DIRECTORY, prebuilt.architecture(), prebuilt.processor())
         if found is None:
@@ -75,13 +75,9 @@ def _file() -> Path:
         return found
 
 
-def _cache_directory() -> Path:
+def _private_cache() -> Path:
     """The directory of compiled libraries. What lies there gets loaded, so nobody else may be able to write to it."""
-    try:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError as error:  # a container with a user that nobody knows
-        raise Unavailable(f"there is no cache directory ({error}): set HOME or XDG_CACHE_HOME") from error
-    directory = Path(root) / "kmq_jax"
+    directory = cache_directory()
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = directory.stat()
     if hasattr(os, "getuid") and status.st_uid != os.getuid():
