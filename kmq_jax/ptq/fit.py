@@ -24,6 +24,7 @@ import numpy as np
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.memory import require_memory
 from kmq_jax.core.progress import progress
 from kmq_jax.core.tree import Leaf, Params, named_leaves, replace_named
 from kmq_jax.data import source
@@ -42,6 +43,7 @@ from kmq_jax.quant.nested import split_kmeans
 from kmq_jax.quant.types import CodebookTensor
 
 _PLACES = 1 << 14  # outputs drawn at random; H is estimated from what a layer sees at them
+_COPIES = 8  # of the largest activations at least, of both networks, are held at once; ResNet34 10, CAM++ 13
 
 
 def fit_on(
@@ -110,8 +112,9 @@ def fit(
 
     Raises:
         UserError: a quantized tensor shares one codebook among channels, or belongs to a layer of an unknown kind or
-            to one that runs more than once.
+            to one that runs more than once; or this machine's memory cannot hold the activations.
     """
+    _require_memory(reference.network(), *features.shape[:2])
     tensors = dict(named_leaves(quantized.variables["params"], quant.is_codebook_tensor))
     for name, tensor in tensors.items():
         if quant.is_codebook_tensor(tensor) and tensor.axis != tensor.ndim - 1:
@@ -134,6 +137,12 @@ def fit(
         per_bits = {str(b): per_bits_leaves(replace_named(shared, one.leaves)) for b, one in zip(nested, found)}
         variables = {**variables, PER_BITS: per_bits}
     return dataclasses.replace(quantized, variables=variables)
+
+
+def _require_memory(network: SpeakerNetwork, crops: int, frames: int) -> None:
+    """Refuses activations that do not fit, before any are there."""
+    largest = max(math.prod(shape) for layer in layers(network, frames) for shape in (layer.inputs, layer.outputs))
+    require_memory(_COPIES * 2 * crops * largest * 4, f"fitting on {crops:,} crops of {frames} frames")
 
 
 def _leaves(tensors: Mapping[str, Leaf], found: "list[_Fit]") -> dict[str, Leaf]:

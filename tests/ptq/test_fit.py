@@ -210,6 +210,13 @@ def test_one_codebook_for_all_channels_cannot_be_repaired():
         fit.fit_on(reference, quantized_of(reference, granularity="tensor"), DATA, crops=4, seconds=1.0)
 
 
+def test_activations_that_no_memory_holds_are_refused_before_any_are_there():
+    reference = reference_of("bias")
+    features = jax.ShapeDtypeStruct((10**9, 98, 24), jnp.float32)
+    with pytest.raises(UserError, match="^fitting on 1,000,000,000 crops of 98 frames: takes .* GB or more"):
+        fit.fit(reference, quantized_of(reference), features)
+
+
 @pytest.mark.parametrize("norm", [pytest.param("bias", marks=pytest.mark.slow), "batch"])
 def test_the_narrowest_width_of_a_nested_model_is_fitted_as_though_it_were_alone_and_wider_ones_go_on(norm, tmp_path):
     reference = reference_of(norm)
