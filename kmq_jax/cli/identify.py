@@ -19,7 +19,10 @@ class Files(Options):
     top: int = option("speakers to show", 5, at_least=1)
     threshold: str | None = option("scores from here on are accepted: a number, or a file of `threshold`", None)
     false_accept: float | None = option(
-        "rate at which one comparison accepts a stranger at --threshold, where it is known", None, at_least=0, at_most=1
+        "rate at which one comparison accepts a stranger at --threshold; left out: what its file says",
+        None,
+        at_least=0,
+        at_most=1,
     )
     model: str | None = option("MODEL; left out: the one that the store remembers", None, metavar="MODEL")
     json: Path | None = option(
@@ -43,28 +46,25 @@ def main() -> None:
     if files.false_accept is not None and files.threshold is None:
         raise UserError("`false_accept` is a rate at a threshold: give `threshold`, too")
     from kmq_jax.core.files import write_json
-    from kmq_jax.speakers.store import SpeakerStore, false_accept_rate, threshold_of
+    from kmq_jax.speakers.store import SpeakerStore, describe_strangers, false_accept_rates, threshold_of
 
     store = SpeakerStore(files.store, files.model, how.bits, how.engine, how.vad)
     threshold = threshold_of(files.threshold, store)
-    matches = store.identify(files.recording, threshold)
-    one, count = files.false_accept, len(matches)
-    rate = None if one is None else false_accept_rate(one, count)
-    shown = matches[: files.top]  # all are compared, not only these: the rate below grows with their number
+    matches = store.identify(files.recording, threshold.value if threshold else None)
+    # All speakers are compared, not only those that are shown: the rates grow with their number.
+    rates = false_accept_rates(threshold, files.false_accept, len(matches))
+    shown = matches[: files.top]
     if files.json:
         found = {"speaker": matches[0].speaker, "score": matches[0].score, "accepted": matches[0].decision}
         found |= {"ranking": [{"speaker": match.speaker, "score": match.score} for match in shown]}
-        write_json(files.json, found | {"speakers": count, "false_accept_rate": rate})
+        write_json(files.json, found | {"speakers": len(matches)} | rates)
     for match in shown:
         print(f"{match.score:7.4f}  {match.speaker}")
     if threshold is None:
-        print(f"nothing is decided among {count} speakers: --threshold is not given")
+        print(f"nothing is decided among {len(matches)} speakers: --threshold is not given")
     elif matches[0].decision:
-        print(f"{matches[0].speaker}: the score is at least the threshold {threshold:.4f}")
+        print(f"{matches[0].speaker}: the score is at least the threshold {threshold.value:.4f}")
     else:
-        print(f"none of {count} speakers: all scores are below the threshold {threshold:.4f}")
-    if one is not None:
-        print(
-            f"a stranger is accepted as one of {count} at a rate of about {rate:.4g} if comparisons err independently, "
-            f"of at most {min(1, one * count):.4g} in any case"
-        )
+        print(f"none of {len(matches)} speakers: all scores are below the threshold {threshold.value:.4f}")
+    if rates["false_accept_rate"] is not None:
+        print(describe_strangers(rates, len(matches)))

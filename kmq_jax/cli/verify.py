@@ -68,7 +68,7 @@ def _by_store(files: Files, how: HearOptions) -> tuple[Any, Any]:
 
     store = SpeakerStore(files.store or "", files.model, how.bits, how.engine, how.vad)
     threshold = threshold_of(files.threshold, store)
-    return store.verify(files.speaker or "", files.recording or "", threshold), threshold
+    return store.verify(files.speaker or "", files.recording or "", threshold.value if threshold else None), threshold
 
 
 def _by_model(files: Files, how: HearOptions) -> tuple[Any, Any]:

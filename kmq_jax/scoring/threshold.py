@@ -155,12 +155,14 @@ class Decider:
     Attributes:
         value: accept when `score >= value`.
         model: fingerprint of the model it is for; None where it was given as a number.
-        known: its error rates, as a clause for messages; empty where they are not known.
+        known: its error rates, as a clause behind a verdict; empty where they are not known.
+        false_accept: how often one comparison accepts a stranger; None where it is not known.
     """
 
     value: float
     model: str | None = None
     known: str = ""
+    false_accept: Rate | None = None
 
     def require(self, own: str, name: str) -> None:
         """Refuses a model other than the one that the threshold was found with.
@@ -183,7 +185,7 @@ def read_threshold(text: str) -> Decider:
         UserError: it is neither, or the file is damaged.
 
     >>> read_threshold("0.5")
-    Decider(value=0.5, model=None, known='')
+    Decider(value=0.5, model=None, known='', false_accept=None)
     """
     try:
         number = float(text)
@@ -244,10 +246,10 @@ def _from_file(path: str) -> Decider:
         raise UserError(f"`threshold` (={path}) is damaged: a number or the model's fingerprint is missing") from None
     check_threshold(value, f"{value} in {path}")
     known = (
-        f"at it {_with_interval(accepts)} of different speakers are accepted, {_with_interval(rejects)} of same "
-        f"speakers rejected (95 %, from {speakers} speakers)"
+        f"; at it {_with_interval(accepts)} of different speakers are accepted, {_with_interval(rejects)} of same "
+        f"speakers rejected (95 %; from {speakers} speakers, one recording against one)"
     )
-    return Decider(value, model, known)
+    return Decider(value, model, known, accepts)
 
 
 def _read_rate(held: Json, name: str) -> Rate:
@@ -285,8 +287,7 @@ class Decision:
         """
         sides = "same speaker: score" if self.decision else "different speakers: score"
         where = "at least" if self.decision else "below"
-        told = f"; {threshold.known}" if threshold.known else ""
-        return f"{sides} {self.score:.4f} is {where} the threshold {self.threshold:.4f}{told}"
+        return f"{sides} {self.score:.4f} is {where} the threshold {self.threshold:.4f}{threshold.known}"
 
 
 def decide(

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import file_hash
+from kmq_jax.core.files import Json, file_hash
 from kmq_jax.core.progress import progress, say_once
 from kmq_jax.data import audio, speech
 from kmq_jax.models.embedder import Embedder
 from kmq_jax.models.runner import Engine
 from kmq_jax.scoring.cosine import average, cosine_scores, lengths, unusable
-from kmq_jax.scoring.threshold import check_threshold, read_threshold
+from kmq_jax.scoring.threshold import Decider, check_threshold, read_threshold
 from kmq_jax.speakers.database import (
     FILE,
     Database,
@@ -69,16 +69,18 @@ class Match:
     score: float
     decision: bool | None
 
-    def describe(self, threshold: float | None) -> str:
-        """The verdict in one line.
+    def describe(self, threshold: Decider | None) -> str:
+        """The verdict in one line, with what is known of the threshold.
 
-        >>> Match("alice", 0.625, True).describe(0.5)
+        >>> Match("alice", 0.625, True).describe(Decider(0.5))
         'alice: accepted, score 0.6250 is at least the threshold 0.5000'
         """
         if threshold is None:
             return f"{self.speaker}: score {self.score:.4f}; nothing is decided without a threshold"
         side = "accepted, score {} is at least" if self.decision else "rejected, score {} is below"
-        return f"{self.speaker}: {side.format(f'{self.score:.4f}')} the threshold {threshold:.4f}"
+        return (
+            f"{self.speaker}: {side.format(f'{self.score:.4f}')} the threshold {threshold.value:.4f}{threshold.known}"
+        )
 
 
 class SpeakerStore:
@@ -391,7 +393,47 @@ def false_accept_rate(rate: float, speakers: int) -> float:
     return 1 - (1 - rate) ** speakers
 
 
-def threshold_of(text: str | None, store: SpeakerStore) -> float | None:
+def false_accept_rates(threshold: Decider | None, given: float | None, speakers: int) -> Json:
+    """How often a stranger is accepted as one of the enrolled, as `false_accept_rate` has it.
+
+    Args:
+        threshold: its file may say how often a single comparison accepts a stranger.
+        given: that rate, if it is known otherwise; it goes first.
+        speakers: how many are enrolled.
+
+    Returns:
+        `false_accept_rate`; `false_accept_rate_ci95`, for the interval of a file's rate; `false_accept_rate_at_most`,
+        which holds however the comparisons depend on each other. None where nothing is known.
+
+    >>> rates = false_accept_rates(Decider(0.5), 0.01, speakers=20)
+    >>> round(rates["false_accept_rate"], 4), rates["false_accept_rate_at_most"], rates["false_accept_rate_ci95"]
+    (0.1821, 0.2, None)
+    """
+    known = threshold.false_accept if threshold and given is None else None
+    one = known.value if known else given
+    interval = [false_accept_rate(end, speakers) for end in (known.low, known.high)] if known else None
+    return {
+        "false_accept_rate": None if one is None else false_accept_rate(one, speakers),
+        "false_accept_rate_ci95": interval,
+        "false_accept_rate_at_most": None if one is None else min(1.0, one * speakers),
+    }
+
+
+def describe_strangers(rates: Json, speakers: int) -> str:
+    """The rates of `false_accept_rates` in one line.
+
+    >>> describe_strangers(false_accept_rates(Decider(0.5), 0.01, speakers=2), speakers=2)[:64]
+    'a stranger is accepted as one of 2 at a rate of about 0.0199 if '
+    """
+    ends = rates["false_accept_rate_ci95"]
+    interval = f" [{ends[0]:.3g}, {ends[1]:.3g}]" if ends else ""
+    return (
+        f"a stranger is accepted as one of {speakers} at a rate of about {rates['false_accept_rate']:.4g}{interval} "
+        f"if comparisons err independently, of at most {rates['false_accept_rate_at_most']:.4g} in any case"
+    )
+
+
+def threshold_of(text: str | None, store: SpeakerStore) -> Decider | None:
     """The threshold that is meant by a number, or by a file of `kmq-jax threshold`; None where none is given.
 
     Args:
@@ -406,7 +448,7 @@ def threshold_of(text: str | None, store: SpeakerStore) -> float | None:
     threshold = read_threshold(text)
     if threshold.model is not None:
         threshold.require(store.fingerprint, "the store's")
-    return threshold.value
+    return threshold
 
 
 def _match(name: str, score: float, threshold: float | None) -> Match:

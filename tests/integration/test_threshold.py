@@ -12,6 +12,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.data import source
 from kmq_jax.models import registry
 from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model, save_model
+from kmq_jax.scoring.threshold import Decider
 from kmq_jax.speakers.store import SpeakerStore, threshold_of
 
 SETTINGS = {"width": 4, "blocks": [1, 1, 1, 1], "embedding_size": 8}
@@ -150,7 +151,34 @@ def test_rates_that_are_none_are_refused(tmp_path, monkeypatch, capsys, rate):
 
 def test_a_store_takes_a_threshold_of_its_own_model_alone(place, file, tmp_path):
     store = SpeakerStore(tmp_path, f"{place}/one.kmq")
-    assert threshold_of(str(file), store) == json.loads(file.read_text())["threshold"]
-    assert (threshold_of("0.25", store), threshold_of(None, store)) == (0.25, None)
+    assert threshold_of(str(file), store).value == json.loads(file.read_text())["threshold"]
+    assert (threshold_of("0.25", store), threshold_of(None, store)) == (Decider(0.25), None)
     with pytest.raises(UserError, match="`threshold` was found with the model .*, but the store's is"):
         threshold_of(str(file), SpeakerStore(tmp_path, f"{place}/two.kmq"))
+
+
+def test_a_store_says_the_error_rates_of_the_file_and_among_all_who_are_enrolled(
+    place, file, tmp_path, monkeypatch, capsys
+):
+    flags = [f"--store={tmp_path}/s", f"--threshold={file}"]
+    first, own, _, second, _, other, *_ = sorted(map(str, place.glob("people/*/*.wav")))
+    for name, recording in (("a", first), ("b", second)):
+        enroll = [f"--store={tmp_path}/s", f"--model={place}/one.kmq", f"--speaker={name}", recording]
+        assert run(monkeypatch, "enroll", *enroll) == 0
+    capsys.readouterr()
+    assert run(monkeypatch, "verify", *flags, "--speaker=a", own) == 0
+    assert "of different speakers are accepted" in capsys.readouterr().out
+    assert run(monkeypatch, "verify", flags[0], "--speaker=a", "--threshold=0.5", own) == 0
+    assert "of different speakers" not in capsys.readouterr().out
+    held = json.loads(file.read_text())
+    one, (low, high) = held["false_accept_rate"], held["false_accept_rate_ci95"]
+    assert run(monkeypatch, "identify", *flags, other, f"--json={tmp_path}/i.json") == 0
+    out, found = capsys.readouterr().out, json.loads((tmp_path / "i.json").read_text())
+    # Of two enrolled, neither accepts: independent errors multiply.
+    assert found["false_accept_rate"] == pytest.approx(1 - (1 - one) ** 2)
+    assert found["false_accept_rate_ci95"] == pytest.approx([1 - (1 - low) ** 2, 1 - (1 - high) ** 2])
+    assert found["false_accept_rate_at_most"] == pytest.approx(min(1, 2 * one))
+    assert f"accepted as one of 2 at a rate of about {found['false_accept_rate']:.4g} [" in out
+    assert run(monkeypatch, "identify", *flags, other, "--false_accept=0.5", f"--json={tmp_path}/i.json") == 0
+    found = json.loads((tmp_path / "i.json").read_text())
+    assert found["false_accept_rate"] == 0.75 and found["false_accept_rate_ci95"] is None
