@@ -1,10 +1,12 @@
-"""The notebooks: valid, without outputs, and sound from top to bottom in their small form."""
+"""The notebooks: valid, with outputs of these very cells, and sound from top to bottom in their small form."""
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
 import os
+import re
 import runpy
 import socket
 import subprocess
@@ -33,10 +35,20 @@ def test_all_are_here():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_valid_and_kept_without_outputs(path):
+def test_a_notebook_is_valid_and_shows_what_its_cells_gave(path):
+    """As `.ci/notebooks.py` stores it, which is to run again where a cell changes."""
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    assert all(not cell.outputs and cell.execution_count is None for cell in code_of(notebook))
+    code = code_of(notebook)
+    sources = "\0".join(cell.source for cell in code)
+    assert notebook.metadata["kmq_jax"]["code"] == hashlib.sha256(sources.encode()).hexdigest()[:16]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= PICTURES[path.stem]
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert "cpu, JAX" in printed and not re.search(r"/(tmp|root|home|work)/| left", printed)
+    assert path.stat().st_size < 1 << 20
 
 
 class Machine:
