@@ -175,7 +175,31 @@ def levels_differ(found):
     return seen == {(levels, on): int(on == "so762") for levels in ("uniform", "powers") for on in ("so762", "words")}
 
 
+def mirrored(found):
+    """By component quantized alone: its share of the weights, and of the drift, a mean over the sets; of 1."""
+    rows = [row for one in found["diagnosis"].values() for row in one["retention"] if row["experiment"] == "mirror"]
+    names = {row["component"]: row["parameters"] for row in rows}
+    drifts = {name: [row["drift_recovery"] / 100 for row in rows if row["component"] == name] for name in names}
+    return {name: (weights, sum(drifts[name]) / len(drifts[name])) for name, weights in names.items()}
+
+
+def most_weights_do_most_harm(found):
+    parts = mirrored(found)
+    return set(sorted(parts, key=lambda name: parts[name][0])[-2:]) == set(
+        sorted(parts, key=lambda name: parts[name][1])[-2:]
+    )
+
+
 CLAIMS = (
+    *(Claim("in both networks the two parts that hold most weights do most harm", file, most_weights_do_most_harm)
+      for file in ("resnet34-mirror.json", "campplus-mirror.json")),
+    Claim("CAM++'s stem and embedding, 4 % of its weights, each make over a quarter of the drift",
+          "campplus-mirror.json", lambda found: all(mirrored(found)[part][1] > 1 / 4 for part in ("stem", "embedding"))
+          and round(100 * sum(mirrored(found)[part][0] for part in ("stem", "embedding"))) == 4),
+    Claim("stage 1 of ResNet34, under 1 % of them, makes a seventh", "resnet34-mirror.json",
+          lambda found: mirrored(found)["stage1"][0] < 0.01 and 1 / 7.5 < mirrored(found)["stage1"][1] < 1 / 6.5),
+    Claim("CAM++'s pooling, which has no weights to quantize, drifts, too", "campplus-mirror.json",
+          lambda found: mirrored(found)["pooling"][0] < 1e-3 and mirrored(found)["pooling"][1] > 0.1),
     Claim("On so762 uniform levels and powers of two err more than k-means, beyond chance; on words no difference is "
           "seen", "levels.json", levels_differ),
     Claim("At 4 bits, trained for an epoch, no loss of EER is seen", "campplus-trained.json",
