@@ -141,6 +141,8 @@ def _told(message: str) -> str:
     if found := re.fullmatch(r"\W*(\w+)\W*?(?:\s*Did you mean \W(\w+)\W instead of .*)?", plain):
         near = f"; did you mean {found[2]}?" if found[2] else ""
         return f"the configuration has no setting {found[1]}{near}"
+    if found := re.search(r"<class '(\w+)'> of field (\S+) is not supported for overriding", plain):
+        return f"--{found[2]} is a {found[1]} in the configuration, which no flag can change: let the file say a tuple"
     if "Traceback" not in message:
         return message
     last = message.strip().splitlines()[-1]

@@ -27,7 +27,9 @@ def default_config(model: str, **settings: Any) -> ml_collections.ConfigDict:
     for setting in settings:
         if setting not in known:
             raise UserError(f"model {model} has no setting {setting!r}; it has {', '.join(sorted(known))}")
-    options = TrainOptions(model={"name": model, **known, **settings})
+    # The command line can change a tuple, but not a list.
+    network = {key: tuple(value) if isinstance(value, list) else value for key, value in (known | settings).items()}
+    options = TrainOptions(model={"name": model, **network})
     return ml_collections.ConfigDict(dataclasses.asdict(options))
 
 

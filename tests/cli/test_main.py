@@ -129,6 +129,21 @@ def test_a_configuration_is_found_by_its_name_from_any_directory(tmp_path, monke
         config_flags.parse_flags(["train", "--config=quickstar", "--workdir=w"])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ml_collections' way to load a file
+def test_settings_of_several_values_are_changed_by_a_flag_or_told_how(tmp_path):
+    words = ["train", "--config=so762_resnet36_small", "--workdir=w", "--config.model.blocks=(1, 1, 1, 2)"]
+    config, _ = config_flags.parse_flags(words)
+    assert config.model.blocks == (1, 1, 1, 2)
+    (tmp_path / "mine.py").write_text(
+        "import ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict({'model': {'blocks': [1]}})\n"
+    )
+    with pytest.raises(UserError) as told:
+        config_flags.parse_flags(["train", f"--config={tmp_path}/mine.py", "--workdir=w", "--config.model.blocks=(2,)"])
+    assert str(told.value) == (
+        "--config.model.blocks is a list in the configuration, which no flag can change: let the file say a tuple"
+    )
+
+
 def test_the_configuration_may_stand_behind_what_changes_it():
     for words in (["--config=quickstart:smoke"], ["--config", "quickstart:smoke"]):
         config, _ = config_flags.parse_flags(["train", "--config.seed=7", "--workdir=w", *words])
