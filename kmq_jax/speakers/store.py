@@ -403,7 +403,8 @@ def false_accept_rates(threshold: Decider | None, given: float | None, speakers:
 
     Returns:
         `false_accept_rate`; `false_accept_rate_ci95`, for the interval of a file's rate; `false_accept_rate_at_most`,
-        which holds however the comparisons depend on each other. None where nothing is known.
+        which holds however the comparisons depend on each other, at the upper end of that interval. None where nothing
+        is known.
 
     >>> rates = false_accept_rates(Decider(0.5), 0.01, speakers=20)
     >>> round(rates["false_accept_rate"], 4), rates["false_accept_rate_at_most"], rates["false_accept_rate_ci95"]
@@ -411,11 +412,12 @@ def false_accept_rates(threshold: Decider | None, given: float | None, speakers:
     """
     known = threshold.false_accept if threshold and given is None else None
     one = known.value if known else given
+    most = known.high if known else given
     interval = [false_accept_rate(end, speakers) for end in (known.low, known.high)] if known else None
     return {
         "false_accept_rate": None if one is None else false_accept_rate(one, speakers),
         "false_accept_rate_ci95": interval,
-        "false_accept_rate_at_most": None if one is None else min(1.0, one * speakers),
+        "false_accept_rate_at_most": None if most is None else min(1.0, most * speakers),
     }
 
 
