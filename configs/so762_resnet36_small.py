@@ -17,8 +17,8 @@ Its study at 4, 3 and 2 bits, by this project's recipe or, with `--config.study.
     python -m kmq_jax.study --config=configs/so762_resnet36_small.py --workdir=runs/so762-study --config.data.root=DIR
 
 `:compare` sets recipes and sets of levels side by side at equal steps, with three seeds: this project's recipe, KMQAT
-as published, uniform levels of a learned scale, powers of two, and full precision trained on as the control. Its
-network is a ResNet-18 of width 8, and each training takes 40 epochs, as KMQAT was published with. An epoch is 10 steps
+as published, uniform levels of a learned scale and of the weights' range, powers of two, and full precision trained on
+as the control. Its network is a ResNet-18 of width 8, and each training takes 40 epochs, as KMQAT was published with. An epoch is 10 steps
 of 16 crops of 1.5 s there, far less than a pass over the data (`--config.epoch_steps=`): scales are frozen for two of
 them, and centroids move forty times. `study.json` then holds `differences` with paired intervals, and the seconds of
 every step. `:levels` puts sets of levels side by side that are fitted to that network alike, without training.
@@ -60,12 +60,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def side_by_side(config: ml_collections.ConfigDict) -> None:
-    """Shrinks network and steps so that 30 trainings pass, and asks for them."""
+    """Shrinks network and steps so that 36 trainings pass, and asks for them."""
     config.model.update(width=8, blocks=(2, 2, 2, 2))
     config.data.crop_seconds = 1.5
     config.loss.update(margin_start=30.0, margin_end=60.0)
     config.learning_rate.warmup_epochs = 6.0
     config.validation.epochs = 0.0
     config.update(batch_size=16, epoch_steps=10, epochs=120.0, checkpoint_epochs=20.0)
-    config.study.update(also=("kmqat", "uniform", "powers"), seeds=3, label_weight=0.1, nested=False)
+    config.study.update(also=("kmqat", *PATTERNED), seeds=3, label_weight=0.1, nested=False)
     config.study.update(epochs=NO_EPOCHS | dict.fromkeys(("3", "2", "32"), 40.0), cascades=(), diagnose=())

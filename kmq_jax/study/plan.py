@@ -14,6 +14,8 @@ USUAL = {
 }  # fmt: skip
 """How long steps take relative to each other, roughly, in a study of WeSpeaker's ResNet34; of training, an epoch. Used
 for a kind until a step of that kind is done."""
+TRAINING = ("fp32", "distilled", "kmqat", "uniform", "minmax", "powers")
+"""Kinds of steps that train, whose amount is epochs."""
 
 
 def planned(options: StudyOptions, epochs: float, only: Sequence[str] = ()) -> list[Work]:
@@ -52,7 +54,8 @@ def seconds_left(plan: Sequence[Work], at: int, done: Mapping[str, Row]) -> floa
     """Seconds that the steps from number `at` on may take, by those that are done; None where nothing is known.
 
     A kind of which some steps are done is taken to go on at their rate. For any other, the usual ratio to those that
-    are done decides.
+    are done decides: for training to other training, as far as some is done, since networks differ in what an epoch
+    is.
 
     Args:
         plan: all steps.
@@ -65,10 +68,14 @@ def seconds_left(plan: Sequence[Work], at: int, done: Mapping[str, Row]) -> floa
     >>> seconds_left(plan, 2, {"fp32": {"seconds": 8.0, "amount": 4}, "distilled": {"seconds": 6.0, "amount": 2}})
     6.0
     """
-    usual = sum(USUAL[kind] * known["amount"] for kind, known in done.items())
-    if not usual:
-        return None
-    # Seconds that one unit of `USUAL` takes on this machine, for this network.
-    scale = sum(known["seconds"] for known in done.values()) / usual
     rates = {kind: known["seconds"] / known["amount"] for kind, known in done.items() if known["amount"]}
-    return sum(work.amount * rates.get(work.kind, scale * USUAL[work.kind]) for work in plan[at:])
+    if not rates:
+        return None
+
+    def rate(kind: str) -> float:
+        alike = {one for one in rates if (one in TRAINING) == (kind in TRAINING)} or rates
+        # Seconds that one unit of `USUAL` takes on this machine, for this network.
+        scale = sum(done[one]["seconds"] for one in alike) / sum(USUAL[one] * done[one]["amount"] for one in alike)
+        return rates.get(kind, scale * USUAL[kind])
+
+    return sum(work.amount * rate(work.kind) for work in plan[at:])

@@ -12,6 +12,7 @@ from kmq_jax import html
 from kmq_jax.core.files import Json, Row, atomic_write, read_json
 from kmq_jax.study.options import FULL
 from kmq_jax.study.paired import changes_of
+from kmq_jax.study.plan import TRAINING
 from kmq_jax.study.published import comparison
 from kmq_jax.study.steps import duration
 from kmq_jax.training.runlog import read_runlog
@@ -28,7 +29,7 @@ METHODS = {  # colour, marker and name of each way to quantize
 TICKS = (2, 3, 4, 6, 8, 16, 32)
 EER_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 KINDS = {  # kinds of steps as the report groups them: the first words of their names
-    "training": ("fp32", "distilled", "kmqat", "uniform", "minmax", "powers"),
+    "training": TRAINING,
     "quantizing without training": ("ptq",),
     "embedding": ("embed",),
     "scoring": ("score", "compare", "det"),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import kmq_jax
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Json, read_json, read_object, size_and_time, write_json
+from kmq_jax.core.files import Json, file_hash, read_json, read_object, size_and_time, write_json
 from kmq_jax.core.locks import in_turn
 from kmq_jax.core.memory import peak_device_mb, peak_memory_mb
 from kmq_jax.core.provenance import start
@@ -28,7 +28,8 @@ from kmq_jax.data.folder import walk
 _LISTS = ("wav.scp", "dataset_info.json")
 """A directory with one of these is stamped by the files directly in it; recordings that they name are not looked at."""
 _COSTS = ("seconds", "memory_mb", "device_mb")
-_SHORT = 1 << 26  # bytes: the largest file that is hashed whole
+_SHORT = 1 << 26  # bytes: the largest file that is hashed whole in any case
+_READ = 1 << 31  # bytes: files that together are no larger are all hashed whole
 
 
 @dataclass(frozen=True)
@@ -133,27 +134,31 @@ class Steps:
         read = [self._stamp(place) for place in data]
         known = done.get(name, {})
         # Relative places, so that the directory may be moved. Older studies have digests of the places as given.
-        digests = [
-            _digest([kmq_jax.__version__, recipe, one, read, before]) for one in (self._inside(settings), settings)
-        ]
+        inside = self._inside(settings)
+        digests = [_digest([kmq_jax.__version__, recipe, one, read, before]) for one in (inside, settings)]
         digest = known["digest"] if known.get("digest") in digests else digests[0]
         if known.get("digest") == digest and known["done"] and path.exists():
             if not again:
                 self._say(name, "done before")
             return path
+        of = {"version": kmq_jax.__version__, "recipe": str(recipe), "settings": _digest(inside)}
+        of |= {f"data {place}": one for place, one in zip(data, read)}
+        of |= {f"step {other}": one for other, one in zip(needs, before)}
+        why = ""
         if known.get("digest") != digest and path.exists():
             # Made with other settings: to go on from it would mix the two.
+            why = _changed(known.get("of", {}), of)
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         # Noted before the work: what is found after an interruption is then known to be of these settings.
-        self._remember(name, {"digest": digest, "done": False})
+        self._remember(name, {"digest": digest, "of": of, "done": False})
         self._note_start()
-        self._say(name, f"begins{self._time_left()}")
+        self._say(name, f"begins{why}{self._time_left()}")
         begun = time.monotonic()
         action(path)
         seconds = time.monotonic() - begun
         self._say(name, f"took {seconds:.1f} s")
         costs = dict(zip(_COSTS, (round(seconds, 2), peak_memory_mb(), peak_device_mb())))
-        self._remember(name, {"digest": digest, "done": True, **costs})
+        self._remember(name, {"digest": digest, "of": of, "done": True, **costs})
         return path
 
     def costs(self) -> dict[str, Json]:
@@ -220,6 +225,16 @@ def _digest(about: object) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _changed(before: dict[str, str], now: dict[str, str]) -> str:
+    """What a step is done again for, as its line says it.
+
+    >>> _changed({"version": "1", "settings": "a"}, {"version": "2", "settings": "a", "data voices": "b"})
+    ' again (changed: version, data voices)'
+    """
+    names = [name for name, one in now.items() if before.get(name) != one] if before else []
+    return f" again (changed: {', '.join(names)})" if names else " again"
+
+
 def duration(seconds: float) -> str:
     """A time in the unit that suits it.
 
@@ -233,9 +248,10 @@ def duration(seconds: float) -> str:
 
 
 def stamp(data: str) -> str:
-    """A text that changes when the data changes.
+    """A text that changes when the data changes, and stays when the same data is copied or fetched again.
 
-    It holds a hash: of lists by their contents, of recordings by their names, sizes and times.
+    It holds a hash of names and contents. Of files that together have over 2 GiB, those over 64 MiB and recordings
+    stand for their contents by size and time.
 
     Args:
         data: DATA or TRIALS; several DATA are separated by commas. `synthetic:SPLIT` is its own stamp, and so is what
@@ -249,20 +265,19 @@ def stamp(data: str) -> str:
     path = Path(data)
     if data.startswith("synthetic:") or not data or not path.exists():
         return data
+    lists = True
     if path.is_file():
-        lines = [_of_file(path)]
+        files = [path]
     elif any((path / name).is_file() for name in _LISTS):
-        lines = [f"{one.name} {_of_file(one)}" for one in sorted(path.iterdir()) if one.is_file()]
+        files = sorted(one for one in path.iterdir() if one.is_file())
     else:
         # Through links, as DATA is read.
-        files = sorted(Path(directory, name) for directory, _, names in walk(path) for name in names)
-        lines = [f"{one.relative_to(path)} {size_and_time(one)}" for one in files if one.is_file()]
+        found = sorted(Path(directory, name) for directory, _, names in walk(path) for name in names)
+        files, lists = [one for one in found if one.is_file()], False
+    sizes = [one.stat().st_size for one in files]
+    whole = [sum(sizes) <= _READ or (lists and size <= _SHORT) for size in sizes]
+    lines = [
+        f"{one.relative_to(path)} {file_hash(one) if read else size_and_time(one)}" for one, read in zip(files, whole)
+    ]
     text = "\n".join(lines).encode(errors="surrogateescape")  # names of files may be any bytes
     return f"{data} {hashlib.sha256(text).hexdigest()[:16]}"
-
-
-def _of_file(path: Path) -> str:
-    """The hash of a list's contents; size and time of a file that is too long to be a list."""
-    if path.stat().st_size > _SHORT:
-        return size_and_time(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()

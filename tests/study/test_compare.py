@@ -10,7 +10,7 @@ import pytest
 from kmq_jax.study import compare, networks
 from kmq_jax.study.config import study_config
 from kmq_jax.study.networks import Network, Run
-from kmq_jax.study.options import EvaluationSet, StudyOptions
+from kmq_jax.study.options import PATTERNED, EvaluationSet, StudyOptions
 from kmq_jax.training.config import default_config
 from kmq_jax.training.options import TrainOptions
 
@@ -132,9 +132,9 @@ def test_recipes_are_compared_at_equal_steps():
     assert {(one.epochs, one.epoch_steps, one.batch_size, one.data.crop_seconds) for one in made} == {
         (40.0, config.epoch_steps, config.batch_size, config.data.crop_seconds)
     }
-    assert config.epoch_steps > 0 and len(runs) == 3 * (2 * 4 + 2)
+    assert config.epoch_steps > 0 and len(runs) == 3 * (2 * 5 + 2)
     assert {(run.recipe, run.name) for run in runs} == {
-        *((recipe, bits) for recipe in ("distilled", "kmqat", "uniform", "powers") for bits in "32"),
+        *((recipe, bits) for recipe in ("distilled", "kmqat", *PATTERNED) for bits in "32"),
         ("distilled", "32"), ("kmqat", "32"),
     }  # fmt: skip
 

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 import kmq_jax
 from kmq_jax.core.errors import UserError
+from kmq_jax.study import steps
 from kmq_jax.study.plan import USUAL, seconds_left
 from kmq_jax.study.report import KINDS
 from kmq_jax.study.steps import Steps, Work, stamp
@@ -109,12 +111,46 @@ def test_a_step_is_done_again_when_its_data_has_changed(counted, tmp_path):
     assert counted(**places) == counted(**places) == 1
     recording.write_bytes(b"1234")
     assert counted(**places) == 2
-    os.utime(recording, (1, 1))
+    os.utime(recording, (1, 1))  # copied again: what it holds is the same
+    assert counted(**places) == 2
+    recording.write_bytes(b"1235")
     assert counted(**places) == 3
     trials.write_text("0 a b\n")
     assert counted(**places) == counted(**places) == 4
-    os.utime(trials, (1, 1))  # a list is known by its content
+    os.utime(trials, (1, 1))
     assert counted(**places) == 4
+
+
+def test_much_data_is_known_by_sizes_and_times_and_lists_in_it_by_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "_READ", 4)
+    monkeypatch.setattr(steps, "_SHORT", 8)
+    (tmp_path / "one.wav").write_bytes(b"12345")
+    before = stamp(str(tmp_path))
+    os.utime(tmp_path / "one.wav", (1, 1))
+    assert stamp(str(tmp_path)) != before
+    (tmp_path / "wav.scp").write_text("u a.wav\n")  # 8 bytes
+    before = stamp(str(tmp_path))
+    os.utime(tmp_path / "wav.scp", (1, 1))
+    assert stamp(str(tmp_path)) == before
+    (tmp_path / "wav.scp").write_text("u b.wav\n")
+    assert stamp(str(tmp_path)) != before
+
+
+def test_why_a_step_is_done_again_is_told(job, tmp_path, capsys):
+    trials = tmp_path / "trials.txt"
+    trials.write_text("1 a b\n")
+
+    def told(settings=1, recipe=1):
+        made = Steps(tmp_path / "told")
+        made.run("a", settings, (), "a", lambda path: path.write_text(""), data=[str(trials)], recipe=recipe)
+        made.run("b", 0, ("a",), "b", lambda path: path.write_text(""))
+        return re.findall(r"^(. ?[^:]*): (.*begins.*)$", capsys.readouterr().err, re.M)
+
+    assert told() == [("a", "begins"), ("b", "begins")]
+    assert told() == []
+    trials.write_text("0 a b\n")
+    assert told() == [("a", f"begins again (changed: data {trials})"), ("b", "begins again (changed: step a)")]
+    assert told(settings=2, recipe=2)[0] == ("a", "begins again (changed: recipe, settings)")
 
 
 def test_names_of_recordings_are_any_bytes(tmp_path):
