@@ -1,11 +1,12 @@
 """CAM++ on VoxCeleb2: trained from the start, or quantized with a full-precision network as its teacher.
 
     python -m kmq_jax.train --config=configs/campplus.py --workdir=runs/campplus \
-        --config.data.train=/data/voxceleb2/dev --config.validation.data=/data/voxceleb1/test \
+        --config.data.train=/data/voxceleb2/dev --config.data.noise=/data/musan/noise \
+        --config.data.music=/data/musan/music --config.validation.data=/data/voxceleb1/test \
         --config.validation.trials=/data/voxceleb1/veri_test2.txt
 
-7.18 M parameters; 512-dimensional embeddings. The recipe is that of the ResNets' configurations. Not run in full by
-this project: VoxCeleb2 was not at hand. `:4`, `:3` and `:2` train 3D-Speaker's network at so many bits, by
+7.18 M parameters; 512-dimensional embeddings. The recipe is WeSpeaker's (`training.config.wespeaker_config`). Not run
+in full by this project: VoxCeleb2 was not at hand. `:4`, `:3` and `:2` train 3D-Speaker's network at so many bits, by
 distillation, on the sets that configs/wespeaker34_distilled.py uses (`--config.data.root=DIR`). Batch normalisation
 goes by running statistics: by those of 16 crops, which also normalise the embedding, no student comes near its teacher.
 They compute in float32, for a processor, and need 16 GB:
@@ -21,14 +22,13 @@ import ml_collections
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.study.config import EPOCHS
-from kmq_jax.training.config import default_config, distilled, paper_config, smoke
+from kmq_jax.training.config import default_config, distilled, smoke, wespeaker_config
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the configuration; `arg` is the bits (4, 3, 2), "smoke" or nothing."""
     if arg in (None, "", "smoke"):
-        config = paper_config("campplus")
-        config.frontend = "wespeaker"
+        config = wespeaker_config("campplus")
         return smoke(config) if arg == "smoke" else config
     if arg not in ("2", "3", "4"):
         raise UserError(f"configs/campplus.py:{arg} must be 2, 3, 4 or smoke")

@@ -18,10 +18,11 @@ Its study at 4, 3 and 2 bits, by this project's recipe or, with `--config.study.
 
 `:compare` sets recipes and sets of levels side by side at equal steps, with three seeds: this project's recipe, KMQAT
 as published, uniform levels of a learned scale and of the weights' range, powers of two, and full precision trained on
-as the control. Its network is a ResNet-18 of width 8, and each training takes 40 epochs, as KMQAT was published with. An epoch is 10 steps
-of 16 crops of 1.5 s there, far less than a pass over the data (`--config.epoch_steps=`): scales are frozen for two of
-them, and centroids move forty times. `study.json` then holds `differences` with paired intervals, and the seconds of
-every step. `:levels` puts sets of levels side by side that are fitted to that network alike, without training.
+as the control. Its network is a ResNet-18 of width 8, and each training takes 40 epochs, as KMQAT was published with.
+An epoch is 10 steps of 16 crops of 1.5 s there, far less than a pass over the data (`--config.epoch_steps=`): scales
+are frozen for two of them, and centroids move forty times. `study.json` then holds `differences` with paired intervals,
+and the seconds of every step. `:levels` puts sets of levels side by side that are fitted to that network alike, without
+training.
 """
 
 import ml_collections

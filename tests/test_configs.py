@@ -8,8 +8,11 @@ import pytest
 
 from kmq_jax.cli.train import parse_flags
 from kmq_jax.core.errors import UserError
+from kmq_jax.frontend import num_frames
+from kmq_jax.models.speaker_model import frontend_of
 from kmq_jax.training import loop
 from kmq_jax.training.from_models import describe
+from kmq_jax.training.optim import make_schedule
 from kmq_jax.training.options import TrainOptions
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -52,6 +55,22 @@ def test_another_root_of_the_data_is_that_of_all_of_them(path):
         before = paths_in(json.loads(config.to_json()))
         config.data.root = "elsewhere"
         assert before and not paths_in(json.loads(config.to_json()))
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "epochs", "decay"),
+    [("ecapa", 256, 150, 1e-4), ("xvector", 256, 150, 1e-4), ("redimnet", 512, 120, 2e-5)],
+)
+def test_wespeaker_s_recipe_is_as_it_is_published(name, batch, epochs, decay):
+    """By the files that `wespeaker_config` names: 0.1 and 5e-5 for every 64 crops of a batch."""
+    _, config = get_config(CONFIGS[0].parent / f"voxceleb2_{name}.py", None)
+    made = TrainOptions.from_config(config)
+    rate = make_schedule(made.learning_rate, epoch_steps=10, total_steps=10 * epochs)
+    rates = [float(rate(10 * epoch)) / (batch / 64) for epoch in (0, 6, epochs)]
+    assert rates == pytest.approx([0, 0.1, 5e-5], rel=1e-4)
+    assert (made.batch_size, made.epochs, made.optimizer.weight_decay) == (batch, epochs, decay)
+    assert num_frames(made.data.crop_samples, frontend_of(made.frontend)) == 200
+    assert (made.loss.margin, made.loss.scale, made.loss.margin_start, made.loss.margin_end) == (0.2, 32, 20, 40)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ml_collections' way to load a file

@@ -99,7 +99,7 @@ def _own_optimizer(options: OptimizerOptions, own: GroupOptions, schedule: Sched
     momentum = options.momentum if own.momentum is None else own.momentum
     # SGD's decay is part of the gradient and enters the momentum; AdamW's is added after Adam's scaling.
     if options.name == "sgd":
-        parts += [decay, *([optax.trace(decay=momentum)] if momentum else [])]
+        parts += [decay, *([optax.trace(momentum, options.nesterov)] if momentum else [])]
     else:
         parts += [optax.scale_by_adam(), decay]
     return optax.chain(*parts, optax.scale(own.rate), optax.scale_by_learning_rate(schedule))
@@ -114,7 +114,7 @@ def _shared_optimizer(
     decay = _by_group(optax.add_decayed_weights, decays, neutral=0.0)
     clip = [optax.clip_by_global_norm(options.clip)] if options.clip else []
     if options.name == "sgd":
-        gradient = [*decay, optax.trace(decay=options.momentum)]
+        gradient = [*decay, optax.trace(options.momentum, options.nesterov)]
     else:
         gradient = [optax.scale_by_adam(), *decay]
     return optax.chain(*clip, *gradient, *rates, optax.scale_by_learning_rate(schedule))

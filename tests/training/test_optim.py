@@ -66,6 +66,13 @@ def test_momentum_adds_up_over_two_steps():
     assert float(new["conv"]["bias"][0]) == pytest.approx(1 - 0.1 - 0.19)
 
 
+@pytest.mark.parametrize("groups", [(), (("conv", {"momentum": 0.9}),)], ids=["one state", "groups"])
+def test_momentum_by_nesterov_looks_a_step_ahead(groups):
+    """Its sums are 1 and 1.9; a step goes by the gradient and 0.9 of the new sum."""
+    new = updates(PARAMS, ONES, steps=2, name="sgd", momentum=0.9, nesterov=True, weight_decay=0.0, groups=groups)
+    assert float(new["conv"]["bias"][0]) == pytest.approx(1 - 0.1 * (1 + 0.9) - 0.1 * (1 + 0.9 * 1.9))
+
+
 def test_a_group_has_its_own_rate():
     new = updates(PARAMS, ONES, name="sgd", momentum=0.0, weight_decay=0.0, groups=(("conv/kernel", 10.0, 1.0),))
     assert float(new["conv"]["kernel"][0]) == pytest.approx(0.0)
