@@ -23,19 +23,27 @@ An epoch is 10 steps of 16 crops of 1.5 s there, far less than a pass over the d
 are frozen for two of them, and centroids move forty times. `study.json` then holds `differences` with paired intervals,
 and the seconds of every step. `:levels` puts sets of levels side by side that are fitted to that network alike, without
 training.
+
+`:free` quantizes it without training at 8, 4, 3 and 2 bits, and `:ecapa` an ECAPA-TDNN of as many parameters that is
+trained alike: is one of them more fragile? `kmq-jax tables` sets such studies side by side (KIND `architectures`).
 """
 
 import ml_collections
 
-from kmq_jax.study.config import NO_EPOCHS, add_evaluation_sets, smoke_study, study_config
+from kmq_jax.study.config import NO_EPOCHS, add_evaluation_sets, smoke_study, study_config, without_training
 from kmq_jax.study.options import PATTERNED
 from kmq_jax.training.config import default_config, known_arg
 
+SMALL = ("resnet36", {"width": 8, "blocks": (2, 2, 2, 2)})
+ECAPA = ("ecapa_c512", {"width": 32, "aggregated": 64, "embedding_size": 256, "features": 81})
+NETWORKS = {"compare": SMALL, "levels": SMALL, "free": SMALL, "ecapa": ECAPA}  # 118,048 and 118,540 parameters
+
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Returns the configuration; `arg` is "compare", "levels", "smoke" or nothing."""
-    known_arg(arg, "compare", "levels", "smoke")
-    config = default_config("resnet36", width=32)
+    """Returns the configuration; `arg` is "compare", "levels", "free", "ecapa", "smoke" or nothing."""
+    known_arg(arg, "compare", "levels", "free", "ecapa", "smoke")
+    name, network = NETWORKS.get(arg or "", ("resnet36", {"width": 32}))
+    config = default_config(name, **network)
     root = ml_collections.FieldReference("data")
     config.data.root = root
     config.data.update(train=root + "/so762/train," + root + "/words/train", noise=root + "/noise/train")
@@ -52,17 +60,19 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         calibrate="so762",
         cascades=(("trained", (2, 3, 4)), ("trained", (2, 32))),
     )
-    if arg in ("compare", "levels"):
+    if arg in NETWORKS:
         side_by_side(config)
     if arg == "levels":
         config.study.update(also=PATTERNED, seeds=1, epochs=NO_EPOCHS)
+    if arg in ("free", "ecapa"):
+        config.study.update(also=(), seeds=1)
+        without_training(config)
     add_evaluation_sets(config, root, {"so762": "so762/dev", "words": "words/dev"})
     return smoke_study(config) if arg == "smoke" else config
 
 
 def side_by_side(config: ml_collections.ConfigDict) -> None:
-    """Shrinks network and steps so that 36 trainings pass, and asks for them."""
-    config.model.update(width=8, blocks=(2, 2, 2, 2))
+    """Shortens training so that 36 of them pass, and asks for them."""
     config.data.crop_seconds = 1.5
     config.loss.update(margin_start=30.0, margin_end=60.0)
     config.learning_rate.warmup_epochs = 6.0

@@ -9,6 +9,7 @@ import pytest
 from kmq_jax.cli.train import parse_flags
 from kmq_jax.core.errors import UserError
 from kmq_jax.frontend import num_frames
+from kmq_jax.models.registry import parameter_count
 from kmq_jax.models.speaker_model import frontend_of
 from kmq_jax.training import loop
 from kmq_jax.training.from_models import describe
@@ -34,7 +35,11 @@ def test_a_config_says_how_to_run_it_and_fits_the_registry(path):
     json.loads(config.to_json())
 
 
-ARGUMENTS = {"wespeaker_so762": ("", "compare", "free", "levels", "so762"), "campplus_so762": ("", "free")}
+ARGUMENTS = {
+    "wespeaker_so762": ("", "compare", "free", "levels", "so762"),
+    "campplus_so762": ("", "free"),
+    "so762_resnet36_small": ("", "compare", "ecapa", "free", "levels"),
+}
 
 
 def paths_in(value):
@@ -71,6 +76,14 @@ def test_wespeaker_s_recipe_is_as_it_is_published(name, batch, epochs, decay):
     assert (made.batch_size, made.epochs, made.optimizer.weight_decay) == (batch, epochs, decay)
     assert num_frames(made.data.crop_samples, frontend_of(made.frontend)) == 200
     assert (made.loss.margin, made.loss.scale, made.loss.margin_start, made.loss.margin_end) == (0.2, 32, 20, 40)
+
+
+def test_networks_that_are_set_side_by_side_are_of_one_size():
+    sizes = []
+    for arg in ("free", "ecapa"):
+        _, config = get_config(CONFIGS[0].parent / "so762_resnet36_small.py", arg)
+        sizes.append(parameter_count(describe(TrainOptions.from_config(config)).network(config.dtype)))
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ml_collections' way to load a file
