@@ -6,7 +6,7 @@ from typing import Literal
 
 from kmq_jax.cascade.options import BOUNDS, OBJECTIVES
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.options import Options, option, refuse_given
+from kmq_jax.core.options import Options, draws, option, refuse_given
 from kmq_jax.scoring.options import Compute, Engine
 
 PEERS = ("onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8")
@@ -59,7 +59,7 @@ class ActivationsBench(Bench):
     data: tuple[str, ...] = option("recordings: any DATA form; once for each list", metavar="DATA")
     trials: tuple[str, ...] = option("trial list, or synthetic:SPLIT; once for each --data", metavar="TRIALS")
     engine: Engine = option("what runs all networks", "auto")
-    replicates: int = option("bootstrap draws of speakers; 0: no intervals", 1000, at_least=0, at_most=100_000)
+    replicates: int = draws()
 
     def __post_init__(self) -> None:
         """See `Options`; also checks what goes together."""
@@ -160,7 +160,7 @@ class BiasesBench(Bench):
     bits: tuple[int, ...] = option("bits of the files", (4, 3, 2), at_least=1, at_most=8)
     skip: tuple[str, ...] = option("parameters to keep in full precision; repeatable", (), metavar="REGEX")
     engine: Engine = option("what runs the networks", "auto")
-    replicates: int = option("draws of speakers", 1000, at_least=0)
+    replicates: int = draws()
 
     def __post_init__(self) -> None:
         """See `Options`; also checks what goes together."""
@@ -223,7 +223,7 @@ class TrialSizes(Rounds):
     trials: int = option("trials, half of them targets", 579_818, at_least=1, at_most=10**8)
     utterances: int = option("utterances", 145_375, at_least=1, at_most=10**7)
     speakers: int = option("speakers", 1_251, at_least=10, at_most=10**7)
-    replicates: int = option("bootstrap draws", 1000, at_least=1, at_most=100_000)
+    replicates: int = option("bootstrap draws of speakers", 1000, at_least=20, at_most=100_000)
 
     def __post_init__(self) -> None:
         """See `Options`; also checks what goes together."""
@@ -390,7 +390,7 @@ class AcrossBench(Rounds):
         "what gates keep low: seconds of a trial's tested recording, or of all recordings of the list", "sequential"
     )
     recordings: int = option("of each list that are timed", 24, at_least=1)
-    replicates: int = option("bootstrap draws of speakers; 0: no intervals", 1000, at_least=0)
+    replicates: int = draws()
     engine: Engine = option("what runs all networks", "auto")
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.options import Options, option
+from kmq_jax.core.options import Options, draws, option
 
 MAPS = ("isotonic", "affine", "logistic")
 ENROLMENTS = ("each", "top")
@@ -59,7 +59,7 @@ class CalibrationOptions(Options):
     )
     nested: bool = option("the levels are one nested model, so that climbing reads only the bits that are new", False)
     symmetric: bool = option("gates that reach equally far on both sides of the threshold, as in the paper", False)
-    replicates: int = option("bootstrap draws for the threshold's interval; 0: none", 200, at_least=0, at_most=100_000)
+    replicates: int = draws("bootstrap draws for the threshold's interval; 0: none", 200)
     seed: int = option("of the bootstrap and of the deal of speakers", 0, at_least=0, at_most=2**32 - 1)
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class CascadeOptions(Options):
     """How a cascade's decisions are evaluated."""
 
     p_target: float = option("prior of a target, for minDCF", 0.01, above=0, below=1)
-    replicates: int = option("bootstrap draws; 0: no intervals", 1000, at_least=0, at_most=100_000)
+    replicates: int = draws()
     stream: bool = option(
         "read the list part by part, in bounded memory: EER and minDCF from histograms, with bounds and without "
         "intervals. Processes that are started together share the list",

@@ -42,6 +42,7 @@ class Limits:
     repeat: bool = False
     writes: str = ""
     positional: bool = False
+    or_zero: bool = False
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with one value, as "must be ...", or None."""
@@ -54,6 +55,8 @@ class Limits:
             return "must be less than 2^63"
         if self.suffixes and not str(value).endswith(self.suffixes):
             return f"must end in {' or '.join(', '.join(self.suffixes).rsplit(', ', 1))}"
+        if self.or_zero and value == 0:
+            return None
         for name, words, kept in (
             ("at_least", "at least", lambda limit: value >= limit),
             ("above", "above", lambda limit: value > limit),
@@ -62,7 +65,7 @@ class Limits:
         ):
             limit = getattr(self, name)
             if limit is not None and not kept(limit):
-                return f"must be {words} {limit}"
+                return f"must be {'0 or ' if self.or_zero and name == 'at_least' else ''}{words} {limit}"
         return None
 
 
@@ -81,6 +84,7 @@ def option(
     repeat: bool = False,
     writes: Literal["", "file", "directory"] = "",
     positional: bool = False,
+    or_zero: bool = False,
 ) -> Any:
     """A field of an `Options` dataclass.
 
@@ -99,10 +103,16 @@ def option(
         writes: the field names a file or a directory that is written; everything else that names one is read. What
             cannot be written is found before the work (`core.outputs`).
         positional: its values stand on the command line by themselves, without a flag; `metavar` names them there.
+        or_zero: 0 is a value, too, whatever the least one is: it means none.
     """
     ends = at_least, above, at_most, below
-    limits = Limits(help, *ends, tuple(choices), tuple(suffixes), metavar, flag, repeat, writes, positional)
+    limits = Limits(help, *ends, tuple(choices), tuple(suffixes), metavar, flag, repeat, writes, positional, or_zero)
     return dataclasses.field(default=default, metadata={"option": limits})
+
+
+def draws(help: str = "bootstrap draws of speakers; 0: no intervals", default: int = 1000) -> Any:
+    """A field that counts bootstrap draws: none, or so many that the central 95 % of them are not all of them."""
+    return option(help, default, at_least=20, at_most=100_000, or_zero=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

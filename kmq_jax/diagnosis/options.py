@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.options import Options, option
+from kmq_jax.core.options import Options, draws, option
 from kmq_jax.scoring.options import check_max_seconds
 
 CONDITIONS = "whole, first=SECONDS, telephone, noise=DB or codec=NAME"
@@ -39,7 +39,7 @@ class DiagnosisOptions(Options):
     margin_bins: int = option("bins of margin that hold equally many trials", 3, at_least=1, at_most=1000)
     margin_edges: tuple[float, ...] = option("edges of fixed bins of margin, ascending", (0.05, 0.1, 0.2), above=0)
     worst: int = option("worst trials to list at each number of bits", 20, at_least=0, at_most=1_000_000)
-    replicates: int = option("draws of speakers for intervals; 0: no intervals", 1000, at_least=0, at_most=100_000)
+    replicates: int = draws()
     seed: int = option("of every random draw", 0, at_least=0, at_most=2**32 - 1)
     retention_utterances: int = option(
         "components are tried on all pairs of so many utterances; 0: on the trial list", 240, at_least=0, at_most=5000
@@ -84,6 +84,6 @@ class ConditionOptions(Options):
         repeat=True,
     )
     noise: str | None = option("DATA of noise clips; left out: conditions of noise are, too", None, metavar="DATA")
-    replicates: int = option("draws of speakers for intervals; 0: no intervals", 1000, at_least=0, at_most=100_000)
+    replicates: int = draws()
     seed: int = option("of the draws and of the noise", 0, at_least=0)
     compute: Literal["float32", "bfloat16"] = option("the networks' arithmetic", "float32")

@@ -63,9 +63,12 @@ def check_archive(path: Path, ids: Sequence[str]) -> None:
         ids: `[utterances]`, the keys.
 
     Raises:
-        UserError: kaldiio is not installed, or an id has a space, is empty or is not UTF-8.
+        UserError: kaldiio is not installed, the name is one of Kaldi's for several files, or an id has a space, is
+            empty or is not UTF-8.
     """
     _library()
+    if re.search(r"^(ark|scp)[^/]*:|\.(ark|scp),", str(path)):
+        raise UserError(f"{path} names more than a file: give the .scp alone, whose .ark is written beside it")
     for key in ids:
         if not key or re.search(r"\s", key):
             raise UserError(f"{path}: the id {key!r} has a space, which keys of Kaldi's files have not")

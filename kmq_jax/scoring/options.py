@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.options import Options, option
+from kmq_jax.core.options import Options, draws, option
 
 Compute = Literal["float32", "bfloat16"]
 """The arithmetic of a network, as `models.speaker_model.COMPUTE` lists it."""
@@ -80,7 +80,7 @@ class ScoringOptions(Options):
         "S-norm: nearest cohort members that count; left out: 300, or all if fewer", None, at_least=2
     )
     p_target: float = option("prior of a target, for minDCF and actDCF", 0.01, above=0, below=1)
-    replicates: int = option("bootstrap draws; 0: no intervals", 1000, at_least=0, at_most=100_000)
+    replicates: int = draws()
     stream: bool = option(
         "read the list part by part, in bounded memory: EER and minDCF from a histogram, with bounds and without "
         "intervals. Processes that are started together share the list",

@@ -77,10 +77,9 @@ class Match:
         """
         if threshold is None:
             return f"{self.speaker}: score {self.score:.4f}; nothing is decided without a threshold"
-        side = "accepted, score {} is at least" if self.decision else "rejected, score {} is below"
-        return (
-            f"{self.speaker}: {side.format(f'{self.score:.4f}')} the threshold {threshold.value:.4f}{threshold.known}"
-        )
+        verdict, side = ("accepted", "at least") if self.decision else ("rejected", "below")
+        known = f"the threshold {threshold.value:.4f}{threshold.known}"
+        return f"{self.speaker}: {verdict}, score {self.score:.4f} is {side} {known}"
 
 
 class SpeakerStore:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.options import Options, option
+from kmq_jax.core.options import Options, draws, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,7 @@ class Example(Options):
     top: int | None = option("nearest", None, at_least=2)
     out: Path | None = option("file", None)
     quick: bool = option("hurry", False)
+    replicates: int = draws()
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,9 @@ class Example(Options):
         ({"skip": "stem"}, "`skip` (=stem) must be a list"),
         ({"top": 1}, "`top` (=1) must be at least 2"),
         ({"quick": 1}, "`quick` (=1) must be true or false"),
+        ({"replicates": 1}, "`replicates` (=1) must be 0 or at least 20"),  # an interval of no width
+        ({"replicates": -1}, "`replicates` (=-1) must be 0 or at least 20"),
+        ({"replicates": 100_001}, "`replicates` (=100001) must be at most 100000"),
     ],
 )
 def test_a_wrong_value_is_told_in_one_line(values, message):
@@ -52,6 +56,7 @@ def test_a_wrong_value_is_told_in_one_line(values, message):
 def test_values_take_the_annotated_types():
     made = Example(bits=np.int64(2), share=1e-3, edges=[1, 2], out="a/b", top=None)
     assert made == Example(bits=2, share=0.001, edges=(1.0, 2.0), out=Path("a/b"))
+    assert Example(bits=2, replicates=0).replicates == 0
     assert type(made.bits) is int and all(type(edge) is float for edge in made.edges)
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.bits = 3

@@ -157,7 +157,7 @@ def test_training_leaves_statistics_as_they_are(workdir):
 def test_it_is_diagnosed(workdir):
     options = DiagnosisOptions(
         retention_utterances=12, layer_utterances=12, hessian_draws=1, hessian_utterances=2, hessian_seconds=0.6,
-        replicates=10, max_seconds=SECONDS,
+        replicates=20, max_seconds=SECONDS,
     )  # fmt: skip
     reference, two = load_model(workdir / "full"), load_model(workdir / "2.kmq")
     tables = diagnose_models(reference, {2: two}, DATA, DATA, options).tables

@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,3 +166,9 @@ def test_numbers_in_text_need_not_begin_with_a_point_or_end_by_a_bare_newline(tm
     table = read_embeddings(tmp_path / "e.ark")
     assert table.ids == ("a", "b", "c")
     np.testing.assert_array_equal(table.embeddings, np.float32([[1, 0.5], [0, 0.25], [1e-5, 2]]))
+
+
+@pytest.mark.parametrize("name", ["ark,scp:x.ark,x.scp", "x.ark,x.scp", "ark:x.ark", "ark,t:x.ark"])
+def test_kaldi_s_names_for_several_files_are_told_what_to_write(name):
+    with pytest.raises(UserError, match="give the .scp alone, whose .ark is written beside it$"):
+        check_archive(Path(name), ["a"])
