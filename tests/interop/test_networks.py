@@ -20,7 +20,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import named_leaves
 from kmq_jax.interop import campplus, pretrained, redimnet, tdnn
 from kmq_jax.interop.export import export_model
-from kmq_jax.interop.import_model import import_model
+from kmq_jax.interop.import_model import describe, import_model
 from kmq_jax.models import onnx_export, registry
 from kmq_jax.models.speaker_model import FRONTENDS, SpeakerModel, embed_waves, fingerprint, load_model, save_model
 
@@ -239,3 +239,12 @@ def test_files_with_features_that_are_not_kaldi_s_do_not_look_like_it(tmp_path):
     assert "filters" in about and not about.keys() & {"framework", "feature_normalize_type", "window_type"}
     assert about["bits"] == "32" and about["fingerprint"] == fingerprint(load_model(tmp_path / "model.kmq"))
     assert said is None or "cosine 0.99999" in said or "cosine 1.0000" in said
+
+
+@pytest.mark.parametrize(("activation", "lines"), [("relu", 3), ("none", 2)])
+def test_a_relu_on_the_embedding_is_told(activation, lines):
+    """3D-Speaker's own code has none, so who asks for nothing has to hear of it."""
+    settings = registry.smoke_settings("campplus") | {"activation": activation}
+    variables = registry.initialize(registry.build("campplus", **settings), jax.random.key(0))
+    told = describe(SpeakerModel("campplus", settings, "3dspeaker", variables)).splitlines()
+    assert len(told) == lines and ("--activation=none" in told[-1]) == (activation == "relu")
