@@ -9,7 +9,7 @@ WeSpeaker's network, 4.61 M parameters; its convolutions have no padding, so tha
 `training.config.wespeaker_config` says what the recipe is and where this differs from it. Batches of 256 need an
 accelerator.
 
-Published by WeSpeaker for its own training, without score normalisation: EER 1.962 / 1.918 / 3.389 % on
+Published by WeSpeaker for its own training, without score normalisation: an EER of 1.962 / 1.918 / 3.389 % on
 VoxCeleb1-O/E/H (cleaned). Not run in full by this project: VoxCeleb2 was not at hand. `:smoke` runs the same code in
 seconds on synthetic voices.
 """

@@ -11,8 +11,10 @@ def conditions_table(found: Row) -> str:
 
     Rows of `found` come condition by condition, full precision first.
     """
-    header = ["recordings", "seconds", "FP32, EER %", "bits", "EER %", "loss", "grows by", "harmful flips", "grow by",
-              "drift", "grows by"]  # fmt: skip
+    costs = all("min_dcf_loss" in row for row in found["rows"] if row["bits"] != 32)
+    header = ["recordings", "seconds", "FP32, EER %", "bits", "EER %", "loss", "grows by",
+              *(("minDCF", "loss", "grows by") if costs else ()), "harmful flips", "grow by", "drift",
+              "grows by"]  # fmt: skip
     lines, full = [header], 0.0
     for row in found["rows"]:
         if row["bits"] == 32:
@@ -20,6 +22,8 @@ def conditions_table(found: Row) -> str:
             continue
         cells = [row["title"], f"{row['seconds']:.1f}", f"{full:.2f}", str(row["bits"]), f"{row['eer']:.2f}"]
         cells += [change_of(row, "eer_loss", 2), change_of(row, "eer_growth", 2)]
+        if costs:
+            cells += [f"{row['min_dcf']:.3f}", change_of(row, "min_dcf_loss", 3), change_of(row, "min_dcf_growth", 3)]
         cells += [f"{row['harmful_flip_rate_loss']:.2f} %", change_of(row, "harmful_flip_rate_growth", 2)]
         cells += [f"{row['mean_abs_drift_loss']:.3f}", change_of(row, "mean_abs_drift_growth", 3)]
         lines.append(cells)
@@ -64,7 +68,7 @@ def extraction_table(found: Row) -> str:
                 f"{side['mean_cosine']:.4f}",
             ]
         )
-    return markdown(rows)
+    return markdown(rows) + f"\n{found['utterances']:,} utterances, {found['audio_seconds']:,.0f} s of speech.\n"
 
 
 def networks_table(found: Row) -> str:

@@ -1,6 +1,6 @@
 """The tables of a study's results, from its JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kmq_jax.cascade.costs import savings
@@ -45,9 +45,10 @@ def trained_table(summary: Row) -> str:
 
 
 def gains_table(summary: Row) -> str:
-    """The first table of a page: full precision and its trained networks, bytes and EER alone."""
-    sets = list(summary["rows"][0]["sets"])
-    heads = [head for name in sets for head in (f"EER %, {name}", "against full precision")]
+    """The first table of a page: full precision and its trained networks, their bytes, EER and minDCF alone."""
+    sets = summary["rows"][0]["sets"]
+    costs = ["minDCF"] if all("min_dcf" in found for found in sets.values()) else []
+    heads = [head for name in sets for head in (f"EER %, {name}", "against full precision", *costs)]
     rows, full = [["bits", "MB", "times smaller", *heads]], summary["rows"][0]["bytes"]
     for row in summary["rows"]:
         if row["method"] not in ("full precision", "trained"):
@@ -55,8 +56,9 @@ def gains_table(summary: Row) -> str:
         cells = [f"{row['bits']:g}", f"{row['bytes'] / 1e6:.1f}", f"{full / row['bytes']:.1f}"]
         for name in sets:
             cells += [f"{row['sets'][name]['eer']:.2f}", change_of(changes_of(summary, row, name), "eer_change", 2)]
+            cells += [f"{row['sets'][name]['min_dcf']:.3f}"] if costs else []
         rows.append(cells)
-    return markdown(rows)
+    return markdown(rows) + about_sets(sets)
 
 
 def difference_table(summary: Row) -> str:
@@ -72,13 +74,20 @@ def difference_table(summary: Row) -> str:
         name = one["recipe"] + ("" if one["trained"] else ", without training")
         cells = [change_of(one, "eer_change", 2), change_of(one, "min_dcf_change", 3), apart if interval else ""]
         rows.append([name, str(one["bits"]), against, one["set"], *cells])
-    return markdown(rows)
+    return markdown(rows) + about_sets(_listed(summary, (one["set"] for one in summary["differences"])))
+
+
+def _listed(summary: Row, names: Iterable[str]) -> Row:
+    """What a study tells of the whole lists of these sets, each once."""
+    sets = summary["rows"][0]["sets"]
+    return {name: sets[name] for name in dict.fromkeys(names)}
 
 
 def recipes_table(summary: Row) -> str:
     """One row a recipe and number of bits: EER, and its paired changes against full precision, the control and ours.
 
-    EERs are means over seeds. Ours is this project's recipe with levels by k-means, trained or not as the row's is.
+    EERs are means over seeds. Of minDCF the change against full precision stands beside them. Ours is this project's
+    recipe with levels by k-means, trained or not as the row's is.
     """
     # By recipe, bits and whether trained; then by set; then by what it is compared with.
     found: dict[tuple[str, int, bool], dict[str, dict[str, Row]]] = {}
@@ -87,8 +96,9 @@ def recipes_table(summary: Row) -> str:
         rows.setdefault(one["set"], {})[one["against"]] = one
     names = list(dict.fromkeys(one["set"] for one in summary["differences"]))
     against = {"full precision": "full precision", "control": "trained alike", "distilled": "ours"}
-    heads = [f"{name}, {what}" for name in names for what in ("EER %", *(f"less {text}" for text in against.values()))]
-    lines = [["network", "bits", "seeds", *heads]]
+    costs = ["minDCF less full precision"] if all("min_dcf_change" in one for one in summary["differences"]) else []
+    whats = ("EER %", *(f"less {text}" for text in against.values()), *costs)
+    lines = [["network", "bits", "seeds", *(f"{name}, {what}" for name in names for what in whats)]]
     # Trained ones first, then most bits first.
     for (recipe, bits, trained), sets in sorted(found.items(), key=lambda item: (not item[0][2], -item[0][1])):
         first = next(iter(sets.values()))["full precision"]
@@ -98,8 +108,9 @@ def recipes_table(summary: Row) -> str:
             eers: list[float] = compared["full precision"]["eer_by_seed"]
             cells.append(f"{sum(eers) / len(eers):.2f}")
             cells += [change_of(compared[one], "eer_change", 2) if one in compared else "" for one in against]
+            cells += [change_of(compared["full precision"], "min_dcf_change", 3)] if costs else []
         lines.append(cells)
-    return markdown(lines)
+    return markdown(lines) + about_sets(_listed(summary, names))
 
 
 def _recipe_name(recipe: str, bits: int, trained: bool) -> str:
@@ -116,18 +127,20 @@ def cascade_table(summary: Row) -> str:
     some trial needs. New bits alone are counted only where codebooks nest. The last column says what is saved by
     utterance against the last level alone.
     """
-    rows = [["cascade", "on", "EER %", "FP32", "harmful flips", "last level's own", "decided first", "bits a trial",
-             "new bits a trial", "bits an utterance", "new bits an utterance", "by utterance"]]  # fmt: skip
+    costs = all(_min_dcf(found) for cascade in summary["cascades"] for found in cascade["sets"].values())
+    rows = [["cascade", "on", "EER %", "FP32", *(("minDCF", "FP32") if costs else ()), "harmful flips",
+             "last level's own", "decided first", "bits a trial", "new bits a trial", "bits an utterance",
+             "new bits an utterance", "by utterance"]]  # fmt: skip
     for cascade in summary["cascades"]:
         first, last, nested = str(cascade["bits"][0]), cascade["bits"][-1], "nested" in cascade["family"]
         for name, found in cascade["sets"].items():
-            saved = savings(found, last, nested)["utterance"]
             rows.append(
                 [
                     cascade["name"] + (", nested" if nested else "") + _gates(cascade),
                     name,
                     f"{found['eer']:.2f}",
                     f"{found['reference_eer']:.2f}",
+                    *(_min_dcf(found) if costs else ()),
                     f"{100 * found['harmful_flip_rate']:.3f} %",
                     f"{100 * found['each_level_alone'][str(last)]['harmful_flip_rate']:.3f} %",
                     f"{100 * found['resolved'][first]:.1f} %",
@@ -135,38 +148,74 @@ def cascade_table(summary: Row) -> str:
                     f"{found['incremental_bits']:.2f}" if nested else "",
                     f"{found['utterance_bits']:.2f}",
                     f"{found['utterance_incremental_bits']:.2f}" if nested else "",
-                    _gain(saved, last, nested),
+                    _gain(found, last, nested),
                 ]
             )
-    return markdown(rows)
+    return markdown(rows) + about_sets(_judged(summary))
+
+
+def _min_dcf(found: Row) -> list[str]:
+    """The minDCF of a cascade and of full precision on the same trials; nothing where it is not known.
+
+    Crosswise it is the mean of the halves', as the EER is.
+    """
+    parts = found.get("halves", [found])
+    if any(part.get(name) is None for part in parts for name in ("min_dcf", "reference_min_dcf")):
+        return []
+    return [f"{sum(part[name] for part in parts) / len(parts):.3f}" for name in ("min_dcf", "reference_min_dcf")]
+
+
+def _judged(summary: Row) -> Row:
+    """What is known of the trials that cascades were judged on: by halves of speakers, those within either half."""
+    about, first = dict[str, Row](), summary["cascades"][0] if summary["cascades"] else {"sets": {}}
+    for name, found in first["sets"].items():
+        listed = summary["rows"][0]["sets"][name]
+        if "halves" in found:
+            within = {key: sum(half[key] for half in found["halves"]) for key in ("trials", "targets")}
+            about[f"{name}, within halves of its speakers"] = {"speakers": listed.get("speakers"), **within}
+        else:
+            about[name] = listed
+    return about
 
 
 def rescue_table(summary: Row) -> str:
     """How much of what a cascade's first level loses the cascade gains back, on every set that did not calibrate it.
 
-    Changes are paired, on the same draws of speakers, and bold where they are told apart from none.
+    Changes are paired, on the same draws of speakers, and bold where they are told apart from none. The cost by trial
+    stands beside the cost by utterance, and what that saves against the last level alone.
     """
-    rows = [["on", "what decides", "EER %", "against full precision", "against the first level", "harmful flips",
-             "bits a trial"]]  # fmt: skip
+    costs = all("min_dcf" in found for found in summary["rows"][0]["sets"].values())
+    rows = [["on", "what decides", "EER %", "against full precision", "against the first level",
+             *(("minDCF", "against full precision") if costs else ()), "harmful flips", "bits a trial",
+             "bits an utterance", "by utterance"]]  # fmt: skip
+    judged = dict[str, None]()  # a dict as a set that keeps the order
     for cascade in summary["cascades"]:
-        first, kind = str(cascade["bits"][0]), ", nested" if "nested" in cascade["family"] else ""
+        first, nested = str(cascade["bits"][0]), "nested" in cascade["family"]
         row = _row_of_level(summary["rows"], cascade, first)
         for name, found in cascade["sets"].items():
             if not found.get("changes"):
                 continue  # the calibration set has none
-            alone, change = found["each_level_alone"][first], changes_of(summary, row, name)
-            level = [
-                f"{first} bits, {row['method']}",
-                f"{row['sets'][name]['eer']:.2f}",
-                change_of(change, "eer_change", 2),
-                "",
-            ]
-            rows.append([name, *level, f"{100 * alone['harmful_flip_rate']:.2f} %", first])
-            gained = [change_of(found["changes"][kind_of], "eer_change", 2) for kind_of in ("reference", "first")]
-            cells = [f"{cascade['name']}{kind}", f"{found['eer']:.2f}", *gained]
-            rows.append([name, *cells, f"{100 * found['harmful_flip_rate']:.2f} %", f"{found['sequential_bits']:.2f}"])
+            judged[name] = None
+            alone, change = row["sets"][name], changes_of(summary, row, name)
+            flips = f"{100 * found['each_level_alone'][first]['harmful_flip_rate']:.2f} %"
+            errors = [f"{alone['eer']:.2f}", change_of(change, "eer_change", 2), "", *_cost(alone, change, costs)]
+            rows.append([name, f"{first} bits, {row['method']}", *errors, flips, first, first, ""])
+            against = found["changes"]
+            errors = [f"{found['eer']:.2f}", *(change_of(against[one], "eer_change", 2) for one in _AGAINST)]
+            errors += _cost(found, against["reference"], costs)
+            bits = [f"{found[f'{kind}_bits']:.2f}" for kind in ("sequential", "utterance")]
+            flips, gain = f"{100 * found['harmful_flip_rate']:.2f} %", _gain(found, cascade["bits"][-1], nested)
+            rows.append([name, cascade["name"] + (", nested" if nested else ""), *errors, flips, *bits, gain])
     # Cascades with the same first level repeat its row: only the first stays.
-    return markdown(list(map(list, dict.fromkeys(map(tuple, rows)))))
+    return markdown(list(map(list, dict.fromkeys(map(tuple, rows))))) + about_sets(_listed(summary, judged))
+
+
+_AGAINST = ("reference", "first")  # what a cascade's changes are against
+
+
+def _cost(found: Row, change: Row, known: bool) -> list[str]:
+    """The cells of a minDCF and its change, where a table has them."""
+    return [f"{found['min_dcf']:.3f}", change_of(change, "min_dcf_change", 3)] if known else []
 
 
 def _row_of_level(rows: Sequence[Row], cascade: Row, bits: str) -> Row:
@@ -182,8 +231,9 @@ def _gates(cascade: Row) -> str:
     return ", gates as published" if cascade.get("gates") == "published" else ""
 
 
-def _gain(saved: float, last: int, nested: bool) -> str:
+def _gain(found: Row, last: int, nested: bool) -> str:
     """What a cascade saves by utterance of the bits of its last level, or that it gains nothing."""
+    saved = savings(found, last, nested)["utterance"]
     if saved <= 0:
         return f"gains nothing: {last} bits alone cost less"
     return f"saves {100 * saved:.0f} % of {last}" + (", in new bits" if nested else "")
@@ -254,10 +304,12 @@ def _knee(study: Row, rows: Sequence[Row]) -> float | None:
 def fragile_table(studies: Sequence[Row]) -> str:
     """The components of each network that do most harm alone at the fewest bits, by their mean over the sets."""
     rows = [["network", f"the {_MOST} components that do most harm alone: share of the drift, of the weights"]]
+    about = dict[str, Row]()
     for study in studies:
         mirrored = [
             row for one in study["diagnosis"].values() for row in one["retention"] if row["experiment"] == "mirror"
         ]
+        about = {name: one["retention"][0] for name, one in study["diagnosis"].items() if one["retention"]} | about
         if not mirrored:
             continue  # it was not diagnosed
         bits = min(row["bits"] for row in mirrored)
@@ -269,7 +321,7 @@ def fragile_table(studies: Sequence[Row]) -> str:
         worst = sorted(found, key=lambda name: -sum(found[name]) / len(found[name]))[:_MOST]
         shown = [f"{name} {sum(found[name]) / len(found[name]):.0f} %, {weights[name]:.1f} %" for name in worst]
         rows.append([f"{study['network']}, {bits} bits", "; ".join(shown)])
-    return markdown(rows)
+    return markdown(rows) + about_sets(about)
 
 
 def settings_table(found: Row) -> str:

@@ -28,6 +28,7 @@ def test_the_page_names_only_what_was_measured(tmp_path):
     found.tables["layers"], found.tables["correlations"] = [row], layers.correlation_rows([row])
     report.write(tmp_path, found)
     page = (tmp_path / "report.html").read_text()
+    assert f"{len(labels)} trials ({labels.sum()} target) of 8 speakers, 24 utterances" in page
     assert not list(tmp_path.glob("rules-*.json")) and "--rules=" not in page
     assert not (tmp_path / "figure-distortion.png").exists() and "Right: mean |score drift|" not in page
     near = next(one for one in found.tables["flips"] if one["binning"] == "equal-mass" and one["bin"] == 0)

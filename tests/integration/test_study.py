@@ -97,6 +97,9 @@ def check_report(workdir, summary):
     assert set(outside) == models | told | {"diagnosis/voices/report.html", "cascades/distilled-2-32"}
     assert all((workdir / place).exists() for place in outside)
     assert {'alt="Misses against', 'alt="Loss over'} <= set(re.findall(r'alt="\w+ \w+', page))
+    of = summary["rows"][0]["sets"]["voices"]
+    counted = f"{of['trials']:,} trials of {of['speakers']} speakers, {of['utterances']:,} utterances"
+    assert f"<figcaption>Scores by class, on voices: {counted}. Filled" in page and f"voices ({counted})" in page
     for row in summary["rows"]:
         assert f"{row['sets']['voices']['eer']:.2f}" in page
     (cascade,) = summary["cascades"]

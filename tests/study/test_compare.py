@@ -133,6 +133,8 @@ def test_recipes_are_compared_at_equal_steps():
         (40.0, config.epoch_steps, config.batch_size, config.data.crop_seconds)
     }
     assert config.epoch_steps > 0 and len(runs) == 3 * (2 * 5 + 2)
+    # As the results page says: 400 steps of 16 crops, under two passes over its utterances.
+    assert (40 * config.epoch_steps, config.batch_size) == (400, 16) and 400 * 16 < 2 * 3465
     assert {(run.recipe, run.name) for run in runs} == {
         *((recipe, bits) for recipe in ("distilled", "kmqat", *PATTERNED) for bits in "32"),
         ("distilled", "32"), ("kmqat", "32"),

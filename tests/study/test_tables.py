@@ -12,6 +12,10 @@ ROWS = [
     {"bits": 2, "method": "trained", "bytes": 1536, "sets": {"a": {"eer": 30.0, "eer_ci95": None}}},
 ]
 
+LISTED = [{"sets": {"a": {"trials": 900, "targets": 90, "speakers": 12, "utterances": 40}}}]
+"""A study's first row, as far as it says what its sets are."""
+ABOUT = "a: 900 trials, 90 of them targets, 12 speakers, 40 utterances."
+
 
 def test_a_table_is_written_between_its_marks(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps({"rows": ROWS}))
@@ -86,12 +90,32 @@ def test_cascades_have_a_row_for_each_set(tmp_path):
         {"name": "2>4", "family": family, "bits": [2, 4], "sets": {"a": figures}}
         for family in ("distilled-nested", "distilled")
     ]
-    (tmp_path / "r.json").write_text(json.dumps({"cascades": cascades}))
+    (tmp_path / "r.json").write_text(json.dumps({"cascades": cascades, "rows": LISTED}))
     filled = tables.fill("<!-- table: r.json cascades -->\n<!-- end -->", tmp_path).splitlines()
     shared = "a | 2.76 | 2.50 | 0.123 % | 0.570 % | 95.4 %"
     assert filled[3] == f"| 2>4, nested | {shared} | 2.21 | 2.10 | 5.44 | 3.00 | saves 25 % of 4, in new bits |"
     # New bits are counted only where codebooks nest; by utterance this one gains nothing.
     assert filled[4] == f"| 2>4 | {shared} | 2.21 |  | 5.44 |  | gains nothing: 4 bits alone cost less |"
+    assert filled[6] == ABOUT
+
+
+def test_cascades_by_halves_have_the_mean_cost_and_all_trials_of_both(tmp_path):
+    figures = {"eer": 2.0, "reference_eer": 2.5, "harmful_flip_rate": 0.0, "sequential_bits": 2, "utterance_bits": 3}
+    figures |= {"resolved": {"2": 1.0}, "each_level_alone": {"4": {"harmful_flip_rate": 0.0}}}
+    halves = [
+        {"min_dcf": 0.25, "reference_min_dcf": 0.5, "trials": 300, "targets": 40},
+        {"min_dcf": 0.75, "reference_min_dcf": 0.25, "trials": 150, "targets": 50},
+    ]
+    sets = {"a": figures | {"halves": halves}, "b": figures | {"min_dcf": 0.125, "reference_min_dcf": 0.375}}
+    rows = [{"sets": {"a": LISTED[0]["sets"]["a"], "b": {"trials": 7}}}]
+    study = {"cascades": [{"name": "2>4", "family": "ptq", "bits": [2, 4], "sets": sets}], "rows": rows}
+    (tmp_path / "r.json").write_text(json.dumps(study))
+    filled = tables.fill("<!-- table: r.json cascades -->\n<!-- end -->", tmp_path).splitlines()
+    assert filled[1].startswith("| cascade | on | EER % | FP32 | minDCF | FP32 | harmful flips |")
+    assert filled[3].startswith("| 2>4 | a | 2.00 | 2.50 | 0.500 | 0.375 | 0.000 % |")
+    assert filled[4].startswith("| 2>4 | b | 2.00 | 2.50 | 0.125 | 0.375 | 0.000 % |")
+    within = "a, within halves of its speakers: 450 trials, 90 of them targets, 12 speakers"
+    assert filled[6] == f"{within}; b: 7 trials."
 
 
 def test_components_are_told_from_the_mirror_experiment_alone(tmp_path):
@@ -138,6 +162,11 @@ def test_conditions_have_a_row_for_each_number_of_bits(tmp_path):
     assert filled[3].startswith("| first 1 s | 1.0 | 7.50 | 2 | 9.00 | +1.50 [-0.50, +2.00] | +1.50 [-0.50, +2.00] |")
     assert filled[3].endswith("| 2.00 % | **+2.00 [+0.50, +3.00]** | 0.100 | **+0.100 [+0.050, +0.200]** |")
     assert filled[5] == "x/words: 100 trials, 20 of them targets, 5 speakers, 30 utterances."
+    low |= {"min_dcf": 0.5, "min_dcf_loss": 0.25, "min_dcf_loss_ci95": [0.125, 0.5]}
+    (tmp_path / "r.json").write_text(json.dumps({"rows": [full, low], "notes": notes}))
+    filled = tables.fill("<!-- table: r.json conditions -->\n<!-- end -->", tmp_path).splitlines()
+    assert "| EER % | loss | grows by | minDCF | loss | grows by | harmful flips |" in filled[1]
+    assert "| +1.50 [-0.50, +2.00] | 0.500 | **+0.250 [+0.125, +0.500]** |  | 2.00 % |" in filled[3]
 
 
 def test_a_difference_whose_interval_holds_zero_is_called_none(tmp_path):
@@ -146,13 +175,14 @@ def test_a_difference_whose_interval_holds_zero_is_called_none(tmp_path):
     rows = [one | {"eer_change": 1.5, "eer_change_ci95": [0.5, 2.0]}]
     rows += [one | {"against": "distilled", "trained": False, "eer_change": -0.1, "eer_change_ci95": [-0.4, 0.3]}]
     rows += [one | {"eer_change": -0.1, "eer_change_ci95": None}]
-    (tmp_path / "r.json").write_text(json.dumps({"differences": rows}))
+    (tmp_path / "r.json").write_text(json.dumps({"differences": rows, "rows": LISTED}))
     filled = tables.fill("<!-- table: r.json differences -->\n<!-- end -->", tmp_path).splitlines()
     minimum = "+0.100 [-0.100, +0.200]"
     shown = "**+1.50 [+0.50, +2.00]**"
     assert filled[3] == f"| kmqat | 2 | full precision, trained alike | a | {shown} | {minimum} | higher |"
     assert filled[4] == f"| kmqat, without training | 2 | distilled | a | -0.10 [-0.40, +0.30] | {minimum} | none |"
     assert filled[5] == f"| kmqat | 2 | full precision, trained alike | a |  | {minimum} |  |"
+    assert filled[7] == ABOUT
 
 
 def test_recipes_have_one_row_each_with_every_comparison(tmp_path):
@@ -168,17 +198,29 @@ def test_recipes_have_one_row_each_with_every_comparison(tmp_path):
         row("powers", 2, True, "full precision", 2.0, [6.0, 6.0]),
         row("powers", 2, True, "distilled", 1.75, [6.0, 6.0]),
     ]
-    (tmp_path / "r.json").write_text(json.dumps({"differences": rows}))
-    filled = tables.fill("<!-- table: r.json recipes -->\n<!-- end -->", tmp_path).splitlines()
+
+    def fill():
+        (tmp_path / "r.json").write_text(json.dumps({"differences": rows, "rows": LISTED}))
+        return tables.fill("<!-- table: r.json recipes -->\n<!-- end -->", tmp_path).splitlines()
+
+    filled = fill()
     assert filled[1] == (
         "| network | bits | seeds | a, EER % | a, less full precision | a, less trained alike | a, less ours |"
     )
-    assert filled[3:-1] == [
+    assert filled[3:7] == [
         "| distilled's loss in full precision | 32 | 2 | 3.50 | -0.50 [-1.00, +0.00] |  |  |",
         "| distilled | 2 | 2 | 4.25 | +0.25 [-0.25, +0.75] | **+0.75 [+0.25, +1.25]** |  |",
         "| powers | 2 | 2 | 6.00 | **+2.00 [+1.50, +2.50]** |  | **+1.75 [+1.25, +2.25]** |",
         "| k-means, without training | 2 | 1 | 5.50 | **+1.50 [+1.00, +2.00]** |  |  |",
     ]
+    assert filled[8] == ABOUT
+    # The change of minDCF against full precision, not against others, where a file has it.
+    rows = [one | {"min_dcf_change": 0.125, "min_dcf_change_ci95": [-0.25, 0.5]} for one in rows]
+    rows[4]["min_dcf_change_ci95"] = [0.0625, 0.5]
+    filled = fill()
+    assert filled[1].endswith("| a, less ours | a, minDCF less full precision |")
+    assert filled[4].endswith("| **+0.75 [+0.25, +1.25]** |  | +0.125 [-0.250, +0.500] |")
+    assert filled[5].endswith("| **+1.75 [+1.25, +2.25]** | **+0.125 [+0.062, +0.500]** |")
 
 
 def test_speeds_are_of_the_newest_line_of_each_benchmark(tmp_path):
@@ -236,6 +278,16 @@ def test_a_first_page_has_bytes_errors_and_their_changes(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps({"rows": rows, "diagnosis": {}}))
     filled = tables.fill("<!-- table: r.json gains -->\n<!-- end -->", tmp_path).splitlines()
     assert filled[3:-1] == ["| 32 | 8.0 | 1.0 | 2.00 |  |", "| 2 | 0.5 | 16.0 | 3.50 | **+1.50 [+0.50, +2.00]** |"]
+    for one, cost in zip(rows, (0.25, 0.75, 0.5)):
+        one["sets"]["a"] |= {"min_dcf": cost, "trials": 900, "utterances": 40}
+    (tmp_path / "r.json").write_text(json.dumps({"rows": rows, "diagnosis": {}}))
+    filled = tables.fill("<!-- table: r.json gains -->\n<!-- end -->", tmp_path).splitlines()
+    assert filled[1] == "| bits | MB | times smaller | EER %, a | against full precision | minDCF |"
+    assert filled[3:5] == [
+        "| 32 | 8.0 | 1.0 | 2.00 |  | 0.250 |",
+        "| 2 | 0.5 | 16.0 | 3.50 | **+1.50 [+0.50, +2.00]** | 0.500 |",
+    ]
+    assert filled[6] == "a: 900 trials, 40 utterances."
 
 
 def test_a_threshold_stands_with_its_intervals_and_what_it_did_to_others(tmp_path):
@@ -311,18 +363,35 @@ def test_what_a_cascade_gains_back_is_told_beside_what_its_first_level_loses():
     def change(low, high):
         return {"eer_change": (low + high) / 2, "eer_change_ci95": [low, high]}
 
+    def table(rows):
+        study = {"rows": rows, "cascades": [cascade, cascade]}
+        return study_tables.rescue_table(study).splitlines()
+
     full = {"method": "full precision", "bits": 32, "sets": {"dev": {"eer": 2.0}, "test": {"eer": 3.0}}}
     low = {"method": "without training", "bits": 2, "sets": {"dev": {"eer": 4.0}, "test": {"eer": 5.0} | change(1, 3)}}
     other = {"method": "trained", "bits": 2, "sets": {"dev": {"eer": 9.0}, "test": {"eer": 9.0}}}
-    found = {"eer": 3.25, "harmful_flip_rate": 0.001, "sequential_bits": 2.5}
+    found = {"eer": 3.25, "harmful_flip_rate": 0.001, "sequential_bits": 2.5, "utterance_bits": 5.0}
     found |= {"each_level_alone": {"2": {"harmful_flip_rate": 0.02}}}
     test = found | {"changes": {"reference": change(-0.5, 1), "first": change(-3, -0.5)}}
     cascade = {"name": "2>4", "family": "ptq", "bits": [2, 4], "sets": {"dev": found, "test": test}}
-    lines = study_tables.rescue_table({"rows": [full, other, low], "cascades": [cascade, cascade]}).splitlines()
+    lines = table([full, other, low])
+    assert lines[0].endswith(" first level | harmful flips | bits a trial | bits an utterance | by utterance |")
+    nothing = "gains nothing: 4 bits alone cost less"
     assert lines[2:] == [
-        "| test | 2 bits, without training | 5.00 | **+2.00 [+1.00, +3.00]** |  | 2.00 % | 2 |",
-        "| test | 2>4 | 3.25 | +0.25 [-0.50, +1.00] | **-1.75 [-3.00, -0.50]** | 0.10 % | 2.50 |",
+        "| test | 2 bits, without training | 5.00 | **+2.00 [+1.00, +3.00]** |  | 2.00 % | 2 | 2 |  |",
+        f"| test | 2>4 | 3.25 | +0.25 [-0.50, +1.00] | **-1.75 [-3.00, -0.50]** | 0.10 % | 2.50 | 5.00 | {nothing} |",
     ]
+    # With minDCF, and the trials of the sets that are shown.
+    full["sets"]["dev"] |= {"min_dcf": 0.5}
+    full["sets"]["test"] |= {"min_dcf": 0.5, "trials": 900, "utterances": 40}
+    cost = {"min_dcf_change": 0.25, "min_dcf_change_ci95": [0.125, 0.5]}
+    low["sets"]["test"] |= {"min_dcf": 0.75, **cost}
+    test |= {"min_dcf": 0.625, "utterance_bits": 3.0}
+    test["changes"]["reference"] |= {"min_dcf_change": 0.125, "min_dcf_change_ci95": [-0.5, 0.5]}
+    lines = table([full, other, low])
+    assert "|  | 0.750 | **+0.250 [+0.125, +0.500]** | 2.00 % |" in lines[2]
+    assert lines[3].endswith("| 0.625 | +0.125 [-0.500, +0.500] | 0.10 % | 2.50 | 3.00 | saves 25 % of 4 |")
+    assert lines[5] == "test: 900 trials, 40 utterances."
 
 
 @pytest.mark.parametrize(
@@ -337,11 +406,12 @@ def test_a_cascade_of_another_recipe_stands_beside_its_own_first_level(family, m
         {"method": name, "bits": 32 if name == "full precision" else 2, "sets": {"test": {"eer": eer}}}
         for name, eer in eers.items()
     ]
-    found = {"eer": 3.0, "harmful_flip_rate": 0.0, "sequential_bits": 2.5}
+    found = {"eer": 3.0, "harmful_flip_rate": 0.0, "sequential_bits": 2.5, "utterance_bits": 3.0}
+    found |= {"incremental_bits": 2.25, "utterance_incremental_bits": 2.5}
     found |= {"each_level_alone": {"2": {"harmful_flip_rate": 0.02}}, "changes": {"reference": {}, "first": {}}}
     cascade = {"name": "2>4", "family": family, "bits": [2, 4], "sets": {"test": found}}
     level = study_tables.rescue_table({"rows": rows, "cascades": [cascade]}).splitlines()[2]
-    assert level == f"| test | 2 bits, {method} | {eers[method]:.2f} |  |  | 2.00 % | 2 |"
+    assert level == f"| test | 2 bits, {method} | {eers[method]:.2f} |  |  | 2.00 % | 2 | 2 |  |"
 
 
 def test_mistakes(tmp_path):
