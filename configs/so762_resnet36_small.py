@@ -28,14 +28,18 @@ training.
 trained alike: is one of them more fragile? `kmq-jax tables` sets such studies side by side (KIND `architectures`).
 """
 
+from typing import Any
+
 import ml_collections
 
 from kmq_jax.study.config import NO_EPOCHS, add_evaluation_sets, smoke_study, study_config, without_training
 from kmq_jax.study.options import PATTERNED
 from kmq_jax.training.config import default_config, known_arg
 
-SMALL = ("resnet36", {"width": 8, "blocks": (2, 2, 2, 2)})
-ECAPA = ("ecapa_c512", {"width": 32, "aggregated": 64, "embedding_size": 256, "features": 81})
+Network = tuple[str, dict[str, Any]]  # a name of `models.registry`, and settings
+
+SMALL: Network = ("resnet36", {"width": 8, "blocks": (2, 2, 2, 2)})
+ECAPA: Network = ("ecapa_c512", {"width": 32, "aggregated": 64, "embedding_size": 256, "features": 81})
 NETWORKS = {"compare": SMALL, "levels": SMALL, "free": SMALL, "ecapa": ECAPA}  # 118,048 and 118,540 parameters
 
 
