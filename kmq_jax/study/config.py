@@ -40,7 +40,8 @@ def study_config(config: ml_collections.ConfigDict, **settings: Any) -> ml_colle
         "nested": True,  # also all bits in one file
         "rules": (),  # as quant.rules
         # By bits. What has none is quantized without training alone. Nested codebooks are trained where the
-        # smallest number of bits is. "32": full precision trains on by each recipe's loss, as a control.
+        # smallest number of bits is. "mixed": of each phase. "32": full precision trains on by each recipe's loss, as
+        # a control.
         "epochs": EPOCHS,
         "learning_rate": 0.0,  # of quantization-aware training; 0: as the recipe says
         "label_weight": 0.0,  # of the recipe "distilled": `loss.weight`, of margin softmax beside the teacher
@@ -109,7 +110,7 @@ def paper_study(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         recipe="kmqat",
         nested=False,
         mixed=3.144,
-        epochs={"4": 40.0, "3": 40.0, "2": 40.0, "mixed": 120.0, "nested": 40.0},
+        epochs={"4": 40.0, "3": 40.0, "2": 40.0, "mixed": 40.0, "nested": 40.0},
         max_frames=1400,
         diagnose=("vox1_o", "vox1_e", "vox1_h", "cnceleb", "commonbench", "voxtube"),
         calibrate="voxtube",
@@ -145,7 +146,7 @@ def smoke_study(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.study.quick_compile = True
     config.study.bits, config.study.epochs = (4, 2), NO_EPOCHS | {"2": 1.0, "nested": 1.0}
     if config.study.mixed:
-        config.study.epochs["mixed"] = 2.0  # four steps: one at least for each of its phases
+        config.study.epochs["mixed"] = 1.0  # two steps in each phase
     config.study.evaluate = ml_collections.ConfigDict({"voices": voices})
     config.study.update(
         calibrate="voices",
