@@ -31,3 +31,27 @@ def kaldi(root: Path, speakers: int = 3, each: int = 4, seconds: float = 1.0) ->
     (root / "wav.scp").write_text("".join(scp))
     (root / "utt2spk").write_text("".join(utt2spk))
     return root
+
+
+def cnceleb(root: Path, with_map: bool = True) -> Path:
+    """CN-Celeb's release in miniature, each recording a tone of its own; returns `root`."""
+    first = root / "CN-Celeb_flac"
+    names = (
+        "data/id00010/singing-01-001", "data/id00010/vlog-01-001", "data/id00800/singing-01-001",
+        "data/id00800/interview-01-002", "eval/enroll/id00800-enroll", "eval/test/id00800-singing-01-005",
+        "eval/test/id00801-movie-01-001",
+    )  # fmt: skip
+    for i, name in enumerate(names):
+        write(first / f"{name}.flac", tone(hertz=200 + 150 * i, seed=i))
+    write(root / "CN-Celeb2_flac" / "data" / "id10020" / "vlog-01-001.flac")
+    (first / "dev").mkdir()
+    (first / "dev" / "dev.lst").write_text("id00010\n")
+    lists = first / "eval" / "lists"
+    lists.mkdir()
+    (lists / "enroll.lst").write_text("id00800-enroll enroll/id00800-enroll.wav\n")
+    (lists / "trials.lst").write_text(
+        "id00800-enroll test/id00800-singing-01-005.wav 1\nid00800-enroll test/id00801-movie-01-001.wav 0\n"
+    )
+    if with_map:
+        (lists / "enroll.map").write_text("id00800-enroll id00800/singing-01-001.wav id00800/interview-01-002.wav\n")
+    return root

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.data.folder import audio_files, open_folder
-from kmq_jax.data.kaldi import numbered_lines, open_kaldi, read_table
+from kmq_jax.data.kaldi import numbered_lines, open_kaldi
 from kmq_jax.data.table import Utterances, concatenate
 from kmq_jax.data.trials import Trials, read_models, read_trials
 from kmq_jax.data.voxceleb import open_voxceleb, tree_root
@@ -88,14 +88,13 @@ def cnceleb(root: Path) -> Corpus:
     Splits: `dev` (the speakers of `dev/dev.lst`), `train2` (CN-Celeb2), and `eval`: `enroll/*.flac` and `test/*.flac`,
     and the recordings in `data/` that `eval/lists/enroll.map` joins into enrolment models. Lists: `eval`
     (`eval/lists/trials.lst`). Without `enroll.map`, a model is the one joined recording that `enroll.lst` names. Ids
-    end in `.wav`, as the lists write them, where the release has `.flac`.
+    of `eval` end in `.wav`, as the lists write them, where the release has `.flac`.
 
     Raises:
         UserError: it is no such release, or a list or a recording is missing.
     """
     first = root / "CN-Celeb_flac" if (root / "CN-Celeb_flac").is_dir() else root
-    lists = first / "eval" / "lists"
-    if not (first / "data").is_dir() or not lists.is_dir():
+    if not is_cnceleb_eval(first / "eval"):
         raise UserError(f"{root} is no CN-Celeb release (CN-Celeb_flac/data and CN-Celeb_flac/eval/lists)")
     data = open_folder(first / "data")
     splits = {}
@@ -106,23 +105,57 @@ def cnceleb(root: Path) -> Corpus:
     if (root / "CN-Celeb2_flac" / "data").is_dir():
         splits["train2"] = open_folder(root / "CN-Celeb2_flac" / "data")
 
-    if (lists / "enroll.map").is_file():
-        models = read_models(lists / "enroll.map")
-    else:
-        models = {model: [place] for model, place in read_table(lists / "enroll.lst")[0].items()}
-    models = {model: [_as_wav(name) for name in names] for model, names in models.items()}
+    splits["eval"] = open_cnceleb_eval(first / "eval")
+    lists = first / "eval" / "lists"
+    return Corpus(splits, _present(lists, {"eval": "trials.lst"}), _cnceleb_models(lists))
+
+
+def is_cnceleb_eval(place: Path) -> bool:
+    """Whether a directory is the `eval` of a CN-Celeb release: it holds `lists`, and `data` lies beside it."""
+    return place.name == "eval" and (place / "lists").is_dir() and (place.parent / "data").is_dir()
+
+
+def cnceleb_eval_below(place: Path) -> Path | None:
+    """The `eval` of a CN-Celeb release that a directory is, or holds one of; None where there is none.
+
+    Raises:
+        UserError: the directory cannot be read.
+    """
+    try:
+        below = [place, *sorted(one for one in place.iterdir() if one.name.startswith("CN-Celeb"))]
+    except OSError as error:
+        raise UserError(f"cannot read {place}: {error.strerror or error}") from error
+    return next((one / "eval" for one in below if is_cnceleb_eval(one / "eval")), None)
+
+
+def open_cnceleb_eval(place: Path) -> Utterances:
+    """Opens the evaluation part of CN-Celeb, `CN-Celeb_flac/eval`: all that its trials and enrolment models name.
+
+    These are `enroll/*.flac` and `test/*.flac`, and of `data/` beside it the recordings that models are made of. Trials
+    are `lists/trials.lst`, models `lists/enroll.map`. Ids end in `.wav`, as the lists write them.
+
+    Raises:
+        UserError: a list or a recording is missing.
+    """
+    models = _cnceleb_models(place / "lists")
     enrolled = {name for names in models.values() for name in names}
     # Id, path and speaker: first the recordings that models are made of, then those of `eval` itself.
-    pieces = [(_as_wav(path), f"data/{path}", path.split("/", 1)[0]) for path in data.paths]
+    pieces = [(_as_wav(path), f"data/{path}", path.split("/", 1)[0]) for path in audio_files(place.parent / "data")]
     pieces = [piece for piece in pieces if piece[0] in enrolled]
-    for path in audio_files(first / "eval"):
+    for path in audio_files(place):
         if path.startswith(("enroll/", "test/")):
             pieces.append((_as_wav(path), f"eval/{path}", _cnceleb_speaker(path)))
     if not pieces:
-        raise UserError(f"{first / 'eval'} holds no audio file")
-    ids, paths, speakers_of = zip(*pieces)
-    splits["eval"] = Utterances(ids=ids, paths=paths, speakers=speakers_of, root=first)
-    return Corpus(splits, _present(lists, {"eval": "trials.lst"}), models)
+        raise UserError(f"{place} holds no audio file")
+    ids, paths, speakers = zip(*pieces)
+    return Utterances(ids=ids, paths=paths, speakers=speakers, root=place.parent)
+
+
+def _cnceleb_models(lists: Path) -> dict[str, list[str]]:
+    """Recordings by enrolment model; without `enroll.map`, each model's joined recording."""
+    whole = lists / "enroll.map"
+    models = read_models(whole if whole.is_file() else lists / "enroll.lst")
+    return {model: [_as_wav(name) for name in names] for model, names in models.items()}
 
 
 def _as_wav(name: str) -> str:

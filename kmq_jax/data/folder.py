@@ -25,7 +25,8 @@ _VCTK = re.compile(r"(?:.*/)?(?P<speaker>p\d{3}|s5)/(?P=speaker)_\d{3}\w*\.\w+$"
 _CORPORA = (_LIBRISPEECH, _TIMIT, _VCTK)
 _NO_SPEAKER = re.compile(
     r"(train|dev|test|eval|valid|validation|dr[1-8]|wavs?|wav\d+\w*|flac|mp3|aac|audio|audios|clips|data|"
-    r"(train|dev|test)[-_].*|\d+k(hz)?|part[-_ ]?\d+|male|female|men|women|clean|noisy|speech|voices?|recordings?)$",
+    r"(train|dev|test)[-_].*|cn-?celeb.*|\d+k(hz)?|part[-_ ]?\d+|male|female|men|women|clean|noisy|speech|voices?|"
+    r"recordings?)$",
     re.IGNORECASE,
 )
 

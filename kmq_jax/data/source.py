@@ -6,6 +6,7 @@ from pathlib import Path
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.outputs import check_no_bucket
 from kmq_jax.data.audio import SAMPLE_RATE, AudioError, read_audio, to_mono_16k
+from kmq_jax.data.corpora import cnceleb_eval_below, is_cnceleb_eval, open_cnceleb_eval
 from kmq_jax.data.folder import open_csv, open_folder
 from kmq_jax.data.kaldi import open_kaldi
 from kmq_jax.data.table import Utterances, concatenate
@@ -27,9 +28,9 @@ def open_source(data: str | os.PathLike[str], speakers: bool = True) -> Utteranc
     """Opens a DATA argument.
 
     Args:
-        data: a Kaldi data directory (`wav.scp`, `utt2spk`), a VoxCeleb tree (`id*/video/utt.wav|m4a|flac`), any folder
-            of `speaker/**/audio`, a CSV with `path,speaker`, a dataset made by `prepare_data` (or by tfds), or
-            `synthetic:SPLIT[?key=value]` for the embedded corpus.
+        data: a Kaldi data directory (`wav.scp`, `utt2spk`), a VoxCeleb tree (`id*/video/utt.wav|m4a|flac`), CN-Celeb's
+            `CN-Celeb_flac/eval`, any folder of `speaker/**/audio`, a CSV with `path,speaker`, a dataset made by
+            `prepare_data` (or by tfds), or `synthetic:SPLIT[?key=value]` for the embedded corpus.
         speakers: whether it matters who speaks: not of noise.
 
     Returns:
@@ -63,6 +64,13 @@ def open_source(data: str | os.PathLike[str], speakers: bool = True) -> Utteranc
         )
     if (path / "wav.scp").is_file():
         return open_kaldi(path)
+    if is_cnceleb_eval(path.absolute()):  # whose name is looked at
+        return open_cnceleb_eval(path.absolute())
+    if inside := cnceleb_eval_below(path):
+        raise UserError(
+            f"{text} holds all of CN-Celeb: give {inside} to evaluate (its trials: {inside}/lists/trials.lst, its "
+            f"enrolment models: {inside}/lists/enroll.map), or {inside.parent / 'data'} to train"
+        )
     return open_voxceleb(path) if tree_root(path) else open_folder(path, speakers)
 
 

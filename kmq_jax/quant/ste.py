@@ -23,7 +23,7 @@ from kmq_jax.quant.packing import pack_bits
 from kmq_jax.quant.rules import Rules, decide, group_axis
 from kmq_jax.quant.types import HALF, CodebookTensor, QuantSpec, is_codebook_tensor, is_whole, storage_type
 
-RECIPES = ("kmqat", "normalized")
+RECIPES = ("normalized", "weights")
 
 
 @jax.tree_util.register_dataclass
@@ -345,11 +345,11 @@ def kmqat_indices(latent: jax.Array, book: Codebook, retention: float = 0.9) -> 
     The weight is divided by the largest clamped magnitude, and not by the scale, as it is later (`reassign`).
 
     Args:
-        latent: as `init_codebooks` makes it by the recipe "kmqat".
+        latent: as `init_codebooks` makes it by the recipe "weights".
         book: its codebook.
         retention: that by which the centroids were placed.
 
-    >>> latents, books = init_codebooks({"w": jnp.float32([[-2, -1, 1, 2]])}, QuantSpec(1, "tensor"), recipe="kmqat")
+    >>> latents, books = init_codebooks({"w": jnp.float32([[-2, -1, 1, 2]])}, QuantSpec(1, "tensor"), recipe="weights")
     >>> kmqat_indices(latents["w"], books["w"]).tolist()
     [[0, 0, 1, 1]]
     """
@@ -384,8 +384,8 @@ def init_codebooks(
         rules: see `transform.quantize_params`; tensors at 16 bits are left alone.
         bits: in place of rules: this many for every leaf.
         recipe: "normalized", latents and centroids in units of the group's standard deviation, centroids by k-means;
-            or "kmqat", latents in units of the weights, see `kmqat_codebook`. The init of constrained and nested
-            codebooks is always k-means.
+            or "weights", latents in units of the weights, which begin as in KMQAT (`kmqat_codebook`). The init of
+            constrained and nested codebooks is always k-means.
         cached: hold the indices until `reassign`, in place of assigning at every step.
 
     Returns:
@@ -422,7 +422,7 @@ def _begin(leaf: Leaf, spec: QuantSpec, axis: int | None, recipe: str) -> tuple[
         books = (fit_levels(rows, spec.levels, spec.bits, iterations=spec.iterations),)
     elif spec.coarse:
         books = nested_kmeans(rows, spec.all_bits, iterations=spec.iterations)
-    elif recipe == "kmqat" and not (spec.symmetric or spec.pinned_zero):
+    elif recipe == "weights" and not (spec.symmetric or spec.pinned_zero):
         centroids, scale = kmqat_codebook(rows, spec.bits, spec.retention)
         books = (centroids * scale[:, None],)
     else:

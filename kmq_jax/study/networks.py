@@ -23,8 +23,9 @@ from kmq_jax.training import loop, qat
 from kmq_jax.training.config import distilled, published_kmqat
 from kmq_jax.training.options import QatOptions, section
 
-RECIPES = {"fp32": 1, "ptq": 2, "distilled": 1, "kmqat": 1, "uniform": 1, "minmax": 1, "powers": 1}
-"""To be raised when a change of the code changes what a step computes: studies then repeat it (see `study.steps`)."""
+RECIPES = {"fp32": 1, "ptq": 2, "distilled": 1, "kmqat": 1, "uniform": 1, "minmax": 1, "powers": 1, MIXED: 2}
+"""To be raised when a change of the code changes what a step computes: studies then repeat it (see `study.steps`).
+Mixed precision has a number of its own, whatever the recipe."""
 
 CONTROL_RATE = 3e-5
 """Learning rate of the control in full precision: a thousandth of a kernel's usual standard deviation, .03."""
@@ -234,7 +235,7 @@ def mixed_network(
 def _trained(own: ml_collections.ConfigDict, steps: Steps, run: Run) -> Path:
     """The step that trains a quantization."""
     needs, train = ("fp32", *filter(None, [run.grow_from])), functools.partial(_train, own)
-    recipe = RECIPES[run.recipe]
+    recipe = RECIPES[MIXED if run.name == MIXED else run.recipe]
     return steps.run(run.step, settings_of(own), needs, run.step, train, data=data_of(own), recipe=recipe)
 
 

@@ -82,8 +82,8 @@ class StudyOptions(Options):
         "(pattern, bits) before that, first match wins; 0 keeps full precision", ()
     )
     epochs: dict[str, float] = option(
-        "of training by bits, `mixed` or `nested`; what is left out is not trained. `32`: full precision trains on by "
-        "each recipe's loss, the control that tells what labels and steps do from what bits do"
+        "of training by bits, `mixed` (of each phase) or `nested`; what is left out is not trained. `32`: full "
+        "precision trains on by each recipe's loss, the control that tells what labels and steps do from what bits do"
     )
     learning_rate: float = option("of quantization-aware training; 0: as the recipe says", 0.0, at_least=0)
     label_weight: float = option("of margin softmax of the labels beside the teacher, in distillation", 0.0, at_least=0)

@@ -6,14 +6,17 @@ KMQAT, is by Liu, Wang and Qian, TASLP 2024. Each line names the test that fails
 
 import dataclasses
 import re
+from collections.abc import Mapping
 
 import ml_collections
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json
+from kmq_jax.data.pipeline import SNR_DB
+from kmq_jax.frontend import SpecAugmentConfig
 from kmq_jax.study.networks import runs_of, training_config, training_steps
 from kmq_jax.study.options import FULL, MIXED, StudyOptions
-from kmq_jax.training.options import TrainOptions
+from kmq_jax.training.options import DataOptions, TrainOptions
 
 PAPER, CODE, OPEN = "paper", "code", "neither"
 _HERE = "tests/training/test_published.py::"
@@ -27,7 +30,7 @@ class Line:
     Attributes:
         says: the thing, in words.
         source: who says so: the paper, its first author's public code, or neither.
-        setting: the option of `TrainOptions` that holds it; empty where the code can do nothing else.
+        setting: the option of `TrainOptions`, or of `FIXED`, that holds it; empty where the code can do nothing else.
         published: the option's value as published; None where none is.
         test: the test that checks it; empty: the one that goes through all settings.
         why: what is chosen where none is published or sources differ.
@@ -59,14 +62,25 @@ class Line:
         }
 
 
+_MASKS = SpecAugmentConfig()
+FIXED = {
+    **{f"data.pipeline.SNR_DB[{kind}]": between for kind, between in SNR_DB.items()},
+    "frontend.SpecAugmentConfig.max_frames": _MASKS.max_frames,
+    "frontend.SpecAugmentConfig.max_bands": _MASKS.max_bands,
+}
+"""What training goes by without an option of its own, by where the code has it."""
+
+
 def value_of(options: TrainOptions, setting: str) -> object:
-    """The value of an option by its dotted name; None where an optimizer has no such group.
+    """The value of an option, or one of `FIXED`, by its dotted name; None where an optimizer has no such group.
 
     `optimizer.groups[NAME].FIELD` is a field of the group that matches a parameter of that name.
 
     >>> value_of(TrainOptions(model={"name": "resnet18"}), "loss.scale")
     30.0
     """
+    if setting in FIXED:
+        return FIXED[setting]
     value: object = options
     for part in re.findall(r"[^.\[\]]+", setting):
         if value is None:
@@ -74,7 +88,7 @@ def value_of(options: TrainOptions, setting: str) -> object:
         if isinstance(value, tuple):  # the optimizer's groups; the first match wins, as in `match_rules`
             value = next((own for pattern, own in options.optimizer.group_rules if re.search(pattern, part)), None)
         else:
-            value = getattr(value, part)
+            value = value.get(part) if isinstance(value, Mapping) else getattr(value, part)
     return value
 
 
@@ -84,15 +98,31 @@ def _plain(value: object) -> object:
 
 
 _GROUP = _HERE + "test_groups_of_the_published_optimizer"
+_FULL_GROUP = _HERE + "test_the_classifier_does_not_decay"
 _STEP = "tests/quant/test_ste.py::"
 SCALE, BIAS = "optimizer.groups[layer/raw_scale].", "optimizer.groups[layer/bias]."
+CLASSIFIER = "optimizer.groups[classifier]."
+_UTTERANCE = f"of at most {DataOptions().utterance_seconds:g} s (`data.utterance_seconds`): of longer ones, of a piece"
 
 FP32 = (
+    Line("embeddings of 256", PAPER, "model.embedding_size", 256),
+    Line("80 mel bands and the log energy: 81 features", CODE, "model.features", 81),
     Line("350 frames a crop", PAPER, "data.crop_samples", 56240, why="25 ms and 349 steps of 10 ms at 16 kHz"),
-    Line("the mean is removed over the whole utterance, then it is cropped", CODE, "data.normalize", "utterance"),
+    Line(
+        "the mean is removed over the whole utterance, then it is cropped",
+        CODE,
+        "data.normalize",
+        "utterance",
+        why=_UTTERANCE,
+    ),
     Line("noise, music, babble, rooms or nothing, one of five", PAPER, "data.augment", True),
+    Line("noise at 0 to 15 dB", CODE, "data.pipeline.SNR_DB[noise]", (0.0, 15.0)),
+    Line("music at 5 to 15 dB", CODE, "data.pipeline.SNR_DB[music]", (5.0, 15.0)),
+    Line("babble at 13 to 20 dB", CODE, "data.pipeline.SNR_DB[babble]", (13.0, 20.0)),
     Line("other speeds", OPEN, "data.speeds", None, why="not told: none"),
     Line("SpecAugment with probability 0.6", CODE, "spec_augment", 0.6),
+    Line("masks of 1 to 10 frames", CODE, "frontend.SpecAugmentConfig.max_frames", 10),
+    Line("and of 1 to 8 bands", CODE, "frontend.SpecAugmentConfig.max_bands", 8),
     Line("batches of 512", PAPER, "batch_size", 512),
     Line("42 epochs", PAPER, "epochs", 42.0, why="51 in the code: `:public`"),
     Line("additive margin softmax", PAPER, "loss.kind", "am"),
@@ -103,6 +133,7 @@ FP32 = (
     Line("stochastic gradient descent", PAPER, "optimizer.name", "sgd"),
     Line("momentum 0.9", PAPER, "optimizer.momentum", 0.9),
     Line("weight decay 2e-4", PAPER, "optimizer.weight_decay", 2e-4, why="1e-4 in the code: `:public`"),
+    Line("none on the classifier", CODE, CLASSIFIER + "decay", 0.0, _FULL_GROUP),
     Line("learning rate from 1e-5", CODE, "learning_rate.start", 1e-5),
     Line("to 0.2", CODE, "learning_rate.peak", 0.2),
     Line("over 5 epochs", CODE, "learning_rate.warmup_epochs", 5.0),
@@ -117,7 +148,8 @@ KMQAT = (
     Line("with a learned scale, each layer", PAPER, "quant.granularity", "tensor",
          why="the code and the paper's memory table have one codebook and one scale an output channel"),
     Line("retention 0.9", PAPER, "quant.retention", 0.9),
-    Line("bins of equal mass, a centroid their mean, divided by the largest magnitude", PAPER, "quant.recipe", "kmqat"),
+    Line("bins of equal mass, a centroid their mean, divided by the largest magnitude", PAPER, "quant.recipe",
+         "weights"),
     Line("weights clamped to their 5 % and 95 % quantiles; centroids of the clamped; indices nearest to clipped "
          "weights; alpha = max(w.q / q.q, 1e-5), kept as softplus", CODE,
          test=_STEP + "test_kmqat_start_step_by_step"),
@@ -159,6 +191,8 @@ KMQAT = (
     Line("weights' learning rate 1e-4", CODE, "learning_rate.peak", 1e-4),
     Line("weight decay 1e-4", CODE, "optimizer.weight_decay", 1e-4),
     Line("0 on normalisation and biases", CODE, BIAS + "decay", 0.0, _GROUP),
+    Line("weight decay of the classifier", OPEN, CLASSIFIER + "decay", None, _FULL_GROUP,
+         "not told: none, as in full precision"),
     Line("no clipping of theirs", CODE, "optimizer.clip", 0.0),
     Line("alpha's learning rate 0.75e-4", CODE, SCALE + "peak", 0.75e-4, _GROUP),
     Line("without momentum", CODE, SCALE + "momentum", 0.0, _GROUP),
@@ -180,7 +214,11 @@ MIXED_LINES = (
          why="the paper's model; a tenth of full precision's bytes in KMQAT's: `quant.budget`"),
     Line("in stages of ascending bits, each with its own optimizer and cosine", PAPER, "quant.multi_stage", True,
          _HERE + "test_every_phase_has_a_cosine_of_its_own"),
-    Line("40 epochs a stage", PAPER, "epochs", 120.0),
+    Line("40 epochs a stage", PAPER, "epochs", 40.0,
+         _HERE + "test_every_phase_lasts_as_many_epochs_however_many_there_are"),
+    Line("alpha is frozen at the start of a stage", OPEN, "quant.thaw_epochs", None,
+         _HERE + "test_scales_are_frozen_at_the_start_of_every_phase",
+         "not told: of every stage, which begins anew with optimizer and cosine"),
 )  # fmt: skip
 """What mixed precision in phases (MSFT) has beside KMQAT's lines, but for its bits and epochs."""
 

@@ -6,6 +6,7 @@ from kmq_jax.core.files import Row
 from kmq_jax.study.networks import epochs_of, runs_of
 from kmq_jax.study.options import MIXED, StudyOptions
 from kmq_jax.study.steps import Work
+from kmq_jax.training.options import QatOptions
 
 USUAL = {
     "fp32": 1.0, "distilled": 2.0, "kmqat": 1.2, "uniform": 2.0, "minmax": 2.0, "powers": 2.0, "ptq": 0.2,
@@ -34,6 +35,8 @@ def planned(options: StudyOptions, epochs: float, only: Sequence[str] = ()) -> l
         if only and run.step not in only:
             continue
         trained = epochs_of(options, run)
+        if run.name == MIXED:
+            trained *= len(QatOptions().budget_bits)  # phases, of `epochs` each; fewer where some bits go to no tensor
         # A nested network is measured at each of its bits.
         if run.untrained and run.name != MIXED:
             plan += [Work("ptq"), *(each * (1 + len(run.coarse)))]

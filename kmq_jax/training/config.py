@@ -96,7 +96,7 @@ def published_kmqat(config: ml_collections.ConfigDict, bits: int, **settings: An
     """
     config.quant.update(
         bits=bits,
-        recipe="kmqat",  # equal-mass bins of weights clamped to their central 90 %, see `quant.kmqat_codebook`
+        recipe="weights",  # equal-mass bins of weights clamped to their central 90 %, see `quant.kmqat_codebook`
         granularity="channel",
         retention=0.9,
         symmetric=False,

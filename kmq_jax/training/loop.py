@@ -22,7 +22,7 @@ from kmq_jax.models import registry
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import SpeakerModel, save_model
 from kmq_jax.training import step as steps
-from kmq_jax.training.options import TrainOptions, phase_of, steps_of
+from kmq_jax.training.options import TrainOptions, steps_of
 from kmq_jax.training.prepare import Run, prepare
 from kmq_jax.training.runlog import RunLog
 from kmq_jax.training.validation import in_words
@@ -108,7 +108,7 @@ class Loop:
         self._rate = Rate(self.step, run.options.batch_size)
         self._phases = run.recipe.task.phases(run.state.params.network)
         # `min`: a run that is done has no next step.
-        self._train_step = self._compile(self._phase(min(self.step, run.total_steps - 1)))
+        self._train_step = self._compile(run.recipe.phase_at(min(self.step, run.total_steps - 1)))
 
     def recall(self, lines: Sequence[Row]) -> None:
         """Reads a finished run's figures from its log: it was killed after its last checkpoint, before its summary."""
@@ -140,18 +140,15 @@ class Loop:
                 self._report_and_save()
         self.seconds = time.monotonic() - self._start
 
-    def _phase(self, step: int) -> int:
-        return phase_of(step, self._run.total_steps, len(self._phases))
-
     def _compile(self, phase: int) -> steps.Step:
         return steps.jit_train_step(self._run.recipe, self._run.shardings, self._phases[phase])
 
     def _enter_phase(self) -> None:
         """Begins a phase, where the next step is its first."""
-        phase = self._phase(self.step)
+        phase = self._run.recipe.phase_at(self.step)
         if self.step == 0:
             self._run.enter_phase(self._phases[0], None)
-        elif phase != self._phase(self.step - 1):
+        elif phase != self._run.recipe.phase_at(self.step - 1):
             self._run.enter_phase(self._phases[phase], self._phases[phase - 1])
             self._train_step = self._compile(phase)
 

@@ -107,8 +107,10 @@ class QatOptions(Options):
     grow_from: str = option(
         "MODEL trained at the fewest of them: it stays as it is, and more bits are trained inside its cells", ""
     )
-    recipe: Literal["normalized", "kmqat"] = option(
-        "unit of the latents: a channel's standard deviation, or as in KMQAT that of the weights", "normalized"
+    recipe: Literal["normalized", "weights"] = option(
+        "unit of the latents: a channel's standard deviation, or that of the weights, whose codebooks begin as KMQAT's "
+        "do (the published method is more than that: training.config.published_kmqat)",
+        "normalized",
     )
     levels: Literal["kmeans", "uniform", "minmax", "powers"] = option(
         "where centroids may lie, see quant.levels; other than by k-means, the scale alone is trained", "kmeans"
@@ -128,14 +130,16 @@ class QatOptions(Options):
         at_least=0,
         at_most=1000,
     )
-    thaw_epochs: float = option("the scales stay as they are until then", 0.0, at_least=0)
+    thaw_epochs: float = option("the scales stay as they are until then, in each phase", 0.0, at_least=0)
     centroids: Literal["gradient", "lloyd", "fixed"] = option("how centroids move", "gradient")
     lloyd_every: int = option("steps between moves towards the mean of the members", 100, at_least=1)
     lloyd_epochs: float = option("epochs between these moves, in place of steps; 0: `lloyd_every`", 0.0, at_least=0)
     lloyd_clip: float = option("members count at most this far from 0, in units of the scale; 0: any", 0.0, at_least=0)
     lloyd_rate: float = option("share of the way that centroids move", 0.1, at_least=0, at_most=1)
     lloyd_unused_rate: float = option("the same where many centroids have no members", 0.2, at_least=0, at_most=1)
-    lloyd_until: float = option("share of the run after which centroids rest", 0.67, at_least=0, at_most=1)
+    lloyd_until: float = option(
+        "share of the run, or of a phase, after which centroids rest", 0.67, at_least=0, at_most=1
+    )
     reassign_every: int = option("steps between assignments of latents to centroids; 0: every step", 0, at_least=0)
     reassign_epochs: float = option("epochs between them, in place of steps; 0: `reassign_every`", 0.0, at_least=0)
     budget: float = option(
@@ -150,8 +154,8 @@ class QatOptions(Options):
     )
     hessian_draws: int = option("random vectors that sensitivity is estimated by", 10, at_least=1, at_most=100_000)
     multi_stage: bool = option(
-        "in phases: tensors of the fewest bits are quantized first, the others later; each has optimizer and schedule "
-        "of its own",
+        "in phases of `epochs` each: tensors of the fewest bits are quantized first, the others later; each phase has "
+        "optimizer and schedule of its own, and scales thaw in each anew",
         False,
     )
     biases: Literal["float32", "float16"] = option("the type of the packed network's biases", "float32")
@@ -351,7 +355,7 @@ class TrainOptions(Options):
     optimizer: OptimizerOptions = option("how gradients move parameters", OptimizerOptions())
     learning_rate: ScheduleOptions = option("by step", ScheduleOptions())
     batch_size: int = option("over all devices", 128, at_least=1, at_most=1_000_000)
-    epochs: float = option("length of the run", 10.0, above=0, at_most=1e6)
+    epochs: float = option("length of the run, or of each phase of quant.multi_stage", 10.0, above=0, at_most=1e6)
     epoch_steps: int = option("steps an epoch; 0: one pass over the data", 0, at_least=0, at_most=10**9)
     sharding: tuple[tuple[str, int], ...] = option(
         "(regular expression, axis) of parameters split over the devices; the rest is replicated", ()
@@ -433,14 +437,3 @@ def steps_of(epochs: float, epoch_steps: int) -> int:
     if epochs < 0:
         raise UserError(f"epochs (={epochs}) must not be negative")
     return max(1, round(epochs * epoch_steps)) if epochs else 0
-
-
-def phase_of(step: int, total_steps: int, phases: int) -> int:
-    """The phase that a step belongs to, from 0. Phases differ by one step at most.
-
-    >>> [phase_of(step, total_steps=5, phases=2) for step in range(5)]
-    [0, 0, 0, 1, 1]
-    >>> [phase_of(step, total_steps=4, phases=3) for step in range(4)]
-    [0, 0, 1, 2]
-    """
-    return step * phases // total_steps

@@ -89,7 +89,7 @@ class Run:
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
-        return self.recipe.objective.total_steps
+        return self.recipe.total_steps
 
     @property
     def speech(self) -> Speech:

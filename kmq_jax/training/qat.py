@@ -143,7 +143,7 @@ def init_fitted(
     """As `init_params`, then brings the network near to the full-precision one on some crops of speech.
 
     Where possible, training begins with the network that `ptq.fit` gives without training: that saves hundreds of
-    steps. It is not possible where the recipe is "kmqat", where channels share a codebook, and where phases leave
+    steps. It is not possible where the recipe is "weights", where channels share a codebook, and where phases leave
     tensors in full precision. There each layer is only given the reference's moments (`match_moments`), and nested
     codebooks stay as k-means makes them.
 
@@ -254,8 +254,8 @@ def effective_weights(
         options: the `quant` section.
         params: to be differentiated.
         indices: see `TrainState`.
-        step: of the run.
-        thaw: step from which scales are trained.
+        step: of the phase.
+        thaw: step of a phase from which scales are trained.
         names: tensors that are quantized already; None is all. The others are used in full precision.
 
     Returns:
@@ -375,7 +375,7 @@ def first_indices(options: QatOptions, params: QatParams) -> Indices:
     """The cached indices that training begins with, by name; none where each step assigns afresh."""
     if not options.cached:
         return {}
-    if options.recipe != "kmqat" or options.symmetric:
+    if options.recipe != "weights" or options.symmetric:
         # Compiled, as in a step: else a latent on a border may get another index.
         return jax.jit(nearest_indices)(params)
     latents = dict(named_leaves(params.latents))

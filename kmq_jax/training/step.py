@@ -45,8 +45,8 @@ class Objective:
     epoch_steps: int
 
     @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
+    def phase_steps(self) -> int:
+        """Steps of each phase; all but multi-stage training has one."""
         return steps_of(self.options.epochs, self.epoch_steps)
 
 
@@ -69,18 +69,21 @@ class Recipe:
     phases: int
 
     @property
-    def phase_steps(self) -> int:
-        """Steps of the longest phase."""
-        return -(-self.objective.total_steps // self.phases)
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.phases * self.objective.phase_steps
+
+    def phase_at(self, step: int) -> int:
+        """The phase that a step of the run belongs to, from 0."""
+        return step // self.objective.phase_steps
+
+    def in_phase(self, step: jax.Array) -> jax.Array:
+        """A step of the run as its phase counts: from 0 again in each, as the phase's new optimizer does."""
+        return step if self.phases == 1 else step % self.objective.phase_steps
 
     def rate_at(self, step: jax.Array) -> jax.Array:
         """The learning rate of a step of the run, float32 scalar."""
-        # A phase begins with a new optimizer, whose count of steps the schedule is given: it starts at 0 again.
-        if self.phases == 1:
-            return self.learning_rate(step)
-        # The first step of each phase, see `options.phase_of`.
-        starts = jnp.array([-(-phase * self.objective.total_steps // self.phases) for phase in range(self.phases)])
-        return self.learning_rate(step - jnp.max(jnp.where(starts <= step, starts, 0)))
+        return self.learning_rate(self.in_phase(step))
 
 
 def init_params(network: SpeakerNetwork, options: TrainOptions, classes: int) -> tuple[Trainable, Params]:
@@ -121,8 +124,8 @@ def make_task(options: TrainOptions, epoch_steps: int, parent: Params | None = N
     """What the options do to the network's parameters; `parent` is the network that nested codebooks grow from."""
     if not options.quant.on:
         return FullPrecision(options.average_last)
-    total_steps = steps_of(options.epochs, epoch_steps)
-    thaw, last_move = options.quant.thaw_epochs * epoch_steps, options.quant.lloyd_until * total_steps
+    phase_steps = steps_of(options.epochs, epoch_steps)
+    thaw, last_move = options.quant.thaw_epochs * epoch_steps, options.quant.lloyd_until * phase_steps
     measured = options.batch_norm == "batch"
     return Quantized(options.quant.in_steps(epoch_steps), thaw, last_move, parent=parent, measured=measured)
 
@@ -136,16 +139,13 @@ def make_recipe(objective: Objective, task: Task, params: Trainable) -> Recipe:
         params: what the optimizer moves, or its shapes.
 
     Raises:
-        UserError: a pattern of `optimizer.groups` is the first match of no name; or there are more phases than steps.
+        UserError: a pattern of `optimizer.groups` is the first match of no name.
     """
     options, phases = objective.options, len(task.phases(params.network))
-    if phases > (total := objective.total_steps):
-        raise UserError(f"`epochs` (={options.epochs:g}) gives {total} steps: too few for {phases} phases")
-    phase_steps = -(-total // phases)  # rounded up: some phases may be one step shorter
 
     def schedule(peak: float | None) -> Schedule:
         own = options.learning_rate if peak is None else dataclasses.replace(options.learning_rate, peak=peak)
-        return make_schedule(own, objective.epoch_steps, phase_steps)
+        return make_schedule(own, objective.epoch_steps, objective.phase_steps)
 
     return Recipe(objective, task, make_optimizer(options.optimizer, schedule, params), schedule(None), phases)
 
@@ -255,13 +255,13 @@ def train_step(
         the cosines, without margin) and `margin` where there is a classification loss; `teacher_cosine` where there is
         a teacher.
     """
-    objective, task = recipe.objective, recipe.task
+    objective, task, step = recipe.objective, recipe.task, recipe.in_phase(state.step)
     # By the step, so that a resumed run draws the same; `seed` itself has drawn the first parameters.
     key = jax.random.fold_in(jax.random.key(objective.options.seed + 1), state.step)
     features = features_of(objective, key, batch)
 
     def loss_of(params: Trainable) -> tuple[jax.Array, tuple[Metrics, Params]]:
-        network = task.weights(params.network, state.indices, state.step, phase)
+        network = task.weights(params.network, state.indices, step, phase)
         labels, beside = batch["speaker"], task.beside(params.network, phase)
         return total_loss(
             objective, params.classifier, network, state.batch_stats, features, labels, state.step, teacher, beside
@@ -270,7 +270,7 @@ def train_step(
     gradients, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
     updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    network, indices = task.after_update(state.params.network, params.network, state.indices, state.step + 1)
+    network, indices = task.after_update(state.params.network, params.network, state.indices, step + 1)
     params = Trainable(params.classifier, network)
     metrics |= {
         "gradient_norm": optax.tree.norm(gradients),

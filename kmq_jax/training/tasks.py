@@ -88,7 +88,7 @@ class Task(Protocol):
         """The running statistics that a phase begins with, or None where those there are stay."""
 
     def weights(self, network: Network, indices: qat.Indices, step: jax.Array, phase: Phase | None) -> Params:
-        """The weights a step computes with; differentiable in `network`."""
+        """The weights a step computes with, differentiable in `network`; steps count from 0 in each phase."""
 
     def beside(self, network: Network, phase: Phase | None) -> Variables:
         """The variables that a step computes with beside weights and statistics."""
@@ -96,7 +96,7 @@ class Task(Protocol):
     def after_update(
         self, before: Network, after: Network, indices: qat.Indices, step: jax.Array
     ) -> tuple[Network, qat.Indices]:
-        """What follows the optimizer's update of `before` to `after`; `step` counts that update."""
+        """What follows the optimizer's update of `before` to `after`; `step` counts the phase's updates, with it."""
 
     def variables(self, state: TrainState) -> Variables:
         """The variables that are shipped."""
@@ -179,8 +179,8 @@ class Quantized:
 
     Attributes:
         options: the `quant` section.
-        thaw: step from which scales are trained.
-        last_move: centroids rest after this step.
+        thaw: step of a phase from which scales are trained.
+        last_move: centroids rest after this step of a phase.
         allocation: bits by name, in mixed precision.
         parent: parameters of the packed network that nested codebooks grow from.
         ranges: of activations that are rounded to 8 bits; None rounds none.

@@ -9,6 +9,7 @@ import recordings
 from kmq_jax.core.errors import UserError
 from kmq_jax.data import corpora
 from kmq_jax.data.source import open_source
+from kmq_jax.data.trials import read_models, read_trials
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -26,26 +27,6 @@ def make_voxceleb1(root):
         "1 id10001/vidA/00001.wav id10001/vidA/00002.wav\n0 id10001/vidA/00001.wav id10270/vidC/00001.wav\n"
     )
     (root / "list_test_hard2.txt").write_text("0 id10002/vidB/00001.wav id10271/vidD/00001.wav\n")
-    return root
-
-
-def make_cnceleb(root, with_map=True):
-    first = root / "CN-Celeb_flac"
-    for name in ("id00010/singing-01-001", "id00010/vlog-01-001", "id00800/singing-01-001", "id00800/interview-01-002"):
-        recordings.write(first / "data" / f"{name}.flac")
-    for name in ("enroll/id00800-enroll", "test/id00800-singing-01-005", "test/id00801-movie-01-001"):
-        recordings.write(first / "eval" / f"{name}.flac")
-    recordings.write(root / "CN-Celeb2_flac" / "data" / "id10020" / "vlog-01-001.flac")
-    (first / "dev").mkdir()
-    (first / "dev" / "dev.lst").write_text("id00010\n")
-    lists = first / "eval" / "lists"
-    lists.mkdir()
-    (lists / "enroll.lst").write_text("id00800-enroll enroll/id00800-enroll.wav\n")
-    (lists / "trials.lst").write_text(
-        "id00800-enroll test/id00800-singing-01-005.wav 1\nid00800-enroll test/id00801-movie-01-001.wav 0\n"
-    )
-    if with_map:
-        (lists / "enroll.map").write_text("id00800-enroll id00800/singing-01-001.wav id00800/interview-01-002.wav\n")
     return root
 
 
@@ -86,7 +67,7 @@ def test_voxceleb2(tmp_path):
 
 
 def test_cnceleb_enrols_models_of_several_recordings(tmp_path):
-    corpus = corpora.cnceleb(make_cnceleb(tmp_path))
+    corpus = corpora.cnceleb(recordings.cnceleb(tmp_path))
     assert {name: len(table) for name, table in corpus.splits.items()} == {"dev": 2, "train2": 1, "eval": 5}
     assert set(corpus.splits["eval"].speakers) == {"id00800", "id00801"}
     trials = corpus.trials("eval")
@@ -99,11 +80,42 @@ def test_cnceleb_enrols_models_of_several_recordings(tmp_path):
 
 
 def test_cnceleb_without_a_map_enrols_the_joined_recording(tmp_path):
-    corpus = corpora.cnceleb(make_cnceleb(tmp_path, with_map=False))
+    corpus = corpora.cnceleb(recordings.cnceleb(tmp_path, with_map=False))
     (model,) = corpus.trials("eval").models
     assert names(corpus, model) == ["enroll/id00800-enroll.wav"]
     with pytest.raises(UserError, match="no CN-Celeb release"):
         corpora.cnceleb(tmp_path / "CN-Celeb2_flac")
+
+
+def test_cnceleb_as_data_is_what_its_lists_name(tmp_path):
+    root = recordings.cnceleb(tmp_path)
+    place = root / "CN-Celeb_flac" / "eval"
+    table, corpus = open_source(place), corpora.cnceleb(root)
+    assert sorted(table.ids) == sorted(corpus.splits["eval"].ids) and len(table) == 5
+    assert dict(zip(table.ids, table.speakers))["id00800/singing-01-001.wav"] == "id00800"
+    assert dict(zip(table.ids, table.speakers))["test/id00801-movie-01-001.wav"] == "id00801"
+    trials = read_trials(place / "lists/trials.lst", table.ids, table.paths, read_models(place / "lists/enroll.map"))
+    (model,) = trials.models
+    assert [table.ids[i] for i in model] == ["id00800/singing-01-001.wav", "id00800/interview-01-002.wav"]
+    joined = read_models(place / "lists/enroll.lst")  # the other way to give the models: one joined recording each
+    assert read_trials(place / "lists/trials.lst", table.ids, table.paths, joined).models[0].tolist() == [
+        table.ids.index("enroll/id00800-enroll.wav")
+    ]
+
+
+def test_a_whole_cnceleb_release_is_no_data(tmp_path):
+    """Its directories would pass for speakers."""
+    root = recordings.cnceleb(tmp_path)
+    told = r"holds all of CN-Celeb: give \S*/CN-Celeb_flac/eval to evaluate \(its trials: \S*/eval/lists/trials.lst, "
+    for place in (root, root / "CN-Celeb_flac"):
+        with pytest.raises(
+            UserError, match=told + r"its enrolment models: \S*/eval/lists/enroll.map\), or \S*/data to"
+        ):
+            open_source(place)
+    assert set(open_source(root / "CN-Celeb_flac" / "data").speakers) == {"id00010", "id00800"}
+    recordings.write(tmp_path / "second" / "CN-Celeb2_flac" / "data" / "id10020" / "vlog-01-001.flac")
+    with pytest.raises(UserError, match="first directories should be speakers, but CN-Celeb2_flac is none"):
+        open_source(tmp_path / "second")
 
 
 def test_voxtube(tmp_path):
@@ -124,7 +136,7 @@ def test_lists_that_are_not_utf8_are_told_by_file_and_line(tmp_path):
     (tmp_path / "v" / "language_gender_meta.csv").write_bytes(b"id,gender,language\nUCabc,female,fran\xe7ais\n")
     with pytest.raises(UserError, match=r"language_gender_meta.csv:2: not UTF-8 text"):
         corpora.voxtube(tmp_path / "v")
-    make_cnceleb(tmp_path / "c")
+    recordings.cnceleb(tmp_path / "c")
     (tmp_path / "c" / "CN-Celeb_flac" / "dev" / "dev.lst").write_bytes(b"id00010\n\xe7\n")
     with pytest.raises(UserError, match=r"dev.lst:2: not UTF-8 text"):
         corpora.cnceleb(tmp_path / "c")
@@ -144,7 +156,7 @@ def test_commonbench_and_kaldi(tmp_path):
     ("builder", "make", "counts"),
     [
         ("KmqVoxCeleb1", make_voxceleb1, {"dev": 3, "test": 3}),
-        ("KmqCnCeleb", make_cnceleb, {"dev": 2, "train2": 1, "eval": 5}),
+        ("KmqCnCeleb", recordings.cnceleb, {"dev": 2, "train2": 1, "eval": 5}),
         ("KmqVoxTube", lambda root: recordings.write(root / "UCabc/vid/segment_0.wav"), {"train": 1}),
         ("KmqCommonBench", lambda root: recordings.write(root / "ann/a.wav"), {"train": 1}),
         ("KmqVoxCeleb2", lambda root: recordings.write(root / "dev/aac/id00012/v/1.flac"), {"dev": 1}),

@@ -84,4 +84,6 @@ def test_mixed_precision_in_phases(tmp_path):
     assert sum(bits[name] * sizes[name] for name in bits) / sum(sizes.values()) <= 3.144
     assert summary["finished"]
     rates = [line["learning_rate"] for line in read_runlog(tmp_path / "metrics.jsonl") if "loss" in line]
-    assert rates.count(pytest.approx(1e-4)) == len(set(bits.values()))  # every phase begins at the peak
+    phases = len(set(bits.values()))
+    assert rates.count(pytest.approx(1e-4)) == phases  # every phase begins at the peak
+    assert summary["steps"] == phases * config.epochs * config.epoch_steps

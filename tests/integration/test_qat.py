@@ -53,7 +53,7 @@ RUNS = {
     "nested": {"bits": 4, "coarse": (2, 3), "rules": KEPT},
     "cached, lloyd": {
         "bits": 2,
-        "recipe": "kmqat",
+        "recipe": "weights",
         "centroids": "lloyd",
         "lloyd_every": 2,
         "reassign_every": 3,

@@ -1,5 +1,6 @@
 """The study command on a tiny network and synthetic voices."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -7,19 +8,25 @@ from pathlib import Path
 import commands
 import jax
 import numpy as np
-import own_network  # noqa: F401  # registers the network
+import own_network  # which registers the network
 import pytest
+import recordings
 
 import kmq_jax
 from kmq_jax.core.errors import UserError
 from kmq_jax.data.source import open_source
+from kmq_jax.models import registry
+from kmq_jax.models.speaker_model import SpeakerModel, save_model
+from kmq_jax.scoring.run import score
 from kmq_jax.study import cascades, pipeline, plan, study_tables
-from kmq_jax.study.config import smoke_study, study_config
+from kmq_jax.study.config import paper_study, smoke_study, study_config
+from kmq_jax.study.networks import Network
 from kmq_jax.study.options import EvaluationSet
 from kmq_jax.study.steps import Steps
 from kmq_jax.training.config import default_config
 
 ROOT = Path(__file__).parents[2]
+SETTINGS = {"features": 81, "embedding_size": 8, "width": 8}
 
 
 def test_a_study_without_evaluation_sets_is_a_mistake(tmp_path):
@@ -128,6 +135,29 @@ def test_halves_share_no_speaker_and_keep_every_trial_within(tmp_path):
         assert {int(label) == (owner[a] == owner[b]) for label, a, b in lines} == {True}
         seen.append({owner[name] for _, *pair in lines for name in pair})
     assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 9
+
+
+def test_cnceleb_is_embedded_and_scored_by_its_enrolment_models(tmp_path):
+    """As released, at the places of the paper's studies."""
+    config = paper_study(default_config("own_tdnn"))
+    config.study.root = str(tmp_path)
+    recordings.cnceleb(tmp_path / "cnceleb")
+    options, directory = pipeline.options_of(config), Steps(tmp_path / "study")
+    made = SpeakerModel(
+        "own_tdnn", SETTINGS, "kiwano", registry.initialize(own_network.Tdnn(**SETTINGS), jax.random.key(0))
+    )
+    path = directory.run("fp32", 0, (), "fp32.kmq", functools.partial(save_model, model=made))
+    network, evaluated = Network("fp32", "full precision", 32, path), options.sets["cnceleb"]
+    embedded = dict(np.load(pipeline.embed(directory, network, evaluated, options)))
+    assert pipeline.measure_on(directory, network, evaluated)["trials"] == 2
+    unit = {name: one / np.linalg.norm(one) for name, one in zip(embedded["ids"].tolist(), embedded["embeddings"])}
+    model = unit["id00800/singing-01-001.wav"] + unit["id00800/interview-01-002.wav"]
+    tests = unit["test/id00800-singing-01-005.wav"], unit["test/id00801-movie-01-001.wav"]
+    expected = [float(model @ test / np.linalg.norm(model)) for test in tests]
+    file = pipeline.place_of(directory, network, evaluated)
+    scores = score(file, evaluated.trials, enrol_models=evaluated.models).scores
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    assert abs(expected[0] - float(unit["enroll/id00800-enroll.wav"] @ tests[0])) > 1e-3  # which is another model
 
 
 def test_a_study_of_a_set_that_is_not_there(tmp_path):

@@ -107,7 +107,7 @@ def test_running_statistics_are_those_of_the_quantized_network():
     np.testing.assert_allclose(network.apply(variables, features), trained, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("recipe", ["normalized", "kmqat"])
+@pytest.mark.parametrize("recipe", ["normalized", "weights"])
 def test_training_can_start_from_the_reference_s_moments(recipe):
     reference = reference_of("bias")
     section = QatOptions(bits=2, recipe=recipe)
@@ -176,7 +176,7 @@ def test_training_begins_with_the_network_fitted_without_training(norm):
         np.testing.assert_array_equal(dict(named_leaves(shipped))[name], leaf, err_msg=name)
 
 
-@pytest.mark.parametrize("change", [{"recipe": "kmqat"}, {"granularity": "tensor"}, {"multi_stage": True}])
+@pytest.mark.parametrize("change", [{"recipe": "weights"}, {"granularity": "tensor"}, {"multi_stage": True}])
 def test_what_cannot_be_fitted_begins_with_the_reference_s_moments(change):
     reference = reference_of("bias")
     section = QatOptions(bits=2, **change)

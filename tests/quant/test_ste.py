@@ -18,7 +18,7 @@ def pulled(latents, books, **settings):
     return jnp.sum(PULL * quant.fake_quantize(latents, books, **settings)["w"])
 
 
-@pytest.mark.parametrize("recipe", ["normalized", "kmqat"])
+@pytest.mark.parametrize("recipe", ["normalized", "weights"])
 @pytest.mark.parametrize("spec", [QuantSpec(1), QuantSpec(2), QuantSpec(4), QuantSpec(6, "tensor")])
 def test_forward_is_exactly_the_centroids(recipe, spec):
     latents, books = quant.init_codebooks(PARAMS, spec, recipe=recipe)
@@ -35,7 +35,7 @@ def test_forward_is_exactly_the_centroids(recipe, spec):
     np.testing.assert_array_equal(stored["bias"], PARAMS["bias"])
 
 
-@pytest.mark.parametrize("recipe", ["normalized", "kmqat"])
+@pytest.mark.parametrize("recipe", ["normalized", "weights"])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_gradients(recipe, reduction):
     latents, books = quant.init_codebooks(PARAMS, QuantSpec(2, codebook_dtype="float32"), recipe=recipe)
@@ -147,7 +147,7 @@ def test_scale_survives_softplus(scale):
     np.testing.assert_allclose(book.scale, [scale], rtol=3e-6)
 
 
-@pytest.mark.parametrize("recipe", ["normalized", "kmqat"])
+@pytest.mark.parametrize("recipe", ["normalized", "weights"])
 def test_training_fits_better_than_rounding(recipe):
     # Least squares with two-bit weights: rounding each weight by itself is not the best choice.
     x = RNG.standard_normal((60, 40)).astype(np.float32) @ RNG.standard_normal((40, 40)).astype(np.float32) / 6
@@ -183,7 +183,7 @@ def test_mistakes():
 
 def test_dead_and_constant_channels():
     weights = np.stack([np.zeros(20), np.full(20, 0.3), np.linspace(-1, 1, 20)], axis=1).astype(np.float32)
-    for recipe in ("normalized", "kmqat"):
+    for recipe in ("normalized", "weights"):
         latents, books = quant.init_codebooks({"w": weights}, QuantSpec(2), recipe=recipe)
         found = np.asarray(quant.fake_quantize(latents, books)["w"])
         assert np.isfinite(found).all()

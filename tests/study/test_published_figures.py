@@ -1,6 +1,7 @@
 """Published figures stand beside those that were measured, where they were."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 from kmq_jax.study.options import StudyOptions
@@ -85,14 +86,25 @@ def test_every_published_figure_has_its_measured_one():
 
 
 def test_the_papers_studies_evaluate_as_published():
-    """Its five sets, all diagnosed; enrolment models; its gate rule beside ours; its figures to compare with."""
+    """Its sets, all diagnosed; enrolment models; its gate rule beside ours; its figures to compare with."""
     for name in ("paper_resnet36", "paper_resnet200"):
         spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        study = StudyOptions.of(module.get_config().study.to_dict())
-        assert set(study.diagnose) == {"vox1_o", "vox1_e", "vox1_h", "cnceleb", "commonbench"}
-        assert study.sets["cnceleb"].lists[1].endswith("enroll.map") and study.sets["vox1_o"].models is None
+        config = module.get_config()
+        study = StudyOptions.of(config.study.to_dict())
+        flags = re.findall(r"--config\.study\.evaluate\.(\w+)\.(\w+)=", module.__doc__)
+        assert {("cnceleb", "models"), ("voxtube", "trials"), ("commonbench", "data")} <= set(flags)
+        assert all(option in config.study.evaluate[name] for name, option in flags)
+        assert set(study.diagnose) == {"vox1_o", "vox1_e", "vox1_h", "cnceleb", "commonbench", "voxtube"}
+        told = [study.published_figures.get(kind, {}) for kind in ("shift", "pearson", "flips")]
+        assert {name for one in told for name in one} <= set(study.diagnose)  # else nothing could stand beside them
+        assert study.sets["vox1_o"].models is None
+        assert study.sets["cnceleb"].data == "data/cnceleb/CN-Celeb_flac/eval"
+        assert study.sets["cnceleb"].lists == [
+            "data/cnceleb/CN-Celeb_flac/eval/lists/trials.lst",
+            "data/cnceleb/CN-Celeb_flac/eval/lists/enroll.map",
+        ]
         assert study.sets["commonbench"].trials.endswith("comparisons.txt")
         assert [(plan.bits, plan.gates) for plan in study.cascades[:2]] == [
             ((2, 3, 4), "published"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from kmq_jax import frontend, quant
 from kmq_jax.core import mesh
 from kmq_jax.core.errors import UserError
+from kmq_jax.data import pipeline
 from kmq_jax.models import registry
 from kmq_jax.models.speaker_model import frontend_of
 from kmq_jax.models.walk import shapes as shapes_of
@@ -19,6 +21,7 @@ from kmq_jax.ptq.quantize import with_half_biases
 from kmq_jax.study import paper as published
 from kmq_jax.study.networks import runs_of, training_config
 from kmq_jax.study.options import StudyOptions
+from kmq_jax.study.plan import planned
 from kmq_jax.training import qat
 from kmq_jax.training import step as steps
 from kmq_jax.training.config import default_config, published_kmqat
@@ -48,6 +51,10 @@ def options_at(run_name, recipe="kmqat"):
 
 
 FP32 = {
+    "model.embedding_size": 256, "model.features": 81,
+    "data.pipeline.SNR_DB[noise]": (0, 15), "data.pipeline.SNR_DB[music]": (5, 15),
+    "data.pipeline.SNR_DB[babble]": (13, 20),
+    "frontend.SpecAugmentConfig.max_frames": 10, "frontend.SpecAugmentConfig.max_bands": 8,
     "data.crop_samples": 56240, "data.normalize": "utterance", "data.augment": True, "data.speeds": (1.0,),
     "spec_augment": 0.6, "batch_size": 512, "epochs": 42.0, "loss.kind": "am", "loss.scale": 30.0, "loss.margin": 0.3,
     "loss.margin_start": 5.0, "loss.margin_end": 20.0, "optimizer.name": "sgd", "optimizer.momentum": 0.9,
@@ -57,6 +64,15 @@ FP32 = {
 }  # fmt: skip
 """Full precision, section 1 of the paper's facts."""
 
+CONSTANTS = {
+    "data.pipeline.SNR_DB[noise]": pipeline.SNR_DB["noise"],
+    "data.pipeline.SNR_DB[music]": pipeline.SNR_DB["music"],
+    "data.pipeline.SNR_DB[babble]": pipeline.SNR_DB["babble"],
+    "frontend.SpecAugmentConfig.max_frames": frontend.SpecAugmentConfig().max_frames,
+    "frontend.SpecAugmentConfig.max_bands": frontend.SpecAugmentConfig().max_bands,
+}
+"""What is no option: every training goes by it."""
+
 KMQAT = {
     "init_from": "runs/fp32",  # from the full-precision checkpoint
     "epochs": 40.0, "data.augment": False, "spec_augment": 0.0, "data.speeds": (1.0,),
@@ -64,7 +80,7 @@ KMQAT = {
     "loss.weight": 1.0, "distill.weight": 0.0, "loss.kind": "am", "loss.scale": 30.0, "loss.margin": 0.3,
     "loss.margin_start": 0.0, "loss.margin_end": 0.0,
     # 2^b centroids and a scale for each output channel; every convolution and linear layer.
-    "quant.bits": 2, "quant.rules": (), "quant.granularity": "channel", "quant.recipe": "kmqat", "quant.coarse": (),
+    "quant.bits": 2, "quant.rules": (), "quant.granularity": "channel", "quant.recipe": "weights", "quant.coarse": (),
     "quant.retention": 0.9, "quant.symmetric": False, "quant.fit_crops": 0, "quant.bn_passes": 2,
     "quant.thaw_epochs": 2.0, "quant.centroids": "lloyd", "quant.lloyd_epochs": 1.0, "quant.lloyd_rate": 0.1,
     "quant.lloyd_unused_rate": 0.2, "quant.lloyd_clip": 1.0, "quant.lloyd_until": 1.0, "quant.reassign_every": 100,
@@ -77,8 +93,10 @@ KMQAT = {
 
 
 def setting(options, name):
+    if name in CONSTANTS:
+        return CONSTANTS[name]
     for part in name.split("."):
-        options = getattr(options, part)
+        options = options[part] if isinstance(options, dict) else getattr(options, part)
     return options
 
 
@@ -101,6 +119,14 @@ def test_every_published_line_is_held_here_if_nowhere_else(lines, held):
             assert held[line.setting] == expected, line.says
 
 
+def test_the_classifier_does_not_decay():
+    """Nor do biases and normalisation, where all else does; in full precision, and in KMQAT."""
+    for options in (TrainOptions.from_config(paper()[0]), options_at("2")):
+        rules = [(pattern, own.decay) for pattern, own in options.optimizer.group_rules]
+        for name, decays in (("classifier", False), ("network/stem/bn/scale", False), ("network/stem/kernel", True)):
+            assert next((decay for pattern, decay in rules if re.search(pattern, name)), 1.0) == decays
+
+
 def test_groups_of_the_published_optimizer():
     scale, centroids, rest = [own for _, own in options_at("2").optimizer.group_rules]
     assert (scale.peak, scale.momentum, scale.clip) == (0.75e-4, 0.0, 1.5)
@@ -110,11 +136,13 @@ def test_groups_of_the_published_optimizer():
 def test_the_study_is_the_papers():
     _, study = paper()
     assert [run.step for run in runs_of(study)] == ["kmqat-4", "kmqat-3", "kmqat-2", "kmqat-mixed"]
-    assert [study.epochs[name] for name in ("4", "3", "2", "mixed")] == [40, 40, 40, 120]
+    assert [study.epochs[name] for name in ("4", "3", "2", "mixed")] == [40, 40, 40, 40]
+    trained = [work.amount for work in planned(study, 42.0) if work.kind == "kmqat"]
+    assert trained == [40, 40, 40, 120]  # of mixed precision in three phases, for the time that is left
     assert (study.max_frames, study.max_seconds) == (1400, 0)
     mixed = options_at("mixed").quant
     assert (mixed.average_bits, mixed.budget_bits, mixed.sections, mixed.hessian_draws) == (3.144, (2, 3, 4), 4, 10)
-    assert mixed.multi_stage and mixed.bits == 0 and mixed.recipe == "kmqat"
+    assert mixed.multi_stage and mixed.bits == 0 and mixed.recipe == "weights"
 
 
 @pytest.mark.parametrize("name", ["paper_resnet36", "paper_resnet200", "voxceleb2_resnet36", "voxceleb2_resnet200"])
@@ -182,32 +210,56 @@ def test_periods_of_epochs_become_steps():
         QatOptions(bits=4, average_bits=3.0)
 
 
-def test_every_phase_has_a_cosine_of_its_own():
-    objective, task, shapes = parts(average_bits=3.0, multi_stage=True)
+def phased(bits=(2, 3, 4), **quantization):
+    """A recipe of mixed precision in phases whose tensors have these bits in turn, and the shapes of its parameters."""
+    objective, task, shapes = parts(average_bits=3.0, multi_stage=True, **quantization)
     names = sorted(quant.decide(shapes.network, {"kernel$": 2}))
-    bits = {name: 2 + i % 3 for i, name in enumerate(names)}
-    task = dataclasses.replace(task, allocation=bits)
-    recipe = steps.make_recipe(objective, task, dataclasses.replace(shapes, network=task.shapes(shapes.network)))
-    assert recipe.phase_steps == 20
-    rates = [float(recipe.rate_at(jnp.array(step))) for step in (0, 10, 19, 20, 30, 40, 59)]
-    np.testing.assert_allclose(rates[:4], [1e-4, (1e-4 + 1e-7) / 2, rates[6], 1e-4], rtol=1e-4)
-    assert rates[2] < 2e-6 and rates[4] == rates[1] and rates[5] == rates[0]
-
-
-def test_phases_of_uneven_lengths_begin_at_the_peak_and_each_must_have_a_step():
-    objective, task, shapes = parts(average_bits=3.0, multi_stage=True)
-    names = sorted(quant.decide(shapes.network, {"kernel$": 2}))
-    task = dataclasses.replace(task, allocation={name: 2 + i % 3 for i, name in enumerate(names)})
+    task = dataclasses.replace(task, allocation={name: bits[i % len(bits)] for i, name in enumerate(names)})
     shapes = dataclasses.replace(shapes, network=task.shapes(shapes.network))
+    return steps.make_recipe(objective, task, shapes), shapes
 
-    def recipe(total):
-        options = dataclasses.replace(objective.options, epochs=total / 10)
-        return steps.make_recipe(dataclasses.replace(objective, options=options), task, shapes)
 
-    rates = [float(recipe(7).rate_at(jnp.array(step))) for step in range(7)]
-    assert [step for step, rate in enumerate(rates) if rate == max(rates)] == [0, 3, 5]
-    with pytest.raises(UserError, match=r"`epochs` \(=0.2\) gives 2 steps: too few for 3 phases"):
-        recipe(2)
+def test_every_phase_has_a_cosine_of_its_own():
+    recipe, _ = phased()
+    rates = [float(recipe.rate_at(jnp.array(step))) for step in (0, 30, 59, 60, 90, 120, 179)]
+    np.testing.assert_allclose(rates[:4], [1e-4, (1e-4 + 1e-7) / 2, rates[6], 1e-4], rtol=1e-4)
+    assert rates[2] < 1e-6 and rates[4] == rates[1] and rates[5] == rates[0]
+
+
+@pytest.mark.parametrize(("bits", "phases"), [((2, 3, 4), 3), ((2, 4), 2), ((3,), 1)])
+def test_every_phase_lasts_as_many_epochs_however_many_there_are(bits, phases):
+    recipe, _ = phased(bits)
+    assert (recipe.phases, recipe.total_steps) == (phases, 60 * phases)  # six epochs of ten steps
+    found = [recipe.phase_at(step) for step in range(recipe.total_steps)]
+    assert found == [phase for phase in range(phases) for _ in range(60)]
+
+
+def test_scales_are_frozen_at_the_start_of_every_phase():
+    """Two epochs of ten steps, in phases of sixty: both where gradients are taken and where decay is undone."""
+    recipe, _ = phased()
+    assert [int(recipe.in_phase(jnp.array(step))) for step in (0, 19, 59, 60, 79, 80, 120)] == [0, 19, 59, 0, 19, 20, 0]
+    bits = {"first/kernel": 2, "second/kernel": 3}
+    task = dataclasses.replace(recipe.task, allocation=bits)  # of a smaller network
+    rng = np.random.default_rng(0)
+    network = {name.partition("/")[0]: {"kernel": jnp.asarray(rng.normal(size=(16, 2)), jnp.float32)} for name in bits}
+    given = qat.init_params(task.options, network, bits)
+    indices = task.init_indices(given)
+
+    @jax.jit
+    def one(at):
+        def total(books):
+            weights = task.weights(dataclasses.replace(given, codebooks=books), indices, at, None)
+            return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(weights))
+
+        decayed = jax.tree.map(lambda x: 0.9 * x, given)
+        after, _ = task.after_update(given, decayed, indices, at + 1)
+        slopes = jax.grad(total, allow_int=True)(given.codebooks)
+        books = slopes.values(), given.codebooks.values(), after.codebooks.values()
+        return [(slope.raw_scale != 0, old.raw_scale != new.raw_scale) for slope, old, new in zip(*books, strict=True)]
+
+    for step, thawed in ((0, False), (19, False), (20, True), (60, False), (79, False), (80, True)):
+        for learns, moves in one(recipe.in_phase(jnp.array(step))):
+            assert bool(learns.all()) == bool(learns.any()) == bool(moves.all()) == bool(moves.any()) == thawed
 
 
 def test_an_average_of_bits_is_kept_and_nearly_used_up():
@@ -224,7 +276,7 @@ def test_an_average_of_bits_is_kept_and_nearly_used_up():
 
 def test_indices_begin_as_the_paper_places_them():
     weights = np.random.default_rng(1).standard_t(3, (40, 3)).astype(np.float32)
-    settings = QatOptions(bits=2, recipe="kmqat", reassign_every=5)
+    settings = QatOptions(bits=2, recipe="weights", reassign_every=5)
     params = qat.init_params(settings, {"layer": {"kernel": weights}})
     found = np.asarray(qat.first_indices(settings, params)["layer/kernel"])
     book = params.codebooks["layer/kernel"]

@@ -37,7 +37,7 @@ def kernels(tree):
     return np.asarray(tree["first"]["kernel"]), np.asarray(tree["second"]["kernel"])
 
 
-@pytest.mark.parametrize("recipe", ["normalized", "kmqat"])
+@pytest.mark.parametrize("recipe", ["normalized", "weights"])
 @pytest.mark.parametrize("changes", [{}, {"bits": 1, "symmetric": True}])
 def test_a_step_computes_with_exactly_what_is_shipped(recipe, changes):
     settings = options(recipe=recipe, **changes)
@@ -242,7 +242,7 @@ def test_a_rule_that_matches_nothing_is_a_mistake():
 
 
 def test_groups_of_a_channel_may_be_trained_in_any_recipe():
-    for recipe in ("normalized", "kmqat"):
+    for recipe in ("normalized", "weights"):
         params = qat.init_params(options(recipe=recipe), NETWORK)
         full = qat.weights_of_latents(params.latents, params.codebooks)
         np.testing.assert_allclose(kernels(full)[0], NETWORK["first"]["kernel"], rtol=1e-5)
