@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Embeddings of CAM++ by 3D-Speaker's own code, to set beside those of kmq_jax.
+r"""Embeddings of CAM++ by 3D-Speaker's own code, to set beside those of kmq_jax.
 
-    launch/original_campplus.py --code=3D-Speaker --checkpoint=campplus_cn_en_common.pt \\
+    launch/original_campplus.py --code=3D-Speaker --checkpoint=campplus_cn_en_common.pt \
         --data=words/dev --out=theirs.npz
     kmq-jax import_model --source=campplus_cn_en_common.pt --out=runs/campplus --activation=none
     kmq-jax extract --model=runs/campplus --data=words/dev --out=ours.npz

@@ -231,6 +231,18 @@ CLAIMS = (
     Claim("it still errs more on so762, beyond chance; on words no difference is seen", "campplus-trained.json",
           lambda found: [{name: beyond(one) for name, one in row["sets"].items()} for row in found["rows"]
                          if row["model"] == "trained-long"] == [{"so762": 1, "words": 0}]),
+    Claim("Without it, on so762, full precision errs less, beyond chance, and so does the 2-bit network trained for "
+          "7.5 epochs; on words no difference is seen", "campplus-embedding.json",
+          lambda found: [{name: beyond(one) for name, one in row["sets"].items()} for row in found["rows"]
+                         if row["model"] == "none"] == [{"so762": -1, "words": 0}]
+          and pair(found, "trained-long-none", "trained-long") == {"so762": -1, "words": 0}),
+    Claim("That 2-bit network is then not told apart from full precision with the ReLU; against full precision without "
+          "it, it errs more on so762, beyond chance", "campplus-embedding.json",
+          lambda found: [beyond(one) for row in found["rows"] if row["bits"] == 2 for one in row["sets"].values()]
+          == [0, 0] and pair(found, "trained-long-none", "none") == {"so762": 1, "words": 0}),
+    Claim("By 3D-Speaker's own code all of words/dev has the same EER", "campplus-embedding.json",
+          lambda found: [abs(row["eer_change"]) < 0.01 for row in found["between"]
+                         if row["less"] == "3D-Speaker's own code"] == [True]),
     Claim("On so762 CAM++ at 4 bits with ResNet34 behind it errs less than ResNet34 alone, beyond chance, where gates "
           "may make 0.1 or 0.5 % of flips; on words no difference is seen", "across.json", two_networks_err_less),
     Claim("By recording of such lists, where each stands in many trials, a cascade that goes on at all takes longer "
