@@ -34,7 +34,7 @@ Numbers = TypeVar("Numbers", float, Array)
 
 
 def check_same_network(reference: SpeakerModel, quantized: SpeakerModel, name: str) -> None:
-    """Raises `UserError` where two models cannot exchange layers. One may round activations where the other does not."""
+    """Raises `UserError` where two models cannot exchange layers. Either may round activations alone."""
     for what in ("architecture", "frontend"):
         one, two = getattr(reference, what), getattr(quantized, what)
         if one != two:

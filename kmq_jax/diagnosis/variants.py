@@ -157,7 +157,7 @@ def _below(name: str) -> str:
 
 
 def layer_mixes(reference: Variables, quantized: Variables, kernels: Iterable[str]) -> Iterator[Variables]:
-    """For each kernel, the reference network with that layer from the quantized one: kernel, bias, step of its input."""
+    """For each kernel, the reference network with that layer from the quantized one: kernel, bias, input's step."""
     for kernel in kernels:
         layer = kernel.removesuffix("kernel")
 

@@ -1,8 +1,8 @@
 """Ranges of activations, measured on training speech, so that a network can run on integers.
 
-`nn.integers` says which places are rounded, and how: those of convolutions, not of linear and LSTM layers. Here each place gets its range: from the least to the greatest
-value seen. A narrower range can have less squared error on these crops. But it cuts off the strongest activations, and
-other speech may have more of them.
+`nn.integers` says which places are rounded, and how: those of convolutions, not of linear and LSTM layers. Here each
+place gets its range: from the least to the greatest value seen. A narrower range can have less squared error on these
+crops. But it cuts off the strongest activations, and other speech may have more of them.
 """
 
 import dataclasses

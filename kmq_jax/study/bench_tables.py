@@ -83,7 +83,7 @@ def networks_table(found: Row) -> str:
 
 
 def lazy_table(found: Row) -> str:
-    """Cascades beside single models on each list: time, multiplications, packed bytes, errors, and what a cascade loses to.
+    """Cascades beside single models on each list: time, multiplications, packed bytes, errors, and what wins.
 
     A cascade loses to a single model that takes no longer and flips no more trials.
     """

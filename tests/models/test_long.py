@@ -63,7 +63,7 @@ def test_chunks_give_what_one_run_gives(monkeypatch, speech, name, frontend, eng
 
 def test_packed_weights_are_prepared_once_for_all_long_recordings(monkeypatch, speech):
     full = model_of("xvector")
-    params = quant.quantize_params(full.variables["params"], {"head/.*kernel$|frame1/.*kernel$": 4})
+    params = quant.quantize_params(full.variables["params"], {"^frame1/conv/kernel$": 4})
     model = dataclasses.replace(full, variables={**full.variables, "params": params})
     monkeypatch.setattr(long, "LONG", 1.0)
     calls, real = [], quant.dequantize_params
