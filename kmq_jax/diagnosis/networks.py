@@ -21,6 +21,7 @@ from kmq_jax.metrics.detection import Array, check_trials, eer
 from kmq_jax.models import walk
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.speaker_model import SpeakerModel, frontend_of
+from kmq_jax.nn import integers
 from kmq_jax.scoring.cosine import average, cosine_scores
 
 COMPONENT_DRAWS = 5
@@ -33,14 +34,15 @@ Numbers = TypeVar("Numbers", float, Array)
 
 
 def check_same_network(reference: SpeakerModel, quantized: SpeakerModel, name: str) -> None:
-    """Raises `UserError` where two models cannot exchange layers."""
+    """Raises `UserError` where two models cannot exchange layers. Either may round activations alone."""
     for what in ("architecture", "frontend"):
         one, two = getattr(reference, what), getattr(quantized, what)
         if one != two:
             raise UserError(f"{name}: its {what} is {two}, the reference's {one}")
+    weights = [{**m.variables, integers.COLLECTION: {}} for m in (reference, quantized)]
     shapes = [
-        {leaf_name: tuple(leaf.shape) for leaf_name, leaf in named_leaves(m.variables, quant.is_codebook_tensor)}
-        for m in (reference, quantized)
+        {leaf_name: tuple(leaf.shape) for leaf_name, leaf in named_leaves(tree, quant.is_codebook_tensor)}
+        for tree in weights
     ]
     for leaf_name in sorted(set(shapes[0]) | set(shapes[1])):
         if shapes[0].get(leaf_name) != shapes[1].get(leaf_name):
@@ -80,8 +82,9 @@ class Networks:
         self.reference, self.utterances, self.options = reference, utterances, options
         self.network = reference.network(options.compute)
         self.fbank = frontend_of(reference.frontend)
-        self.base = variants.on_devices(reference.variables)
-        self.low = {bits: variants.on_devices(m.variables, m.bits) for bits, m in self.models.items()}
+        every = [reference, *self.models.values()]
+        self.base, *lows = variants.alike([variants.on_devices(m.variables, m.bits) for m in every])
+        self.low = dict(zip(self.models, lows))
         self.snr = np.full(len(utterances), np.nan)
         self.seconds: dict[str, float] = {}
 
@@ -280,8 +283,9 @@ class Networks:
                 batch_size=len(chosen),
             )
             features = next(iter(batches)).features[: len(chosen)]  # without rows of padding
+            weights = variants.on_devices(self.reference.variables)
             traces = layers.hessian_traces(
-                self.reference.network(), self.base, features, kernels, options.hessian_draws, options.seed
+                self.reference.network(), weights, features, kernels, options.hessian_draws, options.seed
             )
         for row in rows:
             trace = traces[f"{row['layer']}/kernel"]

@@ -3,8 +3,13 @@
 A variant is a tree of arrays that it shares with the networks it is mixed from, so a hundred variants take no more
 memory than two. Weights are arguments of one compiled program, so no variant is compiled anew. Features are computed
 once a batch, and every variant embeds them before the next batch is read.
+
+Where a network rounds activations to 8 bits, the steps of its activations are leaves as well (`nn.integers`). They go
+with the layer or component that they belong to; a step of 0, which all others have, rounds nothing. Kernels are put on
+their steps beforehand. What is then multiplied is what an integer engine multiplies, in floating point.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +26,7 @@ from kmq_jax.data import source
 from kmq_jax.models.batches import padded_batches, plan_batches, usable_lengths
 from kmq_jax.models.protocol import Part, SpeakerNetwork
 from kmq_jax.models.speaker_model import BATCH_SIZE, SPEECH_A_PROGRAM_OF_CPU, normalized_features
+from kmq_jax.nn import integers
 from kmq_jax.nn.frames import expand_mask
 
 
@@ -78,19 +84,44 @@ def feature_batches(
 
 
 def on_devices(variables: Variables, bits: int | None = None) -> Variables:
-    """The variables as arrays on every local device, quantized tensors turned into their values."""
-    return jax.device_put(
-        quant.dequantize_params(variables, bits), mesh.replicated(mesh.make_mesh(jax.local_devices()))
-    )
+    """The variables as arrays on every local device: quantized tensors turned into their values.
+
+    Where activations are rounded, kernels lie on their 8-bit steps, and only the steps of activations are left.
+    """
+    whole = dict(quant.dequantize_params(variables, bits))
+    steps = dict(named_leaves(whole.pop(integers.COLLECTION, {})))
+    places = {name: leaf for name, leaf in steps.items() if not name.endswith("/kernel")}
+
+    def on_steps(name: str, leaf: Array) -> Array:
+        return integers.round_kernel(leaf, steps[name]) if name in steps else leaf
+
+    if places:
+        whole = {**whole, "params": map_named(on_steps, whole["params"]), integers.COLLECTION: places}
+    return jax.device_put(whole, mesh.replicated(mesh.make_mesh(jax.local_devices())))
+
+
+def alike(trees: Sequence[Variables]) -> list[Variables]:
+    """The variables of `on_devices` with the same places of rounding in each: a step of 0 where one rounds nothing.
+
+    >>> one, two = alike([{"params": {}}, {"params": {}, "integers": {"conv/input": jnp.array([0.5, 3.0])}}])
+    >>> one["integers"]["conv/input"].tolist(), two["integers"]["conv/input"].tolist()
+    ([0.0, 0.0], [0.5, 3.0])
+    """
+    places = {
+        place: jnp.zeros_like(grid) for tree in trees for place, grid in tree.get(integers.COLLECTION, {}).items()
+    }
+    if not places:
+        return list(trees)
+    return [{**tree, integers.COLLECTION: places | tree.get(integers.COLLECTION, {})} for tree in trees]
 
 
 def mix(reference: Variables, quantized: Variables, low: Callable[[str], bool]) -> Variables:
     """A tree with the leaves that `low` chooses by name from `quantized`, and all others from `reference`.
 
     Args:
-        reference: variables of the reference network, `{"params": tree, "batch_stats": tree}`.
+        reference: variables of the reference network, `{"params": tree, "batch_stats": tree}`, and steps as in `alike`.
         quantized: those of the quantized one, the same tree.
-        low: decides on the name below `params` or `batch_stats`.
+        low: decides on the name below `params`, `batch_stats` or `integers`.
 
     >>> mix({"params": {"a": 1, "b": 2}}, {"params": {"a": 3, "b": 4}}, lambda name: name == "a")
     {'params': {'a': 3, 'b': 2}}
@@ -126,19 +157,34 @@ def _below(name: str) -> str:
 
 
 def layer_mixes(reference: Variables, quantized: Variables, kernels: Iterable[str]) -> Iterator[Variables]:
-    """For each kernel, the reference network with that layer (its kernel and bias) from the quantized one."""
+    """For each kernel, the reference network with that layer from the quantized one: kernel, bias, input's step."""
     for kernel in kernels:
         layer = kernel.removesuffix("kernel")
 
         def inside(name: str, layer: str = layer) -> bool:
-            return name in (f"{layer}kernel", f"{layer}bias")
+            return name in (f"{layer}kernel", f"{layer}bias", f"{layer}input")
 
         yield mix(reference, quantized, inside)
 
 
+@contextlib.contextmanager
+def _rounding(variables: Variables) -> Iterator[Variables]:
+    """A context in which activations are rounded by the steps among the variables; gives the others."""
+    grids = variables.get(integers.COLLECTION, {})
+
+    def round_them(place: str, x: jax.Array) -> jax.Array:
+        if place not in grids:
+            return x
+        return jnp.where(grids[place][0] > 0, integers.round_activations(x, grids[place]), x)
+
+    with integers.watching(round_them):
+        yield {name: tree for name, tree in variables.items() if name != integers.COLLECTION}
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _embed(network: SpeakerNetwork, variables: Variables, features: jax.Array, frames: jax.Array) -> jax.Array:
-    embeddings: Array = network.apply(variables, features, frames, train=False)
+    with _rounding(variables) as weights:
+        embeddings: Array = network.apply(weights, features, frames, train=False)
     return embeddings
 
 
@@ -170,7 +216,8 @@ def _activations(
     network: SpeakerNetwork, variables: Variables, features: jax.Array, frames: jax.Array
 ) -> dict[str, jax.Array]:
     """Outputs of all parts. A program of its own, so that equal weights give equal outputs."""
-    return network.taps(variables, features, frames)[1]
+    with _rounding(variables) as weights:
+        return network.taps(weights, features, frames)[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -2,7 +2,9 @@
 
 On a GPU, a TPU, or several devices this is XLA's convolution with XLA's gradients. On a single CPU device XLA's weight
 gradient is many times slower than the machine allows; there the kernels of nn/cpu compute plain 2-D convolutions. The
-choice is made when a function is traced, from `jax.default_backend()`.
+choice is made when a function is traced, from `jax.default_backend()`. All kernels serve training: a step needs the
+convolution, both of its gradients and the sums of batch normalisation. ONNX Runtime, which embeds on a CPU by default,
+so leaves none without use; where JAX embeds there, it takes the convolution.
 
 A convolution is bilinear, and so are its two gradients. The transposes of each are the other two, so three primitives
 with these rules differentiate to any order, forwards and backwards:

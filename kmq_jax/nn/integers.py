@@ -2,7 +2,9 @@
 
 Layers name the places where an engine rounds their activations, by `rounded`. A place that has a step in the collection
 `COLLECTION` of the network's variables is rounded to it; the others, and all of them in a network without that
-collection, cost nothing. A convolution that has steps for its channels, too, multiplies whole numbers (`levels`).
+collection, cost nothing. A convolution that has steps for its channels, too, multiplies whole numbers (`levels`). Such
+places are inputs of convolutions, and what residual blocks add; linear and LSTM layers have none, and stay in floating
+point.
 
     x = step * (q - zero),  0 <= q <= 255        a tensor: one step and one zero
     w = step * k,          -127 <= k <= 127      a kernel: a step for each output channel

@@ -1,8 +1,8 @@
 """Ranges of activations, measured on training speech, so that a network can run on integers.
 
-`nn.integers` says which places are rounded, and how. Here each place gets its range: from the least to the greatest
-value seen. A narrower range can have less squared error on these crops. But it cuts off the strongest activations, and
-other speech may have more of them.
+`nn.integers` says which places are rounded, and how: those of convolutions, not of linear and LSTM layers. Here each
+place gets its range: from the least to the greatest value seen. A narrower range can have less squared error on these
+crops. But it cuts off the strongest activations, and other speech may have more of them.
 """
 
 import dataclasses
@@ -54,6 +54,8 @@ def measure(reference: SpeakerModel, features: jax.Array) -> dict[str, tuple[flo
 
 def with_ranges(quantized: SpeakerModel, ranges: Ranges) -> SpeakerModel:
     """Gives a quantized model 8-bit activations: its quantized convolutions then compute with integers alone.
+
+    Linear and LSTM layers compute in floating point as before.
 
     Args:
         quantized: from `quant.quantize_params`, one codebook for each output channel.

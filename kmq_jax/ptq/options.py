@@ -22,7 +22,11 @@ class QuantizeOptions(Options):
         "kmeans",
     )
     nested: tuple[int, ...] = option("fewer bits at which the same file can be read, such as 2,3", (), at_least=1)
-    activations: int | None = option("bits of activations, 8; needs DATA. Left out: floating point", None)
+    activations: int | None = option(
+        "bits of what goes into quantized convolutions, 8; linear and LSTM layers stay in floating point. Needs DATA. "
+        "Left out: floating point",
+        None,
+    )
     biases: Literal["float32", "float16"] = option("the type that biases are stored in", "float32")
     skip: tuple[str, ...] = option("parameters to keep in full precision; repeatable", (), metavar="REGEX")
     rules: Path | None = option('JSON: [{"pattern": REGEX, "bits": B or null}, ...], first match wins', None)

@@ -51,7 +51,7 @@ def quantize_model(
         crops: how many crops.
         biases: "float16" stores those of convolutions and linear layers at half the size.
         activations: 8 rounds the inputs of quantized convolutions, so that they compute with integers alone; ranges
-            are measured on the data. None leaves activations as they are.
+            are measured on the data. What goes into linear and LSTM layers stays as it is; None leaves all of it so.
 
     Returns:
         The quantized model, which notes what it was fitted on and how it was made.

@@ -87,12 +87,12 @@ def networks_table(found: Row) -> str:
 
 
 def lazy_table(found: Row) -> str:
-    """Cascades beside single models on each list: time, multiplications, bytes and errors, and what a cascade loses to.
+    """Cascades beside single models on each list: time, multiplications, packed bytes, errors, and what wins.
 
     A cascade loses to a single model that takes no longer and flips no more trials.
     """
     head = ["on", "system", "escalated", "detector, us a trial", "ms a trial", "ms a recording", "of full precision",
-            "G multiplications a trial", "a recording", "MB held", "EER %", "harmful flips", "loses to"]  # fmt: skip
+            "G multiplications a trial", "a recording", "MB packed", "EER %", "harmful flips", "loses to"]  # fmt: skip
     rows = [head]
     for one in found["sets"]:
         for row in one["rows"]:

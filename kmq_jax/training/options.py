@@ -160,7 +160,8 @@ class QatOptions(Options):
     )
     biases: Literal["float32", "float16"] = option("the type of the packed network's biases", "float32")
     activations: int = option(
-        "8: steps compute with activations rounded to 8 bits as well, as an integer engine does; 0: in floating point",
+        "8: steps round what goes into quantized convolutions to 8 bits as well, as an integer engine does; linear and "
+        "LSTM layers stay in floating point. 0: all do",
         0,
     )
 

@@ -100,3 +100,17 @@ def test_an_accelerator_compiles_no_more_than_the_speech_is_worth(monkeypatch, h
     assert np.array_equal(np.sort(members[members >= 0]), np.arange(len(lengths)))
     processed = sum(len(batch.indices) * batch.size for batch in plan)
     assert processed < {3: 1.3, 100: 1.2, 10_000: 1.06}[hours] * lengths.sum()
+
+
+@pytest.mark.parametrize(
+    ("count", "seconds", "most_padding"), [(1250, (2, 60), 0.05), (50, (2, 60), 0.05), (5000, (2, 11), 0.12)]
+)
+def test_what_a_list_is_padded_by_on_a_cpu(count, seconds, most_padding):
+    """Little where recordings are long. Where they are short, eight lengths have to do for thousands of them."""
+    network = registry.build("wespeaker_resnet34", width=4)
+    lengths = np.random.default_rng(0).integers(seconds[0] * 16000, seconds[1] * 16000, count)
+    plan = embedding_plan(network, frontend.WESPEAKER, lengths, 16)
+    members = np.concatenate([batch.indices for batch in plan])
+    assert np.array_equal(np.sort(members[members >= 0]), np.arange(count))
+    assert sum(len(batch.indices) * batch.size for batch in plan) <= (1 + most_padding) * lengths.sum()
+    assert most_padding == 0.05 or len({batch.size for batch in plan}) <= 8

@@ -1,10 +1,13 @@
 """Long recordings: chunks give what one run gives; what cannot be cut is embedded in parts, and that is said."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
+from kmq_jax import quant
 from kmq_jax.core.errors import UserError
 from kmq_jax.data import source
 from kmq_jax.models import long, registry, speaker_model
@@ -56,6 +59,18 @@ def test_chunks_give_what_one_run_gives(monkeypatch, speech, name, frontend, eng
     assert cosine(parts[0], whole[0]) > 1 - 1e-8
     np.testing.assert_allclose(parts[0], whole[0], rtol=0, atol=1e-4 * np.abs(whole[0]).max())
     assert cosine(whole[0], embed_waves(model, [speech[: 3 * RATE]], engine=engine)[0]) < 1 - 1e-6  # it can tell
+
+
+def test_packed_weights_are_prepared_once_for_all_long_recordings(monkeypatch, speech):
+    full = model_of("xvector")
+    params = quant.quantize_params(full.variables["params"], {"^frame1/conv/kernel$": 4})
+    model = dataclasses.replace(full, variables={**full.variables, "params": params})
+    monkeypatch.setattr(long, "LONG", 1.0)
+    calls, real = [], quant.dequantize_params
+    monkeypatch.setattr(quant, "dequantize_params", lambda *given: calls.append(1) or real(*given))
+    for _ in range(2):
+        embed_waves(model, [speech[: 2 * RATE]] * 2)
+    assert len(calls) == 1
 
 
 def test_the_first_frames_less_the_mean_of_all(monkeypatch, speech, tmp_path):

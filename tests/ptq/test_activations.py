@@ -134,7 +134,7 @@ def test_a_range_holds_what_all_runs_of_a_module_see():
         activations.measure(reference, jnp.array([[[jnp.nan]]]))
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_onnx_runtime_computes_with_integers_what_jax_emulates(bits, reference, two, tmp_path):
     model = two if bits == 2 else quantized_of(reference, bits)
     network = model.network()
