@@ -4,9 +4,11 @@
     .ci/fresh.py [--repeats=5] [BIN] >.github/results/fresh.json
 
 BIN is the directory of an installed kmq-jax (that of this Python where left out). The model is a WeSpeaker ResNet34 of
-full size, made here with random weights and quantized at 4 bits: what verifies is as large as a real one. Recordings of
-3 s, and a DATA of 20, come from the embedded voices. Each command runs once before, so that files are in memory and
-caches are filled.
+full size, made here with random weights and quantized at 4 bits, once with activations in floating point and once in 8
+bits (`w4a8.kmq`): what verifies is as large as a real one. Recordings of 3 s, and a DATA of 20, come from the embedded
+voices. Each command runs once before, so that files are in memory and caches are filled. Then three lists that strain
+memory run once each, by the 8-bit model: 16 recordings of which one is 5 minutes long, one of an hour beside one of 5 s,
+and 500 of as many lengths, 1 to 6 s.
 """
 
 import argparse
@@ -25,11 +27,16 @@ COMMANDS = (
     ("verify", "--model=model.kmq", "--enrol=a.wav", "--test=b.wav", "--threshold=0.5"),
     ("verify", "--store=people", "--speaker=alice", "b.wav", "--threshold=0.5"),
     ("identify", "--store=people", "b.wav", "--top=1"),
+    ("verify", "--model=w4a8.kmq", "--enrol=a.wav", "--test=b.wav", "--threshold=0.5"),
     ("extract", "--model=model.kmq", "--data=DATA", "--out=embeddings.npz"),
+    ("extract", "--model=w4a8.kmq", "--data=DATA", "--out=embeddings.npz"),
+)
+LONG = tuple(
+    ("extract", "--model=w4a8.kmq", f"--data={data}", "--out=embeddings.npz") for data in ("SIXTEEN", "HOUR", "LENGTHS")
 )
 SETUP = """
 from pathlib import Path
-import jax, soundfile
+import jax, numpy as np, soundfile
 from kmq_jax.data.source import open_source
 from kmq_jax.models import registry
 from kmq_jax.models.speaker_model import SpeakerModel, save_model
@@ -44,6 +51,13 @@ for row, name in enumerate(voices.ids):
     place = Path("DATA", f"speaker{row // 2}")
     place.mkdir(parents=True, exist_ok=True)
     soundfile.write(place / f"{row % 2}.wav", voices.load(row), 16000)
+speech = np.concatenate([voices.load(row) for row in range(len(voices))])
+SECONDS = {"SIXTEEN": [3.0] * 15 + [300.0], "HOUR": [5.0, 3600.0], "LENGTHS": [1 + i / 100 for i in range(500)]}
+for name, lengths in SECONDS.items():
+    place = Path(name, "speaker")
+    place.mkdir(parents=True)
+    for i, seconds in enumerate(lengths):
+        soundfile.write(place / f"{i}.wav", np.resize(speech, round(16000 * seconds)), 16000)
 """
 
 
@@ -77,15 +91,18 @@ def main() -> None:
         subprocess.run([str(given.bin.absolute() / "python"), "-c", SETUP], cwd=folder, check=True)
         for words in (
             ("quantize", "--model=full.kmq", "--bits=4", "--unfitted", "--out=model.kmq"),
+            ("quantize", "--model=full.kmq", "--bits=4", "--activations=8", "--data=DATA", "--out=w4a8.kmq"),
             ("enroll", "--store=people", "--model=model.kmq", "--speaker=alice", "a.wav"),
         ):
             subprocess.run([program, *words], cwd=folder, check=True, stdout=sys.stderr)
         rows = []
-        for words in COMMANDS:
-            cost_of([program, *words], folder)
-            found, memory = zip(*(cost_of([program, *words], folder) for _ in range(given.repeats)))
+        for words in (*COMMANDS, *LONG):
+            repeats = 1 if words in LONG else given.repeats
+            if words not in LONG:
+                cost_of([program, *words], folder)
+            found, memory = zip(*(cost_of([program, *words], folder) for _ in range(repeats)))
             about = {"least": round(min(found), 3), "median": round(statistics.median(found), 3)}
-            about["most_memory"] = max(memory)
+            about |= {"most_memory": max(memory), "runs": repeats}
             rows.append({"command": f"kmq-jax {' '.join(words)}", **about})
     about = {"kind": "fresh", "python": platform.python_version(), "processor": processor(), "cores": os.cpu_count()}
     print(json.dumps({**about, "repeats": given.repeats, "rows": rows}, indent=2))
