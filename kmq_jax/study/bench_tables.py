@@ -56,7 +56,7 @@ def accelerator_table(lines: list[Row]) -> str:
     newest = {(line["part"], line["what"]): line for line in lines if "what" in line}
     rows = [["part", "what", "figures", "card"]]
     for (part, what), line in newest.items():
-        whole = line | _derived(line, newest.get(("step", "network")))
+        whole = {**line, **_derived(line, newest.get(("step", "network")))}
         known = [form.format(whole[name] * factor) for name, form, factor in SPEEDS if whole.get(name) is not None]
         # Lines from before that setting have no word of it.
         known += [_OLDER_RECOMPUTATION] if line.get("remat") and "remat_keeps" not in line else []
