@@ -222,7 +222,7 @@ def compiled_step(options: PodsBench) -> tuple[str, float]:
     )
     lowered = jax.jit(lambda state, batch: step(state, batch, None), donate_argnums=0).lower(begun.state, data)
     # Collectives are decided before machine code is made, which need not be fast.
-    quick: dict[str, str | bool] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    quick: dict[str, str | bool] = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
     program = lowered.compile(quick)
     return program.as_text() or "", (flops_of(lowered) or math.nan) / config.batch_size
 
