@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from kmq_jax.core import mesh
 from kmq_jax.core.tree import Params, map_named
@@ -15,7 +15,8 @@ from kmq_jax.quant import Codebook
 from kmq_jax.training import step as steps
 from kmq_jax.training.from_models import describe
 from kmq_jax.training.options import TrainOptions
-from kmq_jax.training.state import QatParams, TrainState
+from kmq_jax.training.qat import Indices
+from kmq_jax.training.state import QatParams, Trainable, TrainState
 from kmq_jax.training.tasks import FullPrecision, Task
 
 EPOCH_STEPS = 1000
@@ -38,18 +39,37 @@ class Start:
 
 def start(options: TrainOptions, classes: int, devices: Mesh) -> Start:
     """Prepares training as `train` does, but with random weights and evenly spaced codebooks."""
+    recipe, begun = _begin(options, classes, devices)
+    init_state = functools.partial(steps.init_state, recipe)
+    shardings = mesh.tree_shardings(jax.eval_shape(init_state, *begun), devices, options.sharding)
+    # One program, not one for every shape of a tensor.
+    return Start(recipe, jax.jit(init_state, out_shardings=shardings)(*begun), shardings)
+
+
+def abstract(options: TrainOptions, classes: int, devices: Mesh) -> Start:
+    """As `start`, but the state has shapes and shardings alone: enough to compile a step for many devices."""
+    recipe, begun = _begin(options, classes, devices)
+    state = jax.eval_shape(functools.partial(steps.init_state, recipe), *begun)
+    shardings = mesh.tree_shardings(state, devices, options.sharding)
+    return Start(recipe, jax.tree.map(placed, state, shardings), shardings)
+
+
+def placed(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """A shape that says how its array lies on the devices."""
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _begin(
+    options: TrainOptions, classes: int, devices: Mesh
+) -> tuple[steps.Recipe, tuple[Trainable, Params, Indices]]:
+    """The recipe, and parameters, statistics and indices before the first step."""
     network = describe(options).network(options.dtype).keeping(options.remat_keeps)
     params, batch_stats = steps.init_params(network, options, classes)
     objective = steps.make_objective(network, frontend_of(options.frontend), options, devices, EPOCH_STEPS)
     task = steps.make_task(options, EPOCH_STEPS)
     if not isinstance(task, FullPrecision):
         params = dataclasses.replace(params, network=even_codebooks(task, params.network))
-    recipe = steps.make_recipe(objective, task, params)
-    init_state, held = functools.partial(steps.init_state, recipe), task.init_indices(params.network)
-    shardings = mesh.tree_shardings(jax.eval_shape(init_state, params, batch_stats, held), devices, options.sharding)
-    # One program, not one for every shape of a tensor.
-    state = jax.jit(init_state, out_shardings=shardings)(params, batch_stats, held)
-    return Start(recipe, state, shardings)
+    return steps.make_recipe(objective, task, params), (params, batch_stats, task.init_indices(params.network))
 
 
 def even_codebooks(task: Task, network: Params) -> QatParams:

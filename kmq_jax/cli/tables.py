@@ -23,9 +23,9 @@ COMMAND = Command(
     "first page needs, `differences`, what they differ by, `recipes`, of that one row a recipe, `cascades`, one row a\n"
     "cascade and evaluation set, `rescues`, what a cascade gains back, or `components`; of `study --settings`,\n"
     "`settings`; of `conditions`, `conditions`; of `threshold`, with `judged_on` added, `threshold`; of\n"
-    "`bench NAME --json`, NAME of accelerator, networks, lazy, across, activations, stream, memory, biases, NAME; of\n"
-    "`bench extract --peers`, `extraction`; of a .jsonl of other benchmarks, `speed`; of several studies, separated\n"
-    "by commas, `architectures` or `fragile`.",
+    "`bench NAME --json`, NAME of accelerator, networks, lazy, across, activations, stream, memory, biases, pods,\n"
+    "NAME; of `bench extract --peers`, `extraction`; of a .jsonl of other benchmarks, `speed`; of several studies,\n"
+    "separated by commas, `architectures` or `fragile`.",
     "kmq-jax tables --file=README.md",
     (Files,),
 )

@@ -32,6 +32,7 @@ def conditions_table(found: Row) -> str:
 
 SPEEDS = (
     ("examples_per_second", "{:,.0f} examples/s", 1),
+    ("our_speed_over_it", "ours {:.3f} times as fast", 1),
     ("times_real_time", "{:,.0f} times real time", 1),
     ("ratio", "{:.3f} of the time of the step in full precision", 1),
     ("slowdown_by_input", "{:.3f} of the time of the step without input", 1),
@@ -39,9 +40,19 @@ SPEEDS = (
     ("seconds", "{:.3f} s", 1),
     ("trials", "{:,.0f} trials", 1),
     ("share_of_peak", "{:.1f} % of peak", 100),
-    ("peak_memory_gb", "{:.1f} GB", 1),
+    ("share_of_peak_by_xla", "{:.1f} % by XLA's count", 100),
+    ("program_memory_gb", "{:.1f} GB the program", 1),
+    ("peak_memory_gb", "{:.1f} GB so far", 1),
 )
 """The figures of `bench accelerator` that a table shows: key, words around it, and what it is multiplied by."""
+
+_ACCELERATOR_NOTE = (
+    "Share of peak: by the network's own multiplications; by XLA's count, of all arithmetic of the program, so also of "
+    "what is computed a second time in the backward pass. GB the program: by XLA's account of it; so far: the most "
+    "that the part's process had held on the device by then, earlier rows of the part included. Ours beside PyTorch's: "
+    "the row `network` of the part `step`."
+)
+_OLDER_RECOMPUTATION = "blocks kept nothing, before `remat_keeps`: neither policy that is timed now"
 
 
 def accelerator_table(lines: list[Row]) -> str:
@@ -49,10 +60,54 @@ def accelerator_table(lines: list[Row]) -> str:
     newest = {(line["part"], line["what"]): line for line in lines if "what" in line}
     rows = [["part", "what", "figures", "card"]]
     for (part, what), line in newest.items():
-        known = [form.format(line[name] * factor) for name, form, factor in SPEEDS if line.get(name) is not None]
+        whole = {**line, **_derived(line, newest.get(("step", "network")))}
+        known = [form.format(whole[name] * factor) for name, form, factor in SPEEDS if whole.get(name) is not None]
+        # Lines from before that setting have no word of it.
+        known += [_OLDER_RECOMPUTATION] if line.get("remat") and "remat_keeps" not in line else []
         if known:
             rows.append([part, what, ", ".join(known), line["card"]])
-    return markdown(rows)
+    tiny = " Sizes are tiny: that every part runs is shown, nothing of speed."
+    return markdown(rows) + f"\n{_ACCELERATOR_NOTE}{tiny if any(line.get('tiny') for line in lines) else ''}\n"
+
+
+def _derived(line: Row, ours: Row | None) -> Row:
+    """What follows from a line, and for PyTorch's from `ours` of the same file; None where something is missing.
+
+    >>> _derived({"part": "torch", "card": "c", "examples_per_second": 4.0}, {"card": "c", "examples_per_second": 5.0})
+    {'our_speed_over_it': 1.25, 'share_of_peak_by_xla': None}
+    """
+    beside = ours if line["part"] == "torch" and ours and ours["card"] == line["card"] else None
+    work, peak = line.get("xla_tflop_per_step"), line.get("peak_tflop_per_second")
+    theirs = line.get("examples_per_second")
+    return {
+        "our_speed_over_it": beside["examples_per_second"] / theirs if beside and theirs else None,
+        "share_of_peak_by_xla": work / line["step_seconds"] / peak if work and peak else None,
+    }
+
+
+def pods_table(lines: list[Row]) -> str:
+    """Training on paper, by `bench pods`: a row for each network and system, by the newest line of its kind."""
+    newest = {tuple(line[key] for key in ("model", "bits", "remat", "sharding")): line for line in lines}
+    rows = [["network", "system", "examples a chip", "ms a step", "arithmetic", "memory", "sending", "MB sent, by kind",
+             "examples/s", "input, MB/s"]]  # fmt: skip
+    for line in newest.values():
+        kind = [f"{line['bits']} bits" if line["bits"] else "", "blocks recomputed" if line["remat"] else ""]
+        kind += [f"{line['sharding']} split" if line["sharding"] else "", "tiny" if line["tiny"] else ""]
+        name = ", ".join(filter(None, [line["model"], *kind]))
+        sent = ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in line["sent_bytes"].items())
+        for one in line["systems"]:
+            low, high = (f"{1e3 * bound:,.0f}" for bound in one["step_bounds"])
+            held = f"{one['batch']}" if line["held"] else f"{one['batch']}, if its memory holds them"
+            times = [f"{1e3 * one[key]:,.1f}" for key in ("compute", "passes", "send")]
+            cells = [name, one["system"], held, low if low == high else f"{low} to {high}", *times, sent]
+            rows.append([*cells, f"{one['examples_per_second']:,.0f}", f"{one['input_bytes_per_second'] / 1e6:,.0f}"])
+    any_line = next(iter(newest.values()))
+    simulated = ", ".join(sorted({str(line["simulated"]) for line in newest.values()}))
+    about = (
+        f"By XLA's programs for {simulated} simulated devices. Nothing was timed on these systems. Input: "
+        f"{any_line['records_an_example']:.1f} whole records of {any_line['record_bytes'] / 1e3:.0f} kB an example."
+    )
+    return markdown(rows) + f"\n{about}\n"
 
 
 def extraction_table(found: Row) -> str:

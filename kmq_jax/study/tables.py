@@ -11,6 +11,7 @@ A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`, FILE
 | `threshold` | `threshold`, with `judged_on` added |
 | `bench accelerator`, `extract --peers`, `networks`, `lazy` | `accelerator`, `extraction`, `networks`, `lazy` |
 | `bench across`, `activations`, `stream` | `across`, `activations`, `stream` |
+| `bench pods`, a line of a `.jsonl` each | `pods` |
 | `bench memory`, `biases` | `memory`, one row a cell of the paper's table; `biases` |
 | `bench train`, `extract`, `quant`, `qat`, `diagnose`, a line of a `.jsonl` each | `speed` |
 | `launch/fuzz.py`, `launch/faults.py` | `fuzz`, `faults` |
@@ -40,6 +41,7 @@ from kmq_jax.study.bench_tables import (
     lazy_table,
     memory_table,
     networks_table,
+    pods_table,
     speed_table,
     stream_table,
     threshold_table,
@@ -85,6 +87,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "components": components_table,
     "conditions": conditions_table,
     "accelerator": accelerator_table,
+    "pods": pods_table,
     "speed": speed_table,
     "extraction": extraction_table,
     "networks": networks_table,

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from kmq_jax import frontend, losses
+from kmq_jax.core import mesh
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Params, Variables
 from kmq_jax.models import registry
@@ -259,6 +260,9 @@ def train_step(
     # By the step, so that a resumed run draws the same; `seed` itself has drawn the first parameters.
     key = jax.random.fold_in(jax.random.key(objective.options.seed + 1), state.step)
     features = features_of(objective, key, batch)
+    if objective.options.sharding:
+        # Else XLA takes a split classifier's axis for the whole program: every device would do the whole batch.
+        features = jax.lax.with_sharding_constraint(features, mesh.batch_sharding(objective.mesh))
 
     def loss_of(params: Trainable) -> tuple[jax.Array, tuple[Metrics, Params]]:
         network = task.weights(params.network, state.indices, step, phase)

@@ -257,6 +257,12 @@ def test_biases_and_cells_of_memory_have_a_row_each(tmp_path):
     assert filled[3:5] == ["| n | 4 | total | 7.68 | 7.68 | equal |", "| n | 4 | total | 7.68 | 7.69 | **differs** |"]
 
 
+def accelerator_rows(tmp_path, lines):
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    filled = tables.fill("<!-- table: r.jsonl accelerator -->\n<!-- end -->", tmp_path)
+    return filled.splitlines()[3:-3], filled.splitlines()[-2]
+
+
 def test_an_accelerator_has_a_row_for_each_speed(tmp_path):
     lines = [
         {"part": "step", "what": "whole", "card": "H200", "examples_per_second": 9.0},
@@ -264,9 +270,29 @@ def test_an_accelerator_has_a_row_for_each_speed(tmp_path):
         {"part": "step", "what": "whole kernels", "card": "H200", "milliseconds": {}},
         {"part": "kmqat", "error": "stopped after 47 s"},
     ]
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    filled = tables.fill("<!-- table: r.jsonl accelerator -->\n<!-- end -->", tmp_path)
-    assert filled.splitlines()[3:-1] == ["| step | whole | 1,387 examples/s, 40.4 % of peak | H200 |"]
+    rows, note = accelerator_rows(tmp_path, lines)
+    assert rows == ["| step | whole | 1,387 examples/s, 40.4 % of peak | H200 |"]
+    assert "tiny" not in note and "tiny" in accelerator_rows(tmp_path, [{**lines[0], "tiny": True}])[1]
+
+
+def test_what_follows_from_an_accelerators_lines_is_computed(tmp_path):
+    step = {"card": "H200", "step_seconds": 0.5, "xla_tflop_per_step": 100.0, "peak_tflop_per_second": 1000.0}
+    lines = [
+        {"part": "torch", "what": "compiled", "card": "H200", "examples_per_second": 100.0, "our_speed_over_it": 7.0},
+        {"part": "torch", "what": "eager", "card": "L4", "examples_per_second": 100.0, "our_speed_over_it": 7.0},
+        {"part": "step", "what": "network", **step, "examples_per_second": 110.0},
+        {"part": "step200", "what": "old", **step, "remat": True},
+        {"part": "step200", "what": "new", **step, "remat": True, "remat_keeps": "statistics"},
+    ]
+    rows, _ = accelerator_rows(tmp_path, lines)
+    assert rows == [
+        "| torch | compiled | 100 examples/s, ours 1.100 times as fast | H200 |",
+        "| torch | eager | 100 examples/s | L4 |",  # ours was measured on another card
+        "| step | network | 110 examples/s, 20.0 % by XLA's count | H200 |",
+        "| step200 | old | 20.0 % by XLA's count, blocks kept nothing, before `remat_keeps`: neither policy that "
+        "is timed now | H200 |",
+        "| step200 | new | 20.0 % by XLA's count | H200 |",
+    ]
 
 
 def test_a_first_page_has_bytes_errors_and_their_changes(tmp_path):

@@ -4,6 +4,7 @@ Each part runs in a process of its own, with a time limit of its own. A part tha
 that it has written stay.
 """
 
+import contextlib
 import importlib
 import os
 import signal
@@ -11,7 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from kmq_jax.benchmarks.accelerator import lines, report
 from kmq_jax.benchmarks.options import AcceleratorBench
@@ -20,17 +23,18 @@ from kmq_jax.core.errors import UserError
 MODULES = {
     "step": "steps",
     "qat": "steps",
-    "extract": "extraction",
-    "input": "feeding",
-    "trials": "scores",
     "torch": "peer",
-    "step200": "steps",
+    "input": "feeding",
+    "extract": "extraction",
+    "trials": "scores",
     "kmeans": "scores",
+    "step200": "steps",
     "remat": "steps",
 }
 """The module of this package that runs a part, as its `run_NAME`."""
 
 _LEAST = 5.0  # a part is not begun with fewer seconds left
+_NOT_BEGUN, _STOPPED = "not begun: no time left", "stopped after"
 
 
 def environment() -> dict[str, str]:
@@ -72,7 +76,7 @@ def run_part(name: str, seconds: float, options: AcceleratorBench) -> str:
         try:
             status = child.wait(seconds)
         except subprocess.TimeoutExpired:
-            return f"stopped after {seconds:.0f} s"
+            return f"{_STOPPED} {seconds:.0f} s"
         finally:
             if child.poll() is None:
                 # The whole group: a part may have started processes, too.
@@ -85,18 +89,36 @@ def run_part(name: str, seconds: float, options: AcceleratorBench) -> str:
 
 def run_all(options: AcceleratorBench) -> None:
     """Runs the parts in turn, as long as there is time, and prints the table of what they found."""
-    plan = options.plan
+    plan, unfinished = options.plan, list[str]()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     known = len(lines.read(options.out)) if options.out.exists() else 0  # lines of earlier runs: not in the table
     end = time.monotonic() + options.limit
     for name, limit in plan:
         begin = time.monotonic()
         left = min(limit, end - begin)
-        error = run_part(name, left, options) if left >= min(_LEAST, limit) else "not begun: no time left"
+        error = run_part(name, left, options) if left >= min(_LEAST, limit) else _NOT_BEGUN
         if error:
             lines.append(options.out, {"part": name, "error": error})
+            unfinished += [name] if error == _NOT_BEGUN or error.startswith(_STOPPED) else []
         print(f"{name}: {time.monotonic() - begin:.0f} s{', ' + error if error else ''}", file=sys.stderr, flush=True)
     print(report.table(lines.read(options.out)[known:]))
+    if unfinished:
+        print(f"not finished; the same command adds them with --parts={','.join(unfinished)}")
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Within it SIGTERM and SIGHUP raise SystemExit, as Ctrl-C raises its own, so that `run_part` kills its part."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(options: AcceleratorBench) -> None:
@@ -110,4 +132,5 @@ def main(options: AcceleratorBench) -> None:
         module = importlib.import_module(f"kmq_jax.benchmarks.accelerator.{MODULES[options.part]}")
         getattr(module, f"run_{options.part}")(lines.Log(options.out, options.part, options.tiny), options)
     else:
-        run_all(options)
+        with ended_by_signals():
+            run_all(options)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from jax.stages import Lowered
+from jax.stages import Compiled, Lowered
 
 # Dense bfloat16 operations a second by the makers' datasheets, by a pattern of JAX's name of the device. The first that
 # matches counts, so special names come first.
@@ -35,9 +35,24 @@ def peak_flops(kind: str) -> float | None:
 
 
 def peak_gb() -> float | None:
-    """Most memory that this process has held on the device so far, in GB; None where the device does not tell."""
+    """Most memory that this process has held on the device so far, in GB; None where the device does not tell.
+
+    So a later figure of a process is never below an earlier one: see `program_gb` for that of one program.
+    """
     memory = jax.devices()[0].memory_stats() or {}
     return memory["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in memory else None
+
+
+def program_gb(program: Compiled) -> float | None:
+    """Memory that one compiled program needs by XLA's account, in GB; None where it does not tell.
+
+    What it takes and gives counts, donated arrays once, and what it holds in between.
+    """
+    found = program.memory_analysis()
+    if found is None:
+        return None
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return float(held + found.temp_size_in_bytes) / 1e9
 
 
 def seconds_of(run: Callable[[], object], budget: float, groups: int = 5) -> float:

@@ -120,5 +120,6 @@ def _measure(log: Log, options: AcceleratorBench, directory: Path) -> None:
         waiting_seconds=waited,
         slowdown_by_input=fed / without,
         examples_per_second=batch / fed,
+        program_memory_gb=device.program_gb(run.step),
         peak_memory_gb=device.peak_gb(),
     )

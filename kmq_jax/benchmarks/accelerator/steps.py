@@ -6,8 +6,10 @@ import gzip
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.stages import Compiled, Lowered
 
@@ -20,7 +22,7 @@ from kmq_jax.core import mesh
 from kmq_jax.frontend import KIWANO, num_frames
 from kmq_jax.models import registry
 from kmq_jax.training import step as steps
-from kmq_jax.training.config import paper_config
+from kmq_jax.training.config import paper_config, published_kmqat
 from kmq_jax.training.options import TrainOptions
 from kmq_jax.training.state import Trainable, TrainState
 
@@ -70,15 +72,29 @@ class Run:
         return self.batch * registry.macs(self.recipe.objective.network, self.frames)
 
 
-def configure(name: str, batch: int, tiny: bool, keeps: str = "", bits: int = 0) -> TrainOptions:
+def configure(
+    name: str, batch: int, tiny: bool, keeps: str = "", bits: int = 0, published: bool = False
+) -> TrainOptions:
     """The paper's recipe for a network, the mean removed over the crop; with `tiny` of its smallest form.
 
-    With `keeps` its blocks are recomputed in the backward pass, but for what that names (`models.resnet.KEPT`).
+    Args:
+        name: of the network.
+        batch: examples.
+        tiny: whether the network is of its smallest form.
+        keeps: its blocks are recomputed in the backward pass, but for what this names (`models.resnet.KEPT`); empty:
+            nothing is recomputed.
+        bits: of the codebooks; 0: full precision.
+        published: whether these are KMQAT's as published, else those of this project's recipe without a teacher. The
+            batch is augmented all the same, so that quantization and its optimizer alone are what differs.
     """
     config = paper_config(name)
     config.data.normalize = "crop"
     config.batch_size, config.model.remat, config.quant.bits = batch, bool(keeps), bits
     config.remat_keeps = keeps or config.remat_keeps
+    if published:
+        augment, masks = config.data.augment, config.spec_augment
+        published_kmqat(config, bits)
+        config.data.augment, config.spec_augment = augment, masks
     if tiny:
         config.model.update(registry.smoke_settings(name))
     return TrainOptions.from_config(config)
@@ -142,10 +158,14 @@ def batches_of(options: AcceleratorBench) -> tuple[int, ...]:
 
 
 def figures_of(run: Run, seconds: float) -> Figures:
-    """What is said of a step that takes `seconds`."""
+    """What is said of a step that takes `seconds`.
+
+    Its share of peak is told by the network's own multiplications, and by XLA's count of the program, the one that a
+    goal is set for: it counts all arithmetic, so also what is computed a second time in the backward pass.
+    """
     peak, options = device.peak_flops(jax.devices()[0].device_kind), run.recipe.objective.options
     flops = 6.0 * run.macs()  # two operations each; backward takes twice as many as forward
-    metrics = jax.device_get(run())
+    metrics, by_xla = jax.device_get(run()), device.flops_of(run.lowered)
     return {
         "model": options.model["name"],
         "remat": options.model["remat"],
@@ -156,10 +176,12 @@ def figures_of(run: Run, seconds: float) -> Figures:
         "step_seconds": seconds,
         "examples_per_second": run.batch / seconds,
         "tflop_per_step": flops / 1e12,
-        "xla_tflop_per_step": _tera(device.flops_of(run.lowered)),
+        "xla_tflop_per_step": _tera(by_xla),
         "tflop_per_second": flops / seconds / 1e12,
         "share_of_peak": flops / seconds / peak if peak else None,
+        "share_of_peak_by_xla": by_xla / seconds / peak if by_xla and peak else None,
         "peak_tflop_per_second": _tera(peak),
+        "program_memory_gb": device.program_gb(run.step),
         "peak_memory_gb": device.peak_gb(),
         "compile_seconds": run.compile_seconds,
         "loss": float(metrics["loss"]),
@@ -222,24 +244,27 @@ def _forward(run: Run, log: Log, options: AcceleratorBench) -> None:
         )
 
 
+def _timed(name: str, what: str, keeps: str, batches: tuple[int, ...], log: Log, options: AcceleratorBench) -> None:
+    """The step with blocks recomputed but for what `keeps` names, by the largest batch that fits."""
+    run = largest(lambda batch: make(configure(name, batch, options.tiny, keeps), options.tiny), batches, log)
+    log.write(what, **figures_of(run, device.seconds_of(run, _budget(options))))
+    _profile(run, f"{name} {what}", log, options)
+
+
 def _recomputed(name: str, log: Log, options: AcceleratorBench) -> None:
     """The step with blocks recomputed; then with what convolutions give kept, which fits fewer examples."""
-    for keeps, what in (
-        ("statistics", "whole, recomputed"),
-        ("convolutions", "whole, all but convolutions recomputed"),
-    ):
-
-        def make_one(batch: int, keeps: str = keeps) -> Run:
-            return make(configure(name, batch, options.tiny, keeps), options.tiny)
-
-        run = largest(make_one, batches_of(options), log)
-        log.write(what, **figures_of(run, device.seconds_of(run, _budget(options))))
-        _profile(run, f"{name} {what}", log, options)
-        del run  # its state leaves the device before the next is made
+    _timed(name, "whole, recomputed but for statistics", "statistics", batches_of(options), log, options)
+    _timed(name, "whole, recomputed but for convolutions", "convolutions", batches_of(options), log, options)
 
 
 def run_step200(log: Log, options: AcceleratorBench) -> None:
-    """The deeper network as its configuration has it: blocks recomputed."""
+    """The deeper network with nothing recomputed, where the first batch fits; then with its blocks recomputed."""
+    try:
+        _timed(DEEPER, "whole", "", batches_of(options)[:1], log, options)
+    except Exception as error:  # what is raised where differs
+        if not device.out_of_memory(error):
+            raise
+        log.write("too large", remat=False, batch=batches_of(options)[0], error=str(error)[:200])
     _recomputed(DEEPER, log, options)
 
 
@@ -248,35 +273,70 @@ def run_remat(log: Log, options: AcceleratorBench) -> None:
     _recomputed(NETWORK, log, options)
 
 
+_FULL = "full precision"
+
+
 def run_qat(log: Log, options: AcceleratorBench) -> None:
-    """The step with codebooks of 4 and 2 bits beside full precision, in turns."""
+    """The step as KMQAT at 4 and 2 bits beside full precision, in turns; then by this project's recipe."""
     batch = int(options.batch or log.known("step", "whole", "batch") or batches_of(options)[0])
-    runs: dict[int, Run] = {}
-    for bits in (0, 4, 2):  # full precision first: it takes turns with each of the others
-        runs[bits] = make(configure(NETWORK, batch, options.tiny, bits=bits), options.tiny)
-        log.write("compiled", batch=batch, bits=bits, compile_seconds=runs[bits].compile_seconds)
-        jax.block_until_ready(runs[bits]())
-        if bits:
-            seconds = by_turns(runs, 1 if options.tiny else 5)
-            log.write(
-                f"{bits} bits",
-                batch=batch,
-                step_seconds=statistics.median(seconds[bits]),
-                full_precision_step_seconds=statistics.median(seconds[0]),
-                ratio=statistics.median(a / b for a, b in zip(seconds[bits], seconds[0])),
-                peak_memory_gb=device.peak_gb(),
-            )
-            _profile(runs[bits], f"{bits} bits", log, options)
+
+    def made(bits: int = 0, published: bool = False) -> Run:
+        return make(configure(NETWORK, batch, options.tiny, bits=bits, published=published), options.tiny)
+
+    with ThreadPoolExecutor(3) as pool:  # they are compiled at the same time
+        runs = dict(zip((0, 4, 2), pool.map(made, (0, 4, 2), (False, True, True))))
+    for bits, run in runs.items():
+        log.write("compiled", batch=batch, bits=bits, compile_seconds=run.compile_seconds)
+    full = runs.pop(0)
+    jax.block_until_ready(full())
+    for bits, run in runs.items():
+        _beside(full, run, f"kmqat {bits} bits", log, options)
+    del runs, run  # their states leave the device
+    for bits in (4, 2):
+        _beside(full, made(bits), f"{bits} bits", log, options)
 
 
-def by_turns(runs: dict[int, Run], calls: int, rounds: int = 7) -> dict[int, list[float]]:
+def _beside(full: Run, run: Run, what: str, log: Log, options: AcceleratorBench) -> None:
+    """A quantized step beside the one in full precision; steps that assign indices anew count as often as they come."""
+    jax.block_until_ready(run())
+    seconds = by_turns({_FULL: full, what: run}, 1 if options.tiny else 5)
+    step, plain = statistics.median(seconds[what]), statistics.median(seconds[_FULL])
+    ratio = statistics.median(a / b for a, b in zip(seconds[what], seconds[_FULL]))
+    every = run.recipe.objective.options.quant.reassign_every
+    anew = statistics.median(_reassigning(run, every) for _ in range(3)) if every else None
+    log.write(
+        what,
+        batch=run.batch,
+        step_seconds=step,
+        full_precision_step_seconds=plain,
+        reassigning_step_seconds=anew,
+        reassign_every=every,
+        ratio=ratio + ((anew - step) / every / plain if anew else 0.0),
+        program_memory_gb=device.program_gb(run.step),
+        full_precision_program_memory_gb=device.program_gb(full.step),
+        peak_memory_gb=device.peak_gb(),
+        compile_seconds=run.compile_seconds,
+    )
+    _profile(run, what, log, options)
+
+
+def _reassigning(run: Run, every: int) -> float:
+    """Seconds of a step that assigns every weight to its nearest centroid, waited for alone."""
+    before = run.state.step
+    run.state = dataclasses.replace(run.state, step=jax.device_put(jnp.full_like(before, every - 1), before.sharding))
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def by_turns(runs: dict[str, Run], calls: int, rounds: int = 7) -> dict[str, list[float]]:
     """Seconds a step of each run, in rounds of some steps each; every second round runs backwards."""
-    seconds: dict[int, list[float]] = {bits: [] for bits in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds):
-        for bits in list(runs) if turn % 2 else list(runs)[::-1]:
+        for name in list(runs) if turn % 2 else list(runs)[::-1]:
             start = time.perf_counter()
             for _ in range(calls):
-                metrics = runs[bits]()
+                metrics = runs[name]()
             jax.block_until_ready(metrics)
-            seconds[bits].append((time.perf_counter() - start) / calls)
+            seconds[name].append((time.perf_counter() - start) / calls)
     return seconds
