@@ -116,7 +116,7 @@ def rows_of(name: str, place: str, waves: np.ndarray, folder: Path) -> list[dict
             try:
                 theirs, row["integer_convolutions"] = embed(file, features, waves)
             except Exception as error:  # each runtime has exceptions of its own
-                row["refused"] = str(error).strip().split("\n")[0][:200].replace(str(folder), "")
+                row["refused"] = " ".join(str(error).replace(str(folder), "").split())[:200]
             else:
                 row["cosine"] = nearness(theirs, on_theirs if runtime == "sherpa-onnx" else ours)
                 if runtime == "sherpa-onnx":

@@ -426,16 +426,18 @@ class _Graph:
             data = packed.tobytes()
             self._tensors[name] = self._onnx.helper.make_tensor(name, kind, rows.shape, data, raw=True)
             return self.cast(name, "INT32")
-        # Eight indices fill exactly `bits` bytes: an integer of at most 48 bits, taken apart by division. (With 56
-        # bits ONNX Runtime's sum of integers is not exact.)
+        # Eight indices fill exactly `bits` bytes. Each is taken from the byte it begins in and the next one: no number
+        # on the way exceeds 16 bits. All eight as one integer would overflow in OpenVINO, whose int64 are int32.
         groups, n = rows.shape
         padded = np.pad(rows, ((0, 0), (0, -n % 8)))
         stream = np.packbits((padded[..., None] >> np.arange(bits)) & 1, axis=None, bitorder="little")
-        stored = self.array(name, stream.reshape(groups, -1, bits))
-        parts = self.node("Mul", self.cast(stored, "INT64"), self.integers(*(1 << 8 * i for i in range(bits))))
-        whole = self.node("ReduceSum", parts, self.integers(2), keepdims=1)
-        eights = self.node("Div", whole, self.integers(*(1 << bits * i for i in range(8))))
-        unpacked = self.node("Mod", eights, self.integers(1 << bits))
+        stored = self.cast(self.array(name, stream.reshape(groups, -1, bits)), "INT64")
+        first, shift = np.divmod(bits * np.arange(8), 8)
+        low = self.node("Gather", stored, self.integers(*first), axis=2)
+        # Where an index ends within its first byte, the remainder below removes whatever the next one adds.
+        high = self.node("Gather", stored, self.integers(*np.minimum(first + 1, bits - 1)), axis=2)
+        both = self.node("Add", low, self.node("Mul", high, self.integers(256)))
+        unpacked = self.node("Mod", self.node("Div", both, self.integers(*(1 << shift))), self.integers(1 << bits))
         unpacked = self.node("Reshape", unpacked, self.integers(groups, padded.shape[1]))
         if n == padded.shape[1]:
             return unpacked
