@@ -40,7 +40,7 @@ def test_the_position_is_that_of_the_last_batch_used(ahead):
     host = iter(numbers())
     with feed(numbers(), ahead) as batches:
         assert batches.get_state() == host.get_state()
-        for n in range(4):
+        for _ in range(4):
             np.testing.assert_array_equal(next(batches)["x"], next(host)["x"])
             assert batches.get_state() == host.get_state()
         position = batches.get_state()
@@ -65,17 +65,17 @@ def test_so_many_batches_are_made_before_they_are_asked_for_and_no_more(ahead):
 
 
 def test_a_fault_of_a_batch_is_told_where_it_is_asked_for():
-    with feed(numbers(rows=6), 1, jax.devices()[:4]) as batches:
-        with pytest.raises(UserError, match="batch of 6 .* does not divide over 4 devices"):
-            next(batches)
+    told = pytest.raises(UserError, match="batch of 6 .* does not divide over 4 devices")
+    with feed(numbers(rows=6), 1, jax.devices()[:4]) as batches, told:
+        next(batches)
 
 
 def test_a_step_takes_nothing_from_the_host_and_is_compiled_once(caplog):
     config = smoke(default_config("own_tdnn"))
     options = TrainOptions.from_config(config)
     devices = mesh.make_mesh(jax.devices()[:2])
-    network, objective_of = describe(options).network(), steps.make_objective
-    objective = objective_of(network, frontend_of("kiwano"), options, devices, epoch_steps=4)
+    network = describe(options).network()
+    objective = steps.make_objective(network, frontend_of("kiwano"), options, devices, epoch_steps=4)
     params, statistics = steps.init_params(network, options, classes=8)
     recipe = steps.make_recipe(objective, steps.make_task(options, 4), params)
     state = steps.init_state(recipe, params, statistics)

@@ -8,7 +8,6 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_object, write_json
 from kmq_jax.training import prepare
 
-
 OBJECTIVE = SimpleNamespace(options=SimpleNamespace(seed=0, quant=None))
 PARAMS = SimpleNamespace(network={}, classifier=None)
 
