@@ -206,7 +206,7 @@ def test_metrics_are_fetched_once_the_next_step_is_on_the_device(tmp_path, monke
         assert events == expected
         lines[every] = read_runlog(tmp_path / str(every) / "metrics.jsonl")
     alone = [line["loss"] for line in lines[1]]
-    assert lines[3][0]["loss"] == pytest.approx(np.mean(alone[:3]), rel=1e-9)
+    assert lines[3][0]["loss"] == pytest.approx(np.mean(alone[:3]), rel=1e-6)  # of float32
     assert lines[3][0]["epoch"] == 1.5 and lines[3][1]["loss"] == alone[3]
 
 
