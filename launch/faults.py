@@ -54,7 +54,7 @@ Line = list[str]
 LineOf = Callable[[Path], Line]
 Row = dict[str, object]
 CONFIG = ["--config=quickstart:smoke", "--config.validation.data="]
-RESUMED = ("train", "train quantized", "study", "prepare_data", "quantize", "calibrate", "enroll")
+RESUMED = ("train", "train quantized", "study", "prepare_data", "extract shards", "quantize", "calibrate", "enroll")
 """What is killed at random moments: what takes long, and what writes models, policies and stores."""
 LONG = ("train", "train quantized", "study", "prepare_data")
 """What is disturbed at its work: the lines of `fuzz.good_lines` that begin so only look for data that are not there."""
@@ -75,6 +75,9 @@ def commands(base: Path) -> dict[str, LineOf]:
         "train quantized": lambda out: ["train", *CONFIG, *steps, *quantized, f"--workdir={out}"],
         "study": lambda out: ["study", "--config=quickstart:smoke", f"--workdir={out}"],
         "prepare_data": lambda out: ["prepare_data", f"--source={base}/many", f"--out={out}/set", "--workers=1"],
+        "extract shards": lambda out: [
+            *("extract", f"--model={base}/model.kmq", f"--data={base}/many", f"--out={out}/e.npz", "--shards=20")
+        ],
         "enroll": lambda out: [
             *("enroll", f"--store={out}/people", f"--model={base}/model.kmq", "--speaker=a", "--replace"),
             *voices,

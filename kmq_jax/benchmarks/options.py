@@ -450,13 +450,17 @@ class ScoreBench(TrialSizes):
     spread: float = option("of utterances about their speaker: sets the EER", 2.2, above=0)
 
 
+STREAMED = ("score", "snorm", "cascade")
+"""Commands that `stream` measures."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StreamBench(Bench):
     """Trial lists of any length by `score --stream` and `cascade --stream`: seconds, peak memory, processes.
 
     A list is made on disk (about 30 bytes a trial), and embeddings at 2, 3, 4 bits and of a reference. Each command
-    then runs in one process and in several that share the list; what these find must be the same. Needs a POSIX system.
-    `tables` writes the JSON as a table of the kind `stream`.
+    then runs in one process and in several that share the list; what these find must be the same. `snorm` is `score`
+    with adaptive S-norm. Needs a POSIX system. `tables` writes the JSON as a table of the kind `stream`.
     """
 
     trials: int = option("trials, half of them targets", 10**8, at_least=100, at_most=10**10)
@@ -464,7 +468,8 @@ class StreamBench(Bench):
     speakers: int = option("speakers", 1_251, at_least=2, at_most=10**7)
     dim: int = option("dimensions of an embedding", 256, at_least=1, at_most=65_536)
     spread: float = option("of utterances about their speaker: sets the EER", 2.2, above=0)
-    commands: tuple[str, ...] = option("which, by commas", ("score", "cascade"), choices=("score", "cascade"))
+    cohort: int = option("embeddings of the cohort, for snorm", 6_000, at_least=2, at_most=10**6)
+    commands: tuple[str, ...] = option("which, by commas", STREAMED, choices=STREAMED)
     processes: int = option("processes that share the list in the second run of each; 1: none", 2, at_least=1)
     directory: Path | None = option("where the list is made, and removed; left out: the system's place", None)
 

@@ -1,7 +1,8 @@
 """Trial lists of any length through `score --stream` and `cascade --stream`: seconds and peak memory of the commands.
 
-A list is made on disk, and what the commands read: embeddings at 2, 3, 4 bits and of a reference, and a policy. Then
-each command runs as a user would start it, in one process and in several that share the list.
+A list is made on disk, and what the commands read: embeddings at 2, 3, 4 bits and of a reference, a cohort, a policy.
+Then each command runs as a user would start it, in one process and in several that share the list. `snorm` is `score`
+with the cohort.
 """
 
 import contextlib
@@ -60,7 +61,7 @@ def make_list(path: Path, trials: int, ids: np.ndarray, speakers: int) -> None:
 
 
 def make(place: Path, options: StreamBench) -> None:
-    """Writes the list, the embedding files and a policy into `place`."""
+    """Writes the list, the embedding files, a cohort and a policy into `place`."""
     rng = np.random.default_rng(0)
     utterances, speakers = options.utterances, options.speakers
     speaker = np.arange(utterances) % speakers
@@ -71,6 +72,9 @@ def make(place: Path, options: StreamBench) -> None:
     size = (utterances, options.dim)
     reference = rng.standard_normal((speakers, options.dim), np.float32)[speaker]
     reference += options.spread * rng.standard_normal(size, np.float32)
+    members, cohort = [f"cohort{i}" for i in range(options.cohort)], (options.cohort, options.dim)
+    others = rng.standard_normal(cohort, np.float32) + options.spread * rng.standard_normal(cohort, np.float32)
+    np.savez(place / "cohort.npz", ids=np.array(members), embeddings=others)
     enrol, test = rng.integers(utterances, size=(2, min(_SEEN, options.trials)))
     test[::2] = (test - test % speakers + enrol % speakers)[::2] % utterances
     own, labels = cosine_scores(reference, reference, enrol, test), speaker[enrol] == speaker[test]
@@ -84,12 +88,13 @@ def make(place: Path, options: StreamBench) -> None:
     CascadePolicy(tuple(_NOISE), tuple(maps), symmetric_gates(threshold, _GATES), threshold).save(place / "policy.json")
 
 
-def flags_of(command: str, place: Path) -> list[str]:
-    """What a command is given."""
-    if command == "score":
-        return [f"--embeddings={place / f'e{_REFERENCE}.npz'}"]
+def words_of(command: str, place: Path) -> list[str]:
+    """A command's own name, and what it is given."""
+    if command != "cascade":
+        cohort = [f"--snorm_cohort={place / 'cohort.npz'}"] if command == "snorm" else []
+        return ["score", f"--embeddings={place / f'e{_REFERENCE}.npz'}", *cohort]
     levels = [f"--stage={bits}:{place / f'e{bits}.npz'}" for bits in _NOISE]
-    return [f"--policy={place / 'policy.json'}", *levels, f"--reference={place / f'e{_REFERENCE}.npz'}"]
+    return ["cascade", f"--policy={place / 'policy.json'}", *levels, f"--reference={place / f'e{_REFERENCE}.npz'}"]
 
 
 def timed(command: str, place: Path, processes: int) -> tuple[Figures, Figures]:
@@ -101,7 +106,7 @@ def timed(command: str, place: Path, processes: int) -> tuple[Figures, Figures]:
         UserError: it failed.
     """
     out = place / f"{command}-{processes}.json"
-    words = [sys.executable, "-m", "kmq_jax", command, "--stream", *flags_of(command, place)]
+    words = [sys.executable, "-m", "kmq_jax", *words_of(command, place), "--stream"]
     words += [f"--trials={place / 'trials.txt'}", f"--json={out}"]
     shared = {**os.environ, "JAX_PLATFORMS": "cpu"}
     if processes > 1:
@@ -186,5 +191,5 @@ def main(options: StreamBench) -> None:
         print(f"{options.trials:,} trials in {size / 1e9:.2f} GB, {options.utterances:,} utterances x {options.dim}")
         rows = measure(place, options)
     if options.json:
-        about = {name: getattr(options, name) for name in ("trials", "utterances", "speakers", "dim")}
+        about = {name: getattr(options, name) for name in ("trials", "utterances", "speakers", "dim", "cohort")}
         write_json(options.json, {**about, "cores": processors(), "list_bytes": size, "rows": rows})

@@ -1,7 +1,10 @@
 """Work on many machines through Apache Beam: one element of the pipeline is one shard, and its worker writes it.
 
-The shards are those of a local run, since the source alone cuts them. tfds's own Beam writer cuts shards by bytes and
-sorts every recording through the engine; here only names travel, and recordings are read where they are written.
+The shards are those of a local run, since the source alone cuts them. Their format is tfds's; its Beam writer
+(`tfds.core.writer.BeamWriter`) is not used, for three reasons. It groups all examples by a hash of their keys, so that
+every recording passes through the engine; here only names travel, and recordings are read where they are written. It
+cuts shards by bytes, so they would not be those of a local run. And it moves its files into place once all are written;
+here a shard that is there is kept, and a run that was killed goes on.
 """
 
 import logging

@@ -28,6 +28,7 @@ ROOM_SAMPLES = 16000  # of a room's impulse response, from the direct sound
 _WHOLE_ROOM = 10 * ROOM_SAMPLES  # where the direct sound is looked for
 _DRY = np.zeros(ROOM_SAMPLES, np.float32)
 _TRIES = 100
+_MOST_AHEAD = 8  # batches kept on the host: one of 512 whole utterances of 20 s takes 1.3 GB
 
 log = logging.getLogger(__name__)
 
@@ -169,16 +170,16 @@ class _Examples:
             more = {"length": np.int32(min(len(wave), self.samples)), "place": np.float32(rng.random())}
         wave = np.resize(wave, self.samples) if len(wave) != self.samples else wave
         kind = self.kinds[rng.integers(len(self.kinds))]
-        interference = np.zeros(self.samples, np.float32)
         snr = np.inf
+        if len(self.kinds) > 1:  # else the device never looks at it, and it would be half of the bytes
+            more["interference"] = np.zeros(self.samples, np.float32)
         if kind in SNR_DB:
             snr = rng.uniform(*SNR_DB[kind])
-            interference = self._interference(kind, int(table.labels[used]), rng)
+            more["interference"] = self._interference(kind, int(table.labels[used]), rng)
         if self.rooms is not None:
             more["rir"] = self._room(rng) if kind == "reverb" else _DRY
         return {
             "wave": wave,
-            "interference": interference,
             "snr_db": np.float32(snr),
             "reverb": np.bool_(kind == "reverb"),
             "speaker": np.int32(table.labels[used] + version * len(table.speaker_names)),
@@ -258,11 +259,12 @@ def training_batches(
         rooms: room impulse responses; without them the device simulates rooms.
         whole_samples: utterances are left whole, up to so many samples, for the device to cut crops of their features.
             Shorter ones are repeated to this length. 0: crops are cut here.
-        augment: False gives clean crops.
+        augment: False gives clean crops, and no `interference`.
         speeds: speed factors; each but the first makes `len(speaker_names)` further speakers. Usually (1.0, 0.9, 1.1).
         process_index: this process's number.
         process_count: how many processes train together.
-        threads: batches made at the same time, and kept ahead; with 0 a batch is made when it is asked for.
+        threads: batches made at the same time; twice as many are kept ahead, at most eight. With 0 a batch is made when
+            it is asked for.
         cache_bytes: memory for decoded speech, as 16-bit samples; noise and music get a quarter each on top.
         failures: filled with the reason by the place of each utterance that could not be read and was replaced.
 
@@ -295,7 +297,8 @@ def training_batches(
     dataset = grain.MapDataset.range(len(utterances) * len(speeds)).seed(seed).shuffle().repeat().random_map(examples)
     # Sliced last, so that a process's random draws follow from the place in the whole sequence.
     dataset = dataset[process_index::process_count].batch(batch_size, drop_remainder=True)
-    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 1)))
+    ahead = max(min(2 * threads, _MOST_AHEAD), 1)
+    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
 
 
 def clean_crops(utterances: Utterances, count: int, crop_samples: int) -> np.ndarray:

@@ -121,6 +121,7 @@ class _Work:
         self.place.mkdir(parents=True, exist_ok=True)
         with in_turn(self.place / ".plan.lock"):
             if self.is_finished():
+                self._clear()  # a run that was killed after its note leaves some
                 return False
             # Without a plan whatever lies there is cleared, as after a finished run.
             known = read_object(self.plan) if self.plan.is_file() else {"finished": ""}

@@ -242,6 +242,8 @@ def stream_table(found: Row) -> str:
         cells += [f"{row['peak_memory_mb']:,.0f}", f"{low:.5f} to {high:.5f}", same if row["processes"] > 1 else ""]
         rows.append(cells)
     about = f"{found['utterances']:,} utterances of {found['dim']} dimensions, {found['cores']} cores"
+    if any(row["command"] == "snorm" for row in found["rows"]):
+        about += f", a cohort of {found['cohort']:,}"
     return markdown(rows) + f"\n{about}, a list of {found['list_bytes'] / 1e9:.1f} GB.\n"
 
 

@@ -14,7 +14,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from kmq_jax.core import distributed, mesh
+from kmq_jax.core import distributed
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, Row, read_object, write_json
 from kmq_jax.core.progress import Bar
@@ -105,6 +105,7 @@ class Loop:
         self.seconds = 0.0
         self._start = time.monotonic()
         self._pending: list[steps.Metrics] = []  # of the steps since they were last looked at
+        self._due = False  # to be looked at once the next step is on the device, which would else run out of work
         self._rate = Rate(self.step, run.options.batch_size)
         self._phases = run.recipe.task.phases(run.state.params.network)
         # `min`: a run that is done has no next step.
@@ -154,8 +155,9 @@ class Loop:
 
     def _take_step(self) -> None:
         run = self._run
-        batch = mesh.shard_batch(next(run.data.batches), run.recipe.objective.mesh)
-        run.state, metrics = self._train_step(run.state, batch, run.teacher)
+        run.state, metrics = self._train_step(run.state, next(run.data.batches), run.teacher)
+        if self._due:
+            self._write_metrics()
         self._pending.append(metrics)
         self.step += 1
         if self.step == self.first + 1:  # compiled by now, so no setting can be wrong any more; rates begin here
@@ -173,8 +175,10 @@ class Loop:
         saves = ends or bool(self.stopped_by) or self._every(steps_of(options.checkpoint_epochs, epoch_steps))
         validates = run.validation and (ends or self._every(steps_of(options.validation.epochs, epoch_steps)))
         # First, since it refuses to go on, and to save, once a value is not finite.
-        if saves or validates or self._every(options.log_every):
+        if saves or validates:
             self._write_metrics()
+        else:
+            self._due = self._every(options.log_every)
         if saves:
             if run.recipe.task.saved_as:  # before the checkpoint: what loading the workdir gives
                 save_once(run.workdir / run.recipe.task.saved_as, run.trained())
@@ -185,7 +189,7 @@ class Loop:
     def _write_metrics(self) -> None:
         values = jax.device_get(self._pending)
         check_finite(values, self.step - len(values), self._run.checkpoints)
-        self._pending = []
+        self._pending, self._due = [], False
         self.last = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
         # Schedules are told as they are now; a mean over steps says nothing of them.
         self.last |= {name: float(values[-1][name]) for name in ("learning_rate", "margin") if name in self.last}

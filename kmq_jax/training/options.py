@@ -47,6 +47,12 @@ class DataOptions(Options):
         "the most of an utterance that the latter takes in", 20.0, at_least=0.1, at_most=3600
     )
     threads: int = option("threads that read recordings", 2, at_least=0, at_most=1024)
+    ahead: int = option(
+        "batches that wait on the devices for their step; 0: each is put there when its step begins",
+        1,
+        at_least=0,
+        at_most=64,
+    )
 
     def __post_init__(self) -> None:
         """See `Options`."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 if TYPE_CHECKING:
     import grain
@@ -29,6 +30,7 @@ from kmq_jax.nn import integers
 from kmq_jax.ptq import activations, moments
 from kmq_jax.training import qat
 from kmq_jax.training import step as steps
+from kmq_jax.training.feed import on_devices
 from kmq_jax.training.from_models import describe, load_parent, load_start, load_teacher
 from kmq_jax.training.options import TrainOptions
 from kmq_jax.training.state import Trainable, TrainState, checkpoint_parts, from_checkpoint
@@ -46,7 +48,8 @@ class Data:
         classes: speakers, those that other speeds make included.
         epoch_steps: steps an epoch.
         failures: recordings that could not be read: the reason, by place. Filled as they are read.
-        batches: an endless grain iterator of this process's part of each batch.
+        batches: an endless grain iterator, on the devices ahead of the steps. Its position is that of the batch used
+            last.
     """
 
     utterances: source.Utterances
@@ -161,7 +164,8 @@ def prepare(options: TrainOptions, settings: Settings, workdir: Path, closing: c
     network = model.network(options.dtype).keeping(options.remat_keeps)
     steps.check_features(options, network, fbank)
     _check_sizes(options, registry.parameter_count(network))
-    data, validation = open_data(options), open_validation(options.validation)
+    data, validation = open_data(options, devices), open_validation(options.validation)
+    closing.callback(data.batches.close)
     objective = steps.make_objective(network, fbank, options, devices, data.epoch_steps)
     # Locked before `config.json` is compared: nobody else can then begin a run in between.
     if jax.process_index() == 0:  # for all processes of the run
@@ -187,8 +191,8 @@ def prepare(options: TrainOptions, settings: Settings, workdir: Path, closing: c
     return Run(options, settings, workdir, model, recipe, data, validation, checkpoints, teacher, shardings, state)
 
 
-def open_data(options: TrainOptions) -> Data:
-    """Opens the training data.
+def open_data(options: TrainOptions, devices: Mesh) -> Data:
+    """Opens the training data, for steps on `devices`.
 
     Raises:
         UserError: it cannot be read, or is less than a batch.
@@ -198,10 +202,10 @@ def open_data(options: TrainOptions) -> Data:
     if not options.epoch_steps and examples < options.batch_size:
         raise UserError(f"data.train has {len(utterances)} utterances, fewer than batch_size (={options.batch_size})")
     failures: dict[str, str] = {}
-    batches = _batches(options, utterances, failures)
+    batches = on_devices(_batches(options, utterances, failures), devices, options.data.ahead)
     epoch_steps = options.epoch_steps or examples // options.batch_size
     classes = pipeline.num_speakers(utterances, options.data.speeds)
-    return Data(utterances, classes, epoch_steps, failures, iter(batches))
+    return Data(utterances, classes, epoch_steps, failures, batches)
 
 
 def _batches(
@@ -230,6 +234,13 @@ def _batches(
         threads=data.threads,
         failures=failures,
     )
+
+
+def first_batch(options: TrainOptions, data: Data) -> steps.Batch:
+    """This process's part of the batch that training begins with, on the host; training's own position stays."""
+    alone = dataclasses.replace(options, data=dataclasses.replace(options.data, threads=0))  # nothing is made ahead
+    batch: steps.Batch = next(iter(_batches(alone, data.utterances, data.failures)))
+    return batch
 
 
 def speech_of(objective: steps.Objective, data: Data) -> Speech:
@@ -278,7 +289,7 @@ def _start(
     named = dataclasses.replace(params, network=task.shapes(params.network))
     recipe = steps.make_recipe(objective, task, named)
     if isinstance(task, Quantized) and options.quant.mixed:
-        bits = allocate(objective, workdir, params, batch_stats, teacher, data.batches, resumes)
+        bits = allocate(objective, workdir, params, batch_stats, teacher, data, resumes)
         task = dataclasses.replace(task, allocation=bits)
         named = dataclasses.replace(params, network=task.shapes(params.network))
         recipe = steps.make_recipe(objective, task, named)  # whose phases are known now
@@ -344,10 +355,10 @@ def allocate(
     params: Trainable,
     batch_stats: Params,
     teacher: Variables | None,
-    batches: "grain.DatasetIterator",
+    data: Data,
     resumes: bool,
 ) -> dict[str, int]:
-    """The bits of mixed precision: chosen by the loss's curvature on one batch, and kept in `workdir/bits.json`.
+    """The bits of mixed precision: chosen by the loss's curvature on the first batch, kept in `workdir/bits.json`.
 
     A run that `resumes` takes those in the file.
 
@@ -364,9 +375,7 @@ def allocate(
             raise UserError(f"{path} does not give each tensor a whole number of bits")
         return found
     key = jax.random.key(objective.options.seed)
-    position = batches.get_state()  # put back below: training begins with the same batch
-    batch = jax.tree.map(jnp.asarray, next(batches))
-    batches.set_state(position)
+    batch = jax.tree.map(jnp.asarray, first_batch(objective.options, data))
     features = steps.features_of(objective, key, batch)
 
     def loss(network: Params) -> jax.Array:

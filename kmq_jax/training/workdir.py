@@ -19,6 +19,7 @@ _MAY_CHANGE = (
     "average_last",
     "validation",
     "data.threads",
+    "data.ahead",
     "remat_keeps",
 )
 

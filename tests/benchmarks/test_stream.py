@@ -16,15 +16,18 @@ from kmq_jax.study.bench_tables import stream_table
 def test_small(tmp_path, capsys, monkeypatch):
     """One process of each command; several are run by the commands' own tests."""
     sizes = ("--trials=3000", "--utterances=300", "--speakers=20", "--dim=16", "--spread=1", "--processes=1")
+    sizes = (*sizes, "--cohort=50")
     bench.run("stream", (*sizes, f"--json={tmp_path / 'b.json'}", f"--directory={tmp_path / 'here'}"))
     found = json.loads((tmp_path / "b.json").read_text())
     assert [(row["command"], row["processes"], row["trials"]) for row in found["rows"]] == [
         ("score", 1, 3000),
+        ("snorm", 1, 3000),
         ("cascade", 1, 3000),
     ]
     assert all(row["seconds"] > 0 and row["peak_memory_mb"] > 50 and 0 < row["eer"] < 50 for row in found["rows"])
     assert not list((tmp_path / "here").iterdir())
-    assert "| cascade | 3,000 | 1 |" in stream_table(found)
+    assert found["rows"][0]["eer"] != found["rows"][1]["eer"]
+    assert "| cascade | 3,000 | 1 |" in stream_table(found) and "a cohort of 50, a list of" in stream_table(found)
     assert "EER" in capsys.readouterr().out
 
 

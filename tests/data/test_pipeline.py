@@ -1,12 +1,13 @@
 import itertools
 import logging
+import time
 
 import numpy as np
 import pytest
 import recordings
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.data import audio
+from kmq_jax.data import audio, pipeline
 from kmq_jax.data.pipeline import BABBLE_VOICES, ROOM_SAMPLES, Crops, num_speakers, training_batches
 from kmq_jax.data.source import open_source
 
@@ -51,6 +52,32 @@ def test_a_batch(speech, noise):
         np.testing.assert_array_equal(batch["interference"].any(axis=1), disturbed)
         assert not (disturbed & batch["reverb"]).any()
         assert ((batch["snr_db"][disturbed] >= 0) & (batch["snr_db"][disturbed] <= 20)).all()
+
+
+def test_without_augmentation_no_interference_is_made(speech, noise):
+    for batch in take(training_batches(speech, batch_size=5, crop_samples=CROP, seed=1, noise=noise, augment=False), 3):
+        assert set(batch) == {"wave", "snr_db", "reverb", "speaker"}
+        assert not batch["reverb"].any() and np.isinf(batch["snr_db"]).all()
+
+
+@pytest.mark.parametrize(("threads", "kept"), [(0, 0), (1, 2), (3, 6), (32, 8)])
+def test_a_few_batches_are_kept_ahead_however_many_threads(speech, monkeypatch, threads, kept):
+    made, make = [], pipeline._Examples.__call__
+
+    def noted(self, number, rng):
+        if self.samples == 999:  # threads of other tests may still be at work
+            made.append(number)
+        return make(self, number, rng)
+
+    monkeypatch.setattr(pipeline._Examples, "__call__", noted)
+    batches = iter(training_batches(speech, batch_size=2, crop_samples=999, seed=1, augment=False, threads=threads))
+    next(batches)
+    deadline = time.monotonic() + 60
+    while len(made) < 2 * (1 + kept) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    batches.close()
+    assert len(made) == 2 * (1 + kept)
 
 
 def test_crops_come_from_the_speaker_they_are_labelled_with(speech):

@@ -1,7 +1,11 @@
 """Embeddings from a model on disk, by the command and by the library."""
 
+import contextlib
 import dataclasses
+import signal
+import subprocess
 import sys
+import time
 
 import commands
 import jax
@@ -12,6 +16,7 @@ import soundfile
 from kmq_jax import frontend
 from kmq_jax.cli import extract
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.locks import if_free
 from kmq_jax.data import source
 from kmq_jax.models import registry
 from kmq_jax.models.speaker_model import (
@@ -167,6 +172,35 @@ def test_shards_are_the_run_in_one_piece(saved, tmp_path, monkeypatch, capsys, e
     assert "3 shards, put together" in capsys.readouterr().out
     run(monkeypatch, *flags, f"--out={tmp_path}/parts.npz", "--shards=3")
     assert "which another process put together" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # four processes that each start a whole command
+def test_two_processes_share_shards_and_a_killed_one_goes_on(saved, tmp_path):
+    """Processes of their own. The killed one is started again; the file has the bytes of a run in one piece."""
+    words = [sys.executable, "-m", "kmq_jax", "extract", f"--model={saved}", f"--data={DATA}", "--batch_size=2"]
+    parts = [*words, f"--out={tmp_path}/parts.npz", "--shards=9"]
+    subprocess.run([*words, f"--out={tmp_path}/whole.npz"], check=True)
+    place = tmp_path / "parts.npz.shards"
+    place.mkdir()
+    with contextlib.ExitStack() as kept:
+        with if_free(place / ".00004.lock") as free:  # one shard cannot be made: so neither is done too early
+            assert free
+            killed, other = (kept.enter_context(subprocess.Popen(parts)) for _ in range(2))
+            kept.callback(other.kill)
+            deadline = time.monotonic() + 480
+            while not list(place.glob("*.npz")) and time.monotonic() < deadline:
+                time.sleep(0.005)
+            killed.kill()
+            assert killed.wait() == -signal.SIGKILL
+            again = kept.enter_context(subprocess.Popen(parts))
+            kept.callback(again.kill)
+            while len(list(place.glob("*.npz"))) < 8 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert sorted(path.stem for path in place.glob("*.npz")) == [f"{i:05d}" for i in range(9) if i != 4]
+            assert not (tmp_path / "parts.npz").exists()
+        assert [process.wait(timeout=120) for process in (other, again)] == [0, 0]
+    assert (tmp_path / "parts.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert [path.name for path in place.iterdir()] == ["plan.json"]
 
 
 def test_what_makes_shards_others(saved, tmp_path, monkeypatch):

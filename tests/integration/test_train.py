@@ -177,6 +177,39 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_last_good_checkpoint(tmp
     assert all(np.isfinite(leaf).all() for leaf in leaves(tmp_path))
 
 
+def test_metrics_are_fetched_once_the_next_step_is_on_the_device(tmp_path, monkeypatch):
+    """A line of the log waits for the step after it, but for the last; what it holds is of its own steps."""
+    events, compiled, write = [], loop.Loop._compile, loop.RunLog.write
+
+    def noted(self, phase):
+        step = compiled(self, phase)
+
+        def take(*args):
+            events.append("step")
+            return step(*args)
+
+        return take
+
+    def line(self, step, values):
+        events.append(step)
+        write(self, step, values)
+
+    monkeypatch.setattr(loop.Loop, "_compile", noted)
+    monkeypatch.setattr(loop.RunLog, "write", line)
+    lines = {}
+    for every, expected in (
+        (1, ["step", "step", 1, "step", 2, "step", 3, 4]),
+        (3, ["step", "step", "step", "step", 3, 4]),
+    ):
+        events.clear()
+        loop.train(plain(log_every=every, checkpoint_epochs=0.0), tmp_path / str(every))
+        assert events == expected
+        lines[every] = read_runlog(tmp_path / str(every) / "metrics.jsonl")
+    alone = [line["loss"] for line in lines[1]]
+    assert lines[3][0]["loss"] == pytest.approx(np.mean(alone[:3]), rel=1e-6)  # of float32
+    assert lines[3][0]["epoch"] == 1.5 and lines[3][1]["loss"] == alone[3]
+
+
 def losses_on(devices, count=3):
     """Losses of a few steps of the same run on a mesh of these devices."""
     options = TrainOptions.from_config(plain())

@@ -41,6 +41,22 @@ def test_parts_add_up():
     assert one.rates() == whole.rates()
 
 
+def test_counts_of_billions_of_trials():
+    """More than 32 bits hold, in a bin and in all: every figure is that of the counts, and one more still counts."""
+    counts, billion = ScoreHistogram(-1, 1, 4), 10**9
+    counts.counts[0] = 9 * billion, 0, 3 * billion, 0  # a quarter of either class beyond the other
+    counts.counts[1] = 0, 2 * billion, 0, 6 * billion
+    rates = counts.rates()
+    assert (rates.trials, rates.targets) == (20 * billion, 8 * billion)
+    assert rates.eer == pytest.approx(0.25) and rates.threshold == 0.0
+    counts.add([-0.9, 0.9], [0, 1])
+    more = counts.counts.copy()
+    assert more[0, 0] == 9 * billion + 1 and more[1, 3] == 6 * billion + 1
+    counts.counts += more  # as of another process
+    rates = counts.rates()
+    assert (rates.trials, rates.targets) == (40 * billion + 4, 16 * billion + 2)
+
+
 def test_separable_scores_and_scores_at_the_ends():
     counts = ScoreHistogram(-1, 1, 4)
     counts.add([-1.0, -5.0, -1e300, 1.0, 7.0, 1e300], [0, 0, 0, 1, 1, 1])

@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import commands
 import numpy as np
 import pytest
 
+from kmq_jax.benchmarks.stream import make_list
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.progress import say_once
 from kmq_jax.data import trials as lists
@@ -62,6 +66,37 @@ def test_the_same_scores_and_rates_as_at_once(files, tmp_path, form):
     low, high = found["eer_bounds"]
     assert low - 1e-9 <= whole.metrics["eer"] <= high + 1e-9
     assert found["min_dcf"] == pytest.approx(whole.metrics["min_dcf"], abs=1e-9)
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+from kmq_jax.data import trials
+from kmq_jax.scoring import stream
+from kmq_jax.scoring.options import ScoringOptions
+trials._CHUNK = 1 << 18
+found = stream.score_stream(Path(sys.argv[1]), sys.argv[2], ScoringOptions(replicates=0, stream=True))
+(most,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(found["trials"], most)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is told by Linux")
+def test_memory_does_not_grow_with_the_list(files, tmp_path):
+    """Ten times the trials: 900,000 more. Held at once, their rows and scores alone would take 18 MB, words more."""
+    names = np.array([f"{u:03d}" for u in range(500)])
+    rows = np.random.default_rng(0).standard_normal((500, 8)).astype(np.float32)
+    np.savez(tmp_path / "e.npz", embeddings=rows, ids=names)
+    letters = names.astype("S3").view(np.uint8).reshape(500, 3)
+    peaks = []
+    for count in (100_000, 1_000_000):
+        make_list(tmp_path / "t.txt", count, letters, 10)
+        words = [sys.executable, "-c", _PEAK, str(tmp_path / "e.npz"), str(tmp_path / "t.txt")]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        trials, peak = map(int, done.stdout.split())
+        assert trials == count
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < 9_000  # KiB
 
 
 def test_shares_of_a_list_are_the_list(files):

@@ -8,20 +8,6 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_object, write_json
 from kmq_jax.training import prepare
 
-
-class Batches:
-    """The same batch always."""
-
-    def get_state(self):
-        return 0
-
-    def set_state(self, position):
-        assert position == 0
-
-    def __next__(self):
-        return {}
-
-
 OBJECTIVE = SimpleNamespace(options=SimpleNamespace(seed=0, quant=None))
 PARAMS = SimpleNamespace(network={}, classifier=None)
 
@@ -31,7 +17,7 @@ def measured(workdir, resumes):
 
 
 def chosen(workdir, resumes):
-    return prepare.allocate(OBJECTIVE, workdir, PARAMS, {}, None, Batches(), resumes)
+    return prepare.allocate(OBJECTIVE, workdir, PARAMS, {}, None, None, resumes)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +29,7 @@ def chosen(workdir, resumes):
 )
 def test_what_a_start_without_a_step_has_left_counts_for_nothing(tmp_path, monkeypatch, make, name, stale, new):
     monkeypatch.setattr(prepare, "random_crops", lambda *given: None)
+    monkeypatch.setattr(prepare, "first_batch", lambda *given: {})
     monkeypatch.setattr(prepare.activations, "measure", lambda *given: {"conv": (0.5, 3.0)})
     monkeypatch.setattr(prepare.steps, "features_of", lambda *given: None)
     monkeypatch.setattr(prepare.qat, "allocate", lambda *given: {"conv": 4})

@@ -1,5 +1,6 @@
 """The input pipeline on shards: alone, and beside the training step that it feeds."""
 
+import contextlib
 import dataclasses
 import shutil
 import tempfile
@@ -17,8 +18,10 @@ from kmq_jax.benchmarks.timing import processors
 from kmq_jax.core import mesh
 from kmq_jax.data import pipeline, source, writer
 from kmq_jax.data.table import Utterances
+from kmq_jax.training.feed import on_devices
+from kmq_jax.training.step import Metrics
 
-_AHEAD = 10  # steps that are put on the device before it is waited for, as training does between its log lines
+_AHEAD = 10  # steps between two looks at metrics, as between training's log lines
 
 
 def shards(directory: Path, count: int, speakers: int, workers: int) -> Utterances:
@@ -29,19 +32,17 @@ def shards(directory: Path, count: int, speakers: int, workers: int) -> Utteranc
     return source.open_source(directory)
 
 
-def batches_of(speech: Utterances, noise: Utterances, batch: int, samples: int, threads: int) -> grain.DatasetIterator:
-    """The pipeline's iterator; every crop reads its record afresh."""
-    return iter(
-        pipeline.training_batches(
-            speech,
-            noise=noise,
-            music=noise,
-            batch_size=batch,
-            crop_samples=samples,
-            seed=0,
-            threads=threads,
-            cache_bytes=0,
-        )
+def batches_of(speech: Utterances, noise: Utterances, batch: int, samples: int, threads: int) -> grain.IterDataset:
+    """The pipeline's batches; every crop reads its record afresh."""
+    return pipeline.training_batches(
+        speech,
+        noise=noise,
+        music=noise,
+        batch_size=batch,
+        crop_samples=samples,
+        seed=0,
+        threads=threads,
+        cache_bytes=0,
     )
 
 
@@ -55,17 +56,19 @@ def rate(batches: grain.DatasetIterator, batch: int, seconds: float) -> float:
 
 
 def beside(run: steps.Run, batches: grain.DatasetIterator, count: int) -> tuple[float, float]:
-    """Trains from an iterator as `train` does; returns seconds a step, and how many of them are waiting for a batch."""
-    devices = mesh.make_mesh(jax.devices()[:1])
+    """Trains from batches on the device as `train` does; returns seconds a step, and how many of them are waiting.
+
+    As there, metrics are waited for once the next step is on the device.
+    """
     waited, start = 0.0, time.perf_counter()
+    metrics: Metrics = {}
     for i in range(count):
         begin = time.perf_counter()
-        made = next(batches)
+        run.data = next(batches)
         waited += time.perf_counter() - begin
-        run.data = mesh.shard_batch(made, devices)
-        metrics = run()
-        if i % _AHEAD == _AHEAD - 1:
-            jax.block_until_ready(metrics)
+        before, metrics = metrics, run()
+        if i % _AHEAD == 0:
+            jax.block_until_ready(before)
     jax.block_until_ready(metrics)
     return (time.perf_counter() - start) / count, waited / count
 
@@ -92,7 +95,7 @@ def _measure(log: Log, options: AcceleratorBench, directory: Path) -> None:
     rates = {}
     for threads in ways:
         small = 4 if options.tiny else 64
-        batches = batches_of(speech, noise, small, samples, threads)
+        batches = iter(batches_of(speech, noise, small, samples, threads))
         for _ in range(2 if options.tiny else 2 * threads):  # what was made ahead meanwhile is not counted
             next(batches)
         rates[threads] = rate(batches, small, 0.1 if options.tiny else 4.0)
@@ -102,24 +105,25 @@ def _measure(log: Log, options: AcceleratorBench, directory: Path) -> None:
             crop_seconds=samples / RATE,
             examples_per_second=rates[threads],
         )
-        del batches  # its threads would go on reading ahead
+        batches.close()  # its threads would go on reading ahead
     threads = max(rates, key=lambda way: rates[way])
 
     batch = int(options.batch or log.known("step", "whole", "batch") or steps.batches_of(options)[0])
     run = steps.make(steps.configure(steps.NETWORK, batch, options.tiny), options.tiny)
     without = device.seconds_of(run, 0.1 if options.tiny else 3.0)
-    batches = batches_of(speech, noise, batch, samples, threads)
-    next(batches)  # the first takes longest: threads start, files are opened
-    fed, waited = beside(run, batches, 2 if options.tiny else 60)
+    devices = mesh.make_mesh(jax.devices()[:1])
+    with contextlib.closing(on_devices(batches_of(speech, noise, batch, samples, threads), devices)) as fed:
+        next(fed)  # the first takes longest: threads start, files are opened
+        seconds, waited = beside(run, fed, 2 if options.tiny else 60)
     log.write(
         "beside the step",
         batch=batch,
         threads=threads,
-        step_seconds=fed,
+        step_seconds=seconds,
         step_seconds_without_input=without,
         waiting_seconds=waited,
-        slowdown_by_input=fed / without,
-        examples_per_second=batch / fed,
+        slowdown_by_input=seconds / without,
+        examples_per_second=batch / seconds,
         program_memory_gb=device.program_gb(run.step),
         peak_memory_gb=device.peak_gb(),
     )
