@@ -7,8 +7,8 @@ BIN is the directory of an installed kmq-jax (that of this Python where left out
 full size, made here with random weights and quantized at 4 bits, once with activations in floating point and once in 8
 bits (`w4a8.kmq`): what verifies is as large as a real one. Recordings of 3 s, and a DATA of 20, come from the embedded
 voices. Each command runs once before, so that files are in memory and caches are filled. Then three lists that strain
-memory run once each, by the 8-bit model: 16 recordings of which one is 5 minutes long, one of an hour beside one of 5 s,
-and 500 of as many lengths, 1 to 6 s.
+memory run once each, by the 8-bit model: 16 recordings of which one is 5 minutes long, one of an hour beside one of
+5 s, and 500 of as many lengths, 1 to 6 s.
 """
 
 import argparse
