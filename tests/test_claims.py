@@ -218,6 +218,10 @@ CLAIMS = (
           "than ResNet34 for all", "across.json", two_networks_take_longer),
     Claim("No loss of EER is seen down to 3 bits of ResNet34", "resnet34-free.json", lambda found: knee(found) == 3),
     Claim("down to 4 bits of CAM++", "campplus-free.json", lambda found: knee(found) == 4),
+    Claim("The time of one training alone was kept", "campplus-trained.json",
+          lambda found: [row["method"] for row in found["rows"] if "training" in row] == ["trained for 7.5 epochs"]),
+    Claim("No network was trained at 8 bits", "campplus-trained.json",
+          lambda found: not any(row["bits"] == 8 for row in found["rows"])),
     Claim("whose trials chose the gates, 2 bits without training err more beyond chance, too", "quickstart.json",
           lambda found: all(beyond(row["sets"][name]) == 1 for row in found["rows"] for name in ("dev", "test")
                             if (row["bits"], row["method"]) == (2, "without training"))),

@@ -293,6 +293,28 @@ def test_networks_stand_side_by_side(tmp_path):
     assert filled[3] == "| one, 2 bits | head 70 %, 25.0 %; stem 9 %, 25.0 % |"
 
 
+def test_a_network_that_comes_again_adds_its_trained_rows_and_times_stand_where_they_are_known(tmp_path):
+    def row(model, bits, method, eer, **more):
+        sets = {name: {"eer": eer, "min_dcf": 0.5, "trials": 9} for name in ("a", "b")}
+        return {"model": model, "bits": bits, "method": method, "bytes": 1e6, "sets": sets, **more}
+
+    took = {"embed-fp32-32-a": 60.4, "embed-fp32-32-b": 30.0, "embed-ptq-2-2-a": 50.0}
+    first = [row("fp32.kmq", 32, "full precision", 2.0), row("ptq-2.kmq", 2, "without training", 5.0)]
+    again = [*first, row("d", 2, "trained", 3.0, training={"seconds": 5330.0, "steps": 9, "cores": 2})]
+    again[2]["sets"]["a"] |= {"eer_change": 1.0, "eer_change_ci95": [0.5, 1.5]}
+    again += [row("n", 2, "trained, nested", 3.5)]
+    (tmp_path / "a.json").write_text(json.dumps({"network": "one", "rows": first, "seconds": took}))
+    (tmp_path / "b.json").write_text(json.dumps({"network": "one", "rows": again}))
+    filled = tables.fill("<!-- table: a.json,b.json architectures -->\n<!-- end -->", tmp_path).splitlines()
+    assert filled[1].endswith("| minDCF | against FP32 | training | embedding, s |")
+    same = "2.00 |  | 0.500 |  | 2.00 |  | 0.500 |"
+    assert filled[3] == f"| one | 32 | full precision | 1.00 | {same}  |  | 90 |"
+    assert filled[4].endswith("| 5.00 |  | 0.500 |  |  |  |")  # of one set alone the time is known
+    changed = "3.00 | **+1.00 [+0.50, +1.50]** | 0.500 |  | 3.00 |  | 0.500 |"
+    assert filled[5] == f"| one | 2 | trained | 1.00 | {changed}  | 89 min, 2 cores |  |"
+    assert filled[7].endswith("one, without training: none; one, trained: none.")
+
+
 def test_cascades_across_networks_have_a_row_a_system_and_list(tmp_path):
     base = {"eer": 2.5, "min_dcf": 0.25, "eer_change": 0.5, "eer_change_ci95": [0.25, 0.75], "min_dcf_change": 0.0}
     base |= {"min_dcf_change_ci95": None, "harmful_flip_rate": 0.0125, "trial_ratio": 0.5, "recording_ratio": 0.75}
