@@ -152,9 +152,16 @@ def activations_table(found: Row) -> str:
 
 
 def across_table(found: Row) -> str:
-    """Cascades of different networks beside single models on each list: errors, flips, time and bytes."""
+    """Cascades of different networks beside single models on each list: errors, flips, time and bytes.
+
+    Milliseconds, and the cheapest single model that takes no longer than a cascade and errs no more, are columns where
+    a file has them.
+    """
+    every = [row for one in found["sets"] for row in one["rows"]]
+    timed, beaten = (any(key in row for row in every) for key in ("trial_seconds", "beaten_by"))
     head = ["on", "system", "flips allowed", "EER %", "against the last", "minDCF", "against the last", "harmful flips",
-            "go on", "time by trial", "by recording", "MB"]  # fmt: skip
+            "go on", "time by trial", "by recording", *(["ms by trial", "by recording"] if timed else []),
+            "MB", *(["loses to"] if beaten else [])]  # fmt: skip
     rows = [head]
     for one in found["sets"]:
         for row in one["rows"]:
@@ -172,7 +179,9 @@ def across_table(found: Row) -> str:
                     f"{100 * row['escalated']:.1f} %" if gated else "",
                     f"{row['trial_ratio']:.2f}",
                     f"{row['recording_ratio']:.2f}",
+                    *([f"{1e3 * row[f'{of}_seconds']:.1f}" for of in ("trial", "recording")] if timed else []),
                     f"{row['bytes'] / 1e6:.2f}",
+                    *([next(iter(row["beaten_by"]), "none") if "beaten_by" in row else ""] if beaten else []),
                 ]
             )
     about = {corpus_of(one["data"]): {**one, "utterances": one["recordings"]} for one in found["sets"]}

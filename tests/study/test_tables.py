@@ -327,6 +327,13 @@ def test_cascades_across_networks_have_a_row_a_system_and_list(tmp_path):
     assert filled[3] == f"| words | a > b | 0.5 % | {change} | 25.0 % | 0.50 | 0.75 | 3.00 |"
     assert filled[4] == f"| words | a |  | {change} |  | 0.50 | 0.75 | 1.00 |"
     assert filled[6] == "words: 9 trials, 3 of them targets, 2 speakers, 4 utterances."
+    timed = {"trial_seconds": 0.0125, "recording_seconds": 0.02}
+    one["rows"] = [rows[0] | timed | {"beaten_by": ["a", "b"]}, rows[0] | timed | {"beaten_by": []}, rows[1] | timed]
+    (tmp_path / "r.json").write_text(json.dumps({"sets": [one]}))
+    filled = tables.fill("<!-- table: r.json across -->\n<!-- end -->", tmp_path).splitlines()
+    assert filled[1].endswith("| time by trial | by recording | ms by trial | by recording | MB | loses to |")
+    assert filled[3].endswith("| 25.0 % | 0.50 | 0.75 | 12.5 | 20.0 | 3.00 | a |")
+    assert filled[4].endswith("| 12.5 | 20.0 | 3.00 | none |") and filled[5].endswith("| 12.5 | 20.0 | 1.00 |  |")
 
 
 def test_what_a_cascade_gains_back_is_told_beside_what_its_first_level_loses():
