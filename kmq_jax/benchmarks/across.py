@@ -344,8 +344,7 @@ def main(options: AcrossBench) -> None:
                 f"harmful flips {100 * row['harmful_flip_rate']:.2f} %, {100 * row['escalated']:.1f} % go on; "
                 f"of the last model's time {row['trial_ratio']:.2f} by trial, "
                 f"{row['recording_ratio']:.2f} by recording; {1e3 * row['trial_seconds']:.1f} and "
-                f"{1e3 * row['recording_seconds']:.1f} ms; {row['bytes'] / 1e6:.2f} MB"
-                + _verdict(row)
+                f"{1e3 * row['recording_seconds']:.1f} ms; {row['bytes'] / 1e6:.2f} MB" + _verdict(row)
             )
     if options.json:
         write_json(options.json, found)

@@ -11,7 +11,6 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.models import registry, walk
 from kmq_jax.study import tables
 
-
 # Of many layers, each of which is traced.
 LARGE = {"resnet101", "resnet200", "campplus", *(f"redimnet_b{n}" for n in (0, 2, 3, 4, 5, 6))}
 LARGE |= {f"wespeaker_resnet{depth}" for depth in (101, 152, 221, 293)}
@@ -99,7 +98,13 @@ def test_ratios_and_seconds_come_of_the_same_medians(monkeypatch):
 
 
 def test_the_table_shows_what_the_source_counts_and_what_is_printed(tmp_path):
-    row = {"network": "redimnet_b0", "features": 60, "embedding_size": 192, "parameters": 1_001_850, "macs": 909_734_400}
+    row = {
+        "network": "redimnet_b0",
+        "features": 60,
+        "embedding_size": 192,
+        "parameters": 1_001_850,
+        "macs": 909_734_400,
+    }
     row |= {"source": "WeSpeaker", "parameters_as_source": True, "source_gmacs": "0.61", "source_frames": 200}
     more = {"printed_parameters": "1.0", "printed_gmacs": "0.43", "macs_of_printed_frames": 606_000_000}
     timed = {"time_of_reference": 0.5, "seconds": 0.25}

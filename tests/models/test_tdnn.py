@@ -49,15 +49,9 @@ def test_multiply_accumulates_of_speechbrains_layout_equal_those_added_up_by_han
         ("redimnet_b0", 1_001_851, 1_004_251, 850_651, "0.61", ("1.0", "0.43")),
         ("redimnet_b1", 2_123_481, 2_126_937, 1_905_753, "0.88", ("2.2", "0.54")),
         ("redimnet_b2", 4_888_241, 4_892_849, 4_597_937, "1.36", ("4.7", "0.90")),
-        pytest.param(
-            "redimnet_b3", 3_220_413, 3_225_021, 2_930_109, "4.34", ("3.0", "3.00"), marks=pytest.mark.slow
-        ),
-        pytest.param(
-            "redimnet_b4", 6_432_305, 6_441_521, 5_851_697, "7.05", ("6.3", "4.80"), marks=pytest.mark.slow
-        ),
-        pytest.param(
-            "redimnet_b5", 7_650_545, 7_659_761, 7_069_937, "13.14", ("9.2", "9.87"), marks=pytest.mark.slow
-        ),
+        pytest.param("redimnet_b3", 3_220_413, 3_225_021, 2_930_109, "4.34", ("3.0", "3.00"), marks=pytest.mark.slow),
+        pytest.param("redimnet_b4", 6_432_305, 6_441_521, 5_851_697, "7.05", ("6.3", "4.80"), marks=pytest.mark.slow),
+        pytest.param("redimnet_b5", 7_650_545, 7_659_761, 7_069_937, "13.14", ("9.2", "9.87"), marks=pytest.mark.slow),
         pytest.param(
             "redimnet_b6", 15_006_257, 15_015_473, 14_425_649, "30.0", ("15.0", "20.27"), marks=pytest.mark.slow
         ),
