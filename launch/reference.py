@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
 """How near a model's embeddings come to those that its original code gave for the same recordings.
 
-    kmq-jax import_model --src=3dspeaker-campplus-zh-en.pt --out=runs/campplus
-    launch/reference.py --model=runs/campplus --reference=campplus-reference.npz --data=DIR \\
-        --json=.github/results/campplus-reference.json
+    kmq-jax import_model --source=3dspeaker-campplus-zh-en.pt --out=runs/campplus
+    launch/reference.py --model=runs/campplus --reference=campplus-reference.npz --data=DIR --json=reference.json
 
-The reference is a NumPy file with pairs of arrays: for the recordings of DIR/words/dev `words_dev_ids` and `words_dev`, one
-embedding a row. Cosines are of each recording, whole and alone; the least and the mean of each set are printed.
+The reference is a NumPy file with pairs of arrays: for the recordings of DIR/words/dev `words_dev_ids` and `words_dev`,
+one embedding a row. Cosines are of each recording, whole and alone; the least and the mean of each set are printed.
 """
 
 import argparse
