@@ -46,7 +46,8 @@ def main() -> None:
     for row in sets:
         print(f"{row['set']}: {row['recordings']} recordings, least cosine {row['least']:.7f}, mean {row['mean']:.7f}")
     if given.json:
-        given.json.write_text(json.dumps({"engine": given.engine, "sets": sets}, indent=1) + "\n", encoding="utf-8")
+        found = {"kind": "beside_original", "engine": given.engine, "sets": sets}
+        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

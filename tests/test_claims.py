@@ -453,7 +453,7 @@ def has_trials(found):
 WHOLE = {
     # Counts and times, of no trials.
     "networks": lambda found: all(row["parameters_as_source"] for row in found["rows"]),
-    "campplus-reference": lambda found: all(one["recordings"] > 0 for one in found["sets"]),
+    "beside_original": lambda found: all(one["recordings"] > 0 for one in found["sets"]),
     "settings": lambda found: all("equal" in row for row in found["rows"]),
     "memory": lambda found: all("equal" in row for row in found["rows"]),
     "install": lambda found: all(
