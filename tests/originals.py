@@ -4,7 +4,12 @@ The same formula filled the original code's networks when tests/interop/golden.j
 output are enough to compare with.
 """
 
+import collections
+import io
+import pickle
+import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -112,3 +117,25 @@ def summary(embedding: np.ndarray, stages) -> dict[str, list[float]]:
     for x in map(np.asarray, stages):
         picked += [x[0, 0, 0, 0], x[-1, 1, -1, 1], np.mean(x, dtype=np.float64)]
     return {"embedding": np.asarray(embedding)[:, :8].ravel().tolist(), "stages": [float(v) for v in picked]}
+
+
+def torch_state(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a plain state dict that PyTorch saved, read without PyTorch: contiguous ones, no other objects."""
+    with zipfile.ZipFile(path) as file:
+        inside = {name.partition("/")[2]: name for name in file.namelist()}
+
+        class Plain(pickle.Unpickler):
+            def find_class(self, module, name):
+                known = {"OrderedDict": collections.OrderedDict, "_rebuild_tensor_v2": rebuild}
+                known |= {"FloatStorage": np.float32, "LongStorage": np.int64}
+                return known[name]  # anything else is no plain state dict
+
+            def persistent_load(self, pid):
+                return np.frombuffer(file.read(inside[f"data/{pid[2]}"]), pid[1])
+
+        def rebuild(storage, offset, shape, strides, *_):
+            contiguous = np.cumprod([1, *shape[:0:-1]])[::-1][: len(shape)].tolist()
+            assert list(strides) == contiguous
+            return storage[offset : offset + int(np.prod(shape))].reshape(shape)
+
+        return dict(Plain(io.BytesIO(file.read(inside["data.pkl"]))).load())

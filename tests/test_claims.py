@@ -254,6 +254,14 @@ CLAIMS = (
           "than ResNet34 for all", "across.json", two_networks_take_longer),
     Claim("No loss of EER is seen down to 3 bits of ResNet34", "resnet34-free.json", lambda found: knee(found) == 3),
     Claim("down to 4 bits of CAM++", "campplus-free.json", lambda found: knee(found) == 4),
+    Claim("86 recordings of both sets lie within a cosine of 0.99999", "campplus-reference.json",
+          lambda found: sum(one["recordings"] for one in found["sets"]) == 86
+          and {one["set"] for one in found["sets"]} == {"so762/dev", "words/dev"}
+          and all(one["least"] >= 0.99999 for one in found["sets"])),
+    Claim("The time of one training alone was kept", "campplus-trained.json",
+          lambda found: [row["method"] for row in found["rows"] if "training" in row] == ["trained for 7.5 epochs"]),
+    Claim("No network was trained at 8 bits", "campplus-trained.json",
+          lambda found: not any(row["bits"] == 8 for row in found["rows"])),
     Claim("whose trials chose the gates, 2 bits without training err more beyond chance, too", "quickstart.json",
           lambda found: all(beyond(row["sets"][name]) == 1 for row in found["rows"] for name in ("dev", "test")
                             if (row["bits"], row["method"]) == (2, "without training"))),
@@ -541,6 +549,7 @@ def has_trials(found):
 WHOLE = {
     # Counts and times, of no trials.
     "networks": lambda found: all(row["parameters_as_source"] for row in found["rows"]),
+    "beside_original": lambda found: all(one["recordings"] > 0 for one in found["sets"]),
     "settings": lambda found: all("equal" in row for row in found["rows"]),
     "memory": lambda found: all("equal" in row for row in found["rows"]),
     "install": lambda found: all(

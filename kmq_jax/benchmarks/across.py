@@ -108,7 +108,8 @@ def compare(options: AcrossBench) -> Figures:
 
     Returns:
         `sets`, one a list: `data`, the numbers of `trials`, `targets` and `speakers` that are judged and of all
-        `recordings`, and `rows`, one a system, as `judge` gives them; and the settings.
+        `recordings`, `seconds` of a recording by model, and `rows`, one a system, as `judge` gives them, those of
+        cascades with `beaten_by`; and the settings.
 
     Raises:
         UserError: the models' names or bits do not go together, or a file cannot be read.
@@ -127,6 +128,7 @@ def compare(options: AcrossBench) -> Figures:
     alone = [(top, last), *first, *((top, place) for place in options.beside)]
     systems = [System((level,)) for level in dict.fromkeys(alone)]
     systems += [System((level, (top, last)), alpha) for level in first for alpha in options.alpha]
+    counted = "trial" if options.cost == "sequential" else "recording"
     tasks = [task_of(models, last, data, listed, options) for data, listed in zip(options.data, options.trials)]
     return {
         "sets": [
@@ -134,7 +136,8 @@ def compare(options: AcrossBench) -> Figures:
                 "data": task.data,
                 **counts([new for _, new in parts_of(systems[0], tasks[0], task, last)]),
                 "recordings": task.recordings,
-                "rows": [judge(system, models, tasks[0], task, options) for system in systems],
+                "seconds": {models[place].name: seconds for place, seconds in task.seconds.items()},
+                "rows": compared([judge(system, models, tasks[0], task, options) for system in systems], counted),
             }
             for task in tasks
         ],
@@ -261,7 +264,7 @@ def judge(system: System, models: Mapping[str, Model], base: Task, task: Task, o
         `eer` (percent), `min_dcf` and their paired changes; `harmful_flip_rate`, `beneficial_flip_rate`; `escalated`,
         the share of trials that go on; two times relative to the last model's: `trial_ratio`, of the tested recording
         of a trial, and `recording_ratio`, of a recording that is embedded once at every level that some trial needs;
-        `bytes` of all its models.
+        the same in seconds, `trial_seconds` and `recording_seconds`; `bytes` of all its models.
     """
     last = options.last.partition(":")[2]
     seconds = [base.seconds[place] for _, place in system.levels]
@@ -280,7 +283,8 @@ def judge(system: System, models: Mapping[str, Model], base: Task, task: Task, o
     trials = np.average([part.trials for part in decided], axis=0, weights=[len(part.data) for part in decided])
     used = [part.used for part in decided]
     recordings = np.average([part.recordings for part in decided], axis=0, weights=used)
-    ratios = np.array([task.seconds[place] for _, place in system.levels]) / task.seconds[last]
+    took = np.array([task.seconds[place] for _, place in system.levels])
+    ratios = took / task.seconds[last]
     return {
         "system": " > ".join(models[place].name for _, place in system.levels),
         "alpha": system.alpha,
@@ -292,8 +296,40 @@ def judge(system: System, models: Mapping[str, Model], base: Task, task: Task, o
         "escalated": float(trials[-1]) if len(system.levels) > 1 else 0.0,
         "trial_ratio": float(trials @ ratios),
         "recording_ratio": float(recordings @ ratios),
+        "trial_seconds": float(trials @ took),
+        "recording_seconds": float(recordings @ took),
         "bytes": sum(models[place].bytes for place in dict.fromkeys(place for _, place in system.levels)),
     }
+
+
+def compared(rows: Sequence[Figures], counted: str) -> list[Figures]:
+    """The rows of a list, those of cascades with `beaten_by`: single models that take no longer and err no more.
+
+    Args:
+        rows: as `judge` gives them.
+        counted: whose time it is, "trial" or "recording".
+
+    Returns:
+        The same rows. In `beaten_by` the cheapest model comes first; with one, a cascade does not win.
+
+    >>> single, slow = {"system": "a", "alpha": None, "eer": 2}, {"system": "b", "alpha": None, "eer": 1}
+    >>> rows = [single | {"trial_ratio": 0.5}, slow | {"trial_ratio": 1.0}]
+    >>> rows += [{"system": "a > b", "alpha": alpha, "eer": 2, "trial_ratio": 0.9 + alpha} for alpha in (0.0, 0.1)]
+    >>> [row["beaten_by"] for row in compared(rows, "trial")[2:]]
+    [['a'], ['a', 'b']]
+    """
+    takes = f"{counted}_ratio"
+    singles = sorted((row for row in rows if row["alpha"] is None), key=lambda row: row[takes])
+
+    def better(row: Figures) -> list[str]:
+        return [one["system"] for one in singles if one[takes] <= row[takes] and one["eer"] <= row["eer"]]
+
+    return [row if row["alpha"] is None else row | {"beaten_by": better(row)} for row in rows]
+
+
+def _verdict(row: Figures) -> str:
+    better = row.get("beaten_by")
+    return f"; does not win: {better[0]} takes no longer and errs no more" if better else ""
 
 
 def main(options: AcrossBench) -> None:
@@ -307,7 +343,8 @@ def main(options: AcrossBench) -> None:
                 f"  {row['system']}{gates}: EER {row['eer']:.2f} %, "
                 f"harmful flips {100 * row['harmful_flip_rate']:.2f} %, {100 * row['escalated']:.1f} % go on; "
                 f"of the last model's time {row['trial_ratio']:.2f} by trial, "
-                f"{row['recording_ratio']:.2f} by recording; {row['bytes'] / 1e6:.2f} MB"
+                f"{row['recording_ratio']:.2f} by recording; {1e3 * row['trial_seconds']:.1f} and "
+                f"{1e3 * row['recording_seconds']:.1f} ms; {row['bytes'] / 1e6:.2f} MB" + _verdict(row)
             )
     if options.json:
         write_json(options.json, found)

@@ -420,14 +420,15 @@ class MemoryBench(Bench):
 class NetworksBench(Bench):
     """Every network: parameters and arithmetic beside its source's, and the time of an embedding.
 
-    Time is told as a ratio: each network takes turns with wespeaker_resnet34, on a recording of noise and with random
-    weights, on all processors. Compilation and conversion are not counted.
+    Each network takes turns with wespeaker_resnet34, on a recording of noise and with random weights, on all
+    processors. Time is told as a ratio, and as that ratio times the reference's median over all turns. Compilation and
+    conversion are not counted.
     """
 
     network: tuple[str, ...] = option("one of the registry, by its name; repeatable; left out: all", (), metavar="NAME")
     seconds: float = option("of the recording that is embedded", 3.0, at_least=0.5, at_most=3600)
     engine: Engine = option("what runs the networks; those without an ONNX form run on JAX with auto", "auto")
-    repeats: int = option("timed rounds; 0: count only", 3, at_least=0, at_most=10_000)
+    repeats: int = option("timed rounds; 0: count only", 9, at_least=0, at_most=10_000)
     tiny: bool = option("the networks' smallest forms: a rehearsal", False)
 
 

@@ -127,18 +127,40 @@ def extraction_table(found: Row) -> str:
 
 
 def networks_table(found: Row) -> str:
-    """All networks: parameters, whether these are the source's, arithmetic, and time as a ratio to the reference's."""
-    head = ["network", "features", "embedding", "parameters", "as in", "GMAC", f"time, {found['reference']} = 1"]
-    rows, notes = [head], dict[str, int]()
+    """All networks: parameters, whether these are the source's, arithmetic beside the source's, and time.
+
+    What a README or paper prints, and seconds, are columns where a row has them. A file from before
+    `reference_seconds` holds seconds of other moments than the ratios, which the text below the table says.
+    """
+    printed, timed = (any(key in row for row in found["rows"]) for key in ("printed_gmacs", "seconds"))
+    head = ["network", "features", "embedding", "parameters", "as in", "GMAC", "GMAC there"]
+    head += [*(["printed: M, GMAC", "ours"] if printed else []), f"time, {found['reference']} = 1"]
+    rows, notes = [[*head, *(["seconds"] if timed else [])]], dict[str, int]()
     for row in found["rows"]:
         # Notes are numbered as they first occur; the same reason keeps its number.
         mark = f" ({notes.setdefault(row['why'], len(notes) + 1)})" if row.get("why") else ""
         source = f"{row['source']}{mark}" if row.get("parameters_as_source") else ""
         cells = [row["network"], str(row["features"]), str(row["embedding_size"]), f"{row['parameters']:,}", source]
-        time = f"{row['time_of_reference']:.2f}" if "time_of_reference" in row else ""
-        rows.append([*cells, f"{row['macs'] / 1e9:.2f}", time])
+        cells += [f"{row['macs'] / 1e9:.2f}", _gmacs_there(row, found.get("frames"))]
+        if printed:
+            cells.append(f"{row['printed_parameters']}, {row['printed_gmacs']}" if "printed_gmacs" in row else "")
+            cells.append(f"{row['macs_of_printed_frames'] / 1e9:.2f}" if "printed_gmacs" in row else "")
+        cells.append(f"{row['time_of_reference']:.2f}" if "time_of_reference" in row else "")
+        if timed:
+            cells.append(f"{row['seconds']:.2f}" if "seconds" in row else "")
+        rows.append(cells)
     listed = "; ".join(f"({number}) {why}" for why, number in notes.items())
-    return markdown(rows) + (f"\nBut for {listed}.\n" if listed else "")
+    below = [f"But for {listed}."] if listed else []
+    if timed and "reference_seconds" not in found:
+        below.append("Seconds are of other moments than the ratios, on a busy machine: ratios are the surer figures.")
+    return markdown(rows) + (f"\n{' '.join(below)}\n" if below else "")
+
+
+def _gmacs_there(row: Row, frames: int | None) -> str:
+    """What the source counts; of how many frames, where these are others than the table's."""
+    if row.get("source_gmacs") is None:
+        return ""
+    return row["source_gmacs"] + (f" of {row['source_frames']} frames" if row["source_frames"] != frames else "")
 
 
 def lazy_table(found: Row) -> str:
@@ -189,9 +211,16 @@ def activations_table(found: Row) -> str:
 
 
 def across_table(found: Row) -> str:
-    """Cascades of different networks beside single models on each list: errors, flips, time and bytes."""
+    """Cascades of different networks beside single models on each list: errors, flips, time and bytes.
+
+    Milliseconds, and the cheapest single model that takes no longer than a cascade and errs no more, are columns where
+    a file has them.
+    """
+    every = [row for one in found["sets"] for row in one["rows"]]
+    timed, beaten = (any(key in row for row in every) for key in ("trial_seconds", "beaten_by"))
     head = ["on", "system", "flips allowed", "EER %", "against the last", "minDCF", "against the last", "harmful flips",
-            "go on", "time by trial", "by recording", "MB"]  # fmt: skip
+            "go on", "time by trial", "by recording", *(["ms by trial", "by recording"] if timed else []),
+            "MB", *(["loses to"] if beaten else [])]  # fmt: skip
     rows = [head]
     for one in found["sets"]:
         for row in one["rows"]:
@@ -209,7 +238,9 @@ def across_table(found: Row) -> str:
                     f"{100 * row['escalated']:.1f} %" if gated else "",
                     f"{row['trial_ratio']:.2f}",
                     f"{row['recording_ratio']:.2f}",
+                    *([f"{1e3 * row[f'{of}_seconds']:.1f}" for of in ("trial", "recording")] if timed else []),
                     f"{row['bytes'] / 1e6:.2f}",
+                    *([next(iter(row["beaten_by"]), "none") if "beaten_by" in row else ""] if beaten else []),
                 ]
             )
     about = {corpus_of(one["data"]): {**one, "utterances": one["recordings"]} for one in found["sets"]}

@@ -265,24 +265,60 @@ def components_table(summary: Row) -> str:
 def architectures_table(studies: Sequence[Row]) -> str:
     """Several networks at each number of bits: size, errors, and paired changes against their own full precision.
 
-    Below it, for each network the fewest bits at which no set shows a loss of EER beyond chance: its knee.
+    Of a network that stands in several files, later ones add their trained rows, but for nested ones. How long training
+    and embedding took are columns where a file holds them. Below it, for each network the fewest bits at which no set
+    shows a loss of EER beyond chance: its knee.
     """
     sets = list(studies[0]["rows"][0]["sets"])
     heads = [head for name in sets for head in (f"{name}, EER %", "against FP32", "minDCF", "against FP32")]
-    rows, knees = [["network", "bits", "weights", "MB", *heads]], []
-    for study in studies:
-        for row in study["rows"]:
-            cells = [study["network"], f"{row['bits']:g}", row["method"], f"{row['bytes'] / 1e6:.2f}"]
-            for name in sets:
-                found, change = row["sets"][name], changes_of(study, row, name)
-                cells += [f"{found['eer']:.2f}", change_of(change, "eer_change", 2)]
-                cells += [f"{found['min_dcf']:.3f}", change_of(change, "min_dcf_change", 3)]
-            rows.append(cells)
-        for method in dict.fromkeys(row["method"] for row in study["rows"][1:]):
-            bits = _knee(study, [row for row in study["rows"] if row["method"] == method])
+    shown = [(study, row) for study, rows in _shown_of(studies) for row in rows]
+    trained = any("training" in row for _, row in shown)
+    timed = any(_embedding_seconds(study, row) is not None for study, row in shown)
+    lines = [["network", "bits", "weights", "MB", *heads]]
+    lines[0] += [*(["training"] if trained else []), *(["embedding, s"] if timed else [])]
+    for study, row in shown:
+        cells = [study["network"], f"{row['bits']:g}", row["method"], f"{row['bytes'] / 1e6:.2f}"]
+        for name in sets:
+            found, change = row["sets"][name], changes_of(study, row, name)
+            cells += [f"{found['eer']:.2f}", change_of(change, "eer_change", 2)]
+            cells += [f"{found['min_dcf']:.3f}", change_of(change, "min_dcf_change", 3)]
+        if trained:
+            took = row.get("training")
+            cells.append(f"{took['seconds'] / 60:.0f} min, {took['cores']} cores" if took else "")
+        if timed:
+            seconds = _embedding_seconds(study, row)
+            cells.append("" if seconds is None else f"{seconds:,.0f}")
+        lines.append(cells)
+    knees = []
+    for study, rows in _shown_of(studies):
+        for method in dict.fromkeys(row["method"] for row in rows if row is not study["rows"][0]):
+            bits = _knee(study, [row for row in rows if row["method"] == method])
             knees.append(f"{study['network']}, {method}: {f'{bits:g}' if bits else 'none'}")
     about = about_sets({name: studies[0]["rows"][0]["sets"][name] for name in sets})
-    return f"{markdown(rows)}\nFewest bits without a loss of EER beyond chance: {'; '.join(knees)}.\n{about}"
+    return f"{markdown(lines)}\nFewest bits without a loss of EER beyond chance: {'; '.join(knees)}.\n{about}"
+
+
+def _shown_of(studies: Sequence[Row]) -> list[tuple[Row, list[Row]]]:
+    """Each study with those of its rows that stand side by side: all, or of a network shown before the trained ones."""
+    before, found = set[str](), []
+    for study in studies:
+        again = study["network"] in before
+        rows = [row for row in study["rows"] if not again or _is_trained(row["method"])]
+        found.append((study, rows))
+        before.add(study["network"])
+    return found
+
+
+def _is_trained(method: str) -> bool:
+    return method.startswith("trained") and "nested" not in method
+
+
+def _embedding_seconds(study: Row, row: Row) -> float | None:
+    """What all sets took to embed by a study's steps; None where it kept no times of them."""
+    step = str(row.get("model", "")).removesuffix(".kmq")
+    keys = [f"embed-{step}-{row['bits']:g}-{name}" for name in row["sets"]]
+    took = study.get("seconds") or {}
+    return sum(took[key] for key in keys) if all(key in took for key in keys) else None
 
 
 def _knee(study: Row, rows: Sequence[Row]) -> float | None:

@@ -53,6 +53,8 @@ def test_a_cascade_costs_the_first_model_always_and_the_last_for_what_is_in_doub
     assert 0 < row["escalated"] < 0.7
     assert row["trial_ratio"] == pytest.approx(0.25 + row["escalated"])
     assert row["trial_ratio"] < row["recording_ratio"] <= 1.25  # most recordings are in some trial in doubt
+    seconds = [row[f"{of}_seconds"] for of in ("trial", "recording")]
+    assert seconds == pytest.approx([0.4 * row["trial_ratio"], 0.4 * row["recording_ratio"]])  # the last takes 0.4 s
     assert row["harmful_flip_rate"] < 0.02
     # A second scale that falls apart is mapped alike: what counts is order.
     again = judged(across.System((SMALL, BIG), 0.01), task(0, 30.0), task(1, 30.0))
@@ -114,6 +116,15 @@ def test_shares_by_hand():
     assert found.used == 3
 
 
+def test_a_cascade_loses_to_single_models_that_take_no_longer_and_err_no_more():
+    rows = [{"system": "big", "alpha": None, "eer": 2.0, "trial_ratio": 1.0, "recording_ratio": 1.0}]
+    rows += [{"system": "small", "alpha": None, "eer": 2.5, "trial_ratio": 0.4, "recording_ratio": 0.4}]
+    rows += [{"system": "small > big", "alpha": 0.01, "eer": 2.5, "trial_ratio": 0.6, "recording_ratio": 1.2}]
+    rows += [{"system": "small > big", "alpha": 0.001, "eer": 1.9, "trial_ratio": 0.7, "recording_ratio": 1.3}]
+    assert [row.get("beaten_by") for row in across.compared(rows, "trial")] == [None, None, ["small"], []]
+    assert [row.get("beaten_by") for row in across.compared(rows, "recording")][2:] == [["small", "big"], []]
+
+
 def test_mistakes():
     with pytest.raises(UserError, match="`first`"):
         AcrossBench(**{**GIVEN, "first": ()})
@@ -159,11 +170,11 @@ def test_embeddings_of_any_data_stay_in_the_directory_that_keeps_them(tmp_path, 
 
 
 def test_first_models_may_have_the_same_bits(monkeypatch):
-    seen = []
+    seen, row = [], {"system": "one", "alpha": 0.1, "eer": 1.0, "trial_ratio": 1.0}
     monkeypatch.setattr(across.Model, "read", lambda place: model(place.removesuffix(".kmq"), 1))
     monkeypatch.setattr(across, "parts_of", lambda *_: [])
     monkeypatch.setattr(across, "counts", lambda judged: {})
-    monkeypatch.setattr(across, "judge", lambda system, *_: seen.append(system.levels))
-    monkeypatch.setattr(across, "task_of", lambda *_: types.SimpleNamespace(data="d", recordings=1))
+    monkeypatch.setattr(across, "judge", lambda system, *_: seen.append(system.levels) or row)
+    monkeypatch.setattr(across, "task_of", lambda *_: types.SimpleNamespace(data="d", recordings=1, seconds={}))
     across.compare(AcrossBench(**GIVEN | {"first": ("2:small.kmq", "2:big.kmq"), "last": "32:last.kmq"}))
     assert [levels[0] for levels in seen if len(levels) == 2] == [(2, "big.kmq"), (2, "small.kmq")]

@@ -29,14 +29,19 @@ TINY = [name for name in GOLDEN if "tiny" in name]
 IDRND = redimnet.namer(registry.default_settings("redimnet_b2")["stages"], redimnet.IDRND)
 FULL = {
     "campplus": ("campplus", campplus._name_of),
+    "campplus 3dspeaker": ("campplus", campplus._name_of),
     "ecapa c512": ("ecapa_c512", tdnn.wespeaker_name),
     "ecapa c1024": ("ecapa_c1024", tdnn.wespeaker_name),
     "xvector": ("xvector", tdnn.xvector_name),
+    "ecapa speechbrain c512": ("ecapa_speechbrain_c512", tdnn.speechbrain_name),
     "ecapa speechbrain c1024": ("ecapa_speechbrain_c1024", tdnn.speechbrain_name),
-    "redimnet b0": ("redimnet_b0", redimnet.namer(registry.default_settings("redimnet_b0")["stages"])),
-    "redimnet b2": ("redimnet_b2", redimnet.namer(registry.default_settings("redimnet_b2")["stages"])),
+    **{
+        f"redimnet b{n}": (f"redimnet_b{n}", redimnet.namer(registry.default_settings(f"redimnet_b{n}")["stages"]))
+        for n in range(7)
+    },
     "redimnet idrnd b2": ("redimnet_b2", IDRND),
 }
+SETTINGS = {"campplus 3dspeaker": {"embedding_size": 192}, "redimnet idrnd b2": {"head_norm": True}}
 _imported: dict[str, tuple] = {}
 
 
@@ -73,14 +78,17 @@ def saved(directory, shapes, golden):
 
 
 def read(path, name):
-    """Both toolkits' CAM++ have the same names: the numbers here are WeSpeaker's."""
+    """Both toolkits' CAM++ have the same names. 3D-Speaker's own code has no ReLU behind the embedding."""
+    if "3dspeaker" in name:
+        return pretrained.read(path, "3dspeaker", activation="none")
     return pretrained.read(path, "wespeaker-torch" if "campplus" in name else None)
 
 
 def imported(name, directory):
     """The imported tiny network, and its variables."""
     if name not in _imported:
-        shapes = {theirs: tuple(shape) for theirs, shape in GOLDEN[name]["shapes"].items()}
+        held = GOLDEN[GOLDEN[name].get("shapes_of", name)]["shapes"]  # both toolkits' CAM++ have the same
+        shapes = {theirs: tuple(shape) for theirs, shape in held.items()}
         found = read(saved(directory, shapes, GOLDEN[name]), name)
         _imported[name] = registry.build(found.architecture, **found.settings), found.variables
     return _imported[name]
@@ -102,8 +110,7 @@ def test_tiny_networks_are_those_of_the_original_code(name, tmp_path):
 @pytest.mark.parametrize("name", FULL)
 def test_full_networks_are_those_of_the_original_code(name, tmp_path):
     golden = GOLDEN[name]
-    settings = {"head_norm": True} if "model_config" in golden else {}
-    shapes = their_shapes(*FULL[name], **settings)
+    shapes = their_shapes(*FULL[name], **SETTINGS.get(name, {}))
     assert originals.digest(shapes) == golden["names"]
     found = read(saved(tmp_path, shapes, golden), name)
     assert found.architecture == FULL[name][0]

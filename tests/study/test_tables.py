@@ -371,6 +371,28 @@ def test_networks_stand_side_by_side(tmp_path):
     assert filled[3] == "| one, 2 bits | head 70 %, 25.0 %; stem 9 %, 25.0 % |"
 
 
+def test_a_network_that_comes_again_adds_its_trained_rows_and_times_stand_where_they_are_known(tmp_path):
+    def row(model, bits, method, eer, **more):
+        sets = {name: {"eer": eer, "min_dcf": 0.5, "trials": 9} for name in ("a", "b")}
+        return {"model": model, "bits": bits, "method": method, "bytes": 1e6, "sets": sets, **more}
+
+    took = {"embed-fp32-32-a": 60.4, "embed-fp32-32-b": 30.0, "embed-ptq-2-2-a": 50.0}
+    first = [row("fp32.kmq", 32, "full precision", 2.0), row("ptq-2.kmq", 2, "without training", 5.0)]
+    again = [*first, row("d", 2, "trained", 3.0, training={"seconds": 5330.0, "steps": 9, "cores": 2})]
+    again[2]["sets"]["a"] |= {"eer_change": 1.0, "eer_change_ci95": [0.5, 1.5]}
+    again += [row("n", 2, "trained, nested", 3.5)]
+    (tmp_path / "a.json").write_text(json.dumps({"network": "one", "rows": first, "seconds": took}))
+    (tmp_path / "b.json").write_text(json.dumps({"network": "one", "rows": again}))
+    filled = tables.fill("<!-- table: a.json,b.json architectures -->\n<!-- end -->", tmp_path).splitlines()
+    assert filled[1].endswith("| minDCF | against FP32 | training | embedding, s |")
+    same = "2.00 |  | 0.500 |  | 2.00 |  | 0.500 |"
+    assert filled[3] == f"| one | 32 | full precision | 1.00 | {same}  |  | 90 |"
+    assert filled[4].endswith("| 5.00 |  | 0.500 |  |  |  |")  # of one set alone the time is known
+    changed = "3.00 | **+1.00 [+0.50, +1.50]** | 0.500 |  | 3.00 |  | 0.500 |"
+    assert filled[5] == f"| one | 2 | trained | 1.00 | {changed}  | 89 min, 2 cores |  |"
+    assert filled[7].endswith("one, without training: none; one, trained: none.")
+
+
 def test_cascades_across_networks_have_a_row_a_system_and_list(tmp_path):
     base = {"eer": 2.5, "min_dcf": 0.25, "eer_change": 0.5, "eer_change_ci95": [0.25, 0.75], "min_dcf_change": 0.0}
     base |= {"min_dcf_change_ci95": None, "harmful_flip_rate": 0.0125, "trial_ratio": 0.5, "recording_ratio": 0.75}
@@ -383,6 +405,13 @@ def test_cascades_across_networks_have_a_row_a_system_and_list(tmp_path):
     assert filled[3] == f"| words | a > b | 0.5 % | {change} | 25.0 % | 0.50 | 0.75 | 3.00 |"
     assert filled[4] == f"| words | a |  | {change} |  | 0.50 | 0.75 | 1.00 |"
     assert filled[6] == "words: 9 trials, 3 of them targets, 2 speakers, 4 utterances."
+    timed = {"trial_seconds": 0.0125, "recording_seconds": 0.02}
+    one["rows"] = [rows[0] | timed | {"beaten_by": ["a", "b"]}, rows[0] | timed | {"beaten_by": []}, rows[1] | timed]
+    (tmp_path / "r.json").write_text(json.dumps({"sets": [one]}))
+    filled = tables.fill("<!-- table: r.json across -->\n<!-- end -->", tmp_path).splitlines()
+    assert filled[1].endswith("| time by trial | by recording | ms by trial | by recording | MB | loses to |")
+    assert filled[3].endswith("| 25.0 % | 0.50 | 0.75 | 12.5 | 20.0 | 3.00 | a |")
+    assert filled[4].endswith("| 12.5 | 20.0 | 3.00 | none |") and filled[5].endswith("| 12.5 | 20.0 | 1.00 |  |")
 
 
 def test_what_a_cascade_gains_back_is_told_beside_what_its_first_level_loses():
