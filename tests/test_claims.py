@@ -248,6 +248,11 @@ CLAIMS = (
     Claim("By 3D-Speaker's own code all of words/dev has the same EER", "campplus-embedding.json",
           lambda found: [abs(row["eer_change"]) < 0.01 for row in found["between"]
                          if row["less"] == "3D-Speaker's own code"] == [True]),
+    Claim("All open the files with integers of at least 4 bits and those by plain arithmetic", "runtimes.json",
+          lambda found: len(some := [row for row in found["rows"] if row["form"] != "smallest"]) == 12
+          and all(row["cosine"]["least"] > 0.99 for row in some)),
+    Claim("Every convolution but the first runs in 8 bits in both that tell", "runtimes.json",
+          lambda found: {row["integer_convolutions"] for row in found["rows"] if "cosine" in row} == {35, None}),
     Claim("On so762 CAM++ at 4 bits with ResNet34 behind it errs less than ResNet34 alone, beyond chance, where gates "
           "may make 0.1 or 0.5 % of flips; on words no difference is seen", "across.json", two_networks_err_less),
     Claim("By recording of such lists, where each stands in many trials, a cascade that goes on at all takes longer "
@@ -549,6 +554,7 @@ def has_trials(found):
 WHOLE = {
     # Counts and times, of no trials.
     "networks": lambda found: all(row["parameters_as_source"] for row in found["rows"]),
+    "runtimes": lambda found: found["recordings"] > 0 and all(row["bytes"] > 0 for row in found["rows"]),
     "beside_original": lambda found: all(one["recordings"] > 0 for one in found["sets"]),
     "settings": lambda found: all("equal" in row for row in found["rows"]),
     "memory": lambda found: all("equal" in row for row in found["rows"]),

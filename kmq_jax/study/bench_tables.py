@@ -424,5 +424,19 @@ def fresh_table(found: Row) -> str:
         rows.append(
             [f"`{one['command']}`", f"{one['least']:.2f}", f"{one['median']:.2f}", f"{one['most_memory'] / 1e6:.0f}"]
         )
-    about = f"{found['repeats']} runs each; Python {found['python']}, {found['processor']}, {found['cores']} cores."
-    return markdown(rows) + f"\n{about}\n"
+    once = ", lists of long or many recordings once" if any(one.get("runs") == 1 for one in found["rows"]) else ""
+    machine = f"Python {found['python']}, {found['processor']}, {found['cores']} cores"
+    return markdown(rows) + f"\n{found['repeats']} runs each{once}; {machine}.\n"
+
+
+def runtimes_table(found: Row) -> str:
+    """Exported files in other runtimes, one row a model, form and runtime: bytes, cosine, what runs in 8 bits."""
+    rows = [["model", "form", "MB", "runtime", "cosine to ours, mean", "least", "convolutions in 8 bits"]]
+    for one in found["rows"]:
+        about = [one["model"], f"`{one['form']}`" if one["form"].startswith("-") else one["form"]]
+        about += [f"{one['bytes'] / 1e6:.2f}", one["runtime"]]
+        near, count = one.get("cosine"), one.get("integer_convolutions")
+        told = [f"{near['mean']:.4f}", f"{near['least']:.4f}"] if near else ["does not open", ""]
+        rows.append([*about, *told, "" if count is None else str(count)])
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return markdown(rows) + f"\n{found['recordings']} recordings; {versions}.\n"

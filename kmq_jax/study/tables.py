@@ -14,7 +14,7 @@ A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`, FILE
 | `bench pods`, a line of a `.jsonl` each | `pods` |
 | `bench memory`, `biases` | `memory`, one row a cell of the paper's table; `biases` |
 | `bench train`, `extract`, `quant`, `qat`, `diagnose`, a line of a `.jsonl` each | `speed` |
-| `launch/fuzz.py`, `launch/faults.py` | `fuzz`, `faults` |
+| `launch/fuzz.py`, `launch/faults.py`, `launch/runtimes.py` | `fuzz`, `faults`, `runtimes` |
 | `.ci/weigh.py`, `.ci/house.py`, `.ci/fresh.py` | `weights`, `house`, `fresh` |
 | several studies, separated by commas | `architectures`, one row a model of each network; `fragile`, its components |
 """
@@ -42,6 +42,7 @@ from kmq_jax.study.bench_tables import (
     memory_table,
     networks_table,
     pods_table,
+    runtimes_table,
     speed_table,
     stream_table,
     threshold_table,
@@ -104,6 +105,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "memory": memory_table,
     "biases": biases_table,
     "fresh": fresh_table,
+    "runtimes": runtimes_table,
 }
 
 

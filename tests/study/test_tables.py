@@ -480,3 +480,14 @@ def test_mistakes(tmp_path):
     (tmp_path / "r.json").write_text("{}")
     with pytest.raises(UserError, match=r"r\.json holds no results of the table 'bits': it lacks 'rows'"):
         tables.fill("<!-- table: r.json bits -->\n<!-- end -->", tmp_path)
+
+
+def test_runtimes_have_one_row_each_and_what_does_not_open_says_so():
+    near = {"mean": 0.99951, "least": 0.98761}
+    row = {"model": "W2A8", "form": "--opset=18", "bytes": 1_835_223, "runtime": "openvino"}
+    rows = [row | {"cosine": near, "integer_convolutions": 35}, row | {"form": "smallest", "refused": "no such type"}]
+    found = {"versions": {"openvino": "2026.4.1"}, "recordings": 8, "rows": rows}
+    lines = tables.TABLES["runtimes"](found).splitlines()
+    assert lines[2] == "| W2A8 | `--opset=18` | 1.84 | openvino | 0.9995 | 0.9876 | 35 |"
+    assert lines[3] == "| W2A8 | smallest | 1.84 | openvino | does not open |  |  |"
+    assert lines[-1] == "8 recordings; openvino 2026.4.1."
