@@ -410,7 +410,7 @@ def test_real_networks_come_nearer(name, measured):
     features, others = (moments.random_features(frontend_of("wespeaker"), DATA, n, 1.0) for n in (16, 24))
     others = others[16:]
     reference = SpeakerModel(name, settings, "wespeaker", variables)
-    # As training would leave them. CAM++ normalises embeddings, which hardly differ before training: all would be noise.
+    # As training would leave them. CAM++ normalises embeddings, which hardly differ before training.
     reference = moments.own_statistics(reference, features) if measured else reference
     quantized = quantized_of(reference)
     fitted = fit.fit(reference, quantized, features)
