@@ -253,17 +253,20 @@ def embed(network, features):
     return (found[1] if isinstance(network, Titanet) else found).flatten(1).numpy()
 
 
-def export(family, path):
-    """Writes the network's ONNX file by torch.onnx, batch and time free."""
+def export(family, path, dynamo=False):
+    """Writes the network's ONNX file by torch.onnx, batch and time free; `dynamo` by its newer exporter."""
     network, opset = make(family), FAMILIES[family][1]
     names = ["feats", "length"][: len(inputs(network, torch.zeros(2, 150, 80)))]
     time = 2 if isinstance(network, FEATURES_FIRST) else 1
     axes = {"feats": {0: "B", time: "T"}, "length": {0: "B"}, "embs": {0: "B"}, "logits": {0: "B"}}
     outputs = ["logits", "embs"] if isinstance(network, Titanet) else ["embs"]
+    settings = {"dynamic_axes": {n: axes[n] for n in names + outputs}, "opset_version": opset}
+    if dynamo:
+        settings = {"dynamic_shapes": [axes[n] for n in names], "external_data": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             network, inputs(network, torch.zeros(2, 150, 80)), path, input_names=names, output_names=outputs,
-            dynamic_axes={n: axes[n] for n in names + outputs}, opset_version=opset, dynamo=False,
+            dynamo=dynamo, **settings,
         )  # fmt: skip
     return network

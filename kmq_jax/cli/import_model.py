@@ -44,7 +44,8 @@ COMMAND = Command(
     "WeSpeaker (ResNet as ONNX or PyTorch; CAM++, ECAPA-TDNN, x-vector, ReDimNet), 3D-Speaker (CAM++), SpeechBrain\n"
     "(ECAPA-TDNN), IDRnD (ReDimNet), Resemblyzer (GE2E) or Kiwano (ResNet). Nothing in the file is executed; every\n"
     "tensor must have its place. Any other ONNX network from features to an embedding is imported as a graph, where\n"
-    "ONNX Runtime gives the same embeddings.",
+    "ONNX Runtime gives the same embeddings. It cannot mask lengths: its batches hold recordings of equal length, and\n"
+    "JAX compiles once for each length, which --engine=onnxruntime avoids.",
     "kmq-jax import_model --source=voxceleb_resnet34.onnx --out=runs/wespeaker34",
     (Files,),
 )

@@ -104,7 +104,9 @@ class DistillOptions(Options):
 class QatOptions(Options):
     """Quantization-aware training, where `bits`, `rules` or `budget` are given."""
 
-    bits: int = option("of every kernel; 0: as `rules` and `budget` say", 0, at_least=0, at_most=8)
+    bits: int = option(
+        "of every kernel, those that take more room so too; 0: as `rules` and `budget` say", 0, at_least=0, at_most=8
+    )
     rules: tuple[tuple[str, int], ...] = option(
         "(regular expression, bits) before `bits`, first match wins; 0 keeps full precision", ()
     )

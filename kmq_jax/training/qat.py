@@ -33,7 +33,12 @@ Allocation = Mapping[str, int]
 
 
 def spec_of(options: QatOptions, bits: int) -> quant.QuantSpec:
-    """How a kernel is quantized to so many bits."""
+    """How a kernel is quantized to so many bits.
+
+    Small kernels are quantized, too, whose codebooks take more room than their indices save: the paper quantizes all,
+    and what is trained at few bits may grow nested codebooks of more. So a trained file may exceed what
+    `quant.quantize_params` makes, which leaves such kernels as they are.
+    """
     return quant.QuantSpec(
         bits,
         granularity=options.granularity,
@@ -42,7 +47,7 @@ def spec_of(options: QatOptions, bits: int) -> quant.QuantSpec:
         retention=options.retention,
         symmetric=options.symmetric,
         levels=options.levels,
-        only_smaller=False,  # what is trained at few bits may grow nested codebooks of more
+        only_smaller=False,
     )
 
 

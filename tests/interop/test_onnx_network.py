@@ -1,6 +1,7 @@
 """Any ONNX network: torch exports against their originals, files that are refused, and a graph all the way."""
 
 import base64
+import collections
 import dataclasses
 import json
 
@@ -8,18 +9,23 @@ import commands
 import jax
 import numpy as np
 import pytest
+import soundfile
 
-from kmq_jax import quant
+import kmq_jax
+from kmq_jax import frontend, quant
+from kmq_jax.cascade.policy import read_policy
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import named_leaves
 from kmq_jax.data import source
 from kmq_jax.diagnosis.options import DiagnosisOptions
 from kmq_jax.diagnosis.run import diagnose_models
 from kmq_jax.interop import onnx_network, pretrained
+from kmq_jax.interop.import_model import import_model
 from kmq_jax.models import graph as graphs
 from kmq_jax.models import onnx_export, registry, walk
-from kmq_jax.models.speaker_model import SpeakerModel, embed_all, load_model, save_model
-from kmq_jax.ptq import fit
+from kmq_jax.models.speaker_model import SpeakerModel, embed_all, frontend_of, load_model, save_model
+from kmq_jax.nn import integers
+from kmq_jax.ptq import activations, fit, moments, quantize
 from kmq_jax.training import loop
 from kmq_jax.training.config import default_config, distilled, smoke
 
@@ -71,12 +77,6 @@ def test_torch_exports_give_their_originals_embeddings(family, torch_networks, t
     run = jax.jit(network.apply)
     ours = run(imported.variables, x)
     assert furthest(ours, theirs) < 1e-4 and furthest(ours, embeddings.reshape(theirs.shape)) < 1e-4
-    if family == "titanet":  # each shape of a kernel takes a compilation: one family stands for all
-        eight = quant.quantize_params(
-            imported.variables["params"], {"/kernel$": quant.QuantSpec(8, only_smaller=False)}
-        )
-        quantized = run({**imported.variables, "params": quant.dequantize_params(eight)}, x)
-        assert cosines(np.asarray(quantized), theirs).min() > 0.999
     # What is learnt has its place: every weight of the original but those that were folded into others.
     convolutions = [layer for layer in walk.layers(network, 237) if layer.kind in (walk.CONVOLUTION, walk.LINEAR)]
     classes = ("Conv1d", "Conv2d", "Linear")
@@ -85,16 +85,69 @@ def test_torch_exports_give_their_originals_embeddings(family, torch_networks, t
     assert {network.component_of(name.split("/", 1)[1]) for name, _ in named_leaves(imported.variables)}
 
 
-@pytest.mark.parametrize(("name", "bits"), [("xvector", None), ("wespeaker_resnet18", 3)])
+@pytest.mark.slow
+def test_an_export_by_torch_dynamo(torch_networks, tmp_path):
+    pytest.importorskip("onnxscript", reason="torch's newer exporter needs onnxscript")
+    original = torch_networks.export("xvector", tmp_path / "m.onnx", dynamo=True)
+    imported = pretrained.read(tmp_path / "m.onnx")
+    x = features(3, 90)
+    assert furthest(network_of(imported).apply(imported.variables, x), torch_networks.embed(original, x)) < 1e-4
+    assert set(imported.variables["params"]) >= {"frame1", "frame2", "segment1", "segment2"}
+
+
+FAMILIES = ("xvector", "ecapa", "campplus", "redimnet", "resnet", "eres2net", "titanet")
+
+
+def session_of(path):
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_import_quantize_extract_export_of_every_family(family, torch_networks, tmp_path, monkeypatch):
+    """At 8 bits, beside the original in PyTorch on the same recordings."""
+    original = torch_networks.export(family, tmp_path / "m.onnx")
+    asked = onnx_network.Asked(output="embs") if family == "titanet" else onnx_network.NOTHING_ASKED
+    model = import_model(tmp_path / "m.onnx", tmp_path / "full", asked=asked)
+    rule = quant.QuantRule("/kernel$", quant.QuantSpec(8, only_smaller=False))  # in so small a network few shrink
+    save_model(tmp_path / "8.kmq", quantize.quantize_model(model, [rule]))
+    found = named_leaves(load_model(tmp_path / "8.kmq").variables["params"], quant.is_codebook_tensor)
+    kernels = [leaf for name, leaf in found if name.endswith("/kernel")]
+    classes = ("Conv1d", "Conv2d", "Linear")
+    of_torch = [m for name, m in original.named_modules() if type(m).__name__ in classes and name != "classes"]
+    assert len(kernels) == len(of_torch) and all(map(quant.is_codebook_tensor, kernels))
+
+    data, seconds = "synthetic:dev?speakers=3&utterances=2", 2.5
+    flags = (f"--model={tmp_path / '8.kmq'}", f"--data={data}", f"--out={tmp_path / 'e.npz'}")
+    assert commands.run(monkeypatch, "extract", *flags, "--engine=onnxruntime", f"--max_seconds={seconds}") == 0
+    assert commands.run(monkeypatch, "export", f"--model={tmp_path / '8.kmq'}", f"--out={tmp_path / '8.onnx'}") == 0
+    utterances = source.open_source(data)
+    waves = np.stack([utterances.load(n)[: int(seconds * source.SAMPLE_RATE)] for n in range(len(utterances))])
+    x = np.array(frontend.features_of(waves, frontend_of(model.frontend)))  # PyTorch takes what can be written
+    wanted = torch_networks.embed(original, x)
+    table = commands.arrays_of(tmp_path / "e.npz")
+    extracted = dict(zip(table["ids"].tolist(), table["embeddings"]))
+    extracted = np.stack([extracted[name] for name in utterances.ids])
+    assert cosines(extracted, wanted).min() > 0.999 and np.abs(extracted - wanted).max() > 0  # it is quantized
+    exported = session_of(tmp_path / "8.onnx").run(["embs"], {"feats": x})[0]
+    assert cosines(exported, wanted).min() > 0.999 and furthest(exported, extracted) < 1e-4
+
+
+OURS = [
+    *((name, None) for name in ("xvector", "campplus", "ecapa_c512", "ecapa_speechbrain_c512", "redimnet_b0")),
+    ("wespeaker_resnet18", 3),
+]
+
+
+@pytest.mark.parametrize(("name", "bits"), OURS)
 def test_our_own_files_come_back(name, bits, tmp_path):
     network = registry.build(name, **registry.smoke_settings(name))
     variables = registry.initialize(network, jax.random.key(0))
     if bits:
         variables = {**variables, "params": quant.quantize_params(variables["params"], {"^stage1/.*/kernel$": bits})}
     onnx_export.export(tmp_path / "m.onnx", network, variables)
-    imported = onnx_network.read(tmp_path / "m.onnx")
+    imported = onnx_network.read(tmp_path / "m.onnx", onnx_network.Asked("wespeaker"))  # of whatever features
     ours = network_of(imported)
-    x = features(2, 90)
+    x = features(2, 90, network.features)
     theirs = jax.jit(network.apply)(quant.dequantize_params(variables), x)
     assert furthest(jax.jit(ours.apply)(imported.variables, x), np.asarray(theirs)) < 1e-5
     kernels = {n for n, _ in named_leaves(variables["params"], quant.is_codebook_tensor) if n.endswith("/kernel")}
@@ -127,6 +180,51 @@ def test_import_quantize_extract(workdir, tmp_path, monkeypatch):
         assert cosines(commands.arrays_of(tmp_path / "e.npz")["embeddings"], original).min() > 0.999
 
 
+def integer_convolutions(path):
+    """Convolutions of a file whose input and kernel both are 8-bit integers."""
+    graph = onnx.load(path).graph
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    return sum({makers.get(name) for name in node.input[:2]} == {"DequantizeLinear"} for node in convolutions)
+
+
+def test_8_bit_activations_are_those_of_the_exported_file(workdir, tmp_path, monkeypatch):
+    flags = (f"--model={workdir / 'full'}", f"--out={tmp_path / 'a.kmq'}", f"--data={DATA}", "--crops=16")
+    assert commands.run(monkeypatch, "quantize", *flags, "--bits=4", "--activations=8") == 0
+    assert commands.run(monkeypatch, "export", f"--model={tmp_path / 'a.kmq'}", f"--out={tmp_path / 'a.onnx'}") == 0
+    assert integer_convolutions(tmp_path / "a.onnx") == 2
+    model, full = load_model(tmp_path / "a.kmq"), load_model(workdir / "full")
+    x = np.asarray(moments.random_features(frontend_of("wespeaker"), source.open_source(DATA), 4, SECONDS))
+    ours = np.asarray(model.network().apply(quant.dequantize_params(model.variables), x))
+    assert cosines(session_of(tmp_path / "a.onnx").run(None, {"feats": x})[0], ours).min() > 0.998
+    without = {key: tree for key, tree in model.variables.items() if key != integers.COLLECTION}
+    floating = np.asarray(model.network().apply(quant.dequantize_params(without), x))
+    assert 1e-6 < 1 - cosines(floating, ours).min() < 0.05  # it does round, and not far
+    assert cosines(ours, np.asarray(full.network().apply(full.variables, x))).min() > 0.95
+
+
+def test_onnx_runtime_convolves_integers_of_a_graph(torch_networks, tmp_path):
+    """Where nothing but a ReLU lies between two convolutions: the first gives integers to the second."""
+    torch_networks.export("resnet", tmp_path / "m.onnx")
+    model = SpeakerModel(*pretrained.read(tmp_path / "m.onnx"), about={})
+    rules = [quant.QuantRule("conv./kernel$", quant.QuantSpec(8, only_smaller=False)), quant.QuantRule("", None)]
+    params = quant.quantize_params(model.variables["params"], rules)
+    packed = dataclasses.replace(model, variables={**model.variables, "params": params})
+    # By hand, for measuring compiles every operator: sound has both signs, what a ReLU gives has one.
+    ranges = {place: integers.grid_of(-8.0 if "conv1" in place else 0.0, 8.0) for place in activations.places_of(model)}
+    packed = activations.with_ranges(packed, ranges)
+    onnx_export.export(tmp_path / "8.onnx", packed.network(), packed.variables)
+    assert integer_convolutions(tmp_path / "8.onnx") == 3
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 3, str(tmp_path / "optimized.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "8.onnx"), options, providers=["CPUExecutionProvider"])
+    kinds = collections.Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert kinds["QLinearConv"] == 1  # pooling follows the first one, and what the last one gives is not rounded
+    x = features(2, 60)
+    ours = np.asarray(jax.jit(packed.network().apply)(quant.dequantize_params(packed.variables), x))
+    assert cosines(session.run(None, {"feats": x})[0], ours).min() > 0.998
+
+
 def test_utterances_of_unlike_length_share_no_batch(workdir):
     model = load_model(workdir / "full")
     waves = [np.random.default_rng(n).normal(0, 0.1, n).astype(np.float32) for n in (9000, 17000, 9000)]
@@ -148,6 +246,31 @@ def test_fitting_brings_it_nearer_to_the_reference(workdir):
     assert np.mean((after - exact) ** 2) < 0.5 * np.mean((before - exact) ** 2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "measured"), [("campplus", False), ("ecapa", True), ("redimnet", False)])
+def test_fitting_all_kernels_brings_a_graph_nearer(family, measured, torch_networks, tmp_path):
+    """Dense and pre-activated layers; convolution, ReLU, normalisation; grouped convolutions and attention."""
+    torch_networks.export(family, tmp_path / "m.onnx")
+    reference = SpeakerModel(*pretrained.read(tmp_path / "m.onnx"), about={})
+    rule = quant.QuantRule("/kernel$", quant.QuantSpec(2))
+    front, heard = frontend_of(reference.frontend), moments.random_features
+    crops = heard(front, source.open_source(DATA), 16, SECONDS)
+    # As training would leave them: a network whose only normalisation is in the head gets those of its own inputs.
+    reference = moments.own_statistics(reference, crops) if measured else reference
+    two = quantize.quantize_model(reference, [rule])
+    kernels = [leaf for name, leaf in named_leaves(two.variables, quant.is_codebook_tensor) if name.endswith("/kernel")]
+    assert len(kernels) > 5 and all(map(quant.is_codebook_tensor, kernels))
+    fitted = fit.fit(reference, two, crops)
+    others = np.asarray(heard(front, source.open_source("synthetic:train?speakers=4&utterances=2"), 8, SECONDS))
+
+    def embeddings(model):
+        onnx_export.export(tmp_path / "e.onnx", model.network(), model.variables)
+        return session_of(tmp_path / "e.onnx").run(None, {"feats": others})[0]
+
+    exact, before, after = map(embeddings, (reference, two, fitted))
+    assert np.mean((after - exact) ** 2) < np.mean((before - exact) ** 2)
+
+
 def test_training_leaves_statistics_as_they_are(workdir):
     model = load_model(workdir / "full")
     _, state = model.network().apply(model.variables, features(2, 30), train=True, mutable=["batch_stats"])
@@ -166,17 +289,43 @@ def test_it_is_diagnosed(workdir):
     assert all(row["damage"] > 0 and np.isfinite(row["activation_sqnr_db"]) for row in tables["layers"])
 
 
-def test_it_stands_in_a_cascade(workdir, monkeypatch):
-    def run(command, **flags):
-        assert commands.run(monkeypatch, command, *(f"--{name}={value}" for name, value in flags.items())) == 0
+def test_it_stands_in_a_cascade(workdir, tmp_path, monkeypatch, capsys):
+    """Two levels with a gate between them: from embeddings, lazily from recordings, and for two recordings."""
 
-    monkeypatch.chdir(workdir)
-    run("extract", model="full", data=DATA, out="32.npz")  # by ONNX Runtime: no length is compiled
-    run("extract", model="2.kmq", data=DATA, out="2.npz")
-    run("calibrate", stage="2:2.npz", reference="32.npz", trials=DATA, out="p.json", replicates=20)
-    run("cascade", policy="p.json", stage="2:2.npz", reference="32.npz", trials=DATA, out="d.csv", json="c.json",
-        replicates=20)  # fmt: skip
-    assert 0 <= json.loads((workdir / "c.json").read_text())["eer"] <= 100
+    def run(command, *words, **flags):
+        assert commands.run(monkeypatch, command, *words, *(f"--{name}={value}" for name, value in flags.items())) == 0
+
+    monkeypatch.chdir(tmp_path)
+    given = {32: workdir / "full", 2: workdir / "2.kmq"}
+    for bits, model in given.items():  # by ONNX Runtime: no length is compiled
+        run("extract", model=model, data=DATA, out=f"{bits}.npz")
+    levels = [f"--stage={bits}:{bits}.npz" for bits in (2, 32)]
+    models = [f"--model={bits}:{given[bits]}" for bits in (2, 32)]
+    common = {"reference": "32.npz", "trials": DATA, "replicates": 20}
+    run("calibrate", *levels, *models, out="p.json", cascade="both", **common)
+    policy = read_policy("p.json")
+    (low, high), *others = policy.gates
+    assert policy.bits == (2, 32) and low < high and not others
+    run("cascade", *levels, policy="p.json", out="d.csv", json="c.json", **common)
+    run("cascade", cascade="both", data=DATA, engine="onnxruntime", out="lazy.csv", json="lazy.json", **common)
+    whole, lazy = (json.loads((tmp_path / name).read_text()) for name in ("c.json", "lazy.json"))
+    assert 0 < whole["resolved"]["32"] < 1 and lazy["resolved"] == pytest.approx(whole["resolved"])
+    assert 0 <= whole["eer"] <= 100 and lazy["eer"] == pytest.approx(whole["eer"])
+    rows = [np.genfromtxt(tmp_path / name, delimiter=",", skip_header=1)[:, 2:] for name in ("d.csv", "lazy.csv")]
+    np.testing.assert_allclose(*rows, atol=1e-4)
+    assert set(np.unique(rows[0][:, 2])) == {2, 32}
+
+    utterances = source.open_source(DATA)
+    for n in (0, 1):
+        soundfile.write(f"{n}.wav", utterances.load(n), source.SAMPLE_RATE, subtype="FLOAT")
+    capsys.readouterr()
+    run("verify", cascade="both", enrol="0.wav", test="1.wav", engine="onnxruntime", json="v.json")
+    found = json.loads((tmp_path / "v.json").read_text())
+    assert found["decision"] == (found["score"] >= policy.threshold) and found["bits"] in (2, 32)
+    cascade = kmq_jax.load_cascade("both", engine="onnxruntime")
+    cascade.policy = dataclasses.replace(policy, gates=((-9.0, 9.0),))  # to the last level
+    table = commands.arrays_of("32.npz")["embeddings"][:2]
+    assert cascade.verify("0.wav", "1.wav").score == pytest.approx(cosines(*table[:, None])[0], abs=1e-4)
 
 
 def test_it_trains_quantized_with_a_teacher(workdir, tmp_path):
@@ -248,6 +397,72 @@ def test_a_file_made_by_hand(tmp_path):
     x = features(2, 9)
     wanted = x.mean(1) @ made.tensors["head.weight"] + 1
     np.testing.assert_allclose(network_of(imported).apply(imported.variables, x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def of_every_form(opset):
+    """Operators whose form changed between operator sets 11 and 22, each in the form that it has in `opset`."""
+    made = Drawn(opset=opset)
+
+    def over(kind, x, *axes, since, **more):
+        """An operator whose axes are an input since some operator set, and were an attribute before."""
+        if opset >= since:
+            return made.node(kind, x, made.constant(*axes), **more)
+        return made.node(kind, x, axes=list(axes), **more)
+
+    def scaled(x, by):
+        return made.node("Mul", x, made.constant(by, dtype=np.float32))
+
+    x = over("Unsqueeze", "feats", 1, since=13)
+    pads = [made.constant(1, 1), "", made.constant(3)] if opset >= 18 else [made.constant(0, 0, 0, 1, 0, 0, 0, 1)]
+    x = made.node("Pad", x, *pads, mode="edge")
+    x = made.node("AveragePool", x, kernel_shape=[1, 3])
+    x = over("Squeeze", made.node("MaxPool", x, kernel_shape=[1, 1]), 1, since=13)
+    limits = [made.node("Squeeze", made.constant(limit, dtype=np.float32)) for limit in (-1.5, 2.0)]
+    x = made.node("Clip", x, *limits)
+    if opset >= 18:
+        made.nodes.append(helper.make_node("Split", [x], ["low", "high"], "split", axis=2, num_outputs=2))
+    elif opset >= 13:
+        made.nodes.append(helper.make_node("Split", [x, made.constant(40, 40)], ["low", "high"], "split", axis=2))
+    else:
+        made.nodes.append(helper.make_node("Split", [x], ["low", "high"], "split", axis=2, split=[40, 40]))
+    low = made.node("Softmax", "low", axis=2)
+    high = made.node("LogSoftmax", "high", **({} if opset >= 13 else {"axis": 2}))  # the last axis is the default
+    if opset >= 14:
+        low = made.node("HardSwish", low)
+    if opset >= 20:
+        high = made.node("Gelu", high)
+    dropped = {"ratio": 0.5} if opset < 12 else {}
+    x = made.node("Dropout", made.node("Concat", low, high, axis=2), **dropped)
+    time = made.node("Shape", x, start=1, end=2) if opset >= 15 else made.node("Slice", made.node("Shape", x),
+        made.constant(1), made.constant(2))  # fmt: skip
+    frames = made.node("Cast", time, to=TensorProto.FLOAT)
+    total = made.node("Div", over("ReduceSum", x, 1, since=13, keepdims=0), frames)
+    parts = [total, *(over(f"Reduce{kind}", x, 1, since=18, keepdims=0) for kind in ("Mean", "Max", "Min"))]
+    parts += [scaled(over(f"Reduce{kind}", x, -2, since=18, keepdims=0), 0.01) for kind in ("L1", "L2", "SumSquare")]
+    parts += [over("ReduceLogSumExp", x, 1, since=18, keepdims=0)]
+    names = []
+    for value in (np.linspace(0.5, 1, 80), np.ones(80), np.zeros(80), np.linspace(1, 2, 80)):
+        names.append(made.constant(*value, dtype=np.float32))
+    return made.finish(made.node("BatchNormalization", made.node("Sum", *parts), *names))
+
+
+@pytest.mark.parametrize("opset", range(11, 23))
+def test_every_operator_set_from_11_to_22(opset, tmp_path):
+    imported = onnx_network.read(of_every_form(opset).save(tmp_path / "m.onnx"))
+    x = features(2, 150)  # as many as reading compares, which is compiled already
+    theirs = session_of(tmp_path / "m.onnx").run(None, {"feats": x})[0]
+    network = network_of(imported)
+    ours = jax.jit(lambda v, x: network.apply(v, x))(imported.variables, x)
+    assert furthest(ours, theirs) < 1e-5 and np.ptp(theirs) > 1
+
+
+@pytest.mark.parametrize("opset", [11, 12])
+def test_a_softmax_over_several_axes_is_refused(opset, tmp_path):
+    """As the default, from axis 1 on, was before operator set 13."""
+    made = Drawn(opset=opset)
+    x = made.node("ReduceMean", made.node("Softmax", "feats"), axes=[1], keepdims=0)
+    with pytest.raises(UserError, match="node Softmax n0: a softmax over several axes, as before operator set 13"):
+        onnx_network.read(made.finish(x).save(tmp_path / "m.onnx"))
 
 
 def looped(made, x):

@@ -400,6 +400,27 @@ def test_linear_layers_that_see_every_frame_are_fitted():
             assert not np.array_equal(leaf.packed, there[name].packed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "measured"), [("campplus", False), ("ecapa_c512", True), ("redimnet_b0", True)])
+def test_real_networks_come_nearer(name, measured):
+    """Dense and pre-activated layers; convolution, ReLU, normalisation; depthwise convolutions and attention."""
+    settings = {**registry.smoke_settings(name), "features": 80}
+    network = registry.build(name, **settings)
+    variables = jax.device_get(registry.initialize(network, jax.random.key(0)))
+    features, others = (moments.random_features(frontend_of("wespeaker"), DATA, n, 1.0) for n in (16, 24))
+    others = others[16:]
+    reference = SpeakerModel(name, settings, "wespeaker", variables)
+    # As training would leave them. CAM++ normalises embeddings, which hardly differ before training.
+    reference = moments.own_statistics(reference, features) if measured else reference
+    quantized = quantized_of(reference)
+    fitted = fit.fit(reference, quantized, features)
+    run = jax.jit(network.apply)
+    models = (reference, quantized, fitted)
+    exact, before, after = (np.asarray(run(quant.dequantize_params(m.variables), others)) for m in models)
+    assert np.mean((after - exact) ** 2) < 0.8 * np.mean((before - exact) ** 2)
+    assert quant.size_bytes(fitted.variables) == quant.size_bytes(quantized.variables)
+
+
 class Repeating(SpeakerNetwork):
     """A convolution of one's own choice that runs once, or twice."""
 

@@ -13,7 +13,7 @@ from kmq_jax import quant
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import named_leaves
 from kmq_jax.models import registry
-from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, at_bits, embed_waves
+from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, at_bits, embed_waves, save_model
 from kmq_jax.nn import integers
 from kmq_jax.ptq import activations
 from kmq_jax.training import qat
@@ -46,6 +46,32 @@ def test_a_step_computes_with_exactly_what_is_shipped(recipe, changes):
     for here, there in zip(used, kernels(quant.dequantize_params(qat.packed_variables(params, {})["params"]))):
         np.testing.assert_array_equal(here, there)
     assert all(len(np.unique(used[0][..., c])) <= 2**settings.bits for c in range(8))
+
+
+def test_a_trained_file_may_exceed_a_quantized_one_by_what_would_not_shrink(tmp_path):
+    """At 8 bits, where a channel's codebook takes 512 bytes: of this network only the first kernel shrinks."""
+    settings = registry.smoke_settings("xvector")
+    network = registry.build("xvector", **settings)
+    variables = registry.initialize(network, jax.random.key(0))
+    params = variables["params"]
+
+    def trained(**changes):
+        begun = jax.eval_shape(lambda p: qat.init_params(options(bits=8, **changes), p), params)
+        return jax.eval_shape(lambda p: qat.packed_variables(p, {}), begun)["params"]
+
+    trees = {
+        "full": params,
+        "quantized": quant.quantize_params(params, {"/kernel$": 8}),
+        "trained": trained(),
+        "kept": trained(rules=(("^(frame[2-5]|head)/", 0),)),
+    }
+    sizes = {}
+    for name, tree in trees.items():
+        filled = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), {**variables, "params": tree})
+        save_model(tmp_path / f"{name}.kmq", SpeakerModel("xvector", settings, "wespeaker", filled))
+        sizes[name] = (tmp_path / f"{name}.kmq").stat().st_size
+    assert sizes["quantized"] < sizes["full"] < sizes["trained"]
+    assert abs(sizes["kept"] - sizes["quantized"]) < 200  # but for the text of the header
 
 
 def grown():
