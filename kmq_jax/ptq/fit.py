@@ -2,13 +2,13 @@
 
 The full-precision and the quantized network run side by side on the same crops, layer by layer. A convolution's weights
 are rounded by GPTQ, for the inputs that it gets from the quantized layers before it (see `quant.gptq`). Its channels
-then get the mean and deviation that they have in the reference: that map folds into codebook and bias, or into the
-statistics of the batch normalisation that follows (see `moments`). The model keeps its size.
+then get the mean and deviation that they have in the reference: that map folds into codebook and bias (see `moments`).
+Every batch normalisation gets statistics that give its outputs the moments of the reference's outputs. The model keeps
+its size.
 
-Where normalisations stand before convolutions, or behind activations, they cannot be folded backwards, and no
-convolution has a bias. There every normalisation gets statistics that give its outputs the moments of the reference's
-outputs. The statistics of its own inputs would not do: on these crops the reference's activations may differ in mean
-and deviation from those on the speech that it was trained on, and later layers rely on the difference.
+The statistics of a normalisation's own inputs would not do: on these crops the reference's activations may differ in
+mean and deviation from those on the speech that it was trained on, and later layers rely on the difference. With them
+even 8 bits make another network. Training by statistics of batches normalises by them all the same, and begins so.
 
 Symbols are GPTQ's: W weights `[out, n]`, Q what they are rounded to, H second moments of the inputs `[n, n]`.
 """
@@ -90,6 +90,7 @@ def fit(
     features: jax.Array,
     keep_coarsest: bool = False,
     levels: Mapping[str, str] | None = None,
+    batch_statistics: bool = False,
 ) -> SpeakerModel:
     """Fits a quantized model to the reference's activations on given features.
 
@@ -106,6 +107,8 @@ def fit(
         keep_coarsest: at its fewest bits a nested model is a trained network and stays as it is. Inside its cells the
             centroids of more bits ascend, so that training can go on with them.
         levels: by parameter name, the level set (`QuantSpec.levels`) of those whose centroids are not free.
+        batch_statistics: where a normalisation stands directly behind a convolution it gets the statistics of its own
+            inputs, as training by statistics of batches will see them.
 
     Returns:
         The fitted model, of the same size.
@@ -126,6 +129,7 @@ def fit(
         # From the fewest bits on: each number of bits is sought inside the cells of the one before.
         one = _Fit(quantized.variables["params"], bits, bool(nested), tuple(found), keep_coarsest, rounds)
         one.levels = levels or {}
+        one.matching = not batch_statistics or normalises_freely(reference.network())
         if keep_coarsest and not found:
             one.keep(quantized.variables[PER_BITS][str(bits)])
         else:
@@ -195,7 +199,7 @@ class _Fit:
         self.indices: dict[str, jax.Array] = {}
         self.leaves: dict[str, np.ndarray] = {}
         self.levels: Mapping[str, str] = {}
-        self._matching = False
+        self.matching = True
         self._done: set[str] = set()  # names of the layers that ran
         convolutions = sum(quant.is_codebook_tensor(leaf) and leaf.ndim > 2 for leaf in tensors.values())
         at = f" at {bits} bits" if bits else ""
@@ -211,7 +215,6 @@ class _Fit:
 
     def run(self, reference: SpeakerModel, features: jax.Array) -> None:
         """Fits all layers on features `[batch, time, mel]`."""
-        self._matching = normalises_freely(reference.network())
         with integers.watching(self._rounded):
             walk(reference.network(), reference.variables, jnp.concatenate([features, features]), self._visit)
         next(self._progress, None)
@@ -229,7 +232,7 @@ class _Fit:
             return self._convolution(layer, self._rounded(f"{layer.name}/input", x))
         if layer.measures:
             reference, own = jnp.split(x, 2)
-            if self._matching:
+            if self.matching:
                 return jnp.concatenate([run(reference), self._matched_normalisation(layer, reference, own)])
             return jnp.concatenate([run(reference), self._normalisation(layer, own)])
         if layer.kind == LINEAR and quantized:

@@ -147,10 +147,10 @@ def init_fitted(
 ) -> tuple[QatParams, Params]:
     """As `init_params`, then brings the network near to the full-precision one on some crops of speech.
 
-    Where possible, training begins with the network that `ptq.fit` gives without training: that saves hundreds of
-    steps. It is not possible where the recipe is "weights", where channels share a codebook, and where phases leave
-    tensors in full precision. There each layer is only given the reference's moments (`match_moments`), and nested
-    codebooks stay as k-means makes them.
+    Where possible, training begins with the network that `ptq.fit` gives without training, by statistics of batches:
+    that saves hundreds of steps. It is not possible where the recipe is "weights", where channels share a codebook, and
+    where phases leave tensors in full precision. There each layer is only given the reference's moments
+    (`match_moments`), and nested codebooks stay as k-means makes them.
 
     Args:
         options: the `quant` section.
@@ -193,7 +193,8 @@ def _fit(
     quantized = dataclasses.replace(reference, variables={**reference.variables, **packed})
     quantized = activations.with_ranges(quantized, ranges) if ranges else quantized
     levels = fit.patterned(network, rules)
-    fitted = fit.fit(reference, quantized, features, keep_coarsest=parent is not None, levels=levels).variables
+    kept = parent is not None
+    fitted = fit.fit(reference, quantized, features, kept, levels, batch_statistics=True).variables
     own = {bits: _by_name(leaves) for bits, leaves in fitted.get(PER_BITS, {}).items()} if parent is not None else {}
     per_bits = {bits: _biases_of(grown.per_bits[bits], own[bits]) for bits in own}
     params = QatParams(*quant.adopt_codebooks(network, fitted["params"], rules), per_bits)

@@ -64,8 +64,8 @@ def reference_of(norm, name="fit_residual", **more):
     return SpeakerModel(name, settings, "kiwano", map_named(disturb, variables))
 
 
-def quantized_of(reference, kept=(), **settings):
-    rules = [*kept, quant.QuantRule("kernel$", quant.QuantSpec(2, **settings))]
+def quantized_of(reference, kept=(), bits=2, **settings):
+    rules = [*kept, quant.QuantRule("kernel$", quant.QuantSpec(bits, **settings))]
     params = quant.quantize_params(reference.variables["params"], rules)
     return dataclasses.replace(reference, variables={**reference.variables, "params": params})
 
@@ -96,15 +96,28 @@ def test_folded_biases_bring_embeddings_nearer_and_match_the_moments():
     np.testing.assert_allclose(*(stage_moments(m, features) for m in (reference, repaired)), rtol=0.1)
 
 
-def test_running_statistics_are_those_of_the_quantized_network():
+def test_running_statistics_may_be_those_of_the_quantized_network():
     reference = reference_of("batch")
     quantized = quantized_of(reference)
-    repaired = fit.fit_on(reference, quantized, DATA, crops=16, seconds=1.0)
     features = moments.random_features(frontend_of("kiwano"), DATA, 16, 1.0)
+    repaired = fit.fit(reference, quantized, features, batch_statistics=True)
     network = reference.network()
     variables = quant.dequantize_params(repaired.variables)
     trained = network.apply(variables, features, train=True, mutable=["batch_stats"])[0]
     np.testing.assert_allclose(network.apply(variables, features), trained, rtol=1e-2, atol=1e-3)
+
+
+def test_a_network_of_other_statistics_than_the_crops_is_the_same_at_8_bits():
+    """Its running statistics are made up: with those of the crops it would be another network."""
+    reference = reference_of("batch")
+    quantized = quantized_of(reference, bits=8, only_smaller=False)
+    features = moments.random_features(frontend_of("kiwano"), DATA, 16, 1.0)
+    found = {}
+    for batch_statistics in (False, True):
+        fitted = fit.fit(reference, quantized, features, batch_statistics=batch_statistics)
+        embeddings = (m.network().apply(quant.dequantize_params(m.variables), features) for m in (fitted, reference))
+        found[batch_statistics] = cosine(*embeddings)
+    assert found[False] > 0.999 and found[True] < 0.99
 
 
 @pytest.mark.parametrize("recipe", ["normalized", "weights"])
@@ -170,7 +183,7 @@ def test_training_begins_with_the_network_fitted_without_training(norm):
     assert jax.tree.structure(params) == jax.tree.structure(
         jax.eval_shape(lambda p: qat.init_params(section, p), reference.variables["params"])
     )
-    expected = fit.fit(reference, quantized_of(reference), features).variables
+    expected = fit.fit(reference, quantized_of(reference), features, batch_statistics=True).variables
     shipped = {**qat.packed_variables(params, {}), "batch_stats": batch_stats}
     for name, leaf in named_leaves(expected):
         np.testing.assert_array_equal(dict(named_leaves(shipped))[name], leaf, err_msg=name)
