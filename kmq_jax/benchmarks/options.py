@@ -126,7 +126,7 @@ class AcceleratorBench(Options):
     def plan(self) -> list[tuple[str, float]]:
         """The parts to run, and their limits in seconds.
 
-        >>> AcceleratorBench(parts="step:90,trials").plan
+        >>> AcceleratorBench(parts="step:90,trials:60").plan
         [('step', 90.0), ('trials', 60.0)]
 
         Raises:

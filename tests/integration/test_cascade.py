@@ -275,7 +275,7 @@ def test_refusals(run, tmp_path):
         ("--delta=1", r"--delta \(=1\) must be below 1"),
         ("--operating_point=far", "`operating_point`: operating point 'far'"),
         ("--plot=p.bmp", r"--plot \(=p.bmp\) must end in"),
-        ("--replicates=-1", r"--replicates \(=-1\) must be at least 0"),
+        ("--replicates=-1", r"--replicates \(=-1\) must be 0 or at least 20"),
     ):
         with pytest.raises(UserError, match=message):
             run(calibrate, *stages("dev"), words, **fit)

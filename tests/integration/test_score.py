@@ -270,7 +270,7 @@ def test_mistakes_get_one_line_and_leave_nothing(run, tmp_path):
         ({"trials": "one_class"}, "one_class: no nontarget trials among 1 trials"),
         ({"p_target": "1.5"}, r"--p_target \(=1.5\) must be below 1"),
         ({"stream": True, "replicates": 50}, "`replicates` does not go with `stream`, which has no intervals"),
-        ({"replicates": "-1"}, r"--replicates \(=-1\) must be at least 0"),
+        ({"replicates": "-1"}, r"--replicates \(=-1\) must be 0 or at least 20"),
         ({"out": "trials/below"}, r"--out \(=trials/below\) cannot be written"),
     ]:
         before = sorted(path.name for path in tmp_path.iterdir())
