@@ -156,6 +156,7 @@ def test_running_statistics_stay_as_they_were_fitted(full, tmp_path):
     assert moved
 
 
+@pytest.mark.slow
 def test_mixed_precision(full, tmp_path):
     config = qat_config(full, 0, budget=0.1, budget_bits=(2, 3, 4), sections=4, hessian_draws=2)
     config.optimizer.groups = (("raw_scale|centroids", 0.2, 0.0), ("/(bias|scale)$|classifier", 0.1, 0.0))
