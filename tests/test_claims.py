@@ -235,6 +235,9 @@ CLAIMS = (
     Claim("it still errs more on so762, beyond chance; on words no difference is seen", "campplus-trained.json",
           lambda found: [{name: beyond(one) for name, one in row["sets"].items()} for row in found["rows"]
                          if row["model"] == "trained-long"] == [{"so762": 1, "words": 0}]),
+    Claim("changes the EER of no number of bits by two hundredths of a point on either set", "biases.json",
+          lambda found: len(some := [one for row in found["rows"] for one in row["sets"].values()]) == 6
+          and all(abs(one["eer_change"]) < 0.02 for one in some)),
     *(Claim("Without further training neither shows a loss of EER down to 3 bits", file,
             lambda found: knee({"rows": [row for row in found["rows"]
                                          if row["method"] in ("full precision", "without training")]}) == 3)
