@@ -238,6 +238,8 @@ CLAIMS = (
     Claim("changes the EER of no number of bits by two hundredths of a point on either set", "biases.json",
           lambda found: len(some := [one for row in found["rows"] for one in row["sets"].values()]) == 6
           and all(abs(one["eer_change"]) < 0.02 for one in some)),
+    Claim("An hour takes less than 1 GB", "fresh.json",
+          lambda found: [row["most_memory"] < 1e9 for row in found["rows"] if "HOUR" in row["command"]] == [True]),
     *(Claim("Without further training neither shows a loss of EER down to 3 bits", file,
             lambda found: knee({"rows": [row for row in found["rows"]
                                          if row["method"] in ("full precision", "without training")]}) == 3)
@@ -404,6 +406,7 @@ FACTS = {
 """Numbers of data and settings that a sentence may name without being listed."""
 
 PLAIN = (
+    "HOUR is one of an hour beside one of 5 s",
     # Questions, and what a table shows.
     "What do labels gain, and what do bits cost?", "Do few bits suffer more where speech is short or bad?",
     "Why it errs, and a cascade", "why few bits err; cascades", "whether few bits suffer more where speech",
