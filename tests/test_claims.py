@@ -406,7 +406,7 @@ FACTS = {
 """Numbers of data and settings that a sentence may name without being listed."""
 
 PLAIN = (
-    "HOUR is one of an hour beside one of 5 s",
+    "SIXTEEN, of which one is of 5 minutes", "HOUR, of an hour and of 5 s",
     # Questions, and what a table shows.
     "What do labels gain, and what do bits cost?", "Do few bits suffer more where speech is short or bad?",
     "Why it errs, and a cascade", "why few bits err; cascades", "whether few bits suffer more where speech",
