@@ -7,19 +7,7 @@
 Sets and steps: `kmq_jax.study.config.paper_study`; KMQAT: `kmq_jax.training.config.published_kmqat`. `:public` takes
 the full-precision recipe of the first author's public code where it differs from the paper.
 
-Each set lies below `study.root`, as `vox1_o/` with `vox1_o/trials.txt`, or is given by flags (VoxCeleb1's three lists
-may share their recordings). Three sets need a word:
-
-- CN-Celeb is read as released, `--config.study.evaluate.cnceleb.data=/data/CN-Celeb_flac/eval`, with its trials
-  `--config.study.evaluate.cnceleb.trials=/data/CN-Celeb_flac/eval/lists/trials.lst` and enrolment models of several
-  recordings, `--config.study.evaluate.cnceleb.models=/data/CN-Celeb_flac/eval/lists/enroll.map`. Without flags the
-  release is looked for in `cnceleb/` below the root.
-- VoxTube has no official trials. `--config.study.evaluate.voxtube.data=/data/voxtube` needs a list of your own, which
-  may be drawn: `kmq-jax draw_trials --data=/data/voxtube --out=voxtube.txt`, and
-  `--config.study.evaluate.voxtube.trials=voxtube.txt`. Figures on it are then not the paper's.
-- CommonBench's release is not described publicly, so its layout here is a guess: recordings as in any DATA, and trials
-  in `comparisons.txt`. `--config.study.evaluate.commonbench.data=` and `--config.study.evaluate.commonbench.trials=`
-  say otherwise.
+How each set is given, CN-Celeb, VoxTube and CommonBench among them: see `configs/paper_resnet36.py`.
 
 Not run in full by this project: neither the corpora nor such hardware was at hand. `:smoke` runs every step on
 synthetic voices.

@@ -18,6 +18,7 @@ from kmq_jax.core import distributed
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, Row, read_object, write_json
 from kmq_jax.core.progress import Bar
+from kmq_jax.core.signals import handled
 from kmq_jax.models import registry
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import SpeakerModel, save_model
@@ -262,12 +263,8 @@ class StopRequest:
                 raise KeyboardInterrupt
             self.by = signal.Signals(number).name
 
-        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
+        with handled((signal.SIGTERM, signal.SIGINT), handle):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class Rate:

@@ -87,13 +87,16 @@ def test_every_published_figure_has_its_measured_one():
 
 def test_the_papers_studies_evaluate_as_published():
     """Its sets, all diagnosed; enrolment models; its gate rule beside ours; its figures to compare with."""
+    told_in = {}  # how sets are given stands in the one, to which the other points
     for name in ("paper_resnet36", "paper_resnet200"):
         spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         config = module.get_config()
         study = StudyOptions.of(config.study.to_dict())
-        flags = re.findall(r"--config\.study\.evaluate\.(\w+)\.(\w+)=", module.__doc__)
+        told_in[name] = module.__doc__
+        flags = re.findall(r"--config\.study\.evaluate\.(\w+)\.(\w+)=", told_in["paper_resnet36"])
+        assert "configs/paper_resnet36.py" in module.__doc__
         assert {("cnceleb", "models"), ("voxtube", "trials"), ("commonbench", "data")} <= set(flags)
         assert all(option in config.study.evaluate[name] for name, option in flags)
         assert set(study.diagnose) == {"vox1_o", "vox1_e", "vox1_h", "cnceleb", "commonbench", "voxtube"}

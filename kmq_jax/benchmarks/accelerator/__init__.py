@@ -4,7 +4,6 @@ Each part runs in a process of its own, with a time limit of its own. A part tha
 that it has written stay.
 """
 
-import contextlib
 import importlib
 import os
 import signal
@@ -12,13 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 from kmq_jax.benchmarks.accelerator import lines, report
 from kmq_jax.benchmarks.options import AcceleratorBench
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.signals import handled
 
 MODULES = {
     "step": "steps",
@@ -106,19 +105,9 @@ def run_all(options: AcceleratorBench) -> None:
         print(f"not finished; the same command adds them with --parts={','.join(unfinished)}")
 
 
-@contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Within it SIGTERM and SIGHUP raise SystemExit, as Ctrl-C raises its own, so that `run_part` kills its part."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _end(number: int, frame: FrameType | None) -> None:
+    """Ends as Ctrl-C does: by an exception, so that `run_part` kills its part."""
+    sys.exit(128 + number)
 
 
 def main(options: AcceleratorBench) -> None:
@@ -132,5 +121,5 @@ def main(options: AcceleratorBench) -> None:
         module = importlib.import_module(f"kmq_jax.benchmarks.accelerator.{MODULES[options.part]}")
         getattr(module, f"run_{options.part}")(lines.Log(options.out, options.part, options.tiny), options)
     else:
-        with ended_by_signals():
+        with handled((signal.SIGTERM, signal.SIGHUP), _end):
             run_all(options)
