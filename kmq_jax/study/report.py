@@ -243,27 +243,35 @@ def _legend_by_bits(figure: Figure, *panels: Axes) -> None:
     )
 
 
+NEAR = 1.02
+"""Files that differ by no more than this factor count as of one size."""
+
+
 def verdict(summary: Row) -> Row | None:
     """The row of the smallest model whose EER is not told to be higher than full precision's on any evaluation set.
 
-    Of several models of one size, it is the one whose EER rises least, in the sum over sets.
+    Of several of one size (`NEAR`) it is the one whose EER rises least, in the sum over sets.
 
     None where there is no such model. Not told apart is not the same as equal: few speakers tell little.
 
-    >>> def row(size, interval):
-    ...     return {"method": "m", "bytes": size, "sets": {"a": {"eer_change": 0.1, "eer_change_ci95": interval}}}
-    >>> verdict({"rows": [row(99, None), row(20, [-1, 1]), row(10, [-2, 1]), row(5, [0.1, 2])]})["bytes"]
-    10
+    >>> def row(size, interval, change=0.1):
+    ...     return {"method": "m", "bytes": size, "sets": {"a": {"eer_change": change, "eer_change_ci95": interval}}}
+    >>> verdict({"rows": [row(990, None), row(200, [-1, 1]), row(100, [-2, 1]), row(50, [0.1, 2])]})["bytes"]
+    100
+    >>> verdict({"rows": [row(990, None), row(101, [-2, 1], -0.5), row(100, [-2, 2], 0.7)]})["bytes"]
+    101
     """
 
     def is_worse(row: Row, name: str) -> bool:
         interval = changes_of(summary, row, name).get("eer_change_ci95")
         return interval is None or interval[0] > 0  # without an interval, it may be
 
+    def change(row: Row) -> float:
+        return sum(changes_of(summary, row, name)["eer_change"] for name in row["sets"])
+
     kept = [row for row in summary["rows"][1:] if not any(is_worse(row, name) for name in row["sets"])]
-    changes = [sum(changes_of(summary, row, name)["eer_change"] for name in row["sets"]) for row in kept]
-    ranked = sorted(zip(kept, changes), key=lambda pair: (pair[0]["bytes"], pair[1]))
-    return ranked[0][0] if ranked else None
+    least = min((row["bytes"] for row in kept), default=0)
+    return min((row for row in kept if row["bytes"] <= NEAR * least), key=change, default=None)
 
 
 def level_as_good(found: Row) -> str | None:

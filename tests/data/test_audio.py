@@ -248,6 +248,15 @@ def test_channels_are_told_from_samples():
 
 
 @pytest.mark.parametrize("rate", [7999, 8000, 22050, 44100, 48000])
+def test_a_tone_stays_a_tone_when_resampled(rate):
+    tone = np.sin(2 * np.pi * 1000 * np.arange(rate) / rate)
+    expected = np.sin(2 * np.pi * 1000 * np.arange(audio.SAMPLE_RATE) / audio.SAMPLE_RATE)
+    inside = slice(500, -500)  # the filter sees silence beyond the ends
+    np.testing.assert_allclose(audio.resample(tone.astype(np.float32), rate)[inside], expected[inside], atol=1e-4)
+
+
+@pytest.mark.slow  # librosa compiles for half a minute
+@pytest.mark.parametrize("rate", [7999, 8000, 22050, 44100, 48000])
 @pytest.mark.parametrize("samples", [1, 3, 12345])
 def test_resampling_is_librosa_s(rate, samples):
     librosa = pytest.importorskip("librosa", reason="librosa is not installed")

@@ -1,6 +1,7 @@
 """The parts of quantization-aware training, on a tree of two kernels."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -312,18 +313,20 @@ def test_steps_with_rounded_activations_compute_with_what_is_shipped():
     rounds = dict(named_leaves(beside[integers.COLLECTION]))
     assert "stage1/block0/conv1/input" in rounds and "stem/conv/input" not in rounds
 
-    def embed(params, task):
+    def embed(params, task=task):
         weights = task.weights(params, {}, jnp.zeros((), jnp.int32), None)
         used = {"params": weights, "batch_stats": variables["batch_stats"], **task.beside(params, None)}
         return network.apply(used, features, train=False)
 
+    exact = jax.jit(embed)(params)
+
     state = TrainState(jnp.array(0), Trainable(jnp.ones((2, 1, 8)), params), variables["batch_stats"], ())
     shipped = task.variables(state)
     packed = {**shipped, "params": quant.dequantize_params(shipped["params"])}
-    np.testing.assert_allclose(embed(params, task), network.apply(packed, features, train=False), rtol=1e-5, atol=1e-6)
-    plain = embed(params, dataclasses.replace(task, ranges=None))
-    assert not np.allclose(embed(params, task), plain, rtol=1e-4, atol=1e-5)
-    gradients = jax.grad(lambda p: jnp.square(embed(p, task)).sum())(params)
+    np.testing.assert_allclose(exact, jax.jit(network.apply)(packed, features), rtol=1e-5, atol=1e-6)
+    plain = jax.jit(functools.partial(embed, task=dataclasses.replace(task, ranges=None)))(params)
+    assert not np.allclose(exact, plain, rtol=1e-4, atol=1e-5)
+    gradients = jax.jit(jax.grad(lambda p: jnp.square(embed(p)).sum()))(params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     assert np.abs(dict(named_leaves(gradients.latents))["stage1/block0/conv1/kernel"]).max() > 0
     model = dataclasses.replace(reference, variables=jax.device_get(shipped))
