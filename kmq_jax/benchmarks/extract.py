@@ -11,7 +11,7 @@ from kmq_jax import frontend, quant
 from kmq_jax.benchmarks import peers
 from kmq_jax.benchmarks.frontend import kaldi_fbank
 from kmq_jax.benchmarks.options import ExtractBench
-from kmq_jax.benchmarks.timing import Figures, in_turns, medians, processors, write_figures
+from kmq_jax.benchmarks.timing import REST, Figures, in_turns, medians, processors, write_figures
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import write_json
 from kmq_jax.data import buckets, source
@@ -173,7 +173,7 @@ def beside_peers(options: ExtractBench) -> Figures:
         sides[name] = functools.partial(embed_all, model, utterances, engine="onnxruntime")
         single[name] = functools.partial(embed_waves, model, [short], engine="onnxruntime")
     seconds = medians(in_turns(sides, options.repeats, alternate=True))
-    alone = medians(in_turns(single, 5 * options.repeats, warm_up=2))
+    alone = medians(in_turns(single, 5 * options.repeats, warm_up=2, rest=REST))
     exact = embed_all(reference, utterances, engine="onnxruntime")
     first = options.peer_names[0]
     rows = []

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kmq_jax.benchmarks.options import NetworksBench
-from kmq_jax.benchmarks.timing import Figures, in_turns, medians
+from kmq_jax.benchmarks.timing import REST, Figures, in_turns, medians
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import write_json
 from kmq_jax.core.progress import progress
@@ -150,7 +150,7 @@ def measure(options: NetworksBench) -> Figures:
     `reference_seconds`, the reference's median over the turns of all networks. So the two agree, and a machine that
     was slower for a while lengthens no network's seconds alone.
     """
-    chosen = options.network or registry.names()
+    chosen = options.network or tuple(SOURCES)  # not the graph of an ONNX file, which is nothing without the file
     for name in chosen:
         registry.default_settings(name)  # a misspelt name is told before the work
     settings = {name: registry.smoke_settings(name) if options.tiny else {} for name in {*chosen, REFERENCE}}
@@ -163,7 +163,7 @@ def measure(options: NetworksBench) -> Figures:
             sides = {REFERENCE: reference}
             if name != REFERENCE:
                 sides[name] = embedder(name, settings[name], options)
-            seconds = in_turns(sides, options.repeats, alternate=True)
+            seconds = in_turns(sides, options.repeats, alternate=True, rest=REST)
             calls += seconds[REFERENCE]
             middle = medians(seconds)
             row["time_of_reference"] = middle[name] / middle[REFERENCE]

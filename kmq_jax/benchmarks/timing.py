@@ -15,12 +15,17 @@ Figures: TypeAlias = Json
 """What a benchmark finds, by name; values that JSON can hold."""
 
 
+REST = 0.1
+"""Seconds after which the threads of a runtime have come to rest."""
+
+
 def in_turns(
     sides: Mapping[str, Callable[[], object]],
     repeats: int,
     warm_up: int = 1,
     alternate: bool = False,
     between: Callable[[str], None] = lambda name: None,
+    rest: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds of every call of each function.
 
@@ -33,6 +38,8 @@ def in_turns(
         warm_up: calls of each before, which are left out.
         alternate: whether every second round runs backwards.
         between: called with the name after each call, outside of what is timed.
+        rest: seconds to wait before each call. Threads of ONNX Runtime and OpenVINO wait busily for a while after a
+            call, and would take the processor from the next side: `REST` is enough.
 
     Returns:
         The seconds of the calls that count, `repeats` for each name, in order.
@@ -42,6 +49,7 @@ def in_turns(
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(warm_up + repeats):
         for name in list(sides)[::-1] if alternate and turn % 2 else sides:
+            time.sleep(rest)
             start = time.perf_counter()
             jax.block_until_ready(sides[name]())
             seconds[name].append(time.perf_counter() - start)

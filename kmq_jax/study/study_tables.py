@@ -284,7 +284,9 @@ def architectures_table(studies: Sequence[Row]) -> str:
             cells += [f"{found['min_dcf']:.3f}", change_of(change, "min_dcf_change", 3)]
         if trained:
             took = row.get("training")
-            cells.append(f"{took['seconds'] / 60:.0f} min, {took['cores']} cores" if took else "")
+            cells.append(
+                f"{took['seconds'] / 60:.0f} min, {took['cores']} core" + "s" * (took["cores"] > 1) if took else ""
+            )
         if timed:
             seconds = _embedding_seconds(study, row)
             cells.append("" if seconds is None else f"{seconds:,.0f}")

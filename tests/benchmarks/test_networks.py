@@ -55,6 +55,14 @@ def test_what_wespeaker_prints_counts_normalisations_as_well(name, printed):
 
 def test_every_source_is_of_a_network():
     assert set(networks.SOURCES) <= set(registry.names())
+    assert set(registry.names()) - set(networks.SOURCES) <= {"graph", "own_tdnn"}  # the second is of the tests
+
+
+def test_without_names_all_networks_are_counted(tmp_path):
+    networks.main(NetworksBench(tiny=True, repeats=0, json=tmp_path / "n.json"))
+    rows = json.loads((tmp_path / "n.json").read_text())["rows"]
+    assert [row["network"] for row in rows] == list(networks.SOURCES) and len(rows) > 20
+    assert all(row["parameters"] > 0 and row["macs"] > 0 for row in rows)
 
 
 def test_a_network_with_other_counts_is_told(monkeypatch, tmp_path):
