@@ -9,7 +9,7 @@ import numpy as np
 from kmq_jax.cascade import gates
 from kmq_jax.cascade.costs import describe_costs
 from kmq_jax.cascade.evaluate import each_alone, equal_error, flip_rates
-from kmq_jax.cascade.fit import Calibration, control_risk, fit, front_of, pareto
+from kmq_jax.cascade.fit import Calibration, control_risk, fit, front_of, pareto, split_speakers
 from kmq_jax.cascade.options import CalibrationOptions
 from kmq_jax.cascade.policy import CascadePolicy
 from kmq_jax.cascade.run import run, run_grid
@@ -107,6 +107,8 @@ def _fitted(
 
 def _interval(data: Calibration, point: OperatingPoint, options: CalibrationOptions) -> tuple[float, float] | None:
     """The threshold's 95 % interval over draws of speakers; None without draws, or where a class has no trials."""
+    if options.rule == "risk":  # by which the speakers of one group alone make the threshold
+        data, _ = split_speakers(data, options.certify_share, options.seed)
     if not options.replicates or data.labels.all() or not data.labels.any():
         return None
     speakers = data.enrol_speaker, data.test_speaker

@@ -50,6 +50,7 @@ def evaluate_embeddings(
     options: CascadeOptions | None = None,
     reference: str | None = None,
     enrol_models: str | None = None,
+    llr: bool = False,
 ) -> Evaluation:
     """Runs a cascade over a trial list from the embedding files of its levels.
 
@@ -60,11 +61,13 @@ def evaluate_embeddings(
         options: how it is evaluated; the defaults where left out.
         reference: embedding file of the full-precision model, to count flips against.
         enrol_models: list of enrolment models, where the trials enrol models.
+        llr: whether likelihood ratios are wanted of it.
 
     Raises:
-        UserError: the levels are not those of the policy, or a file is at fault.
+        UserError: the levels are not those of the policy, it has no likelihood ratios, or a file is at fault.
     """
     policy = read_policy(policy_file)
+    check_ratios(policy, policy_file, llr)
     check_bits(policy, policy_file, levels)
     joined = score_levels(levels, reference, trials, policy.enrolment, enrol_models)
     check_tables(policy, levels, joined.tables)
@@ -92,9 +95,14 @@ def check_tables(policy: CascadePolicy, levels: Sequence[tuple[int, str]], table
         policy.check(bits, i, tables[i].embeddings.shape[1], tables[i].model, path)
 
 
-def no_ratios(policy: Place) -> str:
-    """The message where `--llr` asks for likelihood ratios that a policy does not have."""
-    return f"--llr: {policy} was fitted on trials of one class and has no likelihood ratios"
+def check_ratios(policy: CascadePolicy, place: Place, llr: bool) -> None:
+    """Refuses a policy, which came from `place`, where `llr` asks for likelihood ratios that it does not have.
+
+    Raises:
+        UserError: it has none.
+    """
+    if llr and policy.llr_maps is None:
+        raise UserError(f"--llr: {place} was fitted on trials of one class and has no likelihood ratios")
 
 
 def evaluate_recordings(
@@ -105,6 +113,7 @@ def evaluate_recordings(
     reference: str | None = None,
     compute: str = "float32",
     engine: Engine = "auto",
+    llr: bool = False,
 ) -> Evaluation:
     """Runs a cascade over a trial list lazily: each level embeds only the recordings of trials still in doubt.
 
@@ -116,14 +125,17 @@ def evaluate_recordings(
         reference: embedding file of the full-precision model, to count flips against.
         compute: arithmetic of the levels below the last, "float32" or "bfloat16".
         engine: what runs the networks.
+        llr: whether likelihood ratios are wanted of it.
 
     Returns:
         The run. Its figures also tell `seconds`, `embedded`, `resident_bytes`, `macs` and `sequential_macs`.
 
     Raises:
-        UserError: a file or a recording is at fault.
+        UserError: the policy has no likelihood ratios, or a file or a recording is at fault.
     """
-    cascade, utterances = load_cascade(directory, compute, engine), source.open_source(data)
+    cascade = load_cascade(directory, compute, engine)
+    check_ratios(cascade.policy, directory, llr)  # before anything is embedded
+    utterances = source.open_source(data)
     names = tuple(utterances.ids), tuple(utterances.paths), tuple(utterances.speakers)
     # The trials are joined by names alone, before anything is embedded: ones stand for the embeddings.
     table = EmbeddingTable(*names, np.ones((len(utterances), 1), np.float32), str(data))
@@ -344,9 +356,8 @@ def deliver(found: Evaluation, policy: Place, out: Path | None, llr: bool, json:
     Raises:
         UserError: `llr` is asked for, but the policy has no likelihood ratios; or a file cannot be written.
     """
+    check_ratios(found.policy, policy, llr)
     llrs = log_ratios(found.policy, found.outcome)
-    if llr and llrs is None:
-        raise UserError(no_ratios(policy))
     if out:
         write_decisions(out, found.joined.trials, found.outcome, llrs if llr else None)
     if json:

@@ -16,6 +16,7 @@ from kmq_jax.metrics.calibration import AffineMap, fit_logistic
 from kmq_jax.metrics.detection import Array, eer
 from kmq_jax.metrics.operating import OperatingPoint, parse_point, threshold_at
 
+_SLACK = 1e-12  # how far above a limit a rate may lie, for rounding: those of a front have twelve digits
 # How far `risk_path` widens the dearest gates of the front, widest first.
 _FACTORS = (8.0, 6.0, 5.0, 4.0, 3.5, 3.0, 2.75, 2.5, 2.25, 2.0, 1.85, 1.7, 1.55, 1.4, 1.3, 1.2, 1.1, 1.05)
 
@@ -173,13 +174,13 @@ def _cheapest_with_margin(
     # In standard errors.
     margin = float(stats.norm.ppf(1 - options.delta))
     for i in range(len(front)):
-        if front.objective[i] > most:
+        if front.objective[i] > most + _SLACK:
             continue
         lost = flips_of(dataclasses.replace(policy, gates=front.point(i)), mapped, flips).astype(float)
         # Where the last level sets the limit, the difference from it varies less over speakers than the rate itself.
         excess = weights * (lost - flips[-1]) if own >= options.alpha else weights * lost - options.alpha
         error = risk.speaker_error(excess, data.enrol_speaker, data.test_speaker)
-        if excess.mean() + margin * error <= 1e-12:  # zero, but for rounding
+        if excess.mean() + margin * error <= _SLACK:
             return i, most
     return len(front) - 1, most
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.options import Options, draws, option
+from kmq_jax.core.options import Options, draws, option, refuse_given
 
 MAPS = ("isotonic", "affine", "logistic")
 ENROLMENTS = ("each", "top")
@@ -35,7 +35,9 @@ class CalibrationOptions(Options):
         "how gates are chosen; risk: its promise is approximate unless --bound is a proven one", "pareto"
     )
     alpha: float = option("harmful flips a trial that are allowed", 0.001, above=0, below=1)
-    delta: float = option("one minus the confidence that new speakers keep to it", 0.05, above=0, below=1)
+    delta: float = option(
+        "one minus the confidence that new speakers keep to it; the objective eer has none", 0.05, above=0, below=1
+    )
     bound: str = option(
         "risk: bound on the rate. survey is approximate: it is broken more often than --delta says where few speakers "
         "are unlike the others. hoeffding-bentkus (with confidence) and conformal (in expectation) are proven, and "
@@ -67,6 +69,16 @@ class CalibrationOptions(Options):
         super().__post_init__()
         if self.seconds and self.nests:
             raise UserError("`seconds` goes with levels that are networks of their own, not with nested codebooks")
+
+    def refuse_ignored(self) -> None:
+        """Refuses options that were given but have no effect, by the rule and the objective.
+
+        Raises:
+            UserError: one was given.
+        """
+        refuse_given(self, IGNORED_BY[self.rule], f"does not go with `rule` ({self.rule})")
+        if self.rule == "pareto" and self.objective == "eer":
+            refuse_given(self, ("delta",), "does not go with `objective` (eer), which has no margin")
 
     @property
     def nests(self) -> bool:

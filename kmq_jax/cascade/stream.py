@@ -65,8 +65,7 @@ def cascade_stream(
         check_streamable(trials)
         policy = read_policy(policy_file)
         evaluate.check_bits(policy, policy_file, levels)
-        if llr and policy.llr_maps is None:
-            raise UserError(evaluate.no_ratios(policy_file))
+        evaluate.check_ratios(policy, policy_file, llr)
         read = read_levels(levels, reference, policy.enrolment)
         evaluate.check_tables(policy, levels, read.tables)
         first = read.tables[0]

@@ -19,6 +19,7 @@ from kmq_jax.cascade.policy import CascadePolicy, read_policy
 from kmq_jax.cascade.run import map_scores
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, read_json, write_json
+from kmq_jax.core.hub import is_place
 from kmq_jax.core.tree import Array
 from kmq_jax.data import audio, source
 from kmq_jax.data.trials import Trials
@@ -302,7 +303,7 @@ def save_cascade(directory: str | os.PathLike[str], policy: CascadePolicy, model
     networks = set()
     # All are checked before any is written: a cascade that lies there is left whole where this one is refused.
     for level, bits in enumerate(policy.bits):
-        place = str(Path(models[bits]).resolve())
+        place = models[bits] if is_place(models[bits]) else str(Path(models[bits]).resolve())
         if place not in held:  # levels of one nested model share its file
             held[place] = f"{bits}.kmq", load_model(place)
         names[str(bits)], whole = held[place]

@@ -4,11 +4,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from kmq_jax.cascade.options import IGNORED_BY, CalibrationOptions
+from kmq_jax.cascade.options import CalibrationOptions
 from kmq_jax.cli.command import Command
 from kmq_jax.cli.flags import options_of
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.options import Options, option, refuse_given
+from kmq_jax.core.options import Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def main() -> None:
     """Runs the command."""
     args = COMMAND.parse()
     files, options = options_of(Files, args), options_of(CalibrationOptions, args)
-    refuse_given(options, IGNORED_BY[options.rule], f"does not go with `rule` ({options.rule})")
+    options.refuse_ignored()
     from kmq_jax.cascade import calibrate, figures
     from kmq_jax.cascade.verifier import save_cascade
     from kmq_jax.scoring.levels import parse_levels

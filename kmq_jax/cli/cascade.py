@@ -62,9 +62,8 @@ def main() -> None:
             raise UserError("--cascade cannot be used with --stream")
         if not files.data or files.policy or files.levels or files.enrol_models:
             raise UserError("--cascade takes --data and --trials, without --policy, --stage and --enrol_models")
-        found = evaluate.evaluate_recordings(
-            files.cascade, files.data, files.trials, options, files.reference, files.compute, files.engine
-        )
+        how = options, files.reference, files.compute, files.engine, files.llr
+        found = evaluate.evaluate_recordings(files.cascade, files.data, files.trials, *how)
     else:
         if not files.policy or not files.levels:
             raise UserError("--policy and --stage are needed, or else --cascade and --data")
@@ -76,5 +75,5 @@ def main() -> None:
 
             cascade_together(*about, files.out, files.llr, files.json)
             return
-        found = evaluate.evaluate_embeddings(*about)
+        found = evaluate.evaluate_embeddings(*about, files.llr)
     evaluate.deliver(found, files.policy or str(files.cascade), files.out, files.llr, files.json)

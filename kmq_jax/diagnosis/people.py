@@ -153,25 +153,28 @@ def _known(values: Array | None, i: int) -> float | None:
 
 
 def groups_of(recordings: Recordings) -> dict[str, dict[str, Array]]:
-    """Groups of utterances: by gender, age, and thirds of duration and of SNR.
+    """Groups of the utterances that trials compare: by gender, age, and thirds of duration and of SNR.
 
     Returns:
         Masks `[utterances]` by title and group; groups without utterances, and titles of a single group, are left out.
     """
     groups: dict[str, dict[str, Array]] = {}
+    compared = np.zeros(len(recordings.ids), bool)
+    compared[recordings.enrol] = compared[recordings.test] = True
     genders = np.array([recordings.genders.get(name, "") for name in recordings.speakers])
     ages = np.array([recordings.ages.get(name, np.nan) for name in recordings.speakers], float)
     groups["gender"] = {name: genders == letter for name, letter in (("female", "f"), ("male", "m"))}
     groups["age"] = {f"under {ADULT}": ages < ADULT, f"{ADULT} and over": ages >= ADULT}
     for title, unit, values in (("duration", "s", recordings.seconds), ("SNR estimate", "dB", recordings.snr)):
-        if values is None or np.isnan(values).all():
+        if values is None or np.isnan(values[compared]).all():
             continue
-        low, high = np.nanquantile(values, [1 / 3, 2 / 3])
+        low, high = np.nanquantile(values[compared], [1 / 3, 2 / 3])
         groups[title] = {
             f"below {low:.1f} {unit}": values < low,
             f"{low:.1f} to {high:.1f} {unit}": (values >= low) & (values < high),
             f"from {high:.1f} {unit}": values >= high,
         }
+    groups = {title: {name: mask & compared for name, mask in masks.items()} for title, masks in groups.items()}
     some = {title: {name: mask for name, mask in masks.items() if mask.any()} for title, masks in groups.items()}
     return {title: masks for title, masks in some.items() if len(masks) > 1}
 

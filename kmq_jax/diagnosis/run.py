@@ -192,7 +192,7 @@ def diagnose_embeddings(
         enrol_models: list of enrolment models, where the trials enrol models.
 
     Raises:
-        UserError: there are no trials, or the files do not fit them.
+        UserError: there are no trials, the files do not fit them, or DATA has none of their utterances.
     """
     if not trials:
         raise UserError("--trials is needed with embeddings")
@@ -232,6 +232,8 @@ def _recordings(table: EmbeddingTable, joined: LevelScores, data: str | None) ->
         known = source.open_source(data)
         index = dict(zip(known.ids, range(len(known))))
         rows = np.array([index.get(name, -1) for name in table.ids])
+        if rows.max() < 0:
+            raise UserError(f"`data` (={data}) has none of the utterances of {table.source}, such as {table.ids[0]}")
         lengths = np.append(known.lengths() / source.SAMPLE_RATE, np.nan)  # -1, of the unknown, reads the NaN
         seconds = lengths[rows]
         places = [str(known.location(i)) if i >= 0 else place for i, place in zip(rows.tolist(), places)]

@@ -37,12 +37,14 @@ class Scored:
         kind: "cosine" or "snorm".
         metrics: what `metrics.evaluate` tells of them, with `utterances`, `speakers_source` and `snorm`
             (what was done, or None).
+        model: fingerprint of the model that embedded both sides, where it is known and one.
     """
 
     trials: Trials
     scores: np.ndarray
     kind: str
     metrics: Json
+    model: str | None = None
 
 
 def score(
@@ -79,14 +81,15 @@ def score(
         )
     check_cohort_options(cohort, how)
     kind, changes = "snorm" if cohort else "cosine", {}
+    test_table = read_embeddings(embeddings)
+    enrol_table = read_embeddings(enrol_embeddings) if enrol_embeddings else test_table
+    model = test_table.model if test_table.model == enrol_table.model else None
+    fitted = read_calibration(calibration, kind, model) if calibration else None
     if reference:
         changes = {
             **compare(embeddings, reference, trials, how, enrol_models=enrol_models),
             "reference": str(reference),
         }
-    fitted = read_calibration(calibration, kind) if calibration else None
-    test_table = read_embeddings(embeddings)
-    enrol_table = read_embeddings(enrol_embeddings) if enrol_embeddings else test_table
     listed, sides = join(trials, enrol_table, test_table, enrol_models)
     scores = cosine_scores(sides.enrol_embeddings, sides.test_embeddings, sides.enrol, sides.test)
     notes = None
@@ -103,7 +106,7 @@ def score(
         metrics["calibration"] = f"given by {calibration}"
     metrics |= changes
     about = {"utterances": utterances_of(listed), "speakers_source": sides.speakers_source, "snorm": notes}
-    return Scored(listed, scores, kind, metrics | about)
+    return Scored(listed, scores, kind, metrics | about, model)
 
 
 def compare(
@@ -231,12 +234,13 @@ def normalise(
     return adaptive_snorm(scores, *tables, sides.enrol, sides.test, members, notes["top_n"]), notes
 
 
-def read_calibration(path: Place, kind: str) -> AffineMap | IsotonicMap:
-    """Reads a map to log likelihood ratios, as `save_calibration` wrote it.
+def read_calibration(path: Place, kind: str, model: str | None = None) -> AffineMap | IsotonicMap:
+    """Reads a map to log likelihood ratios, as `save_calibration` wrote it. Warns of one for another model's scores.
 
     Args:
         path: the file.
         kind: of the scores that it is wanted for, "cosine" or "snorm".
+        model: fingerprint of the model that they are of, where known.
 
     Raises:
         UserError: the file holds no calibration, or one for scores of the other kind.
@@ -249,6 +253,8 @@ def read_calibration(path: Place, kind: str) -> AffineMap | IsotonicMap:
     # A file that does not name its scores is taken as it is: it may come from elsewhere.
     if value.get("scores", kind) != kind:
         raise UserError(f"--calibration={path} is for {value['scores']} scores, but these are {kind} scores")
+    if model and value.get("model") not in (None, model):
+        print(f"warning: --calibration={path} is for the scores of another model", file=sys.stderr)
     return calibration
 
 
@@ -262,7 +268,7 @@ def save_calibration(path: Place, scored: Scored) -> None:
     fitted = fit_logistic(scored.scores, scored.trials.label)
     if fitted.scale < 0:  # `read_calibration` refuses a map that falls
         raise UserError(f"{path}: no calibration fits these trials: targets score below nontargets")
-    write_json(path, fitted.to_dict() | {"scores": scored.kind})
+    write_json(path, fitted.to_dict() | {"scores": scored.kind, "model": scored.model})
 
 
 def write_scores(path: Place, trials: Trials, scores: np.ndarray) -> None:
@@ -317,7 +323,9 @@ def describe(metrics: Row) -> str:
     def change(title: str, name: str, digits: int) -> str:
         value, interval = metrics[f"{name}_change"], metrics[f"{name}_change_ci95"]
         if interval is None:
-            return f"{title:12}{value:+.{digits}f}   too few speakers for an interval"
+            # "none" alone: no draws were asked for.
+            why = "" if metrics["intervals"] == "none" else "   too few speakers for an interval"
+            return f"{title:12}{value:+.{digits}f}{why}"
         apart = "beyond chance" if told_apart(interval) else "not told apart"
         return f"{title:12}{value:+.{digits}f}   [{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]   {apart}"
 

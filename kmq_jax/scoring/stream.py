@@ -182,7 +182,10 @@ class Doubts:
 
     def __init__(self, table: EmbeddingTable, models: Sequence[np.ndarray] | None):
         """Takes the table whose rows the list names, and each enrolment model's rows, where models are enrolled."""
-        self._models = models
+        self._size = len(table)
+        # A number for each model and utterance of it, as `add` makes them of trials.
+        own = [i * self._size + rows.astype(np.int64) for i, rows in enumerate(models or ())]
+        self._own = np.concatenate(own) if own else None
         self._speaker: tuple[np.ndarray, np.ndarray] | None = None
         self._names, self._met = np.empty(0, str), np.empty(0, np.int8)
         if table.speakers:
@@ -200,8 +203,11 @@ class Doubts:
             self._counts[0] += np.count_nonzero((sides[0] == sides[1]) != part.label)
             for side in sides:
                 self._met[side] = 1
-        if self._models is None:
-            self._counts[1] += np.count_nonzero(part.enrol == part.test)
+        if self._own is None:
+            own = part.enrol == part.test
+        else:
+            own = np.isin(part.enrol.astype(np.int64) * self._size + part.test, self._own)
+        self._counts[1] += np.count_nonzero(own)
 
     def speakers(self) -> frozenset[str]:
         """Names of the speakers that any process met. All processes must call it."""

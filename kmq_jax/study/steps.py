@@ -251,7 +251,7 @@ def stamp(data: str) -> str:
     """A text that changes when the data changes, and stays when the same data is copied or fetched again.
 
     It holds a hash of names and contents. Of files that together have over 2 GiB, those over 64 MiB and recordings
-    stand for their contents by size and time.
+    stand for their contents by size and time. Of a CSV, or a directory of Kaldi's lists, recordings are not looked at.
 
     Args:
         data: DATA or TRIALS; several DATA are separated by commas. `synthetic:SPLIT` is its own stamp, and so is what

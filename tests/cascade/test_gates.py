@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 from kmq_jax.cascade import gates
+from kmq_jax.cascade.fit import Calibration, pareto
+from kmq_jax.cascade.options import CalibrationOptions
+from kmq_jax.cascade.policy import CascadePolicy
 from kmq_jax.core.errors import UserError
+from kmq_jax.metrics.calibration import AffineMap
 from kmq_jax.metrics.detection import eer
 
 THRESHOLD = float(np.float32(0.3))
@@ -137,3 +141,24 @@ def test_degenerate_scores():
 def test_choice():
     front = gates.Front(np.zeros((3, 1, 2)), np.array([0.3, 0.2, 0.1]), np.array([2.0, 2.5, 3.0]))
     assert [gates.choose(front, most) for most in (0.5, 0.2, 0.15, 0.05)] == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("trials", [6, 7, 15])
+def test_gates_that_flip_as_much_as_the_last_level_are_within_its_limit(trials):
+    """The first level decides as the last does, so that all may stop there; the second would spare the one flip.
+
+    A front's rates have twelve digits: 1/6 becomes 0.166666666667, which is above it.
+    """
+    labels = np.arange(trials) % 2 == 0
+    reference = np.where(labels, 0.9, 0.1).astype(np.float32)
+    wrong, right = reference.copy(), reference.copy()
+    wrong[0], right[0] = 0.4, 0.6
+    scores, line, speaker = np.stack([wrong, right, wrong]), AffineMap(1.0, 0.0), np.arange(trials)
+    policy = CascadePolicy((2, 3, 4), (line,) * 3, ((0.5, 0.5),) * 2, 0.5)
+    data = Calibration(
+        policy.bits, scores, reference, labels, speaker, np.where(labels, speaker, (speaker + 1) % trials)
+    )
+    found, front, notes = pareto(data, policy, CalibrationOptions(alpha=1e-6))
+    assert notes["at_most"] == 1 / trials and front.objective.tolist()[-1] == 0
+    assert (notes["chosen"], front.bits[0]) == (0, 2)
+    assert found.gates == front.point(0)

@@ -48,3 +48,14 @@ def test_a_refused_cascade_leaves_the_one_that_lies_there(tmp_path, monkeypatch)
     with pytest.raises(UserError, match="old4 is not the model that the policy was made for at 4 bits"):
         save_cascade(tmp_path, policy("new2", "new4"), {2: "new2", 4: "old4"})
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == before
+
+
+def test_a_model_of_the_hub_keeps_its_name(tmp_path, monkeypatch):
+    model = SpeakerModel("wespeaker_resnet34", {}, "wespeaker", {"params": {"layer": {"kernel": np.ones((2, 2))}}})
+    asked = []
+    monkeypatch.setattr(verifier, "load_model", lambda place: asked.append(place) or model)
+    monkeypatch.setattr(verifier, "save_model", lambda path, model: path.write_text(""))
+    line = AffineMap(1.0, 0.0)
+    policy = CascadePolicy((2, 4), (line, line), ((0.0, 1.0),), 0.5)
+    save_cascade(tmp_path / "made", policy, {2: "hf://me/tiny", 4: "hf://me/tiny@main/nested.kmq"})
+    assert asked == ["hf://me/tiny", "hf://me/tiny@main/nested.kmq"]

@@ -57,6 +57,22 @@ def test_groups_count_a_trial_once_for_each_side():
     assert rows["SNR estimate", "from 33.3 dB"]["utterances"] == 1
 
 
+def test_groups_leave_out_what_no_trial_compares():
+    """An embedding file holds more than a list compares, and an enrolment model more than its first utterance."""
+    more = people.Recordings(
+        ids=(*HERE.ids, "a3", "c2"),
+        places=(*HERE.places, "a/3.wav", "c/2.wav"),
+        speakers=(*HERE.speakers, "a", "c"),
+        enrol=ENROL,
+        test=TEST,
+        seconds=np.append(HERE.seconds, [90.0, 80.0]),
+        snr=np.append(HERE.snr, [0.0, np.nan]),
+        genders=HERE.genders,
+        ages=HERE.ages,
+    )
+    assert people.group_rows(TRIALS, FLIPS, more) == people.group_rows(TRIALS, FLIPS, HERE)
+
+
 def test_groups_with_intervals_and_without_what_is_unknown():
     draws = SpeakerDraws(TRIALS.enrol_speaker, TRIALS.test_speaker, 50)
     for row in people.group_rows(TRIALS, FLIPS, HERE, draws):

@@ -3,16 +3,20 @@
 import csv
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from commands import arrays_of
 from sklearn.metrics.pairwise import cosine_similarity
 
+from kmq_jax.cascade import evaluate
+from kmq_jax.cascade.fit import Calibration, split_speakers
 from kmq_jax.cascade.policy import read_policy
 from kmq_jax.cli import calibrate, cascade
 from kmq_jax.core.errors import UserError
 from kmq_jax.metrics import detection
+from kmq_jax.scoring.levels import score_levels
 
 SPEAKERS, EACH, DIM = 24, 6, 24
 COSINES = {2: 0.9, 3: 0.96, 4: 0.985, 32: 1.0}
@@ -175,6 +179,15 @@ def test_risk_rule(run, tmp_path):
     ids = arrays_of(tmp_path / "dev2.npz")["ids"]
     listed = np.loadtxt(tmp_path / "dev.txt", dtype=str)
     assert notes["target_share"] == pytest.approx((listed[:, 0] == "1").mean()) and len(ids)
+    # Maps and threshold are of the speakers that are not kept apart, and so is the threshold's interval.
+    joined = score_levels([(2, "dev2.npz"), (32, "dev32.npz")], "dev32.npz", "dev.txt")
+    sides = joined.sides.enrol_speaker, joined.sides.test_speaker
+    rows = Calibration((2, 32), joined.scores, joined.reference, np.arange(len(listed)), *sides)
+    design, _ = split_speakers(rows, share=0.5, seed=0)
+    (tmp_path / "design.txt").write_text("".join(f"{' '.join(listed[row])}\n" for row in design.labels))
+    run(calibrate, *stages("dev", (2, 32)), reference="dev32.npz", trials="design.txt", out="own.json")
+    policy, own = read_policy(tmp_path / "p.json"), read_policy(tmp_path / "own.json")
+    assert (policy.threshold, notes["threshold_ci95"]) == (own.threshold, own.notes["threshold_ci95"])
     # Twelve speakers cannot promise one in a thousand without assumptions: nobody may stop early.
     told = run(calibrate, *stages("dev", (2, 32)), alpha=0.001, bound="hoeffding-bentkus", **given)
     assert "warning: no gates keep the promise" in told.err and "promise (proven)" in told.out
@@ -227,7 +240,7 @@ def test_maps_and_operating_points(run, tmp_path, kind, point):
     assert np.corrcoef(llr, score)[0, 1] > 0.95
 
 
-def test_lists_of_one_class(run, tmp_path):
+def test_lists_of_one_class(run, tmp_path, monkeypatch):
     ids = sorted(arrays_of(tmp_path / "dev2.npz")["ids"])
     write_trials(tmp_path / "one.txt", ids, keep=False)
     given = {"reference": "dev32.npz", "trials": "one.txt", "out": "p.json"}
@@ -240,8 +253,12 @@ def test_lists_of_one_class(run, tmp_path):
     figures = json.loads((tmp_path / "c.json").read_text())
     assert (figures["eer"], figures["false_reject_rate"]) == (None, None)
     assert figures["false_accept_rate"] < 0.03
-    with pytest.raises(UserError, match="no likelihood ratios"):
-        run(cascade, *stages("dev"), "--llr", policy="p.json", trials="one.txt", out="d.csv")
+    # Told before any work: nothing is scored, and no recording is looked for.
+    monkeypatch.setattr(evaluate, "score_levels", None)
+    monkeypatch.setattr(evaluate, "load_cascade", lambda *_: SimpleNamespace(policy=read_policy("p.json")))
+    for words in ([*stages("dev"), "--policy=p.json"], ["--cascade=made", "--data=nowhere"]):
+        with pytest.raises(UserError, match="no likelihood ratios"):
+            run(cascade, *words, "--llr", trials="one.txt", out="d.csv")
 
 
 def test_refusals(run, tmp_path):
@@ -250,6 +267,8 @@ def test_refusals(run, tmp_path):
     for given in ({"bound": "conformal"}, {"certify_share": 0.25}, {"rule": "risk", "objective": "eer"}):
         with pytest.raises(UserError, match=rf"`{list(given)[-1]}` does not go with `rule`"):
             run(calibrate, *stages("dev"), **fit, **given)
+    with pytest.raises(UserError, match=r"`delta` does not go with `objective` \(eer\), which has no margin"):
+        run(calibrate, *stages("dev"), **fit, objective="eer", delta=0.2)
     use = {"policy": "p.json", "trials": "new.txt"}
     for given in ({"data": "nowhere"}, {"compute": "bfloat16"}, {"engine": "jax"}):
         with pytest.raises(UserError, match=rf"`{list(given)[-1]}` goes with `cascade`, which is not given"):

@@ -193,6 +193,13 @@ def test_options_of_networks_need_networks(embeddings, tmp_path, monkeypatch, ca
     assert "--max_seconds needs models" in capsys.readouterr().err
 
 
+def test_data_of_other_recordings_than_the_embeddings_are_refused(embeddings, tmp_path, monkeypatch, capsys):
+    other = "synthetic:test?speakers=2&utterances=2"
+    assert run(monkeypatch, *of_embeddings(embeddings, data=other), f"--out={tmp_path / 'out'}") == 2
+    assert f"--data (={other}) has none of the utterances of {embeddings / '2.npz'}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

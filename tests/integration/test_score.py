@@ -81,6 +81,8 @@ def test_what_changes_against_another_model(run, tmp_path):
     assert (
         f"EER, points {found['eer_change']:+.3f}" in worse and "beyond chance" in worse.partition("against full.npz")[2]
     )
+    told = run(embeddings="bad.npz", reference="full.npz", trials="trials", replicates=0).out
+    assert told.endswith(f"minDCF      {found['min_dcf_change']:+.4f}\n") and "too few" not in told
     assert found["reference"] == "full.npz" and "reference" not in alone[0]
     for other in ("enrol_embeddings", "snorm_cohort"):
         with pytest.raises(UserError, match="`reference` is compared by cosine"):

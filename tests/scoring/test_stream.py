@@ -139,6 +139,16 @@ def test_doubtful_trials_are_counted(files, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
+def test_recordings_compared_with_a_model_of_themselves_are_counted(files, tmp_path, capsys):
+    lines = (files / "enrolled.txt").read_text() + "m3 s3-1 1\nm4 s4-0 1\nm4 s3-0 0\n"
+    (tmp_path / "t.txt").write_text(lines)
+    for score in (run.score, stream.score_stream):
+        score(files / "e.npz", str(tmp_path / "t.txt"), OPTIONS, enrol_models=str(files / "models.txt"))
+        assert "2 recordings are compared with themselves" in capsys.readouterr().err
+        score(files / "e.npz", str(files / "enrolled.txt"), OPTIONS, enrol_models=str(files / "models.txt"))
+        assert "warning" not in capsys.readouterr().err
+
+
 def test_utterances_that_no_trial_compares_do_not_count_for_snorm(files, tmp_path, capsys):
     """As the cohort, the speakers of the same file that the trials leave out; and an utterance like none of them."""
     arrays = commands.arrays_of(files / "e.npz")
