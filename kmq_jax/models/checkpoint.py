@@ -6,8 +6,10 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import jax
 
@@ -22,13 +24,33 @@ with warnings.catch_warnings():
 FULL = os.strerror(errno.ENOSPC)  # how the system words a full disk
 
 
+class _Newest:
+    """Keeps the newest few of the checkpoints that are due, and the newest of all, from which a run goes on."""
+
+    def __init__(self, keep: int, due: Callable[[int], bool]):
+        self._keep, self._due = keep, due
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
+        """Called by orbax after each save, with all checkpoints in ascending order."""
+        steps = [found.step for found in checkpoints]
+        kept = {*[step for step in steps if self._due(step)][-self._keep :], *steps[-1:]}
+        return [step in kept for step in steps]
+
+
 class Checkpoints:
     """The numbered checkpoints below one directory, the newest few of them kept.
 
     A checkpoint gets its final name only when it is complete, so every one that is listed can be restored.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int = 1, *, writes: bool = False):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        keep: int = 1,
+        *,
+        writes: bool = False,
+        due: Callable[[int], bool] = lambda step: True,
+    ):
         """Opens `directory`.
 
         Args:
@@ -36,9 +58,11 @@ class Checkpoints:
             keep: how many of the newest a writer keeps.
             writes: whether checkpoints are saved. One process alone may do so (`core.locks`): it makes the directory,
                 and removes what a killed run left half written. Readers change nothing.
+            due: whether a step's checkpoint is one of the schedule, of which `keep` count. One that is saved besides,
+                because the run is stopped, goes as soon as a later one is saved.
         """
         self.directory = Path(directory).resolve()
-        self._writer = None
+        self._writer, self._due = None, due
         if writes:
             if jax.process_index() == 0:
                 for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
@@ -46,7 +70,7 @@ class Checkpoints:
             try:
                 self._writer = ocp.training.Checkpointer(
                     self.directory,
-                    preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                    preservation_policy=_Newest(keep, due),
                     cleanup_tmp_directories=True,
                 )
             except Exception as error:  # no permission, a full disk
@@ -68,6 +92,10 @@ class Checkpoints:
             return []
         except OSError as error:
             raise UserError(f"cannot read {self.directory}: {error.strerror}") from error
+
+    def due_steps(self) -> list[int]:
+        """The steps of `steps()` that are of the schedule: the same whether or not the run was stopped on its way."""
+        return [step for step in self.steps() if self._due(step)]
 
     def save(self, step: int, **parts: object) -> None:
         """Saves named parts as checkpoint `step`: trees of arrays, or grain iterators, whose position is saved.

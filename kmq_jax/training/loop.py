@@ -27,7 +27,7 @@ from kmq_jax.training.options import TrainOptions, steps_of
 from kmq_jax.training.prepare import Run, prepare
 from kmq_jax.training.runlog import RunLog
 from kmq_jax.training.validation import in_words
-from kmq_jax.training.workdir import record_start
+from kmq_jax.training.workdir import finishes_alike, record_start
 
 Summary = Json
 """What `summary.json` holds."""
@@ -38,7 +38,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path, tensorboard: bool = 
 
     Args:
         config: from `training.config.default_config`, changed. Its section `study`, if it has one, is left out.
-        workdir: gets `config.json`, `starts.json`, `metrics.jsonl`, `checkpoints/` and, at the end, `summary.json`.
+        workdir: gets `config.json`, `inputs.json`, `starts.json`, `metrics.jsonl`, `checkpoints/` and, at the end,
+            `summary.json`.
         tensorboard: also write the metrics as event files, into `workdir/tensorboard`.
         wandb: also send them to this project of Weights & Biases.
 
@@ -53,7 +54,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path, tensorboard: bool = 
     with contextlib.ExitStack() as closing:
         run = prepare(options, settings, workdir, closing)
         step = int(run.state.step)
-        if step == run.total_steps and (summary := _finished(workdir, step)):
+        ended, alike = step == run.total_steps, finishes_alike(settings, workdir)
+        if ended and alike and (summary := _finished(workdir, step)):
             return summary
         (workdir / "averaged.kmq").unlink(missing_ok=True)  # `load_model` takes it before any checkpoint
         events = workdir / "tensorboard" if tensorboard else None
@@ -63,9 +65,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path, tensorboard: bool = 
         closing.callback(log.close)
         bar.say(_headline(run, step))
         loop = Loop(run, log, bar)
-        loop.recall(log.kept)
+        loop.recall(log.kept, alike)
         loop.run()
-        return finish(run, loop, bar)
+        summary = finish(run, loop, bar)
+        if ended and not alike:  # last: until then, another start does it again
+            record_start(settings, workdir, step, run.inputs)
+        return summary
 
 
 def _finished(workdir: Path, steps: int) -> Summary | None:
@@ -112,15 +117,20 @@ class Loop:
         # `min`: a run that is done has no next step.
         self._train_step = self._compile(run.recipe.phase_at(min(self.step, run.total_steps - 1)))
 
-    def recall(self, lines: Sequence[Row]) -> None:
-        """Reads a finished run's figures from its log: it was killed after its last checkpoint, before its summary."""
+    def recall(self, lines: Sequence[Row], alike: bool = True) -> None:
+        """Reads a finished run's figures from its log: it was killed after its last checkpoint, before its summary.
+
+        Args:
+            lines: of the log.
+            alike: whether figures of a validation are those that are asked for now; else it is done again.
+        """
         if self.step < self._run.total_steps:
             return
         for line in lines:
             own = {name: value for name, value in line.items() if name != "step"}
             if "loss" in own:  # other lines are of validations
                 self.last = own
-            elif line["step"] == self.step:
+            elif line["step"] == self.step and alike:
                 self.figures = own
         self.seconds = self.last.get("seconds", 0.0)
         self.first = max(self.step - int(self.last.get("steps_taken", 0)), 0)
@@ -162,7 +172,7 @@ class Loop:
         self._pending.append(metrics)
         self.step += 1
         if self.step == self.first + 1:  # compiled by now, so no setting can be wrong any more; rates begin here
-            record_start(run.settings, run.workdir, self.first)
+            record_start(run.settings, run.workdir, self.first, run.inputs)
             jax.block_until_ready(metrics)
             self._rate.since_last(self.step)
 

@@ -338,7 +338,7 @@ class TrainOptions(Options):
 
     seed: int = option("of everything that is drawn", 0, at_least=0, at_most=2**32 - 1)
     init_from: str = option(
-        "a MODEL to start from: its network, and its classifier where that has at least as many classes", ""
+        "a MODEL to start from: its network, and its classifier where that is of the same speakers", ""
     )
     model: Row = option("the network's `name` and its settings, see models.registry")
     frontend: str = option("filterbank setting, such as kiwano, wespeaker or speechbrain", "kiwano")
@@ -371,7 +371,7 @@ class TrainOptions(Options):
     )
     log_every: int = option("steps between lines of metrics.jsonl", 10, at_least=1, at_most=10**9)
     checkpoint_epochs: float = option("between checkpoints; 0: only at the end", 1.0, at_least=0, at_most=1e6)
-    keep_checkpoints: int = option("the newest so many", 2, at_least=1, at_most=1000)
+    keep_checkpoints: int = option("the newest so many, and one of a run that was stopped", 2, at_least=1, at_most=1000)
     average_last: int = option(
         "checkpoints that are averaged into the final model; 0: none", 0, at_least=0, at_most=1000
     )

@@ -25,7 +25,7 @@ from kmq_jax.core.tree import Params, Variables
 from kmq_jax.data import pipeline, source
 from kmq_jax.models import registry
 from kmq_jax.models.checkpoint import Checkpoints
-from kmq_jax.models.speaker_model import SpeakerModel, frontend_of
+from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, frontend_of
 from kmq_jax.nn import integers
 from kmq_jax.ptq import activations, moments
 from kmq_jax.training import qat
@@ -36,7 +36,7 @@ from kmq_jax.training.options import TrainOptions
 from kmq_jax.training.state import Trainable, TrainState, checkpoint_parts, from_checkpoint
 from kmq_jax.training.tasks import Phase, Quantized, Speech
 from kmq_jax.training.validation import Validation, open_validation
-from kmq_jax.training.workdir import Settings, check_same_run
+from kmq_jax.training.workdir import Settings, check_same_inputs, check_same_run, inputs_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Run:
         teacher: variables of the network to distil from, on the devices.
         shardings: how the state lies on the devices.
         state: the newest.
+        inputs: what the settings name, as it is now; see `workdir.inputs_of`.
     """
 
     options: TrainOptions
@@ -88,6 +89,7 @@ class Run:
     teacher: Variables | None
     shardings: TrainState
     state: TrainState
+    inputs: Json
 
     @property
     def total_steps(self) -> int:
@@ -134,15 +136,16 @@ def _check_sizes(options: TrainOptions, parameters: int) -> None:
     """Refuses networks and batches that this machine's memory cannot hold.
 
     It counts eight bytes for each parameter (float32, and its momentum) and for each sample of a batch (float32, and
-    one of interference).
+    one of interference): of crops, or of the whole utterances that these are cut of on the devices.
 
     Raises:
         UserError: one of them does not fit.
     """
     require_memory(8 * parameters, f"`model` of {parameters:,} parameters")
-    crops = options.batch_size // jax.process_count()
-    seconds = f"{options.data.crop_seconds:g}"
-    require_memory(8 * crops * options.data.crop_samples, f"`batch_size` (={options.batch_size}) of {seconds} s")
+    data, waves = options.data, options.batch_size // jax.process_count()
+    seconds = data.utterance_seconds if data.normalize == "utterance" else data.crop_seconds
+    samples = round(seconds * source.SAMPLE_RATE)
+    require_memory(8 * waves * samples, f"`batch_size` (={options.batch_size}) of {seconds:g} s")
 
 
 def prepare(options: TrainOptions, settings: Settings, workdir: Path, closing: contextlib.ExitStack) -> Run:
@@ -172,8 +175,10 @@ def prepare(options: TrainOptions, settings: Settings, workdir: Path, closing: c
         closing.enter_context(sole_writer(workdir))
         sweep(workdir)
     check_same_run(settings, workdir)
+    inputs = inputs_of(data.utterances)
+    check_same_inputs(inputs, workdir)
     keep = max(options.keep_checkpoints, options.average_last)  # the average is made of them
-    checkpoints = Checkpoints(workdir / "checkpoints", keep, writes=True)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep, writes=True, due=objective.due_at)
     closing.callback(checkpoints.close)
     recipe, params, batch_stats, teacher = _start(objective, model, data, checkpoints, workdir)
     indices = recipe.task.init_indices
@@ -183,12 +188,16 @@ def prepare(options: TrainOptions, settings: Settings, workdir: Path, closing: c
     init_state = functools.partial(steps.init_state, recipe)
     shapes = jax.eval_shape(init_state, params, batch_stats, held)
     shardings = mesh.tree_shardings(shapes, devices, options.sharding)
+    if teacher is not None:
+        inputs["teacher"] = fingerprint(dataclasses.replace(model, variables=teacher))
+        check_same_inputs(inputs, workdir)
     teacher = jax.device_put(teacher, mesh.replicated(devices))
     if resumes:
         state = _restore(checkpoints, shapes, shardings, data.batches)
     else:
         state = jax.jit(init_state, out_shardings=shardings)(params, batch_stats, held)
-    return Run(options, settings, workdir, model, recipe, data, validation, checkpoints, teacher, shardings, state)
+    parts = (model, recipe, data, validation, checkpoints, teacher, shardings, state, inputs)
+    return Run(options, settings, workdir, *parts)
 
 
 def open_data(options: TrainOptions, devices: Mesh) -> Data:

@@ -50,6 +50,11 @@ class Objective:
         """Steps of each phase; all but multi-stage training has one."""
         return steps_of(self.options.epochs, self.epoch_steps)
 
+    def due_at(self, step: int) -> bool:
+        """Whether a checkpoint after so many steps of the run is one of the schedule, and not one of a stopped run."""
+        every = steps_of(self.options.checkpoint_epochs, self.epoch_steps)
+        return step % self.phase_steps == 0 or (every > 0 and step % every == 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from kmq_jax.core import distributed
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import shown
+from kmq_jax.core.progress import say_once
 from kmq_jax.core.tree import Params, Variables
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import SpeakerModel
@@ -167,7 +168,10 @@ class FullPrecision:
         """Averages the last checkpoints, running statistics included."""
         if self.average_last < 2:
             return None
-        newest = checkpoints.steps()[-self.average_last :]
+        # Not one that a stop has left: the average would depend on where the run was stopped.
+        newest = checkpoints.due_steps()[-self.average_last :]
+        if len(newest) < self.average_last:
+            say_once(f"warning: `average_last` (={self.average_last}): the run kept {len(newest)} checkpoints")
         mean = average([load_network(checkpoints, step) for step in newest])
         model = dataclasses.replace(trained, variables=mean)
         return Final(model, "averaged.kmq", f"average of the last {len(newest)} checkpoints")

@@ -84,6 +84,7 @@ def run(request, full, narrow, tmp_path_factory):
 def test_a_run_leaves_a_packed_model(run):
     settings, workdir, summary = run
     assert summary["finished"] and summary["steps"] == 4
+    assert len(json.loads((workdir / "inputs.json").read_text())["teacher"]) == 20
     trained = load_model(workdir)
     tensors = [t for t in jax.tree.leaves(trained.variables, is_leaf=quant.is_codebook_tensor) if hasattr(t, "packed")]
     names = [n for n, _ in named_leaves(trained.variables["params"], quant.is_codebook_tensor) if n.endswith("kernel")]

@@ -1,5 +1,6 @@
 """Training as users start it, of the smallest network at hand: resume, pre-emption, NaN, mistakes."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -21,19 +22,23 @@ import pytest
 from kmq_jax.cli import config_flags
 from kmq_jax.core import mesh
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import write_json
 from kmq_jax.core.locks import sole_writer
 from kmq_jax.data import pipeline, source
 from kmq_jax.models.checkpoint import Checkpoints
 from kmq_jax.models.speaker_model import frontend_of, load_model, save_model
-from kmq_jax.training import loop
+from kmq_jax.training import from_models, loop
 from kmq_jax.training import step as steps
 from kmq_jax.training.config import default_config, smoke
 from kmq_jax.training.from_models import describe
 from kmq_jax.training.options import TrainOptions
 from kmq_jax.training.runlog import read_runlog
 from kmq_jax.training.state import load_classifier
+from kmq_jax.training.validation import open_validation
+from kmq_jax.training.workdir import inputs_of
 
 ROOT = Path(__file__).parents[2]
+VOICES = "synthetic:dev?speakers=8&utterances=4"
 
 
 def tiny(**changes):
@@ -100,6 +105,33 @@ def test_the_summary_of_a_stopped_start_is_not_taken_for_that_of_the_run(whole, 
     summary = loop.train(tiny(average_last=2), tmp_path / "run")
     assert summary["finished"] and summary["steps"] == 4 and (tmp_path / "run" / "averaged.kmq").exists()
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+
+
+def test_a_finished_run_is_finished_anew_by_another_validation_and_average(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    config = tiny(average_last=2)
+    config.validation.update(data=VOICES, trials=VOICES)
+    summary = loop.train(config, tmp_path / "run")
+    assert summary["finished"] and (tmp_path / "run" / "averaged.kmq").exists()
+    expected = open_validation(TrainOptions.from_config(config).validation).eer(load_model(tmp_path / "run"))
+    assert summary["validation_eer"] == expected
+    assert loop.train(config, tmp_path / "run") == summary  # which is not repeated
+    other = VOICES.replace("dev", "test")
+    config.average_last = 0
+    config.validation.update(data=other, trials=other)
+    summary = loop.train(config, tmp_path / "run")
+    expected = open_validation(TrainOptions.from_config(config).validation).eer(load_model(tmp_path / "run"))
+    assert summary["validation_eer"] == expected and not (tmp_path / "run" / "averaged.kmq").exists()
+    assert loop.train(tiny(), tmp_path / "run")["validation_eer"] is None
+
+
+def test_other_data_at_the_same_place_are_refused(whole, monkeypatch):
+    found = source.open_sources(tiny().data.train)
+    renamed = dataclasses.replace(found, speakers=tuple(name.replace("0000", "9999") for name in found.speakers))
+    for other, has in ((found.select(range(31)), "has 31 utterances of 8 speakers"), (renamed, "has others")):
+        monkeypatch.setattr(source, "open_sources", lambda place, speakers=True, other=other: other)
+        with pytest.raises(UserError, match=f"a run with 32 utterances of 8 speakers in data.train, which now {has}"):
+            loop.train(tiny(), whole[0])
 
 
 def test_two_runs_at_once_are_refused(whole):
@@ -264,6 +296,41 @@ def test_a_model_without_a_classifier_gets_one_from_its_embeddings_of_the_speake
     np.testing.assert_allclose(centres, expected, atol=1e-4)
 
 
+def test_centres_are_those_of_the_same_speakers_at_the_same_speeds(tmp_path, monkeypatch):
+    speech = source.open_source("synthetic:train?speakers=4&utterances=2")
+    others = source.open_source("synthetic:dev?speakers=4&utterances=2")
+    centres = np.arange(12.0).reshape(12, 1, 1)
+    monkeypatch.setattr(from_models, "load_classifier", lambda checkpoints: centres)
+    (tmp_path / "checkpoints").mkdir()
+    write_json(tmp_path / "config.json", {"data": {"speeds": [0.9, 1.0, 1.1]}})
+    for known in (False, True):  # an older version did not tell the speakers
+        assert from_models.centres_of(tmp_path, speech, (1.0,)).ravel().tolist() == [4, 5, 6, 7]
+        assert from_models.centres_of(tmp_path, speech, (1.0, 0.9)).ravel().tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
+        assert from_models.centres_of(tmp_path, speech, (1.0, 0.8)) is None
+        assert from_models.centres_of(tmp_path, speech.select(range(4)), (1.0,)) is None
+        assert (from_models.centres_of(tmp_path, others, (1.0,)) is None) == known
+        write_json(tmp_path / "inputs.json", inputs_of(speech))
+    assert from_models.centres_of(tmp_path / "checkpoints", speech, (1.0,)) is None  # no run
+
+
+def test_a_model_that_computes_otherwise_is_no_start_though_its_weights_fit(whole, tmp_path, monkeypatch):
+    model = load_model(whole[0])
+    monkeypatch.setattr(from_models, "load_model", lambda path: dataclasses.replace(model, frontend="wespeaker"))
+    message = r"init_from=there sees features of frontend 'wespeaker', not 'kiwano'"
+    with pytest.raises(UserError, match=message):
+        loop.train(plain(init_from="there"), tmp_path)
+    assert not list(tmp_path.glob("checkpoints/*"))
+    options = TrainOptions(model={"name": "resnet50", "activation": "silu", "remat": True})
+    other = describe(TrainOptions(model={"name": "resnet50", "activation": "relu"}))
+    with pytest.raises(UserError, match=r"distill.teacher=x has model.activation=relu, not silu"):
+        from_models.check_same_network("distill.teacher", "x", other, options)
+    with pytest.raises(UserError, match=r"distill.teacher=x is of model resnet36, not resnet50"):
+        from_models.check_same_network(
+            "distill.teacher", "x", describe(TrainOptions(model={"name": "resnet36"})), options
+        )
+    from_models.check_same_network("distill.teacher", "x", describe(TrainOptions(model={"name": "resnet50"})), options)
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_has_no_classifier(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
@@ -291,6 +358,30 @@ def test_the_average_of_checkpoints_is_their_mean(tmp_path):
     expected = jax.tree.map(lambda a, b: (a + b) / 2, *last)
     got = load_model(tmp_path).variables["params"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
+
+
+def test_what_a_stop_has_saved_is_not_averaged(tmp_path, monkeypatch):
+    config = plain(average_last=2, checkpoint_epochs=1.0)  # after steps 2 and 4
+    loop.train(config, tmp_path / "whole")
+    take = loop.Loop._take_step
+
+    def stop_after_three(self):
+        take(self)
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Loop, "_take_step", stop_after_three)
+    assert loop.train(config, tmp_path / "stopped")["steps"] == 3
+    assert Checkpoints(tmp_path / "stopped" / "checkpoints").steps() == [2, 3]
+    assert loop.train(config, tmp_path / "stopped")["finished"]
+    assert Checkpoints(tmp_path / "stopped" / "checkpoints").steps() == [2, 4]
+    averages = [(tmp_path / name / "averaged.kmq").read_bytes() for name in ("whole", "stopped")]
+    assert averages[0] == averages[1]
+
+
+def test_an_average_of_fewer_checkpoints_than_asked_for_is_told(tmp_path, capfd):
+    loop.train(plain(average_last=5, checkpoint_epochs=1.0), tmp_path)
+    assert "warning: `average_last` (=5): the run kept 2 checkpoints" in capfd.readouterr().err
 
 
 MISTAKES = {

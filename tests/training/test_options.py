@@ -180,6 +180,9 @@ def test_options_need_neither_jax_nor_numpy():
 def test_networks_and_batches_that_no_memory_holds_are_refused_before_it_is_taken():
     with pytest.raises(UserError, match=r"`batch_size` \(=1000000\) of 60 s: takes 7,680 GB or more"):
         _check_sizes(of(**{"batch_size": 1_000_000, "data.crop_seconds": 60.0}), 1000)
+    whole = {"data.normalize": "utterance", "data.utterance_seconds": 60.0}  # which the devices hold, to cut crops of
+    with pytest.raises(UserError, match=r"`batch_size` \(=1000000\) of 60 s: takes 7,680 GB or more"):
+        _check_sizes(of(**{"batch_size": 1_000_000, "data.crop_seconds": 0.1, **whole}), 1000)
     with pytest.raises(UserError, match="`model` of 3,000,000,000,000 parameters: takes 24,000 GB or more"):
         _check_sizes(of(), 3_000_000_000_000)
     _check_sizes(of(), 30_000_000)

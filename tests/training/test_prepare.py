@@ -1,12 +1,16 @@
 """What a run was begun with: measured or chosen for a new one, and read again by one that goes on."""
 
+import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_object, write_json
+from kmq_jax.data.source import open_source
 from kmq_jax.training import prepare
+from kmq_jax.training.workdir import check_same_inputs, inputs_of
 
 OBJECTIVE = SimpleNamespace(options=SimpleNamespace(seed=0, quant=None))
 PARAMS = SimpleNamespace(network={}, classifier=None)
@@ -39,3 +43,18 @@ def test_what_a_start_without_a_step_has_left_counts_for_nothing(tmp_path, monke
     assert make(tmp_path, resumes=True) == {place: tuple(v) if v == [0.25, 5] else v for place, v in stale.items()}
     assert make(tmp_path, resumes=False) == new == make(tmp_path, resumes=True)
     assert list(read_object(tmp_path / name)) == ["conv"]
+
+
+def test_what_the_settings_name_must_be_what_it_was(tmp_path):
+    speech = open_source("synthetic:dev?speakers=4&utterances=2")
+    now = inputs_of(speech) | {"teacher": "a"}
+    check_same_inputs(now, tmp_path)  # of a new run nothing is known
+    write_json(tmp_path / "inputs.json", now)
+    check_same_inputs(now, tmp_path)
+    check_same_inputs(inputs_of(speech), tmp_path)
+    with pytest.raises(UserError, match="holds a run with another teacher than distill.teacher or init_from hold now"):
+        check_same_inputs(now | {"teacher": "b"}, tmp_path)
+    parts = [[0.0, 1.0]] * len(speech)
+    for other in (speech.select([1, 0, *range(2, 8)]), dataclasses.replace(speech, spans=np.array(parts))):
+        with pytest.raises(UserError, match="8 utterances of 4 speakers in data.train, which now has others"):
+            check_same_inputs(inputs_of(other), tmp_path)
