@@ -8,7 +8,7 @@ from kmq_jax.cli.command import Command
 from kmq_jax.cli.flags import options_of
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import Options, option, refuse_given
-from kmq_jax.ptq.options import QuantizeOptions
+from kmq_jax.ptq.options import QuantizeOptions, check_data
 
 if TYPE_CHECKING:
     from kmq_jax.models.speaker_model import SpeakerModel
@@ -51,8 +51,7 @@ def main() -> None:
     from kmq_jax.models.speaker_model import load_model, save_model
     from kmq_jax.ptq.quantize import EMBEDDED, describe_loss, fitting, measured_loss, quantize_model, rules_of
 
-    if not files.data and (options.activations or options.bits is None):
-        raise UserError("--activations, --budget and --size need --data: speech that ranges and layers are measured on")
+    check_data(options, files.data, files.unfitted)
     rules, model = rules_of(options), load_model(files.model)
     data = None if files.unfitted else files.data or EMBEDDED
     try:

@@ -103,10 +103,12 @@ def properties(speaker_model: SpeakerModel, embedding_size: int) -> dict[str, st
     """What a user of the file must know to compute its input, as text by name.
 
     The first seven are the names that sherpa-onnx reads: without one of them its process exits, or its embeddings are
-    others. It has Kaldi's features only, so files of networks on other features do without these names.
+    others. It has Kaldi's features only, so files of networks on other features do without these names. By `frontend`
+    our own import finds the features again.
     """
     fbank = frontend_of(speaker_model.frontend)
     origin = {"bits": bits_of(speaker_model), "fingerprint": fingerprint(speaker_model)}
+    origin["frontend"] = speaker_model.frontend
     if not isinstance(fbank, frontend.FbankConfig):
         settings = {name: str(value) for name, value in dataclasses.asdict(fbank).items()}
         comment = f"{speaker_model.architecture}, exported by kmq_jax; features {speaker_model.frontend}, not Kaldi's"

@@ -110,6 +110,26 @@ class Graph:
         last = self.inputs[0].type.tensor_type.shape.dim[-1:]
         return last[0].dim_value or None if last else None
 
+    @property
+    def named_front_end(self) -> str:
+        """The front end that the file names; "" where it names none. It may be one that is unknown here.
+
+        Our own files say `frontend`. Others say `framework`, as sherpa-onnx reads it.
+        """
+        return self.metadata.get("frontend") or self.metadata.get("framework", "").replace("3d-speaker", "3dspeaker")
+
+    def check_normalised(self) -> None:
+        """Refuses a file whose features are normalised in another way than ours.
+
+        Raises:
+            UserError: it says so.
+        """
+        normalised = self.metadata.get("feature_normalize_type", "")
+        if normalised not in ("", "global-mean"):
+            self.fail(
+                f"its features are normalised by {normalised!r}, ours by their mean; --frontend takes ours all the same"
+            )
+
     def fail(self, message: str) -> NoReturn:
         """Raises a UserError that names the file."""
         raise UserError(f"{self.where}: {message}")

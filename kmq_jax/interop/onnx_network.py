@@ -117,12 +117,8 @@ def _input(graph: Graph, asked: Asked) -> tuple[str, int | None]:
 
 def _frontend(graph: Graph, features: int | None) -> str:
     """The front end that a file names, or the usual one of so many features."""
-    normalised = graph.metadata.get("feature_normalize_type", "")
-    if normalised not in ("", "global-mean"):
-        graph.fail(
-            f"its features are normalised by {normalised!r}, ours by their mean; --frontend takes ours all the same"
-        )
-    named = graph.metadata.get("framework", "").replace("3d-speaker", "3dspeaker")
+    graph.check_normalised()
+    named = graph.named_front_end
     known = (named, *_USUAL) if named in FRONTENDS else _USUAL
     fitting = [name for name in known if features in (None, frontend_of(name).num_features)]
     if not fitting:

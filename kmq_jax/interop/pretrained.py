@@ -18,6 +18,7 @@ from kmq_jax.interop.assemble import Imported
 from kmq_jax.interop.onnx_network import NOTHING_ASKED, Asked
 
 FORMATS = ("wespeaker-onnx", "onnx", "wespeaker-torch", "kiwano", "3dspeaker")
+_ASKED = "--frontend, --layout and --output"
 _NO_ACTIVATION = "--activation is for Kiwano's checkpoints and CAM++ only"
 
 
@@ -37,12 +38,10 @@ def read(path: Path, form: str | None = None, activation: str | None = None, ask
     is_onnx = form in ("wespeaker-onnx", "onnx") or form is None and _looks_like_onnx(path)
     if activation and (is_onnx or form == "wespeaker-torch"):
         raise UserError(_NO_ACTIVATION)
-    if form == "wespeaker-onnx":
-        return wespeaker_onnx.read(path)
     if is_onnx:
         return _read_onnx(path, form, asked)
     if asked != NOTHING_ASKED:
-        raise UserError("--frontend, --layout and --output are for ONNX files only")
+        raise UserError(f"{_ASKED} are for ONNX files only")
     checkpoint = torch_checkpoint.read(path)
     if form == "kiwano" or form is None and kiwano.recognizes(checkpoint.tensors):
         return kiwano.convert(checkpoint, str(path), activation)
@@ -61,6 +60,10 @@ def read(path: Path, form: str | None = None, activation: str | None = None, ask
 
 
 def _read_onnx(path: Path, form: str | None, asked: Asked) -> Imported:
+    if form == "wespeaker-onnx":
+        if asked != NOTHING_ASKED:
+            raise UserError(f"{_ASKED} are for graphs: they do not go with --format=wespeaker-onnx, but with onnx")
+        return wespeaker_onnx.read(path)
     if form is None and asked == NOTHING_ASKED:
         try:
             return wespeaker_onnx.read(path)

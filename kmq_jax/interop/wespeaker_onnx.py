@@ -44,12 +44,16 @@ def read(path: Path) -> Imported:
     of the pooling are checked by the values they compute, because exporters write it in many ways.
 
     Raises:
-        UserError: the file cannot be read, or a node or tensor is unknown, missing or left over; it is named.
+        UserError: the file cannot be read, it names another front end, or a node or tensor is unknown, missing or left
+            over; it is named.
     """
     graph = Graph(path)
     start = graph.input
     if graph.metadata.get("sample_rate", "16000") != "16000":
         graph.fail(f"the model is for {graph.metadata['sample_rate']} Hz, not 16000")
+    graph.check_normalised()
+    if graph.named_front_end not in ("", "wespeaker"):
+        graph.fail(f"it names the front end {graph.named_front_end!r}, not WeSpeaker's")
     nodes = [graph.sole_user(start, "Transpose")]
     graph.expect(nodes[-1], perm=[0, 2, 1])
     nodes.append(graph.sole_user(nodes[-1].output[0], "Unsqueeze"))

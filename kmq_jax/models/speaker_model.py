@@ -251,18 +251,36 @@ def mono(wave: np.ndarray) -> np.ndarray:
 def at_bits(model: SpeakerModel, bits: int | None) -> SpeakerModel:
     """The model read at `bits` (None: the most), with the biases and statistics that these bits have to themselves.
 
+    Bits that all nested tensors can be read at leave the other tensors at their own. A model without nested tensors is
+    read at the bits that all its quantized tensors have, and at no others: it is the same model, whatever is asked for.
+
     Raises:
-        UserError: no tensor can be read at these bits, or the model is read at others already: it then lacks what
-            these bits have to themselves.
+        UserError: the model cannot be read at these bits, or is read at others already: it then lacks what these bits
+            have to themselves.
     """
     if model.bits not in (None, bits) and _is_nested(model):
         raise UserError(f"the model is read at {model.bits} bits already: read the whole one at others")
     whole = {part: tree for part, tree in model.variables.items() if part != PER_BITS}
     leaves = [leaf for leaf in jax.tree.leaves(whole, quant.is_codebook_tensor) if quant.is_codebook_tensor(leaf)]
-    if bits is not None and not any(bits in leaf.all_bits for leaf in leaves):
-        raise UserError(f"the model cannot be read at {bits} bits")
+    have = [leaf.all_bits for leaf in leaves if leaf.coarse] or [leaf.all_bits for leaf in leaves]
+    if bits is not None and not (have and all(bits in one for one in have)):
+        raise UserError(f"the model cannot be read at {bits} bits{_its_bits(have)}")
     own = dict(named_leaves(model.variables.get(PER_BITS, {}).get(str(bits), {})))
     return dataclasses.replace(model, variables=replace_named(whole, own, quant.is_codebook_tensor), bits=bits)
+
+
+def _its_bits(have: Sequence[tuple[int, ...]]) -> str:
+    """At what bits a model can be read instead, from those of each tensor that leaves a choice.
+
+    >>> _its_bits([(2, 4), (2, 3, 4)]), _its_bits([(2,), (4,)]), _its_bits([])
+    (': only at 2, 4', ': its tensors have 2 to 4, each its own', ': it is not quantized')
+    """
+    if not have:
+        return ": it is not quantized"
+    shared = sorted(set.intersection(*map(set, have)))
+    if shared:
+        return f": only at {', '.join(map(str, shared))}"
+    return f": its tensors have {min(map(min, have))} to {max(map(max, have))}, each its own"
 
 
 def _is_nested(model: SpeakerModel) -> bool:

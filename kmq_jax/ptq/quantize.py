@@ -49,7 +49,7 @@ def quantize_model(
         data: one DATA or several separated by commas: layers are fitted on crops of these recordings. Without it
             weights are quantized as they are.
         crops: how many crops.
-        biases: "float16" stores those of convolutions and linear layers at half the size.
+        biases: "float16" stores those of convolutions and linear layers at half the size, where float16 holds them.
         activations: 8 rounds the inputs of quantized convolutions, so that they compute with integers alone; ranges
             are measured on the data. What goes into linear and LSTM layers stays as it is; None leaves all of it so.
 
@@ -98,6 +98,8 @@ def fitting(data: str | None) -> str:
 def with_half_biases(tree: Params) -> Params:
     """Rounds the biases of layers with a kernel to float16, at all bits: all biases but those of normalisations.
 
+    Biases that are too large for float16, or so small that it loses much of them, stay as they are.
+
     >>> layers = {"conv": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "norm": {"bias": jnp.ones(2)}}
     >>> jax.tree.map(lambda leaf: leaf.dtype.name, with_half_biases(layers))
     {'conv': {'bias': 'float16', 'kernel': 'float32'}, 'norm': {'bias': 'float32'}}
@@ -110,9 +112,17 @@ def with_half_biases(tree: Params) -> Params:
     def halved(name: str, leaf: Leaf) -> Leaf:
         layer, _, kind = name.rpartition("/")
         layer = _OF_FEWER_BITS.sub("", layer)
-        return leaf.astype(jnp.float16) if kind == "bias" and f"{layer}/kernel" in names else leaf
+        return _half(leaf) if kind == "bias" and f"{layer}/kernel" in names else leaf
 
     return map_named(halved, tree, is_leaf=quant.is_codebook_tensor)
+
+
+def _half(bias: Leaf) -> Leaf:
+    try:
+        quant.types.stored(bias, "float16")
+    except UserError:
+        return bias
+    return bias.astype(jnp.float16)
 
 
 def rules_of(options: QuantizeOptions) -> list[quant.QuantRule]:
@@ -184,8 +194,7 @@ def extra_bytes(model: SpeakerModel, names: Collection[str], options: QuantizeOp
     """
     more = 0
     if options.biases == "float16":
-        halved = jax.eval_shape(with_half_biases, model.variables)
-        more += quant.size_bytes(halved).total - quant.size_bytes(model.variables).total
+        more += quant.size_bytes(with_half_biases(model.variables)).total - quant.size_bytes(model.variables).total
     if options.activations:
         # Two numbers for each place, and a step for each output channel of a quantized kernel.
         channels = [leaf.shape[-1] for name, leaf in named_leaves(model.variables["params"]) if name in names]

@@ -244,6 +244,7 @@ def test_files_with_features_that_are_not_kaldi_s_do_not_look_like_it(tmp_path):
     said = export_model(tmp_path / "model.kmq", tmp_path / "m.onnx", features_inside=True).parity
     about = {entry.key: entry.value for entry in onnx.load(tmp_path / "m.onnx").metadata_props}
     assert "filters" in about and not about.keys() & {"framework", "feature_normalize_type", "window_type"}
+    assert about["frontend"] == "speechbrain"  # by which our own import finds it again
     assert about["bits"] == "32" and about["fingerprint"] == fingerprint(load_model(tmp_path / "model.kmq"))
     assert said is None or "cosine 0.99999" in said or "cosine 1.0000" in said
 

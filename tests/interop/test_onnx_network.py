@@ -552,6 +552,23 @@ def test_what_a_file_leaves_open_is_asked_for(tmp_path):
     refuses(frames, "output v0 grows with the frames")
 
 
+@pytest.mark.parametrize(
+    ("about", "front"),
+    [
+        ({}, "wespeaker"),
+        ({"frontend": "speechbrain"}, "speechbrain"),  # as our own files say it, of whatever features
+        ({"framework": "3d-speaker", "feature_normalize_type": "global-mean"}, "3dspeaker"),
+        ({"frontend": "redimnet72"}, "wespeaker"),  # it gives 72 features, the network takes 80
+        ({"frontend": "unheard of"}, "wespeaker"),
+    ],
+)
+def test_the_front_end_is_the_one_that_the_file_names(about, front, tmp_path):
+    model = onnx.load(drawn().save(tmp_path / "m.onnx"))
+    helper.set_model_props(model, about)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    assert pretrained.read(tmp_path / "m.onnx").frontend == front
+
+
 def test_data_outside_the_file_is_not_read(tmp_path):
     path = drawn().save(tmp_path / "m.onnx")
     model = onnx.load(path)

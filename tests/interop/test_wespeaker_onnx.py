@@ -230,6 +230,31 @@ def test_other_sampling_rates_are_refused(tmp_path):
         pretrained.read(tmp_path / "m.onnx")
 
 
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"framework": "3d-speaker"}, "names the front end '3dspeaker', not WeSpeaker's"),
+        ({"feature_normalize_type": "per_feature"}, "normalised by 'per_feature'"),
+        ({"framework": "wespeaker", "feature_normalize_type": "global-mean"}, None),
+    ],
+)
+def test_features_of_another_kind_are_refused(about, message, tmp_path):
+    model = Network((1, 1, 1, 1)).model()
+    helper.set_model_props(model, about)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    if message is None:
+        assert pretrained.read(tmp_path / "m.onnx", "wespeaker-onnx").frontend == "wespeaker"
+        return
+    with pytest.raises(UserError, match=message):
+        pretrained.read(tmp_path / "m.onnx", "wespeaker-onnx")
+
+
+def test_what_is_asked_of_graphs_is_not_ignored(tmp_path):
+    path = Network((1, 1, 1, 1)).save(tmp_path / "m.onnx")
+    with pytest.raises(UserError, match="--frontend.*do not go with --format=wespeaker-onnx"):
+        pretrained.read(path, "wespeaker-onnx", asked=onnx_network.Asked(frontend="3dspeaker"))
+
+
 def test_the_published_file(shared):
     onnxruntime = pytest.importorskip("onnxruntime")
     path = shared / "models" / "wespeaker-voxceleb-resnet34.onnx"

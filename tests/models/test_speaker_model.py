@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import shlex
 from concurrent.futures import ThreadPoolExecutor
@@ -107,6 +108,29 @@ def test_what_is_read_at_some_bits_is_neither_read_at_others_nor_saved(model, tm
     with pytest.raises(UserError, match="read at 2 bits: save the whole one"):
         save_model(tmp_path / "low.kmq", low)
     assert not (tmp_path / "low.kmq").exists()
+
+
+@pytest.mark.parametrize(
+    ("specs", "bits", "said"),
+    [
+        # A number that a few tensors happen to have is no choice: the model would be read as it is.
+        ((quant.QuantSpec(2), quant.QuantSpec(4)), 2, "2 bits: its tensors have 2 to 4, each its own"),
+        ((quant.QuantSpec(4), quant.QuantSpec(4)), 3, "3 bits: only at 4"),
+        ((quant.QuantSpec(3), quant.QuantSpec(4, coarse=(2,))), 3, "3 bits: only at 2, 4"),
+        ((None, None), 2, "2 bits: it is not quantized"),
+        ((quant.QuantSpec(4), quant.QuantSpec(4)), 4, None),
+        ((quant.QuantSpec(3), quant.QuantSpec(4, coarse=(2,))), 2, None),
+    ],
+)
+def test_bits_are_those_that_the_whole_model_can_be_read_at(model, specs, bits, said, tmp_path):
+    first, others = (spec and dataclasses.replace(spec, only_smaller=False) for spec in specs)
+    params = quant.quantize_params(model.variables["params"], {"^stem/.*kernel$": first, "kernel$": others})
+    save_model(tmp_path / "m.kmq", dataclasses.replace(model, variables={**model.variables, "params": params}))
+    if said is None:
+        assert load_model(tmp_path / "m.kmq", bits).bits == bits
+        return
+    with pytest.raises(UserError, match=said):
+        load_model(tmp_path / "m.kmq", bits)
 
 
 def test_types_without_a_place_in_the_file(model, tmp_path):

@@ -86,6 +86,15 @@ def test_a_size_counts_biases_and_activations_as_they_are_stored(measured, measu
     assert len(measured_again) == 1
 
 
+def test_biases_that_float16_cannot_hold_stay_as_they_are():
+    biases = {"large": [1e5, 0.5], "small": [1e-9, 2e-9], "usual": [3.25, -0.5], "zero": [0, 0]}
+    layers = {name: {"kernel": np.ones((2, 2), np.float32), "bias": np.float32(x)} for name, x in biases.items()}
+    halved = quantize.with_half_biases(layers)
+    for name, layer in halved.items():
+        np.testing.assert_array_equal(layer["bias"], layers[name]["bias"])
+        assert layer["bias"].dtype == (np.float32 if name in ("large", "small") else np.float16)
+
+
 def test_changed_recordings_are_measured_again(measured, measured_again, tmp_path):
     recording = tmp_path / "data" / "speaker" / "a.wav"
     recording.parent.mkdir(parents=True)
