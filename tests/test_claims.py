@@ -361,6 +361,9 @@ CLAIMS = (
           lambda found: len(found["sets"]) == 2
           and all(beyond(row, name) < 1 for one in found["sets"] for row in one["rows"] if row["name"] == "W4A8"
                   for name in ("eer_change", "full_eer_change"))),
+    Claim("nor at 2 bits after an epoch of training on labels", "activations-trained.json", lambda found: [
+        (beyond(row), beyond(row, "full_eer_change")) for one in found["sets"] for row in one["rows"]
+        if row["name"] == "W2A8"] == [(0, 0)] * 2),
     Claim("Every cascade here loses to plain W8A8, on both sets", "lazy.json",
           lambda found: len(found["sets"]) == 2
           and all(any("w8a8" in name for name in row["beaten_by"]) for one in found["sets"]

@@ -12,7 +12,7 @@ Trains a speaker-embedding network. Run again with the same workdir it resumes w
   --config       a configuration: a file, or the name of one that comes with the package; `:smoke` after it runs it in
                  seconds
   --config.X     changes one of its settings
-  --workdir      directory of config.json, starts.json, metrics.jsonl, checkpoints/ and summary.json
+  --workdir      directory of config.json, inputs.json, starts.json, metrics.jsonl, checkpoints/ and summary.json
   --tensorboard  also write the metrics as TensorBoard events, into the workdir
   --wandb        also send the metrics to this project of Weights & Biases (extra `wandb`)
 
