@@ -147,7 +147,7 @@ def networks_table(found: Row) -> str:
             cells.append(f"{row['macs_of_printed_frames'] / 1e9:.2f}" if "printed_gmacs" in row else "")
         cells.append(f"{row['time_of_reference']:.2f}" if "time_of_reference" in row else "")
         if timed:
-            cells.append(f"{row['seconds']:.2f}" if "seconds" in row else "")
+            cells.append(f"{row['seconds']:.3f}" if "seconds" in row else "")
         rows.append(cells)
     listed = "; ".join(f"({number}) {why}" for why, number in notes.items())
     below = [f"But for {listed}."] if listed else []
