@@ -122,7 +122,7 @@ def test_the_table_shows_what_the_source_counts_and_what_is_printed(tmp_path):
     assert head.endswith("| GMAC | GMAC there | time, r = 1 |") and cells.endswith("| 0.91 | 0.61 of 200 frames |  |")
     lines = table_of({**about, "reference_seconds": 0.5, "rows": [row | more | timed, row]}, tmp_path)
     assert lines[1].endswith("| GMAC | GMAC there | printed: M, GMAC | ours | time, r = 1 | seconds |")
-    assert lines[3].endswith("| 0.91 | 0.61 of 200 frames | 1.0, 0.43 | 0.61 | 0.50 | 0.25 |")
+    assert lines[3].endswith("| 0.91 | 0.61 of 200 frames | 1.0, 0.43 | 0.61 | 0.50 | 0.250 |")
     assert lines[4].endswith("| 0.61 of 200 frames |  |  |  |  |") and len(lines) == 6
 
 
