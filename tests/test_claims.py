@@ -339,10 +339,9 @@ CLAIMS = (
           lambda found: all((one["utterance_bits"] - 2) / 32 > 0.5 for one, _ in saved(found, 32))),
     Claim("the cascades of untrained bits gain nothing, and the one of trained bits saves a fortieth at most",
           "quickstart.json", rescues_save_little),
-    Claim("By minDCF no cascade brings anything back: gates lie around the threshold of the EER, and all cost more "
-          "than full precision and than their first level, beyond chance", "quickstart.json",
-          lambda found: {beyond(one["sets"]["test"]["changes"][against], "min_dcf_change")
-                         for one in found["cascades"] for against in ("reference", "first")} == {1}),
+    Claim("By minDCF no cascade is told to bring anything back", "quickstart.json",
+          lambda found: len(found["cascades"]) == 3 and min(
+              beyond(one["sets"]["test"]["changes"]["first"], "min_dcf_change") for one in found["cascades"]) >= 0),
     Claim("a cascade of codebooks that do not nest gains nothing over its last level alone", "wespeaker.json",
           lambda found: all(gain <= 0 for _, gain in saved(found, 4))),
     Claim("one that ends in full precision costs more bits than a 4-bit network", "wespeaker.json",
