@@ -171,7 +171,15 @@ def features_of(objective: Objective, key: jax.Array, batch: Batch) -> jax.Array
     if options.data.augment:
         wave = frontend.augment_batch(key_wave, batch, frontend.RoomConfig(), objective.mesh)
     whole = options.data.normalize == "utterance"  # then the waves are whole utterances, cropped only as features
-    features = frontend.features_of(wave, objective.fbank, batch["length"] if whole else None)
+    waves = (wave, batch["length"]) if whole else (wave,)
+    # Each device of its own waves. Left to XLA, one that takes them row by row, as a CPU does, is sent all of them.
+    spec = mesh.batch_sharding(objective.mesh).spec
+    features = jax.shard_map(
+        lambda own, *samples: frontend.features_of(own, objective.fbank, *samples),
+        mesh=objective.mesh,
+        in_specs=(spec,) * len(waves),
+        out_specs=spec,
+    )(*waves)
     if whole:
         lengths = frontend.num_frames(batch["length"], objective.fbank)
         wanted = frontend.num_frames(options.data.crop_samples, objective.fbank)

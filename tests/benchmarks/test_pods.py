@@ -94,6 +94,7 @@ def test_the_gradients_of_every_parameter_are_reduced(tmp_path, capsys, monkeypa
     classifier = pods.CLASSES * size
     assert found["sent_bytes"]["all-reduce"] >= 4 * (weights + classifier)
     assert found["sent_bytes"]["all-reduce"] < 1.5 * 4 * (weights + classifier) + 1e6
+    assert set(found["sent_bytes"]) == {"all-reduce"}  # neither waves nor features
     assert found["share"] == pytest.approx(0.25) and found["flops"] > 0
     assert [one["system"] for one in found["systems"]] == [system.name for system in pods.SYSTEMS]
     assert "TPU v5p-64" in capsys.readouterr().out
