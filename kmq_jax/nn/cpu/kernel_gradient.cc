@@ -130,13 +130,14 @@ void pack_x(const Plan& p, const Group<Type>& group, const typename Type::Elemen
 // Turns 16 vectors of 16 lanes. Each round moves the highest bit of [vector, lane] to the end; after four, they are
 // [lane, vector].
 inline void transpose(Bits (&block)[kTileUnits]) {
+  const Bits low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, high = low + 8;
   for (int round = 0; round < 4; ++round) {
     Bits next[kTileUnits];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      const Bits a = block[i], b = block[i + 8];
-      next[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      next[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+      const __m512i a = (__m512i)block[i], b = (__m512i)block[i + 8];
+      next[2 * i] = (Bits)_mm512_permutex2var_epi32(a, (__m512i)low, b);
+      next[2 * i + 1] = (Bits)_mm512_permutex2var_epi32(a, (__m512i)high, b);
     }
     std::memcpy(block, next, sizeof(block));
   }
