@@ -69,9 +69,9 @@ def test_value_and_gradients(shape, dtype, tolerance):
 @pytest.mark.parametrize("taps", [1, 3])
 @pytest.mark.parametrize("channels", [(32, 32), (32, 64), (64, 32), (96, 40)], ids=str)
 def test_bfloat16_by_matrix_tiles(channels, taps, stride):
-    """Whole units of channels, which a processor with AMX multiplies by tiles; widths of less and more than one tile."""
-    for batch, freq in [(3, 5), (2, 16), (1, 17), (2, 40)]:
-        x, kernel, gradient = example(batch, 7, freq, *channels, taps, stride, jnp.bfloat16)
+    """Whole units of channels, which a processor with AMX multiplies by tiles; less, one and more of them."""
+    for batch, time, freq in [(3, 45, 5), (2, 7, 16), (1, 7, 17), (5, 45, 40)]:
+        x, kernel, gradient = example(batch, time, freq, *channels, taps, stride, jnp.bfloat16)
         value, vjp = jax.vjp(lambda x, k: conv.convolution(x, k, (stride,) * 2), x, kernel)
         ours = (value, *vjp(gradient))
         for a, b in zip(ours, summed_by_numpy(x, kernel, gradient, stride), strict=True):

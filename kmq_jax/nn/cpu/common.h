@@ -9,7 +9,8 @@
 //
 // A `Unit` is four bytes, what one lane of a vector holds: one float32, or (where the machine multiplies pairs of
 // bfloat16) two bfloat16 neighbours along the axis that is summed over: channels in the convolution, utterances in the
-// kernel gradient. So one set of loops serves both.
+// kernel gradient. So one set of loops serves both. Loops of their own multiply whole tiles of such pairs by AMX, where
+// the processor has it: vectors of pairs are no faster there than vectors of float32.
 
 #pragma once
 
@@ -195,8 +196,8 @@ inline void advise_huge_pages([[maybe_unused]] const void* data, [[maybe_unused]
 #endif
 }
 
-// Matrix tiles (AMX) multiply 16 x 16 units by 16 x 16 in one instruction, some ten times as fast as vectors. Linux lends
-// them to a process that asks; where it does not, or the compiler knows of none, vectors do the work.
+// Matrix tiles (AMX) multiply 16 x 16 units by 16 x 16 in one instruction. Linux lends them to a process that asks; where
+// it does not, or the compiler knows of none, vectors do the work.
 constexpr int kTileRows = 16, kTileUnits = 16;
 #if defined(KMQ_MATRIX_TILES)
 inline bool have_matrix_tiles() {
