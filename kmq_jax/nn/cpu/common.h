@@ -196,8 +196,8 @@ inline void advise_huge_pages([[maybe_unused]] const void* data, [[maybe_unused]
 #endif
 }
 
-// Matrix tiles (AMX) multiply 16 x 16 units by 16 x 16 in one instruction. Linux lends them to a process that asks; where
-// it does not, or the compiler knows of none, vectors do the work.
+// Matrix tiles (AMX) multiply 16 x 16 units by 16 x 16 in one instruction. Linux lends them to a process that asks;
+// where it does not, or the compiler knows of none, vectors do the work.
 constexpr int kTileRows = 16, kTileUnits = 16;
 #if defined(KMQ_MATRIX_TILES)
 inline bool have_matrix_tiles() {
@@ -206,8 +206,8 @@ inline bool have_matrix_tiles() {
   return granted;
 }
 
-// The tiles of one thread, while this lives: sums in 0 to 3, left factors of `rows` rows in 4 and 5, right ones in 6 and
-// 7. A sum is [row, 16 floats], a left factor [row, 16 units], a right one [16 units, 16 lanes].
+// The tiles of one thread, while this lives: sums in 0 to 3, left factors of `rows` rows in 4 and 5, right ones in 6
+// and 7. A sum is [row, 16 floats], a left factor [row, 16 units], a right one [16 units, 16 lanes].
 class MatrixTiles {
  public:
   explicit MatrixTiles(int rows) {

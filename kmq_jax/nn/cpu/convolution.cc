@@ -254,8 +254,8 @@ void compute_rows(const Plan& p, const Taps& sums, const Unit* source, int block
 }
 
 #if defined(KMQ_MATRIX_TILES)
-// The same by matrix tiles, of which two share the kernel that they read. The last tile of a row begins so early that it
-// ends with the row.
+// The same by matrix tiles, of which two share the kernel that they read. The last tile of a row begins so early that
+// it ends with the row.
 void compute_rows_by_matrix(const Plan& p, const Taps& sums, const Unit* source, int block, const Axis& t,
                             const Axis& f, int begin, int last, Bf16* utterance) {
   const int tiles = divide_up(f.outputs, p.matrix_rows), count = (std::min(last, t.outputs) - begin) * tiles;

@@ -47,8 +47,8 @@ void pack_row(const typename Type::Element* low, const typename Type::Element* h
   }
 }
 
-// Everything about one call but its data. Where matrix tiles compute, positions of x stand along the rows of a tile: x is
-// buffered as [row, phase of the stride, channel, column], and columns of both are padded with zeros.
+// Everything about one call but its data. Where matrix tiles compute, columns of x stand along the rows of a tile: x is
+// buffered as [row, phase of the stride, channel, column], and the columns of both are padded with zeros.
 struct Plan {
   int batch, in_rows, in_columns, in_channels, out_rows, out_columns, out_channels, time_taps, freq_taps;
   int time_stride, freq_stride;
