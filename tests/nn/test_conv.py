@@ -65,6 +65,34 @@ def test_value_and_gradients(shape, dtype, tolerance):
 
 
 @needs_native
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("taps", [1, 3])
+@pytest.mark.parametrize("channels", [(32, 32), (32, 64), (64, 32), (96, 40)], ids=str)
+def test_bfloat16_by_matrix_tiles(channels, taps, stride):
+    """Whole units of channels, which a processor with AMX multiplies by tiles; less, one and more of them."""
+    for batch, time, freq in [(3, 45, 5), (2, 7, 16), (1, 7, 17), (5, 45, 40)]:
+        x, kernel, gradient = example(batch, time, freq, *channels, taps, stride, jnp.bfloat16)
+        value, vjp = jax.vjp(lambda x, k: conv.convolution(x, k, (stride,) * 2), x, kernel)
+        ours = (value, *vjp(gradient))
+        for a, b in zip(ours, summed_by_numpy(x, kernel, gradient, stride), strict=True):
+            assert_close(a, b, 1e-2)  # without tiles, Winograd rounds twice
+
+
+def summed_by_numpy(x, kernel, gradient, stride):
+    """The convolution and its two gradients, tap by tap in float64."""
+    x, kernel, gradient = (np.asarray(a, np.float64) for a in (x, kernel, gradient))
+    half, (times, freqs) = kernel.shape[0] // 2, gradient.shape[1:3]
+    padded = np.pad(x, [(0, 0), (half, half), (half, half), (0, 0)])
+    value, dx, dk = np.zeros_like(gradient), np.zeros_like(padded), np.zeros_like(kernel)
+    for i, j in np.ndindex(kernel.shape[:2]):
+        met = np.s_[:, i : i + stride * times : stride, j : j + stride * freqs : stride]
+        value += padded[met] @ kernel[i, j]
+        dx[met] += gradient @ kernel[i, j].T
+        dk[i, j] = np.einsum("btfi,btfo->io", padded[met], gradient)
+    return value, dx[:, half : half + x.shape[1], half : half + x.shape[2]], dk
+
+
+@needs_native
 def test_strides_may_differ():
     x, kernel, _ = example(2, 9, 10, 4, 6, 3, 1)
     for strides in [(1, 2), (2, 1), (3, 2)]:

@@ -9,7 +9,8 @@
 //
 // A `Unit` is four bytes, what one lane of a vector holds: one float32, or (where the machine multiplies pairs of
 // bfloat16) two bfloat16 neighbours along the axis that is summed over: channels in the convolution, utterances in the
-// kernel gradient. So one set of loops serves both.
+// kernel gradient. So one set of loops serves both. Loops of their own multiply whole tiles of such pairs by AMX, where
+// the processor has it: vectors of pairs are no faster there than vectors of float32.
 
 #pragma once
 
@@ -24,6 +25,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -33,7 +35,11 @@
 #endif
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
+#endif
+#if defined(__linux__) && defined(__AVX512BF16__) && defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#define KMQ_MATRIX_TILES
 #endif
 
 #include "xla/ffi/api/ffi.h"
@@ -189,6 +195,75 @@ inline void advise_huge_pages([[maybe_unused]] const void* data, [[maybe_unused]
   }
 #endif
 }
+
+// Matrix tiles (AMX) multiply 16 x 16 units by 16 x 16 in one instruction. Linux lends them to a process that asks;
+// where it does not, or the compiler knows of none, vectors do the work.
+constexpr int kTileRows = 16, kTileUnits = 16;
+#if defined(KMQ_MATRIX_TILES)
+inline bool have_matrix_tiles() {
+  constexpr int kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+  return granted;
+}
+
+// The tiles of one thread, while this lives: sums in 0 to 3, left factors of `rows` rows in 4 and 5, right ones in 6
+// and 7. A sum is [row, 16 floats], a left factor [row, 16 units], a right one [16 units, 16 lanes].
+class MatrixTiles {
+ public:
+  explicit MatrixTiles(int rows) {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } shape;
+    for (int tile = 0; tile < 8; ++tile) shape.row_bytes[tile] = 64, shape.rows[tile] = tile < 6 ? rows : kTileRows;
+    see_memory(&shape);
+    _tile_loadconfig(&shape);
+  }
+  ~MatrixTiles() { _tile_release(); }
+  MatrixTiles(const MatrixTiles&) = delete;
+  MatrixTiles& operator=(const MatrixTiles&) = delete;
+
+  // GCC does not know what loads of tiles read: all that was written before must be in memory.
+  static void see_memory(const void* written) { __asm__ volatile("" ::"r"(written) : "memory"); }
+
+  static void zero() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+
+  // Adds the products of two left factors, [row, unit] `left_step` units a row, and [unit, kOut] on the right.
+  static void multiply_add(const Unit* first, const Unit* second, size_t left_step, const void* right) {
+    const char* low = static_cast<const char*>(right);
+    _tile_loadd(4, first, 4 * left_step);
+    _tile_loadd(6, low, 4 * kOut);
+    _tile_loadd(7, low + 4 * kTileUnits, 4 * kOut);
+    _tile_loadd(5, second, 4 * left_step);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+
+  // The sums of the first and of the second factor, [row, kOut] each.
+  static void load(const float* first, const float* second) {
+    _tile_loadd(0, first, 4 * kOut);
+    _tile_loadd(1, first + kTileUnits, 4 * kOut);
+    _tile_loadd(2, second, 4 * kOut);
+    _tile_loadd(3, second + kTileUnits, 4 * kOut);
+  }
+  static void store(float* first, float* second) {
+    _tile_stored(0, first, 4 * kOut);
+    _tile_stored(1, first + kTileUnits, 4 * kOut);
+    _tile_stored(2, second, 4 * kOut);
+    _tile_stored(3, second + kTileUnits, 4 * kOut);
+  }
+};
+#else
+inline bool have_matrix_tiles() { return false; }
+#endif
 
 inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 

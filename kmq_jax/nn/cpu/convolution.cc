@@ -115,6 +115,7 @@ struct Plan {
   std::vector<Axis> time, freq;
   int parts, taps;          // of the kernel; Winograd makes four parts of three time taps
   int units, blocks;        // of the input channels; of kOut output channels each
+  int matrix_rows;          // outputs of a matrix tile; 0: vectors compute
   size_t tap_units;         // units of one tap of one block
   int first_column, width;  // of a buffered row: the first column it holds, and how many
   int rows, chunks;         // rows of output in one task; tasks an utterance
@@ -131,9 +132,14 @@ Plan make_plan(ffi::Span<const int64_t> in, ffi::Span<const int64_t> kernel, ffi
   const auto make_axis = transposed ? input_gradient_axis : forward_axis;
   p.time = make_axis(p.out_rows, p.time_taps, time_stride);
   p.freq = make_axis(p.out_columns, p.freq_taps, freq_stride);
-  p.winograd = use_winograd(p.time_taps, time_stride, p.in_channels);
-  p.parts = p.winograd ? 4 : p.time_taps, p.taps = p.parts * p.freq_taps;
   p.units = divide_up(p.in_channels, pair), p.blocks = divide_up(p.out_channels, kOut);
+  if (pair == 2 && p.units % kTileUnits == 0 && have_matrix_tiles()) {
+    const int fewest = p.freq.back().outputs;  // of all phases: a tile must fit in each
+    p.matrix_rows = divide_up(fewest, divide_up(fewest, kTileRows));
+  }
+  // Matrix tiles are so fast that fewer multiplications would save nothing.
+  p.winograd = p.matrix_rows == 0 && use_winograd(p.time_taps, time_stride, p.in_channels);
+  p.parts = p.winograd ? 4 : p.time_taps, p.taps = p.parts * p.freq_taps;
   p.tap_units = size_t(p.units) * kOut;
   const auto [first, end] = reads(p.freq, 0, p.freq[0].outputs);
   p.first_column = first, p.width = end - first;
@@ -247,6 +253,41 @@ void compute_rows(const Plan& p, const Taps& sums, const Unit* source, int block
   }
 }
 
+#if defined(KMQ_MATRIX_TILES)
+// The same by matrix tiles, of which two share the kernel that they read. The last tile of a row begins so early that
+// it ends with the row.
+void compute_rows_by_matrix(const Plan& p, const Taps& sums, const Unit* source, int block, const Axis& t,
+                            const Axis& f, int begin, int last, Bf16* utterance) {
+  const int tiles = divide_up(f.outputs, p.matrix_rows), count = (std::min(last, t.outputs) - begin) * tiles;
+  const int channels = std::min(kOut, p.out_channels - block * kOut);
+  const size_t out_row_size = size_t(p.out_columns) * p.out_channels, taps = sums.offsets.size();
+  MatrixTiles::see_memory(source);
+  for (int pair = 0; pair < count; pair += 2) {
+    const Unit* in[2];
+    Bf16* out[2];
+    for (int i = 0; i < 2; ++i) {
+      const int tile = std::min(pair + i, count - 1), row = tile / tiles;  // an odd last one is computed twice
+      const size_t left = std::min(tile % tiles * p.matrix_rows, f.outputs - p.matrix_rows);
+      in[i] = source + row * t.in_step * p.row_units() + left * sums.step;
+      out[i] = utterance + (t.first + size_t(begin + row) * t.out_step) * out_row_size +
+               (f.first + left * f.out_step) * p.out_channels + block * kOut;
+    }
+    MatrixTiles::zero();
+    for (size_t tap = 0; tap < taps; ++tap)
+      for (int c = 0; c < sums.units; c += kTileUnits) {
+        const int at = sums.offsets[tap] + c;
+        MatrixTiles::multiply_add(in[0] + at, in[1] + at, sums.step, sums.kernels[tap] + 2 * c);
+      }
+    Vector result[2][kTileRows][2];
+    MatrixTiles::store(reinterpret_cast<float*>(result[0]), reinterpret_cast<float*>(result[1]));
+    for (int i = 0; i < 2; ++i)
+      for (int n = 0; n < p.matrix_rows; ++n)
+        store_tile<Bf16, 1>({{result[i][n][0], result[i][n][1]}}, out[i] + size_t(n) * f.out_step * p.out_channels, 0,
+                            channels);
+  }
+}
+#endif
+
 // One task: some rows of output of one utterance, all channels.
 template <class Type>
 void compute_chunk(const Plan& p, const Unit* packed, const typename Type::Element* input,
@@ -265,10 +306,22 @@ void compute_chunk(const Plan& p, const Unit* packed, const typename Type::Eleme
     for (int pair = 0; pair < (end - begin) / 2; ++pair)
       winograd_rows<Type>(buffer + 2 * pair * row_units, row_units, row_units, combined + 4 * pair * row_units);
   }
+#if defined(KMQ_MATRIX_TILES)
+  std::optional<MatrixTiles> tiles;
+  if (p.matrix_rows) tiles.emplace(p.matrix_rows);
+#endif
   for (int block = 0; block < p.blocks; ++block)
     for (const Axis& t : p.time)
       for (const Axis& f : p.freq) {
         const Taps sums = taps_of(p, packed, block, t, f, begin, first_row);
+#if defined(KMQ_MATRIX_TILES)
+        if constexpr (Type::kPair == 2) {
+          if (tiles) {
+            compute_rows_by_matrix(p, sums, source, block, t, f, begin, last, output);
+            continue;
+          }
+        }
+#endif
         compute_rows<Type>(p, sums, source, block, t, f, begin, last, output);
       }
 }

@@ -47,18 +47,21 @@ void pack_row(const typename Type::Element* low, const typename Type::Element* h
   }
 }
 
-// Everything about one call but its data.
+// Everything about one call but its data. Where matrix tiles compute, columns of x stand along the rows of a tile: x is
+// buffered as [row, phase of the stride, channel, column], and the columns of both are padded with zeros.
 struct Plan {
   int batch, in_rows, in_columns, in_channels, out_rows, out_columns, out_channels, time_taps, freq_taps;
   int time_stride, freq_stride;
-  bool winograd;
+  bool matrix, winograd;
   int parts, taps;            // of the kernel; Winograd makes four parts of three time taps
-  int in_blocks, out_blocks;  // of kIn and of kOut channels
+  int in_size;                // input channels of a block
+  int in_blocks, out_blocks;  // of in_size and of kOut channels
   int groups, shards;         // utterances, or pairs of them; tasks that sum over some groups each
-  int rows, width;            // rows of the gradient at a time; columns of a buffered row of x
+  int rows, width;            // rows of the gradient at a time; columns of a buffered row of x (of a phase)
+  int columns;                // of a buffered row of the gradient
   int buffer_rows;            // rows of x that so many rows of the gradient meet
   size_t x_row, gradient_row, x_block, gradient_block;  // units in the buffers
-  size_t shard_size;          // sums of one shard: [out block, in block, tap, kIn, kOut]
+  size_t shard_size;          // sums of one shard: [out block, in block, tap, in_size, kOut]
 };
 
 Plan make_plan(ffi::Span<const int64_t> x, ffi::Span<const int64_t> gradient, ffi::Span<const int64_t> kernel,
@@ -67,19 +70,23 @@ Plan make_plan(ffi::Span<const int64_t> x, ffi::Span<const int64_t> gradient, ff
   p.batch = x[0], p.in_rows = x[1], p.in_columns = x[2], p.in_channels = x[3];
   p.out_rows = gradient[1], p.out_columns = gradient[2], p.out_channels = gradient[3];
   p.time_taps = kernel[0], p.freq_taps = kernel[1], p.time_stride = time_stride, p.freq_stride = freq_stride;
+  p.matrix = pair == 2 && p.in_channels % (2 * kTileRows) == 0 && have_matrix_tiles();
   p.winograd = pair == 1 && use_winograd(p.time_taps, time_stride, p.in_channels);
   p.parts = p.winograd ? 4 : p.time_taps, p.taps = p.parts * p.freq_taps;
-  p.in_blocks = divide_up(p.in_channels, kIn), p.out_blocks = divide_up(p.out_channels, kOut);
+  p.in_size = p.matrix ? 2 * kTileRows : kIn;
+  p.in_blocks = divide_up(p.in_channels, p.in_size), p.out_blocks = divide_up(p.out_channels, kOut);
   p.groups = divide_up(p.batch, pair);
   p.shards = std::min<int64_t>(p.groups, threads);
-  const int most_rows = std::max(2, 640 / p.out_columns) & ~1, chunks = divide_up(p.out_rows, most_rows);
+  p.columns = p.matrix ? divide_up(p.out_columns, kTileUnits) * kTileUnits : p.out_columns;
+  const int most_rows = std::max(2, 640 / p.columns) & ~1, chunks = divide_up(p.out_rows, most_rows);
   p.rows = (divide_up(p.out_rows, chunks) + 1) & ~1;
   p.width = std::max((p.out_columns - 1) * freq_stride + p.freq_taps, p.in_columns + p.freq_taps / 2);
   p.buffer_rows = (p.rows - 1) * time_stride + p.time_taps;
-  p.x_row = size_t(p.width) * kIn, p.gradient_row = size_t(p.out_columns) * kOut;
+  if (p.matrix) p.width = divide_up(p.columns + (p.freq_taps - 1) / freq_stride, kTileUnits) * kTileUnits;
+  p.x_row = size_t(p.width) * p.in_size * (p.matrix ? freq_stride : 1), p.gradient_row = size_t(p.columns) * kOut;
   p.x_block = (p.buffer_rows + (p.winograd ? 2 * p.rows : 0)) * p.x_row;
   p.gradient_block = (p.winograd ? 3 : 1) * p.rows * p.gradient_row;
-  p.shard_size = size_t(p.out_blocks) * p.in_blocks * p.taps * kIn * kOut;
+  p.shard_size = size_t(p.out_blocks) * p.in_blocks * p.taps * p.in_size * kOut;
   return p;
 }
 
@@ -118,6 +125,76 @@ void pack_x(const Plan& p, const Group<Type>& group, const typename Type::Elemen
     pack_row<Type, kIn>(a, b, p.in_columns, p.in_channels, to + left * kIn, p.x_block);
   }
 }
+
+#if defined(KMQ_MATRIX_TILES)
+// Turns 16 vectors of 16 lanes. Each round moves the highest bit of [vector, lane] to the end; after four, they are
+// [lane, vector].
+inline void transpose(Bits (&block)[kTileUnits]) {
+  const Bits low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, high = low + 8;
+  for (int round = 0; round < 4; ++round) {
+    Bits next[kTileUnits];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const __m512i a = (__m512i)block[i], b = (__m512i)block[i + 8];
+      next[2 * i] = (Bits)_mm512_permutex2var_epi32(a, (__m512i)low, b);
+      next[2 * i + 1] = (Bits)_mm512_permutex2var_epi32(a, (__m512i)high, b);
+    }
+    std::memcpy(block, next, sizeof(block));
+  }
+}
+
+// `pack_x` for matrix tiles.
+void pack_x_by_matrix(const Plan& p, const Group<Bfloat16>& group, const Bf16* x, int top, int count, Unit* buffer) {
+  const size_t row_size = size_t(p.in_columns) * p.in_channels;
+  for (int r = 0; r < (count - 1) * p.time_stride + p.time_taps; ++r) {
+    const int row = top * p.time_stride - p.time_taps / 2 + r;
+    const bool real = row >= 0 && row < p.in_rows;
+    auto [low, high] = group.rows(x, p.in_rows * row_size, real ? row * row_size : 0);
+    for (int phase = 0; phase < p.freq_stride; ++phase)
+      for (int channel = 0; channel < p.in_channels; channel += kTileRows)
+        for (int first = 0; first < p.width; first += kTileUnits) {
+          Bits block[kTileUnits] = {};
+          for (int i = 0; i < kTileUnits; ++i) {
+            const int column = (first + i) * p.freq_stride + phase - p.freq_taps / 2;
+            if (!real || column < 0 || column >= p.in_columns) continue;
+            Halves a, b;
+            std::memcpy(&a, low + size_t(column) * p.in_channels + channel, sizeof(a));
+            std::memcpy(&b, high + size_t(column) * p.in_channels + channel, sizeof(b));
+            block[i] = __builtin_convertvector(a, Bits) | __builtin_convertvector(b, Bits) << 16;
+          }
+          transpose(block);
+          Unit* to = buffer + channel / p.in_size * p.x_block + r * p.x_row + first +
+                     size_t(phase * p.in_size + channel % p.in_size) * p.width;
+          for (int i = 0; i < kTileUnits; ++i) std::memcpy(to + size_t(i) * p.width, &block[i], sizeof(Bits));
+        }
+  }
+}
+
+// `add_products` by matrix tiles: 32 input channels by kOut output channels at a time.
+void add_products_by_matrix(const Plan& p, int rows, const Unit* x_buffer, const Unit* gradient_buffer, float* sum,
+                            bool begin) {
+  MatrixTiles::see_memory(x_buffer);
+  const size_t half = size_t(kTileRows) * p.width;
+  for (int out = 0; out < p.out_blocks; ++out)
+    for (int in = 0; in < p.in_blocks; ++in)
+      for (int tap = 0; tap < p.taps; ++tap, sum += p.in_size * kOut) {
+        const int freq_tap = tap % p.freq_taps;
+        const Unit* from = x_buffer + in * p.x_block + tap / p.freq_taps * p.x_row +
+                           size_t(freq_tap % p.freq_stride) * p.in_size * p.width + freq_tap / p.freq_stride;
+        const Unit* with = gradient_buffer + out * p.gradient_block;
+        float* second = sum + kTileRows * kOut;
+        if (begin) {
+          MatrixTiles::zero();
+        } else {
+          MatrixTiles::load(sum, second);
+        }
+        for (int row = 0; row < rows; ++row, from += p.time_stride * p.x_row)
+          for (int column = 0; column < p.columns; column += kTileUnits, with += kTileUnits * kOut)
+            MatrixTiles::multiply_add(from + column, from + half + column, p.width, with);
+        MatrixTiles::store(sum, second);
+      }
+}
+#endif
 
 // Replaces `count` rows of the gradient and the rows of x that they meet by Winograd's combinations, which stand behind
 // them in the buffers.
@@ -159,6 +236,10 @@ void sum_shard(const Plan& p, const typename Type::Element* x, const typename Ty
   Unit* x_buffer = scratch<1>(p.in_blocks * p.x_block + p.out_blocks * p.gradient_block + kLanes);
   Unit* gradient_buffer = x_buffer + (p.in_blocks * p.x_block + kLanes - 1) / kLanes * kLanes;
   const size_t row_size = size_t(p.out_columns) * p.out_channels;
+#if defined(KMQ_MATRIX_TILES)
+  std::optional<MatrixTiles> tiles;
+  if (p.matrix) tiles.emplace(kTileRows);
+#endif
   bool begin = true;
   for (int g = p.groups * shard / p.shards; g < p.groups * (shard + 1) / p.shards; ++g) {
     const int low = g * Type::kPair;
@@ -166,12 +247,26 @@ void sum_shard(const Plan& p, const typename Type::Element* x, const typename Ty
     for (int top = 0; top < p.out_rows; top += p.rows) {
       const int real_rows = std::min(p.rows, p.out_rows - top);
       const int count = p.winograd ? real_rows + real_rows % 2 : real_rows;
-      pack_x<Type>(p, group, x, top, count, x_buffer);
       for (int r = 0; r < real_rows; ++r) {
         auto [a, b] = group.rows(gradient, p.out_rows * row_size, (top + r) * row_size);
         pack_row<Type, kOut>(a, b, p.out_columns, p.out_channels, gradient_buffer + r * p.gradient_row,
                              p.gradient_block);
+        for (int block = 0; block < p.out_blocks; ++block) {
+          Unit* row = gradient_buffer + block * p.gradient_block + r * p.gradient_row;
+          std::fill(row + p.out_columns * kOut, row + p.gradient_row, 0);
+        }
       }
+#if defined(KMQ_MATRIX_TILES)
+      if constexpr (Type::kPair == 2) {
+        if (p.matrix) {
+          pack_x_by_matrix(p, group, x, top, count, x_buffer);
+          add_products_by_matrix(p, count, x_buffer, gradient_buffer, sums, begin);
+          begin = false;
+          continue;
+        }
+      }
+#endif
+      pack_x<Type>(p, group, x, top, count, x_buffer);
       if (p.winograd) combine_rows<Type>(p, real_rows, count, x_buffer, gradient_buffer);
       add_products<Type>(p, count, x_buffer, gradient_buffer, reinterpret_cast<Vector*>(sums), begin);
       begin = false;
@@ -181,12 +276,12 @@ void sum_shard(const Plan& p, const typename Type::Element* x, const typename Ty
 
 // Adds the shards up, for one tap in frequency and one block of input channels, and undoes Winograd's combinations.
 void add_shards(const Plan& p, const float* sums, int freq_tap, int in, float* result) {
-  const size_t part_step = size_t(p.freq_taps) * kIn * kOut;
+  const size_t part_step = size_t(p.freq_taps) * p.in_size * kOut;
   const size_t tap_step = size_t(p.freq_taps) * p.in_channels * p.out_channels;
-  for (int c = 0; c < std::min(kIn, p.in_channels - in * kIn); ++c)
+  for (int c = 0; c < std::min(p.in_size, p.in_channels - in * p.in_size); ++c)
     for (int out = 0; out < p.out_blocks; ++out) {
-      const float* from = sums + (((size_t(out) * p.in_blocks + in) * p.taps + freq_tap) * kIn + c) * kOut;
-      float* to = result + (size_t(freq_tap) * p.in_channels + in * kIn + c) * p.out_channels + out * kOut;
+      const float* from = sums + (((size_t(out) * p.in_blocks + in) * p.taps + freq_tap) * p.in_size + c) * kOut;
+      float* to = result + (size_t(freq_tap) * p.in_channels + in * p.in_size + c) * p.out_channels + out * kOut;
       for (int n = 0; n < std::min(kOut, p.out_channels - out * kOut); ++n) {
         auto total = [&](int part) {
           float value = 0;
