@@ -69,6 +69,18 @@ def whole(tmp_path_factory):
     return workdir, loop.train(tiny(), workdir)
 
 
+def stop_after(step, monkeypatch):
+    """Sends SIGTERM to this process once training has done so many steps."""
+    take = loop.Loop._take_step
+
+    def take_and_stop(self):
+        take(self)
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Loop, "_take_step", take_and_stop)
+
+
 def test_what_a_run_leaves_behind(whole):
     workdir, summary = whole
     assert summary["finished"] and summary["steps"] == 4
@@ -153,14 +165,7 @@ def test_a_stopped_run_goes_on_bit_exactly(whole, tmp_path, monkeypatch, capfd):
     summary = loop.train(tiny(), tmp_path, tensorboard=importlib.util.find_spec("tensorboardX") is not None)
     assert not summary["finished"] and 2 <= summary["steps"] < 4 and saves[-1] == summary["steps"]
     monkeypatch.setattr(Checkpoints, "save", save)
-    take = loop.Loop._take_step
-
-    def stop_in_the_last(self):
-        take(self)
-        if self.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(loop.Loop, "_take_step", stop_in_the_last)
+    stop_after(4, monkeypatch)
     assert "goes on from there" in capfd.readouterr().err
     assert loop.train(tiny(), tmp_path)["finished"]
     assert "goes on from there" not in capfd.readouterr().err  # there is nothing left of it
@@ -363,14 +368,7 @@ def test_the_average_of_checkpoints_is_their_mean(tmp_path):
 def test_what_a_stop_has_saved_is_not_averaged(tmp_path, monkeypatch):
     config = plain(average_last=2, checkpoint_epochs=1.0)  # after steps 2 and 4
     loop.train(config, tmp_path / "whole")
-    take = loop.Loop._take_step
-
-    def stop_after_three(self):
-        take(self)
-        if self.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(loop.Loop, "_take_step", stop_after_three)
+    stop_after(3, monkeypatch)
     assert loop.train(config, tmp_path / "stopped")["steps"] == 3
     assert Checkpoints(tmp_path / "stopped" / "checkpoints").steps() == [2, 3]
     assert loop.train(config, tmp_path / "stopped")["finished"]
