@@ -99,9 +99,13 @@ def noise(batch: int, samples: int, classes: int) -> steps.Batch:
     kind = jnp.arange(batch) % 5
     disturbed = (kind > 0) & (kind < 4)
     keys = jax.random.split(jax.random.key(0))
+
+    def sound(key: jax.Array) -> jax.Array:
+        return jnp.clip(3277 * jax.random.normal(key, (batch, samples)), -32768, 32767).astype(jnp.int16)
+
     return {
-        "wave": 0.1 * jax.random.normal(keys[0], (batch, samples)),
-        "interference": 0.1 * jax.random.normal(keys[1], (batch, samples)) * disturbed[:, None],
+        "wave": sound(keys[0]),
+        "interference": sound(keys[1]) * disturbed[:, None],
         "snr_db": jnp.where(disturbed, 10.0, jnp.inf),
         "reverb": kind == 4,
         "speaker": (jnp.arange(batch) % classes).astype(jnp.int32),

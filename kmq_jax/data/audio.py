@@ -276,7 +276,9 @@ def from_int16(wave: np.ndarray) -> np.ndarray:
     >>> from_int16(np.int16([16384, -32768])).tolist()
     [0.5, -1.0]
     """
-    return wave.astype(np.float32) / 32768.0
+    samples = wave.astype(np.float32)
+    samples *= 1 / 32768  # in place: exact, as it is a power of two
+    return samples
 
 
 def is_exact(path: str | os.PathLike[str]) -> bool:

@@ -1,7 +1,8 @@
 """The training pipeline: shuffled, cropped, augmented batches, whose position can be saved and restored.
 
-The host chooses and cuts; the device does the signal processing (`frontend.augment`). A batch depends on the seed and
-its number alone. So a resumed run sees the same batches, and so does a run with other numbers of threads.
+The host chooses and cuts; the device does the signal processing (`frontend.augment`). Samples stay integers of 16 bits
+until they are on the device: half of the bytes to copy and to send. A batch depends on the seed and its number alone. So
+a resumed run sees the same batches, and so does a run with other numbers of threads.
 """
 
 import dataclasses
@@ -43,6 +44,11 @@ def num_speakers(utterances: Utterances, speeds: Sequence[float] = (1.0,)) -> in
     return len(utterances.speaker_names) * len(speeds)
 
 
+def _repeated(wave: np.ndarray, samples: int) -> np.ndarray:
+    """The wave from its beginning again and again, `[samples]`."""
+    return wave if len(wave) == samples else np.resize(wave, samples)
+
+
 class Crops:
     """Cuts pieces out of utterances without decoding more than it must.
 
@@ -71,13 +77,13 @@ class Crops:
         An utterance that cannot be read is reported once and replaced by the next that can.
 
         Returns:
-            `[samples]` float32, and the index of the utterance that was used.
+            int16 `[samples]`, and the index of the utterance that was used.
 
         Raises:
             UserError: a hundred utterances in a row, or all there are, cannot be read.
         """
         piece, used = self.piece(i, samples, rng)
-        return audio.from_int16(piece if len(piece) == samples else np.resize(piece, samples)), used
+        return _repeated(piece, samples), used
 
     def piece(self, i: int, samples: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         """As `crop`, but a shorter utterance is not repeated.
@@ -168,11 +174,11 @@ class _Examples:
         more: dict[str, np.ndarray | np.generic] = {}
         if self.whole:
             more = {"length": np.int32(min(len(wave), self.samples)), "place": np.float32(rng.random())}
-        wave = np.resize(wave, self.samples) if len(wave) != self.samples else wave
+        wave = _repeated(wave, self.samples)
         kind = self.kinds[rng.integers(len(self.kinds))]
         snr = np.inf
         if len(self.kinds) > 1:  # else the device never looks at it, and it would be half of the bytes
-            more["interference"] = np.zeros(self.samples, np.float32)
+            more["interference"] = np.zeros(self.samples, np.int16)
         if kind in SNR_DB:
             snr = rng.uniform(*SNR_DB[kind])
             more["interference"] = self._interference(kind, int(table.labels[used]), rng)
@@ -189,13 +195,11 @@ class _Examples:
     def _speech(self, i: int, speed: float, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         """A piece of utterance `i` at a speed, and the utterance that was used."""
         wanted = round(self.samples * speed)  # so that `samples` are left once the speed is changed
-        if self.whole:
-            piece, used = self.speech.piece(i, wanted, rng)
-            wave = audio.from_int16(piece)
-        else:
-            wave, used = self.speech.crop(i, wanted, rng)
+        wave, used = (self.speech.piece if self.whole else self.speech.crop)(i, wanted, rng)
+        if speed == 1.0:
+            return wave, used
         # Taken to be sampled at speed * 16 kHz, it becomes 1 / speed as long, and lower where speed < 1.
-        return (wave if speed == 1.0 else audio.resample(wave, round(audio.SAMPLE_RATE * speed))), used
+        return audio.to_int16(audio.resample(audio.from_int16(wave), round(audio.SAMPLE_RATE * speed))), used
 
     def _room(self, rng: np.random.Generator) -> np.ndarray:
         """A room's impulse response `[ROOM_SAMPLES]`, its loudest sound, the direct one, first and of height 1."""
@@ -218,9 +222,10 @@ class _Examples:
             # Babble with the speaker's own voice in it would be no disturbance. Other data have other speakers.
             while clips is self.speech and labels[other] == speaker:
                 other = int(rng.integers(len(labels)))
-            voice, _ = clips.crop(other, self.samples, rng)
-            babble += voice / max(float(np.sqrt(np.mean(voice**2))), audio.SILENCE)  # all equally loud
-        return babble / max(float(np.abs(babble).max()), 1.0)
+            voice = audio.from_int16(clips.crop(other, self.samples, rng)[0])
+            voice /= max(float(np.sqrt(voice @ voice / self.samples)), audio.SILENCE)  # all equally loud
+            babble += voice
+        return audio.to_int16(babble / max(float(np.abs(babble).max()), 1.0))
 
 
 def training_batches(
@@ -269,7 +274,7 @@ def training_batches(
         failures: filled with the reason by the place of each utterance that could not be read and was replaced.
 
     Returns:
-        A grain `IterDataset` of dictionaries: `wave` and `interference` `[batch, samples]` float32, `snr_db` `[batch]`
+        A grain `IterDataset` of dictionaries: `wave` and `interference` `[batch, samples]` int16, `snr_db` `[batch]`
         float32 (infinite without interference), `reverb` `[batch]` bool, `speaker` `[batch]` int32. Where utterances
         are whole, also `length` `[batch]` int32, the samples before they repeat, and `place` `[batch]` float32 in
         [0, 1), where a crop begins; where rooms are given, `rir` `[batch, ROOM_SAMPLES]` float32. Its iterator has
@@ -314,13 +319,12 @@ def clean_crops(utterances: Utterances, count: int, crop_samples: int) -> np.nda
         batches = training_batches(
             utterances, batch_size=count, crop_samples=crop_samples, seed=0, augment=False, threads=0
         )
-        waves: np.ndarray = next(iter(batches))["wave"]
-        return waves
+        return audio.from_int16(next(iter(batches))["wave"])
     _check(utterances, count, crop_samples, (1.0,), 0, 1)
     clips, rng = Crops(utterances), np.random.default_rng(0)
     epochs = -(-count // len(utterances))
     order = np.concatenate([rng.permutation(len(utterances)) for _ in range(epochs)])[:count]
-    return np.stack([clips.crop(int(place), crop_samples, rng)[0] for place in order])
+    return audio.from_int16(np.stack([clips.crop(int(place), crop_samples, rng)[0] for place in order]))
 
 
 def _check(

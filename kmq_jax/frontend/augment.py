@@ -26,6 +26,15 @@ SPEED_OF_SOUND = 343.0  # m/s, in air at 20 degrees Celsius
 _SILENCE = 1e-10  # power of -100 dB full scale: less than this is taken for digital silence
 
 
+def from_int16(wave: jax.Array) -> jax.Array:
+    """Turns 16-bit samples, as the data pipeline sends them, into float32 in [-1, 1); floats stay as they are.
+
+    >>> from_int16(jnp.array([16384, -32768], jnp.int16)).tolist()
+    [0.5, -1.0]
+    """
+    return wave if jnp.issubdtype(wave.dtype, jnp.floating) else wave.astype(jnp.float32) / 32768
+
+
 def add_noise(wave: jax.Array, noise: jax.Array, snr_db: jax.Array) -> jax.Array:
     """Adds noise at a given signal-to-noise ratio.
 
@@ -236,9 +245,10 @@ def augment_batch(
 
     Args:
         key: random key of this step.
-        batch: `wave` [batch, samples]; `interference` [batch, samples], noise, music or babble; `snr_db` [batch],
-            infinity for none; `reverb` [batch] bool, which examples are put in a room. `rir` [batch, taps], if there,
-            is the response of each one's room, direct sound first. Other entries are ignored.
+        batch: `wave` [batch, samples]; `interference` [batch, samples], noise, music or babble; both in floats or
+            16-bit integers; `snr_db` [batch], infinity for none; `reverb` [batch] bool, which examples are put in a
+            room. `rir` [batch, taps], if there, is the response of each one's room, direct sound first. Other entries
+            are ignored.
         config: the rooms that are simulated where none are given.
         mesh: where the batch is sharded, the mesh it lies on. XLA does not split Fourier transforms by itself;
             with the mesh each device simulates the rooms of its own examples. The result is the same.
@@ -259,8 +269,9 @@ def augment_batch(
     ) -> jax.Array:
         # `rooms` are responses, or one random key for each.
         rirs = rooms if "rir" in batch else jax.vmap(lambda k: simulate_rir(k, config))(rooms)
+        wave = from_int16(wave)
         placed = jnp.where(reverb[:, None], reverberate(wave, rirs), wave)
-        return add_noise(placed, interference, snr_db)
+        return add_noise(placed, from_int16(interference), snr_db)
 
     if mesh is not None:
         spec = PartitionSpec(AXIS)

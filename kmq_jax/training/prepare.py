@@ -135,8 +135,9 @@ class Run:
 def _check_sizes(options: TrainOptions, parameters: int) -> None:
     """Refuses networks and batches that this machine's memory cannot hold.
 
-    It counts eight bytes for each parameter (float32, and its momentum) and for each sample of a batch (float32, and
-    one of interference): of crops, or of the whole utterances that these are cut of on the devices.
+    It counts eight bytes for each parameter (float32, and its momentum) and for each sample of a batch (float32 on the
+    device, 16 bits on the host, and as many of interference): of crops, or of the whole utterances that these are cut
+    of on the devices.
 
     Raises:
         UserError: one of them does not fit.

@@ -167,9 +167,10 @@ def features_of(objective: Objective, key: jax.Array, batch: Batch) -> jax.Array
     """Augmented, mean-normalised and masked features `[batch, time, mel]` of a training batch."""
     options = objective.options
     key_wave, key_mask = jax.random.split(key)
-    wave = batch["wave"]
     if options.data.augment:
         wave = frontend.augment_batch(key_wave, batch, frontend.RoomConfig(), objective.mesh)
+    else:
+        wave = frontend.from_int16(batch["wave"])
     whole = options.data.normalize == "utterance"  # then the waves are whole utterances, cropped only as features
     waves = (wave, batch["length"]) if whole else (wave,)
     # Each device of its own waves. Left to XLA, one that takes them row by row, as a CPU does, is sent all of them.
@@ -259,7 +260,7 @@ def train_step(
     Args:
         recipe: what the step is made of.
         state: before.
-        batch: from `data.pipeline`: `wave` and `interference` `[batch, samples]`, `snr_db`, `reverb`, `speaker`
+        batch: from `data.pipeline`: `wave` and `interference` int16 `[batch, samples]`, `snr_db`, `reverb`, `speaker`
             `[batch]`, and more where whole utterances or given rooms are asked for.
         teacher: see `total_loss`.
         phase: the tensors that are quantized already; None is all.
