@@ -1,8 +1,8 @@
 """The training pipeline: shuffled, cropped, augmented batches, whose position can be saved and restored.
 
 The host chooses and cuts; the device does the signal processing (`frontend.augment`). Samples stay integers of 16 bits
-until they are on the device: half of the bytes to copy and to send. A batch depends on the seed and its number alone. So
-a resumed run sees the same batches, and so does a run with other numbers of threads.
+until they are on the device: half of the bytes to copy and to send. A batch depends on the seed and its number alone.
+So a resumed run sees the same batches, and so does a run with other numbers of threads.
 """
 
 import dataclasses

@@ -17,13 +17,13 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Leaf, Params, map_named, named_leaves
+from kmq_jax.quant import knapsack
 from kmq_jax.quant.rules import Rules, decide
 from kmq_jax.quant.transform import quantize_params, size_bytes
 from kmq_jax.quant.types import HALF, QuantRule, QuantSpec, is_codebook_tensor
 
 Table = Mapping[str, Mapping[int, float]]
 """`{name: {bits: number}}`."""
-_SCALE = 1e3  # budgets become this number: the solver's tolerance of 1e-6 is then a billionth, less than a byte
 
 
 def hessian_traces(
@@ -136,7 +136,7 @@ def _squared_error(exact: Leaf, leaf: Leaf) -> float:
 def allocate(traces: Mapping[str, float], errors: Table, sizes: Table, budget: float) -> dict[str, int]:
     """Gives each tensor the bits that minimise sum Tr(H_i) ||W_i - Q_i||^2 within a byte budget, exactly.
 
-    This is a multiple-choice knapsack, solved as an integer program.
+    This is a multiple-choice knapsack, see `knapsack.cheapest`.
 
     >>> errors, sizes = {"a": {2: 9.0, 4: 1.0}, "b": {2: 9.0, 4: 1.0}}, {"a": {2: 10, 4: 20}, "b": {2: 10, 4: 20}}
     >>> allocate({"a": 5.0, "b": 1.0}, errors, sizes, budget=30)
@@ -155,37 +155,15 @@ def allocate(traces: Mapping[str, float], errors: Table, sizes: Table, budget: f
     Raises:
         UserError: even the fewest bits exceed the budget, or there is no tensor.
     """
-    from scipy import optimize  # large, and needed here alone
-
     names = _some(errors)
     _check_budget(sizes, names, budget)
     felt = [name for name in names if traces[name] > 0]
     if len(felt) < len(names):
         return _allocate_in_turn(traces, errors, sizes, budget, felt)
-    choices = [(name, bits) for name in names for bits in errors[name]]
-    cost = np.array([traces[name] * errors[name][bits] for name, bits in choices])
-    size = np.array([float(sizes[name][bits]) for name, bits in choices])
-    one_each = np.array([[float(name == chosen) for chosen, _ in choices] for name in names])
-    limits = [
-        optimize.LinearConstraint(one_each, 1, 1),
-        optimize.LinearConstraint(_SCALE * size[None, :] / budget, -np.inf, _SCALE),
-    ]
-    while True:
-        # Scaled, as the solver's tolerances are absolute; its relative gap is left at zero for the exact optimum.
-        solution = optimize.milp(
-            cost / max(cost.max(), 1e-300),
-            constraints=limits,
-            integrality=np.ones(len(choices)),
-            bounds=optimize.Bounds(0, 1),
-            options={"mip_rel_gap": 0.0},
-        )
-        if solution.x is None:
-            raise UserError(f"no allocation was found within {budget:.0f} bytes: {solution.message}")
-        taken = solution.x > 0.5
-        if size[taken].sum() <= budget * (1 + 1e-12):
-            return {name: bits for (name, bits), one in zip(choices, taken) if one}
-        # The solver's tolerances let too large a choice pass: it is ruled out, and the next best is sought.
-        limits.append(optimize.LinearConstraint(taken[None, :].astype(float), -np.inf, len(names) - 1))
+    costs = [np.array([traces[name] * error for error in errors[name].values()]) for name in names]
+    bytes_of = [np.array([float(sizes[name][bits]) for bits in errors[name]]) for name in names]
+    taken = knapsack.cheapest(costs, bytes_of, budget)
+    return {name: list(errors[name])[choice] for name, choice in zip(names, taken)}
 
 
 def _allocate_in_turn(

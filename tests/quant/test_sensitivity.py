@@ -68,11 +68,39 @@ def test_allocation_is_the_best_of_all(share):
 
 
 def test_a_budget_is_kept_to_the_byte():
-    # Five bytes of thirty million are less than the solver's own tolerance.
+    # Five bytes of thirty million: what a solver's tolerance would let pass.
     errors = {name: {2: 9.0, 4: 1.0} for name in "ab"}
     sizes = {"a": {2: 10_000_000, 4: 20_000_005}, "b": {2: 10_000_000, 4: 25_000_000}}
     for budget, bits in ((30_000_004, 2), (30_000_005, 4)):
         assert quant.allocate({"a": 1.0, "b": 1.0}, errors, sizes, budget) == {"a": bits, "b": 2}
+
+
+def test_many_tensors_of_unlike_weight_are_allocated_as_well_as_by_another_solver():
+    from scipy import optimize
+
+    names, all_bits = [f"layer{i}" for i in range(60)], range(2, 9)
+    traces = dict(zip(names, np.exp(RNG.normal(0, 3, 60))))
+    count = dict(zip(names, RNG.integers(1000, 900_000, 60)))
+    errors = {n: {b: count[n] * 4.0**-b * float(np.exp(RNG.normal(0, 0.3))) for b in all_bits} for n in names}
+    sizes = {n: {b: int(count[n]) * b // 8 + 2**b for b in all_bits} for n in names}
+    choices = [(n, b) for n in names for b in all_bits]
+    cost = np.array([traces[n] * errors[n][b] for n, b in choices])
+    one_each = np.array([[float(n == name) for n, _ in choices] for name in names])
+    for share in (0.01, 0.2, 0.6):
+        low, high = (sum(pick(s.values()) for s in sizes.values()) for pick in (min, max))
+        budget = low + share * (high - low)
+        size = np.array([sizes[n][b] / budget for n, b in choices])
+        other = optimize.milp(
+            cost / cost.max(),
+            constraints=[optimize.LinearConstraint(one_each, 1, 1), optimize.LinearConstraint(size, -np.inf, 1)],
+            integrality=np.ones(len(choices)),
+            bounds=optimize.Bounds(0, 1),
+            options={"mip_rel_gap": 0.0, "presolve": False},
+        )
+        found = quant.allocate(traces, errors, sizes, budget)
+        assert sum(sizes[n][b] for n, b in found.items()) <= budget
+        total = sum(traces[n] * errors[n][b] for n, b in found.items()) / cost.max()
+        assert total <= other.fun + 1e-9 and total >= other.fun * (1 - 1e-3) - 2e-6  # the solver's own gap
 
 
 def test_sections_share_a_width_and_follow_the_traces():
