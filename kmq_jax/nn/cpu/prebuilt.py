@@ -1,9 +1,8 @@
 """The kernels of this directory compiled beforehand, so that a machine without a compiler has them, too.
 
 A wheel that is built with `KMQ_JAX_PREBUILT=1` in the environment (setup.py) holds a library for each level of its
-processors' instructions; AMX is left to a compiler on the machine. library.py takes the best that the machine at hand
-can run. Nothing but Python's own library is imported here: setup.py reads this file by its path, before anything is
-installed.
+processors' instructions. library.py takes the best that the machine at hand can run. Nothing but Python's own library is
+imported here: setup.py reads this file by its path, before anything is installed.
 """
 
 import os
@@ -35,9 +34,11 @@ class Level(NamedTuple):
 
 _V3 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_BF16 = ("-march=x86-64-v4", "-mavx512bf16")
 LEVELS: Mapping[str, tuple[Level, ...]] = {
     "x86_64": (
-        Level("v4-bf16", ("-march=x86-64-v4", "-mavx512bf16"), _V4 | {"avx512_bf16"}),
+        Level("v4-amx", (*_BF16, "-mamx-tile", "-mamx-bf16"), _V4 | {"avx512_bf16", "amx_tile", "amx_bf16"}),
+        Level("v4-bf16", _BF16, _V4 | {"avx512_bf16"}),
         Level("v4", ("-march=x86-64-v4",), _V4),
         Level("v3", ("-march=x86-64-v3",), _V3),
         Level("v1", ("-march=x86-64",), frozenset()),
