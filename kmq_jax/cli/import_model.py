@@ -36,6 +36,11 @@ class Files(Options):
         "of an ONNX graph's input, where its shape does not tell", None
     )
     output: str | None = option("of an ONNX graph that has several: the embedding's name", None)
+    unfold: str | None = option(
+        "DATA: put batch normalisation back where the file has it folded into convolutions, measured on 100 crops of "
+        "it; the embeddings stay, and training can normalise by batches again",
+        None,
+    )
 
 
 COMMAND = Command(
@@ -56,7 +61,9 @@ def main() -> None:
     files = options_of(Files, COMMAND.parse())
     from kmq_jax.interop.import_model import describe, import_model
     from kmq_jax.interop.onnx_network import Asked
+    from kmq_jax.ptq.unfold import unfolded_on
 
     asked = Asked(files.frontend, files.layout, files.output)
-    made = import_model(files.source, files.out, files.format, files.activation, files.license, asked)
+    change = None if files.unfold is None else unfolded_on(files.unfold)
+    made = import_model(files.source, files.out, files.format, files.activation, files.license, asked, change)
     print(f"{files.out}: {describe(made)}")

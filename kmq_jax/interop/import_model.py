@@ -1,5 +1,6 @@
 """A checkpoint of another toolkit as a MODEL directory of ours."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from kmq_jax.core.errors import UserError
@@ -18,6 +19,7 @@ def import_model(
     activation: str | None = None,
     license: str | None = None,
     asked: Asked = NOTHING_ASKED,
+    change: Callable[[SpeakerModel], SpeakerModel] | None = None,
 ) -> SpeakerModel:
     """Reads a checkpoint and writes it as a MODEL directory.
 
@@ -28,6 +30,7 @@ def import_model(
         activation: of a Kiwano network's blocks or of CAM++'s embedding, which checkpoints do not record.
         license: of the checkpoint, where known.
         asked: what the graph of an ONNX file may leave open.
+        change: made to the model before it is written.
 
     Returns:
         The model, as it was written to `out/model.kmq`.
@@ -48,6 +51,7 @@ def import_model(
     if license:
         about["license"] = license
     model = SpeakerModel(*imported, about=about)
+    model = model if change is None else change(model)
     save_model(out / "model.kmq", model)
     return model
 

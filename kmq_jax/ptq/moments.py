@@ -72,9 +72,14 @@ def measure(reference: SpeakerModel, quantized: SpeakerModel, features: jax.Arra
     Returns:
         What `apply` folds into the quantized network.
     """
-    wanted, _ = _moments_of(reference.network(), None, reference.variables, features, {})
+    wanted = output_moments(reference, features)
     seen, statistics = _moments_of(quantized.network(), quantized.bits, quantized.variables, features, wanted)
     return Repair({name: matching(seen[name], wanted[name]) for name in wanted}, statistics)
+
+
+def output_moments(model: SpeakerModel, features: jax.Array) -> dict[str, Moments]:
+    """Mean and deviation of the outputs of each convolution that has a bias, `[channels]` each, by its name."""
+    return _moments_of(model.network(), model.bits, model.variables, features, {})[0]
 
 
 def own_statistics(quantized: SpeakerModel, features: jax.Array) -> SpeakerModel:

@@ -1,5 +1,6 @@
 """WeSpeaker's ONNX files: made-up ones in PyTorch's form of the graph, what is refused, and the real one."""
 
+import commands
 import jax
 import numpy as np
 import originals
@@ -8,7 +9,7 @@ import pytest
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import named_leaves
 from kmq_jax.interop import onnx_network, pretrained
-from kmq_jax.models import registry
+from kmq_jax.models import registry, speaker_model
 
 onnx = pytest.importorskip("onnx", reason="ONNX files need onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
@@ -121,6 +122,21 @@ def test_made_up_networks_give_what_onnx_runtime_gives(settings, architecture, t
     assert np.abs(theirs).max() > 0.1
     got = np.asarray(jax.jit(ours.apply)(imported.variables, features))
     np.testing.assert_allclose(got, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_folded_normalisation_is_put_back_by_the_command(tmp_path, monkeypatch, capsys):
+    file, data = Network(features=80).save(tmp_path / "m.onnx"), "synthetic:dev?speakers=2&utterances=2"
+    flags = (f"--source={file}", f"--out={tmp_path / 'out'}")
+    assert commands.run(monkeypatch, "import_model", *flags, "--unfold=nowhere") == 2
+    assert "nowhere" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert commands.run(monkeypatch, "import_model", *flags, f"--unfold={data}") == 0
+    assert "norm batch" in capsys.readouterr().out
+    model, folded = speaker_model.load_model(tmp_path / "out"), pretrained.read(file)
+    assert "stem/bn/var" in dict(named_leaves(model.variables["batch_stats"]))
+    features = originals.features(2, 40, 80)
+    expected = registry.build(folded.architecture, **folded.settings).apply(folded.variables, features)
+    found = model.network().apply(model.variables, features)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 def tamper(change):

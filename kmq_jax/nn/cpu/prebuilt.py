@@ -1,8 +1,8 @@
 """The kernels of this directory compiled beforehand, so that a machine without a compiler has them, too.
 
 A wheel that is built with `KMQ_JAX_PREBUILT=1` in the environment (setup.py) holds a library for each level of its
-processors' instructions. library.py takes the best that the machine at hand can run. Nothing but Python's own library is
-imported here: setup.py reads this file by its path, before anything is installed.
+processors' instructions. library.py takes the best that the machine at hand can run. Nothing but Python's own library
+is imported here: setup.py reads this file by its path, before anything is installed.
 """
 
 import os
