@@ -52,7 +52,6 @@ def fit_on(
     utterances: source.Utterances,
     crops: int = 100,
     seconds: float = 2.0,
-    levels: Mapping[str, str] | None = None,
 ) -> SpeakerModel:
     """Fits a quantized model to the reference's activations on random crops; see the module's docstring.
 
@@ -62,7 +61,6 @@ def fit_on(
         utterances: where crops are taken from; speaker names are not used.
         crops: how many crops.
         seconds: length of each.
-        levels: see `fit`.
 
     Returns:
         The fitted model, of the same size.
@@ -71,7 +69,7 @@ def fit_on(
         UserError: a tensor cannot be fitted; see `fit`.
     """
     features = random_features(frontend_of(reference.frontend), utterances, crops, seconds)
-    return fit(reference, quantized, features, levels=levels)
+    return fit(reference, quantized, features)
 
 
 def patterned(params: Params, rules: quant.Rules) -> dict[str, str]:
