@@ -12,7 +12,7 @@ from kmq_jax.benchmarks import peers
 from kmq_jax.benchmarks.frontend import kaldi_fbank
 from kmq_jax.benchmarks.options import ExtractBench
 from kmq_jax.benchmarks.timing import REST, Figures, in_turns, medians, processors, write_figures
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, first_line
 from kmq_jax.core.files import write_json
 from kmq_jax.data import buckets, source
 from kmq_jax.models.speaker_model import BATCH_SIZE, SpeakerModel, embed_all, embed_waves, frontend_of, load_model
@@ -34,8 +34,7 @@ def session(path: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
     try:
         opened = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base class of their own
-        reason = str(error).split("\n")[0]
-        raise UserError(f"`onnx` (={path}) cannot be opened by ONNX Runtime: {reason}") from error
+        raise UserError(f"`onnx` (={path}) cannot be opened by ONNX Runtime: {first_line(error)}") from error
     feed = opened.get_inputs()[0].name
     return lambda feats: opened.run(None, {feed: feats})[0]
 

@@ -8,7 +8,7 @@ from kmq_jax import quant
 from kmq_jax.benchmarks.options import MemoryBench
 from kmq_jax.benchmarks.timing import Figures
 from kmq_jax.core.files import Json, write_json
-from kmq_jax.core.tree import Variables, named_leaves
+from kmq_jax.core.tree import Variables
 from kmq_jax.models import registry
 from kmq_jax.ptq.quantize import with_half_biases
 
@@ -50,8 +50,7 @@ def packed(name: str, bits: int, biases: str) -> Variables:
 def counted(variables: Variables) -> dict[str, float]:
     """Bytes by what is counted, as the paper does: indices at their bits, without filling up a channel's last byte."""
     size = quant.size_bytes(variables)
-    tensors = [leaf for _, leaf in named_leaves(variables["params"], quant.is_codebook_tensor)]
-    indices = sum(leaf.size * leaf.bits / 8 for leaf in tensors if quant.is_codebook_tensor(leaf))
+    indices = sum(tensor.size * tensor.bits / 8 for tensor in quant.codebook_tensors(variables["params"]))
     total = size.total - size.indices + indices  # `size.indices` counts whole bytes a channel
     return {"indices": indices, "codebooks": size.codebooks, WITHOUT: total, WITH: total + CLASSIFIER}
 

@@ -7,7 +7,7 @@ from typing import Literal
 from kmq_jax.cascade.options import BOUNDS, OBJECTIVES
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import Options, draws, option, refuse_given
-from kmq_jax.scoring.options import Compute, Engine
+from kmq_jax.models.choices import Compute, Engine
 
 PEERS = ("onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8")
 """Runtimes that extraction is compared with, as `benchmarks.peers.PEERS` has them."""

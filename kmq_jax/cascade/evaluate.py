@@ -17,12 +17,12 @@ from kmq_jax.core.files import Json, Row, atomic_write, write_json
 from kmq_jax.core.tree import Array
 from kmq_jax.data import source
 from kmq_jax.data.trials import Trials
-from kmq_jax.metrics.bootstrap import percentile_interval
+from kmq_jax.metrics.bootstrap import enough, percentile_interval
 from kmq_jax.metrics.calibration import cllr
 from kmq_jax.metrics.detection import eer, min_dcf
 from kmq_jax.metrics.operating import error_rates
 from kmq_jax.metrics.paired import Errors
-from kmq_jax.models.engine import Engine
+from kmq_jax.models.choices import Engine
 from kmq_jax.scoring.join import join
 from kmq_jax.scoring.levels import LevelScores, score_levels
 from kmq_jax.scoring.table import EmbeddingTable
@@ -227,8 +227,7 @@ def _intervals(outcome: Outcome, joined: LevelScores, options: CascadeOptions) -
         return Errors.of(scores, joined.trials.label, *sides, options.replicates, options.seed, options.p_target)
 
     ours = errors_of(outcome.score)
-    # Draws without target or nontarget trials are left out. Where many are, the rest say too little for an interval.
-    if len(ours.eer_draws) < 0.9 * options.replicates:
+    if not enough(len(ours.eer_draws), options.replicates):
         return {}
     others = {"reference": joined.reference}
     if joined.tables:  # a lazy run knows no level alone

@@ -16,7 +16,6 @@ from kmq_jax.metrics.calibration import AffineMap, fit_logistic
 from kmq_jax.metrics.detection import Array, eer
 from kmq_jax.metrics.operating import OperatingPoint, parse_point, threshold_at
 
-_SLACK = 1e-12  # how far above a limit a rate may lie, for rounding: those of a front have twelve digits
 # How far `risk_path` widens the dearest gates of the front, widest first.
 _FACTORS = (8.0, 6.0, 5.0, 4.0, 3.5, 3.0, 2.75, 2.5, 2.25, 2.0, 1.85, 1.7, 1.55, 1.4, 1.3, 1.2, 1.1, 1.05)
 
@@ -174,13 +173,13 @@ def _cheapest_with_margin(
     # In standard errors.
     margin = float(stats.norm.ppf(1 - options.delta))
     for i in range(len(front)):
-        if front.objective[i] > most + _SLACK:
+        if front.objective[i] > most + gates.SLACK:
             continue
         lost = flips_of(dataclasses.replace(policy, gates=front.point(i)), mapped, flips).astype(float)
         # Where the last level sets the limit, the difference from it varies less over speakers than the rate itself.
         excess = weights * (lost - flips[-1]) if own >= options.alpha else weights * lost - options.alpha
         error = risk.speaker_error(excess, data.enrol_speaker, data.test_speaker)
-        if excess.mean() + margin * error <= _SLACK:
+        if excess.mean() + margin * error <= gates.SLACK:
             return i, most
     return len(front) - 1, most
 
@@ -308,13 +307,20 @@ def control_risk(data: Calibration, options: CalibrationOptions) -> tuple[Cascad
     lost = pairs.losses(flips_of(found, mapped, flips, last_counts=False))
     # The cheapest gates, by which every trial stops at the first level: they flip the most.
     much = pairs.losses(flips[0])
+
+    def bounded(losses: Array) -> Json:
+        # The gates were chosen on these very trials. Delta divided by the number of gates tried covers the choice (a
+        # union bound).
+        rate, each = float(losses.mean()), options.delta / max(len(path), 1)
+        upper = risk.bounds(losses, much, pairs, options.delta)
+        return {
+            "rate": rate,
+            "upper_bounds": upper,
+            "proven_upper_bound": risk.hoeffding_bentkus(rate, pairs.units, each),
+        }
+
     # Where none are kept, no trial stops early: then there is nothing to bound.
-    upper = risk.bounds(lost, much, pairs, options.delta) if kept else dict.fromkeys(BOUNDS, 0.0)
-    # The gates were chosen on these very trials. Delta divided by the number of gates tried covers the choice (a union
-    # bound).
-    each = options.delta / max(len(path), 1)
-    proven = risk.hoeffding_bentkus(float(lost.mean()), pairs.units, each) if kept else 0.0
-    every = pairs.losses(flips_of(found, mapped, flips))
+    nothing = {"rate": 0.0, "upper_bounds": dict.fromkeys(BOUNDS, 0.0), "proven_upper_bound": 0.0}
     notes = {
         "rule": "risk",
         "promise": "mean over new speakers of harmful flips made by stopping early is at most alpha",
@@ -322,9 +328,7 @@ def control_risk(data: Calibration, options: CalibrationOptions) -> tuple[Cascad
         "delta": None if options.bound == "conformal" else options.delta,
         "bound": options.bound,
         "approximate": options.bound in APPROXIMATE,
-        "rate": float(lost.mean()),
-        "upper_bounds": upper,
-        "proven_upper_bound": proven,
+        **(bounded(lost) if kept else nothing),
         "kept_by": kept_by,
         "speakers_needed": risk.speakers_needed(options.alpha, options.delta),
         "target_share": share,
@@ -332,11 +336,7 @@ def control_risk(data: Calibration, options: CalibrationOptions) -> tuple[Cascad
         "certifying_trials": pairs.trials,
         "independent_pairs": pairs.units,
         "last_level_flip_rate": float(pairs.losses(flips[-1]).mean()),
-        "with_last_level": {
-            "rate": float(every.mean()),
-            "upper_bounds": risk.bounds(every, much, pairs, options.delta),
-            "proven_upper_bound": risk.hoeffding_bentkus(float(every.mean()), pairs.units, each),
-        },
+        "with_last_level": bounded(pairs.losses(flips_of(found, mapped, flips))),
         "tested": len(path),
         "kept": kept,
         "cost": options.cost,

@@ -17,6 +17,8 @@ from kmq_jax.metrics.detection import Array
 # How many combinations of gates are tried. The EER counts them at 64 thresholds, so it gets fewer.
 _COMBINATIONS = {"flips": 1 << 20, "balanced": 1 << 20, "eer": 1 << 16}
 _MOST_CANDIDATES = 256  # for each side of a gate
+SLACK = 1e-12
+"""How far above a limit a rate may lie, for rounding: those of a front have twelve digits."""
 _THRESHOLDS = 64  # that the EER is looked for at
 
 
@@ -274,17 +276,16 @@ def pareto(cost: Array, bits: Array) -> Array:
     return order[np.concatenate([[True], least[1:] < least[:-1]])]
 
 
-def choose(front: Front, most: float, slack: float = 1e-12) -> int:
+def choose(front: Front, most: float) -> int:
     """The index of the cheapest point whose objective is at most `most`; where there is none, of the best point.
 
     Args:
         front: from cheapest to dearest, as `search` gives it.
         most: limit of the objective, a fraction.
-        slack: how far above the limit a point may lie, for rounding.
 
     >>> front = Front(np.zeros((3, 1, 2)), objective=np.array([0.2, 0.1, 0.0]), bits=np.array([2.0, 3.0, 5.0]))
     >>> choose(front, most=0.1)
     1
     """
-    fine = np.flatnonzero(front.objective <= most + slack)
+    fine = np.flatnonzero(front.objective <= most + SLACK)
     return int(fine[0]) if fine.size else len(front) - 1

@@ -90,6 +90,11 @@ def tables(policies: Sequence[CascadePolicy]) -> Tables:
     return Tables(x, y, scale, offset, gates[..., 0], gates[..., 1], threshold)
 
 
+def _table(policy: CascadePolicy) -> Tables:
+    """One policy as `tables` lays it out, without the axis of policies."""
+    return jax.tree.map(lambda leaf: leaf[0], tables([policy]))
+
+
 def _map_tables(policy: CascadePolicy, knots: int) -> tuple[np.ndarray, ...]:
     levels = len(policy.bits)
     x, y = np.full((levels, knots), np.inf, np.float32), np.zeros((levels, knots), np.float32)
@@ -346,8 +351,7 @@ def run(policy: CascadePolicy, scores: ArrayLike, enrol: ArrayLike, test: ArrayL
     """
     values, enrol_rows, test_rows = _checked(policy, scores, enrol, test)
     sizes = _sizes(policy, enrol_rows, test_rows, one_table)
-    table = jax.tree.map(lambda leaf: leaf[0], tables([policy]))
-    level, score, accept, counts = jax.device_get(_run(table, values, enrol_rows, test_rows, sizes))
+    level, score, accept, counts = jax.device_get(_run(_table(policy), values, enrol_rows, test_rows, sizes))
     costs = costs_of(policy.bits, sizes[2], **counts, seconds=policy.seconds)
     return Outcome(
         score,
@@ -430,7 +434,7 @@ def decider(policy: CascadePolicy) -> Callable[[np.ndarray], Decisions]:
     >>> found.level.tolist(), found.accept.tolist()
     ([0, 1], [True, False])
     """
-    table = jax.tree.map(lambda leaf: leaf[0], tables([policy]))
+    table = _table(policy)
 
     def decide(scores: np.ndarray) -> Decisions:
         if not np.isfinite(scores).all():
@@ -452,12 +456,11 @@ def map_scores(policy: CascadePolicy, scores: ArrayLike) -> np.ndarray:
     >>> map_scores(policy, [[0.5, 1.0]]).tolist()
     [[0.0, 1.0]]
     """
-    table = jax.tree.map(lambda leaf: leaf[0], tables([policy]))
     values = np.asarray(scores, np.float32)
     trials = values.shape[1]
     # Filled up to a power of two, so that lists of like length share a compilation.
     values = np.pad(values, ((0, 0), (0, (1 << max(trials - 1, 0).bit_length()) - trials)))
-    return np.asarray(_mapped(table, values))[:, :trials]
+    return np.asarray(_mapped(_table(policy), values))[:, :trials]
 
 
 _mapped = jax.jit(_map_all)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from kmq_jax import quant
@@ -24,7 +23,7 @@ from kmq_jax.core.tree import Array
 from kmq_jax.data import audio, source
 from kmq_jax.data.trials import Trials
 from kmq_jax.models import registry
-from kmq_jax.models.engine import Engine
+from kmq_jax.models.choices import Engine
 from kmq_jax.models.speaker_model import (
     SpeakerModel,
     at_bits,
@@ -322,12 +321,11 @@ def save_cascade(directory: str | os.PathLike[str], policy: CascadePolicy, model
 
 def _read_at(whole: SpeakerModel, bits: int, known: str | None, place: str) -> SpeakerModel:
     """The model read at a level's bits; refuses one whose fingerprint is not the `known` one, where that is known."""
-    leaves = jax.tree.leaves(whole.variables, quant.is_codebook_tensor)
-    nested = [leaf for leaf in leaves if quant.is_codebook_tensor(leaf) and leaf.coarse]
+    nested = [tensor for tensor in quant.codebook_tensors(whole.variables) if tensor.coarse]
     found = at_bits(whole, bits) if nested else whole
     # Embeddings that were extracted without --bits carry the fingerprint of the whole nested model. They are of its
     # most bits, so this fingerprint is accepted at that level alone.
-    same = [found, *([whole] if nested and bits == max(leaf.bits for leaf in nested) else ())]
+    same = [found, *([whole] if nested and bits == max(tensor.bits for tensor in nested) else ())]
     if known and known not in map(fingerprint, same):
         hint = f" (extract --bits={bits})" if nested else ""
         raise UserError(f"{place} is not the model that the policy was made for at {bits} bits{hint}")

@@ -8,7 +8,7 @@ from kmq_jax.cli.command import Command
 from kmq_jax.cli.flags import options_of
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import Options, option, refuse_given
-from kmq_jax.scoring.options import Compute, Engine
+from kmq_jax.models.choices import Compute, Engine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, first_line
 from kmq_jax.core.tree import Params
 
 T = TypeVar("T")
@@ -57,8 +57,7 @@ def join() -> None:
     try:
         initialize()
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"cannot join the other processes: {reason}") from error
+        raise UserError(f"cannot join the other processes: {first_line(error)}") from error
 
 
 def anywhere(flag: bool) -> bool:

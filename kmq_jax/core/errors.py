@@ -1,4 +1,4 @@
-"""The exception for mistakes that a user can mend, and the commonest of them: a package that is not installed."""
+"""The exception for mistakes that a user can mend; what other errors say, in a line; a package that is missing."""
 
 import importlib
 from types import ModuleType
@@ -9,6 +9,24 @@ class UserError(ValueError):
 
     Commands print the message and exit with status 2; library callers may catch it as a ValueError.
     """
+
+
+def reason_of(error: Exception) -> str:
+    """What is wrong: of an error of the system its own words, of any other error its text.
+
+    >>> reason_of(OSError(28, "No space left on device", "a.npz")), reason_of(ValueError("embedded null byte"))
+    ('No space left on device', 'embedded null byte')
+    """
+    return getattr(error, "strerror", None) or str(error)
+
+
+def first_line(error: BaseException) -> str:
+    r"""The first line of an error's text, or the name of its class where it has no text.
+
+    >>> first_line(RuntimeError("no such tensor\nat 0x7f")), first_line(MemoryError())
+    ('no such tensor', 'MemoryError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def needed(module: str, what: str) -> ModuleType:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 from kmq_jax.core.flock import HAS_LOCKS, lock
 
 Json: TypeAlias = dict[str, Any]
@@ -57,7 +57,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         temporary, handle = _temporary(folder, target)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"cannot write {path}: {reason_of(error)}") from error
     held: int | None = handle
     try:
         yield temporary

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 from kmq_jax.core.flock import HAS_LOCKS, lock
 
 NAME = ".lock"
@@ -42,9 +42,7 @@ def sole_writer(directory: str | os.PathLike[str], flag: str = "workdir", shared
     except UserError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise UserError(
-            f"--{flag}={directory} cannot be written to: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        raise UserError(f"--{flag}={directory} cannot be written to: {reason_of(error)}") from error
     try:
         yield
     finally:

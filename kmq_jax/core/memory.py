@@ -44,6 +44,14 @@ def keep_freed_memory() -> None:
             mallopt(setting, value)
 
 
+def total_memory() -> int | None:
+    """Bytes of this machine's memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return None
+
+
 def require_memory(needed: int, what: str) -> None:
     """Refuses what this machine's memory cannot hold, before any of it is taken: some allocators end the process.
 
@@ -58,11 +66,8 @@ def require_memory(needed: int, what: str) -> None:
     Traceback (most recent call last):
     kmq_jax.core.errors.UserError: the network: takes 1,152,921,505 GB or more, ...
     """
-    try:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # the system does not tell
-        return
-    if needed > there:
+    there = total_memory()
+    if there is not None and needed > there:
         raise UserError(f"{what}: takes {needed / 1e9:,.0f} GB or more, and this machine has {there / 1e9:,.0f}")
 
 

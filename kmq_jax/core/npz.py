@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, first_line
 from kmq_jax.core.files import require_regular
 
 _ALWAYS, _TIMES = 1 << 26, 32
@@ -61,8 +61,7 @@ def read_npz(
         ValueError, EOFError, MemoryError, RuntimeError, SyntaxError, TypeError, KeyError, OverflowError,
         RecursionError, NotImplementedError, zipfile.BadZipFile, zlib.error,
     ) as error:  # fmt: skip
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not an .npz file of {what}: {reason}") from error
+        raise UserError(f"{path} is not an .npz file of {what}: {first_line(error)}") from error
 
 
 def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> np.ndarray:

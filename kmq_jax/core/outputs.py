@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 
 _BUCKET = re.compile(r"((?:gs|gcs|s3|hdfs|abfss?|https?):)/+(.*)", re.DOTALL)  # `Path` leaves one slash of two
 
@@ -48,8 +48,7 @@ def check_outputs(files: Mapping[str, Path], folders: Mapping[str, Path], inputs
         except UserError:
             raise
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{flag} (={path}) cannot be written: {reason}") from None
+            raise UserError(f"{flag} (={path}) cannot be written: {reason_of(error)}") from None
     for place, flag in seen.items():
         for folder in Path(place).parents:
             if (above := seen.get(str(folder))) in files:

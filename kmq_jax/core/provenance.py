@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kmq_jax.core.files import Json
+from kmq_jax.core.memory import total_memory
 
 LIBRARIES = ("kmq_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 SOURCE = Path(__file__).resolve()
@@ -34,13 +35,13 @@ def start() -> Json:
     """This process as a record: `command`, `began`, `machine`, `cores`, `memory_gb`, `devices`, and `provenance`."""
     import jax
 
-    devices = jax.devices()
+    devices, memory = jax.devices(), total_memory()
     return {
         "command": command_line(sys.orig_argv),
         "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "machine": processor(),
         "cores": os.cpu_count(),
-        "memory_gb": _memory_gb(),
+        "memory_gb": None if memory is None else round(memory / 1e9, 1),
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         **provenance(),
     }
@@ -69,13 +70,6 @@ def processor() -> str:
     except OSError:  # no Linux
         pass
     return platform.processor() or platform.machine()
-
-
-def _memory_gb() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-    except (AttributeError, ValueError, OSError):  # Windows
-        return None
 
 
 def revision_of(file: Path) -> tuple[str | None, bool | None]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 from kmq_jax.data import containers
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _regular(path: Path) -> int:
     except FileNotFoundError:
         raise AudioError(path, "missing") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise AudioError(path, f"unreadable ({getattr(error, 'strerror', None) or error})") from None
+        raise AudioError(path, f"unreadable ({reason_of(error)})") from None
     if not stat.S_ISREG(found.st_mode):
         raise AudioError(path, "unreadable (not a file)")
     return found.st_size

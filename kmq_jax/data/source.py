@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 from kmq_jax.core.outputs import check_no_bucket
 from kmq_jax.data.audio import SAMPLE_RATE, AudioError, read_audio, to_mono_16k
 from kmq_jax.data.corpora import cnceleb_eval_below, is_cnceleb_eval, open_cnceleb_eval
@@ -116,5 +116,5 @@ def _require(text: str) -> None:
     try:
         Path(text).stat()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        reason = reason_of(error).lower()
         raise UserError(f"no data at {text}: {reason}") from None

@@ -11,7 +11,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 
 HOST = "127.0.0.1"
 
@@ -76,7 +76,7 @@ def server(folder: Path, port: int = 0) -> http.server.ThreadingHTTPServer:
     try:
         return http.server.ThreadingHTTPServer((HOST, port), functools.partial(_Handler, directory=str(folder)))
     except (OSError, OverflowError) as error:
-        raise UserError(f"`port` (={port}): {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"`port` (={port}): {reason_of(error)}") from error
 
 
 def serve(write: Callable[[Path], None], port: int, tell: Callable[[str], None]) -> None:

@@ -21,7 +21,7 @@ from kmq_jax.diagnosis.networks import Networks
 from kmq_jax.diagnosis.options import ConditionOptions, DiagnosisOptions
 from kmq_jax.diagnosis.resample import SpeakerDraws
 from kmq_jax.diagnosis.run import load_at, used_only
-from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
+from kmq_jax.metrics.bootstrap import enough, percentile_interval
 from kmq_jax.metrics.detection import Array, eer, min_dcf
 from kmq_jax.models.speaker_model import fingerprint, load_model
 
@@ -135,7 +135,7 @@ def _interval(draws: Mapping[str, Array], name: str) -> list[float] | None:
     if name not in draws:
         return None
     usable = draws[name][np.isfinite(draws[name])]
-    return list(percentile_interval(usable)) if len(usable) >= 0.9 * len(draws[name]) else None
+    return list(percentile_interval(usable)) if enough(len(usable), len(draws[name])) else None
 
 
 def losses_of(scored: scores.ScoredTrials, threshold: float, replicates: int, seed: int) -> dict[int, Losses]:
@@ -147,11 +147,8 @@ def losses_of(scored: scores.ScoredTrials, threshold: float, replicates: int, se
     systems: Sequence[Array] = (scored.reference, *scored.full)
     values = [(100 * eer(row, scored.labels)[0], min_dcf(row, scored.labels)) for row in systems]
     speakers = scored.enrol_speaker, scored.test_speaker
-    boots = (
-        [speaker_bootstrap(row, scored.labels, *speakers, replicates, seed) for row in systems] if replicates else []
-    )
     # Draws without a class of trials are left out: the same ones for every network and condition.
-    enough = bool(boots) and len(boots[0].eer) >= 0.9 * replicates
+    boots = scores.system_draws(scored, replicates, seed)
     draws = SpeakerDraws(*speakers, replicates, seed) if replicates else None
     weights = draws.sums(np.ones(len(scored.labels))) if draws else None
     result = {}
@@ -168,7 +165,7 @@ def losses_of(scored: scores.ScoredTrials, threshold: float, replicates: int, se
             share = np.where(weights > 0, weights, np.nan)  # a draw without any trial has no mean
             drawn["harmful_flip_rate"] = 100 * draws.sums(flips.harmful[m].astype(float)) / share
             drawn["mean_abs_drift"] = draws.sums(drift) / share
-            if enough:
+            if boots:
                 drawn["eer"] = 100 * (boots[m + 1].eer - boots[0].eer)
                 drawn["min_dcf"] = boots[m + 1].min_dcf - boots[0].min_dcf
         result[bits] = Losses(own, drawn)

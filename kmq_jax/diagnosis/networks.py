@@ -16,7 +16,7 @@ from kmq_jax.data import source
 from kmq_jax.data.trials import Trials
 from kmq_jax.diagnosis import layers, people, scores, variants
 from kmq_jax.diagnosis.options import DiagnosisOptions
-from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
+from kmq_jax.metrics.bootstrap import enough, percentile_interval, speaker_bootstrap
 from kmq_jax.metrics.detection import Array, check_trials, eer
 from kmq_jax.models import walk
 from kmq_jax.models.protocol import SpeakerNetwork
@@ -326,8 +326,7 @@ class _Rates:
         if options.replicates:
             some = max(options.replicates // COMPONENT_DRAWS, 1)
             found = speaker_bootstrap(values, labels, enrol, test, some, options.seed).eer
-            # Few speakers: a draw may hold trials of one kind only. As `scores.system_draws` has it.
-            draws = found if len(found) >= 0.9 * some else None
+            draws = found if enough(len(found), some) else None
         return cls(values, eer(values, labels)[0], draws)
 
     def row(self, base: "_Rates") -> Json:

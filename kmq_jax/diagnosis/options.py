@@ -3,10 +3,10 @@
 import dataclasses
 import itertools
 import math
-from typing import Literal
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import Options, draws, option
+from kmq_jax.models.choices import Compute
 from kmq_jax.scoring.options import check_max_seconds
 
 CONDITIONS = "whole, first=SECONDS, telephone, noise=DB or codec=NAME"
@@ -54,7 +54,7 @@ class DiagnosisOptions(Options):
     hessian_draws: int = option("random vectors for Hessian traces; 0: leave them out", 10, at_least=0, at_most=100_000)
     hessian_utterances: int = option("crops that Hessian traces are measured on", 8, at_least=1, at_most=5000)
     hessian_seconds: float = option("length of these crops", 2.0, above=0, at_most=60)
-    compute: Literal["float32", "bfloat16"] = option("the networks' arithmetic", "float32")
+    compute: Compute = option("the networks' arithmetic", "float32")
     max_seconds: float = option("only so much from the start of each recording; 0: all", 0.0, at_least=0)
     max_frames: int = option(
         "networks see only so many frames of each, less the mean over all of its frames; 0: all", 0, at_least=0
@@ -86,4 +86,4 @@ class ConditionOptions(Options):
     noise: str | None = option("DATA of noise clips; left out: conditions of noise are, too", None, metavar="DATA")
     replicates: int = draws()
     seed: int = option("of the draws and of the noise", 0, at_least=0)
-    compute: Literal["float32", "bfloat16"] = option("the networks' arithmetic", "float32")
+    compute: Compute = option("the networks' arithmetic", "float32")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import sparse
 
-from kmq_jax.metrics.bootstrap import percentile_interval
+from kmq_jax.metrics.bootstrap import draw_speakers, percentile_interval
 from kmq_jax.metrics.detection import Array, number_speakers
 
 T = TypeVar("T")
@@ -51,10 +51,7 @@ class SpeakerDraws:
         self._order, self._starts = order, starts
         self._pairs = pair[order][starts]  # the pairs that occur, as places in a table of all pairs
         self._apart = self._pairs // self.speakers != self._pairs % self.speakers
-        rng = np.random.default_rng(seed)
-        # How often each speaker is drawn: n draws with replacement, as multiplicities.
-        draws = rng.multinomial(self.speakers, np.full(self.speakers, 1 / self.speakers), replicates)
-        self._copies = draws.astype(np.float32)
+        self._copies = draw_speakers(self.speakers, replicates, seed).astype(np.float32)
 
     def sums(self, values: ArrayLike, where: Array | None = None) -> Array:
         """Sums over trials in every draw.

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from kmq_jax import quant
@@ -90,8 +89,7 @@ def load_at(place: str | Path, bits: int) -> SpeakerModel:
         UserError: the model is quantized, but nothing in it at these bits.
     """
     loaded = load_model(place)
-    leaves = jax.tree.leaves(loaded.variables, is_leaf=quant.is_codebook_tensor)
-    tensors = [leaf for leaf in leaves if quant.is_codebook_tensor(leaf)]
+    tensors = quant.codebook_tensors(loaded.variables)
     held = sorted({one for tensor in tensors for one in tensor.all_bits})
     if tensors and bits not in held:
         raise UserError(f"--quantized={bits}:{place} holds {', '.join(map(str, held))} bits, not {bits}")

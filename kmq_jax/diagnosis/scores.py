@@ -14,7 +14,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json
 from kmq_jax.diagnosis.correlation import known, pearson, ranks
 from kmq_jax.diagnosis.resample import SpeakerDraws, in_threads, interval_of_ratio
-from kmq_jax.metrics.bootstrap import Bootstrap, percentile_interval, speaker_bootstrap
+from kmq_jax.metrics.bootstrap import Bootstrap, enough, percentile_interval, speaker_bootstrap
 from kmq_jax.metrics.detection import Array, check_trials, eer, min_dcf
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -121,7 +121,7 @@ def system_draws(trials: ScoredTrials, replicates: int = 1000, seed: int = 0) ->
     speakers = trials.enrol_speaker, trials.test_speaker
     systems = (trials.reference, *trials.full)
     found = [speaker_bootstrap(row, trials.labels, *speakers, replicates, seed) for row in systems]
-    return found if len(found[0].eer) >= 0.9 * replicates else []
+    return found if enough(len(found[0].eer), replicates) else []
 
 
 def system_rows(trials: ScoredTrials, found: Sequence[Bootstrap] = ()) -> list[Json]:
@@ -277,6 +277,23 @@ def equal_mass_edges(margin: Array, bins: int = EQUAL_MASS_BINS) -> Array:
     return np.quantile(margin, np.arange(1, bins) / bins)
 
 
+def _parts_by_margin(labels: Array, margin: Array, bins: int, edges: Sequence[float]) -> list[tuple[Json, Array]]:
+    """The trials that `flip_rows` counts together: what each part is, and its mask `[trials]`."""
+    fixed = np.asarray(edges, float)
+    if bins < 1 or (np.diff(fixed, prepend=0.0) <= 0).any() or not np.isfinite(fixed).all():
+        raise UserError(f"margin bins (={bins}) must be at least 1, edges (={list(edges)}) must ascend from above zero")
+    parts: list[tuple[Json, Array]] = []
+    everything = np.ones(len(margin), bool)
+    for name, mask in (("all", everything), ("target", labels), ("nontarget", ~labels)):
+        parts.append(({"binning": "none", "bin": 0, "low": 0.0, "high": None, "class": name}, mask))
+    for binning, inner in (("equal-mass", equal_mass_edges(margin, bins)), ("fixed", fixed)):
+        # A margin on an edge belongs to the bin above it.
+        place = np.searchsorted(inner, margin, side="right")
+        for i, (low, high) in enumerate(zip([0.0, *inner.tolist()], [*inner.tolist(), None])):
+            parts.append(({"binning": binning, "bin": i, "low": low, "high": high, "class": "all"}, place == i))
+    return parts
+
+
 def flip_rows(
     trials: ScoredTrials,
     flips: Flips,
@@ -302,19 +319,7 @@ def flip_rows(
     Raises:
         UserError: the edges do not ascend from above zero.
     """
-    fixed = np.asarray(edges, float)
-    if bins < 1 or (np.diff(fixed, prepend=0.0) <= 0).any() or not np.isfinite(fixed).all():
-        raise UserError(f"margin bins (={bins}) must be at least 1, edges (={list(edges)}) must ascend from above zero")
-    margin = flips.margin
-    parts: list[tuple[Json, Array]] = []
-    everything = np.ones(len(margin), bool)
-    for name, mask in (("all", everything), ("target", trials.labels), ("nontarget", ~trials.labels)):
-        parts.append(({"binning": "none", "bin": 0, "low": 0.0, "high": None, "class": name}, mask))
-    for binning, inner in (("equal-mass", equal_mass_edges(margin, bins)), ("fixed", fixed)):
-        # A margin on an edge belongs to the bin above it.
-        place = np.searchsorted(inner, margin, side="right")
-        for i, (low, high) in enumerate(zip([0.0, *inner.tolist()], [*inner.tolist(), None])):
-            parts.append(({"binning": binning, "bin": i, "low": low, "high": high, "class": "all"}, place == i))
+    parts = _parts_by_margin(trials.labels, flips.margin, bins, edges)
     kinds = {"harmful": flips.harmful, "beneficial": flips.beneficial}
     # Flips are few: as lists of trials, every bin sums over these alone.
     found = [{name: np.flatnonzero(which[m]) for name, which in kinds.items()} for m in range(len(trials.bits))]

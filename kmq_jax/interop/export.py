@@ -3,14 +3,12 @@
 import dataclasses
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kmq_jax import frontend
+from kmq_jax import frontend, quant
 from kmq_jax.models import onnx_export
 from kmq_jax.models.speaker_model import SpeakerModel, embed_waves, fingerprint, frontend_of, load_model
-from kmq_jax.quant.types import is_codebook_tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +132,7 @@ def properties(speaker_model: SpeakerModel, embedding_size: int) -> dict[str, st
 
 def bits_of(speaker_model: SpeakerModel) -> str:
     """The bits of a model's quantized weights as they are read, such as "4" or "2 to 4"; "32" where there are none."""
-    leaves = [leaf for leaf in jax.tree.leaves(speaker_model.variables, is_codebook_tensor) if is_codebook_tensor(leaf)]
     # A nested tensor is read at the model's bits, any other at its own.
-    read = sorted({(leaf.coarse and speaker_model.bits) or leaf.bits for leaf in leaves}) or [32]
+    tensors = quant.codebook_tensors(speaker_model.variables)
+    read = sorted({(one.coarse and speaker_model.bits) or one.bits for one in tensors}) or [32]
     return str(read[0]) if len(read) == 1 else f"{read[0]} to {read[-1]}"

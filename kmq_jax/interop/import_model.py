@@ -9,6 +9,7 @@ from kmq_jax.core.tree import named_leaves
 from kmq_jax.interop import pretrained
 from kmq_jax.interop.onnx_network import NOTHING_ASKED, Asked
 from kmq_jax.models.about import made_by
+from kmq_jax.models.runner import PACKED
 from kmq_jax.models.speaker_model import SpeakerModel, frontend_of, save_model
 
 
@@ -52,7 +53,7 @@ def import_model(
         about["license"] = license
     model = SpeakerModel(*imported, about=about)
     model = model if change is None else change(model)
-    save_model(out / "model.kmq", model)
+    save_model(out / PACKED, model)
     return model
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, first_line
 from kmq_jax.core.tree import Variables, named_leaves
 from kmq_jax.interop.assemble import Imported
 from kmq_jax.interop.onnx_graph import Attributes, Graph, Node
@@ -320,8 +320,7 @@ class _Reader:
         try:
             made = operators.compute(kind, given, attributes, self._largest)
         except Exception as error:  # shapes or attributes that do not fit
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{self.graph.where}: node {self._source}: {reason}") from error
+            raise UserError(f"{self.graph.where}: node {self._source}: {first_line(error)}") from error
         self._constants.update(zip(outputs, map(np.asarray, made)))
         if isinstance(operands[0], str):
             self._origins |= dict.fromkeys(outputs, self._origins.get(operands[0], operands[0]))

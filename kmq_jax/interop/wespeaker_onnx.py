@@ -163,11 +163,8 @@ def _check_pooling(graph: Graph, nodes: list[Node], x: str, output: str) -> None
         graph.fail(f"the nodes before {output} do not compute mean and unbiased deviation over time (TSTP)")
 
 
-def _from_walk(
-    graph: Graph, stem: _Conv, blocks: list[_Block], linear_weight: str, linear_bias: str, shift: list[np.ndarray]
-) -> Imported:
-    if not blocks:
-        graph.fail("no residual block follows the first convolution")
+def _named(graph: Graph, stem: _Conv, blocks: list[_Block]) -> tuple[dict[str, _Conv], list[int]]:
+    """Every convolution by our name of the layer, and how many blocks each stage has."""
     width = graph.constant(stem.bias).size
     counts = [0] * STAGES
     names = {"stem/conv": stem}
@@ -189,12 +186,22 @@ def _from_walk(
             _check_conv(graph, block.shortcut, stride)
             names[f"{place}/shortcut/conv"] = block.shortcut
     _check_conv(graph, stem, 1)
+    return names, counts
+
+
+def _from_walk(
+    graph: Graph, stem: _Conv, blocks: list[_Block], linear_weight: str, linear_bias: str, shift: list[np.ndarray]
+) -> Imported:
+    if not blocks:
+        graph.fail("no residual block follows the first convolution")
+    names, counts = _named(graph, stem, blocks)
     kinds = {len(block.convs) for block in blocks}
     if kinds not in ({2}, {3}):
         graph.fail(f"residual blocks of {sorted(kinds)} convolutions; all must have 2, or all 3")
     if graph.constant(linear_weight).ndim != 2:
         graph.fail(f"tensor {linear_weight} must have two axes")
     embedding_size, statistics = graph.constant(linear_weight).shape
+    width = graph.constant(stem.bias).size
     architecture, settings = settings_of(
         counts, kinds == {3}, width, statistics, embedding_size, graph.features, "bias", graph.where
     )

@@ -87,7 +87,7 @@ def speaker_bootstrap(
     order = np.argsort(scores)
     labels, enrol, test = labels[order], enrol[order], test[order]
     segment = _segments(scores[order], labels)
-    draws = np.random.default_rng(seed).multinomial(speakers, np.full(speakers, 1 / speakers), replicates)
+    draws = draw_speakers(speakers, replicates, seed)
 
     # Of each segment an even row for nontargets and an odd one for targets.
     sums = _weight_sums(2 * segment + labels, enrol, test, draws)
@@ -99,6 +99,24 @@ def speaker_bootstrap(
     p_fa = 1 - p_rejected
     costs = normalised_dcf(p_miss, p_fa, p_target, c_miss, c_fa).min(axis=-1)
     return Bootstrap(equal_error_point(p_miss, p_fa)[0], costs)
+
+
+def draw_speakers(speakers: int, replicates: int, seed: int) -> Array:
+    """How often each speaker is drawn, `[replicates, speakers]`: each time as many as there are, with replacement.
+
+    >>> draw_speakers(3, replicates=2, seed=0).sum(axis=1).tolist()
+    [3, 3]
+    """
+    return np.random.default_rng(seed).multinomial(speakers, np.full(speakers, 1 / speakers), replicates)
+
+
+def enough(usable: int, replicates: int) -> bool:
+    """Whether an interval can be given: at most one draw in ten lacks a class of trials. The rest stand for all then.
+
+    >>> enough(90, replicates=100), enough(89, replicates=100), enough(0, replicates=0)
+    (True, False, False)
+    """
+    return usable >= max(1, 0.9 * replicates)
 
 
 def percentile_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from numpy.typing import ArrayLike
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json
-from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
+from kmq_jax.metrics.bootstrap import enough, percentile_interval, speaker_bootstrap
 from kmq_jax.metrics.calibration import AffineMap, IsotonicMap, cllr, cross_calibrate, min_cllr
 from kmq_jax.metrics.detection import act_dcf, check_trials, eer, min_dcf, number_speakers
 
@@ -81,8 +81,7 @@ def evaluate(
     result["intervals"] = "none"
     if replicates:
         draws = speaker_bootstrap(scores, labels, enrol, test, replicates, seed, p_target)
-        # Draws without targets or nontargets are missing: with many of them, the rest would no longer stand for all.
-        if len(draws.eer) < 0.9 * replicates:
+        if not enough(len(draws.eer), replicates):
             result["intervals"] = f"none: {speakers} speakers are too few to resample"
         else:
             low, high = percentile_interval(draws.eer)

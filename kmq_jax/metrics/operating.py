@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.metrics.bootstrap import percentile_interval
+from kmq_jax.metrics.bootstrap import draw_speakers, enough, percentile_interval
 from kmq_jax.metrics.detection import Array, as_trials, check_trials, eer, number_speakers, operating_points
 
 FORMS = "eer, far=RATE, frr=RATE or dcf=P_TARGET"
@@ -147,17 +147,15 @@ def threshold_interval(
     order = np.argsort(scores)
     scores, labels, enrol, test = scores[order], labels[order], enrol[order], test[order]
     ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # the last trial of each score
-    rng = np.random.default_rng(seed)
     found = []
-    for _ in range(replicates):
-        draw = rng.multinomial(speakers, np.full(speakers, 1 / speakers))
+    for draw in draw_speakers(speakers, replicates, seed):
         weight = np.where(enrol == test, draw[enrol], draw[enrol] * draw[test])
         miss, fa = np.cumsum(weight * labels)[ends], np.cumsum(weight * ~labels)[ends]
         if miss[-1] and fa[-1]:
             # At the score of an end: what lies below it is rejected.
             p_miss, p_fa = (np.append(0, side[:-1]) / side[-1] for side in (miss, fa))
             found.append(scores[ends[_pick(p_miss, 1 - p_fa, point)]])
-    return percentile_interval(found) if len(found) >= max(1, 0.9 * replicates) else None
+    return percentile_interval(found) if enough(len(found), replicates) else None
 
 
 def _pick(p_miss: Array, p_fa: Array, point: OperatingPoint) -> int:

@@ -8,10 +8,8 @@ from numpy.typing import ArrayLike
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json
-from kmq_jax.metrics.bootstrap import percentile_interval, speaker_bootstrap
+from kmq_jax.metrics.bootstrap import enough, percentile_interval, speaker_bootstrap
 from kmq_jax.metrics.detection import Array, eer, min_dcf
-
-_USABLE = 0.9  # share of the draws that must hold both kinds of trials, or else there is no interval
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +75,7 @@ class Errors:
         (0.0, None)
         """
         # Whether a draw is usable depends on trials and seed alone, so both systems have the same draws, in one order.
-        known = self.replicates > 0 and len(self.eer_draws) >= _USABLE * self.replicates
+        known = enough(len(self.eer_draws), self.replicates)
         if known and len(self.eer_draws) != len(other.eer_draws):
             draws = f"{len(self.eer_draws)} and {len(other.eer_draws)}"
             raise UserError(f"a paired interval needs as many draws of both systems, got {draws}")

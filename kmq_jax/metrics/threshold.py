@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.metrics.bootstrap import draw_speakers
 from kmq_jax.metrics.detection import Array, check_trials, number_speakers
 from kmq_jax.metrics.operating import OperatingPoint, threshold_at
 
@@ -131,7 +132,7 @@ def choose_threshold(
     if (labels != (enrol == test)).any():
         raise UserError("labels must be true where both sides are of one speaker, and only there")
     value = threshold_at(scores, labels, OperatingPoint("far", false_accept))
-    draws = np.random.default_rng(seed).multinomial(speakers, np.full(speakers, 1 / speakers), replicates)
+    draws = draw_speakers(speakers, replicates, seed)
     # One number for a pair of speakers, whichever of them enrols.
     pair = np.minimum(enrol, test) * speakers + np.maximum(enrol, test)
     accepts, rejects = (

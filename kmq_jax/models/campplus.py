@@ -36,7 +36,7 @@ from kmq_jax.models.settings import check, check_counts, check_dtype, check_feat
 from kmq_jax.nn import whole
 from kmq_jax.nn.conv import window
 from kmq_jax.nn.frames import frame_mask, mask_frames, stride_mask
-from kmq_jax.nn.layers import TORCH_DEFAULT, BatchNorm, Conv, LayerStyle
+from kmq_jax.nn.layers import TORCH_DEFAULT, BatchNorm, Conv, ConvNorm, LayerStyle
 from kmq_jax.nn.pooling import StatisticsPooling, flatten_frames, segment_means
 
 LAYERS = (12, 24, 16)
@@ -56,25 +56,12 @@ class _ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
         stride = _FREQ_STRIDE if self.strided else 1
-        y = Conv(self.channels, 3, stride, dtype=self.style.dtype, kernel_init=self.style.kernel_init, name="conv1")(x)
+        y = self.style.conv(x, self.channels, 3, stride, name="conv1")
         y = mask_frames(nn.relu(self.style.normalize(y, mask, train, name="bn1")), mask)
         y = self.style.normalize(self.style.conv(y, self.channels, 3, name="conv2"), mask, train, name="bn2")
         if self.strided:
-            x = _Shortcut(self.channels, self.style, name="shortcut")(x, mask, train)
+            x = ConvNorm(self.channels, 1, _FREQ_STRIDE, self.style, name="shortcut")(x, mask, train)
         return mask_frames(nn.relu(x + y), mask)
-
-
-class _Shortcut(nn.Module):
-    """Strided 1x1 convolution and its normalisation."""
-
-    channels: int
-    style: LayerStyle
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
-        style = self.style
-        conv = Conv(self.channels, 1, _FREQ_STRIDE, dtype=style.dtype, kernel_init=style.kernel_init, name="conv")
-        return style.normalize(conv(x), mask, train, name="bn")
 
 
 class _Layer(nn.Module):
@@ -106,8 +93,8 @@ class Stem(nn.Module):
         y = mask_frames(nn.relu(y), mask)
         for i, count in enumerate(self.blocks):
             y = _Layer(self.channels, count, style, name=f"layer{i + 1}")(y, mask, train)
-        last = Conv(self.channels, 3, _FREQ_STRIDE, dtype=style.dtype, kernel_init=style.kernel_init, name="conv2")
-        return mask_frames(nn.relu(style.normalize(last(y), mask, train, name="bn2")), mask)
+        y = style.normalize(style.conv(y, self.channels, 3, _FREQ_STRIDE, name="conv2"), mask, train, name="bn2")
+        return mask_frames(nn.relu(y), mask)
 
 
 class ContextMask(nn.Module):

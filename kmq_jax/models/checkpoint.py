@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, first_line
 from kmq_jax.core.tree import Params
 
 with warnings.catch_warnings():
@@ -74,7 +74,7 @@ class Checkpoints:
                     cleanup_tmp_directories=True,
                 )
             except Exception as error:  # no permission, a full disk
-                raise UserError(f"cannot open {self.directory}: {_first_line(error)}") from error
+                raise UserError(f"cannot open {self.directory}: {_reason(error)}") from error
         # A run goes on from the newest checkpoint, and may be asked to save that step again.
         self._known = set(self.steps()[-1:])
 
@@ -116,7 +116,7 @@ class Checkpoints:
         try:
             saved = self._writer.save_checkpointables(step, parts)
         except Exception as error:  # orbax wraps a full disk in errors of its own, by layer
-            raise UserError(f"cannot save checkpoint {step} to {self.directory}: {_first_line(error)}") from error
+            raise UserError(f"cannot save checkpoint {step} to {self.directory}: {_reason(error)}") from error
         if not saved:
             raise UserError(f"checkpoint {step} was not saved to {self.directory}")
         self._known.add(step)
@@ -138,7 +138,7 @@ class Checkpoints:
         try:
             return ocp.load_checkpointables(self.directory / str(step), parts)
         except Exception as error:
-            raise UserError(f"cannot restore {self.directory}/{step}: {_first_line(error)}") from error
+            raise UserError(f"cannot restore {self.directory}/{step}: {_reason(error)}") from error
 
     def load(self, step: int, part: str) -> Params:
         """Loads one tree of checkpoint `step` as nested dictionaries of numpy arrays, wherever it was saved.
@@ -152,7 +152,7 @@ class Checkpoints:
             saved = ocp.metadata(self.directory / str(step), part).metadata
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), saved)
         except Exception as error:
-            raise UserError(f"cannot read {part} of {self.directory}/{step}: {_first_line(error)}") from error
+            raise UserError(f"cannot read {part} of {self.directory}/{step}: {_reason(error)}") from error
         return jax.device_get(self.restore(step, **{part: shapes})[part])
 
     def __enter__(self) -> "Checkpoints":
@@ -168,7 +168,7 @@ class Checkpoints:
         try:
             self._writer.close()
         except Exception as error:  # a write under way failed
-            raise UserError(f"cannot write to {self.directory}: {_first_line(error)}") from error
+            raise UserError(f"cannot write to {self.directory}: {_reason(error)}") from error
 
 
 class _TellOnce(logging.Filter):
@@ -201,7 +201,5 @@ _told_before, sys.excepthook = sys.excepthook, _tell
 _ignored_before, sys.unraisablehook = sys.unraisablehook, _tell_ignored
 
 
-def _first_line(error: BaseException) -> str:
-    if FULL in str(error):  # tensorstore wraps it in pages
-        return FULL
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _reason(error: BaseException) -> str:
+    return FULL if FULL in str(error) else first_line(error)  # tensorstore wraps it in pages

@@ -13,7 +13,8 @@ import numpy as np
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.hub import is_place
 from kmq_jax.models import runner
-from kmq_jax.models.runner import Engine, Lean, Note
+from kmq_jax.models.choices import Engine
+from kmq_jax.models.runner import Lean, Note
 
 if TYPE_CHECKING:
     from kmq_jax.models.speaker_model import SpeakerModel

@@ -21,8 +21,9 @@ from kmq_jax.core.files import atomic_write
 from kmq_jax.core.tree import Variables
 from kmq_jax.data import source
 from kmq_jax.models import long, onnx_export
+from kmq_jax.models.choices import ENGINES, Engine
 from kmq_jax.models.protocol import SpeakerNetwork
-from kmq_jax.models.runner import ENGINES, Engine, Note, Runner, processors, session_of
+from kmq_jax.models.runner import Note, Runner, processors, session_of
 from kmq_jax.nn.whole import Moments
 
 if TYPE_CHECKING:

@@ -29,14 +29,14 @@ import numpy as np
 from jax.nn.initializers import zeros
 from jax.typing import DTypeLike
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, first_line
 from kmq_jax.core.files import parse_json
 from kmq_jax.core.tree import Array
 from kmq_jax.models import walk
 from kmq_jax.models.protocol import GraphBuilder, Part, SpeakerNetwork
 from kmq_jax.models.settings import check_counts, check_dtype, check_features
 from kmq_jax.nn import operators
-from kmq_jax.nn.conv import window
+from kmq_jax.nn.conv import Window, window
 from kmq_jax.nn.layers import TORCH_DEFAULT, BatchNorm, Conv
 
 FEATURES, FRAMES, FIRST = 0, 1, 2
@@ -319,8 +319,7 @@ class GraphNetwork(SpeakerNetwork):
             except UserError:
                 raise
             except Exception as error:  # shapes or attributes that do not fit, of whatever kind numpy and JAX raise
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise NodeError(number, node.kind, reason) from error
+                raise NodeError(number, node.kind, first_line(error)) from error
             known -= sum(one.size for one in made if isinstance(one, np.ndarray))
             values.update(zip(node.outputs, made))
             for n in node.last:
@@ -364,25 +363,23 @@ class GraphNetwork(SpeakerNetwork):
 
     def _conv(self, node: Node, x: jax.Array, most: int) -> jax.Array:
         about, rank = node.attributes, x.ndim - 2
-        pads, taps = about["pads"], tuple(about["kernel_shape"])
-        padding = tuple(zip(pads[:rank], pads[rank:]))
-        moves = window(rank, taps, tuple(about["strides"]), padding, tuple(about["dilations"]), about["group"])
+        moves = _moves(about, rank)
         lengths = {len(one) for one in moves[:4]}  # of taps, strides, padding, dilations
         if lengths != {rank} or x.shape[-1] % moves.groups or about["channels"] % moves.groups:
             raise ValueError(f"it does not fit values of {rank} axes and {x.shape[-1]} channels")
         if min(*moves.taps, *moves.strides, *moves.dilations) < 1 or min(moves.sizes(x.shape[1:-1])) < 1:
-            raise ValueError(f"values of {x.shape[1:-1]} are too few for {taps} taps")
-        _check_parameter((*taps, x.shape[-1] // moves.groups, about["channels"]))
+            raise ValueError(f"values of {x.shape[1:-1]} are too few for {moves.taps} taps")
+        _check_parameter((*moves.taps, x.shape[-1] // moves.groups, about["channels"]))
         if math.prod((x.shape[0], *moves.sizes(x.shape[1:-1]), about["channels"])) > most:
             raise ValueError("it would give too many values")
         layer = Conv(
             about["channels"],
-            taps,
+            moves.taps,
             moves.strides,
             about["bias"],
             self.dtype,
             TORCH_DEFAULT,
-            padding,
+            moves.padding,
             moves.dilations,
             moves.groups,
             name=node.layer,
@@ -424,6 +421,13 @@ class GraphNetwork(SpeakerNetwork):
                 raise UserError(f"a graph with {node.kind} into {len(node.outputs)} parts of unknown size has no form")
             names[node.outputs[0]] = _to_onnx(graph, node, [names[n] for n in node.inputs], ranks)
         return names[own.output]
+
+
+def _moves(about: operators.Attributes, rank: int) -> Window:
+    """How the convolution of these attributes moves over values of so many axes beside batch and channels."""
+    taps, strides, dilations = (tuple(about[name]) for name in ("kernel_shape", "strides", "dilations"))
+    padding = tuple(zip(about["pads"][:rank], about["pads"][rank:]))
+    return window(rank, taps, strides, padding, dilations, about["group"])
 
 
 def _check_parameter(shape: tuple[int, ...]) -> None:
@@ -492,10 +496,7 @@ def _to_onnx(graph: GraphBuilder, node: Node, inputs: list[str], ranks: Mapping[
     if node.kind == "BatchNormalization":
         return graph.scale_and_shift(inputs[0], node.layer, ranks[node.layer], about["epsilon"])
     if node.kind == "Conv":
-        taps, rank = tuple(about["kernel_shape"]), len(about["kernel_shape"])
-        padding = tuple(zip(about["pads"][:rank], about["pads"][rank:]))
-        moves = window(rank, taps, tuple(about["strides"]), padding, tuple(about["dilations"]), about["group"])
-        return graph.conv(inputs[0], node.layer, moves)
+        return graph.conv(inputs[0], node.layer, _moves(about, len(about["kernel_shape"])))
     if node.kind == "Cast":
         return graph.cast(inputs[0], {"float32": "FLOAT", "float64": "DOUBLE"}.get(about["to"], about["to"].upper()))
     attributes = {name: value for name, value in about.items() if name != "flat"}

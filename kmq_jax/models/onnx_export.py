@@ -563,19 +563,22 @@ class _Graph:
     def attentive_statistics(self, frames: str, pooling: str, floor: float) -> str:
         """Weighted mean and deviation over time, as `nn.pooling.AttentiveStatisticsPooling` of that name."""
         hidden = self.node("Tanh", self.linear_frames(frames, f"{pooling}/attention1"))
-        logits = self.linear_frames(hidden, f"{pooling}/attention2")
-        weights = self.node("Softmax", logits, axis=1)
-        mean = self.node("ReduceSum", self.node("Mul", weights, frames), self.integers(1), keepdims=1)
+        return self.weighted_pooling(frames, self.linear_frames(hidden, f"{pooling}/attention2"), pooling, floor)
+
+    def weighted_pooling(self, frames: str, logits: str, pooling: str, floor: float, axis: int = 1) -> str:
+        """Mean and deviation over the axis of time, weighted by the softmax of logits, as `nn.whole.weighted`."""
+        weights = self.node("Softmax", logits, axis=axis)
+        mean = self.node("ReduceSum", self.node("Mul", weights, frames), self.integers(axis), keepdims=1)
         centred = self.node("Sub", frames, mean)
         squares = self.node("Mul", weights, self.node("Mul", centred, centred))
-        variance = self.node("ReduceSum", squares, self.integers(1), keepdims=0)
-        pooled = self._concatenate(mean, self.node("Max", variance, self.number(floor)))
+        variance = self.node("ReduceSum", squares, self.integers(axis), keepdims=0)
+        pooled = self._concatenate(mean, self.node("Max", variance, self.number(floor)), axis)
         finish = functools.partial(weighted_statistics, floor=floor)
-        self.whole(f"{pooling}/weighted", frames, {pooled: ["B", "P"]}, finish, logits)
+        self.whole(f"{pooling}/weighted", frames, {pooled: ["B", "P"]}, finish, logits, axis)
         return pooled
 
-    def _concatenate(self, mean: str, variance: str) -> str:
-        mean = self.node("Squeeze", mean, self.integers(1))
+    def _concatenate(self, mean: str, variance: str, axis: int = 1) -> str:
+        mean = self.node("Squeeze", mean, self.integers(axis))
         return self.node("Concat", mean, self.node("Sqrt", variance), axis=1)
 
     def has(self, module: str) -> bool:

@@ -276,6 +276,9 @@ class GraphBuilder(Protocol):
     def attentive_statistics(self, frames: str, pooling: str, floor: float) -> str:
         """Weighted mean and deviation over time: `nn.pooling.AttentiveStatisticsPooling`, called `pooling`."""
 
+    def weighted_pooling(self, frames: str, logits: str, pooling: str, floor: float, axis: int = 1) -> str:
+        """Mean and deviation over `axis`, that of time, weighted by the softmax of logits: `nn.whole.weighted`."""
+
     def rounded(self, x: str, place: str) -> str:
         """Rounds activations to 8 bits where the network has a step for this place: see `nn.integers.rounded`."""
 

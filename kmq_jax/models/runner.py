@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, first_line
 from kmq_jax.core.files import read_object, write_json
 from kmq_jax.core.hub import is_place
 from kmq_jax.core.memory import accelerator_at_hand
@@ -30,10 +30,9 @@ from kmq_jax.core.progress import progress
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-Engine = Literal["auto", "jax", "onnxruntime"]
-ENGINES = ("auto", "jax", "onnxruntime")
+PACKED, AVERAGED = "model.kmq", "averaged.kmq"
+"""Files of a directory that is a MODEL: a packed network; the mean of a run's last checkpoints, which goes first."""
 _FORM = 1  # of the converted files; another number makes kept ones stale
-_BLOCK = 1 << 20  # bytes hashed at a time
 _owner: int | None = None  # the process that embedded first
 
 
@@ -139,7 +138,7 @@ def at_hand(model: str | Path, bits: int | None, engine: str, compute: str = "fl
     Args:
         model: the MODEL.
         bits: at which a nested model is read; None is the most.
-        engine: one of `ENGINES`.
+        engine: one of `choices.ENGINES`.
         compute: the network's arithmetic.
     """
     wanted = engine == "onnxruntime" or engine == "auto" and _on_a_cpu()
@@ -191,7 +190,7 @@ def packed_file(model: str | Path) -> Path | None:
     if is_place(str(model)):
         return None
     path = Path(model)
-    return next((file for file in (path, path / "averaged.kmq", path / "model.kmq") if file.is_file()), None)
+    return next((file for file in (path, path / AVERAGED, path / PACKED) if file.is_file()), None)
 
 
 def kept_file(origin: Path, fingerprint: str) -> Path:
@@ -215,11 +214,9 @@ def _digest(file: Path, before: str = "") -> str | None:
     digest = hashlib.sha256(before.encode())
     try:
         with file.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
+            return hashlib.file_digest(stream, lambda: digest).hexdigest()
     except OSError:
         return None
-    return digest.hexdigest()
 
 
 def _on_a_cpu() -> bool:
@@ -249,8 +246,7 @@ def session_of(model: bytes | str, threads: int) -> "InferenceSession":
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base class of their own
-        reason = str(error).split("\n")[0]
-        raise UserError(f"ONNX Runtime cannot open the converted model: {reason}") from error
+        raise UserError(f"ONNX Runtime cannot open the converted model: {first_line(error)}") from error
 
 
 def check_process() -> None:

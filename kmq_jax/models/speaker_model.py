@@ -29,9 +29,10 @@ from kmq_jax.data import audio, buckets, source
 from kmq_jax.models import artifact, long, registry
 from kmq_jax.models.about import About, checked
 from kmq_jax.models.batches import check_lengths, padded_batches, plan_batches, usable_lengths
-from kmq_jax.models.engine import Engine, OnnxModel, chosen, note_of
+from kmq_jax.models.choices import Engine
+from kmq_jax.models.engine import OnnxModel, chosen, note_of
 from kmq_jax.models.protocol import SpeakerNetwork
-from kmq_jax.models.runner import Note, check_process, kept_file
+from kmq_jax.models.runner import Note, check_process, kept_file, packed_file
 from kmq_jax.nn import integers
 
 FRONTENDS: dict[str, frontend.FrontEnd] = {
@@ -47,7 +48,6 @@ FRONTENDS: dict[str, frontend.FrontEnd] = {
     "redimnet72-15ms": dataclasses.replace(frontend.REDIMNET, frame_shift_ms=15.0),
     "resemblyzer": frontend.RESEMBLYZER,
 }
-COMPUTE = ("float32", "bfloat16")
 FOREIGN = (".onnx", ".pt", ".pth", ".ckpt")
 """What files of other toolkits end in; `interop.import_model` makes a MODEL of them."""
 BATCH_SIZE = 16
@@ -146,8 +146,7 @@ class SpeakerModel:
     about: About = dataclasses.field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
-        leaves = [x for x in jax.tree.leaves(self.variables, quant.is_codebook_tensor) if quant.is_codebook_tensor(x)]
-        have = sorted({bits for leaf in leaves for bits in leaf.all_bits}) or [32]
+        have = sorted({bits for one in quant.codebook_tensors(self.variables) for bits in one.all_bits}) or [32]
         read = "" if self.bits is None else f", read at {self.bits}"
         size = quant.size_bytes(self.variables).total
         bits = f"{'/'.join(map(str, have))} bits{read}"
@@ -261,8 +260,8 @@ def at_bits(model: SpeakerModel, bits: int | None) -> SpeakerModel:
     if model.bits not in (None, bits) and _is_nested(model):
         raise UserError(f"the model is read at {model.bits} bits already: read the whole one at others")
     whole = {part: tree for part, tree in model.variables.items() if part != PER_BITS}
-    leaves = [leaf for leaf in jax.tree.leaves(whole, quant.is_codebook_tensor) if quant.is_codebook_tensor(leaf)]
-    have = [leaf.all_bits for leaf in leaves if leaf.coarse] or [leaf.all_bits for leaf in leaves]
+    tensors = quant.codebook_tensors(whole)
+    have = [one.all_bits for one in tensors if one.coarse] or [one.all_bits for one in tensors]
     if bits is not None and not (have and all(bits in one for one in have)):
         raise UserError(f"the model cannot be read at {bits} bits{_its_bits(have)}")
     own = dict(named_leaves(model.variables.get(PER_BITS, {}).get(str(bits), {})))
@@ -284,8 +283,7 @@ def _its_bits(have: Sequence[tuple[int, ...]]) -> str:
 
 
 def _is_nested(model: SpeakerModel) -> bool:
-    leaves = jax.tree.leaves(model.variables, quant.is_codebook_tensor)
-    return any(quant.is_codebook_tensor(leaf) and leaf.coarse for leaf in leaves)
+    return any(tensor.coarse for tensor in quant.codebook_tensors(model.variables))
 
 
 def embed_waves(
@@ -542,8 +540,7 @@ def _on_devices(model: SpeakerModel) -> Variables:
         whole = quant.dequantize_params(model.variables, model.bits, np.float32)
         return jax.device_put(whole, mesh.replicated(mesh.make_mesh(jax.local_devices())))
 
-    packed = any(map(quant.is_codebook_tensor, jax.tree.leaves(model.variables, quant.is_codebook_tensor)))
-    return _unpacked.of(model, unpacked) if packed else unpacked()
+    return _unpacked.of(model, unpacked) if quant.codebook_tensors(model.variables) else unpacked()
 
 
 def _embed(
@@ -655,9 +652,8 @@ def load_model(path: str | Path, bits: int | None = None) -> SpeakerModel:
         raise UserError(
             f"{path} is no MODEL yet: run kmq-jax import_model --source={given} --out={made}, then use {made}"
         )
-    for file in (path, path / "averaged.kmq", path / "model.kmq"):
-        if file.is_file():
-            return _load_kmq(file, bits)
+    if file := packed_file(path):
+        return _load_kmq(file, bits)
     if bits is not None:
         raise UserError(f"{path} is not quantized, so it cannot be read at {bits} bits")
     if not (path / "config.json").is_file():

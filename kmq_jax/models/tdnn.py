@@ -41,6 +41,8 @@ SCALE = 8  # chunks of a Res2 part
 SQUEEZE = 128  # hidden units of squeeze-and-excitation
 FRAMES = {"frame1": (5, 1), "frame2": (3, 2), "frame3": (3, 3), "frame4": (1, 1), "frame5": (1, 1)}  # taps, dilation
 WESPEAKER, SPEECHBRAIN = "wespeaker", "speechbrain"
+_PADDING = {WESPEAKER: "same", SPEECHBRAIN: "reflect"}
+_PASSED = {WESPEAKER: -1, SPEECHBRAIN: 0}  # the chunk that a Res2 part passes through
 
 
 class Unit(nn.Module):
@@ -86,14 +88,12 @@ class Res2(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
         """Maps `[batch, time, channels]` to the same shape."""
         chunks = jnp.split(x, SCALE, axis=-1)
-        kept = -1 if self.layout == WESPEAKER else 0
-        passed = chunks.pop(kept)
+        passed = chunks.pop(_PASSED[self.layout])
         done: list[jax.Array] = []
-        padding = "same" if self.layout == WESPEAKER else "reflect"
         for n, chunk in enumerate(chunks):
-            unit = Unit(chunk.shape[-1], 3, self.dilation, self.dtype, padding, name=f"unit{n}")
+            unit = Unit(chunk.shape[-1], 3, self.dilation, self.dtype, _PADDING[self.layout], name=f"unit{n}")
             done.append(unit(chunk + done[-1] if done else chunk, mask, train))
-        return jnp.concatenate([passed, *done] if kept == 0 else [*done, passed], axis=-1)
+        return jnp.concatenate([passed, *done] if _PASSED[self.layout] == 0 else [*done, passed], axis=-1)
 
 
 class _Squeeze(nn.Module):
@@ -197,8 +197,7 @@ class Ecapa(SpeakerNetwork):
         check_features(features.shape, self.features)
         mask = frame_mask(lengths, features.shape[1])
         x = mask_frames(features.astype(self.dtype), mask)
-        padding = "same" if self.layout == WESPEAKER else "reflect"
-        x = Unit(self.width, 5, 1, self.dtype, padding, name="layer1")(x, mask, train)
+        x = Unit(self.width, 5, 1, self.dtype, _PADDING[self.layout], name="layer1")(x, mask, train)
         outputs = []
         for dilation in (2, 3, 4):
             x = SeRes2Block(dilation, self.layout, self.dtype, name=f"layer{dilation}")(x, mask, train)
@@ -227,11 +226,10 @@ class Ecapa(SpeakerNetwork):
     @nn.nowrap
     def to_onnx(self, graph: GraphBuilder, feats: str) -> str:
         """Adds the network to a graph."""
-        reflect = self.layout == SPEECHBRAIN
-        x = _unit_to_onnx(graph, graph.channels_of(feats), "layer1", 5, 1, reflect)
+        x = _unit_to_onnx(graph, graph.channels_of(feats), "layer1", 5, 1, _PADDING[self.layout])
         outputs = []
         for dilation in (2, 3, 4):
-            x = _block_to_onnx(graph, x, f"layer{dilation}", dilation, reflect)
+            x = _block_to_onnx(graph, x, f"layer{dilation}", dilation, self.layout)
             outputs.append(x)
         x = graph.activation(graph.conv(graph.node("Concat", *outputs, axis=1), "mfa/conv"), nn.relu)
         x = graph.scale_and_shift(x, "mfa/bn", 3)
@@ -239,16 +237,18 @@ class Ecapa(SpeakerNetwork):
         return graph.linear(graph.scale_and_shift(pooled, "head/bn_in", 2), "head/linear")
 
 
-def _unit_to_onnx(graph: GraphBuilder, x: str, at: str, taps: int, dilation: int, reflect: bool) -> str:
+def _unit_to_onnx(graph: GraphBuilder, x: str, at: str, taps: int, dilation: int, padding: str = "same") -> str:
+    """A `Unit` on `[batch, channel, time]`."""
     pad = dilation * (taps // 2)
-    if reflect and pad:
+    if padding == "reflect" and pad:
         x = graph.node("Pad", x, graph.integers(0, 0, pad, 0, 0, pad), mode="reflect")
-    moves = window(1, taps, padding="valid" if reflect else "same", dilation=dilation)
+    moves = window(1, taps, padding="same" if padding == "same" else "valid", dilation=dilation)
     return graph.scale_and_shift(graph.activation(graph.conv(x, f"{at}/conv", moves), nn.relu), f"{at}/bn", 3)
 
 
-def _block_to_onnx(graph: GraphBuilder, x: str, at: str, dilation: int, reflect: bool) -> str:
-    y = _unit_to_onnx(graph, x, f"{at}/in", 1, 1, False)
+def _block_to_onnx(graph: GraphBuilder, x: str, at: str, dilation: int, layout: str) -> str:
+    """A `SeRes2Block` on `[batch, channel, time]`."""
+    y = _unit_to_onnx(graph, x, f"{at}/in", 1, 1)
     # Channels of a chunk: an eighth of those that there are, which only the graph knows.
     size = graph.node("Div", graph.node("Shape", y, start=1, end=2), graph.integers(SCALE))
     chunks = [
@@ -261,14 +261,13 @@ def _block_to_onnx(graph: GraphBuilder, x: str, at: str, dilation: int, reflect:
         )
         for n in range(SCALE)
     ]
-    kept = 0 if reflect else -1
-    passed = chunks.pop(kept)
+    passed = chunks.pop(_PASSED[layout])
     done: list[str] = []
     for n, chunk in enumerate(chunks):
         given = graph.node("Add", chunk, done[-1]) if done else chunk
-        done.append(_unit_to_onnx(graph, given, f"{at}/res2/unit{n}", 3, dilation, reflect))
-    y = graph.node("Concat", *([passed, *done] if reflect else [*done, passed]), axis=1)
-    y = _unit_to_onnx(graph, y, f"{at}/out", 1, 1, False)
+        done.append(_unit_to_onnx(graph, given, f"{at}/res2/unit{n}", 3, dilation, _PADDING[layout]))
+    y = graph.node("Concat", *([passed, *done] if _PASSED[layout] == 0 else [*done, passed]), axis=1)
+    y = _unit_to_onnx(graph, y, f"{at}/out", 1, 1)
     squeezed = graph.mean_over_time(y, f"{at}/se")
     hidden = graph.activation(graph.linear(squeezed, f"{at}/se/fc1"), nn.relu)
     gate = graph.activation(graph.linear(hidden, f"{at}/se/fc2"), nn.sigmoid)
@@ -348,8 +347,6 @@ class Xvector(SpeakerNetwork):
         """Adds the network to a graph."""
         x = graph.channels_of(feats)
         for name, (taps, dilation) in FRAMES.items():
-            moves = window(1, taps, padding="valid", dilation=dilation)
-            x = graph.activation(graph.conv(x, f"{name}/conv", moves), nn.relu)
-            x = graph.scale_and_shift(x, f"{name}/bn", 3)
+            x = _unit_to_onnx(graph, x, name, taps, dilation, "valid")
         x = graph.linear(graph.statistics(graph.frames_of(x), StatisticsPooling.floor), "head/linear1")
         return graph.linear(graph.scale_and_shift(graph.activation(x, nn.relu), "head/bn", 2), "head/linear2")

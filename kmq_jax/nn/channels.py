@@ -15,6 +15,15 @@ import jax.numpy as jnp
 from kmq_jax.nn.cpu import library
 
 
+def by_channel(values: jax.Array, x: jax.Array) -> jax.Array:
+    """Values `[channels]` in as many axes as `x` `[..., channels]` has.
+
+    >>> by_channel(jnp.ones(3), jnp.ones((2, 5, 3))).shape
+    (1, 1, 3)
+    """
+    return values.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
 @jax.custom_vjp
 def channel_sums(x: jax.Array, y: jax.Array) -> jax.Array:
     """Sums `x`, and `x * y`, over all axes but the last.
@@ -62,8 +71,7 @@ def scale_and_shift(x: jax.Array, slope: jax.Array, shift: jax.Array) -> jax.Arr
     >>> scale_and_shift(jnp.array([[1.0, 2.0]]), jnp.array([2.0, 3.0]), jnp.array([0.0, 1.0])).tolist()
     [[2.0, 7.0]]
     """
-    per_channel = (1,) * (x.ndim - 1) + (-1,)
-    return (x * slope.reshape(per_channel) + shift.reshape(per_channel)).astype(x.dtype)
+    return (x * by_channel(slope, x) + by_channel(shift, x)).astype(x.dtype)
 
 
 def _scale_and_shift_backward(

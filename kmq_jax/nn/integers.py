@@ -25,6 +25,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kmq_jax.nn.channels import by_channel
+
 COLLECTION = "integers"
 LEVELS = 255
 """Steps from the least to the greatest activation."""
@@ -104,8 +106,8 @@ def from_sums(sums: jax.Array, bias: jax.Array | None, step: jax.Array) -> jax.A
     if bias is not None:
         # A dead channel's bias is more of its steps than float32 can count, whose values are whole from 2^23 on anyway.
         # An engine gives it a larger step.
-        sums = sums + _by_channel(_straight_through(jnp.round(bias / step), bias / step), sums)
-    return sums * _by_channel(step, sums)
+        sums = sums + by_channel(_straight_through(jnp.round(bias / step), bias / step), sums)
+    return sums * by_channel(step, sums)
 
 
 def round_activations(x: jax.Array, grid: jax.Array) -> jax.Array:
@@ -141,7 +143,7 @@ def round_kernel(kernel: jax.Array, steps: jax.Array) -> jax.Array:
     [[0.0, 4.0], [1.0, 4.0]]
     """
     steps = jnp.maximum(steps, _LEAST_STEP)
-    return (kernel_levels(kernel, steps) * _by_channel(steps, kernel)).astype(kernel.dtype)
+    return (kernel_levels(kernel, steps) * by_channel(steps, kernel)).astype(kernel.dtype)
 
 
 def kernel_levels(kernel: jax.Array, steps: jax.Array) -> jax.Array:
@@ -150,13 +152,8 @@ def kernel_levels(kernel: jax.Array, steps: jax.Array) -> jax.Array:
     >>> kernel_levels(jnp.array([[0.2, 3.0], [0.8, 4.4]]), jnp.array([0.5, 2.0])).tolist()
     [[0.0, 2.0], [2.0, 2.0]]
     """
-    whole = kernel.astype(jnp.float32) / _by_channel(jnp.maximum(steps, _LEAST_STEP), kernel)
+    whole = kernel.astype(jnp.float32) / by_channel(jnp.maximum(steps, _LEAST_STEP), kernel)
     return _straight_through(jnp.clip(jnp.round(whole), -LARGEST, LARGEST), whole)
-
-
-def _by_channel(values: jax.Array, x: jax.Array) -> jax.Array:
-    """Values `[out]` in as many axes as `x` `[..., out]` has."""
-    return values.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def _straight_through(exact: jax.Array, smooth: jax.Array) -> jax.Array:

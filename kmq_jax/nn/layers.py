@@ -19,7 +19,7 @@ from jax.nn.initializers import Initializer, ones, variance_scaling, zeros
 from jax.typing import DTypeLike
 
 from kmq_jax.nn import integers, whole
-from kmq_jax.nn.channels import channel_sums, sample_sums, scale_and_shift, scale_samples
+from kmq_jax.nn.channels import by_channel, channel_sums, sample_sums, scale_and_shift, scale_samples
 from kmq_jax.nn.conv import Pair, Window, convolve, window
 from kmq_jax.nn.frames import mask_frames, stride_mask
 
@@ -118,7 +118,7 @@ class Conv(nn.Module):
         y = convolve(x.astype(dtype), kernel.astype(dtype), moves)
         if step is not None:
             return integers.from_sums(y.astype(jnp.float32), bias, step).astype(self.dtype)
-        return y if bias is None else y + bias.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return y if bias is None else y + by_channel(bias.astype(self.dtype), y)
 
 
 class BatchNorm(nn.Module):
@@ -227,7 +227,7 @@ class LayerStyle:
     named: bool = False
 
     def conv(
-        self, x: jax.Array, channels: int, taps: int, stride: int = 1, *, name: str, before_norm: bool = True
+        self, x: jax.Array, channels: int, taps: int, stride: int | Pair = 1, *, name: str, before_norm: bool = True
     ) -> jax.Array:
         """Convolves; with `norm="bias"` a bias is added in place of the normalisation that would follow."""
         use_bias = before_norm and self.norm == "bias"
@@ -249,7 +249,7 @@ class ConvNorm(nn.Module):
 
     channels: int
     taps: int
-    stride: int
+    stride: int | Pair
     style: LayerStyle
 
     @nn.compact

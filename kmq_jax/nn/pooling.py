@@ -6,7 +6,6 @@ which weights that read such features are imported. Means come first in the outp
 order. Statistics are float32 whatever the compute dtype.
 """
 
-import functools
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -207,15 +206,7 @@ class ContextPooling(nn.Module):
         if self.normalize:
             hidden = graph.scale_and_shift(graph.activation(hidden, nn.relu), f"{at}/bn", 3)
         logits = graph.conv(graph.node("Tanh", hidden), f"{at}/attention2")
-        weights = graph.node("Softmax", logits, axis=2)
-        mean = graph.node("ReduceSum", graph.node("Mul", weights, x), graph.integers(2), keepdims=1)
-        centred = graph.node("Sub", x, mean)
-        squares = graph.node("Mul", weights, graph.node("Mul", centred, centred))
-        variance = graph.node("ReduceSum", squares, graph.integers(2), keepdims=0)
-        deviation = graph.node("Sqrt", graph.node("Max", variance, graph.number(self.floor)))
-        pooled = graph.node("Concat", graph.node("Squeeze", mean, graph.integers(2)), deviation, axis=1)
-        finish = functools.partial(weighted_statistics, floor=self.floor)
-        graph.whole(f"{at}/weighted", x, {pooled: ["B", "P"]}, finish, logits, axis=2)
+        pooled: str = graph.weighted_pooling(x, logits, at, self.floor, axis=2)
         return pooled
 
     @nn.nowrap

@@ -90,6 +90,14 @@ class Sensitivities:
         """Bits of an index, on average over the weights."""
         return sum(bits * self.weights[name] for name, bits in bits_of.items()) / sum(self.weights.values())
 
+    def figures(self, bits_of: Mapping[str, int]) -> Json:
+        """An allocation as `average_bits`, `bytes` and `damage`."""
+        return {
+            "average_bits": self.average(bits_of),
+            "bytes": self.bytes_of(bits_of),
+            "damage": self.damage(bits_of),
+        }
+
 
 def mark_of(fingerprint: str, rules: Sequence[quant.QuantRule], data: str) -> str:
     """Sixteen hexadecimal digits that tell what was measured: the model, the tensors, their codebooks and the data.
@@ -194,19 +202,10 @@ def allocate(found: Sensitivities, average: float | None = None, size: int | Non
 
 
 def curve(found: Sensitivities, points: int = 17) -> list[Json]:
-    """The whole range of budgets: `average_bits`, `bytes` and `damage` of each, ascending."""
-    bits = sorted(next(iter(found.errors.values())))
-    rows = []
-    for average in np.linspace(bits[0], bits[-1], points):
-        chosen = allocate(found, average=float(average))
-        rows.append(
-            {
-                "average_bits": found.average(chosen),
-                "bytes": found.bytes_of(chosen),
-                "damage": found.damage(chosen),
-            }
-        )
-    return rows
+    """The whole range of budgets, ascending: `Sensitivities.figures` of the allocation for each."""
+    bits = next(iter(found.errors.values()))
+    averages = np.linspace(min(bits), max(bits), points).tolist()
+    return [found.figures(allocate(found, average=average)) for average in averages]
 
 
 def describe(rows: list[Json], taken: Json) -> str:
@@ -223,12 +222,7 @@ def report(found: Sensitivities, bits_of: Mapping[str, int], out: Path) -> str:
 
     They are a picture of the curve (`.budget.png`), and the bits of each tensor as a file of rules (`.rules.json`).
     """
-    rows = curve(found)
-    taken = {
-        "average_bits": found.average(bits_of),
-        "bytes": found.bytes_of(bits_of),
-        "damage": found.damage(bits_of),
-    }
+    rows, taken = curve(found), found.figures(bits_of)
     plot(rows, taken, out.with_suffix(".budget.png"))
     # Names of imported graphs have dots, which stand for any letter.
     rules = [{"pattern": f"^{re.escape(name)}$", "bits": bits} for name, bits in bits_of.items()]

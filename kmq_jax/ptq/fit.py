@@ -32,12 +32,12 @@ from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, frontend_of
 from kmq_jax.models.walk import CONVOLUTION, LINEAR, NORMALISATION, OTHER, RECURRENCE, Layer, Run, layers, walk
 from kmq_jax.nn import integers
-from kmq_jax.nn.channels import scale_and_shift
+from kmq_jax.nn.channels import by_channel, scale_and_shift
 from kmq_jax.nn.conv import Window, convolve, window
 from kmq_jax.nn.recurrent import before, recur
 from kmq_jax.ptq.moments import coarse_bits, matching, moments, per_bits_leaves, random_features
 from kmq_jax.quant import gptq
-from kmq_jax.quant.codes import along, from_groups, lookup, to_groups
+from kmq_jax.quant.codes import from_groups, lookup, to_groups
 from kmq_jax.quant.levels import basis
 from kmq_jax.quant.nested import split_kmeans
 from kmq_jax.quant.types import CodebookTensor
@@ -52,7 +52,6 @@ def fit_on(
     utterances: source.Utterances,
     crops: int = 100,
     seconds: float = 2.0,
-    levels: Mapping[str, str] | None = None,
 ) -> SpeakerModel:
     """Fits a quantized model to the reference's activations on random crops; see the module's docstring.
 
@@ -62,7 +61,6 @@ def fit_on(
         utterances: where crops are taken from; speaker names are not used.
         crops: how many crops.
         seconds: length of each.
-        levels: see `fit`.
 
     Returns:
         The fitted model, of the same size.
@@ -71,7 +69,7 @@ def fit_on(
         UserError: a tensor cannot be fitted; see `fit`.
     """
     features = random_features(frontend_of(reference.frontend), utterances, crops, seconds)
-    return fit(reference, quantized, features, levels=levels)
+    return fit(reference, quantized, features)
 
 
 def patterned(params: Params, rules: quant.Rules) -> dict[str, str]:
@@ -248,7 +246,7 @@ class _Fit:
 
     def _with_bias(self, layer: Layer, y: jax.Array) -> jax.Array:
         """Adds the quantized network's bias, where there is any."""
-        return y + along(self._values[f"{layer.name}/bias"], y.ndim, y.ndim - 1) if layer.has("bias") else y
+        return y + by_channel(self._values[f"{layer.name}/bias"], y) if layer.has("bias") else y
 
     def _convolution(self, layer: Layer, x: jax.Array) -> jax.Array:
         """Fits a convolution; gives its outputs in both networks."""
@@ -309,7 +307,7 @@ class _Fit:
             self._steps(key, self.scaled[key])
         else:
             # The last axis of a kernel is its output channels.
-            value = self._values[key] * along(slope, tensor.ndim, tensor.ndim - 1)
+            value = self._values[key] * by_channel(slope, tensor)
             self.leaves[f"params/{key}"] = np.asarray(value, tensor.dtype)
 
     def _fit_kernel(self, layer: Layer, x: jax.Array, window: Window) -> jax.Array:
@@ -466,7 +464,7 @@ def _both_convolved(x: jax.Array, kernel: jax.Array, own: jax.Array, window: Win
 def _both_biased(y: jax.Array, bias: jax.Array, own: jax.Array) -> jax.Array:
     """Adds a bias to each half of a batch."""
     sides = zip(jnp.split(y, 2), (bias, own))
-    return jnp.concatenate([side + along(one, y.ndim, y.ndim - 1) for side, one in sides])
+    return jnp.concatenate([side + by_channel(one, y) for side, one in sides])
 
 
 @jax.jit

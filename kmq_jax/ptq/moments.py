@@ -21,6 +21,7 @@ from kmq_jax.data import pipeline, source
 from kmq_jax.models.protocol import SpeakerNetwork
 from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel, at_bits
 from kmq_jax.models.walk import CONVOLUTION, Layer, Run, walk
+from kmq_jax.nn.channels import by_channel
 
 Moments = tuple[jax.Array, jax.Array]
 _FLAT = 1e-4  # a channel with less than this share of the wanted deviation counts as constant
@@ -34,8 +35,7 @@ def random_features(fbank: frontend.FrontEnd, utterances: source.Utterances, cro
 
 def coarse_bits(variables: Variables) -> tuple[int, ...]:
     """The fewer bits at which nested tensors of a tree can also be read, ascending."""
-    leaves = jax.tree.leaves(variables, is_leaf=quant.is_codebook_tensor)
-    return tuple(sorted({bits for leaf in leaves if quant.is_codebook_tensor(leaf) for bits in leaf.all_bits[:-1]}))
+    return tuple(sorted({bits for tensor in quant.codebook_tensors(variables) for bits in tensor.all_bits[:-1]}))
 
 
 def per_bits_leaves(variables: Variables) -> dict[str, np.ndarray]:
@@ -212,20 +212,15 @@ def _moments_of(
             if layer.name not in wanted:
                 return y
             slope, shift = matching(seen[layer.name], wanted[layer.name])
-            return y * _last(slope, y) + _last(shift, y)
+            return y * by_channel(slope, y) + by_channel(shift, y)
         if layer.measures:
             mean, deviation = moments(x.astype(jnp.float32))
             statistics[layer.name] = mean, deviation**2
             root = jnp.sqrt(deviation**2 + layer.epsilon)
             slope = layer.get("scale") / root if layer.has("scale") else 1 / root
-            y = (x - _last(mean, x)) * _last(slope, x)
-            return y + _last(layer.get("bias"), x) if layer.has("bias") else y
+            y = (x - by_channel(mean, x)) * by_channel(slope, x)
+            return y + by_channel(layer.get("bias"), x) if layer.has("bias") else y
         return run(x)
 
     walk(network, quant.dequantize_params(variables, bits), features, visit)
     return seen, statistics
-
-
-def _last(values: jax.Array, x: jax.Array) -> jax.Array:
-    """Lays values `[channels]` along the last axis of `x`."""
-    return values.reshape((1,) * (x.ndim - 1) + (-1,))

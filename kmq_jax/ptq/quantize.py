@@ -6,7 +6,6 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -62,8 +61,7 @@ def quantize_model(
     """
     if activations and not data:
         raise UserError("`activations` needs `data`: speech that their ranges are measured on")
-    leaves = jax.tree.leaves(model.variables, is_leaf=quant.is_codebook_tensor)
-    if any(quant.is_codebook_tensor(leaf) for leaf in leaves):
+    if quant.codebook_tensors(model.variables):
         raise UserError("the model is quantized already: quantize the model it was made from")
     params = quant.quantize_params(model.variables["params"], rules)
     about = {**model.about, "fitted_on": told(data) if data else "nothing", "made_by": made_by()}
@@ -100,6 +98,7 @@ def with_half_biases(tree: Params) -> Params:
 
     Biases that are too large for float16, or so small that it loses much of them, stay as they are.
 
+    >>> import jax
     >>> layers = {"conv": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "norm": {"bias": jnp.ones(2)}}
     >>> jax.tree.map(lambda leaf: leaf.dtype.name, with_half_biases(layers))
     {'conv': {'bias': 'float16', 'kernel': 'float32'}, 'norm': {'bias': 'float32'}}

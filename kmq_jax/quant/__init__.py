@@ -28,7 +28,7 @@ from kmq_jax.quant.transform import (
     quantize_params,
     size_bytes,
 )
-from kmq_jax.quant.types import CodebookTensor, QuantRule, QuantSpec, is_codebook_tensor
+from kmq_jax.quant.types import CodebookTensor, QuantRule, QuantSpec, codebook_tensors, is_codebook_tensor
 
 __all__ = [
     "Codebook",
@@ -41,6 +41,7 @@ __all__ = [
     "allocate",
     "allocate_sections",
     "as_rules",
+    "codebook_tensors",
     "combine",
     "decide",
     "dequantize_params",

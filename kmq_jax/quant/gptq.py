@@ -17,6 +17,8 @@ import jax.numpy as jnp
 _BLOCK = 64  # inputs whose errors are passed on to all later inputs at once, by one matrix product
 _FINE = 512  # up to so many inputs, inputs and outputs are padded to whole blocks; above it only inputs, to four
 _MANY = 8  # outputs are padded from so many on; a depthwise convolution is fitted one output at a time
+_TURNS = 3  # of rounding and refitting
+_DAMPING = 0.01  # GPTQ's share of the inputs' mean power
 _REFITTED = 16  # centroids that are refitted, at most; of more, one is near every weight, and refitting costs far more
 
 
@@ -48,7 +50,6 @@ def fit(
     H: jax.Array,
     parents: jax.Array | None = None,
     *,
-    iterations: int = 2,
     free: bool = True,
     basis: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -59,7 +60,6 @@ def fit(
         codebook: initial centroids `[groups, cells, parts]`.
         H: second moments of the inputs `[n, n]`.
         parents: the cell of each weight `[groups, n]`, whose parts it may take; None where there is one cell.
-        iterations: how often to round and refit again after the first time.
         free: False keeps the centroids as they are. Above 16 of them they always stay.
         basis: `[parts, 1 or 2]`: the levels of the one cell stay a linear map of it, see `levels.basis`. None leaves
             every centroid free.
@@ -79,7 +79,7 @@ def fit(
     outputs = -groups % _BLOCK if few and groups >= _MANY else 0
     cell = None if parents is None else jnp.asarray(parents)
     arrays = _padded(jnp.asarray(W), jnp.asarray(codebook), jnp.asarray(H), cell, (outputs, void, inputs))
-    codebook, index = _fit(*arrays, n, parts, basis, iterations=iterations, free=free)
+    codebook, index = _fit(*arrays, n, parts, basis, free=free)
     return codebook[:groups, :, :parts], index[:groups, :n]
 
 
@@ -101,7 +101,7 @@ def _padded(
     return jnp.pad(W, around), book, jnp.pad(H, ((0, inputs), (0, inputs))), jnp.pad(cell, around)
 
 
-@partial(jax.jit, static_argnames=("iterations", "free"))
+@partial(jax.jit, static_argnames="free")
 def _fit(
     W: jax.Array,
     codebook: jax.Array,
@@ -111,7 +111,6 @@ def _fit(
     parts: jax.Array,
     basis: jax.Array | None,
     *,
-    iterations: int,
     free: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """`fit` of padded arrays whose first `n` inputs, and first `parts` of each cell, count."""
@@ -133,7 +132,7 @@ def _fit(
         index = jnp.take_along_axis(rank.reshape(-1, count), index, axis=1)
         return jnp.take_along_axis(codebook, order, axis=-1), index
 
-    codebook, index = jax.lax.fori_loop(0, iterations + 1, again, (codebook, jnp.zeros_like(cell)))
+    codebook, index = jax.lax.fori_loop(0, _TURNS, again, (codebook, jnp.zeros_like(cell)))
     return codebook, index.astype(jnp.uint8)
 
 
@@ -150,17 +149,16 @@ def _round(
     cell: jax.Array,
     n: jax.Array,
     parts: jax.Array,
-    damping: float = 0.01,
 ) -> jax.Array:
     """The part `[groups, n]` that each weight takes of its cell. Inputs of the most power are rounded first.
 
     With H^-1 = U^T U, U upper triangular, rounding column j leaves the error E_j = (W_j - Q_j) / U_jj, and the columns
     still to come take on -E_j U_j. Columns of the same block do so at once, later ones by one matrix product when the
-    block is done. The damping is that of GPTQ.
+    block is done.
     """
     count = W.shape[1]
     order = jnp.argsort(-jnp.diag(H))
-    H = _damped(H, damping, n)[order][:, order]
+    H = _damped(H, _DAMPING, n)[order][:, order]
     # With both axes reversed, Cholesky gives H = R R^T with R upper triangular. U is its inverse; H is never inverted.
     lower = jnp.linalg.cholesky(H[::-1, ::-1])
     U = jax.scipy.linalg.solve_triangular(lower, jnp.eye(count), lower=True)[::-1, ::-1]

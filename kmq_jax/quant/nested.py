@@ -50,15 +50,13 @@ def thresholds(codebooks: tuple[jax.Array, ...]) -> jax.Array:
     # sum_b v_b ((x - l_b)^2 - (x - r_b)^2) vanishes: x = sum_b v_b (r_b^2 - l_b^2) / (2 sum_b v_b (r_b - l_b)).
     finest = codebooks[-1].shape[-1]
     above = below = jnp.zeros((codebooks[-1].shape[0], finest - 1))
-    midpoint = 0.5 * (codebooks[-1][:, 1:] + codebooks[-1][:, :-1])
     for codebook, weight in zip(codebooks, _balance(codebooks)):
         gap = weight * (codebook[:, 1:] - codebook[:, :-1])
-        middle = 0.5 * (codebook[:, 1:] + codebook[:, :-1])
         step = finest // codebook.shape[-1]
-        above = above.at[:, step - 1 :: step].add(gap * middle)
+        above = above.at[:, step - 1 :: step].add(gap * midpoints(codebook))
         below = below.at[:, step - 1 :: step].add(gap)
     # Equal centroids have no border of their own: there the midpoint, which is their value, stands.
-    limits = jnp.where(below > 0, above / jnp.where(below > 0, below, 1), midpoint)
+    limits = jnp.where(below > 0, above / jnp.where(below > 0, below, 1), midpoints(codebooks[-1]))
     # Codebooks may disagree, and rounding errs: borders must still ascend.
     return jax.lax.cummax(limits, axis=1)
 

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import Leaf, Params, map_named, named_leaves
+from kmq_jax.core.tree import Leaf, Params, named_leaves, replace_named
 from kmq_jax.quant import knapsack
 from kmq_jax.quant.rules import Rules, decide
 from kmq_jax.quant.transform import quantize_params, size_bytes
-from kmq_jax.quant.types import HALF, QuantRule, QuantSpec, is_codebook_tensor
+from kmq_jax.quant.types import HALF, QuantRule, QuantSpec, is_codebook_tensor, is_floating
 
 Table = Mapping[str, Mapping[int, float]]
 """`{name: {bits: number}}`."""
@@ -60,7 +60,7 @@ def hessian_traces(
             finite (the message names the tensor).
     """
     leaves = dict(named_leaves(params))
-    floating = [name for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    floating = [name for name, leaf in leaves.items() if is_floating(leaf)]
     chosen = floating if names is None else list(names)
     if unknown := set(chosen) - set(leaves):
         raise UserError(f"{sorted(unknown)[0]} is not in the tree")
@@ -69,7 +69,7 @@ def hessian_traces(
     point = {name: jnp.asarray(leaves[name]) for name in chosen}
 
     def of_chosen(values: Mapping[str, jax.Array]) -> jax.Array:
-        return loss(map_named(lambda name, leaf: values.get(name, leaf), params))
+        return loss(replace_named(params, values))
 
     def products(key: jax.Array) -> dict[str, jax.Array]:
         keys = jax.random.split(key, len(chosen))

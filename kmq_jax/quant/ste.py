@@ -8,19 +8,18 @@ both into the packed tensors of `transform.quantize_params`, with exactly the sa
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import Array, Leaf, Params, map_named, named_leaves
+from kmq_jax.core.tree import Array, Leaf, Params, map_named, named_leaves, replace_named
 from kmq_jax.quant.codes import along, assign, from_groups, known_now, lookup, to_groups, where_sorted
 from kmq_jax.quant.kmeans import kmeans, midpoints, nearest_to_zero
-from kmq_jax.quant.levels import fit_levels
-from kmq_jax.quant.nested import nested_kmeans, split_kmeans, thresholds
+from kmq_jax.quant.nested import split_kmeans, thresholds
 from kmq_jax.quant.packing import pack_bits
 from kmq_jax.quant.rules import Rules, decide, group_axis
+from kmq_jax.quant.transform import fit_codebooks
 from kmq_jax.quant.types import HALF, CodebookTensor, QuantSpec, is_codebook_tensor, is_whole, storage_type
 
 RECIPES = ("normalized", "weights")
@@ -409,29 +408,20 @@ def init_codebooks(
             raise UserError(f"{name}: {error}") from error
     if cached:
         codebooks = reassign(latents, codebooks)
-    return map_named(lambda name, leaf: latents.get(name, leaf), params), codebooks
+    return replace_named(params, latents), codebooks
 
 
 def _begin(leaf: Leaf, spec: QuantSpec, axis: int | None, recipe: str) -> tuple[jax.Array, Codebook]:
     """The latent and the codebook of one tensor."""
     tensor = where_sorted(leaf)
     rows = to_groups(tensor, axis)
-    scale = None
+    constrained = spec.levels != "kmeans" or spec.coarse or spec.symmetric or spec.pinned_zero
     books: tuple[jax.Array, ...]
-    if spec.levels != "kmeans":
-        books = (fit_levels(rows, spec.levels, spec.bits, iterations=spec.iterations),)
-    elif spec.coarse:
-        books = nested_kmeans(rows, spec.all_bits, iterations=spec.iterations)
-    elif recipe == "weights" and not (spec.symmetric or spec.pinned_zero):
+    if recipe == "weights" and not constrained:
         centroids, scale = kmqat_codebook(rows, spec.bits, spec.retention)
         books = (centroids * scale[:, None],)
     else:
-        settings: dict[str, Any] = {
-            "iterations": spec.iterations,
-            "symmetric": spec.symmetric,
-            "pinned_zero": spec.pinned_zero,
-        }
-        books = (kmeans(rows, 1 << spec.bits, init=spec.init, retention=spec.retention, **settings),)
+        books, scale = fit_codebooks(rows, spec), None
     spec = dataclasses.replace(spec, codebook_dtype=storage_type(books, spec))
     latent, codebook = _in_units(tensor, books, scale, spec, axis, recipe == "normalized")
     return latent, dataclasses.replace(codebook, latent_dtype=_type_of(leaf))
@@ -609,7 +599,7 @@ def grow_codebooks(params: Params, coarse: Params, rules: Rules) -> tuple[Params
         codebooks[name] = dataclasses.replace(
             own, indices=indices, kept=kept.bits, dtype=str(kept.codebook.dtype), latent_dtype=_type_of(leaves[name])
         )
-    return map_named(lambda name, leaf: latents.get(name, leaf), params), codebooks
+    return replace_named(params, latents), codebooks
 
 
 def _latents_of(params: Params, codebooks: Codebooks) -> dict[str, jax.Array]:

@@ -12,10 +12,10 @@ from jax.typing import DTypeLike
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Array, Leaf, Params, map_named, named_leaves
-from kmq_jax.quant import nested
 from kmq_jax.quant.codes import assign, known_now, to_groups, where_sorted
 from kmq_jax.quant.kmeans import in_range, kmeans, scaled
 from kmq_jax.quant.levels import fit_levels
+from kmq_jax.quant.nested import nested_kmeans, thresholds
 from kmq_jax.quant.packing import pack_bits
 from kmq_jax.quant.rules import Rules, decide, group_axis
 from kmq_jax.quant.types import HALF, CodebookTensor, QuantSpec, is_codebook_tensor, is_floating, storage_type, stored
@@ -106,23 +106,7 @@ def quantize_tensor(tensor: Array, spec: QuantSpec, axis: int | None, importance
     if importance is not None and importance.shape != tensor.shape:
         raise UserError(f"importance has shape {importance.shape}, the tensor {tensor.shape}")
     weights = None if importance is None else in_range(to_groups(importance, axis))
-    codebooks: tuple[jax.Array, ...]
-    if spec.levels != "kmeans":
-        codebooks = (fit_levels(rows, spec.levels, spec.bits, weights, spec.iterations),)
-    elif spec.coarse:
-        codebooks = nested.nested_kmeans(rows, spec.all_bits, weights, iterations=spec.iterations)
-    else:
-        codebook = kmeans(
-            rows,
-            1 << spec.bits,
-            weights,
-            init=spec.init,
-            retention=spec.retention,
-            iterations=spec.iterations,
-            symmetric=spec.symmetric,
-            pinned_zero=spec.pinned_zero,
-        )
-        codebooks = (codebook,)
+    codebooks = fit_codebooks(rows, spec, weights)
     kept_in = storage_type(codebooks, spec)
     books = tuple(book.astype(kept_in) for book in codebooks)
     # Borders are found from products of centroids, which must fit float32: far magnitudes are brought near 1.
@@ -132,6 +116,40 @@ def quantize_tensor(tensor: Array, spec: QuantSpec, axis: int | None, importance
     near = tuple(book.astype(jnp.float32) * scale for book in books)
     encoded = encode_tensor(rows * scale, near, tuple(tensor.shape), axis, dtype)
     return dataclasses.replace(encoded, codebook=books[-1], coarse=books[:-1])
+
+
+def fit_codebooks(rows: Array, spec: QuantSpec, weights: Array | None = None) -> tuple[jax.Array, ...]:
+    """Places the centroids of a tensor, by whichever method its spec asks for.
+
+    Args:
+        rows: `[groups, n]`, the groups of the tensor.
+        spec: how.
+        weights: of the squared error, `[groups, n]`.
+
+    Returns:
+        `[groups, 2^b]` float32 for each of `spec.all_bits`.
+
+    Raises:
+        UserError: a value or a weight is not finite (not seen inside jit).
+
+    >>> [codebook.tolist() for codebook in fit_codebooks(np.float32([[0, 1, 10, 11]]), QuantSpec(2, coarse=(1,)))]
+    [[[0.5, 10.5]], [[0.0, 1.0, 10.0, 11.0]]]
+    """
+    if spec.levels != "kmeans":
+        return (fit_levels(rows, spec.levels, spec.bits, weights, spec.iterations),)
+    if spec.coarse:
+        return nested_kmeans(rows, spec.all_bits, weights, iterations=spec.iterations)
+    codebook = kmeans(
+        rows,
+        1 << spec.bits,
+        weights,
+        init=spec.init,
+        retention=spec.retention,
+        iterations=spec.iterations,
+        symmetric=spec.symmetric,
+        pinned_zero=spec.pinned_zero,
+    )
+    return (codebook,)
 
 
 @partial(jax.jit, static_argnames=("shape", "axis", "dtype"))
@@ -153,8 +171,7 @@ def encode_tensor(
     >>> encode_tensor(jnp.array([[0.1, 0.9]]), (jnp.array([[0.0, 1.0]]),), (2,), None).indices().tolist()
     [0, 1]
     """
-    exact = tuple(c.astype(jnp.float32) for c in codebooks)
-    limits = nested.thresholds(exact)
+    limits = thresholds(tuple(codebook.astype(jnp.float32) for codebook in codebooks))
     bits = codebooks[-1].shape[-1].bit_length() - 1
     return CodebookTensor(
         codebook=codebooks[-1],

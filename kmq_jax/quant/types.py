@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.tree import Array, Leaf
+from kmq_jax.core.tree import Array, Leaf, Params
 from kmq_jax.quant.codes import from_groups, lookup
 from kmq_jax.quant.kmeans import INITS
 from kmq_jax.quant.levels import LEVELS
@@ -334,6 +334,17 @@ def is_codebook_tensor(leaf: Leaf) -> TypeGuard[CodebookTensor]:
     {'bias': False, 'kernel': True}
     """
     return isinstance(leaf, CodebookTensor)
+
+
+def codebook_tensors(tree: Params) -> list[CodebookTensor]:
+    """The quantized tensors of a tree, in its order.
+
+    >>> import kmq_jax
+    >>> tree = kmq_jax.quantize_params({"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}, bits=4)
+    >>> codebook_tensors(tree)
+    [CodebookTensor(shape=(64, 64), bits=4, axis=1, float32)]
+    """
+    return [leaf for leaf in jax.tree.leaves(tree, is_codebook_tensor) if is_codebook_tensor(leaf)]
 
 
 def is_floating(leaf: Leaf) -> bool:

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 from kmq_jax.core.files import atomic_write, require_regular
 from kmq_jax.data.kaldi import read_table
 from kmq_jax.data.table import require_utf8
@@ -180,7 +180,7 @@ def _opened(path: Path, where: str) -> Iterator[tuple[BinaryIO, int]]:
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):  # a kind of ValueError
             raise
-        raise UserError(f"{where}: cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"{where}: cannot read {path}: {reason_of(error)}") from error
 
 
 def _key(file: BinaryIO, path: Path) -> str:

@@ -13,6 +13,8 @@ from kmq_jax.scoring.cosine import Scorer, average, cosine_scorer
 from kmq_jax.scoring.join import Sides, join
 from kmq_jax.scoring.table import EmbeddingTable, read_embeddings
 
+_MOST = 64
+
 
 @dataclass(frozen=True, eq=False)
 class LevelScores:
@@ -38,16 +40,13 @@ class LevelScores:
         return self.trials.models is None
 
 
-def parse_levels(
-    values: Sequence[str], flag: str = "stage", what: str = "EMBEDDINGS.npz", most: int = 64
-) -> list[tuple[int, str]]:
+def parse_levels(values: Sequence[str], flag: str = "stage", what: str = "EMBEDDINGS.npz") -> list[tuple[int, str]]:
     """Reads the values of `--stage=BITS:EMBEDDINGS.npz` flags, or of another such flag, and sorts them by bits.
 
     Args:
         values: of the flag, `BITS:PATH` each.
         flag: its name, for messages.
         what: what follows the bits, for messages.
-        most: how many bits are allowed.
 
     Returns:
         Bits and path of each, ascending.
@@ -62,8 +61,8 @@ def parse_levels(
     for value in values:
         bits, colon, path = value.partition(":")
         # `isdigit` alone holds for digits such as superscripts, which `int` refuses, as it does thousands of digits.
-        if not (colon and path and bits.isascii() and bits.isdigit() and len(bits) < 10 and 1 <= int(bits) <= most):
-            raise UserError(f"--{flag} (={value[:200]}) must be BITS:{what}, with 1 to {most} bits")
+        if not (colon and path and bits.isascii() and bits.isdigit() and len(bits) < 10 and 1 <= int(bits) <= _MOST):
+            raise UserError(f"--{flag} (={value[:200]}) must be BITS:{what}, with 1 to {_MOST} bits")
         levels.append((int(bits), path))
     levels.sort()
     for (one, _), (two, _) in zip(levels, levels[1:]):

@@ -1,17 +1,10 @@
 """Options of extraction and scoring."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.options import Options, draws, option
-
-Compute = Literal["float32", "bfloat16"]
-"""The arithmetic of a network, as `models.speaker_model.COMPUTE` lists it."""
-
-Engine = Literal["auto", "jax", "onnxruntime"]
-"""What runs a network, as `models.engine.ENGINES` lists it."""
-
+from kmq_jax.models.choices import Compute, Engine
 
 LEAST_SECONDS = 0.1
 """The shortest recording allowed, `data.audio.MIN_SECONDS`: repeated here because that module is slow to import."""

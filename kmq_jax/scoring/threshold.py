@@ -11,8 +11,8 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, read_object, write_json
 from kmq_jax.data import audio, source
 from kmq_jax.metrics.threshold import Rate, Threshold, choose_threshold
+from kmq_jax.models.choices import Engine
 from kmq_jax.models.embedder import Embedder
-from kmq_jax.models.runner import Engine
 from kmq_jax.scoring.cosine import average, cosine_scores
 from kmq_jax.scoring.options import ThresholdOptions
 

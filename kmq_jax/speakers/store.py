@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 from kmq_jax.core.files import Json, file_hash
 from kmq_jax.core.progress import progress, say_once
 from kmq_jax.data import audio, speech
+from kmq_jax.models.choices import Engine
 from kmq_jax.models.embedder import Embedder
-from kmq_jax.models.runner import Engine
 from kmq_jax.scoring.cosine import average, cosine_scores, lengths, unusable
 from kmq_jax.scoring.threshold import Decider, check_threshold, read_threshold
 from kmq_jax.speakers.database import (
@@ -162,8 +162,7 @@ class SpeakerStore:
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"`store` (={self._file.parent}) cannot be written: {reason}") from error
+            raise UserError(f"`store` (={self._file.parent}) cannot be written: {reason_of(error)}") from error
         with writing(self._file) as database:
             # Checked once more: another process may have enrolled with another model meanwhile.
             model = self._checked(database.model())

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,8 +11,7 @@ import ml_collections
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Json, file_hash, write_json
-from kmq_jax.core.tree import named_leaves
+from kmq_jax.core.files import file_hash, write_json
 from kmq_jax.interop import pretrained
 from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model, save_model
 from kmq_jax.ptq.quantize import quantize_model
@@ -22,6 +20,7 @@ from kmq_jax.study.steps import Steps
 from kmq_jax.training import loop, qat
 from kmq_jax.training.config import distilled, published_kmqat
 from kmq_jax.training.options import QatOptions, section
+from kmq_jax.training.workdir import settings_of
 
 RECIPES = {"fp32": 1, "ptq": 3, "distilled": 1, "kmqat": 1, "uniform": 1, "minmax": 1, "powers": 1, MIXED: 2}
 """To be raised when a change of the code changes what a step computes: studies then repeat it (see `study.steps`).
@@ -225,8 +224,7 @@ def mixed_network(
     if not own.epochs:
         return
     path = _trained(own, steps, run)
-    params = load_model(path).variables["params"]
-    tensors = [leaf for _, leaf in named_leaves(params, quant.is_codebook_tensor) if quant.is_codebook_tensor(leaf)]
+    tensors = quant.codebook_tensors(load_model(path).variables["params"])
     # Weighted by the tensors' sizes: bits a weight.
     mean = sum(leaf.bits * leaf.size for leaf in tensors) / sum(leaf.size for leaf in tensors)
     yield Network(run.step, "trained, mixed", round(mean, 3), path, run=run)
@@ -307,11 +305,6 @@ def quantize(config: ml_collections.ConfigDict, reference: Path, out: Path) -> N
         for rule in qat.rules_of(options)
     ]
     save_model(out, quantize_model(load_model(reference), rules, data, options.fit_crops))
-
-
-def settings_of(config: ml_collections.ConfigDict) -> Json:
-    """The settings that a training run depends on, as JSON values: all but the section `study`."""
-    return {key: value for key, value in json.loads(config.to_json()).items() if key != "study"}
 
 
 def data_of(config: ml_collections.ConfigDict) -> list[str]:

@@ -8,7 +8,8 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, Row
 from kmq_jax.core.options import Options, option, shown
 from kmq_jax.diagnosis.options import DiagnosisOptions
-from kmq_jax.scoring.options import Compute, Engine, check_max_seconds
+from kmq_jax.models.choices import Compute, Engine
+from kmq_jax.scoring.options import check_max_seconds
 
 Recipe = Literal["distilled", "kmqat", "uniform", "minmax", "powers"]
 """How networks are made at fewer bits: trained by distillation from full precision, or by KMQAT as published; or by

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from kmq_jax import html
 from kmq_jax.core.files import Json, Row, atomic_write, read_json
+from kmq_jax.models.runner import AVERAGED, PACKED
 from kmq_jax.study.options import FULL
 from kmq_jax.study.paired import changes_of
 from kmq_jax.study.plan import TRAINING
@@ -309,7 +310,7 @@ def files_of(workdir: Path, rows: Sequence[Row]) -> list[Json]:
     found: dict[str, Json] = {}
     for row in rows:
         place = workdir / row["model"]
-        packed = [name for name in ("model.kmq", "averaged.kmq") if (place / name).is_file()]
+        packed = [name for name in (PACKED, AVERAGED) if (place / name).is_file()]
         file = f"{row['model']}/{packed[0]}" if packed else row["model"]
         one = found.setdefault(row["model"], {key: row[key] for key in ("model", "method", "bytes")})
         one |= {"file": file, "bits": [*one.get("bits", ()), row["bits"]]}

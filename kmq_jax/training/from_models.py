@@ -22,6 +22,8 @@ from kmq_jax.training.options import TrainOptions
 from kmq_jax.training.state import Trainable, load_classifier
 from kmq_jax.training.workdir import INPUTS, inputs_of
 
+_RECORDINGS = 4  # of a speaker whose mean embedding becomes a centre
+
 
 def describe(options: TrainOptions) -> SpeakerModel:
     """The model that the options describe, without weights."""
@@ -85,14 +87,12 @@ def centres_of(workdir: Path, utterances: source.Utterances, speeds: Sequence[fl
     return np.concatenate([centres[theirs.index(speed) * count :][:count] for speed in speeds])
 
 
-def speaker_means(
-    model: SpeakerModel, utterances: source.Utterances, options: TrainOptions, each: int = 4
-) -> np.ndarray:
-    """Mean embeddings `[speakers, dim]` of up to `each` recordings a speaker; each has length one before the mean."""
+def speaker_means(model: SpeakerModel, utterances: source.Utterances, options: TrainOptions) -> np.ndarray:
+    """Mean embeddings `[speakers, dim]` of up to four recordings a speaker; each has length one before the mean."""
     # Sorted by speaker, then cut where the next speaker begins.
     by_speaker = np.split(np.argsort(utterances.labels, kind="stable"), np.cumsum(np.bincount(utterances.labels))[:-1])
     # Evenly spaced among a speaker's recordings.
-    few = utterances.select(np.concatenate([part[:: -(-len(part) // each)] for part in by_speaker]))
+    few = utterances.select(np.concatenate([part[:: -(-len(part) // _RECORDINGS)] for part in by_speaker]))
     embeddings = embed_all(model, few, options.dtype, options.data.crop_seconds, options.batch_size)
     sums = np.zeros((len(by_speaker), embeddings.shape[1]), np.float32)
     np.add.at(sums, few.labels, cosine.unit_rows(embeddings))

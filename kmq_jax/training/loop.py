@@ -1,7 +1,6 @@
 """Training: prepare, loop, finish; and taking a run up again where it stopped."""
 
 import contextlib
-import json
 import math
 import signal
 import threading
@@ -21,13 +20,14 @@ from kmq_jax.core.progress import Bar
 from kmq_jax.core.signals import handled
 from kmq_jax.models import registry
 from kmq_jax.models.checkpoint import Checkpoints
+from kmq_jax.models.runner import AVERAGED
 from kmq_jax.models.speaker_model import SpeakerModel, save_model
 from kmq_jax.training import step as steps
 from kmq_jax.training.options import TrainOptions, steps_of
 from kmq_jax.training.prepare import Run, prepare
 from kmq_jax.training.runlog import RunLog
 from kmq_jax.training.validation import in_words
-from kmq_jax.training.workdir import finishes_alike, record_start
+from kmq_jax.training.workdir import finishes_alike, record_start, settings_of
 
 Summary = Json
 """What `summary.json` holds."""
@@ -50,14 +50,14 @@ def train(config: ml_collections.ConfigDict, workdir: Path, tensorboard: bool = 
         UserError: a setting, file or value is at fault, or the loss became NaN; what was saved before stays.
     """
     options = TrainOptions.from_config(config)
-    settings = {name: value for name, value in json.loads(config.to_json()).items() if name != "study"}
+    settings = settings_of(config)
     with contextlib.ExitStack() as closing:
         run = prepare(options, settings, workdir, closing)
         step = int(run.state.step)
         ended, alike = step == run.total_steps, finishes_alike(settings, workdir)
         if ended and alike and (summary := _finished(workdir, step)):
             return summary
-        (workdir / "averaged.kmq").unlink(missing_ok=True)  # `load_model` takes it before any checkpoint
+        (workdir / AVERAGED).unlink(missing_ok=True)  # `load_model` takes it before any checkpoint
         events = workdir / "tensorboard" if tensorboard else None
         log = RunLog(workdir / "metrics.jsonl", step, events, wandb, settings)
         bar = Bar(run.total_steps, "training", "step", done=step, hidden=jax.process_index() != 0)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from kmq_jax import quant
-from kmq_jax.core.tree import Params, Variables, map_named, named_leaves
+from kmq_jax.core.tree import Params, Variables, map_named, named_leaves, replace_named
 from kmq_jax.models.speaker_model import PER_BITS, SpeakerModel
 from kmq_jax.nn import integers
 from kmq_jax.ptq import activations, fit, moments
@@ -195,8 +195,8 @@ def _fit(
     levels = fit.patterned(network, rules)
     kept = parent is not None
     fitted = fit.fit(reference, quantized, features, kept, levels, batch_statistics=True).variables
-    own = {bits: _by_name(leaves) for bits, leaves in fitted.get(PER_BITS, {}).items()} if parent is not None else {}
-    per_bits = {bits: _biases_of(grown.per_bits[bits], own[bits]) for bits in own}
+    own = fitted.get(PER_BITS, {}) if parent is not None else {}
+    per_bits = {bits: _biases_of(grown.per_bits[bits], leaves) for bits, leaves in own.items()}
     params = QatParams(*quant.adopt_codebooks(network, fitted["params"], rules), per_bits)
     return params, jax.tree.map(jnp.asarray, fitted.get("batch_stats", {}))
 
@@ -204,10 +204,6 @@ def _fit(
 def _biases_of(biases: Params, leaves: Mapping[str, jax.Array]) -> Params:
     """The tree of `biases` with the values that variables of those names have."""
     return map_named(lambda name, _: jnp.asarray(leaves[f"params/{name}"]), biases)
-
-
-def _by_name(tree: Params) -> dict[str, jax.Array]:
-    return dict(named_leaves(tree))
 
 
 def match_moments(reference: SpeakerModel, params: QatParams, features: jax.Array) -> tuple[QatParams, Params]:
@@ -320,7 +316,7 @@ def _trained_parts(options: QatOptions, book: quant.Codebook, thawed: jax.Array)
 def _with_biases(network: Params, per_bits: Mapping[str, Params], bits: jax.Array) -> Params:
     """The network with the biases of so many bits; `bits` is traced, so all are stacked and one is selected."""
     smaller = jnp.array([int(own) for own in per_bits])
-    biases = [_by_name(own) for own in per_bits.values()]
+    biases = [dict(named_leaves(own)) for own in per_bits.values()]
 
     def choose(name: str, leaf: jax.Array) -> jax.Array:
         own = [tree[name] for tree in biases if name in tree]
@@ -514,7 +510,7 @@ def keep_parent(before: QatParams, after: QatParams) -> QatParams:
     shared = {n: leaf for n, leaf in named_leaves(before.latents) if n not in books and not n.endswith("/bias")}
     fewest = min(before.per_bits, key=int)
     return QatParams(
-        map_named(lambda name, leaf: shared.get(name, leaf), after.latents),
+        replace_named(after.latents, shared),
         books,
         {**after.per_bits, fewest: before.per_bits[fewest]},
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from kmq_jax.core.errors import UserError, needed
+from kmq_jax.core.errors import UserError, needed, reason_of
 from kmq_jax.core.files import Json, Row, atomic_write, require_regular
 
 
@@ -119,7 +119,7 @@ def read_runlog(path: str | os.PathLike[str]) -> list[Json]:
     try:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"cannot read {path}: {reason_of(error)}") from error
     records = []
     for number, line in enumerate(lines, 1):
         try:

@@ -17,6 +17,7 @@ from kmq_jax.core.options import shown
 from kmq_jax.core.progress import say_once
 from kmq_jax.core.tree import Params, Variables
 from kmq_jax.models.checkpoint import Checkpoints
+from kmq_jax.models.runner import AVERAGED, PACKED
 from kmq_jax.models.speaker_model import SpeakerModel
 from kmq_jax.ptq import activations, moments
 from kmq_jax.training import qat
@@ -112,6 +113,7 @@ class FullPrecision:
 
     Attributes:
         average_last: checkpoints that are averaged into the final model; fewer than two: none.
+        smaller_bits, saved_as: see `Task`.
     """
 
     average_last: int = 0
@@ -174,7 +176,7 @@ class FullPrecision:
             say_once(f"warning: `average_last` (={self.average_last}): the run kept {len(newest)} checkpoints")
         mean = average([load_network(checkpoints, step) for step in newest])
         model = dataclasses.replace(trained, variables=mean)
-        return Final(model, "averaged.kmq", f"average of the last {len(newest)} checkpoints")
+        return Final(model, AVERAGED, f"average of the last {len(newest)} checkpoints")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +191,7 @@ class Quantized:
         parent: parameters of the packed network that nested codebooks grow from.
         ranges: of activations that are rounded to 8 bits; None rounds none.
         measured: whether running statistics are measured afresh after training: where steps went by those of batches.
+        saved_as: see `Task`.
     """
 
     options: QatOptions
@@ -198,7 +201,7 @@ class Quantized:
     parent: Params | None = None
     ranges: activations.Ranges | None = None
     measured: bool = True
-    saved_as: str | None = "model.kmq"
+    saved_as: str | None = PACKED
 
     @property
     def smaller_bits(self) -> tuple[int, ...]:
@@ -294,7 +297,7 @@ class Quantized:
             model = dataclasses.replace(trained, variables={**trained.variables, "batch_stats": statistics})
         else:
             model = moments.own_statistics(trained, speech.crops())
-        return Final(model, "model.kmq", "with batch normalisation measured afresh")
+        return Final(model, PACKED, "with batch normalisation measured afresh")
 
 
 def average(trees: list[Params]) -> Params:

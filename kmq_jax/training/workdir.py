@@ -1,10 +1,12 @@
 """The files of a run's directory that say which run it is and what it was computed with."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import jax
+import ml_collections
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, read_json, read_object, write_json
@@ -30,6 +32,11 @@ _MAY_CHANGE = (
 )
 # Of these, what the end of a run depends on.
 _FINISH = ("average_last", "validation.data", "validation.trials")
+
+
+def settings_of(config: ml_collections.ConfigDict) -> Settings:
+    """The settings that a training run depends on, as JSON values: all but the section `study`."""
+    return {key: value for key, value in json.loads(config.to_json()).items() if key != "study"}
 
 
 def check_same_run(settings: Settings, workdir: Path) -> None:
