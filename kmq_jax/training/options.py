@@ -265,7 +265,11 @@ class OptimizerOptions(Options):
     name: Literal["sgd", "adamw"] = option("momentum with L2 decay, or Adam with decoupled decay", "sgd")
     momentum: float = option("of sgd", 0.9, at_least=0, below=1)
     nesterov: bool = option("Nesterov's form of the momentum", False)
-    weight_decay: float = option("of every parameter, times the factor of its group", 1e-4, at_least=0)
+    weight_decay: float = option(
+        "of every parameter, times the factor of its group; scales and centroids that are in no group have none",
+        1e-4,
+        at_least=0,
+    )
     clip: float = option("largest norm of the whole gradient; 0: any", 0.0, at_least=0)
     groups: tuple[tuple[Any, ...], ...] = option(
         "(regular expression on names of parameters, learning-rate factor, weight-decay factor) or (regular "

@@ -3,16 +3,23 @@
 import dataclasses
 from types import SimpleNamespace
 
+import jax
 import numpy as np
+import own_network  # noqa: F401  # registers the network
 import pytest
 
+from kmq_jax.core import mesh
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_object, write_json
 from kmq_jax.data.source import open_source
+from kmq_jax.models.speaker_model import frontend_of
 from kmq_jax.training import prepare
+from kmq_jax.training import step as steps
+from kmq_jax.training.config import default_config, smoke
+from kmq_jax.training.options import TrainOptions
 from kmq_jax.training.workdir import check_same_inputs, inputs_of
 
-OBJECTIVE = SimpleNamespace(options=SimpleNamespace(seed=0, quant=None))
+OBJECTIVE = steps.Objective(None, None, None, None, SimpleNamespace(seed=0, quant=None), 1)
 PARAMS = SimpleNamespace(network={}, classifier=None)
 
 
@@ -58,3 +65,21 @@ def test_what_the_settings_name_must_be_what_it_was(tmp_path):
     for other in (speech.select([1, 0, *range(2, 8)]), dataclasses.replace(speech, spans=np.array(parts))):
         with pytest.raises(UserError, match="8 utterances of 4 speakers in data.train, which now has others"):
             check_same_inputs(inputs_of(other), tmp_path)
+
+
+def test_what_is_measured_outside_steps_lies_on_devices_of_the_process(tmp_path, monkeypatch):
+    """Steps run on four devices, of which a process may have two: it cannot compute on the others by itself."""
+    options, everywhere = TrainOptions.from_config(smoke(default_config("own_tdnn"))), mesh.make_mesh()
+    objective = steps.make_objective(None, frontend_of(options.frontend), options, everywhere, epoch_steps=2)
+    own = jax.local_devices()[:2]
+    assert everywhere.size == 4
+    monkeypatch.setattr(jax, "local_devices", lambda: own)
+    data = SimpleNamespace(utterances=open_source(options.data.train), failures={}, epoch_steps=2)
+    (first, second) = prepare.speech_of(objective, data).passes(1)
+    # `allocate` gives its loss features; here the loss is these.
+    found = []
+    monkeypatch.setattr(prepare.steps, "total_loss", lambda *given: (given[4], None))
+    monkeypatch.setattr(prepare.qat, "allocate", lambda o, network, loss, key: {"conv": found.append(loss(network)) or 4})
+    prepare.allocate(objective, tmp_path, PARAMS, {}, None, data, resumes=False)
+    for features in (first, second, *found):
+        assert features.shape == (8, 98, 81) and features.devices() <= set(own)
