@@ -124,7 +124,12 @@ class QatOptions(Options):
         "where centroids may lie, see quant.levels; other than by k-means, the scale alone is trained", "kmeans"
     )
     init: str = option("of the centroids, see quant.kmeans", "optimal", choices=INITS)
-    retention: float = option("share of a channel's weights that place its first centroids", 0.9, above=0, at_most=1)
+    retention: float = option(
+        "share of a channel's weights that place its first centroids, of init equal-mass and of the recipe weights",
+        0.9,
+        above=0,
+        at_most=1,
+    )
     symmetric: bool = option("centroids come in pairs of opposite sign", False)
     fit_crops: int = option(
         "crops that weights are fitted on before training, and batch normalisation measured on after it; 0: neither",
