@@ -71,8 +71,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Makes SGD with momentum and L2 decay, or AdamW with decoupled decay; each group by settings of its own.
 
-    Groups without a clip of their own share the clip of the whole gradient. Decay would pull scales and centroids towards
-    zero, and weights with them: codebooks that are in no group have none.
+    Groups without a clip of their own share the clip of the whole gradient. Scales and centroids that are in no group
+    have no decay: it would pull quantized weights towards zero.
 
     Args:
         options: the `optimizer` section.

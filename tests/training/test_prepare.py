@@ -79,7 +79,12 @@ def test_what_is_measured_outside_steps_lies_on_devices_of_the_process(tmp_path,
     # `allocate` gives its loss features; here the loss is these.
     found = []
     monkeypatch.setattr(prepare.steps, "total_loss", lambda *given: (given[4], None))
-    monkeypatch.setattr(prepare.qat, "allocate", lambda o, network, loss, key: {"conv": found.append(loss(network)) or 4})
+
+    def allocate(section, network, loss, key):
+        found.append(loss(network))
+        return {"conv": 4}
+
+    monkeypatch.setattr(prepare.qat, "allocate", allocate)
     prepare.allocate(objective, tmp_path, PARAMS, {}, None, data, resumes=False)
     for features in (first, second, *found):
         assert features.shape == (8, 98, 81) and features.devices() <= set(own)
