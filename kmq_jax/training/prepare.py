@@ -399,8 +399,9 @@ def allocate(
         return steps.total_loss(objective, params.classifier, network, batch_stats, features, labels, start, teacher)[0]
 
     allocation = qat.allocate(objective.options.quant, params.network, loss, key)
-    bits = distributed.of_first(np.array(list(allocation.values()), np.int32))  # each process saw another batch
-    allocation = {name: int(chosen) for name, chosen in zip(allocation, bits)}
+    names = sorted(allocation)  # given by sensitivity: each process saw another batch, and may have another order
+    bits = distributed.of_first(np.array([allocation[name] for name in names], np.int32))
+    allocation = dict(zip(names, bits.tolist()))
     if jax.process_index() == 0:
         write_json(path, allocation)
     return allocation

@@ -52,6 +52,18 @@ def test_what_a_start_without_a_step_has_left_counts_for_nothing(tmp_path, monke
     assert list(read_object(tmp_path / name)) == ["conv"]
 
 
+def test_all_processes_give_a_tensor_the_bits_that_the_first_gave_it(tmp_path, monkeypatch):
+    """Each lists tensors by the sensitivity that it found on its own batch."""
+    found, sent = iter([{"second": 4, "first": 2}, {"first": 3, "second": 2}]), []
+    monkeypatch.setattr(prepare, "_on_own_devices", lambda objective: objective)
+    monkeypatch.setattr(prepare, "first_batch", lambda *given: {})
+    monkeypatch.setattr(prepare.steps, "features_of", lambda *given: None)
+    monkeypatch.setattr(prepare.qat, "allocate", lambda *given: next(found))
+    monkeypatch.setattr(prepare.distributed, "of_first", lambda values: sent.append(values) or sent[0])
+    processes = [chosen(tmp_path, resumes=False) for _ in range(2)]
+    assert processes == [{"first": 2, "second": 4}] * 2
+
+
 def test_what_the_settings_name_must_be_what_it_was(tmp_path):
     speech = open_source("synthetic:dev?speakers=4&utterances=2")
     now = inputs_of(speech) | {"teacher": "a"}
