@@ -74,7 +74,8 @@ def measure(reference: SpeakerModel, quantized: SpeakerModel, features: jax.Arra
     """
     wanted = output_moments(reference, features)
     seen, statistics = _moments_of(quantized.network(), quantized.bits, quantized.variables, features, wanted)
-    return Repair({name: matching(seen[name], wanted[name]) for name in wanted}, statistics)
+    kernels = _kernels(quantized.variables)
+    return Repair({name: _repaired(kernels[name], seen[name], wanted[name]) for name in wanted}, statistics)
 
 
 def output_moments(model: SpeakerModel, features: jax.Array) -> dict[str, Moments]:
@@ -185,6 +186,19 @@ def matching(seen: Moments, wanted: Moments) -> Moments:
     return slope, wanted[0] - slope * seen[0]
 
 
+def _kernels(variables: Variables) -> dict[str, Leaf]:
+    """The kernels of a tree, packed or not, by layer."""
+    leaves = named_leaves(variables["params"], is_leaf=quant.is_codebook_tensor)
+    return {name.removesuffix("/kernel"): leaf for name, leaf in leaves if name.endswith("/kernel")}
+
+
+def _repaired(kernel: Leaf, seen: Moments, wanted: Moments) -> Moments:
+    """As `matching`; where channels share a codebook none can be stretched alone, and each gets the mean alone."""
+    slope, shift = matching(seen, wanted)
+    shared = quant.is_codebook_tensor(kernel) and kernel.axis is None
+    return (jnp.ones_like(slope), wanted[0] - seen[0]) if shared else (slope, shift)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _moments_of(
     network: SpeakerNetwork, bits: int | None, variables: Variables, features: jax.Array, wanted: dict[str, Moments]
@@ -204,6 +218,7 @@ def _moments_of(
     """
     seen: dict[str, Moments] = {}
     statistics: dict[str, Moments] = {}
+    kernels = _kernels(variables)
 
     def visit(layer: Layer, x: jax.Array, run: Run) -> jax.Array:
         if layer.kind == CONVOLUTION and layer.has("bias"):
@@ -211,7 +226,7 @@ def _moments_of(
             seen[layer.name] = moments(y)
             if layer.name not in wanted:
                 return y
-            slope, shift = matching(seen[layer.name], wanted[layer.name])
+            slope, shift = _repaired(kernels[layer.name], seen[layer.name], wanted[layer.name])
             return y * by_channel(slope, y) + by_channel(shift, y)
         if layer.measures:
             mean, deviation = moments(x.astype(jnp.float32))

@@ -11,6 +11,8 @@ from kmq_jax.training.options import GroupOptions, OptimizerOptions, ScheduleOpt
 from kmq_jax.training.state import Trainable
 
 Schedule = Callable[[jax.Array], jax.Array]
+CODEBOOKS = "network/codebooks/"
+"""What names of a `Trainable` begin with where a scale or centroid is meant."""
 
 
 # Own code, not optax's schedules: those warm up over whole steps (ours, over a fraction of an epoch, need not be), and
@@ -69,7 +71,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Makes SGD with momentum and L2 decay, or AdamW with decoupled decay; each group by settings of its own.
 
-    Groups without a clip of their own share the clip of the whole gradient.
+    Groups without a clip of their own share the clip of the whole gradient. Scales and centroids that are in no group
+    have no decay: it would pull quantized weights towards zero.
 
     Args:
         options: the `optimizer` section.
@@ -80,7 +83,9 @@ def make_optimizer(
         UserError: a group matches nothing.
     """
     names = [name for name, _ in named_leaves(params)]
-    groups = match_rules(options.group_rules, names, default=GroupOptions())
+    found = match_rules(options.group_rules, names)
+    alone = {True: GroupOptions(decay=0.0), False: GroupOptions()}
+    groups = {name: own or alone[name.startswith(CODEBOOKS)] for name, own in found.items()}
     # Factors alone need no optimizer for each group.
     if all((own.peak, own.momentum, own.clip) == (None, None, None) for own in groups.values()):
         return _shared_optimizer(options, schedule(None), groups)

@@ -124,7 +124,12 @@ class QatOptions(Options):
         "where centroids may lie, see quant.levels; other than by k-means, the scale alone is trained", "kmeans"
     )
     init: str = option("of the centroids, see quant.kmeans", "optimal", choices=INITS)
-    retention: float = option("share of a channel's weights that place its first centroids", 0.9, above=0, at_most=1)
+    retention: float = option(
+        "share of a channel's weights that place its first centroids, of init equal-mass and of the recipe weights",
+        0.9,
+        above=0,
+        at_most=1,
+    )
     symmetric: bool = option("centroids come in pairs of opposite sign", False)
     fit_crops: int = option(
         "crops that weights are fitted on before training, and batch normalisation measured on after it; 0: neither",
@@ -265,7 +270,11 @@ class OptimizerOptions(Options):
     name: Literal["sgd", "adamw"] = option("momentum with L2 decay, or Adam with decoupled decay", "sgd")
     momentum: float = option("of sgd", 0.9, at_least=0, below=1)
     nesterov: bool = option("Nesterov's form of the momentum", False)
-    weight_decay: float = option("of every parameter, times the factor of its group", 1e-4, at_least=0)
+    weight_decay: float = option(
+        "of every parameter, times the factor of its group; scales and centroids that are in no group have none",
+        1e-4,
+        at_least=0,
+    )
     clip: float = option("largest norm of the whole gradient; 0: any", 0.0, at_least=0)
     groups: tuple[tuple[Any, ...], ...] = option(
         "(regular expression on names of parameters, learning-rate factor, weight-decay factor) or (regular "

@@ -257,15 +257,20 @@ def speech_of(objective: steps.Objective, data: Data) -> Speech:
     """The training data without augmentation, for what is measured before and after training."""
     options = objective.options
     clean = dataclasses.replace(options, data=dataclasses.replace(options.data, augment=False), spec_augment=0.0)
-    features = jax.jit(functools.partial(steps.features_of, dataclasses.replace(objective, options=clean)))
-    devices = mesh.make_mesh(jax.local_devices())  # this process's: each measures its own part of the data
+    own = _on_own_devices(dataclasses.replace(objective, options=clean))
+    features = jax.jit(functools.partial(steps.features_of, own))
 
     def passes(count: int) -> Iterator[jax.Array]:
         batches = iter(_batches(clean, data.utterances, data.failures))
         for batch in itertools.islice(batches, count * data.epoch_steps):
-            yield features(jax.random.key(0), mesh.shard_batch(batch, devices))
+            yield features(jax.random.key(0), mesh.shard_batch(batch, own.mesh))
 
     return Speech(lambda: random_crops(options, data.utterances), passes)
+
+
+def _on_own_devices(objective: steps.Objective) -> steps.Objective:
+    """The objective on this process's devices alone: outside steps, each process measures its own part of the data."""
+    return dataclasses.replace(objective, mesh=mesh.make_mesh(jax.local_devices()))
 
 
 def random_crops(options: TrainOptions, utterances: source.Utterances) -> jax.Array:
@@ -385,6 +390,7 @@ def allocate(
             raise UserError(f"{path} does not give each tensor a whole number of bits")
         return found
     key = jax.random.key(objective.options.seed)
+    objective = _on_own_devices(objective)
     batch = jax.tree.map(jnp.asarray, first_batch(objective.options, data))
     features = steps.features_of(objective, key, batch)
 
@@ -394,8 +400,9 @@ def allocate(
         return steps.total_loss(objective, params.classifier, network, batch_stats, features, labels, start, teacher)[0]
 
     allocation = qat.allocate(objective.options.quant, params.network, loss, key)
-    bits = distributed.of_first(np.array(list(allocation.values()), np.int32))  # each process saw another batch
-    allocation = {name: int(chosen) for name, chosen in zip(allocation, bits)}
+    names = sorted(allocation)  # given by sensitivity: each process saw another batch, and may have another order
+    bits = distributed.of_first(np.array([allocation[name] for name in names], np.int32))
+    allocation = dict(zip(names, bits.tolist()))
     if jax.process_index() == 0:
         write_json(path, allocation)
     return allocation

@@ -173,7 +173,8 @@ def init_fitted(
     params = init_params(options, network, allocation, parent)
     if features is None or parent is not None:
         return params, batch_stats
-    return match_moments(reference, params, features)
+    # Later phases make codebooks of their own: until then their tensors are used in full precision.
+    return match_moments(reference, params, features, phases_of(options, params.codebooks)[0])
 
 
 def _fit(
@@ -206,30 +207,38 @@ def _biases_of(biases: Params, leaves: Mapping[str, jax.Array]) -> Params:
     return map_named(lambda name, _: jnp.asarray(leaves[f"params/{name}"]), biases)
 
 
-def match_moments(reference: SpeakerModel, params: QatParams, features: jax.Array) -> tuple[QatParams, Params]:
+def match_moments(
+    reference: SpeakerModel, params: QatParams, features: jax.Array, names: Collection[str] | None = None
+) -> tuple[QatParams, Params]:
     """Gives each layer's outputs the mean and deviation they have in the reference (`ptq.moments`).
 
-    Not for nested codebooks.
+    Where all channels share a codebook they get the mean alone. Not for nested codebooks.
 
     Args:
         reference: the full-precision network.
         params: made of it by `init_params`.
         features: `[batch, time, mel]`, such as `Speech.crops` gives.
+        names: tensors that are quantized already, as in `effective_weights`.
 
     Returns:
         Parameters and running statistics.
     """
     batch_stats = reference.variables.get("batch_stats", {})
-    quantized = {"params": quant.pack(params.latents, params.codebooks), "batch_stats": batch_stats}
+    used = {name: book for name, book in params.codebooks.items() if names is None or name in names}
+    waiting = {name: book for name, book in params.codebooks.items() if name not in used}
+    quantized = {
+        "params": quant.pack(weights_of_latents(params.latents, waiting), used),
+        "batch_stats": batch_stats,
+    }
     repair = moments.measure(reference, dataclasses.replace(reference, variables=quantized), features)
     scaled_books = {}
 
     def scaled(name: str, leaf: jax.Array, slope: jax.Array) -> jax.Array:
-        book = params.codebooks.get(name)
-        if book is None:
+        book = used.get(name)
+        if book is None:  # in full precision, whatever the unit of the latent
             return leaf * along(slope, leaf.ndim, leaf.ndim - 1)
         if book.axis is None:
-            return leaf  # one scale for all channels cannot take a slope for each; the bias still follows
+            return leaf  # slopes are 1: one scale for all channels cannot take a slope for each
         # A channel that the reference leaves constant has slope 0, but a scale must stay positive.
         slope = jnp.maximum(slope, 1e-6)
         scaled_books[name] = book.with_scale(book.scale * slope)

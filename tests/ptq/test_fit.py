@@ -13,6 +13,7 @@ from kmq_jax.data import source
 from kmq_jax.models import registry
 from kmq_jax.models.protocol import Part, SpeakerNetwork
 from kmq_jax.models.speaker_model import SpeakerModel, at_bits, embed_all, frontend_of, load_model, save_model
+from kmq_jax.models.walk import CONVOLUTION, walk
 from kmq_jax.nn.conv import window
 from kmq_jax.nn.layers import BasicBlock, Conv, ConvNorm, LayerStyle, dense
 from kmq_jax.ptq import fit, moments
@@ -136,6 +137,44 @@ def test_training_can_start_from_the_reference_s_moments(recipe):
     before, after = (np.abs(stage_moments(m, features) / expected - 1) for m in shipped)
     assert np.max(after) < 0.1
     assert np.max(before) > 0.3
+
+
+def convolutions_of(model, params, features):
+    """Mean and deviation of each channel of every convolution's outputs."""
+    found = {}
+
+    def record(layer, x, run):
+        y = run(x)
+        if layer.kind == CONVOLUTION:
+            found[layer.name] = np.array([y.mean((0, 1, 2)), y.std((0, 1, 2))])
+        return y
+
+    walk(model.network(), {"params": params}, features, record)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({"granularity": "tensor"}, slice(1)),  # the means alone
+        ({"multi_stage": True, "rules": (("^block2/", 3),)}, slice(2)),
+        ({"multi_stage": True, "rules": (("^block2/", 3),), "recipe": "weights"}, slice(2)),
+    ],
+    ids=["one codebook", "phases", "phases of weights"],
+)
+def test_a_first_step_computes_with_the_reference_s_moments(change, kept):
+    """Whatever is in full precision until its phase begins, and though channels that share a codebook share a scale."""
+    reference = reference_of("bias")
+    section = QatOptions(bits=1, **change)
+    features = moments.random_features(frontend_of("kiwano"), DATA, 8, 1.0)
+    begun, _ = qat.init_fitted(section, reference, features)
+    first = qat.phases_of(section, begun.codebooks)[0]
+    weights = qat.effective_weights(section, begun, {}, jnp.zeros((), jnp.int32), names=first)
+    expected = convolutions_of(reference, reference.variables["params"], features)
+    found = convolutions_of(reference, weights, features)
+    assert len(found) > 3
+    for name, both in expected.items():
+        np.testing.assert_allclose(found[name][kept], both[kept], rtol=0.01, atol=0.01 * both[1].max(), err_msg=name)
 
 
 @pytest.mark.slow

@@ -5,8 +5,10 @@ import optax
 import pytest
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.training import qat
 from kmq_jax.training.optim import make_optimizer, make_schedule
-from kmq_jax.training.options import OptimizerOptions, ScheduleOptions, steps_of
+from kmq_jax.training.options import OptimizerOptions, QatOptions, ScheduleOptions, steps_of
+from kmq_jax.training.state import Trainable
 
 
 def rates(steps, **settings):
@@ -59,6 +61,22 @@ def test_decay_spares_biases_and_classifier():
     new = updates(PARAMS, ONES, name="sgd", momentum=0.0, weight_decay=0.5)
     assert float(new["conv"]["kernel"][0]) == pytest.approx(1 - 0.1 * 1.5)
     assert float(new["conv"]["bias"][0]) == float(new["classifier"][0]) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("groups", [(), (("bias", 1.0, 0.0),), (("kernel$", {"momentum": 0.5}),)], ids=str)
+def test_decay_moves_no_scale_and_no_centroid_unless_a_group_says_so(groups):
+    """Nothing has a gradient here: decay alone moves."""
+    kernel = {"conv": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}}
+    network = qat.init_params(QatOptions(bits=1), kernel)
+    params = Trainable(jnp.ones((3, 1, 2)), network)
+    settings = {"name": "sgd", "momentum": 0.0, "weight_decay": 0.5}
+    new = updates(params, jax.tree.map(jnp.zeros_like, params), **settings, groups=groups)
+    jax.tree.map(np.testing.assert_array_equal, new.network.codebooks, network.codebooks)
+    np.testing.assert_allclose(new.network.latents["conv"]["kernel"], 0.95 * network.latents["conv"]["kernel"])
+    new = updates(params, jax.tree.map(jnp.zeros_like, params), **settings, groups=(("centroids", 1.0, 2.0), *groups))
+    book, old = new.network.codebooks["conv/kernel"], network.codebooks["conv/kernel"]
+    np.testing.assert_allclose(book.centroids, 0.9 * old.centroids, rtol=1e-6)
+    np.testing.assert_array_equal(book.raw_scale, old.raw_scale)
 
 
 def test_momentum_adds_up_over_two_steps():

@@ -3,16 +3,23 @@
 import dataclasses
 from types import SimpleNamespace
 
+import jax
 import numpy as np
+import own_network  # noqa: F401  # registers the network
 import pytest
 
+from kmq_jax.core import mesh
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_object, write_json
 from kmq_jax.data.source import open_source
+from kmq_jax.models.speaker_model import frontend_of
 from kmq_jax.training import prepare
+from kmq_jax.training import step as steps
+from kmq_jax.training.config import default_config, smoke
+from kmq_jax.training.options import TrainOptions
 from kmq_jax.training.workdir import check_same_inputs, inputs_of
 
-OBJECTIVE = SimpleNamespace(options=SimpleNamespace(seed=0, quant=None))
+OBJECTIVE = steps.Objective(None, None, None, None, SimpleNamespace(seed=0, quant=None), 1)
 PARAMS = SimpleNamespace(network={}, classifier=None)
 
 
@@ -45,6 +52,18 @@ def test_what_a_start_without_a_step_has_left_counts_for_nothing(tmp_path, monke
     assert list(read_object(tmp_path / name)) == ["conv"]
 
 
+def test_all_processes_give_a_tensor_the_bits_that_the_first_gave_it(tmp_path, monkeypatch):
+    """Each lists tensors by the sensitivity that it found on its own batch."""
+    found, sent = iter([{"second": 4, "first": 2}, {"first": 3, "second": 2}]), []
+    monkeypatch.setattr(prepare, "_on_own_devices", lambda objective: objective)
+    monkeypatch.setattr(prepare, "first_batch", lambda *given: {})
+    monkeypatch.setattr(prepare.steps, "features_of", lambda *given: None)
+    monkeypatch.setattr(prepare.qat, "allocate", lambda *given: next(found))
+    monkeypatch.setattr(prepare.distributed, "of_first", lambda values: sent.append(values) or sent[0])
+    processes = [chosen(tmp_path, resumes=False) for _ in range(2)]
+    assert processes == [{"first": 2, "second": 4}] * 2
+
+
 def test_what_the_settings_name_must_be_what_it_was(tmp_path):
     speech = open_source("synthetic:dev?speakers=4&utterances=2")
     now = inputs_of(speech) | {"teacher": "a"}
@@ -58,3 +77,26 @@ def test_what_the_settings_name_must_be_what_it_was(tmp_path):
     for other in (speech.select([1, 0, *range(2, 8)]), dataclasses.replace(speech, spans=np.array(parts))):
         with pytest.raises(UserError, match="8 utterances of 4 speakers in data.train, which now has others"):
             check_same_inputs(inputs_of(other), tmp_path)
+
+
+def test_what_is_measured_outside_steps_lies_on_devices_of_the_process(tmp_path, monkeypatch):
+    """Steps run on four devices, of which a process may have two: it cannot compute on the others by itself."""
+    options, everywhere = TrainOptions.from_config(smoke(default_config("own_tdnn"))), mesh.make_mesh()
+    objective = steps.make_objective(None, frontend_of(options.frontend), options, everywhere, epoch_steps=2)
+    own = jax.local_devices()[:2]
+    assert everywhere.size == 4
+    monkeypatch.setattr(jax, "local_devices", lambda: own)
+    data = SimpleNamespace(utterances=open_source(options.data.train), failures={}, epoch_steps=2)
+    (first, second) = prepare.speech_of(objective, data).passes(1)
+    # `allocate` gives its loss features; here the loss is these.
+    found = []
+    monkeypatch.setattr(prepare.steps, "total_loss", lambda *given: (given[4], None))
+
+    def allocate(section, network, loss, key):
+        found.append(loss(network))
+        return {"conv": 4}
+
+    monkeypatch.setattr(prepare.qat, "allocate", allocate)
+    prepare.allocate(objective, tmp_path, PARAMS, {}, None, data, resumes=False)
+    for features in (first, second, *found):
+        assert features.shape == (8, 98, 81) and features.devices() <= set(own)
