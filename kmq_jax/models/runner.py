@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Engine = Literal["auto", "jax", "onnxruntime"]
 ENGINES = ("auto", "jax", "onnxruntime")
-_FORM = 1  # of the converted files; another number makes kept ones stale
+_FORM = 2  # of the converted files and notes; another number makes kept ones stale
 _BLOCK = 1 << 20  # bytes hashed at a time
 _owner: int | None = None  # the process that embedded first
 
@@ -198,7 +198,7 @@ def kept_file(origin: Path, fingerprint: str) -> Path:
     """Where the converted form of a model is kept, beside its file or in its directory.
 
     >>> kept_file(Path("runs/a.kmq"), "0123").name
-    '.a.kmq-0123-1.onnx'
+    '.a.kmq-0123-2.onnx'
     """
     folder = origin if origin.is_dir() else origin.parent
     return folder / f".{origin.name}-{fingerprint}-{_FORM}.onnx"
