@@ -48,6 +48,7 @@ def main() -> None:
 
     keep_freed_memory()  # before JAX starts its threads
     from kmq_jax import quant
+    from kmq_jax.core.tree import named_leaves
     from kmq_jax.models.speaker_model import load_model, save_model
     from kmq_jax.ptq.quantize import EMBEDDED, describe_loss, fitting, measured_loss, quantize_model, rules_of
 
@@ -61,8 +62,8 @@ def main() -> None:
     except UserError as error:
         raise UserError(f"--model={files.model}: {error}") from error
     save_model(files.out, quantized)
-    before, packed = (quant.size_bytes(made.variables).total for made in (model, quantized))
-    after = files.out.stat().st_size or packed  # a device has no size
+    before = 4 * sum(leaf.size for _, leaf in named_leaves(model.variables))  # the model may be of bfloat16
+    after = files.out.stat().st_size or quant.size_bytes(quantized.variables).total  # a device has no size
     print(f"{files.out}: {after:,} bytes, {before / after:.1f} times smaller than FP32; {fitting(data)}")
     if options.bits is None:
         print(describe_loss(measured_loss(model, quantized, str(data), files.crops)))

@@ -75,6 +75,6 @@ def _by_model(files: Files, how: HearOptions) -> tuple[Any, Any]:
     from kmq_jax.data.speech import heard
     from kmq_jax.scoring.threshold import decide, needed_threshold
 
-    threshold = needed_threshold(files.threshold, files.model or "")
+    threshold = needed_threshold(files.threshold, files.model or "", how.vad)
     given = heard(files.enrol, files.test or Path(), how.vad)
     return decide(files.model or "", *given, threshold, how.bits, how.engine), threshold

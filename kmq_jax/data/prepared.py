@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 from kmq_jax.core.errors import UserError, needed
-from kmq_jax.core.files import Row, atomic_write, parse_json, read_json, require_regular
+from kmq_jax.core.files import Row, atomic_write, parse_json, read_json, require_regular, size_and_time
 from kmq_jax.data import audio
 from kmq_jax.data.table import Utterances, concatenate, require_unique
 
@@ -173,6 +173,11 @@ class _Records:
     def __getstate__(self) -> dict[str, object]:
         kept = ("root", "split", "rows", "samples")  # open files stay in their process
         return {name: getattr(self, name) for name in kept}
+
+    def stamps(self) -> list[str]:
+        """Of the shards and the listing; see `Utterances.stamps`."""
+        files = [*sorted(self.root.glob("*.array_record*")), self.root / f"utterances-{self.split}.csv"]
+        return [f"{path.name} {size_and_time(path)}" for path in files]
 
     def __call__(self, name: str) -> np.ndarray:
         """The recording of that id, float32 `[samples]`."""

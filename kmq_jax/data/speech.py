@@ -148,6 +148,10 @@ class _SpeechOf:
     rows: dict[str, int]
     active: tuple[np.ndarray, ...]
 
+    def stamps(self) -> list[str]:
+        """Those of the recordings; see `Utterances.stamps`."""
+        return self.utterances.stamps()
+
     def __call__(self, name: str) -> np.ndarray:
         row = self.rows[name]
         return kept(self.utterances.load(row), self.active[row])

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.files import size_and_time
 from kmq_jax.data import audio
 
 OVERSHOOT = 0.5  # seconds by which a part may run past its recording's end, as in Kaldi's extract-segments
@@ -31,7 +32,7 @@ class Utterances:
         genders: "f" or "m" by speaker, where known.
         ages: years by speaker, where known.
         reader: gives the samples of an utterance by its id, for audio that is not in files of its own. It must be
-            picklable and safe to call from several threads.
+            picklable and safe to call from several threads. It has `stamps` where it reads files.
         listing: the file that lists the utterances, for messages.
         lines: the line of each utterance in it.
     """
@@ -142,6 +143,17 @@ class Utterances:
         # Headers of many small files: threads wait for the disk together.
         with ThreadPoolExecutor(workers) as pool:
             return np.fromiter(pool.map(self.num_samples, range(len(self))), np.int64, len(self))
+
+    def stamps(self, workers: int = 8) -> list[str]:
+        """Texts that change where sound is written anew, by size and time: one a file that the utterances lie in.
+
+        Of sound that is made, not read, there are none.
+        """
+        if self.reader is not None:
+            found: list[str] = getattr(self.reader, "stamps", list)()
+            return found
+        with ThreadPoolExecutor(workers) as pool:  # a network disk answers many at once
+            return list(pool.map(size_and_time, map(self.location, range(len(self)))))
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "Utterances":
         """The table of some of the utterances, in the order given. Labels are numbered anew over the speakers left."""
@@ -264,6 +276,10 @@ class _Joined:
         """The same as int16."""
         table, i = self.rows[name]
         return self.tables[table].load_int16(i)
+
+    def stamps(self) -> list[str]:
+        """Those of all tables."""
+        return [stamp for table in self.tables for stamp in table.stamps()]
 
     def num_samples(self, name: str) -> int:
         """Its length, decoded only where its own table must."""

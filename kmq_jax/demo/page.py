@@ -97,6 +97,7 @@ def demo_of_model(model: Place, threshold: Decider | None = None, bits: int | No
     if threshold.model is not None and level.fingerprint is None:
         raise UserError(f"{model} does not tell its fingerprint, which `threshold` is for: export it again")
     threshold.require(level.fingerprint or "", str(model))
+    threshold.warn_of_vad(False)  # the page embeds recordings whole
     return Demo((level,), threshold.value, threshold.known)
 
 

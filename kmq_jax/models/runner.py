@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PACKED, AVERAGED = "model.kmq", "averaged.kmq"
 """Files of a directory that is a MODEL: a packed network; the mean of a run's last checkpoints, which goes first."""
-_FORM = 1  # of the converted files; another number makes kept ones stale
+_FORM = 2  # of the converted files and notes; another number makes kept ones stale
 _owner: int | None = None  # the process that embedded first
 
 
@@ -197,7 +197,7 @@ def kept_file(origin: Path, fingerprint: str) -> Path:
     """Where the converted form of a model is kept, beside its file or in its directory.
 
     >>> kept_file(Path("runs/a.kmq"), "0123").name
-    '.a.kmq-0123-1.onnx'
+    '.a.kmq-0123-2.onnx'
     """
     folder = origin if origin.is_dir() else origin.parent
     return folder / f".{origin.name}-{fingerprint}-{_FORM}.onnx"

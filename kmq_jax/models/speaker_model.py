@@ -588,9 +588,10 @@ def note(model: SpeakerModel) -> Note:
 
 def fingerprint(model: SpeakerModel) -> str:
     """Twenty hexadecimal digits that tell one model from another: its network, front end and every weight's values,
-    shape and axis.
+    shape and axis. The bits at which it is read count where it is nested: any other is the same at all that it has.
     """
-    text = json.dumps([model.architecture, dict(model.settings), model.frontend, model.bits], sort_keys=True)
+    bits = model.bits if _is_nested(model) else None
+    text = json.dumps([model.architecture, dict(model.settings), model.frontend, bits], sort_keys=True)
     digest = hashlib.sha256(text.encode())
     about: tuple[object, ...]
     parts: tuple[Array, ...]

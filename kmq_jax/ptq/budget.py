@@ -25,7 +25,8 @@ from kmq_jax.models.speaker_model import SpeakerModel
 
 BITS = (2, 3, 4, 5, 6)
 """Numbers of bits that a tensor may get."""
-_CROPS = 8  # that the Hessian is measured on
+CROPS = 8
+"""Crops that the Hessian is measured on."""
 _DRAWS = 8  # random vectors that its traces are estimated by
 HEADER = 256
 """Bytes that a file takes for an array's name, type and place."""
@@ -147,7 +148,7 @@ def measure(
         UserError: no tensor would shrink.
     """
     network = model.network().without_remat()
-    crops = features[:_CROPS]
+    crops = features[:CROPS]
     variables = model.variables
     exact = network.apply(variables, crops, train=False)
     exact = exact / jnp.linalg.norm(exact, axis=1, keepdims=True)

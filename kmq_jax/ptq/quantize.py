@@ -11,7 +11,7 @@ import numpy as np
 
 from kmq_jax import quant
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import read_json, size_and_time, write_json
+from kmq_jax.core.files import read_json, write_json
 from kmq_jax.core.tree import Leaf, Params, map_named, named_leaves
 from kmq_jax.data import source
 from kmq_jax.models.about import METRICS, made_by, told
@@ -168,7 +168,8 @@ def rules_within(
     size = budget.bytes_from(options.size) if options.size else None
     rules = rules_of(options)
     utterances = source.open_sources(data)
-    mark = budget.mark_of(fingerprint(model), rules, f"{data} {_stamp(utterances)}")
+    measured_on = f"{data} {_stamp(utterances)} {min(crops, budget.CROPS)}"
+    mark = budget.mark_of(fingerprint(model), rules, measured_on)
     kept = folder / f"sensitivities-{mark}.json"
     found = _kept(kept) if kept.is_file() else None
     if found is None or found.model != mark:
@@ -228,7 +229,8 @@ def describe_loss(loss: float | None) -> str:
 
 def _stamp(utterances: source.Utterances) -> str:
     """A text that changes when recordings are added, taken away or written anew."""
-    lines = [f"{name} {size_and_time(utterances.location(i))}" for i, name in enumerate(utterances.ids)]
+    spans = () if utterances.spans is None else utterances.spans.ravel().tolist()
+    lines = [*utterances.ids, *map(str, spans), *utterances.stamps()]
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 

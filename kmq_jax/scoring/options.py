@@ -83,7 +83,7 @@ class ScoringOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThresholdOptions(RunOptions):
+class ThresholdOptions(HearOptions):
     """Which threshold is wanted, and how recordings are embedded for it."""
 
     false_accept: float = option(

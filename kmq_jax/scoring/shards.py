@@ -12,22 +12,19 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import atomic_write, file_hash, read_object, size_and_time, sweep, write_json
+from kmq_jax.core.files import atomic_write, file_hash, read_object, sweep, write_json
 from kmq_jax.core.locks import if_free, in_turn
 from kmq_jax.core.npz import read_npz
 from kmq_jax.data.table import Utterances
 from kmq_jax.models.engine import chosen
 from kmq_jax.scoring.archive import files_of
 from kmq_jax.scoring.options import ExtractionOptions
-
-_THREADS = 8  # that ask for the sizes of files
 
 EmbedShare = Callable[[tuple[int, int]], tuple[np.ndarray, np.ndarray]]
 """Embeds a share `(i, n)` of the list, as `models.speaker_model.embed_share`: gives rows, and `[rows, dim]`."""
@@ -36,7 +33,7 @@ EmbedShare = Callable[[tuple[int, int]], tuple[np.ndarray, np.ndarray]]
 def digest(utterances: Utterances, model: str, options: ExtractionOptions, shards: int) -> str:
     """A digest of all that decides which bits a shard holds: it tells one sharded run from another.
 
-    A recording in a file of its own counts by the file's size and time, so that a file which was replaced shows.
+    Recordings count by the sizes and times of the files that they lie in, so that a file which was replaced shows.
 
     Args:
         utterances: the list; with `samples`, its lengths.
@@ -56,10 +53,8 @@ def digest(utterances: Utterances, model: str, options: ExtractionOptions, shard
         found.update("\t".join(row).encode(errors="surrogateescape") + b"\n")
     for values in (utterances.spans, utterances.samples):
         found.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
-    if utterances.reader is None:
-        with ThreadPoolExecutor(_THREADS) as pool:  # a network disk answers many at once
-            for seen in pool.map(size_and_time, map(utterances.location, range(len(utterances)))):
-                found.update(f"{seen}\n".encode())
+    for seen in utterances.stamps():
+        found.update(f"{seen}\n".encode())
     return found.hexdigest()
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, read_object, write_json
-from kmq_jax.data import audio, source
+from kmq_jax.core.progress import say_once
+from kmq_jax.data import audio, source, speech
 from kmq_jax.metrics.threshold import Rate, Threshold, choose_threshold
 from kmq_jax.models.choices import Engine
 from kmq_jax.models.embedder import Embedder
@@ -31,11 +32,13 @@ class Found:
         threshold: with its error rates.
         recordings: how many there were.
         model: the fingerprint of the model that scored them.
+        vad: whether what is not speech was left out of them.
     """
 
     threshold: Threshold
     recordings: int
     model: str
+    vad: bool = False
 
 
 def find_threshold(model: Place, data: str, options: ThresholdOptions | None = None) -> Found:
@@ -56,6 +59,7 @@ def find_threshold(model: Place, data: str, options: ThresholdOptions | None = N
     utterances = source.open_source(data)
     _check_speakers(utterances, data)
     network = load_model(os.fspath(model), how.bits)
+    utterances = speech.of_table(utterances) if how.vad else utterances
     embeddings = embed_all(network, utterances, engine=how.engine)
     one, two = np.triu_indices(len(utterances), 1)  # each pair once, and none with itself
     speaker = utterances.labels
@@ -65,7 +69,7 @@ def find_threshold(model: Place, data: str, options: ThresholdOptions | None = N
         found = choose_threshold(scores, same, speaker[one], speaker[two], how.false_accept, how.replicates, how.seed)
     except UserError as error:
         raise UserError(f"`data` (={data}): {error}") from error
-    return Found(found, len(utterances), fingerprint(network))
+    return Found(found, len(utterances), fingerprint(network), how.vad)
 
 
 def _check_speakers(utterances: source.Utterances, data: str) -> None:
@@ -108,6 +112,7 @@ def save_threshold(path: Place, found: Found, model: Place, data: str, command: 
         "speaker_pairs": chosen.pairs,
         "recordings": found.recordings,
         "trials": chosen.false_accept.trials + chosen.false_reject.trials,
+        "vad": found.vad,
         "fingerprint": found.model,
         "model": os.fspath(model),
         "data": data,
@@ -157,12 +162,14 @@ class Decider:
         model: fingerprint of the model it is for; None where it was given as a number.
         known: its error rates, as a clause behind a verdict; empty where they are not known.
         false_accept: how often one comparison accepts a stranger; None where it is not known.
+        vad: whether it was found on speech alone; None where that is not known.
     """
 
     value: float
     model: str | None = None
     known: str = ""
     false_accept: Rate | None = None
+    vad: bool | None = None
 
     def require(self, own: str, name: str) -> None:
         """Refuses a model other than the one that the threshold was found with.
@@ -177,6 +184,12 @@ class Decider:
         if self.model not in (None, own):
             raise UserError(f"`threshold` was found with the model {self.model}, but {name} is {own}")
 
+    def warn_of_vad(self, vad: bool) -> None:
+        """Warns where the threshold was found with voice activity detection and `vad` is off now, or the reverse."""
+        if self.vad not in (None, vad):
+            then, now = ("without", "with") if vad else ("with", "without")
+            say_once(f"warning: `threshold` was found {then} vad, now it is {now}: its error rates are others")
+
 
 def read_threshold(text: str) -> Decider:
     """Reads a threshold: a number, or a file that `save_threshold` wrote.
@@ -185,7 +198,7 @@ def read_threshold(text: str) -> Decider:
         UserError: it is neither, or the file is damaged.
 
     >>> read_threshold("0.5")
-    Decider(value=0.5, model=None, known='', false_accept=None)
+    Decider(value=0.5, model=None, known='', false_accept=None, vad=None)
     """
     try:
         number = float(text)
@@ -212,12 +225,13 @@ def check_threshold(value: float, shown: str | None = None) -> None:
         raise UserError(f"`threshold` (={shown}) must lie between -1 and 1, as cosines do")
 
 
-def needed_threshold(text: str | None, model: str) -> Decider:
+def needed_threshold(text: str | None, model: str, vad: bool) -> Decider:
     """As `read_threshold`, but a threshold must be given; if not, the error says how to get one for this model.
 
     Args:
         text: a number or a file; None or empty where none was given.
         model: the MODEL, for the message.
+        vad: whether recordings are decided by their speech alone; see `Decider.warn_of_vad`.
 
     Raises:
         UserError: none is given, or it cannot be read.
@@ -225,7 +239,9 @@ def needed_threshold(text: str | None, model: str) -> Decider:
     if not text:
         how = f"kmq-jax threshold --model={model} --data=FOLDER --out=threshold.json"
         raise UserError(f"`model` needs `threshold`; to get one from recordings of a few speakers: {how}")
-    return read_threshold(text)
+    threshold = read_threshold(text)
+    threshold.warn_of_vad(vad)
+    return threshold
 
 
 def _from_file(path: str) -> Decider:
@@ -239,8 +255,8 @@ def _from_file(path: str) -> Decider:
     try:
         value, speakers = _number(held["threshold"], -math.inf), int(_number(held["speakers"]))
         accepts, rejects = (_read_rate(held, name) for name in ("false_accept_rate", "false_reject_rate"))
-        model = held["fingerprint"]
-        if not isinstance(model, str):
+        model, vad = held["fingerprint"], held.get("vad", False)  # there was no `vad` before files had it
+        if not isinstance(model, str) or not isinstance(vad, bool):
             raise TypeError
     except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"`threshold` (={path}) is damaged: a number or the model's fingerprint is missing") from None
@@ -249,7 +265,7 @@ def _from_file(path: str) -> Decider:
         f"; at it {_with_interval(accepts)} of different speakers are accepted, {_with_interval(rejects)} of same "
         f"speakers rejected (95 %; from {speakers} speakers, one recording against one)"
     )
-    return Decider(value, model, known, accepts)
+    return Decider(value, model, known, accepts, vad)
 
 
 def _read_rate(held: Json, name: str) -> Rate:

@@ -282,6 +282,11 @@ class SpeakerStore:
         return [_match(names[i], scores[i], threshold) for i in np.argsort(-scores, kind="stable")]
 
     @property
+    def vad(self) -> bool:
+        """Whether what is not speech is left out of recordings."""
+        return self._vad
+
+    @property
     def fingerprint(self) -> str:
         """The model's fingerprint; the model is loaded for it.
 
@@ -436,6 +441,8 @@ def describe_strangers(rates: Json, speakers: int) -> str:
 def threshold_of(text: str | None, store: SpeakerStore) -> Decider | None:
     """The threshold that is meant by a number, or by a file of `kmq-jax threshold`; None where none is given.
 
+    Warns of a file that was found with voice activity detection where the store is without it, or the reverse.
+
     Args:
         text: the number, or the file.
         store: whose model the file must be for. It is loaded only where the file names its model.
@@ -448,6 +455,7 @@ def threshold_of(text: str | None, store: SpeakerStore) -> Decider | None:
     threshold = read_threshold(text)
     if threshold.model is not None:
         threshold.require(store.fingerprint, "the store's")
+    threshold.warn_of_vad(store.vad)
     return threshold
 
 

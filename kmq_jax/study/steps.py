@@ -13,13 +13,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import kmq_jax
 from kmq_jax.core.errors import UserError
-from kmq_jax.core.files import Json, file_hash, read_json, read_object, size_and_time, write_json
+from kmq_jax.core.files import Json, Row, file_hash, read_json, read_object, size_and_time, write_json
 from kmq_jax.core.locks import in_turn
 from kmq_jax.core.memory import peak_device_mb, peak_memory_mb
 from kmq_jax.core.provenance import start
@@ -39,10 +39,12 @@ class Work:
     Attributes:
         kind: the first word of the step's name; steps of one kind take alike.
         amount: how much of it there is, such as epochs of training.
+        name: of the step; empty where it is not known yet.
     """
 
     kind: str
     amount: float = 1.0
+    name: str = ""
 
 
 class Steps:
@@ -56,15 +58,15 @@ class Steps:
         self,
         directory: Path,
         plan: Sequence[Work] = (),
-        left: Callable[[int, dict[str, Json]], float | None] = lambda at, done: None,
+        left: Callable[[Collection[int], dict[str, Json]], float | None] = lambda behind, done: None,
     ):
         """Opens (and makes) the directory. Other processes may do other steps in it at the same time.
 
         Args:
             directory: of the job.
             plan: all steps of the job, in order, as far as they are known.
-            left: a function to the seconds that are left, or None, from the number of steps that are behind, and
-                `seconds` and `amount` of the steps that are done, by kind.
+            left: a function to the seconds that are left, or None, from the numbers of the plan's steps that are
+                behind, and `seconds` and `amount` of the steps that are done, by kind.
 
         Raises:
             UserError: `steps.json` is none.
@@ -190,14 +192,28 @@ class Steps:
     def _time_left(self) -> str:
         """How long this step and all after it may take, by the steps done so far; empty where they do not tell."""
         done: dict[str, Json] = {}
-        for name, known in self._known().items():
-            if name in self._amounts and known.get("done") and "seconds" in known:
+        known = self._known()
+        for name, step in known.items():
+            if name in self._amounts and step.get("done") and "seconds" in step:
                 work = self._amounts[name]
                 sums = done.setdefault(work.kind, {"seconds": 0.0, "amount": 0.0})
-                sums["seconds"] += known["seconds"]
+                sums["seconds"] += step["seconds"]
                 sums["amount"] += work.amount
-        seconds = self._left(len(self._met) - 1, done)
+        at = len(self._met) - 1
+        # Jobs of their own, or an earlier run, may have done steps that stand further on.
+        behind = {i for i, work in enumerate(self._plan) if i < at or i > at and self._holds(work.name, known)}
+        seconds = self._left(behind, done)
         return "" if seconds is None else f", about {duration(seconds)} left"
+
+    def _holds(self, name: str, known: Row) -> bool:
+        """Whether a step is done with what it depends on, as far as that is known before it is its turn."""
+        step = known.get(name, {})
+        if name in self._met or not step.get("done"):
+            return bool(step.get("done"))
+        of = step.get("of", {})
+        needs = {other.removeprefix("step "): digest for other, digest in of.items() if other.startswith("step ")}
+        same = all(known.get(other, {}).get("digest") == digest for other, digest in needs.items())
+        return same and of.get("version") == kmq_jax.__version__ and all(self._holds(other, known) for other in needs)
 
     def _note_start(self) -> None:
         """Adds this process to `starts.json`, once it does a step."""

@@ -50,6 +50,17 @@ def test_totals_add_up(original, tmp_path, monkeypatch, capsys):
     assert "stage1/block0/conv1/kernel" in shown and "index bytes" in shown
 
 
+def test_times_smaller_is_against_four_bytes_a_number_whatever_is_stored(original, tmp_path, monkeypatch, capsys):
+    model = load_model(original)
+    halves = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), model.variables)
+    save_model(tmp_path / "half.kmq", SpeakerModel("resnet36", SETTINGS, "kiwano", halves))
+    out = tmp_path / "q.kmq"
+    flags = (f"--model={tmp_path}/half.kmq", "--bits=2", f"--out={out}", "--unfitted")
+    assert run(monkeypatch, "quantize", *flags) == 0
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(model.variables))
+    assert f"{4 * numbers / out.stat().st_size:.1f} times smaller than FP32" in capsys.readouterr().out
+
+
 def test_a_nested_file_is_read_at_each_of_its_widths(original, tmp_path, monkeypatch):
     out = tmp_path / "q.kmq"
     flags = (f"--model={original}", "--bits=4", "--nested=2,3", "--unfitted", f"--out={out}")

@@ -66,8 +66,11 @@ def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
     assert len(lines) == 2 + len(rows) + 2 and lines[0].startswith("| bits | weights | KiB | voices")
     assert re.fullmatch(r"voices: [\d,]+ trials, [\d,]+ of them targets, \d+ speakers, [\d,]+ utterances\.", lines[-1])
 
-    planned = [work.kind for work in plan.planned(pipeline.options_of(config), config.epochs)]
+    works = plan.planned(pipeline.options_of(config), config.epochs)
+    planned = [work.kind for work in works]
     known = json.loads((tmp_path / "steps.json").read_text())
+    assert all(work.name in ("", name) for work, name in zip(works, known)) and works[-1].name == ""
+    assert [work.name for work in works if work.kind == "embed"] == [name for name in known if name[:5] == "embed"]
     assert [name.partition("-")[0] for name in known] == planned and all(
         step["seconds"] >= 0 for step in known.values()
     )

@@ -9,6 +9,7 @@ import soundfile
 from commands import run
 
 from kmq_jax.core.errors import UserError
+from kmq_jax.core.progress import say_once
 from kmq_jax.data import source
 from kmq_jax.models import registry
 from kmq_jax.models.speaker_model import SpeakerModel, fingerprint, load_model, save_model
@@ -67,6 +68,32 @@ def test_the_file_holds_what_the_embeddings_tell(place, file):
         low, high = held[f"{name}_ci95"]
         assert 0 <= low <= held[name] <= high <= 1
     assert held["command"].startswith("kmq-jax threshold --model=")
+
+
+def test_a_threshold_of_speech_alone_says_so_and_is_warned_of_elsewhere(place, file, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("webrtcvad")
+    say_once.cache_clear()
+    for path in sorted((place / "people").rglob("*.wav")):
+        other = tmp_path / "people" / path.parent.name / path.name
+        other.parent.mkdir(parents=True, exist_ok=True)
+        wave = np.concatenate([np.tile(soundfile.read(path)[0], 2), np.zeros(source.SAMPLE_RATE)])
+        soundfile.write(other, wave, source.SAMPLE_RATE, subtype="FLOAT")
+    model, heard = f"--model={place}/one.kmq", tmp_path / "threshold.json"
+    flags = [model, f"--data={tmp_path}/people", f"--out={heard}", "--vad", "--replicates=100", "--false_accept=0.2"]
+    assert run(monkeypatch, "threshold", *flags) == 0
+    assert "12 recordings: used " in capsys.readouterr().err
+    assert json.loads(heard.read_text())["vad"] is True and json.loads(file.read_text())["vad"] is False
+    for given, vad, warned in ((heard, True, ""), (file, False, ""), (heard, False, "without"), (file, True, "with")):
+        flags = [model, *recordings(tmp_path), f"--threshold={given}", *(["--vad"] if vad else [])]
+        assert run(monkeypatch, "verify", *flags) == 0
+        said = [line for line in capsys.readouterr().err.splitlines() if "`threshold`" in line]
+        then = "with" if warned == "without" else "without"
+        wanted = f"warning: `threshold` was found {then} vad, now it is {warned}: its error rates are others"
+        assert said == ([wanted] if warned else [])
+    store = SpeakerStore(tmp_path / "s", place / "one.kmq", vad=True)
+    say_once.cache_clear()
+    threshold_of(str(file), store)
+    assert "was found without vad, now it is with" in capsys.readouterr().err
 
 
 def test_what_is_printed_says_how_little_few_speakers_tell(place, tmp_path, monkeypatch, capsys):

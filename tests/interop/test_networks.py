@@ -18,7 +18,7 @@ import safetensors.numpy
 from kmq_jax import frontend
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import named_leaves
-from kmq_jax.interop import campplus, pretrained, redimnet, tdnn
+from kmq_jax.interop import campplus, export, pretrained, redimnet, tdnn
 from kmq_jax.interop.export import export_model
 from kmq_jax.interop.import_model import describe, import_model
 from kmq_jax.models import onnx_export, registry
@@ -247,6 +247,27 @@ def test_files_with_features_that_are_not_kaldi_s_do_not_look_like_it(tmp_path):
     assert about["frontend"] == "speechbrain"  # by which our own import finds it again
     assert about["bits"] == "32" and about["fingerprint"] == fingerprint(load_model(tmp_path / "model.kmq"))
     assert said is None or "cosine 0.99999" in said or "cosine 1.0000" in said
+
+
+def test_an_export_is_compared_at_two_lengths(tmp_path, monkeypatch):
+    """A graph that holds the frames of one length is right at that length alone."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    settings = registry.smoke_settings("wespeaker_resnet34")
+    variables = registry.initialize(registry.build("wespeaker_resnet34", **settings), jax.random.key(0))
+    save_model(tmp_path / "m.kmq", SpeakerModel("wespeaker_resnet34", settings, "wespeaker", variables))
+    right = export_model(tmp_path / "m.kmq", tmp_path / "m.onnx").parity
+    assert right is not None and "cosine 1.000000" in right
+    seen, ours = [], export.embed_waves
+
+    def other_but_for_the_first(model, waves, **more):
+        seen.append(len(waves[0]))
+        return ours(model, waves, **more) * (1 if seen == seen[:1] else -1)
+
+    monkeypatch.setattr(export, "embed_waves", other_but_for_the_first)
+    told = export_model(tmp_path / "m.kmq", tmp_path / "m.onnx").parity
+    assert told is not None and "cosine -1.000000" in told and "difference 2.0e+00" in told
+    assert len(set(seen)) == 2
 
 
 @pytest.mark.parametrize(("activation", "lines"), [("relu", 3), ("none", 2)])

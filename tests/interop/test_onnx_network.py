@@ -24,7 +24,7 @@ from kmq_jax.interop.import_model import import_model
 from kmq_jax.models import graph as graphs
 from kmq_jax.models import onnx_export, registry, walk
 from kmq_jax.models.speaker_model import SpeakerModel, embed_all, frontend_of, load_model, save_model
-from kmq_jax.nn import integers
+from kmq_jax.nn import integers, operators
 from kmq_jax.ptq import activations, fit, moments, quantize
 from kmq_jax.training import loop
 from kmq_jax.training.config import default_config, distilled, smoke
@@ -397,6 +397,19 @@ def test_a_file_made_by_hand(tmp_path):
     x = features(2, 9)
     wanted = x.mean(1) @ made.tensors["head.weight"] + 1
     np.testing.assert_allclose(network_of(imported).apply(imported.variables, x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_operator_that_is_right_at_one_length_alone_is_found(tmp_path, monkeypatch):
+    counted = lambda call: np.asarray([150])  # noqa: E731 - the frames that reading compares first
+    monkeypatch.setitem(operators._ALL, "Shape", counted)
+
+    def mean(made, x):
+        made.nodes.clear()
+        frames = made.node("Cast", made.node("Shape", "feats", start=1, end=2), to=TensorProto.FLOAT)
+        return made.node("Div", made.node("ReduceSum", "feats", made.constant(1), keepdims=0), frames)
+
+    with pytest.raises(UserError, match="our embeddings of 187 frames are .* an operator is not understood"):
+        onnx_network.read(drawn(mean).save(tmp_path / "m.onnx"))
 
 
 def of_every_form(opset):

@@ -105,6 +105,12 @@ def test_changed_recordings_are_measured_again(measured, measured_again, tmp_pat
     assert len(set(measured_again)) == len(measured_again) == 2
 
 
+def test_fewer_crops_than_are_measured_on_are_other_sensitivities(measured, measured_again, tmp_path):
+    for crops in (100, 8, 4, 4, 200):
+        quantize.rules_within(measured[0], QuantizeOptions(budget=3.0), DATA, tmp_path, crops)
+    assert len(measured_again) == len(set(measured_again)) == 2  # of 8 crops and of 4
+
+
 def test_the_file_of_damaged_sensitivities_is_named(measured, measured_again, tmp_path):
     settings = measured[0], QuantizeOptions(budget=3.0), DATA, tmp_path
     quantize.rules_within(*settings)

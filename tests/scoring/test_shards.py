@@ -10,7 +10,10 @@ import recordings
 
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.locks import if_free
+from kmq_jax.data.prepared import _Records
 from kmq_jax.data.source import open_source
+from kmq_jax.data.speech import _SpeechOf
+from kmq_jax.data.table import Utterances, concatenate
 from kmq_jax.scoring import shards
 from kmq_jax.scoring.options import ExtractionOptions
 
@@ -53,6 +56,30 @@ def test_a_recording_in_another_ones_place_makes_another_run(tmp_path):
     path.write_bytes(path.read_bytes()[::-1])  # as long as it was
     os.utime(path, (1, 1))
     assert shards.digest(table, "m", how, 3) != before
+
+
+def test_a_dataset_that_was_prepared_anew_makes_another_run(tmp_path):
+    """Its recordings lie in shards: under the same names, as long as they were, they may sound otherwise."""
+    shard, length = tmp_path / "set-train.array_record-00000-of-00001", np.array([16000])
+    shard.write_bytes(b"one")
+    table = Utterances(("a",), ("a.wav",), ("s",), tmp_path, samples=length)
+    table = dataclasses.replace(table, reader=_Records(tmp_path, "train", {"a": 0}, length))
+    tables = table, concatenate([table, open_source("synthetic:dev?speakers=2&utterances=2")]), heard(table)
+
+    def digests():
+        return [shards.digest(one, "m", ExtractionOptions(), 3) for one in tables]
+
+    before = digests()
+    (tmp_path / "embeddings.npz").write_bytes(b"")  # what is written beside it does not count
+    assert digests() == before
+    shard.write_bytes(b"two")
+    os.utime(shard, (1, 1))
+    assert not set(before) & set(digests())
+
+
+def heard(table):
+    """The table as `speech.of_table` makes it."""
+    return dataclasses.replace(table, reader=_SpeechOf(table, {"a": 0}, (np.ones(34, bool),)))
 
 
 @pytest.mark.parametrize("killed_at", [0, 1, 4])

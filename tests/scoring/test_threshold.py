@@ -31,6 +31,9 @@ def test_a_file_beyond_one_is_refused_as_the_number_is(tmp_path):
     file = tmp_path / "t.json"
     file.write_text(json.dumps(held))
     assert read_threshold(str(file)).value == 0.5
+    with pytest.raises(UserError, match="is damaged"):
+        file.write_text(json.dumps(held | {"vad": "no"}))
+        read_threshold(str(file))
     file.write_text(json.dumps(held | {"threshold": 5.0}))
     with pytest.raises(UserError, match=r"\(=5.0 in .*t.json\) must lie between -1 and 1"):
         read_threshold(str(file))

@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import json
 import os
@@ -11,7 +12,8 @@ import pytest
 import kmq_jax
 from kmq_jax.core.errors import UserError
 from kmq_jax.study import steps
-from kmq_jax.study.plan import USUAL, seconds_left
+from kmq_jax.study.options import StudyOptions
+from kmq_jax.study.plan import USUAL, planned, seconds_left
 from kmq_jax.study.report import KINDS
 from kmq_jax.study.steps import Steps, Work, stamp
 
@@ -253,7 +255,7 @@ def test_steps_are_counted_and_the_time_left_is_told_from_those_before(tmp_path,
     plan = [Work("fp32", 2), Work("distilled", 1), Work("embed")]
 
     def run():
-        steps = Steps(tmp_path, plan, lambda at, done: seconds_left(plan, at, done))
+        steps = Steps(tmp_path, plan, functools.partial(seconds_left, plan))
         for name in ("fp32", "distilled-2", "embed-fp32", "fp32"):
             steps.run(name, 1, (), f"{name}.txt", lambda path: path.write_text(""))
         return steps.costs(), capsys.readouterr().err.splitlines()
@@ -268,6 +270,45 @@ def test_steps_are_counted_and_the_time_left_is_told_from_those_before(tmp_path,
     again, lines = run()
     assert again == costs and lines == [f"[{i}/3] {name}: done before" for i, name in enumerate(costs, 1)]
     assert len(json.loads((tmp_path / "starts.json").read_text())) == 1  # a run that did nothing is none
+
+
+def test_steps_that_are_done_further_on_do_not_count_as_left(tmp_path, capsys):
+    plan = [Work("fp32", 1, "fp32"), *(Work("distilled", 1, f"distilled-{bits}") for bits in (4, 3, 2)), Work("embed")]
+    told = []
+
+    def begun(names, settings=1):
+        """The numbers of the steps that are behind when each of these begins."""
+        told.clear()
+        steps = Steps(tmp_path, plan, lambda behind, done: told.append(set(behind)))
+        for name in names:
+            needs = ("fp32",) if name != "fp32" else ()
+            steps.run(name, settings, needs, f"{name}.txt", lambda path: path.write_text(""))
+        return told
+
+    begun(["fp32", "distilled-3"])  # a job of its own
+    assert begun(["fp32", "distilled-4"]) == [{0, 2}]
+    (tmp_path / "distilled-4.txt").unlink()
+    assert begun(["fp32", "distilled-4", "distilled-3", "distilled-2"]) == [{0, 2}, {0, 1, 2}]
+    # Another full precision: what was made of the one before is to be done again.
+    assert begun(["fp32"], settings=2) == [set()]
+    assert "fp32: begins again (changed: settings)" in capsys.readouterr().err
+
+
+def test_a_plan_names_the_steps_that_a_study_takes():
+    """Those of mixed precision, of figures, diagnosis and cascades have no names before they are reached."""
+    place = {"data": "synthetic:dev", "trials": "synthetic:dev"}
+    given = {"bits": (4, 2), "nested": True, "epochs": {"2": 1.0, "nested": 1.0}, "evaluate": {"a": place, "b": place}}
+    plan = planned(StudyOptions.of(given), epochs=3.0)
+    names = [work.name for work in plan if work.name]
+    assert names[:5] == ["fp32", "embed-fp32-32-a", "embed-fp32-32-b", "score-fp32-32-a", "score-fp32-32-b"]
+    assert [name for name in names if "-a" not in name and "-b" not in name] == [
+        "fp32", "ptq-4", "ptq-2", "distilled-2", "ptq-nested", "distilled-nested",
+    ]  # fmt: skip
+    assert names[names.index("distilled-nested") + 1 :][-4:] == [
+        "score-distilled-nested-2-a", "score-distilled-nested-2-b",
+        "compare-distilled-nested-2-a", "compare-distilled-nested-2-b",
+    ]  # fmt: skip
+    assert all(not work.name or work.name.startswith(work.kind) for work in plan)
 
 
 def test_what_an_earlier_version_did_is_not_done_again(tmp_path):
