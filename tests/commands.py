@@ -1,6 +1,7 @@
 """Runs a command in this process, as `kmq-jax COMMAND` would, or in two that work together; reads what it wrote."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def pair(command, *flags):
         port = s.getsockname()[1]
     about = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
     # Compiled as in the tests' own process, where both are compared to the last bit.
-    about |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    about["XLA_FLAGS"] = re.sub(r"(device_count)=\d+", r"\1=2", os.environ["XLA_FLAGS"])
     words = [sys.executable, "-m", "kmq_jax", command, *flags]
     started = {"cwd": Path(__file__).parents[1], "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     processes = [

@@ -5,9 +5,10 @@ import os
 from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # tests compile for longer than they compute; so do their commands
 gc.set_threshold(50_000, 20, 100)  # tracing makes many small objects, and hardly any garbage
-# Tests compile for longer than they compute. Without its fusion emitters XLA compiles in a third of the time; the smoke
-# form of the main job in .ci/run has them. Newer versions have nothing else, and end at a flag that they do not know.
+# Without its fusion emitters XLA compiles in a third of the time; the smoke form of the main job in .ci/run has them.
+# Newer versions have nothing else, and end at a flag that they do not know.
 QUICK = "--xla_cpu_parallel_codegen_split_count=1"
 if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) <= (0, 10):
     QUICK += " --xla_cpu_use_fusion_emitters=false"
@@ -19,7 +20,6 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)  # tests compile for longer than they compute
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,12 @@ import own_network  # noqa: F401  # registers the network
 from kmq_jax.training.config import default_config, smoke
 
 
-def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Returns the configuration; without augmentation, most of what there would be to compile."""
-    config = smoke(default_config("own_tdnn"))
+def plain(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The same without augmentation, most of what there would be to compile."""
     config.data.augment, config.spec_augment = False, 0.0
     return config
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Returns the configuration."""
+    return plain(smoke(default_config("own_tdnn")))

@@ -1,6 +1,7 @@
 """Every network by name; and a network's parameters, arithmetic and first weights, without running it."""
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -218,6 +219,7 @@ def initialize(model: SpeakerNetwork, key: jax.Array) -> Variables:
     return map_named(start, tree)
 
 
+@functools.lru_cache(maxsize=64)
 def _starts(model: SpeakerNetwork) -> tuple[Variables, dict[str, str | None]]:
     """The shapes of a network's variables, and how each starts: "normal", "uniform", "ones", "zeros" or None (else)."""
     known: dict[str, str | None] = {}
@@ -236,7 +238,7 @@ def _starts(model: SpeakerNetwork) -> tuple[Variables, dict[str, str | None]]:
         return run(x)
 
     with walk.visiting(note):
-        tree = shapes(model)
+        tree = walk.traced(model)
     return tree, {name: known.get(name) for name, _ in named_leaves(tree)}
 
 

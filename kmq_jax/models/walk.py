@@ -6,6 +6,7 @@ eagerly, under `jit` and on shapes alone.
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -140,13 +141,28 @@ def walk(network: SpeakerNetwork, variables: Variables, features: jax.Array, vis
 
 
 def shapes(network: SpeakerNetwork) -> Variables:
-    """The variables of a network as `jax.ShapeDtypeStruct`, without drawing any."""
+    """The variables of a network as `jax.ShapeDtypeStruct`, without drawing any. A network is traced once."""
+    return jax.tree.map(lambda leaf: leaf, _shapes(network))  # a tree of the caller's own
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(network: SpeakerNetwork) -> Variables:
+    return traced(network)
+
+
+def traced(network: SpeakerNetwork) -> Variables:
+    """The same, traced anew: visitors are shown the layers."""
     # Seven frames more than the least: of eight, three strides of 2 leave one.
     return jax.eval_shape(network.init, jax.random.key(0), _features(network, 7 + network.least_frames()))
 
 
 def layers(network: SpeakerNetwork, frames: int = 300) -> list[LayerShape]:
-    """All layers in running order, for one utterance of so many frames; no arithmetic runs."""
+    """All layers in running order, for one utterance of so many frames; no arithmetic runs. Traced once as well."""
+    return list(_layers(network, frames))
+
+
+@functools.lru_cache(maxsize=64)
+def _layers(network: SpeakerNetwork, frames: int) -> tuple[LayerShape, ...]:
     found: list[LayerShape] = []
 
     def record(layer: Layer, x: jax.Array, run: Run) -> jax.Array:
@@ -156,7 +172,7 @@ def layers(network: SpeakerNetwork, frames: int = 300) -> list[LayerShape]:
         return y
 
     jax.eval_shape(lambda v, x: walk(network, v, x, record), shapes(network), _features(network, frames))
-    return found
+    return tuple(found)
 
 
 def _features(network: SpeakerNetwork, frames: int) -> jax.ShapeDtypeStruct:

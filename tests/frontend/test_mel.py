@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import librosa_filters
 import numpy as np
 import originals
 import pytest
@@ -84,11 +85,17 @@ def test_digital_silence_is_finite():
 
 @pytest.mark.parametrize("form", ["librosa", "torchaudio"])
 def test_filters_are_librosa_s(form):
-    librosa = pytest.importorskip("librosa")
     config = mel.MelConfig(40, fft_size=512, filters=form, low_freq=20.0, high_freq=7600.0)
-    plain = {} if form == "librosa" else {"htk": True, "norm": None}
-    theirs = librosa.filters.mel(sr=16000, n_fft=512, n_mels=40, fmin=20, fmax=7600, dtype=np.float64, **plain)
-    np.testing.assert_allclose(mel.mel_filters(config), theirs.T, atol=1e-9)
+    np.testing.assert_allclose(mel.mel_filters(config), librosa_filters.filters(form).T, atol=1e-9)
+
+
+@pytest.mark.slow  # librosa compiles for a third of a minute
+@pytest.mark.parametrize("name", librosa_filters.KEPT)
+def test_the_filters_that_are_kept_are_librosa_s(name):
+    librosa = pytest.importorskip("librosa")
+    settings = librosa_filters.COMMON | librosa_filters.KEPT[name]["settings"]
+    theirs = librosa.filters.mel(**settings, dtype=np.float64)
+    np.testing.assert_allclose(librosa_filters.filters(name), theirs, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import own_network
 import pytest
+from own_config import plain
 
 from kmq_jax import quant
 from kmq_jax.core.tree import named_leaves
@@ -26,7 +27,7 @@ DATA = "synthetic:dev?speakers=6&utterances=4"
 
 
 def config(**changes):
-    made = smoke(default_config("own_tdnn"))
+    made = plain(smoke(default_config("own_tdnn")))
     made.validation.data = ""
     made.average_last = 0
     made.update(changes)
@@ -61,12 +62,12 @@ def test_what_is_known_without_running_it():
 
 def test_padding_changes_nothing():
     network = registry.build("own_tdnn")
-    variables = registry.initialize(network, jax.random.key(0))
+    variables, run = registry.initialize(network, jax.random.key(0)), jax.jit(network.apply)
     features = np.random.default_rng(0).normal(size=(2, 60, 81)).astype(np.float32)
     padded = np.concatenate([features, np.full((2, 30, 81), 1e4, np.float32)], axis=1)
-    together = network.apply(variables, padded, jnp.array([60, 45]))
-    np.testing.assert_allclose(together[0], network.apply(variables, features)[0], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(together[1], network.apply(variables, features[:, :45])[1], rtol=1e-5, atol=1e-5)
+    together = run(variables, padded, jnp.array([60, 45]))
+    np.testing.assert_allclose(together[0], run(variables, features)[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(together[1], run(variables, features[:, :45])[1], rtol=1e-5, atol=1e-5)
 
 
 def test_fitting_brings_it_nearer_to_the_reference(workdir):

@@ -8,8 +8,8 @@ import signal
 
 import jax
 import numpy as np
-import own_network  # noqa: F401  # registers the network
 import pytest
+from own_config import plain  # which registers the network
 
 from kmq_jax import quant
 from kmq_jax.core import mesh
@@ -31,7 +31,7 @@ def tiny(network="own_tdnn", **changes):
     config = smoke(default_config(network))
     config.validation.data = ""
     config.update(average_last=0, checkpoint_epochs=0.5, **changes)
-    return config
+    return plain(config)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import numpy as np
 import own_network  # which registers the network
 import pytest
 import recordings
+from own_config import plain
 
 import kmq_jax
 from kmq_jax.core.errors import UserError
@@ -46,7 +47,7 @@ def test_what_is_read_hours_later_is_found_missing_before_the_work(tmp_path, key
 
 
 def test_every_model_is_measured_and_nothing_is_done_twice(tmp_path, capfd):
-    config = smoke_study(study_config(default_config("own_tdnn")))
+    config = plain(smoke_study(study_config(default_config("own_tdnn"))))
     config.validation.data = ""
     config.average_last = 0
     config.study.update(bits=(2,), nested=False, cascades=(("distilled", (2, 32)),), groups={"all": ("voices",)})
