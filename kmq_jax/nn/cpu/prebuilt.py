@@ -89,7 +89,7 @@ def build(directory: Path, compiler: str, include: str) -> list[Path]:
 def file_name(level: Level) -> str:
     """What a level's library is called.
 
-    >>> file_name(LEVELS["x86_64"][1])
+    >>> file_name(LEVELS["x86_64"][2])
     'kernels-x86_64-v4.so'
     """
     kind = next(kind for kind, levels in LEVELS.items() if level in levels)
