@@ -293,8 +293,8 @@ CLAIMS = (
     Claim("Labels and steps on this corpus gain: full precision trained on alike errs less on so762, beyond chance, by "
           "either loss, and most by KMQAT's own",
           "wespeaker-compare.json", labels_gain),
-    Claim("Bits cost: against its control this project's network is not told apart at 4 and 3 bits, on either set; at 2 "
-          "bits it errs more on so762, beyond chance, and on words no difference is seen", "wespeaker-compare.json",
+    Claim("Bits cost: against its control this project's network is not told apart at 4 and 3 bits, on either set; at "
+          "2 bits it errs more on so762, beyond chance, and on words no difference is seen", "wespeaker-compare.json",
           bits_cost),
     Claim("With them, for an epoch, 4 and 3 bits are not told apart from full precision that was trained alike, and 2 "
           "bits err more on so762, beyond chance", "wespeaker-compare.json", bits_cost),
