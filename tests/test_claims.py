@@ -235,8 +235,8 @@ CLAIMS = (
           lambda found: mirrored(found)["stage1"][0] < 0.01 and 1 / 7.5 < mirrored(found)["stage1"][1] < 1 / 6.5),
     Claim("CAM++'s pooling, which has no weights to quantize, drifts, too", "campplus-mirror.json",
           lambda found: mirrored(found)["pooling"][0] < 1e-3 and mirrored(found)["pooling"][1] > 0.1),
-    Claim("Without training, at 3 and 2 bits, evenly spaced levels, fitted or over the weights' range, and powers of two "
-          "err more on so762, beyond chance", "levels.json", levels_differ),
+    Claim("Without training, at 3 and 2 bits, evenly spaced levels, fitted or over the weights' range, and powers of "
+          "two err more on so762, beyond chance", "levels.json", levels_differ),
     Claim("At 4 bits none is told apart from k-means, on either set", "levels.json", levels_differ),
     Claim("At 3 and 2 bits every other set of levels errs more than k-means on so762, beyond chance; on words only "
           "min-max at 2 bits does", "levels.json", levels_differ),
