@@ -10,7 +10,8 @@ calibrated on one half of so762/dev's speakers and evaluated on the other, and t
 
 `--config.study.recipe=kmqat` trains by KMQAT as published instead, for as many epochs unless
 `--config.study.epochs.2=40` and the like say otherwise. The stem stays in full precision all the same
-(`--config.study.rules='()'`: not), and the network has no batch normalisation to measure.
+(`--config.study.rules='()'`: not), and the network has no batch normalisation to measure. One imported by
+`kmq-jax import_model --unfold=DATA` has (`--config.init_from=MODEL --config.model.norm=batch`).
 
 `configs/wespeaker_so762.py:compare` is the comparison of both recipes, on the labels, for one epoch (216 steps) at
 each number of bits, with full precision trained on by either recipe's loss for as many steps: the control that tells
