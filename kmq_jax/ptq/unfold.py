@@ -18,8 +18,7 @@ from kmq_jax.models.speaker_model import SpeakerModel, frontend_of
 from kmq_jax.models.walk import NORMALISATION, layers, shapes
 from kmq_jax.nn.layers import BatchNorm
 from kmq_jax.ptq.moments import output_moments, random_features
-
-_CROPS, _SECONDS = 100, 3.0
+from kmq_jax.ptq.quantize import CROPS, SECONDS
 
 
 def unfold(model: SpeakerModel, features: jax.Array) -> SpeakerModel:
@@ -76,6 +75,6 @@ def unfolded_on(data: str) -> Callable[[SpeakerModel], SpeakerModel]:
     utterances = source.open_sources(data)
 
     def made(model: SpeakerModel) -> SpeakerModel:
-        return unfold(model, random_features(frontend_of(model.frontend), utterances, _CROPS, _SECONDS))
+        return unfold(model, random_features(frontend_of(model.frontend), utterances, CROPS, SECONDS))
 
     return made
