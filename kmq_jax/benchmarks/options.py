@@ -14,10 +14,10 @@ PEERS = ("onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8")
 
 PARTS = {
     "step": 240.0,
-    "qat": 95.0,
-    "torch": 75.0,
+    "qat": 102.0,
+    "torch": 70.0,
     "input": 80.0,
-    "extract": 55.0,
+    "extract": 80.0,
     "trials": 40.0,
     "kmeans": 60.0,
     "step200": 360.0,
