@@ -315,7 +315,7 @@ CLAIMS = (
     Claim("Bits cost: against its control this project's network is not told apart at 4 and 3 bits, on either set; at "
           "2 bits it errs more on so762, beyond chance, and on words no difference is seen", "wespeaker-compare.json",
           bits_cost),
-    Claim("With them, for an epoch, 4 and 3 bits are not told apart from full precision that was trained alike, and 2 "
+    Claim("So 4 and 3 bits are not told apart from full precision that was trained alike, and 2 "
           "bits err more on so762, beyond chance", "wespeaker-compare.json", bits_cost),
     Claim("KMQAT ends the epoch more than 30 points above its control, at every number of bits, on both sets",
           "wespeaker-compare.json",

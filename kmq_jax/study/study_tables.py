@@ -45,18 +45,31 @@ def trained_table(summary: Row) -> str:
 
 
 def gains_table(summary: Row) -> str:
-    """The first table of a page: full precision and its trained networks, their bytes, EER and minDCF alone."""
+    """The first table of a page: this project's trained networks beside full precision trained alike, their control.
+
+    Args:
+        summary: of a study that compares with its control, as `wespeaker_so762.py:compare` does.
+    """
     sets = summary["rows"][0]["sets"]
-    costs = ["minDCF"] if all("min_dcf" in found for found in sets.values()) else []
-    heads = [head for name in sets for head in (f"EER %, {name}", "against full precision", *costs)]
-    rows, full = [["bits", "MB", "times smaller", *heads]], summary["rows"][0]["bytes"]
-    for row in summary["rows"]:
-        if row["method"] not in ("full precision", "trained"):
+    heads = [head for name in sets for head in (f"EER %, {name}", "change", "minDCF", "change")]
+    rows, full = [["weights", "MB", "times smaller", *heads]], summary["rows"][0]["bytes"]
+    changes = {
+        (one["bits"], one["set"]): one
+        for one in summary["differences"]
+        if (one["recipe"], one["trained"], one["against"]) == ("distilled", True, "control")
+    }
+    kept = ("full precision", "trained", "trained, full precision")
+    # Full precision stays first, trained on or not; then most bits first.
+    for row in sorted(summary["rows"], key=lambda row: -row["bits"]):
+        if row["method"] not in kept:
             continue
-        cells = [f"{row['bits']:g}", f"{row['bytes'] / 1e6:.1f}", f"{full / row['bytes']:.1f}"]
-        for name in sets:
-            cells += [f"{row['sets'][name]['eer']:.2f}", change_of(changes_of(summary, row, name), "eer_change", 2)]
-            cells += [f"{row['sets'][name]['min_dcf']:.3f}"] if costs else []
+        name = f"{row['bits']:g} bits" if row["bits"] < 32 else "full precision"
+        name += ", trained" if row["method"].startswith("trained") else ""
+        cells = [name, f"{row['bytes'] / 1e6:.1f}", f"{full / row['bytes']:.1f}"]
+        for place, found in row["sets"].items():
+            change = changes.get((row["bits"], place), {})
+            cells += [f"{found['eer']:.2f}", change_of(change, "eer_change", 2)]
+            cells += [f"{found['min_dcf']:.3f}", change_of(change, "min_dcf_change", 3)]
         rows.append(cells)
     return markdown(rows) + about_sets(sets)
 

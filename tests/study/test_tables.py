@@ -295,25 +295,33 @@ def test_what_follows_from_an_accelerators_lines_is_computed(tmp_path):
     ]
 
 
-def test_a_first_page_has_bytes_errors_and_their_changes(tmp_path):
-    def row(method, bits, size, **found):
+def test_a_first_page_has_bytes_errors_and_their_changes_against_the_control(tmp_path):
+    def row(method, bits, size, eer, cost):
+        found = {"eer": eer, "min_dcf": cost, "trials": 900, "utterances": 40}
         return {"method": method, "bits": bits, "bytes": size, "sets": {"a": found}}
 
-    rows = [row("full precision", 32, 8_000_000, eer=2.0), row("without training", 2, 500_000, eer=9.0)]
-    rows += [row("trained", 2, 500_000, eer=3.5, eer_change=1.5, eer_change_ci95=[0.5, 2.0])]
-    (tmp_path / "r.json").write_text(json.dumps({"rows": rows, "diagnosis": {}}))
+    rows = [row("full precision", 32, 8_000_000, 2.0, 0.25), row("without training", 2, 500_000, 9.0, 0.75)]
+    rows += [row("trained", 2, 500_000, 3.5, 0.5), row("trained, kmqat", 2, 500_000, 8.0, 0.9)]
+    rows += [row("trained, full precision", 32, 8_000_000, 1.5, 0.2)]
+    ours = {"recipe": "distilled", "bits": 2, "trained": True, "against": "control", "set": "a"}
+    figures = {
+        "eer_change": 2.0,
+        "eer_change_ci95": [0.5, 2.5],
+        "min_dcf_change": 0.3,
+        "min_dcf_change_ci95": [-0.1, 0.4],
+    }
+    others = [{**ours, **figures, "eer_change": 7.0, **change} for change in
+              ({"against": "full precision"}, {"trained": False}, {"recipe": "kmqat"})]  # fmt: skip
+    summary = {"rows": rows, "differences": [*others, {**ours, **figures}, *others]}
+    (tmp_path / "r.json").write_text(json.dumps(summary))
     filled = tables.fill("<!-- table: r.json gains -->\n<!-- end -->", tmp_path).splitlines()
-    assert filled[3:-1] == ["| 32 | 8.0 | 1.0 | 2.00 |  |", "| 2 | 0.5 | 16.0 | 3.50 | **+1.50 [+0.50, +2.00]** |"]
-    for one, cost in zip(rows, (0.25, 0.75, 0.5)):
-        one["sets"]["a"] |= {"min_dcf": cost, "trials": 900, "utterances": 40}
-    (tmp_path / "r.json").write_text(json.dumps({"rows": rows, "diagnosis": {}}))
-    filled = tables.fill("<!-- table: r.json gains -->\n<!-- end -->", tmp_path).splitlines()
-    assert filled[1] == "| bits | MB | times smaller | EER %, a | against full precision | minDCF |"
-    assert filled[3:5] == [
-        "| 32 | 8.0 | 1.0 | 2.00 |  | 0.250 |",
-        "| 2 | 0.5 | 16.0 | 3.50 | **+1.50 [+0.50, +2.00]** | 0.500 |",
+    assert filled[1] == "| weights | MB | times smaller | EER %, a | change | minDCF | change |"
+    assert filled[3:6] == [
+        "| full precision | 8.0 | 1.0 | 2.00 |  | 0.250 |  |",
+        "| full precision, trained | 8.0 | 1.0 | 1.50 |  | 0.200 |  |",
+        "| 2 bits, trained | 0.5 | 16.0 | 3.50 | **+2.00 [+0.50, +2.50]** | 0.500 | +0.300 [-0.100, +0.400] |",
     ]
-    assert filled[6] == "a: 900 trials, 40 utterances."
+    assert filled[7] == "a: 900 trials, 40 utterances."
 
 
 def test_a_threshold_stands_with_its_intervals_and_what_it_did_to_others(tmp_path):
