@@ -388,14 +388,15 @@ CLAIMS = (
     Claim("nor at 2 bits after an epoch of training on labels", "activations-trained.json", lambda found: [
         (beyond(row), beyond(row, "full_eer_change")) for one in found["sets"] for row in one["rows"]
         if row["name"] == "W2A8"] == [(0, 0)] * 2),
-    Claim("Every cascade here loses to plain W8A8, on both sets", "lazy.json",
-          lambda found: len(found["sets"]) == 2
-          and all(any("w8a8" in name for name in row["beaten_by"]) for one in found["sets"]
-                  for row in one["rows"] if "escalated" in row)),
-    Claim("The one that begins with W2A8 takes 0.58 of full precision's time on words, and so misses the goal of 0.45",
-          "lazy.json",
-          lambda found: {round(row["ratio"], 2) for one in found["sets"] if "words" in one["data"]
-                         for row in one["rows"] if row["system"].startswith("cascade w2a8")} == {0.58}),
+    Claim("To full precision's decisions the goal is 0.45 of its time: cascades that begin with W4A8 take 0.39 and "
+          "0.40, the one that begins with W2A8 0.47 and 0.48", "lazy.json",
+          lambda found: [{row["system"]: round(row["ratio"], 2) for row in one["rows"] if "-fp32" in row["system"]}
+                         for one in found["sets"]] == [{"cascade w4a8-fp32": 0.39, "cascade w2a8-fp32": 0.47},
+                                                       {"cascade w4a8-fp32": 0.40, "cascade w2a8-fp32": 0.48}]),
+    Claim("None is worth its trouble: plain W8A8 takes 0.41 and 0.38, and flips nothing either", "lazy.json",
+          lambda found: [(round(row["ratio"], 2), row["harmful_flips"]) for one in found["sets"] for row in one["rows"]
+                         if "w8a8.kmq" in row["system"]] == [(0.41, 0), (0.38, 0)]
+          and not any(row["harmful_flips"] for one in found["sets"] for row in one["rows"] if "escalated" in row)),
     Claim("Rounding is not told to cost anything, at 4 or 2 bits, on either set", "activations-trained.json",
           lambda found: [[row["name"] for row in one["rows"]] for one in found["sets"]] == [["W4A8", "W2A8"]] * 2
           and not any(beyond(row) for one in found["sets"] for row in one["rows"])),

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from kmq_jax.cli.flags import RENAMED, add_flags, meant_flag, name_flags
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 from kmq_jax.core.options import Options
 
 
@@ -194,7 +194,7 @@ def _line(error: BaseException) -> str:
     """The message of an error for the user. A full disk or a missing file is no fault of the program."""
     if isinstance(error, OSError):
         place = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, (str, bytes)) else ""
-        return f"cannot read or write{place}: {error.strerror or error}"
+        return f"cannot read or write{place}: {reason_of(error)}"
     if isinstance(error, MemoryError):
         return f"not enough memory: {error}".removesuffix(": ")
     return "something given is nested too deeply" if isinstance(error, RecursionError) else str(error)

@@ -74,7 +74,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
     except OSError as error:
         other = "" if str(error.filename) in ("None", str(temporary), str(path)) else f"{error.filename}: "
-        raise UserError(f"cannot write {path}: {other}{error.strerror or error}") from error
+        raise UserError(f"cannot write {path}: {other}{reason_of(error)}") from error
     finally:
         if held is not None:
             os.close(held)
@@ -232,7 +232,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {path}: {reason_of(error)}") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 

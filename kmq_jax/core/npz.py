@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kmq_jax.core.errors import UserError, first_line
+from kmq_jax.core.errors import UserError, first_line, reason_of
 from kmq_jax.core.files import require_regular
 
 _ALWAYS, _TIMES = 1 << 26, 32
@@ -55,7 +55,7 @@ def read_npz(
                 raise ValueError(f"its arrays would inflate to {total:,} bytes")
             return {name: _read(archive, members[name], name) for name in wanted}
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {path}: {reason_of(error)}") from error
     # What zipfile, zlib and numpy raise on damaged or forged files.
     except (
         ValueError, EOFError, MemoryError, RuntimeError, SyntaxError, TypeError, KeyError, OverflowError,

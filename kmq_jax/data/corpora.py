@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 from kmq_jax.data.folder import audio_files, open_folder
 from kmq_jax.data.kaldi import numbered_lines, open_kaldi
 from kmq_jax.data.table import Utterances, concatenate
@@ -124,7 +124,7 @@ def cnceleb_eval_below(place: Path) -> Path | None:
     try:
         below = [place, *sorted(one for one in place.iterdir() if one.name.startswith("CN-Celeb"))]
     except OSError as error:
-        raise UserError(f"cannot read {place}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {place}: {reason_of(error)}") from error
     return next((one / "eval" for one in below if is_cnceleb_eval(one / "eval")), None)
 
 

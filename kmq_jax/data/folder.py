@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 from kmq_jax.core.files import require_regular
 from kmq_jax.core.progress import say_once
 from kmq_jax.data.audio import SUFFIXES
@@ -39,7 +39,7 @@ def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """
 
     def refuse(error: OSError) -> NoReturn:
-        raise UserError(f"cannot read {error.filename}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {error.filename}: {reason_of(error)}") from error
 
     for directory, directories, names in os.walk(root, followlinks=True, onerror=refuse):
         # In place, as `os.walk` asks: it then enters these, in this order, on any file system.
@@ -180,7 +180,7 @@ def open_csv(path: Path) -> Utterances:
                 except ValueError:
                     raise UserError(f"{path}:{line}: age {row['age']!r} is not a number") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot read {path}: {reason_of(error)}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a CSV in UTF-8: {error}") from None
     if not ids:

@@ -18,7 +18,7 @@ import numpy as np
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
-from kmq_jax.core.errors import UserError, needed
+from kmq_jax.core.errors import UserError, needed, reason_of
 from kmq_jax.core.files import Row, atomic_write, parse_json, read_json, require_regular, size_and_time
 from kmq_jax.data import audio
 from kmq_jax.data.table import Utterances, concatenate, require_unique
@@ -120,7 +120,7 @@ def _open_split(root: Path, split: str, count: int) -> Utterances:
         with listing.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except OSError as error:
-        raise UserError(f"cannot read {listing}: {error.strerror or error}") from None
+        raise UserError(f"cannot read {listing}: {reason_of(error)}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{listing} is not a CSV in UTF-8: {error}") from None
     if len(rows) != count:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 from kmq_jax.core.files import require_regular
 from kmq_jax.data.audio import SUFFIXES
 from kmq_jax.data.draw import draw_trials
@@ -164,7 +164,7 @@ def read_in_parts(
             found = True
             yield Trials(enrol, test, label.astype(bool), tuple(names), enrol_name, test_name, members)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot read {path}: {reason_of(error)}") from None
     if not found and share[1] == 1:
         raise UserError(f"{path}: lists no trial")
 

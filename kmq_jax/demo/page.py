@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kmq_jax.cascade.policy import CascadePolicy
 from kmq_jax.cascade.verifier import load_cascade
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 from kmq_jax.core.files import Json, atomic_write, require_regular
 from kmq_jax.demo.runtime import VERSION
 from kmq_jax.html import write
@@ -140,7 +140,7 @@ def _read_level(file: Path, name: str) -> Level:
             raise UserError(f"{file} is larger than {_LARGEST:,} bytes: too large for a page")
         data = file.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {file}: {reason_of(error)}") from error
     try:
         model = onnx.load_model_from_string(data)
     except Exception as error:  # of protobuf

@@ -17,7 +17,7 @@ import urllib.request
 import zlib
 from pathlib import Path
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 from kmq_jax.core.files import atomic_write, cache_directory, require_regular
 
 VERSION = "1.30.0"
@@ -86,7 +86,7 @@ def _read(file: Path, most: int) -> bytes:
         with file.open("rb") as opened:
             data = opened.read(most + 1)
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {file}: {reason_of(error)}") from error
     if len(data) > most:
         raise UserError(f"{file} is larger than {most:,} bytes, which no file of onnxruntime-web is")
     return data

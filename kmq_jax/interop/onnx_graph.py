@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 from kmq_jax.models.onnx_export import Node, Onnx, require_onnx
 
 Attributes: TypeAlias = dict[str, Any]
@@ -43,7 +43,7 @@ class Graph:
         try:
             model = self._onnx.load(path, load_external_data=False)
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+            raise UserError(f"cannot read {path}: {reason_of(error)}") from error
         except Exception as error:  # whatever protobuf makes of a file that is not ONNX
             raise UserError(f"{path} is not an ONNX file, or it was cut short") from error
         graph = model.graph

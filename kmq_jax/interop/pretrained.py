@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 from kmq_jax.interop import (
     campplus,
     ge2e,
@@ -78,5 +78,5 @@ def _looks_like_onnx(path: Path) -> bool:
         with path.open("rb") as file:
             start = file.read(9)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {path}: {reason_of(error)}") from error
     return not (start.startswith((b"PK\x03\x04", b"\x80")) or start[8:] == b"{")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 from kmq_jax.core.files import Json, require_regular
 
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "model_state")
@@ -50,7 +50,7 @@ def read(path: Path) -> Checkpoint:
             # A safetensors file begins with eight bytes of length, then JSON.
             is_safetensors = file.read(9)[8:] == b"{"
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {path}: {reason_of(error)}") from error
     content: object = _read_safetensors(path) if is_safetensors else _read_torch(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors")

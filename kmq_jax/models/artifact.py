@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 from kmq_jax.core.files import Json, Row, atomic_write, parse_json, require_regular
 from kmq_jax.core.tree import Leaf, Variables, named_leaves
 from kmq_jax.quant.types import CodebookTensor, is_codebook_tensor
@@ -129,7 +129,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Json, Variables]:
                     raise UserError(f"{path}: tensor {name} has a type that .kmq files do not hold")
             arrays = {name: file.get_tensor(name) for name in names}
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {path}: {reason_of(error)}") from error
     except UserError:
         raise
     except (safetensors.SafetensorError, ValueError, TypeError, RecursionError, MemoryError) as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 from kmq_jax.core.files import atomic_write, file_hash, read_object, sweep, write_json
 from kmq_jax.core.locks import if_free, in_turn
 from kmq_jax.core.npz import read_npz
@@ -90,7 +90,7 @@ def run(
             work.finish()
             return True
     except OSError as error:
-        raise UserError(f"cannot write {work.place}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {work.place}: {reason_of(error)}") from error
 
 
 @dataclasses.dataclass(frozen=True)

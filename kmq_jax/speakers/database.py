@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kmq_jax.core.errors import UserError
+from kmq_jax.core.errors import UserError, reason_of
 from kmq_jax.core.files import require_regular
 from kmq_jax.scoring.cosine import lengths, unusable
 
@@ -224,7 +224,7 @@ def reading(path: Path) -> Iterator[Database]:
     except (FileNotFoundError, ValueError):  # ValueError: a null byte in the name
         empty = True
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {path}: {reason_of(error)}") from error
     nothing = Empty(f"{path.parent} holds no speakers yet: enroll them first")
     if empty:
         raise nothing

@@ -60,7 +60,7 @@ class RunLog:
         try:
             self._file = self._path.open("a")
         except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
+            raise UserError(f"cannot write {self._path}: {reason_of(error)}") from error
         if events is not None:  # TensorBoard hides what an earlier start wrote from `purge_step` on
             self._events = event_writer(str(events), purge_step=step + 1, filename_suffix=f".{step}")
         if wandb is not None:
@@ -85,7 +85,7 @@ class RunLog:
                 if self._events is not None and isinstance(value, int | float):
                     self._events.add_scalar(name, value, step)
         except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
+            raise UserError(f"cannot write {self._path}: {reason_of(error)}") from error
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
