@@ -84,6 +84,7 @@ def calibrate(
         policy,
         models=tuple(table.model for table in joined.tables),
         dims=tuple(table.embeddings.shape[1] for table in joined.tables),
+        vad=joined.tables[-1].vad,
         notes=notes,
     )
 

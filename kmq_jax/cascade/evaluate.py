@@ -93,6 +93,7 @@ def check_tables(policy: CascadePolicy, levels: Sequence[tuple[int, str]], table
     """
     for i, (bits, path) in enumerate(levels):
         policy.check(bits, i, tables[i].embeddings.shape[1], tables[i].model, path)
+        policy.warn_of_vad(tables[i].vad)
 
 
 def check_ratios(policy: CascadePolicy, place: Place, llr: bool) -> None:
@@ -135,6 +136,7 @@ def evaluate_recordings(
     """
     cascade = load_cascade(directory, compute, engine)
     check_ratios(cascade.policy, directory, llr)  # before anything is embedded
+    cascade.policy.warn_of_vad(False)  # recordings are embedded whole
     utterances = source.open_source(data)
     names = tuple(utterances.ids), tuple(utterances.paths), tuple(utterances.speakers)
     # The trials are joined by names alone, before anything is embedded: ones stand for the embeddings.

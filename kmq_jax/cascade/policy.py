@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from kmq_jax.cascade.options import ENROLMENTS, MAPS
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, read_json, write_json
+from kmq_jax.core.progress import say_once
 from kmq_jax.metrics.calibration import AffineMap, IsotonicMap, fit_isotonic, fit_logistic, map_from_dict
 
 VERSION = 1
@@ -41,6 +42,7 @@ class CascadePolicy:
         notes: how the policy was made: for people. Decisions do not depend on them.
         seconds: what a recording takes at each level, where gates were chosen by it: the bits of different networks say
             little about their work. None elsewhere.
+        vad: whether it was fitted on speech alone (`extract --vad`); None where that is not known.
 
     >>> line = AffineMap(1.0, 0.0)
     >>> policy = CascadePolicy((2, 4), (line, line), symmetric_gates(0.5, [0.25]), threshold=0.5)
@@ -58,6 +60,7 @@ class CascadePolicy:
     dims: tuple[int | None, ...] = ()
     notes: Json = field(default_factory=dict)
     seconds: tuple[float, ...] | None = None
+    vad: bool | None = None
 
     def __post_init__(self) -> None:
         levels = len(self.bits)
@@ -113,10 +116,17 @@ class CascadePolicy:
                 "version": VERSION,
                 "threshold": self.threshold,
                 "enrolment": self.enrolment,
+                "vad": self.vad,
                 "levels": levels,
                 "notes": self.notes,
             },
         )
+
+    def warn_of_vad(self, vad: bool | None) -> None:
+        """Warns where it was fitted with voice activity detection and `vad` is off now, or the reverse."""
+        if None not in (self.vad, vad) and self.vad != vad:
+            then, now = ("without", "with") if vad else ("with", "without")
+            say_once(f"warning: the cascade was fitted {then} vad, now it is {now}: its gates were chosen for others")
 
     def check(self, bits: int, level: int, dim: int, model: str | None, source: str) -> None:
         """Refuses embeddings that the policy was not made for.
@@ -168,6 +178,7 @@ def read_policy(path: str | os.PathLike[str]) -> CascadePolicy:
             tuple(None if level["dim"] is None else _integer(level["dim"]) for level in levels),
             dict(value.get("notes") or {}),
             tuple(float(level["seconds"]) for level in levels) if any("seconds" in level for level in levels) else None,
+            _truth(value.get("vad")),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else error
@@ -181,6 +192,12 @@ def _positive(values: Sequence[float]) -> bool:
 def _integer(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):  # a bool is an int in Python
         raise UserError(f"{value!r} is not a whole number")
+    return value
+
+
+def _truth(value: object) -> bool | None:
+    if not isinstance(value, bool | None):
+        raise UserError(f"{value!r} is not a truth value")
     return value
 
 

@@ -83,7 +83,8 @@ def extract(model: Place, data: Place, out: Place, options: ExtractionOptions | 
         if how.max_seconds:
             lengths = np.minimum(lengths, int(how.max_seconds * source.SAMPLE_RATE))
         if lean.takes(lengths):
-            return _written(out, utterances, lean.embed_table(utterances.load, lengths), lean.note.fingerprint)
+            embeddings = lean.embed_table(utterances.load, lengths)
+            return _written(out, utterances, embeddings, lean.note.fingerprint, how.vad)
     return _by_jax(model, data, out, how, utterances)
 
 
@@ -99,7 +100,7 @@ def _by_jax(model: Place, data: Place, out: Place, how: ExtractionOptions, utter
     embeddings = embed_all(speaker_model, utterances, *about)
     known = note(speaker_model)
     leave(known)
-    return _written(out, utterances, embeddings, known.fingerprint)
+    return _written(out, utterances, embeddings, known.fingerprint, how.vad)
 
 
 def _opened(data: Place, out: Place, how: ExtractionOptions) -> Utterances:
@@ -110,6 +111,7 @@ def _opened(data: Place, out: Place, how: ExtractionOptions) -> Utterances:
     return speech.of_table(utterances) if how.vad else utterances
 
 
-def _written(out: Place, utterances: Utterances, embeddings: np.ndarray, fingerprint: str) -> np.ndarray:
-    write_embeddings(Path(out), utterances.ids, utterances.paths, utterances.speakers, embeddings, fingerprint)
+def _written(out: Place, utterances: Utterances, embeddings: np.ndarray, fingerprint: str, vad: bool) -> np.ndarray:
+    names = utterances.ids, utterances.paths, utterances.speakers
+    write_embeddings(Path(out), *names, embeddings, fingerprint, vad)
     return embeddings

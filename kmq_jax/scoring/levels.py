@@ -11,7 +11,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.data.trials import Trials
 from kmq_jax.scoring.cosine import Scorer, average, cosine_scorer
 from kmq_jax.scoring.join import Sides, join
-from kmq_jax.scoring.table import EmbeddingTable, read_embeddings
+from kmq_jax.scoring.table import EmbeddingTable, read_embeddings, warn_of_vad
 
 _MOST = 64
 
@@ -147,6 +147,7 @@ def read_levels(levels: Sequence[tuple[int, str]], reference: str | None, enrolm
             aligned[path], missing = _align(table, first)
             if missing.any():
                 lacks[path] = missing
+    warn_of_vad(*aligned.values())
     tables = tuple(aligned[path] for _, path in levels)
     if enrolment == "top" and len({table.embeddings.shape[1] for table in tables}) > 1:
         raise UserError("`enrolment` (=top) compares embeddings of two levels, but the levels' dimensions differ")

@@ -19,7 +19,7 @@ from kmq_jax.scoring.join import Sides, join
 from kmq_jax.scoring.levels import score_levels
 from kmq_jax.scoring.options import ScoringOptions
 from kmq_jax.scoring.snorm import adaptive_snorm
-from kmq_jax.scoring.table import EmbeddingTable, read_embeddings
+from kmq_jax.scoring.table import EmbeddingTable, read_embeddings, warn_of_vad
 
 Place = str | os.PathLike[str]
 
@@ -83,6 +83,7 @@ def score(
     kind, changes = "snorm" if cohort else "cosine", {}
     test_table = read_embeddings(embeddings)
     enrol_table = read_embeddings(enrol_embeddings) if enrol_embeddings else test_table
+    warn_of_vad(enrol_table, test_table)
     model = test_table.model if test_table.model == enrol_table.model else None
     fitted = read_calibration(calibration, kind, model) if calibration else None
     if reference:
@@ -96,6 +97,7 @@ def score(
     if cohort:
         others = read_embeddings(cohort)
         warn_of_other_model(others, enrol_table, test_table)
+        warn_of_vad(others, test_table)
         scores, notes = normalise(scores, sides, others, how.top_n, how.cohort_speaker_means)
     speakers = sides.enrol_speaker, sides.test_speaker
     try:

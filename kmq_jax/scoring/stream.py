@@ -27,7 +27,7 @@ from kmq_jax.scoring.run import (
     warn_of_other_model,
 )
 from kmq_jax.scoring.snorm import FlatScores, block_statistics, blocks, check_spread, checked_rows
-from kmq_jax.scoring.table import EmbeddingTable, read_embeddings
+from kmq_jax.scoring.table import EmbeddingTable, read_embeddings, warn_of_vad
 
 _WIDEST = 64.0  # ends of the histogram of S-norm scores; those beyond share the outermost bins
 
@@ -82,6 +82,7 @@ def score_stream(
             members, notes = cohort_members(others, options.top_n, options.cohort_speaker_means)
             if share[0] == 0:  # one process warns
                 warn_of_other_model(others, table)
+                warn_of_vad(others, table)
     if notes:
         scorer = _normalised(scorer, enrolled, table.embeddings, members, notes["top_n"], share)
     # Cosines have fixed ends; normalised scores have none.

@@ -23,6 +23,7 @@ def policy(**changes):
         "models": ("a", None, "c"),
         "dims": (16, 16, 32),
         "notes": {"why": "test"},
+        "vad": True,
     } | changes
     return CascadePolicy(**fields)
 
@@ -30,7 +31,7 @@ def policy(**changes):
 def test_round_trip_keeps_every_number(tmp_path):
     policy().save(tmp_path / "p.json")
     found, made = read_policy(tmp_path / "p.json"), policy()
-    for name in ("bits", "gates", "threshold", "llr_maps", "enrolment", "models", "dims", "notes"):
+    for name in ("bits", "gates", "threshold", "llr_maps", "enrolment", "models", "dims", "notes", "vad"):
         assert getattr(found, name) == getattr(made, name)
     np.testing.assert_array_equal(found.maps[0].y, made.maps[0].y)
     assert found.maps[1] == LINE
@@ -42,8 +43,23 @@ def test_a_file_that_calls_levels_stages_is_read(tmp_path):
     policy().save(tmp_path / "p.json")
     text = json.loads((tmp_path / "p.json").read_text())
     text["stages"] = text.pop("levels")
+    del text["vad"]
     (tmp_path / "p.json").write_text(json.dumps(text))
-    assert read_policy(tmp_path / "p.json").gates == policy().gates
+    found = read_policy(tmp_path / "p.json")
+    assert (found.gates, found.vad) == (policy().gates, None)
+
+
+def test_a_policy_of_speech_alone_is_told_from_whole_recordings(tmp_path, capsys):
+    for fitted, now in ((True, True), (True, None), (None, False)):
+        policy(vad=fitted).warn_of_vad(now)
+    assert capsys.readouterr().err == ""
+    policy().warn_of_vad(False)
+    assert "fitted with vad, now it is without" in capsys.readouterr().err
+    policy().save(tmp_path / "p.json")
+    text = json.loads((tmp_path / "p.json").read_text())
+    (tmp_path / "p.json").write_text(json.dumps(text | {"vad": 1}))
+    with pytest.raises(UserError, match="1 is not a truth value"):
+        read_policy(tmp_path / "p.json")
 
 
 @pytest.mark.parametrize(

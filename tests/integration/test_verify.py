@@ -47,6 +47,7 @@ def test_widths_of_one_nested_model_share_its_file(place):
     assert sorted(path.name for path in (place / "cascade").iterdir()) == [
         "2.kmq", "32.kmq", "cascade.json", "policy.json",
     ]  # fmt: skip
+    assert read_policy(place / "policy.json").vad is False
     costs = kmq_jax.load_cascade(place / "cascade").costs()
     whole = [quant.size_bytes(load_model(place / name).variables).total for name in ("nested.kmq", "full.kmq")]
     assert costs["resident_bytes"] == sum(whole)

@@ -6,6 +6,7 @@ import numpy as np
 
 from kmq_jax.scoring import extract
 from kmq_jax.scoring.options import ExtractionOptions
+from kmq_jax.scoring.table import read_embeddings
 
 
 def test_recordings_that_a_kept_model_does_not_take_are_looked_through_once(tmp_path, monkeypatch):
@@ -20,3 +21,4 @@ def test_recordings_that_a_kept_model_does_not_take_are_looked_through_once(tmp_
     data = "synthetic:dev?speakers=2&utterances=1"
     assert extract.extract("m", data, tmp_path / "e.npz", ExtractionOptions(vad=True)).shape == (2, 2)
     assert heard == [2]
+    assert read_embeddings(tmp_path / "e.npz").vad is True

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kmq_jax.core.errors import UserError
-from kmq_jax.scoring.table import read_embeddings
+from kmq_jax.scoring.table import read_embeddings, warn_of_vad, write_embeddings
 
 
 def arrays(**changes):
@@ -48,6 +48,8 @@ def test_paths_and_speakers_may_be_missing_and_other_types_are_converted(tmp_pat
         ({"embeddings": np.ones(3, np.float32)}, "must be floating point"),
         ({"embeddings": np.ones((3, 0), np.float32)}, "must be floating point"),
         ({"embeddings": np.ones((3, 2), np.int32)}, "must be floating point"),
+        ({"vad": np.array("yes")}, "vad must be one truth value"),
+        ({"vad": np.array([True, False, True])}, "vad must be one truth value"),
         ({"embeddings": np.array([[1, 1], [np.nan, 1], [1, 1.0]])}, "the embedding of b is zero or not finite"),
         ({"embeddings": np.array([[1, 1], [0, 0], [np.inf, 1.0]])}, "the embedding of b is .* and 1 more"),
     ],
@@ -58,6 +60,20 @@ def test_broken_contents_are_named(tmp_path, changes, message):
         read_embeddings(tmp_path / "e.npz")
     assert str(tmp_path / "e.npz") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_embeddings_of_speech_alone_are_told_from_those_of_whole_recordings(tmp_path, capsys):
+    tables = {}
+    for vad in (True, False):
+        write_embeddings(tmp_path / f"{vad}.npz", ["a"], ["a.wav"], ["x"], np.ones((1, 2), np.float32), "m", vad)
+        tables[vad] = read_embeddings(tmp_path / f"{vad}.npz")
+    np.savez(tmp_path / "older.npz", **arrays())
+    older = read_embeddings(tmp_path / "older.npz")  # from before this was kept
+    assert [tables[True].vad, tables[False].vad, older.vad] == [True, False, None]
+    warn_of_vad(tables[True], older, tables[True])
+    assert capsys.readouterr().err == ""
+    warn_of_vad(tables[False], older, tables[True])
+    assert "True.npz was embedded with vad" in (said := capsys.readouterr().err) and "False.npz without" in said
 
 
 def lying_header():
