@@ -9,10 +9,9 @@ Batches of 16 crops of 2 s of 3,465 utterances of 166 speakers, for 216, 324 and
 of the nested network; the stem stays in full precision. The nested network needs the 2-bit one:
 `--config.quant.grow_from=runs/r34-2bit`. `--config.loss.weight=0` leaves the labels out.
 
-These are the networks that configs/wespeaker_so762.py trains, as two studies, with `--config.study.label_weight=0.1`
-and without. `.github/results/README.md` shows what came of both (`wespeaker-labels.json`, `wespeaker.json`). Full
-precision was not trained on the labels: what they gain is not what fewer bits gain. Their weight was chosen on training
-speakers left out for that; epochs were compared on so762/dev and words/dev.
+These are the networks that configs/wespeaker_so762.py trains with `--config.study.label_weight=0.1`, a weight that was
+chosen on training speakers left out for that; epochs were compared on so762/dev and words/dev. What labels do and what
+few bits do, `configs/wespeaker_so762.py:compare` tells apart (`.github/results/README.md`).
 """
 
 import ml_collections

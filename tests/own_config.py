@@ -3,7 +3,7 @@
 import ml_collections
 import own_network  # noqa: F401  # registers the network
 
-from kmq_jax.training.config import default_config, smoke
+from kmq_jax.training.config import default_config, published_kmqat, smoke
 
 
 def plain(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -13,5 +13,7 @@ def plain(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Returns the configuration."""
+    """Returns the configuration; "kmqat" is KMQAT as published with two to four bits a kernel, three in the mean."""
+    if arg == "kmqat":
+        return plain(smoke(published_kmqat(default_config("own_tdnn"), 0, average_bits=3.0)))
     return plain(smoke(default_config("own_tdnn")))

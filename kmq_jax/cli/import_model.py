@@ -37,9 +37,10 @@ class Files(Options):
     )
     output: str | None = option("of an ONNX graph that has several: the embedding's name", None)
     unfold: str | None = option(
-        "DATA: put batch normalisation back where the file has it folded into convolutions, measured on 100 crops of "
-        "it; the embeddings stay, and training can normalise by batches again",
+        "put batch normalisation back where the file has it folded into convolutions, measured on 100 crops of this "
+        "data; the embeddings stay, and training can normalise by batches again",
         None,
+        metavar="DATA",
     )
 
 

@@ -19,8 +19,8 @@ COMMAND = Command(
     "tables",
     "Writes the results tables of a Markdown file from the JSON files they come from.\n"
     "A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`, FILE relative to the Markdown file.\n"
-    "Of a study.json, KIND is `bits`, one row a model, `trained`, those of them that were, `gains`, what of them a\n"
-    "first page needs, `differences`, what they differ by, `recipes`, of that one row a recipe, `cascades`, one row a\n"
+    "Of a study.json, KIND is `bits`, one row a model, `gains`, its trained networks beside their control, for a\n"
+    "first page, `differences`, what they differ by, `recipes`, of that one row a recipe, `cascades`, one row a\n"
     "cascade and evaluation set, `rescues`, what a cascade gains back, or `components`; of `study --settings`,\n"
     "`settings`; of `conditions`, `conditions`; of `threshold`, with `judged_on` added, `threshold`; of\n"
     "`bench NAME --json`, NAME of accelerator, networks, lazy, across, activations, stream, memory, biases, pods,\n"

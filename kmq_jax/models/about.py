@@ -18,6 +18,7 @@ NAMES = {
     "source": "made from",
     "source_sha256": "its SHA-256",
     "license": "licence",
+    "unfolded_on": "normalisation measured on",
     "fitted_on": "fitted on",
     "made_by": "made by",
 }

@@ -129,7 +129,7 @@ class SpeakerNetwork(nn.Module):
         # The longest path first: a part may lie below another.
         for end in range(len(folders), 0, -1):
             if part := known.get("/".join(folders[:end])):
-                return part[1]
+                return part
         raise UserError(f"parameter {name!r} belongs to no component ({', '.join(self.components())})")
 
     @nn.nowrap
@@ -140,15 +140,6 @@ class SpeakerNetwork(nn.Module):
             UserError: it is no parameter of the network.
         """
         return self.part_of(name).component
-
-    @nn.nowrap
-    def depth_of(self, name: str) -> int:
-        """The place in running order, from 0, of the part that a parameter or statistic belongs to.
-
-        Raises:
-            UserError: it is no parameter of the network.
-        """
-        return _by_name(self)[self.part_of(name).name][0]
 
     @nn.nowrap
     def least_frames(self) -> int:
@@ -215,8 +206,8 @@ class SpeakerNetwork(nn.Module):
 
 
 @functools.lru_cache(maxsize=64)
-def _by_name(network: SpeakerNetwork) -> dict[str, tuple[int, Part]]:
-    return {part.name: (depth, part) for depth, part in enumerate(network.parts())}
+def _by_name(network: SpeakerNetwork) -> dict[str, Part]:
+    return {part.name: part for part in network.parts()}
 
 
 class GraphBuilder(Protocol):

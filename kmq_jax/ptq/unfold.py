@@ -14,6 +14,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.tree import Leaf, map_named, named_leaves
 from kmq_jax.data import source
 from kmq_jax.models import registry
+from kmq_jax.models.about import told
 from kmq_jax.models.speaker_model import SpeakerModel, frontend_of
 from kmq_jax.models.walk import NORMALISATION, layers, shapes
 from kmq_jax.nn.layers import BatchNorm
@@ -75,6 +76,7 @@ def unfolded_on(data: str) -> Callable[[SpeakerModel], SpeakerModel]:
     utterances = source.open_sources(data)
 
     def made(model: SpeakerModel) -> SpeakerModel:
-        return unfold(model, random_features(frontend_of(model.frontend), utterances, CROPS, SECONDS))
+        found = unfold(model, random_features(frontend_of(model.frontend), utterances, CROPS, SECONDS))
+        return dataclasses.replace(found, about={**found.about, "unfolded_on": f"{CROPS} crops of {told(data)}"})
 
     return made

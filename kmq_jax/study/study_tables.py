@@ -38,12 +38,6 @@ def study_table(summary: Row) -> str:
     return markdown(lines) + about_sets({name: rows[0]["sets"][name] for name in sets})
 
 
-def trained_table(summary: Row) -> str:
-    """The same table without the models that were quantized without training."""
-    chosen = [row for row in summary["rows"] if not row["method"].startswith("without training")]
-    return study_table({**summary, "rows": chosen})
-
-
 def gains_table(summary: Row) -> str:
     """The first table of a page: this project's trained networks beside full precision trained alike, their control.
 

@@ -4,7 +4,7 @@ A table stands between `<!-- table: FILE.json KIND -->` and `<!-- end -->`, FILE
 
 | FILE is of | KIND |
 |---|---|
-| `study` | `bits`, one row a model; `trained`, of those the trained ones; `gains`, what of them a first page needs |
+| `study` | `bits`, one row a model; `gains`, its trained networks beside their control, for a first page |
 | | `differences`, with paired intervals; `recipes`, of those a row a recipe; `cascades`; `rescues`; `components` |
 | `study --settings` | `settings`, one row a line of the paper |
 | `conditions` | `conditions` |
@@ -59,7 +59,6 @@ from kmq_jax.study.study_tables import (
     rescue_table,
     settings_table,
     study_table,
-    trained_table,
 )
 
 START = re.compile(r"(<!-- table: (\S+) (\S+) -->\n)")
@@ -80,7 +79,6 @@ def _read(path: Path) -> Any:
 TABLES: dict[str, Callable[[Any], str]] = {
     "bits": study_table,
     "gains": gains_table,
-    "trained": trained_table,
     "differences": difference_table,
     "recipes": recipes_table,
     "cascades": cascade_table,

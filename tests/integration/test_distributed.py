@@ -15,6 +15,8 @@ from kmq_jax.cli import config_flags, train
 from kmq_jax.core import distributed
 from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import read_json
+from kmq_jax.models.speaker_model import load_model
+from kmq_jax.quant import codebook_tensors
 from kmq_jax.training import loop
 from kmq_jax.training.runlog import read_runlog
 
@@ -63,12 +65,12 @@ def environment(XLA_FLAGS="", **changes):
     return {**inherited, **own, **changes}
 
 
-def launch(workdir, **changes):
+def launch(workdir, config=CONFIG, settings=SETTINGS, **changes):
     """Trains in two processes by launch/processes.sh and returns the summary that it printed."""
     run = subprocess.run(
-        ["launch/processes.sh", *SETTINGS],
+        ["launch/processes.sh", *settings],
         cwd=ROOT,
-        env=environment(PYTHON=sys.executable, CONFIG=CONFIG, WORKDIR=str(workdir), **changes),
+        env=environment(PYTHON=sys.executable, CONFIG=config, WORKDIR=str(workdir), **changes),
         capture_output=True,
         text=True,
         check=False,
@@ -109,6 +111,27 @@ def test_two_processes_of_two_devices_are_one_of_four(tmp_path, monkeypatch):
     for name in ("loss", "gradient_norm", "parameter_norm"):
         ours, theirs = ([line[name] for line in log] for log in logs)
         np.testing.assert_allclose(theirs, ours, rtol=1e-3 if name == "gradient_norm" else 1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_mixed_precision_kmqat_of_two_processes_is_that_of_one(tmp_path, monkeypatch):
+    def train(config, name, *settings):
+        words = ["train", f"--config={config}", f"--workdir={tmp_path / name}", *settings]
+        return loop.train(config_flags.parse_flags(words)[0], tmp_path / name)
+
+    train(CONFIG, "full", *SETTINGS)
+    settings = ["--config.dtype=float32", f"--config.init_from={tmp_path / 'full'}"]
+    train(f"{CONFIG}:kmqat", "one", *settings)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    assert launch(tmp_path / "two", f"{CONFIG}:kmqat", settings)["finished"]
+
+    models = [load_model(tmp_path / name) for name in ("one", "two")]
+    bits = [[tensor.bits for tensor in codebook_tensors(model.variables)] for model in models]
+    assert bits[0] == bits[1] and len(set(bits[0])) > 1
+    ours, theirs = (read_runlog(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    losses = [{line["step"]: line["loss"] for line in log if "loss" in line} for log in (ours, theirs)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and list(losses[1]) == [1, 2, 3, 4]
 
 
 def test_slurm_tasks_find_one_another(tmp_path):

@@ -133,6 +133,7 @@ def test_folded_normalisation_is_put_back_by_the_command(tmp_path, monkeypatch, 
     assert "norm batch" in capsys.readouterr().out
     model, folded = speaker_model.load_model(tmp_path / "out"), pretrained.read(file)
     assert "stem/bn/var" in dict(named_leaves(model.variables["batch_stats"]))
+    assert model.about["unfolded_on"] == f"100 crops of {data}"
     features = originals.features(2, 40, 80)
     expected = registry.build(folded.architecture, **folded.settings).apply(folded.variables, features)
     found = model.network().apply(model.variables, features)

@@ -274,7 +274,7 @@ def test_components():
         assert model.component_of(name) == component
     names = [name for name, _ in named_leaves(registry.shapes(model)["params"])]
     assert {model.component_of(name) for name in names} == set(model.components())
-    depths = [model.depth_of(name) for name in registry.layer_macs(model)]
+    depths = [model.parts().index(model.part_of(name)) for name in registry.layer_macs(model)]
     assert depths == sorted(depths) and depths[0] == 0 and depths[-1] == len(model.parts()) - 1
     for name in ("encoder/kernel", "params/stem/conv/kernel", "pooling/kernel"):
         with pytest.raises(UserError, match=name):

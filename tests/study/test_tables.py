@@ -34,14 +34,6 @@ def test_a_table_is_written_between_its_marks(tmp_path):
     assert tables.fill(filled, tmp_path) == filled
 
 
-def test_what_was_trained_can_stand_alone(tmp_path):
-    untrained = {**ROWS[1], "method": "without training, nested"}
-    (tmp_path / "r.json").write_text(json.dumps({"rows": [ROWS[0], untrained, ROWS[1]]}))
-    filled = tables.fill("<!-- table: r.json trained -->\n<!-- end -->", tmp_path)
-    assert [line[:12] for line in filled.splitlines()[3:5]] == ["| 32 | full ", "| 2 | traine"]
-    assert len(filled.splitlines()) == 6
-
-
 def changed(interval, **more):
     return {"eer": 3.0, "eer_ci95": [1, 5], "eer_change": 0.5, "eer_change_ci95": interval, **more}
 
@@ -480,7 +472,7 @@ def test_a_cascade_of_another_recipe_stands_beside_its_own_first_level(family, m
 def test_mistakes(tmp_path):
     with pytest.raises(
         UserError,
-        match="of r.json must be one of .*bits, gains, trained, differences, recipes, cascades, rescues, components",
+        match="of r.json must be one of .*bits, gains, differences, recipes, cascades, rescues, components",
     ):
         tables.fill("<!-- table: r.json colours -->\n<!-- end -->", tmp_path)
     with pytest.raises(UserError, match=r"absent\.json"):
