@@ -81,12 +81,17 @@ class Bar:
 
 
 def progress(
-    items: Iterable[T], total: int | None = None, desc: str = "", unit: str = "it", interval: float = 10.0
+    items: Iterable[T],
+    total: int | None = None,
+    desc: str = "",
+    unit: str = "it",
+    interval: float = 10.0,
+    hidden: bool = False,
 ) -> Iterator[T]:
     """Yields the items, and shows how far it is, as `Bar` does; `total` where they have no length."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
-    bar = Bar(total, desc, unit, interval=interval)
+    bar = Bar(total, desc, unit, interval=interval, hidden=hidden)
     try:
         for done, item in enumerate(items, 1):
             yield item

@@ -160,7 +160,7 @@ KMQAT = (
          test=_STEP + "test_forward_is_exactly_the_centroids"),
     Line("straight through to the latent weights and to alpha", PAPER, test=_STEP + "test_gradients"),
     Line("indices are assigned anew periodically", PAPER, "quant.reassign_every", None,
-         why="the period is not told: 100 steps"),
+         why="the period is not told: every step"),
     Line("which hold in between", PAPER, test="tests/training/test_qat.py::"
          "test_cached_indices_hold_until_new_ones_are_due"),
     Line("weights only, activations stay as they are", PAPER, "quant.activations", 0),

@@ -85,8 +85,11 @@ def published_kmqat(config: ml_collections.ConfigDict, bits: int, **settings: An
 
     It begins at the full-precision checkpoint, and its loss is that run's classification loss at its final margin.
     What the paper leaves open is taken from its first author's public code, which keeps a codebook and a scale for each
-    output channel. Where both leave something open, it is chosen here: indices are assigned anew every 100 steps;
-    scales and the classifier do not decay. `study.paper` lists all of it, line by line.
+    output channel. Where both leave something open, it is chosen here: indices are assigned anew at every step; scales
+    and the classifier do not decay. `study.paper` lists all of it, line by line.
+
+    Between two assignments latents move, but weights do not while scales are frozen: no gradient sees what latents
+    gather, and the next assignment lets all of it in at once. So a period of many steps needs small ones.
 
     Args:
         config: of the full-precision training; changed in place.
@@ -112,7 +115,7 @@ def published_kmqat(config: ml_collections.ConfigDict, bits: int, **settings: An
         lloyd_unused_rate=0.2,
         lloyd_clip=1.0,
         lloyd_until=1.0,
-        reassign_every=100,
+        reassign_every=1,
         biases="float16",
     )
     config.quant.update(settings)

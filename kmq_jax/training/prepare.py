@@ -21,6 +21,7 @@ from kmq_jax.core.errors import UserError
 from kmq_jax.core.files import Json, read_object, sweep, write_json
 from kmq_jax.core.locks import sole_writer
 from kmq_jax.core.memory import require_memory
+from kmq_jax.core.progress import progress
 from kmq_jax.core.tree import Params, Variables
 from kmq_jax.data import pipeline, source
 from kmq_jax.models import registry
@@ -261,8 +262,9 @@ def speech_of(objective: steps.Objective, data: Data) -> Speech:
     features = jax.jit(functools.partial(steps.features_of, own))
 
     def passes(count: int) -> Iterator[jax.Array]:
-        batches = iter(_batches(clean, data.utterances, data.failures))
-        for batch in itertools.islice(batches, count * data.epoch_steps):
+        batches, total = iter(_batches(clean, data.utterances, data.failures)), count * data.epoch_steps
+        others = jax.process_index() > 0  # the first alone shows its progress
+        for batch in progress(itertools.islice(batches, total), total, "batch normalisation", "batch", hidden=others):
             yield features(jax.random.key(0), mesh.shard_batch(batch, own.mesh))
 
     return Speech(lambda: random_crops(options, data.utterances), passes)

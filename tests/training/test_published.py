@@ -83,13 +83,13 @@ KMQAT = {
     "quant.bits": 2, "quant.rules": (), "quant.granularity": "channel", "quant.recipe": "weights", "quant.coarse": (),
     "quant.retention": 0.9, "quant.symmetric": False, "quant.fit_crops": 0, "quant.bn_passes": 2,
     "quant.thaw_epochs": 2.0, "quant.centroids": "lloyd", "quant.lloyd_epochs": 1.0, "quant.lloyd_rate": 0.1,
-    "quant.lloyd_unused_rate": 0.2, "quant.lloyd_clip": 1.0, "quant.lloyd_until": 1.0, "quant.reassign_every": 100,
+    "quant.lloyd_unused_rate": 0.2, "quant.lloyd_clip": 1.0, "quant.lloyd_until": 1.0, "quant.reassign_every": 1,
     "quant.biases": "float16", "quant.activations": 0,
     "optimizer.name": "sgd", "optimizer.momentum": 0.9, "optimizer.weight_decay": 1e-4, "optimizer.clip": 0.0,
     "learning_rate.kind": "cosine", "learning_rate.peak": 1e-4, "learning_rate.final": 1e-7,
     "learning_rate.warmup_epochs": 0.0,
 }  # fmt: skip
-"""KMQAT at 2 bits, section 3. The period of assignments is open there: 100 steps is our choice."""
+"""KMQAT at 2 bits, section 3. The period of assignments is open there: every step is our choice."""
 
 
 def setting(options, name):
@@ -203,7 +203,7 @@ def test_the_mean_is_removed_over_the_whole_utterance():
 
 def test_periods_of_epochs_become_steps():
     _, task, _ = parts()
-    assert (task.options.lloyd_every, task.options.reassign_every, task.thaw, task.last_move) == (10, 100, 20.0, 60.0)
+    assert (task.options.lloyd_every, task.options.reassign_every, task.thaw, task.last_move) == (10, 1, 20.0, 60.0)
     with pytest.raises(UserError, match="bn_passes"):
         QatOptions(bits=4, coarse=(2,), grow_from="x", bn_passes=1)
     with pytest.raises(UserError, match="average_bits"):
