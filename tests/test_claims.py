@@ -333,12 +333,18 @@ CLAIMS = (
     Claim("KMQAT ends within two points of full precision", "small-baselines.json",
           lambda found: all(abs(difference(found, "kmqat", bits, "full precision", on)["eer_change"]) < 2
                             for bits in (3, 2) for on in ("so762", "words"))),
-    Claim("At 2 bits it errs more than this project's recipe on both sets, beyond chance; at 3 bits, and from full "
-          "precision and its own control, it is not told apart", "small-baselines.json",
-          lambda found: [beyond(difference(found, "kmqat", 2, "distilled", on)) for on in ("so762", "words")] == [1, 1]
+    Claim("At 2 bits it errs more than this project's recipe on words, beyond chance; on so762, at 3 bits, and from "
+          "full precision and its own control, it is not told apart", "small-baselines.json",
+          lambda found: [beyond(difference(found, "kmqat", 2, "distilled", on)) for on in ("so762", "words")] == [0, 1]
           and not any(beyond(difference(found, "kmqat", bits, other, on)) for on in ("so762", "words")
                       for bits, other in ((3, "distilled"), *((bits, other) for bits in (3, 2)
                                                              for other in ("full precision", "control"))))),
+    Claim("On WeSpeaker's network at 2 bits, after one epoch, KMQAT as published errs more than this project's recipe "
+          "on both sets, beyond chance", "kmqat-less-ours.jsonl",
+          lambda rows: [beyond(row) for row in rows if row["network"] == "kmqat-2"] == [1, 1]),
+    Claim("On a small network, after 40 short epochs, it errs more on words alone", "small-baselines.json",
+          lambda found: [beyond(difference(found, "kmqat", 2, "distilled", on)) for on in ("so762", "words")]
+          == [0, 1]),
     Claim("This project's recipe shows no loss at 3 and 2 bits on either set", "small-baselines.json",
           ours_lose_nothing),
     Claim("At 2 bits min-max errs more than k-means on so762, trained or not, beyond chance", "small-baselines.json",
@@ -348,11 +354,6 @@ CLAIMS = (
           "small-baselines.json", lambda found: len(beside_kmeans(found)) == 30
           and [(row["recipe"], row["bits"], row["set"]) for row in beside_kmeans(found) if beyond(row)]
           == [("minmax", 2, "so762")] * 2),
-    Claim("with three seeds at 2 bits, KMQAT as published errs more than this project's recipe on both sets, beyond "
-          "chance; from full precision it is not told apart", "small-baselines.json",
-          lambda found: [[(difference(found, "kmqat", 2, other, on)["seeds"],
-                           beyond(difference(found, "kmqat", 2, other, on))) for on in ("so762", "words")]
-                         for other in ("distilled", "full precision")] == [[(3, 1)] * 2, [(3, 0)] * 2]),
     Claim("trained at 3 and 2 bits with three seeds", "small-baselines.json",
           lambda found: {row["seeds"] for row in found["differences"] if row["trained"]} == {3}),
     Claim("full precision itself errs in one trial of eight", "small-baselines.json",
