@@ -136,7 +136,6 @@ def evaluate_recordings(
     """
     cascade = load_cascade(directory, compute, engine)
     check_ratios(cascade.policy, directory, llr)  # before anything is embedded
-    cascade.policy.warn_of_vad(False)  # recordings are embedded whole
     utterances = source.open_source(data)
     names = tuple(utterances.ids), tuple(utterances.paths), tuple(utterances.speakers)
     # The trials are joined by names alone, before anything is embedded: ones stand for the embeddings.

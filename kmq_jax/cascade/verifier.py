@@ -257,13 +257,16 @@ class _Pair:
         self.seconds += time.perf_counter() - start
 
 
-def load_cascade(directory: str | os.PathLike[str], compute: str = "float32", engine: Engine = "auto") -> Cascade:
+def load_cascade(
+    directory: str | os.PathLike[str], compute: str = "float32", engine: Engine = "auto", vad: bool = False
+) -> Cascade:
     """Opens a cascade's directory, as `save_cascade` (and `calibrate --cascade`) wrote it. No model is loaded yet.
 
     Args:
         directory: of the cascade.
         compute: arithmetic of the levels below the last, "float32" or "bfloat16".
         engine: what runs the networks: "jax", "onnxruntime", or "auto", ONNX Runtime on a CPU and JAX elsewhere.
+        vad: whether it will be given speech alone; a line warns where it was fitted otherwise.
 
     Raises:
         UserError: it is no cascade, or one of its files is missing or damaged.
@@ -272,6 +275,7 @@ def load_cascade(directory: str | os.PathLike[str], compute: str = "float32", en
     if not (directory / INDEX).is_file():
         raise UserError(f"{directory} is no cascade: it lacks {INDEX} (see calibrate --cascade)")
     policy, index = read_policy(directory / POLICY), read_json(directory / INDEX)
+    policy.warn_of_vad(vad)
     files = index.get("models") if isinstance(index, dict) else None
     if not isinstance(files, dict) or set(files) != {str(bits) for bits in policy.bits}:
         raise UserError(f"{directory / INDEX} does not name a model for each of {policy.bits} bits")

@@ -59,8 +59,7 @@ def _by_cascade(files: Files, how: HearOptions) -> tuple[Any, Any]:
     from kmq_jax.cascade.verifier import load_cascade
     from kmq_jax.data.speech import heard
 
-    cascade = load_cascade(files.cascade or "", files.compute, how.engine)
-    cascade.policy.warn_of_vad(how.vad)
+    cascade = load_cascade(files.cascade or "", files.compute, how.engine, how.vad)
     return cascade.verify(*heard(files.enrol, files.test or Path(), how.vad)), cascade.policy.threshold
 
 

@@ -109,7 +109,6 @@ def demo_of_cascade(directory: Place) -> Demo:
     """
     cascade = load_cascade(directory)
     policy = cascade.policy
-    policy.warn_of_vad(False)  # the page embeds recordings whole
     levels = []
     for i, bits in enumerate(policy.bits):
         read_at = cascade.model_at(i).bits
