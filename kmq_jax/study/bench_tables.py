@@ -112,18 +112,23 @@ def pods_table(lines: list[Row]) -> str:
 
 def extraction_table(found: Row) -> str:
     """Runtimes and models side by side: size, speed relative to the first, and nearness to full precision."""
-    rows = [["side", "MB", "times as fast", "one file of 2.5 s, ms", "cosine to full precision"]]
+    speeds = ["times as fast", "in one round", "recordings run before"]
+    rows = [["side", "MB", *speeds, "one file of 2.5 s, ms", "cosine to full precision"]]
     for side in found["sides"]:
+        least, most = side["speedup_range"]
         rows.append(
             [
                 side["side"],
                 f"{side['bytes'] / 1e6:.2f}",
                 f"{side['speedup']:.2f}",
+                f"{least:.2f} to {most:.2f}",
+                f"{side['speedup_again']:.2f}",
                 f"{side['milliseconds_alone']:.0f}",
                 f"{side['mean_cosine']:.4f}",
             ]
         )
-    return markdown(rows) + f"\n{found['utterances']:,} utterances, {found['audio_seconds']:,.0f} s of speech.\n"
+    a_round = f"{found['utterances']:,} recordings, {found['audio_seconds']:,.0f} s of speech"
+    return markdown(rows) + f"\n{found['rounds']} rounds, each of {a_round} that no round before had.\n"
 
 
 def networks_table(found: Row) -> str:
