@@ -409,8 +409,8 @@ CLAIMS = (
     Claim("On lengths that it has run before, OpenVINO's int8 is faster than ours", "extraction.json", lambda found:
           next(side["speedup_again"] for side in found["sides"] if side["side"] == "openvino-int8")
           > max(side["speedup_again"] for side in found["sides"] if side["side"].startswith("ours"))),
-    Claim("To full precision's decisions the goal is 0.45 of its time: the cascade from W4A8 takes 0.42 and 0.40, the one "
-          "from W2A8 0.47 and 0.52", "lazy.json",
+    Claim("To full precision's decisions the goal is 0.45 of its time: the cascade from W4A8 takes 0.42 and 0.40, the "
+          "one from W2A8 0.47 and 0.52", "lazy.json",
           lambda found: [[round(lazy_of(one, f"cascade w{bits}a8-fp32")["ratio"], 2) for one in found["sets"]]
                          for bits in (4, 2)] == [[0.42, 0.40], [0.47, 0.52]]),
     Claim("On `quarter` these two flip no trial, plain W4A8 one and W8A8 two, of 149", "lazy.json",

@@ -57,7 +57,7 @@ def export_model(
     """
     speaker_model = load_model(model, bits)
     network, fbank = speaker_model.network(), frontend_of(speaker_model.frontend)
-    about = properties(speaker_model, network.embedding_size)
+    about = properties(speaker_model, network.embedding_size, features_inside)
     inside = fbank if features_inside else None
     taken = onnx_export.export(out, network, speaker_model.variables, about, bits, opset, indices, inside)
     return Exported(speaker_model, taken, _parity(speaker_model, out, features_inside) if compare else None)
@@ -104,16 +104,19 @@ def _made_up_speech(seconds: float) -> np.ndarray:
     return np.asarray(0.05 * buzz * loud + 0.002 * rng.standard_normal(len(time)), np.float32)
 
 
-def properties(speaker_model: SpeakerModel, embedding_size: int) -> dict[str, str]:
+def properties(speaker_model: SpeakerModel, embedding_size: int, features_inside: bool = False) -> dict[str, str]:
     """What a user of the file must know to compute its input, as text by name.
 
-    The first seven are the names that sherpa-onnx reads: without one of them its process exits, or its embeddings are
-    others. It has Kaldi's features only, so files of networks on other features do without these names. By `frontend`
-    our own import finds the features again.
+    Of Kaldi's features the first seven are the names that sherpa-onnx reads: without one of them its process exits, or
+    its embeddings are others. It has those features only, and computes them itself, so files of other features and
+    files that take a wave do without these names. By `frontend` our own import finds the features again.
     """
     fbank = frontend_of(speaker_model.frontend)
     origin = {"bits": bits_of(speaker_model), "fingerprint": fingerprint(speaker_model)}
     origin["frontend"] = speaker_model.frontend
+    if features_inside:
+        comment = f"{speaker_model.architecture}, exported by kmq_jax; a wave of full scale 1 goes in"
+        return {"comment": comment, "sample_rate": str(fbank.sample_rate), **origin}
     if not isinstance(fbank, frontend.FbankConfig):
         settings = {name: str(value) for name, value in dataclasses.asdict(fbank).items()}
         comment = f"{speaker_model.architecture}, exported by kmq_jax; features {speaker_model.frontend}, not Kaldi's"

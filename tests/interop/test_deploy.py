@@ -58,6 +58,16 @@ def test_the_example_needs_nothing_of_ours(saved, kind):
     assert float(printed.split()[1]) == pytest.approx(cosine, abs=1e-4)
 
 
+def test_a_file_that_takes_a_wave_does_not_say_that_it_takes_features(saved):
+    """sherpa-onnx would compute features by these names, and feed them where samples belong."""
+    onnx = pytest.importorskip("onnx")
+    place, _ = saved
+    export_model(place / "m.kmq", place / "wave.onnx", features_inside=True)
+    about = {entry.key: entry.value for entry in onnx.load(place / "wave.onnx").metadata_props}
+    assert about.keys() == {"comment", "sample_rate", "frontend", "bits", "fingerprint"}
+    assert "a wave" in about["comment"] and about["frontend"] == "wespeaker"
+
+
 def test_sherpa_onnx_takes_the_file_and_gives_what_its_features_give(saved):
     """Its front end is its own: a povey window, filters up to 7,600 Hz, frames beyond the edges."""
     sherpa_onnx = pytest.importorskip("sherpa_onnx", reason="sherpa-onnx opens the file")

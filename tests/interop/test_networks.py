@@ -241,7 +241,7 @@ def test_files_with_features_that_are_not_kaldi_s_do_not_look_like_it(tmp_path):
         "ecapa_speechbrain_c512", settings, "speechbrain", registry.initialize(network, jax.random.key(0))
     )
     save_model(tmp_path / "model.kmq", model)
-    said = export_model(tmp_path / "model.kmq", tmp_path / "m.onnx", features_inside=True).parity
+    said = export_model(tmp_path / "model.kmq", tmp_path / "m.onnx").parity
     about = {entry.key: entry.value for entry in onnx.load(tmp_path / "m.onnx").metadata_props}
     assert "filters" in about and not about.keys() & {"framework", "feature_normalize_type", "window_type"}
     assert about["frontend"] == "speechbrain"  # by which our own import finds it again
