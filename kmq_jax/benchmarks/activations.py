@@ -1,11 +1,8 @@
 """What 8-bit activations cost in errors: models beside the same with floating-point ones, on the same trials."""
 
-from pathlib import Path
-
 import numpy as np
 
-from kmq_jax import quant
-from kmq_jax.benchmarks.extract import cosines
+from kmq_jax.benchmarks.extract import cosines, file_bytes
 from kmq_jax.benchmarks.options import ActivationsBench
 from kmq_jax.benchmarks.timing import Figures
 from kmq_jax.core.files import write_json
@@ -59,18 +56,13 @@ def _row(one: _List, full: Errors, name: str, place: str, beside: str) -> Figure
     (rows, ours), (floating, theirs) = one.of(place), one.of(beside)
     return {
         "name": name,
-        "bytes": _bytes(place),
+        "bytes": file_bytes(place),
         "eer": ours.eer,
         "float_eer": theirs.eer,
         **ours.minus(theirs),
         **{f"full_{key}": value for key, value in ours.minus(full).items()},
         "cosine": float(cosines(rows, floating).mean()),
     }
-
-
-def _bytes(place: str) -> int:
-    file = Path(place)
-    return file.stat().st_size if file.is_file() else quant.size_bytes(load_model(place).variables).total
 
 
 def main(options: ActivationsBench) -> None:

@@ -16,6 +16,7 @@ from kmq_jax.benchmarks.timing import REST, Figures, in_turns, medians, processo
 from kmq_jax.core.errors import UserError, first_line
 from kmq_jax.core.files import write_json
 from kmq_jax.data import buckets, source
+from kmq_jax.models.runner import packed_file
 from kmq_jax.models.speaker_model import BATCH_SIZE, SpeakerModel, embed_all, embed_waves, frontend_of, load_model
 
 
@@ -145,6 +146,12 @@ def _on_our_features(
     return ours, lambda: np.concatenate([onnx(single[i]) for i in range(len(lengths))])
 
 
+def file_bytes(place: str) -> int:
+    """Bytes of the `.kmq` file that a MODEL is read from; of one that has none, what its tensors take."""
+    file = packed_file(place)
+    return file.stat().st_size if file else quant.size_bytes(load_model(place).variables).total
+
+
 def dealt(utterances: source.Utterances, count: int, rounds: int) -> list[source.Utterances]:
     """Deals utterances into `rounds` tables that share none, each spread over the whole table.
 
@@ -199,7 +206,7 @@ def beside_peers(options: ExtractBench) -> Figures:
         single[name] = functools.partial(lambda run: run(peers.features(short, fbank)), run)
     for name, place in options.named_models.items():
         model = load_model(place)
-        sizes[name] = Path(place).stat().st_size if Path(place).is_file() else quant.size_bytes(model.variables).total
+        sizes[name] = file_bytes(place)
         sides[name] = functools.partial(embed_all, model, engine="onnxruntime")
         single[name] = functools.partial(embed_waves, model, [short], engine="onnxruntime")
     first = options.peer_names[0]

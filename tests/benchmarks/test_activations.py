@@ -21,7 +21,7 @@ def test_every_model_is_embedded_once_and_compared_with_the_other(monkeypatch, t
     loaded = []
     monkeypatch.setattr(activations, "load_model", lambda place: loaded.append(place) or place)
     monkeypatch.setattr(activations, "embed_all", lambda model, table, engine: made[model])
-    monkeypatch.setattr(activations, "_bytes", lambda place: 7)
+    monkeypatch.setattr(activations, "file_bytes", lambda place: 7)
     bench.run("activations", [*FLAGS, "--replicates=20", f"--json={tmp_path}/a.json"])
     assert loaded == ["full", "a", "b"]
     (found,) = json.loads((tmp_path / "a.json").read_text())["sets"]

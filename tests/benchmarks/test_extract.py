@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from kmq_jax.benchmarks.extract import dealt
+from kmq_jax.benchmarks.extract import dealt, file_bytes
 from kmq_jax.benchmarks.options import ExtractBench
 from kmq_jax.cli import bench
 from kmq_jax.core.errors import UserError
@@ -55,12 +55,22 @@ def test_sides_are_timed_in_turns_beside_the_first(tmp_path, capsys):
     found = json.loads((tmp_path / "e.json").read_text())
     first, ours = found["sides"]
     assert [first["side"], ours["side"]] == ["onnxruntime", "ours, full"] and found["rounds"] == 2
+    assert ours["bytes"] == (tmp_path / "full.kmq").stat().st_size
     assert first["speedup"] == 1 and first["speedup_range"] == [1, 1]
     least, most = ours["speedup_range"]
     assert least <= ours["speedup"] <= most and ours["speedup_again"] > 0
     assert first["mean_cosine"] == pytest.approx(1, abs=1e-4) and ours["min_cosine"] == pytest.approx(1, abs=1e-4)
     assert found["utterances"] == 4 and f"{least:.2f} to {most:.2f}" in extraction_table(found)
     assert f"({least:.2f} to {most:.2f})" in capsys.readouterr().out
+
+
+def test_the_packed_file_of_a_directory_is_what_counts(tmp_path):
+    network = registry.build("wespeaker_resnet34", **NETWORK)
+    variables = registry.initialize(network, jax.random.key(0))
+    save_model(tmp_path / "model.kmq", SpeakerModel("wespeaker_resnet34", NETWORK, "wespeaker", variables))
+    assert (
+        file_bytes(str(tmp_path)) == file_bytes(str(tmp_path / "model.kmq")) == (tmp_path / "model.kmq").stat().st_size
+    )
 
 
 def test_no_round_repeats_a_recording():
