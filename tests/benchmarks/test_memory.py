@@ -13,6 +13,7 @@ from kmq_jax.models.speaker_model import SpeakerModel, save_model
 from kmq_jax.study import tables
 
 
+@pytest.mark.slow
 def test_every_cell_of_both_networks_is_the_published_one_with_half_biases_alone(tmp_path):
     memory.main(MemoryBench(json=tmp_path / "m.json"))
     rows = json.loads((tmp_path / "m.json").read_text())["rows"]

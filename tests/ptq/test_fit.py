@@ -269,7 +269,8 @@ def test_activations_that_no_memory_holds_are_refused_before_any_are_there():
         fit.fit(reference, quantized_of(reference), features)
 
 
-@pytest.mark.parametrize("norm", [pytest.param("bias", marks=pytest.mark.slow), "batch"])
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["bias", "batch"])
 def test_the_narrowest_width_of_a_nested_model_is_fitted_as_though_it_were_alone_and_wider_ones_go_on(norm, tmp_path):
     reference = reference_of(norm)
     spec = quant.QuantSpec(6, coarse=(2, 3), only_smaller=False)
