@@ -344,6 +344,13 @@ CLAIMS = (
           "wespeaker-kmqat.json",
           lambda found: round(difference(found, "kmqat", 32, "full precision", "so762")["eer_change"], 2) == -0.76
           and beyond(difference(found, "kmqat", 32, "full precision", "so762")) == -1),
+    Claim("At 4 bits KMQAT errs 0.27 points more than its own control on so762, beyond chance", "small-4bits.json",
+          lambda found: round((row := difference(found, "kmqat", 4, "control", "so762"))["eer_change"], 2) == 0.27
+          and beyond(row) == 1),
+    Claim("The two recipes are not told apart from each other there, nor from full precision, on either set",
+          "small-4bits.json",
+          lambda found: not any(beyond(difference(found, *which, on)) for on in ("so762", "words") for which in (
+              ("kmqat", 4, "distilled"), ("kmqat", 4, "full precision"), ("distilled", 4, "full precision")))),
     Claim("KMQAT ends within two points of full precision", "small-baselines.json",
           lambda found: all(abs(difference(found, "kmqat", bits, "full precision", on)["eer_change"]) < 2
                             for bits in (3, 2) for on in ("so762", "words"))),
