@@ -186,7 +186,8 @@ def beside_peers(options: ExtractBench) -> Figures:
     Returns:
         `sides`, a list of rows: name, bytes, median `speedup` over the first side named in `peers` round by round, its
         least and most in one round, `speedup_again` on recordings run before, mean and least cosine to the
-        full-precision reference's embeddings, and milliseconds for one recording of 2.5 s, warm; `rounds`, how many.
+        full-precision reference's embeddings, and milliseconds for one recording of 2.5 s, warm; `rounds`, how many;
+        `utterances` and `audio_seconds` of the last.
     """
     peers.check(options.peer_names, options.calibration is not None)
     reference = load_model(str(options.reference))
@@ -211,7 +212,7 @@ def beside_peers(options: ExtractBench) -> Figures:
         single[name] = functools.partial(embed_waves, model, [short], engine="onnxruntime")
     first = options.peer_names[0]
     new = in_turns({name: _each_once(side, parts) for name, side in sides.items()}, options.repeats, alternate=True)
-    # Two rounds to warm up: each of OpenVINO's streams prepares a length for itself.
+    # Two rounds to warm up: what a runtime prepares for a length, each of its streams may have to prepare.
     same = {name: functools.partial(side, last) for name, side in sides.items()}
     again = in_turns(same, options.repeats, warm_up=2, alternate=True)
     alone = medians(in_turns(single, 5 * options.repeats, warm_up=2, rest=REST))

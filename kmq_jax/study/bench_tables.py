@@ -127,8 +127,8 @@ def extraction_table(found: Row) -> str:
                 f"{side['mean_cosine']:.4f}",
             ]
         )
-    a_round = f"{found['utterances']:,} recordings, {found['audio_seconds']:,.0f} s of speech"
-    return markdown(rows) + f"\n{found['rounds']} rounds, each of {a_round} that no round before had.\n"
+    last = f"{found['utterances']:,} recordings, {found['audio_seconds']:,.0f} s of speech"
+    return markdown(rows) + f"\n{found['rounds']} rounds, each of recordings that none before had; the last: {last}.\n"
 
 
 def networks_table(found: Row) -> str:

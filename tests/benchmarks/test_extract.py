@@ -44,11 +44,14 @@ def test_each_way_has_its_own():
     assert ExtractBench(**more).named_models == {"ours, m": "a/m.kmq", "ours, n": "b/n.kmq"}
 
 
+def save(path):
+    variables = registry.initialize(registry.build("wespeaker_resnet34", **NETWORK), jax.random.key(0))
+    save_model(path, SpeakerModel("wespeaker_resnet34", NETWORK, "wespeaker", variables))
+
+
 def test_sides_are_timed_in_turns_beside_the_first(tmp_path, capsys):
     """The reference through ONNX Runtime and as a model of ours: the same file twice, so the same embeddings."""
-    network = registry.build("wespeaker_resnet34", **NETWORK)
-    variables = registry.initialize(network, jax.random.key(0))
-    save_model(tmp_path / "full.kmq", SpeakerModel("wespeaker_resnet34", NETWORK, "wespeaker", variables))
+    save(tmp_path / "full.kmq")
     full = str(tmp_path / "full.kmq")
     flags = ["--peers=onnxruntime", f"--model={full}", f"--reference={full}", "--data=synthetic:dev?speakers=2"]
     bench.run("extract", [*flags, "--utterances=4", "--repeats=2", f"--json={tmp_path}/e.json"])
@@ -65,9 +68,7 @@ def test_sides_are_timed_in_turns_beside_the_first(tmp_path, capsys):
 
 
 def test_the_packed_file_of_a_directory_is_what_counts(tmp_path):
-    network = registry.build("wespeaker_resnet34", **NETWORK)
-    variables = registry.initialize(network, jax.random.key(0))
-    save_model(tmp_path / "model.kmq", SpeakerModel("wespeaker_resnet34", NETWORK, "wespeaker", variables))
+    save(tmp_path / "model.kmq")
     assert (
         file_bytes(str(tmp_path)) == file_bytes(str(tmp_path / "model.kmq")) == (tmp_path / "model.kmq").stat().st_size
     )
