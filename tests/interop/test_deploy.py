@@ -1,5 +1,6 @@
 """Exported files as others run them: the example with numpy and ONNX Runtime alone, and sherpa-onnx."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def saved(tmp_path_factory):
 def test_the_example_needs_nothing_of_ours(saved, kind):
     place, model = saved
     exported = export_model(place / "m.kmq", place / "inside.onnx", features_inside=True)
-    assert "cosine 1.0000000" in exported.parity
+    assert float(re.search(r"cosine (\S+),", exported.parity)[1]) > 0.99999
     example = Path(__file__).parents[2] / "examples" / "deploy.py"
     for name in "ab" if kind == "flac" else "":
         soundfile.write(place / f"{name}.flac", *soundfile.read(place / f"{name}.wav", dtype="int16"))

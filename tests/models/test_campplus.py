@@ -68,10 +68,11 @@ def test_training_updates_statistics_and_has_gradients_everywhere(tiny):
 
     def loss(params):
         y, state = network.apply({**variables, "params": params}, features, train=True, mutable=["batch_stats"])
-        return jnp.sum(y * jnp.arange(8.0)[None]), state
+        # Cubed: the sum of what batch normalisation gives is the same whatever goes in.
+        return jnp.sum(y**3 * jnp.arange(1.0, 9.0)[None]), state
 
     gradients, state = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
-    assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 0 for _, leaf in named_leaves(gradients))
+    assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 1e-4 for _, leaf in named_leaves(gradients))
     assert not np.array_equal(state["batch_stats"]["out"]["bn"]["mean"], variables["batch_stats"]["out"]["bn"]["mean"])
 
 
