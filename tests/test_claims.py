@@ -417,8 +417,8 @@ CLAIMS = (
       for sentence in (
           "after 1,600 the two are not told apart",
           "Then no difference between KMQAT, this project's recipe and their controls is told apart, on either set")),
-    *(Claim("KMQAT at 2 bits ends at 12.35 % on words, where it ended at 13.33, the mean of three seeds, after 400 steps", file,
-            lambda found, eer=eer: round(np.mean(
+    *(Claim("KMQAT at 2 bits ends at 12.35 % on words, where it ended at 13.33, the mean of three seeds, "
+            "after 400 steps", file, lambda found, eer=eer: round(np.mean(
                 difference(found, "kmqat", 2, "distilled", "words")["eer_by_seed"]), 2) == eer)
       for file, eer in (("small-longer.json", 12.35), ("small-baselines.json", 13.33))),
     Claim("On so762 both recipes at 3 bits, this project's at 2 bits and KMQAT's control err less than the full "
