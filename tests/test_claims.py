@@ -394,10 +394,10 @@ CLAIMS = (
           "Of the differences in its two tables three are beyond chance in both runs: at 2 bits KMQAT errs more than "
           "this project's recipe on words, min-max more than k-means on so762 where both are trained, and min-max "
           "without training more than full precision there",
-          "Three were so in the earlier run alone: KMQAT less its control at 4 bits on so762, min-max less k-means at "
-          "2 bits without training on so762, and k-means without training less full precision at 2 bits on words",
-          "Two are so in this run alone: powers of two less k-means, trained at 2 bits, on so762, and uniform levels "
-          "without training less full precision at 2 bits on words")),
+          "Three were so in the earlier run alone: KMQAT above its control at 4 bits on so762, min-max above k-means at "
+          "2 bits without training on so762, and k-means without training above full precision at 2 bits on words",
+          "Two are so in this run alone: powers of two above k-means, trained at 2 bits, on so762, and uniform levels "
+          "without training above full precision at 2 bits on words")),
     Claim("KMQAT ends within two points of full precision", "small-baselines.json",
           lambda found: all(abs(difference(found, "kmqat", bits, "full precision", on)["eer_change"]) < 2
                             for bits in (3, 2) for on in ("so762", "words"))),
