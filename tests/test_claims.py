@@ -394,8 +394,8 @@ CLAIMS = (
           "Of the differences in its two tables three are beyond chance in both runs: at 2 bits KMQAT errs more than "
           "this project's recipe on words, min-max more than k-means on so762 where both are trained, and min-max "
           "without training more than full precision there",
-          "Three were so in the earlier run alone: KMQAT above its control at 4 bits on so762, min-max above k-means at "
-          "2 bits without training on so762, and k-means without training above full precision at 2 bits on words",
+          "Three were so in the earlier run alone: KMQAT above its control at 4 bits on so762, min-max above k-means "
+          "at 2 bits without training on so762, and k-means without training above full precision at 2 bits on words",
           "Two are so in this run alone: powers of two above k-means, trained at 2 bits, on so762, and uniform levels "
           "without training above full precision at 2 bits on words")),
     Claim("KMQAT ends within two points of full precision", "small-baselines.json",
