@@ -30,6 +30,11 @@ def arrays_of(path):
         return dict(file)
 
 
+def parity_of(told):
+    """The least cosine and the largest difference that an export tells of itself beside our own network."""
+    return tuple(map(float, re.search(r"cosine (\S+), largest difference (\S+) of", told).groups()))
+
+
 def replaced(usual, given):
     """The usual flags with those that are given in their places: a flag of one value is not taken twice."""
     names = {flag.partition("=")[0] for flag in given}
